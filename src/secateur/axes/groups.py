@@ -1,0 +1,439 @@
+"""Inferred dimensions -> groups of axes that must shrink together, named and classed; what is frozen and why."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from secateur.axes.algebra import (
+    Concat,
+    Expression,
+    Fixed,
+    Product,
+    Variable,
+    concat,
+    parse,
+    product,
+    show,
+    size_after,
+    variables_in,
+)
+from secateur.axes.rules import Inference, Operation
+from secateur.graph import Graph, Ref
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One dimension of one weight; its expression names the groups whose units it holds."""
+
+    weight: str  # "model.layers.0.mlp.down_proj.weight"
+    dim: int
+    expression: Expression
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Axes that must shrink together: removing unit i removes its slice of every one of them."""
+
+    name: str  # "layers.3.mlp"
+    kind: str  # attention, query, head_dim, mlp, hidden, layer, other
+    layer: int | None
+    units: int
+    axes: tuple[Axis, ...]
+    normed: bool = False  # a norm takes its mean or variance across it: cutting it changes the statistic
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """An axis, or a factor of one, that cannot be cut."""
+
+    weight: str
+    dim: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter or a saved buffer: its dimensions as expressions over groups."""
+
+    name: str
+    dims: tuple[Expression, ...]
+    layer: int | None
+    embedding: bool = False  # a token or position table, or the output head
+    parameter: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes before any cut."""
+        return tuple(dim.size for dim in self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What can be cut in a model, and everything needed to count what a cut leaves.
+
+    `weights` and `operations` are written over the groups, so sizes after a cut are arithmetic, not another model.
+    """
+
+    model: str
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    weights: tuple[Weight, ...]
+    operations: tuple[Operation, ...]
+    layer_lists: tuple[str, ...] = ()  # "model.layers": the module lists whose items are residual blocks
+    tied: dict[str, str] = field(default_factory=dict)  # other name -> the name in `weights`
+
+    def group(self, name: str) -> Group:
+        """The group of that name; KeyError when there is none."""
+        return next(group for group in self.groups if group.name == name) if name in self.names else _missing(name)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all groups."""
+        return frozenset(group.name for group in self.groups)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `secateur discover --json` writes it."""
+        return {
+            "model": self.model,
+            "groups": [
+                {
+                    "name": group.name,
+                    "kind": group.kind,
+                    "layer": group.layer,
+                    "units": group.units,
+                    "normed": group.normed,
+                    "axes": [{"weight": a.weight, "dim": a.dim, "expression": show(a.expression)} for a in group.axes],
+                }
+                for group in self.groups
+            ],
+            "frozen": [{"weight": f.weight, "dim": f.dim, "size": f.size, "reason": f.reason} for f in self.frozen],
+            "weights": [
+                {
+                    "name": weight.name,
+                    "dims": [show(dim) for dim in weight.dims],
+                    "layer": weight.layer,
+                    "embedding": weight.embedding,
+                    "parameter": weight.parameter,
+                }
+                for weight in self.weights
+            ],
+            "operations": [
+                {"kind": work.kind, "dims": [show(dim) for dim in work.dims], "module": work.module}
+                for work in self.operations
+            ],
+            "layer_lists": list(self.layer_lists),
+            "tied": dict(self.tied),
+        }
+
+
+def _missing(name: str) -> Group:
+    raise KeyError(name)
+
+
+def from_json(data: Mapping[str, Any]) -> Discovery:
+    """Read back what `Discovery.to_json` wrote."""
+    sizes = {group["name"]: group["units"] for group in data["groups"]} | {BATCH: 2, SEQUENCE: 2}
+
+    def read(text: str) -> Expression:
+        return parse(text, sizes)
+
+    return Discovery(
+        model=data["model"],
+        groups=tuple(
+            Group(
+                name=group["name"],
+                kind=group["kind"],
+                layer=group["layer"],
+                units=group["units"],
+                normed=group["normed"],
+                axes=tuple(Axis(a["weight"], a["dim"], read(a["expression"])) for a in group["axes"]),
+            )
+            for group in data["groups"]
+        ),
+        frozen=tuple(Frozen(**item) for item in data["frozen"]),
+        weights=tuple(
+            Weight(**{**weight, "dims": tuple(read(dim) for dim in weight["dims"])}) for weight in data["weights"]
+        ),
+        operations=tuple(
+            Operation(work["kind"], tuple(read(dim) for dim in work["dims"]), work["module"])
+            for work in data["operations"]
+        ),
+        layer_lists=tuple(data["layer_lists"]),
+        tied=dict(data["tied"]),
+    )
+
+
+BATCH, SEQUENCE = "batch", "sequence"
+
+
+def count_parameters(
+    discovery: Discovery,
+    kept: Mapping[str, int] | None = None,
+    *,
+    dropped_layers: frozenset[int] = frozenset(),
+    embeddings: bool = True,
+) -> int:
+    """Number of parameters when each group keeps `kept[name]` of its units (all, where it is not named).
+
+    Tied parameters count once. Without `embeddings`, token and position tables and the output head do not count.
+    """
+    sizes = dict(kept or {})
+    return sum(
+        prod(size_after(dim, sizes) for dim in weight.dims)
+        for weight in discovery.weights
+        if weight.parameter and (embeddings or not weight.embedding) and weight.layer not in dropped_layers
+    )
+
+
+def count_macs(
+    discovery: Discovery,
+    kept: Mapping[str, int] | None = None,
+    *,
+    dropped_layers: frozenset[int] = frozenset(),
+    tokens: int = 64,
+) -> dict[str, int]:
+    """Multiply-accumulates of one forward pass over `tokens` tokens, by kind of operator.
+
+    The convention is the one of LLM-Pruner's measurements (ptflops with its hooks): matrix products in full, 2 per
+    element that a norm reads, 1 per element of a softmax, of an activation, and of each product with a rotary table.
+    """
+    sizes = {**(kept or {}), BATCH: 1, SEQUENCE: tokens}
+    macs: Counter[str] = Counter()
+    for work in discovery.operations:
+        if layer_of(work.module, discovery.layer_lists) not in dropped_layers:
+            macs[work.kind] += prod(size_after(dim, sizes) for dim in work.dims)
+    return dict(macs)
+
+
+def layer_of(name: str, layer_lists: Iterable[str]) -> int | None:
+    """The number of the layer that a weight or module belongs to, or None.
+
+    >>> layer_of("model.layers.12.mlp.up_proj.weight", ["model.layers"])
+    12
+    """
+    for prefix in layer_lists:
+        if name.startswith(f"{prefix}."):
+            head = name[len(prefix) + 1 :].split(".")[0]
+            if head.isdigit():
+                return int(head)
+    return None
+
+
+# --- from the inference to groups -------------------------------------------------------------------------------
+
+
+def group_axes(state: Inference, model: str) -> Discovery:
+    """Join the axes of all weights into groups by the variables they share."""
+    graph = state.graph
+    _freeze_what_cannot_be_grouped(state)
+    lists = residual_lists(graph)
+    numbers = {**graph.parameters, **{n: t for n, t in graph.buffers.items() if n not in graph.computed_buffers}}
+    found = {name: state.of(Ref(number)) for name, number in numbers.items()}
+    where: dict[str, list[tuple[str, int]]] = defaultdict(list)  # variable -> (weight, dim)
+    sizes: dict[str, int] = {}
+    for weight, dims in found.items():
+        for dim, expression in enumerate(dims):
+            for variable in dict.fromkeys(variables_in(expression)):
+                if state.unifier.reason(variable) is None:
+                    where[variable.name].append((weight, dim))
+                    sizes[variable.name] = variable.size
+    kinds = _kinds(state, where, found, lists)
+    layers = {v: _only({layer_of(weight, lists) for weight, _ in at}) for v, at in where.items()}
+    order = sorted(where, key=lambda v: (layers[v] is None, layers[v] or 0, KINDS.index(kinds[v])))
+    names = _names(order, kinds, layers)
+    rename = _renaming(state, names)
+    normed = {v.name for dim in state.averaged for v in variables_in(state.unifier.resolve(dim))}
+    groups = [
+        Group(
+            name=names[v],
+            kind=kinds[v],
+            layer=layers[v],
+            units=sizes[v],
+            axes=tuple(Axis(weight, dim, rename(found[weight][dim])) for weight, dim in where[v]),
+            normed=v in normed,
+        )
+        for v in order
+    ]
+    depth = len({layer_of(name, lists) for name in graph.calls} - {None})
+    if depth > 1:
+        groups.append(Group("layers", "layer", None, depth, ()))
+    return Discovery(
+        model=model,
+        groups=tuple(groups),
+        frozen=tuple(_frozen(state, found)),
+        weights=tuple(
+            Weight(
+                name=name,
+                dims=tuple(rename(dim) for dim in dims),
+                layer=layer_of(name, lists),
+                embedding=_is_embedding(state, name, dims),
+                parameter=name in graph.parameters,
+            )
+            for name, dims in found.items()
+        ),
+        operations=tuple(
+            Operation(work.kind, tuple(rename(state.unifier.resolve(dim)) for dim in work.dims), work.module)
+            for work in state.operations
+        ),
+        layer_lists=lists,
+        tied=dict(graph.tied),
+    )
+
+
+def residual_lists(graph: Graph) -> tuple[str, ...]:
+    """Module lists whose every item adds to its input, so that removing the item leaves an identity."""
+    producers = {number: node for node in graph.nodes for number in node.outputs}
+    lists: dict[str, bool] = {}
+    for name, (enters, leaves) in graph.calls.items():
+        prefix = name.rpartition(".")[0]
+        lists[prefix] = lists.get(prefix, True) and _adds_to(enters, leaves, producers)
+    return tuple(
+        prefix
+        for prefix, residual in lists.items()
+        if residual and not any(prefix.startswith(f"{other}.") for other in lists)
+    )
+
+
+def _adds_to(enters: int, leaves: int, producers: Mapping[int, Any]) -> bool:
+    """Whether the tensor that leaves is the one that enters plus something, through additions and copies alone."""
+    waiting, seen = [leaves], set()
+    while waiting:
+        number = waiting.pop()
+        if number == enters:
+            return leaves != enters
+        node = producers.get(number)
+        if number in seen or node is None or node.op not in ADDITIONS:
+            continue
+        seen.add(number)
+        waiting += [value.tensor for value in node.arguments.values() if isinstance(value, Ref)]
+    return False
+
+
+ADDITIONS = frozenset(
+    {"aten.add", "aten.add_", "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.view"}
+    | {"aten._unsafe_view"}
+)
+
+
+def _freeze_what_cannot_be_grouped(state: Inference) -> None:
+    """Freeze weights that the forward pass does not use, and variables that meet themselves within one axis."""
+    used = {ref.tensor for node in state.graph.nodes for ref in _refs(node.arguments.values())}
+    for name, number in state.graph.parameters.items():
+        for dim in state.of(Ref(number)):
+            if number not in used:
+                state.unifier.freeze(dim, "the forward pass does not use it")
+            for variable in variables_in(dim):
+                if _meets_itself(dim, variable.name):
+                    state.unifier.freeze(variable, f"its units meet each other within one axis of {name}")
+
+
+def _refs(values: Iterable[Any]) -> Iterable[Ref]:
+    for value in values:
+        if isinstance(value, Ref):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _refs(value)
+
+
+def _meets_itself(expression: Expression, name: str) -> bool:
+    match expression:
+        case Product(factors=factors):
+            holding = [f for f in factors if any(v.name == name for v in variables_in(f))]
+            return len(holding) > 1 or any(_meets_itself(f, name) for f in holding)
+        case Concat(parts=parts):
+            return any(_meets_itself(part, name) for part in parts)
+    return False
+
+
+KINDS = ("attention", "query", "head_dim", "mlp", "other", "hidden", "layer")
+
+
+def _kinds(
+    state: Inference,
+    where: Mapping[str, list[tuple[str, int]]],
+    found: Mapping[str, tuple[Expression, ...]],
+    lists: tuple[str, ...],
+) -> dict[str, str]:
+    """Class each variable by what the operators did with it; no name of a module is looked at."""
+    expanded = {v.name for dim in state.expanded for v in variables_in(state.unifier.resolve(dim))}
+    scored = {v.name for dim in state.scored for v in variables_in(state.unifier.resolve(dim))}
+    tables = {name for name, number in state.graph.parameters.items() if number in state.tables}
+    kinds: dict[str, str] = {}
+    for variable, at in where.items():
+        layers = {layer_of(weight, lists) for weight, _ in at}
+        if variable in scored:
+            # A head made by repeating keys and values is a query head of its KV group.
+            kinds[variable] = "query" if variable in expanded else "attention"
+        elif len(layers) > 1 and (len(layers - {None}) > 1 or any(weight in tables for weight, _ in at)):
+            kinds[variable] = "hidden"
+    for variable, at in where.items():
+        if variable in kinds:
+            continue
+        beside = {v.name for weight, dim in at for v in variables_in(found[weight][dim])}
+        across = {
+            v.name for weight, dim in at for i, e in enumerate(found[weight]) if i != dim for v in variables_in(e)
+        }
+        if any(kinds.get(other) in ("attention", "query") for other in beside):
+            kinds[variable] = "head_dim"
+        elif len({layer_of(weight, lists) for weight, _ in at}) == 1 and all(
+            kinds.get(other) == "hidden" or state.unifier.reason(Variable(other, 0)) for other in across
+        ):
+            kinds[variable] = "mlp"
+        else:
+            kinds[variable] = "other"
+    return kinds
+
+
+def _names(order: list[str], kinds: Mapping[str, str], layers: Mapping[str, int | None]) -> dict[str, str]:
+    base = {v: kinds[v] if layers[v] is None else f"layers.{layers[v]}.{kinds[v]}" for v in order}
+    total, seen = Counter(base.values()), Counter[str]()
+    names = {}
+    for v in order:
+        seen[base[v]] += 1
+        names[v] = base[v] if total[base[v]] == 1 else f"{base[v]}.{seen[base[v]] - 1}"
+    return names
+
+
+def _renaming(state: Inference, names: Mapping[str, str]) -> Callable[[Expression], Expression]:
+    """A function that writes group names for free variables, sizes for frozen ones, and keeps batch and sequence."""
+
+    def rename(expression: Expression) -> Expression:
+        match expression:
+            case Variable(name=name, size=size):
+                head = name.split(".")[0]
+                if name in names or head in (BATCH, SEQUENCE):
+                    return Variable(names.get(name, head), size)
+                return Fixed(size)
+            case Product(factors=factors):
+                return product([rename(factor) for factor in factors])
+            case Concat(parts=parts):
+                return concat([rename(part) for part in parts])
+            case Fixed():
+                return expression
+
+    return rename
+
+
+def _frozen(state: Inference, found: Mapping[str, tuple[Expression, ...]]) -> Iterable[Frozen]:
+    for weight, dims in found.items():
+        for dim, expression in enumerate(dims):
+            for variable in dict.fromkeys(variables_in(expression)):
+                reason = state.unifier.reason(variable)
+                if reason is not None:
+                    yield Frozen(weight, dim, variable.size, reason)
+
+
+def _is_embedding(state: Inference, name: str, dims: tuple[Expression, ...]) -> bool:
+    """A table that is looked up, or a weight with an axis that is the model's output."""
+    returned = {v.name for number in state.graph.outputs for v in variables_in(state.of(Ref(number))[-1])}
+    looked_up = state.graph.parameters.get(name) in state.tables
+    return looked_up or any(v.name in returned for dim in dims for v in variables_in(dim))
+
+
+def _only(values: set[int | None]) -> int | None:
+    return next(iter(values)) if len(values) == 1 else None

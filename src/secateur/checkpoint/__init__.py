@@ -1,0 +1,19 @@
+"""Pruned models on disk: the stock folder, and the plan and the record that lie beside the weights."""
+
+from __future__ import annotations
+
+from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json
+from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record
+from secateur.checkpoint.stock import check_stock, save
+
+__all__ = [
+    "PLAN_FILE",
+    "RECORD_FILE",
+    "Record",
+    "atomic_folder",
+    "check_stock",
+    "check_vacant",
+    "make_record",
+    "save",
+    "write_json",
+]

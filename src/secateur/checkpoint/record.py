@@ -1,0 +1,75 @@
+"""How a checkpoint was made, so that it can be made again."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from secateur import __version__
+
+PLAN_FILE = "secateur_plan.json"
+RECORD_FILE = "secateur_record.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What went in: the dense model, its weights' hash, the calibration tokens' hash, seed, versions, command."""
+
+    model: str
+    weights: str  # sha256 of the dense model's weights
+    calibration: str | None  # sha256 of the calibration tokens; None where no text was used
+    seed: int
+    dtype: str
+    versions: Mapping[str, str]
+    command: str | None  # as typed; None from Python
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def make_record(
+    model: nn.Module,
+    *,
+    name: str,
+    calibration: str | None = None,
+    seed: int = 0,
+    command: str | None = None,
+) -> Record:
+    """The record of a cut of `model`, the dense one.
+
+    >>> make_record(nn.Linear(2, 1, bias=False), name="tiny").dtype
+    'float32'
+    """
+    dtype = next((str(weight.dtype).removeprefix("torch.") for weight in model.parameters()), "none")
+    versions = {
+        "secateur": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return Record(name, weights_digest(model), calibration, seed, dtype, versions, command)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Sha256 of all parameters and saved buffers: names, dtypes, shapes and bytes, in the order of names.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = weights_digest(layer)
+    >>> _ = layer.weight.data.mul_(2)
+    >>> before == weights_digest(layer)
+    False
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(memoryview(raw.numpy()))
+    return total.hexdigest()

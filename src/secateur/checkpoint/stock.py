@@ -1,0 +1,94 @@
+"""A pruned model -> a folder that the ordinary loader of its family reads, with nothing of ours installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.checkpoint.folder import atomic_folder, write_json
+from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
+from secateur.errors import CheckpointError
+from secateur.models import quiet, skeleton
+from secateur.plan import Plan
+
+
+def check_stock(plan: Plan) -> None:
+    """Raise `CheckpointError` when no stock folder can hold what the plan leaves, with the reason."""
+    if plan.settings is None:
+        reason = plan.refusal or "it was planned without the model's config"
+        raise CheckpointError(
+            f"the plan has no stock folder: {reason}. Folders with a shape of their own per layer are not written yet; "
+            "cut all layers alike (leave out --layers), or use the pruned model in memory (secateur.prune, or "
+            "`secateur evaluate MODEL --plan plan.json`)"
+        )
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    record: Record | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a pruned model as a stock folder: safetensors, config, tokenizer, the plan and the record.
+
+    The folder appears whole or not at all. What was written is read back by name and shape and must be exactly what
+    a model built from the written config has. Raises `CheckpointError`.
+
+    >>> import tempfile
+    >>> from secateur.axes import discover_groups
+    >>> from secateur.plan import CutOptions, plan
+    >>> from secateur.prune import prune
+    >>> from secateur.scores import score
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> discovery = discover_groups(skeleton(config))
+    >>> scores = score(model, discovery=discovery, name="l2")
+    >>> decided = plan(discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",)), config=config, scores=scores)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(prune(model, decided), Path(folder) / "smaller", plan=decided)
+    ...     AutoModelForCausalLM.from_pretrained(path).config.ffn_dim
+    12
+    """
+    check_stock(plan)
+    out = Path(out)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        with quiet():
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        _check_accounts(folder, model)
+        write_json(folder / PLAN_FILE, plan.to_json())
+        if record is not None:
+            write_json(folder / RECORD_FILE, record.to_json())
+    return out
+
+
+def _check_accounts(folder: Path, model: PreTrainedModel) -> None:
+    """Every weight of the model built from the written config is in the files once, in its shape, and nothing else."""
+    written: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict: it has no iterator
+                written[name] = tuple(tensors.get_slice(name).get_shape())
+    wanted = _expected(skeleton(model.config))
+    aliases = set(skeleton(model.config).state_dict()) - set(wanted)
+    missing = sorted(wanted.keys() - written.keys())
+    leftover = sorted(written.keys() - wanted.keys() - aliases)
+    other = sorted(name for name in wanted.keys() & written.keys() if wanted[name] != written[name])
+    for what, names in (("lacks", missing), ("has leftover", leftover), ("has the wrong shape for", other)):
+        if names:
+            raise CheckpointError(f"the folder {what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+
+
+def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of parameters (tied ones once) and saved buffers."""
+    saved = set(model.state_dict())
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return shapes | {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in saved}

@@ -1,0 +1,669 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from secateur import __version__
+from secateur.axes import discover
+from secateur.axes.algebra import Concat, Product, show, units_along
+from secateur.axes.groups import Axis, Discovery, Group
+from secateur.calibration import CalibrationOptions, demo_texts
+from secateur.checkpoint import write_json
+from secateur.demo import PROMPT, TEXT, Demonstration, demonstrate
+from secateur.errors import DataError, PlanError, SecateurError
+from secateur.evaluate import Perplexity, evaluate, read_evaluation_text
+from secateur.models import DEMO, load, load_tokenizer
+from secateur.plan import Plan, by_kind, read_plan
+from secateur.profile import Profile, profile
+from secateur.prune import prune
+from secateur.run import LoadOptions, plan_model, prune_model
+
+app = typer.Typer(
+    name="secateur",
+    help="Cut heads, channels and layers out of a language model; what is left is an ordinary model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+MODEL_HELP = "A hub name, a folder, a .gguf file, a config.json, or `demo`."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ModelArguments = Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP, show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON, too.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of calibration windows and random scores.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python files run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+
+Preset = Annotated[str, typer.Option("--preset", help="best, or llm-pruner (the paper's recipe).")]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="The share to remove, 0 to 1.", show_default=False)]
+Of = Annotated[
+    str | None,
+    typer.Option("--of", help="What the ratio is of: units, parameters, non-embedding or macs.", show_default=False),
+]
+Target = Annotated[
+    str | None, typer.Option("--target", help="What is to be left instead, for example 100M.", show_default=False)
+]
+Axes = Annotated[
+    str | None,
+    typer.Option("--axes", help="Any of attention,mlp,query; or hidden; or layers.", show_default=False),
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option("--strategy", help="LLM-Pruner's names: block, channel or layer.", show_default=False),
+]
+Layers = Annotated[
+    str | None, typer.Option("--layers", metavar="A:B", help="Only layers A to B-1.", show_default=False)
+]
+ScoreName = Annotated[
+    str | None,
+    typer.Option(
+        "--score",
+        help="param_first, param_second, param_mix, vectorize, l1, l2 or random.",
+        show_default=False,
+    ),
+]
+Reduce = Annotated[
+    str | None,
+    typer.Option("--reduce", help="Over a group's axes: sum, mean, max, prod, first, last.", show_default=False),
+]
+RoundTo = Annotated[int | None, typer.Option("--round-to", help="Widths are multiples of this.", show_default=False)]
+CalibrationText = Annotated[str, typer.Option("--calibration", help="`demo`, a file, or the name of a data set.")]
+Samples = Annotated[int, typer.Option("--samples", help="Calibration windows.")]
+Length = Annotated[int, typer.Option("--length", help="Tokens of a calibration window.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits 0, 2 for what the user can mend, 1 for a failure of ours, 130 for Ctrl-C."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status; errors are one line on stderr."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=list(arguments), prog_name="secateur", standalone_mode=False)
+    except SecateurError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("secateur: interrupted; the same command with --resume goes on where it can", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message is not None:  # the parser's own errors
+            return _fail(message())
+        if type(error).__name__ == "Abort":
+            print("secateur: interrupted; the same command with --resume goes on where it can", file=sys.stderr)
+            return 130
+        traceback.print_exc()
+        print(f"secateur: failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"secateur: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"secateur {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("discover")
+def discover_command(
+    model: ModelArgument,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what can be cut: groups, their units and slices; what is frozen and why. Reads no weights."""
+    discovery = discover(model, trust_remote_code=trust_remote_code)
+    _finish(discovery.to_json(), json_file)
+    if not quiet:
+        _print_discovery(discovery)
+
+
+@app.command("plan")
+def plan_command(
+    model: ModelArgument,
+    out: Annotated[Path | None, typer.Option("--out", metavar="plan.json", help="Write the plan here.")] = None,
+    preset: Preset = "best",
+    ratio: Ratio = None,
+    of: Of = None,
+    target: Target = None,
+    axes: Axes = None,
+    strategy: Strategy = None,
+    layers: Layers = None,
+    score: ScoreName = None,
+    reduce: Reduce = None,
+    round_to: RoundTo = None,
+    calibration: CalibrationText = DEMO,
+    samples: Samples = 10,
+    length: Length = 64,
+    sizes_only: Annotated[bool, typer.Option("--sizes-only", help="Do not score: say how many, not which.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what a cut would leave, before anything is cut. A config without weights is enough for the sizes."""
+    planned = plan_model(
+        model,
+        preset=preset,
+        cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
+        calibration=CalibrationOptions(calibration, samples, length, seed),
+        loading=LoadOptions(dtype, device, trust_remote_code),
+        sizes_only=sizes_only,
+        watch=_watch(quiet=quiet),
+    )
+    _finish(planned.to_json(), json_file)
+    if out is not None:
+        write_json(out, planned.to_json())
+    if not quiet:
+        _print_plan(planned)
+
+
+@app.command("prune")
+def prune_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="plan.json", help="Cut what this plan says.", show_default=False)
+    ] = None,
+    preset: Preset = "best",
+    ratio: Ratio = None,
+    of: Of = None,
+    target: Target = None,
+    axes: Axes = None,
+    strategy: Strategy = None,
+    layers: Layers = None,
+    score: ScoreName = None,
+    reduce: Reduce = None,
+    round_to: RoundTo = None,
+    calibration: CalibrationText = DEMO,
+    samples: Samples = 10,
+    length: Length = 64,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run has kept.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score, plan, cut and write a smaller model that the usual loaders read."""
+    cut = _cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to)
+    if plan_file is not None and cut:
+        raise PlanError(f"--plan {plan_file} says all about the cut: leave out --{next(iter(cut)).replace('_', '-')}")
+    pruned = prune_model(
+        model,
+        out,
+        preset=preset,
+        cut=cut,
+        given=read_plan(plan_file) if plan_file is not None else None,
+        calibration=CalibrationOptions(calibration, samples, length, seed),
+        loading=LoadOptions(dtype, device, trust_remote_code),
+        overwrite=overwrite,
+        resume=resume,
+        command=_command_line(),
+        watch=_watch(quiet=quiet),
+    )
+    _finish(pruned.to_json(), json_file)
+    if not quiet:
+        _print_plan(pruned.plan)
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
+        print(f"wrote {pruned.out} ({stages}; peak memory {_bytes(pruned.peak_rss_bytes)})")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    models: ModelArguments,
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option("--ppl", metavar="NAME=FILE", help="A text to score; may be repeated.", show_default=False),
+    ] = None,
+    seq_len: Annotated[
+        list[int] | None, typer.Option("--seq-len", help="Tokens of a window; may be repeated. [default: 128]")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Score the first N tokens only.")] = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="plan.json",
+            help="Score each MODEL as this plan cuts it, too; in memory, so per-layer shapes work.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure perplexity: rows joined, windows that do not overlap, LLM-Pruner's protocol."""
+    texts = _texts(ppl or [])
+    planned = read_plan(plan_file) if plan_file is not None else None
+    results: dict[str, list[Perplexity]] = {}
+    for name in models:
+        model = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        variants = {name: model} | ({f"{name} + {plan_file}": prune(model, planned)} if planned else {})
+        for label, variant in variants.items():
+            with _watch(quiet=quiet)(f"evaluate {label}") as progress:
+                results[label] = evaluate(
+                    variant, tokenizer, texts, seq_lens=seq_len or [128], max_tokens=max_tokens, progress=progress
+                )
+    rows = [{"model": name, "perplexity": [asdict(p) for p in found], "tasks": {}} for name, found in results.items()]
+    _finish({"results": rows}, json_file)
+    if not quiet:
+        _print_perplexity(results)
+
+
+@app.command("profile")
+def profile_command(
+    models: ModelArguments,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of the prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 16,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure parameters, MACs, memory and speed, all models in turns in one run."""
+    with _watch(quiet=quiet)("load"):
+        loaded = {
+            name: load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            for name in dict.fromkeys(models)
+        }
+    with _watch(quiet=quiet)("profile"):
+        rows = profile(loaded, seq_len=seq_len, new_tokens=new_tokens, seed=seed)
+    _finish({"results": [asdict(row) for row in rows]}, json_file)
+    if not quiet:
+        _print_profiles(rows)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The run folder.")] = Path("secateur-demo"),
+    preset: Preset = "best",
+    ratio: Ratio = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Prune SmolLM2-135M-Instruct with text that is already here, and show what it cost."""
+    shown = demonstrate(
+        out,
+        preset=preset,
+        cut={} if ratio is None else {"ratio": ratio},
+        loading=LoadOptions(dtype, device),
+        seed=seed,
+        overwrite=overwrite,
+        command=_command_line(),
+        watch=_watch(quiet=quiet),
+    )
+    _finish(shown.to_json(), json_file)
+    if not quiet:
+        _print_demo(shown)
+
+
+# --- reading options --------------------------------------------------------------------------------------------
+
+
+def _cut_options(
+    ratio: float | None,
+    of: str | None,
+    target: str | None,
+    axes: str | None,
+    strategy: str | None,
+    layers: str | None,
+    score: str | None,
+    reduce: str | None,
+    round_to: int | None,
+) -> dict[str, Any]:
+    """The options that were given, in the form that `CutOptions` takes."""
+    given = {
+        "ratio": ratio,
+        "of": of,
+        "target": None if target is None else _count(target),
+        "axes": None if axes is None else tuple(name.strip() for name in axes.split(",") if name.strip()),
+        "strategy": strategy,
+        "layers": None if layers is None else _range(layers),
+        "score": score,
+        "reduce": reduce,
+        "round_to": round_to,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _count(text: str) -> int:
+    factors = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+    number, factor = text.strip().upper(), 1
+    if number and number[-1] in factors:
+        number, factor = number[:-1], factors[number[-1]]
+    try:
+        return round(float(number) * factor)
+    except ValueError:
+        raise PlanError(f"--target {text}: expected a number such as 100M, 1.5B or 100000000") from None
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon or not first.strip().isdigit() or not last.strip().isdigit():
+        raise PlanError(f"--layers {text}: expected first:last with the last left out, for example 4:30")
+    return int(first), int(last)
+
+
+def _texts(named: Sequence[str]) -> dict[str, str]:
+    """Name -> text; without any, the half of the Python reference that calibration does not see."""
+    if not named:
+        return {TEXT: demo_texts()[1]}
+    texts = {}
+    for item in named:
+        name, equals, file = item.partition("=")
+        if not equals or not name or not file:
+            raise DataError(f"--ppl {item}: expected NAME=FILE, for example --ppl wikitext2=wiki.test.raw")
+        texts[name] = read_evaluation_text(file)
+    return texts
+
+
+def _command_line() -> str:
+    return shlex.join(["secateur", *sys.argv[1:]])
+
+
+def _finish(result: Any, file: Path | None) -> None:
+    if file is not None:
+        write_json(file, result)
+
+
+# --- printing ---------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough that a table's cells are not broken."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def _watch(*, quiet: bool) -> Callable[[str], Any]:
+    """One progress bar on stderr at a time: what is done, how far, the time left, the memory held."""
+
+    @contextmanager
+    def watch(stage: str) -> Iterator[Callable[[int, int], None] | None]:
+        if quiet or not sys.stderr.isatty():
+            yield None
+            return
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        process = psutil.Process(os.getpid())
+        with bar:
+            task = bar.add_task(stage, total=None, memory="")
+
+            def progress(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, memory=_bytes(process.memory_info().rss))
+
+            yield progress
+
+    return watch
+
+
+def _print_discovery(discovery: Discovery) -> None:
+    table = Table(title=f"{discovery.model}: what can be cut", title_justify="left")
+    for column in ("group", "kind", "units", "weight", "dim", "made of", "unit 0 is"):
+        table.add_column(column, justify="right" if column in ("units", "dim") else "left")
+    for layers, groups in _folded(discovery):
+        for group in groups:
+            shown = group.axes if group.layer is not None else _representative(group, discovery)
+            for i, axis in enumerate(shown):
+                head = (_span(layers, group.name), group.kind, str(group.units)) if i == 0 else ("", "", "")
+                made_of = show(axis.expression).replace(f"layers.{group.layer}.", "")
+                table.add_row(*head, axis.weight, str(axis.dim), made_of, _slices(axis, group))
+            if not shown:
+                table.add_row(group.name, group.kind, str(group.units), "(whole layers)", "", "", "")
+            hidden = len(group.axes) - len(shown)
+            if hidden:
+                table.add_row("", "", "", f"... and {hidden} more", "", "", "")
+        table.add_section()
+    _console().print(table)
+    reasons: dict[str, list[str]] = {}
+    for item in discovery.frozen:
+        reasons.setdefault(item.reason, []).append(f"{item.weight} dim {item.dim} (size {item.size})")
+    frozen = Table(title="What is frozen, and why", title_justify="left")
+    for column in ("reason", "axes", "for example"):
+        frozen.add_column(column, justify="right" if column == "axes" else "left")
+    for reason, where in reasons.items():
+        frozen.add_row(escape(reason), str(len(where)), where[0])
+    _console().print(frozen)
+
+
+def _folded(discovery: Discovery) -> list[tuple[list[int], list[Group]]]:
+    """Layers with the same groups of the same sizes, once; then what runs through the model."""
+    by_layer: dict[int, list[Group]] = {}
+    for group in discovery.groups:
+        if group.layer is not None:
+            by_layer.setdefault(group.layer, []).append(group)
+    alike: dict[Any, tuple[list[int], list[Group]]] = {}
+    for layer, groups in by_layer.items():
+        prefix = f"layers.{layer}."
+        key = tuple(
+            (g.name.removeprefix(prefix), g.units, tuple(show(a.expression).replace(prefix, "") for a in g.axes))
+            for g in groups
+        )
+        alike.setdefault(key, ([], groups))[0].append(layer)
+    rest = [group for group in discovery.groups if group.layer is None]
+    return [*alike.values(), *([([], rest)] if rest else [])]
+
+
+def _representative(group: Group, discovery: Discovery) -> tuple[Axis, ...]:
+    """The axes of a group that runs through the model, with those of one layer standing for all."""
+    layer_of = {weight.name: weight.layer for weight in discovery.weights}
+    layers = [layer for axis in group.axes if (layer := layer_of[axis.weight]) is not None]
+    first = min(layers, default=None)
+    return tuple(axis for axis in group.axes if layer_of[axis.weight] in (None, first))
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs written as ranges.
+
+    >>> _runs([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+
+
+def _span(layers: list[int], name: str) -> str:
+    """The name of a group of the first of these layers, as it stands for all of them."""
+    return name.replace(f"layers.{layers[0]}.", f"layers.{_runs(layers)}.", 1) if layers else name
+
+
+def _slices(axis: Axis, group: Group) -> str:
+    """The index ranges of the group's first unit, as Python slices."""
+    if not isinstance(axis.expression, (Product, Concat)):
+        return "0:1"
+    ranges: list[list[int]] = []
+    for index, unit in enumerate(units_along(axis.expression, group.name)):
+        if unit == 0:
+            if ranges and ranges[-1][1] == index:
+                ranges[-1][1] = index + 1
+            else:
+                ranges.append([index, index + 1])
+    shown = ", ".join(f"{a}:{b}" for a, b in ranges[:4])
+    return shown + (f", ... ({len(ranges)} runs)" if len(ranges) > 4 else "")
+
+
+def _print_plan(planned: Plan) -> None:
+    table = Table(title=f"{planned.model}: what the cut leaves", title_justify="left")
+    for column in ("kind", "layers", "units", "kept"):
+        table.add_column(column, justify="left" if column in ("kind", "layers") else "right")
+    for kind, groups in by_kind(planned).items():
+        sizes: dict[tuple[int, int], list[int]] = {}
+        for group in groups:
+            sizes.setdefault((group.units, group.kept), []).append(-1 if group.layer is None else group.layer)
+        for (units, kept), layers in sizes.items():
+            where = "the model" if layers == [-1] else _runs(layers)
+            table.add_row(kind, where, str(units), str(kept))
+    sizes_table = Table()
+    for column in ("", "dense", "pruned", "removed"):
+        sizes_table.add_column(column, justify="left" if not column else "right")
+    for label, dense, pruned in (
+        ("parameters", planned.parameters["dense"], planned.parameters["pruned"]),
+        ("non-embedding", planned.parameters["dense_non_embedding"], planned.parameters["pruned_non_embedding"]),
+        ("MACs of 64 tokens", planned.macs["dense"], planned.macs["pruned"]),
+    ):
+        text = _giga if label.startswith("MACs") else _short
+        sizes_table.add_row(label, text(dense), text(pruned), f"{1 - pruned / dense:.2%}")
+    console = _console()
+    console.print(table)
+    console.print(sizes_table)
+    if planned.settings is not None:
+        console.print("config: " + ", ".join(f"{name} = {escape(_setting(v))}" for name, v in planned.settings.items()))
+    elif planned.refusal is not None:
+        console.print(f"no stock folder: {escape(planned.refusal)}")
+
+
+def _setting(value: Any) -> str:
+    return f"({len(value)} entries)" if isinstance(value, list) else str(value)
+
+
+def _print_perplexity(results: dict[str, list[Perplexity]]) -> None:
+    table = Table(title="Perplexity", title_justify="left")
+    for column in ("model", "text", "window", "tokens scored", "nats/token", "perplexity"):
+        table.add_column(column, justify="left" if column in ("model", "text") else "right")
+    for name, found in results.items():
+        for p in found:
+            table.add_row(name, p.data, str(p.seq_len), f"{p.tokens:,}", f"{p.nll:.4f}", f"{p.ppl:.2f}")
+    _console().print(table)
+
+
+def _print_profiles(rows: Sequence[Profile]) -> None:
+    table = Table(title="Size and speed", title_justify="left")
+    for column in ("model", "parameters", "non-embedding", "MACs", "weights", "peak memory", "prefill", "decode"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(
+            row.model,
+            _short(row.parameters),
+            _short(row.non_embedding_parameters),
+            _giga(row.macs),
+            _bytes(row.weight_bytes),
+            _bytes(row.peak_bytes),
+            f"{row.prefill_seconds * 1000:.1f} ms",
+            f"{row.decode_tokens_per_second:.1f} tokens/s",
+        )
+    _console().print(table)
+
+
+def _print_demo(shown: Demonstration) -> None:
+    _print_plan(shown.plan)
+    table = Table(title="What it cost", title_justify="left")
+    for column in ("", "dense", "pruned", "pruned / dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    dense, pruned = shown.profiles
+    for label, field, text in (
+        ("parameters", "parameters", _short),
+        ("MACs of 64 tokens", "macs", _giga),
+        ("weights", "weight_bytes", _bytes),
+        ("peak memory of 64 tokens", "peak_bytes", _bytes),
+        ("prefill of 64 tokens", "prefill_seconds", lambda s: f"{s * 1000:.1f} ms"),
+        ("decode", "decode_tokens_per_second", lambda s: f"{s:.1f} tokens/s"),
+    ):
+        a, b = getattr(dense, field), getattr(pruned, field)
+        table.add_row(label, text(a), text(b), f"{b / a:.2f}")
+    for before, after in zip(shown.perplexity["dense"], shown.perplexity["pruned"], strict=True):
+        label = f"perplexity, {before.data} @{before.seq_len}"
+        table.add_row(label, f"{before.ppl:.2f}", f"{after.ppl:.2f}", f"{after.ppl / before.ppl:.2f}")
+    console = _console()
+    console.print(table)
+    for name, continuation in shown.samples.items():
+        console.print(f"{name}: {escape(PROMPT)}[bold]{escape(' '.join(continuation.split()))}[/bold]")
+    total = sum(shown.seconds.values())
+    console.print(f"the pruned model is in {shown.out / 'pruned'}; the whole took {total:.0f} s")
+
+
+def _short(count: int) -> str:
+    """A count with two decimals and the suffix of its size.
+
+    >>> _short(5415936000), _short(512)
+    ('5.42 B', '512')
+    """
+    for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.2f} {suffix}"
+    return str(count)
+
+
+def _giga(count: int) -> str:
+    """Multiply-accumulates, in billions as the literature has them.
+
+    >>> _giga(339_602_636_800)
+    '339.60 G'
+    """
+    return f"{count / 1e9:.2f} G"
+
+
+def _bytes(count: int) -> str:
+    """Bytes in binary units.
+
+    >>> _bytes(538_060_032)
+    '513.1 MiB'
+    """
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

@@ -1,0 +1,136 @@
+"""The whole path once, on a model and a text that are already on the machine; every stage's value is kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from secateur.axes import discover
+from secateur.calibration import CalibrationOptions, demo_texts
+from secateur.checkpoint import check_vacant, make_record, save, write_json
+from secateur.errors import CheckpointError
+from secateur.evaluate import Perplexity, evaluate, sample_text
+from secateur.models import DEMO, check_finite, load, load_tokenizer, quiet
+from secateur.plan import Plan, options_for, plan
+from secateur.profile import Profile, profile
+from secateur.prune import prune
+from secateur.run import Clock, LoadOptions, Watch
+from secateur.scores import score, write_scores
+
+PROMPT = "A pruning saw cuts"
+SEQ_LENS = (128, 1024)
+MAX_TOKENS = 4096
+TEXT = "python reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What the demo measured, dense and pruned."""
+
+    out: Path
+    plan: Plan
+    perplexity: Mapping[str, tuple[Perplexity, ...]]
+    profiles: tuple[Profile, ...]
+    samples: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as the run folder's summary.json holds it."""
+        return {
+            "out": str(self.out),
+            "plan": self.plan.to_json(),
+            "perplexity": {name: [asdict(p) for p in results] for name, results in self.perplexity.items()},
+            "profiles": [asdict(row) for row in self.profiles],
+            "prompt": PROMPT,
+            "samples": dict(self.samples),
+            "seconds": dict(self.seconds),
+        }
+
+
+def demonstrate(
+    out: str | Path,
+    *,
+    preset: str = "best",
+    cut: Mapping[str, Any] | None = None,
+    loading: LoadOptions | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    command: str | None = None,
+    watch: Watch | None = None,
+) -> Demonstration:
+    """Prune the demo model into `out`/pruned, load it again, and measure both.
+
+    The text is CPython's own language reference: one half calibrates, the other evaluates. Beside the pruned model
+    the folder holds the discovery, the scores, the plan, the measurements and the samples. Raises `SecateurError`.
+    """
+    out = Path(out)
+    check_vacant(out, overwrite=overwrite)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    loading = loading or LoadOptions()
+    clock = Clock(watch) if watch else Clock()
+    with clock.stage("load"):
+        dense = load(DEMO, dtype=loading.dtype, device=loading.device)
+        tokenizer = load_tokenizer(DEMO)
+        check_finite(dense)
+    with clock.stage("discover"):
+        discovery = discover(dense, name=DEMO)
+    write_json(out / "discovery.json", discovery.to_json())
+    options = options_for(preset, discovery, cut or {})
+    calibration = CalibrationOptions(seed=seed)
+    with clock.stage("score") as progress:
+        scores = score(
+            dense,
+            tokenizer,
+            discovery=discovery,
+            name=options.score,
+            reduce=options.reduce,
+            calibration=calibration,
+            progress=progress,
+        )
+    write_scores(out / "scores.safetensors", scores)
+    with clock.stage("plan"):
+        decided = plan(discovery, options, config=dense.config, scores=scores)
+    write_json(out / "plan.json", decided.to_json())
+    with clock.stage("cut"):
+        pruned = prune(dense, decided, discovery=discovery)
+    with clock.stage("save"):
+        record = make_record(dense, name=DEMO, calibration=scores.calibration, seed=seed, command=command)
+        folder = save(pruned, out / "pruned", plan=decided, tokenizer=tokenizer, record=record)
+    with clock.stage("reload"):
+        reloaded = _reload(folder, pruned)
+    models = {"dense": dense, "pruned": reloaded}
+    evaluation = {TEXT: demo_texts()[1]}
+    perplexity = {}
+    for name, each in models.items():
+        with clock.stage(f"evaluate {name}") as progress:
+            results = evaluate(each, tokenizer, evaluation, seq_lens=SEQ_LENS, max_tokens=MAX_TOKENS, progress=progress)
+        perplexity[name] = tuple(results)
+    write_json(out / "evaluation.json", {name: [asdict(p) for p in found] for name, found in perplexity.items()})
+    with clock.stage("profile"):
+        profiles = tuple(profile(models))
+    write_json(out / "profile.json", [asdict(row) for row in profiles])
+    with clock.stage("sample"):
+        samples = {name: sample_text(each, tokenizer, PROMPT, new_tokens=32) for name, each in models.items()}
+    write_json(out / "samples.json", {"prompt": PROMPT, **samples})
+    found = Demonstration(out, decided, perplexity, profiles, samples, clock.seconds)
+    write_json(out / "summary.json", found.to_json())
+    return found
+
+
+def _reload(folder: Path, pruned: PreTrainedModel) -> PreTrainedModel:
+    """Load the folder as anyone would; its logits must be those of the model in memory."""
+    with quiet():
+        reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=pruned.dtype)
+    reloaded = reloaded.to(pruned.device).eval()  # type: ignore[arg-type]  # transformers wraps `to`
+    ids = torch.arange(32, device=pruned.device)[None]
+    with torch.inference_mode():
+        if not torch.equal(reloaded(input_ids=ids).logits, pruned(input_ids=ids).logits):
+            raise CheckpointError(f"{folder}: the model loaded from it gives other logits than the one in memory")
+    return reloaded

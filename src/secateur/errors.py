@@ -1,0 +1,39 @@
+"""Every exception that Secateur raises on purpose.
+
+Each message names the thing, its value, what was expected and a call that works. The command line prints it on one
+line and exits with status 2; code catches `SecateurError`.
+"""
+
+from __future__ import annotations
+
+
+class SecateurError(Exception):
+    """Base of all errors that tell the user what to change.
+
+    >>> issubclass(PlanError, SecateurError)
+    True
+    """
+
+
+class ModelError(SecateurError):
+    """A MODEL argument that cannot be found, read, or used as a causal language model."""
+
+
+class DataError(SecateurError):
+    """Calibration or evaluation text that is missing, empty, too short or of an unknown format."""
+
+
+class DiscoveryError(SecateurError):
+    """A model whose graph cannot be traced, or weights that do not fit what was discovered."""
+
+
+class ScoreError(SecateurError):
+    """An unknown score or reduction, or weights and gradients that hold NaN or Inf."""
+
+
+class PlanError(SecateurError):
+    """A cut that cannot be done: a budget, a layer range, a width or a kind of group that does not exist."""
+
+
+class CheckpointError(SecateurError):
+    """A folder that cannot be written or read: it exists, it is incomplete, or no stock config can describe it."""

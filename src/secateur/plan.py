@@ -1,0 +1,507 @@
+"""Groups, scores and a budget -> the Plan: how many units each group keeps, and which.
+
+Sizes come from the discovery alone, so a plan without scores (for a model of which only the config is here) still
+says exactly what a cut would leave.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
+from secateur.errors import PlanError, ScoreError
+from secateur.scores import REDUCTIONS, SCORES, Scores
+from secateur.settings import Cut, stock_settings
+
+BUDGETS = ("units", "parameters", "non-embedding", "macs")
+AXES = {
+    "attention": ("attention",),
+    "query": ("query",),
+    "mlp": ("mlp",),
+    "hidden": ("hidden",),
+    "layers": ("layer",),
+}
+STRATEGIES = {"block": ("attention", "mlp"), "channel": ("hidden",), "layer": ("layers",)}
+MANY_UNITS = 64  # groups of fewer units (heads, layers) are cut first, the others take up the rest of the budget
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CutOptions:
+    """What to cut, and how much of it. `ratio` is the share removed of what `of` names; `target` is what is left."""
+
+    ratio: float | None = None
+    of: str = "non-embedding"
+    target: int | None = None
+    axes: tuple[str, ...] = ("attention", "mlp")
+    layers: tuple[int, int] | None = None  # half-open, of the dense model
+    score: str = "param_first"
+    reduce: str | None = None
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every value on its own; what depends on the model is checked by `plan`."""
+        if self.of not in BUDGETS:
+            raise PlanError(f"of={self.of!r} is no budget. Known: {', '.join(BUDGETS)}{_close(self.of, BUDGETS)}")
+        if (self.ratio is None) == (self.target is None):
+            raise PlanError(
+                "give either a ratio (the share to remove) or a target (what is left), for example ratio=0.2"
+            )
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise PlanError(f"ratio={self.ratio:g} is outside [0, 1): it is the share to remove, for example ratio=0.2")
+        if self.target is not None and self.of == "units":
+            raise PlanError("a target counts parameters or macs: use of=non-embedding, parameters or macs with it")
+        for axis in self.axes:
+            if axis not in AXES:
+                raise PlanError(f"axes={axis!r} cannot be cut. Known: {', '.join(AXES)}{_close(axis, AXES)}")
+        if not self.axes:
+            raise PlanError(f"axes is empty: name what to cut, for example axes=mlp. Known: {', '.join(AXES)}")
+        if len(self.axes) > 1 and {"hidden", "layers"} & set(self.axes):
+            raise PlanError(f"axes={','.join(self.axes)}: hidden and layers are cut alone, for example axes=hidden")
+        if self.score not in SCORES:
+            raise ScoreError(f"score={self.score!r} is unknown. Known: {', '.join(SCORES)}{_close(self.score, SCORES)}")
+        if self.reduce is not None and self.reduce not in REDUCTIONS:
+            hint = _close(self.reduce, REDUCTIONS)
+            raise ScoreError(f"reduce={self.reduce!r} is unknown. Known: {', '.join(REDUCTIONS)}{hint}")
+        if self.round_to < 1:
+            raise PlanError(f"round_to={self.round_to} is not a width: give 1 for any width, or for example 64")
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f". Did you mean {close[0]}?" if close else ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGroup:
+    """What one group keeps: how many units, and which (None while nothing is scored)."""
+
+    name: str
+    kind: str
+    layer: int | None
+    units: int
+    kept: int
+    keep: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A cut, decided: plain data that can be printed, compared, saved and repeated."""
+
+    model: str
+    options: CutOptions
+    groups: tuple[PlannedGroup, ...]  # those that lose units
+    parameters: Mapping[str, int]  # dense, pruned, dense_non_embedding, pruned_non_embedding
+    macs: Mapping[str, int]  # dense, pruned: one pass over 64 tokens
+    settings: Mapping[str, Any] | None = None  # config settings that say the cut; None when none can
+    refusal: str | None = None  # why none can
+    scored: Mapping[str, Any] = field(default_factory=dict)  # score, reduce, seed, calibration hash
+
+    @property
+    def cut(self) -> Cut:
+        """The sizes that the plan leaves."""
+        layers = next((g for g in self.groups if g.kind == "layer"), None)
+        dropped: frozenset[int] = frozenset()
+        if layers is not None:
+            keep = layers.keep if layers.keep is not None else range(layers.kept)
+            dropped = frozenset(range(layers.units)) - frozenset(keep)
+        return Cut(tuple((g.name, g.kept) for g in self.groups if g.kind != "layer"), dropped)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the plan says which units stay, not only how many."""
+        return all(group.keep is not None for group in self.groups)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `secateur plan --json` and `plan.json` hold it."""
+        data = asdict(self)
+        data["groups"] = [asdict(group) for group in self.groups]
+        return {"format": FORMAT, **data}
+
+
+def plan_from_json(data: Mapping[str, Any]) -> Plan:
+    """Read back what `Plan.to_json` wrote. Raises `PlanError` for unknown keys or another format."""
+    if data.get("format") != FORMAT:
+        raise PlanError(f"the plan has format {data.get('format')!r}, this version reads {FORMAT}: plan again")
+    known = {f.name for f in fields(Plan)}
+    unknown = set(data) - known - {"format"}
+    if unknown or not known <= set(data):
+        odd = ", ".join(sorted(unknown or known - set(data)))
+        raise PlanError(f"the plan has unknown or missing keys ({odd}); expected: {', '.join(sorted(known))}")
+    options = dict(data["options"])
+    options["axes"] = tuple(options["axes"])
+    options["layers"] = tuple(options["layers"]) if options["layers"] is not None else None
+    groups = [
+        PlannedGroup(**{**group, "keep": None if group["keep"] is None else tuple(group["keep"])})
+        for group in data["groups"]
+    ]
+    return Plan(**{**{k: data[k] for k in known}, "options": CutOptions(**options), "groups": tuple(groups)})
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan file. Raises `PlanError` when there is none or it is not one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"no plan at {path}: write one with `secateur plan MODEL --out {path}`") from None
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} is not a plan: {error}") from None
+    if not isinstance(data, dict):
+        raise PlanError(f"{path} is not a plan: expected a JSON object, found {type(data).__name__}")
+    return plan_from_json(data)
+
+
+def preset(name: str, layers: int) -> CutOptions:
+    """The options of a preset for a model with that many layers.
+
+    `llm-pruner` is the paper's recipe: 25 % of the heads and MLP channels of layers 4 to 30 of 32 (as shares of the
+    depth for other models), first-order Taylor scores. `best` cuts 20 % of the non-embedding parameters from all
+    layers alike, so that the result is a stock model.
+
+    >>> preset("llm-pruner", 32).layers
+    (4, 30)
+    """
+    if name == "llm-pruner":
+        first, last = round(layers * 4 / 32), round(layers * 2 / 32)
+        return CutOptions(ratio=0.25, of="units", layers=(first, layers - last))
+    if name == "best":
+        return CutOptions(ratio=0.2)
+    raise PlanError(f"preset {name!r} is unknown. Known: best, llm-pruner{_close(name, ('best', 'llm-pruner'))}")
+
+
+def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> CutOptions:
+    """The preset's options with those that are given; `strategy` is a shorthand for axes."""
+    changes = dict(given)
+    strategy = changes.pop("strategy", None)
+    if strategy is not None:
+        if strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise PlanError(f"strategy={strategy!r} is unknown. Known: {known}{_close(strategy, STRATEGIES)}")
+        changes.setdefault("axes", STRATEGIES[strategy])
+    base = preset(name, depth(discovery))
+    if {"hidden", "layers"} & set(changes.get("axes", ())):
+        base = replace(base, axes=changes.pop("axes"), layers=None)
+    if "target" in changes and changes["target"] is not None:
+        changes.setdefault("ratio", None)
+    return replace(base, **changes)
+
+
+def depth(discovery: Discovery) -> int:
+    """The number of layers of the dense model (1 when none can be told apart)."""
+    return discovery.group("layers").units if "layers" in discovery.names else 1
+
+
+def plan(
+    discovery: Discovery,
+    options: CutOptions,
+    *,
+    config: PreTrainedConfig | None = None,
+    scores: Scores | None = None,
+) -> Plan:
+    """Decide how many units each group keeps and, with scores, which.
+
+    With a config, the settings that describe the result are found as well; where none can, the plan carries the
+    reason. Raises `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
+
+    >>> from transformers import AutoConfig
+    >>> from secateur.axes import discover_groups
+    >>> from secateur.models import skeleton
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> options = CutOptions(ratio=0.5, of="units", axes=("mlp",))
+    >>> decided = plan(discover_groups(skeleton(config)), options, config=config)
+    >>> [(group.name, group.units, group.kept) for group in decided.groups], decided.settings
+    ([('layers.0.mlp', 24, 12), ('layers.1.mlp', 24, 12)], {'ffn_dim': 12})
+    """
+    chosen = _chosen(discovery, options)
+    drafts: list[Plan] = []  # the first is nearest to what was asked
+    settings = None
+    for kept in _candidates(discovery, chosen, options):
+        groups = _planned(chosen, kept, scores, options)
+        if not groups:
+            continue
+        drafts.append(Plan(discovery.model, options, groups, {}, {}))
+        if config is None:
+            break
+        try:
+            settings = stock_settings(config, discovery, drafts[-1].cut)
+        except PlanError as error:
+            drafts[-1] = replace(drafts[-1], refusal=str(error))
+        else:
+            drafts = drafts[-1:]
+            break
+    if not drafts:
+        raise PlanError(_nothing_cut(discovery, chosen, options))
+    draft = drafts[0]
+    if draft.refusal is not None and config is not None:
+        draft = replace(draft, refusal=draft.refusal + _accepted_widths(config, discovery, draft))
+    sizes, dropped = draft.cut.sizes, draft.cut.dropped_layers
+    return replace(
+        draft,
+        parameters={
+            "dense": count_parameters(discovery),
+            "pruned": count_parameters(discovery, sizes, dropped_layers=dropped),
+            "dense_non_embedding": count_parameters(discovery, embeddings=False),
+            "pruned_non_embedding": count_parameters(discovery, sizes, dropped_layers=dropped, embeddings=False),
+        },
+        macs={
+            "dense": sum(count_macs(discovery).values()),
+            "pruned": sum(count_macs(discovery, sizes, dropped_layers=dropped).values()),
+        },
+        settings=settings,
+        scored={}
+        if scores is None
+        else {
+            "score": scores.score,
+            "reduce": scores.reduce,
+            "seed": scores.seed,
+            "calibration": scores.calibration,
+            "loss": scores.loss,
+        },
+    )
+
+
+def _planned(
+    chosen: Mapping[str, Sequence[Group]], kept: Mapping[str, int], scores: Scores | None, options: CutOptions
+) -> tuple[PlannedGroup, ...]:
+    """The groups that lose units; with scores, which stay."""
+    return tuple(
+        PlannedGroup(
+            name=group.name,
+            kind=group.kind,
+            layer=group.layer,
+            units=group.units,
+            kept=kept[group.name],
+            keep=None if scores is None else _keep(group, kept[group.name], scores, options),
+        )
+        for family in chosen.values()
+        for group in family
+        if kept[group.name] < group.units
+    )
+
+
+def _accepted_widths(config: PreTrainedConfig, discovery: Discovery, draft: Plan) -> str:
+    """The nearest widths below and above that the config accepts, where the one width of the model was refused."""
+    if len(draft.groups) != 1 or draft.groups[0].kind != "hidden":
+        return ""
+    group = draft.groups[0]
+    nearest = []
+    for widths in (range(group.kept - 1, 0, -1), range(group.kept + 1, group.units)):
+        for width in itertools.islice(widths, 256):
+            try:
+                stock_settings(config, discovery, Cut(((group.name, width),)))
+            except PlanError:
+                continue
+            nearest.append(width)
+            break
+    if not nearest:
+        return ""
+    multiple = math.gcd(*nearest)
+    hint = f"; --round-to {multiple} keeps to such widths" if multiple > 1 else ""
+    return f" The nearest widths that it accepts are {' and '.join(map(str, nearest))}{hint}."
+
+
+def _chosen(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
+    """Groups to cut, by axis; in a layer range, those of its layers."""
+    total = depth(discovery)
+    first, last = options.layers if options.layers is not None else (0, total)
+    if not 0 <= first < last <= total:
+        raise PlanError(f"layers={first}:{last} is outside the model: it has layers 0:{total} (the end is left out)")
+    if options.layers is not None and "hidden" in options.axes:
+        raise PlanError("hidden runs through every layer: leave layers out")
+    found: dict[str, list[Group]] = {}
+    for axis in options.axes:
+        groups = [group for group in discovery.groups if group.kind in AXES[axis]]
+        if axis == "attention":
+            # With one KV head there is nothing to choose from but its query heads.
+            layers = {group.layer for group in groups}
+            groups += [g for g in discovery.groups if g.kind == "query" and g.layer not in layers]
+        found[axis] = [g for g in groups if g.layer is None or first <= g.layer < last]
+        if not found[axis]:
+            kinds = ", ".join(sorted({group.kind for group in discovery.groups}))
+            raise PlanError(
+                f"axes={axis}: {discovery.model} has no group of that kind in layers {first}:{last}; it has: {kinds}"
+            )
+    return found
+
+
+def removed_units(units: int, ratio: float) -> int:
+    """Units that a share takes: rounded down for few (heads, layers), up for many (channels), as LLM-Pruner does.
+
+    LLM-Pruner keeps int(C * (1 - ratio)) of C channels and then whole heads: 60 % of 32 heads is 19, of 11008
+    channels 6605.
+
+    >>> removed_units(32, 0.6), removed_units(11008, 0.6)
+    (19, 6605)
+    """
+    exact = units * ratio
+    return math.floor(exact + 1e-9) if units < MANY_UNITS else math.ceil(exact - 1e-9)
+
+
+def _kept_of_units(chosen: Mapping[str, Sequence[Group]], options: CutOptions) -> dict[str, int]:
+    assert options.ratio is not None
+    return {
+        group.name: _rounded(group, group.units - removed_units(group.units, options.ratio), options)
+        for family in chosen.values()
+        for group in family
+    }
+
+
+def _rounded(group: Group, kept: int, options: CutOptions) -> int:
+    """The nearest width that is a multiple of `round_to`; heads and layers are not rounded."""
+    multiple = options.round_to
+    if group.units >= MANY_UNITS or group.kind in ("mlp", "hidden"):
+        if multiple > group.units:
+            raise PlanError(f"round_to={multiple} is more than the {group.units} units of {group.name}")
+        if multiple > 1 and kept < group.units:
+            kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
+    if kept < 1:
+        raise PlanError(
+            f"{group.name}: removing {group.units - kept} of its {group.units} units would empty it; "
+            f"ratio={(group.units - 1) / group.units:.4f} is the most it can give"
+        )
+    return kept
+
+
+def _candidates(
+    discovery: Discovery, chosen: Mapping[str, Sequence[Group]], options: CutOptions
+) -> Iterator[dict[str, int]]:
+    """Units kept by group, the nearest to the budget first.
+
+    A budget takes the same share from every chosen group. Groups of few units (heads, layers) lose whole units of a
+    noticeable size, so they are rounded down and the wide groups settle the difference. What follows the first
+    candidate has other numbers of heads, for configs that refuse some.
+    """
+    if options.of == "units":
+        yield _kept_of_units(chosen, options)
+        return
+    groups = [group for family in chosen.values() for group in family]
+    count = _counter(discovery, options)
+    dense = count({})
+    wanted = options.target if options.target is not None else round(dense * (1 - (options.ratio or 0)))
+    least = count({group.name: 1 for group in groups})
+    if wanted > dense:
+        raise PlanError(f"target={wanted:,} is more than the dense model's {dense:,} ({options.of})")
+    if wanted < least:
+        raise PlanError(
+            f"{_budget(options)} leaves {wanted:,} ({options.of}), but cutting {', '.join(chosen)} down to one unit "
+            f"each leaves {least:,}: at most ratio={1 - least / dense:.4f}, or more axes or layers"
+        )
+    few = [g for g in groups if g.units < MANY_UNITS and g.kind not in ("mlp", "hidden")]
+    many = [g for g in groups if g not in few]
+    if not many:
+        yield _nearest_few(few, count, wanted)
+        return
+    share = (dense - wanted) / max(1, dense - least)
+    most = max((g.units for g in few), default=1)
+    for removed in sorted(range(most), key=lambda n: (abs(n - math.floor(most * share + 1e-9)), n)):
+        kept = {g.name: max(1, g.units - removed * g.units // most) for g in few}
+        if count({**kept, **{g.name: 1 for g in many}}) <= wanted <= count(kept):
+            yield kept | _nearest_many(many, kept, count, wanted, options)
+
+
+def _counter(discovery: Discovery, options: CutOptions) -> Callable[[dict[str, int]], int]:
+    def count(kept: dict[str, int]) -> int:
+        kept = dict(kept)
+        layers = kept.pop("layers", None)
+        dropped = frozenset(range(layers, depth(discovery))) if layers is not None else frozenset()
+        if options.of == "macs":
+            return sum(count_macs(discovery, kept, dropped_layers=dropped).values())
+        embeddings = options.of == "parameters"
+        return count_parameters(discovery, kept, dropped_layers=dropped, embeddings=embeddings)
+
+    return count
+
+
+def _nearest_many(
+    groups: Sequence[Group],
+    kept: Mapping[str, int],
+    count: Callable[[dict[str, int]], int],
+    wanted: int,
+    options: CutOptions,
+) -> dict[str, int]:
+    """The one share of units, over all these groups, that comes nearest to the budget."""
+    widest = max(group.units for group in groups)
+
+    def at(step: int) -> dict[str, int]:
+        exact = {g.name: max(1, g.units - math.floor(g.units * step / widest + 1e-9)) for g in groups}
+        return {g.name: _rounded(g, exact[g.name], options) for g in groups}
+
+    low, high = 0, widest - 1  # the fewest steps that leave no more than is wanted
+    while low < high:
+        middle = (low + high) // 2
+        if count({**kept, **at(middle)}) <= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return min((at(step) for step in (low, max(0, low - 1))), key=lambda k: abs(count({**kept, **k}) - wanted))
+
+
+def _nearest_few(groups: Sequence[Group], count: Callable[[dict[str, int]], int], wanted: int) -> dict[str, int]:
+    fewest = max(group.units for group in groups)
+    options = [{g.name: max(1, g.units - step * g.units // fewest) for g in groups} for step in range(fewest)]
+    return min(options, key=lambda kept: abs(count(kept) - wanted))
+
+
+def _budget(options: CutOptions) -> str:
+    return f"target={options.target:,}" if options.target is not None else f"ratio={options.ratio:g}"
+
+
+def _nothing_cut(discovery: Discovery, chosen: Mapping[str, Sequence[Group]], options: CutOptions) -> str:
+    groups = [group for family in chosen.values() for group in family]
+    smallest = min(groups, key=lambda group: 1 / group.units)
+    sizes = ", ".join(sorted({f"{group.kind} {group.units}" for group in groups}))
+    hint = f"ratio={1 / smallest.units:.4f} of=units removes one unit"
+    return (
+        f"{_budget(options)} of {options.of} removes no unit of any group (units: {sizes}); {hint} of {smallest.name}"
+    )
+
+
+def _keep(group: Group, kept: int, scores: Scores, options: CutOptions) -> tuple[int, ...]:
+    """The best units, in order; in a layer range only its layers can go."""
+    if group.name not in scores.units:
+        raise ScoreError(f"there are no scores for {group.name}: score the model that is to be cut")
+    values = scores.units[group.name]
+    if len(values) != group.units:
+        raise ScoreError(f"{group.name} has {group.units} units and {len(values)} scores")
+    if not torch.isfinite(values).all():
+        raise ScoreError(f"the scores of {group.name} hold NaN or Inf")
+    if group.kind == "layer" and options.layers is not None:
+        first, last = options.layers
+        protected = torch.ones(group.units, dtype=torch.bool)
+        protected[first:last] = False
+        if kept < int(protected.sum()):
+            raise PlanError(
+                f"layers={first}:{last} holds {last - first} layers, fewer than the {group.units - kept} to drop"
+            )
+        values = values.masked_fill(protected, math.inf)
+    return top_units(values, kept)
+
+
+def top_units(scores: Tensor, kept: int) -> tuple[int, ...]:
+    """The indices of the `kept` highest scores, ascending; of equal scores the first stays.
+
+    >>> top_units(torch.tensor([0.5, 2.0, 0.5, 1.0]), 3)
+    (0, 1, 3)
+    """
+    order = torch.sort(scores.double(), descending=True, stable=True).indices
+    return tuple(sorted(order[:kept].tolist()))
+
+
+def by_kind(plan_: Plan) -> dict[str, list[PlannedGroup]]:
+    """The groups that lose units, by kind, for printing."""
+    found: dict[str, list[PlannedGroup]] = defaultdict(list)
+    for group in plan_.groups:
+        found[group.kind].append(group)
+    return dict(found)

@@ -1,0 +1,130 @@
+"""Model and plan -> smaller model: every weight sliced, ties kept, config and attributes of the new sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.axes import discover
+from secateur.axes.algebra import kept_along
+from secateur.axes.groups import Discovery
+from secateur.errors import PlanError
+from secateur.models import quiet
+from secateur.plan import Plan
+from secateur.settings import Cut, attributes_after, renamed, set_attributes_in_place, with_settings
+
+
+def prune(model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = None) -> PreTrainedModel:
+    """A smaller model of the same class, in eval mode; the dense model is left as it is.
+
+    A plan that a stock config can say gives a model built from that config. Any other is cut in place of the
+    modules, with the attributes that depend on the sizes found (see `settings`); such a model runs, but has no stock
+    folder. Weights that no cut touches are shared with the dense model. Raises `PlanError` when the plan does not
+    say which units stay, or is of another model.
+
+    >>> from secateur.plan import CutOptions, plan
+    >>> from secateur.scores import score
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> discovery = discover(config)
+    >>> scores = score(model, discovery=discovery, name="l2")
+    >>> decided = plan(discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",)), config=config, scores=scores)
+    >>> prune(model, decided).config.ffn_dim
+    12
+    """
+    discovery = discovery or discover(model.config)
+    check_plan(plan, discovery)
+    weights = cut_weights(dict(model.named_parameters()) | dict(model.named_buffers()), plan, discovery)
+    if plan.settings is not None:
+        pruned = _from_config(model, with_settings(model.config, plan.settings), weights, discovery.tied)
+    else:
+        pruned = _from_parts(model, plan.cut, weights, discovery)
+    pruned.eval()
+    return pruned
+
+
+def check_plan(plan: Plan, discovery: Discovery) -> None:
+    """Raise `PlanError` unless the plan is decided and fits the model."""
+    if not plan.decided:
+        raise PlanError(
+            "the plan says how many units stay, not which (it was made without weights): plan again with the model's "
+            "weights, or give the options of the cut instead of the plan"
+        )
+    for planned in plan.groups:
+        if planned.name not in discovery.names:
+            raise PlanError(
+                f"the plan cuts {planned.name}, which {discovery.model} does not have: it is of another model"
+            )
+        units = discovery.group(planned.name).units
+        if units != planned.units:
+            raise PlanError(f"the plan counts {planned.units} units of {planned.name}, the model has {units}")
+        keep = planned.keep or ()
+        if list(keep) != sorted(set(keep)) or not keep or keep[0] < 0 or keep[-1] >= units or len(keep) != planned.kept:
+            raise PlanError(
+                f"{planned.name}: keep must be {planned.kept} ascending indices below {units}, not {keep!r:.60}"
+            )
+
+
+def cut_weights(tensors: Mapping[str, Tensor], plan: Plan, discovery: Discovery) -> dict[str, Tensor]:
+    """The weights of the smaller model by their new names; a weight that is not cut is the same tensor."""
+    keep: dict[str, Sequence[int]] = {g.name: g.keep or () for g in plan.groups if g.kind != "layer"}
+    cut = plan.cut
+    found = {}
+    for weight in discovery.weights:
+        if weight.layer in cut.dropped_layers:
+            continue
+        tensor = tensors[weight.name].detach()
+        for dim, expression in enumerate(weight.dims):
+            indices = kept_along(expression, keep)
+            if len(indices) < expression.size:
+                tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+        found[renamed(weight.name, discovery, cut)] = tensor
+    return found
+
+
+def _from_config(
+    model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> PreTrainedModel:
+    """A stock model built from the config, holding these weights; what the code computes is computed anew."""
+    implementation = model.config._attn_implementation
+    state = {**weights, **{other: weights[name] for other, name in tied.items() if name in weights}}
+    with quiet():
+        pruned: PreTrainedModel = type(model).from_pretrained(
+            None, config=config, state_dict=state, dtype=model.dtype, attn_implementation=implementation
+        )
+    pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
+    pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
+
+
+def _from_parts(
+    model: PreTrainedModel, cut: Cut, weights: Mapping[str, Tensor], discovery: Discovery
+) -> PreTrainedModel:
+    """The dense model's modules with cut weights, and the attributes that go with them."""
+    attributes = attributes_after(model.config, discovery, cut)
+    shared = [*model.parameters(), *model.buffers()]
+    pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
+    parameters = {
+        name: nn.Parameter(weights[name], requires_grad=parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+    for path, module in pruned.named_modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            full = f"{path}.{name}" if path else name
+            setattr(module, name, parameters[discovery.tied.get(full, full)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            full = f"{path}.{name}" if path else name
+            if full in weights and weights[full].shape != buffer.shape:
+                setattr(module, name, weights[full])
+    for attribute in attributes:
+        if isinstance(attribute.value, PreTrainedConfig):
+            attribute.value._attn_implementation = model.config._attn_implementation
+    set_attributes_in_place(pruned, attributes)
+    return pruned

@@ -1,0 +1,237 @@
+"""Weights and statistics -> one score per unit; the higher, the more the unit is worth keeping.
+
+A score gives every element of a weight a salience s. A channel (one index of an axis) adds up its elements, a unit
+its channels, and a group's axes are reduced by sum, mean, max, prod, first or last. To add a score, write its salience
+and put an entry in `SCORES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.axes import discover
+from secateur.axes.algebra import units_along, variables_in
+from secateur.axes.groups import Discovery, Group
+from secateur.calibration import CalibrationOptions, digest, read_calibration, sample_windows
+from secateur.errors import ScoreError
+from secateur.statistics import Progress, Statistics, gradient_statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How elements are scored, what that needs, and where it comes from."""
+
+    salience: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # W, G, A, all float32 -> s, shaped like W
+    needs: str  # "weights", "gradient" or "second order"
+    signed: bool = False  # a channel is abs(sum s), not sum abs(s)
+    reduce: str = "sum"  # the default over a group's axes
+    source: str = "LLM-Pruner, arXiv 2305.11627"
+
+
+def _first(weight: Tensor, gradient: Tensor | None, squared: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return weight * gradient
+
+
+def _second(weight: Tensor, gradient: Tensor | None, squared: Tensor | None) -> Tensor:
+    assert squared is not None
+    return weight * squared * weight
+
+
+def _mix(weight: Tensor, gradient: Tensor | None, squared: Tensor | None) -> Tensor:
+    return _first(weight, gradient, squared) - _second(weight, gradient, squared) / 2
+
+
+SCORES: dict[str, Score] = {
+    "random": Score(lambda w, g, a: w, "weights", source="uniform, seeded"),
+    "l1": Score(lambda w, g, a: w.abs(), "weights", reduce="mean"),
+    "l2": Score(lambda w, g, a: w.square(), "weights", reduce="mean"),
+    "vectorize": Score(_first, "gradient", signed=True, source="arXiv 2305.11627, equation 3"),
+    "param_first": Score(_first, "gradient", source="arXiv 2305.11627, equation 5, first-order term"),
+    "param_second": Score(_second, "second order", source="arXiv 2305.11627, equation 5, second-order term"),
+    "param_mix": Score(_mix, "second order", source="arXiv 2305.11627, equation 5"),
+}
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
+    "sum": lambda x: x.sum(0),
+    "mean": lambda x: x.mean(0),
+    "max": lambda x: x.amax(0),
+    "prod": lambda x: x.prod(0),
+    "first": lambda x: x[0],
+    "last": lambda x: x[-1],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One score per unit of each group, and what they were computed with."""
+
+    score: str
+    reduce: str
+    units: Mapping[str, Tensor]  # group -> float32, one per unit
+    calibration: str | None = None  # hash of the tokens
+    loss: float | None = None
+    seed: int = 0
+    options: CalibrationOptions | None = None
+
+
+def known(name: str, table: Iterable[str], what: str) -> None:
+    """Raise `ScoreError` with a suggestion when `name` is not in the table."""
+    names = list(table)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ScoreError(f"unknown {what} {name!r}{hint} Known: {', '.join(names)}")
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    discovery: Discovery | None = None,
+    name: str = "param_first",
+    reduce: str | None = None,
+    calibration: CalibrationOptions | None = None,
+    windows: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every unit of every group of the model.
+
+    Gradient scores need calibration tokens: `windows` (int64, samples x length), or a tokenizer to take them from the
+    calibration text. Raises `ScoreError` for unknown names and for weights or gradients that are not finite.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> scores = score(model, name="l2")
+    >>> scores.units["layers.0.mlp"].shape
+    torch.Size([24])
+    """
+    known(name, SCORES, "score")
+    discovery = discovery or discover(model)
+    reduce = reduce or SCORES[name].reduce
+    known(reduce, REDUCTIONS, "reduction")
+    options = calibration or CalibrationOptions()
+    statistics = None
+    if SCORES[name].needs != "weights":
+        if windows is None:
+            if tokenizer is None:
+                raise ScoreError(f"score {name} takes gradients: give a tokenizer, or windows of token ids")
+            windows = sample_windows(read_calibration(options.text), tokenizer, options)
+        second = SCORES[name].needs == "second order"
+        statistics = gradient_statistics(model, windows, second_order=second, progress=progress)
+    weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    units = unit_scores(discovery, weights, statistics, name=name, reduce=reduce, seed=options.seed)
+    return Scores(
+        score=name,
+        reduce=reduce,
+        units=units,
+        calibration=digest(windows) if statistics is not None and windows is not None else None,
+        loss=statistics.loss if statistics is not None else None,
+        seed=options.seed,
+        options=options if statistics is not None else None,
+    )
+
+
+def unit_scores(
+    discovery: Discovery,
+    weights: Mapping[str, Tensor],
+    statistics: Statistics | None = None,
+    *,
+    name: str = "param_first",
+    reduce: str = "sum",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Scores by group: float32, one per unit. A layer's axes are all of its weights, whole."""
+    if name == "random":
+        return {group.name: _random(group, seed) for group in discovery.groups}
+    per_axis: dict[str, list[Tensor]] = defaultdict(list)
+    layers: dict[int, list[Tensor]] = defaultdict(list)
+    for weight in discovery.weights:
+        if not weight.parameter:
+            continue
+        s = _salience(weight.name, weights, statistics, SCORES[name])
+        for dim, expression in enumerate(weight.dims):
+            groups = dict.fromkeys(variable.name for variable in variables_in(expression))
+            if not groups:
+                continue
+            channels = s.movedim(dim, 0).reshape(expression.size, -1).sum(1)
+            channels = channels.abs() if SCORES[name].signed else channels
+            for group in groups:
+                unit_of = torch.tensor(units_along(expression, group), device=channels.device)
+                units = channels.new_zeros(discovery.group(group).units)
+                mine = unit_of >= 0
+                per_axis[group].append(units.index_add_(0, unit_of[mine], channels[mine]))
+        if weight.layer is not None:
+            layers[weight.layer].append(s.sum().abs())
+    found = {group: REDUCTIONS[reduce](torch.stack(axes)) for group, axes in per_axis.items()}
+    if "layers" in discovery.names:
+        whole = [REDUCTIONS[reduce](torch.stack(layers[i])[:, None]) for i in range(discovery.group("layers").units)]
+        found["layers"] = torch.cat(whole)
+    return {group.name: found[group.name].cpu() for group in discovery.groups}
+
+
+def _salience(name: str, weights: Mapping[str, Tensor], statistics: Statistics | None, how: Score) -> Tensor:
+    weight = weights[name].float()
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ScoreError(f"the weight {name} has {bad} values that are NaN or Inf; the model cannot be scored")
+    gradient = statistics.gradient.get(name) if statistics else None
+    squared = statistics.squared_gradient.get(name) if statistics else None
+    if how.needs != "weights" and gradient is None:
+        raise ScoreError(f"there is no gradient for the weight {name}: the loss does not depend on it")
+    s = how.salience(weight, gradient, squared)
+    return s if how.signed else s.abs()
+
+
+def _random(group: Group, seed: int) -> Tensor:
+    """Uniform scores that depend on the seed and the group's name alone, not on the order of groups."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{group.name}".encode()).digest()[:8], "little") >> 1
+    return torch.rand(group.units, generator=torch.Generator().manual_seed(key))
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """Write scores as one safetensors file, whole or not at all; `read_scores` reads it back.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_scores(Path(folder) / "s.safetensors", Scores("l2", "mean", {"hidden": torch.tensor([1.0, 2.0])}))
+    ...     read_scores(Path(folder) / "s.safetensors").units
+    {'hidden': tensor([1., 2.])}
+    """
+    about = {
+        "score": scores.score,
+        "reduce": scores.reduce,
+        "calibration": scores.calibration,
+        "loss": scores.loss,
+        "seed": scores.seed,
+        "options": None if scores.options is None else asdict(scores.options),
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    units = {name: values.contiguous() for name, values in scores.units.items()}
+    save_file(units, temporary, metadata={"secateur": json.dumps(about)})
+    temporary.replace(path)
+
+
+def read_scores(path: Path) -> Scores:
+    """Read what `write_scores` wrote. Raises `ScoreError` when the file is missing or not of scores."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["secateur"])
+            units = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ScoreError(f"{path} holds no scores ({error}); expected what write_scores writes") from error
+    options = about.pop("options")
+    return Scores(units=units, options=None if options is None else CalibrationOptions(**options), **about)

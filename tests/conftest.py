@@ -1,0 +1,23 @@
+"""What several test files share; no test reaches the hub."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it stands before the imports
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.models import load, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> PreTrainedModel:
+    """The demo model in float32 on the CPU; shared, so copy it before changing anything."""
+    return load("demo", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer("demo")

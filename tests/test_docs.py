@@ -1,0 +1,62 @@
+"""Every relative link of the Markdown pages leads somewhere, and every Python block of theirs runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+CODE_SPAN = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|\b(?:src|href)=\"([^\"]+)\"|^\[[^\]\n]+\]:\s*(\S+)", re.MULTILINE)
+ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#|//", re.IGNORECASE)  # a scheme, a place on the same page, a host
+
+
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def relative_links(markdown: str) -> list[str]:
+    """Return the file part of every relative link, image and reference outside code."""
+    text = CODE_SPAN.sub("", FENCE.sub("", markdown))
+    targets = [next(filter(None, groups)) for groups in LINK.findall(text)]
+    return [target.split("#")[0] for target in targets if not ELSEWHERE.match(target)]
+
+
+def python_blocks(markdown: str) -> list[tuple[int, str]]:
+    """Return (number of lines above, source) of every ```python block."""
+    return [(markdown.count("\n", 0, m.start(2)), m[2]) for m in FENCE.finditer(markdown) if m[1] == "python"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_relative_links_exist(page: Path) -> None:
+    links = relative_links(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_links_are_found_outside_code() -> None:
+    markdown = (
+        "[a](docs/a.md#part) ![b](<b.png> 'title') `[c](c.md)` [d](https://d.org) [e](#e)\n"
+        '<img src="f.png">\n```text\n[g](g.md)\n```\n[h]: h.md\n'
+    )
+    assert relative_links(markdown) == ["docs/a.md", "b.png", "f.png", "h.md"]
+
+
+def test_python_blocks_are_found_with_their_place() -> None:
+    assert python_blocks("one\n```bash\nls\n```\n```python\nx = 1\n```\n") == [(5, "x = 1\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the blocks of one page in order, in one namespace and an empty folder, as a reader would."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for lines_above, source in python_blocks(page.read_text(encoding="utf-8")):
+        # The empty lines make a traceback point at the line of the page.
+        exec(compile("\n" * lines_above + source, str(page), "exec"), namespace)

@@ -1,0 +1,343 @@
+"""Perplexity equals a plain loop and hand-counted cases; greedy text is greedy; every error says what to do."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from secateur.errors import DataError, ModelError, SecateurError
+from secateur.evaluate import (
+    BATCH_TOKENS,
+    _fitting_batch,
+    encode,
+    evaluation_mode,
+    greedy_steps,
+    join_rows,
+    perplexity,
+    read_evaluation_text,
+    sample_text,
+)
+
+VOCABULARY = 97
+
+
+class FixedLogits(PreTrainedModel):
+    """Answers `logits` (V) at every position and remembers the shapes of what it read."""
+
+    def __init__(self, logits: Tensor) -> None:
+        sizes: dict[str, Any] = {"vocab_size": len(logits)}
+        super().__init__(PretrainedConfig(**sizes))
+        self.answer = logits
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        self.shapes.append(tuple(input_ids.shape))
+        return CausalLMOutput(logits=self.answer.expand(*input_ids.shape, -1))
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+        initializer_range=0.5,  # large enough that predictions are far from uniform
+    )
+    model: LlamaForCausalLM = LlamaForCausalLM(config).double().eval()
+    return model
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(VOCABULARY, (95,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w96 and an end-of-text token that no model here writes; reads 16 tokens, or so it says."""
+    words = {f"w{i}": i for i in range(VOCABULARY)} | {"<end>": VOCABULARY}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", model_max_length=16)
+
+
+def plain_nll(model: PreTrainedModel, tokens: Tensor, seq_len: int) -> list[float]:
+    """Score one window, one token at a time."""
+    scores = []
+    for start in range(0, len(tokens) - seq_len + 1, seq_len):
+        window = tokens[start : start + seq_len]
+        with torch.no_grad():
+            logits = model(input_ids=window[None]).logits[0]
+        scores += [-logits[i - 1].log_softmax(0)[window[i]].item() for i in range(1, seq_len)]
+    return scores
+
+
+@pytest.mark.parametrize("seq_len", [2, 7, 32, 95])
+def test_equals_a_plain_loop(model: LlamaForCausalLM, tokens: Tensor, seq_len: int) -> None:
+    expected = plain_nll(model, tokens, seq_len)
+    result = perplexity(model, tokens, data="random", seq_len=seq_len)
+    assert (result.data, result.seq_len, result.tokens) == ("random", seq_len, len(expected))
+    assert result.nll == pytest.approx(sum(expected) / len(expected), rel=1e-10)
+    assert result.ppl == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 13, 100])
+def test_batch_size_does_not_change_the_result(model: LlamaForCausalLM, tokens: Tensor, batch_size: int) -> None:
+    result = perplexity(model, tokens, data="random", seq_len=7, batch_size=batch_size)
+    assert result.nll == pytest.approx(perplexity(model, tokens, data="random", seq_len=7).nll, rel=1e-12)
+
+
+def test_pieces_of_the_softmax_do_not_change_the_result(
+    model: LlamaForCausalLM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = perplexity(model, tokens, data="random", seq_len=32)
+    monkeypatch.setattr(evaluate, "SOFTMAX_BYTES", 5 * 8 * VOCABULARY)  # 31 scored tokens in pieces of 5
+    assert perplexity(model, tokens, data="random", seq_len=32).nll == pytest.approx(whole.nll, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_uniform_logits_give_the_vocabulary_size(dtype: torch.dtype) -> None:
+    result = perplexity(FixedLogits(torch.ones(50, dtype=dtype)), torch.arange(50), data="all", seq_len=10)
+    assert result.ppl == pytest.approx(50, rel=1e-6)  # in bfloat16 itself, log 50 would be off by 1e-3
+
+
+def test_the_tail_is_dropped_and_the_first_token_of_a_window_is_unscored() -> None:
+    # P(0) = 3/4, P(1) = 1/4. Windows 1 0 0 | 1 1 0, tail 1 1: four scored tokens, 0 0 1 0.
+    model = FixedLogits(torch.tensor([3.0, 1.0]).log())
+    result = perplexity(model, torch.tensor([1, 0, 0, 1, 1, 0, 1, 1]), data="coins", seq_len=3, batch_size=1)
+    assert model.shapes == [(1, 3), (1, 3)]
+    assert result.tokens == 4
+    assert result.nll == pytest.approx(-(3 * math.log(3 / 4) + math.log(1 / 4)) / 4, rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 12), st.integers(1, 9))
+def test_counts_of_windows_tokens_and_progress(length: int, seq_len: int, batch_size: int) -> None:
+    if length < seq_len:
+        return
+    seen: list[tuple[int, int]] = []
+    result = perplexity(
+        FixedLogits(torch.zeros(4)),
+        torch.zeros(length, dtype=torch.int32),
+        data="zeros",
+        seq_len=seq_len,
+        batch_size=batch_size,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    windows = length // seq_len
+    assert result.tokens == windows * (seq_len - 1)
+    assert seen == [(min(done, windows), windows) for done in range(batch_size, windows + batch_size, batch_size)]
+
+
+def test_a_batch_keeps_the_logits_under_the_limit() -> None:
+    assert _fitting_batch(128, 49152) == 10  # 10 x 128 x 49152 x 4 bytes = 252 MB
+    assert _fitting_batch(2048, 150_000) == 1
+    assert _fitting_batch(128, 100) == BATCH_TOKENS // 128
+
+
+def test_an_impossible_token_gives_infinity_and_a_huge_nll_overflows_to_it() -> None:
+    impossible = FixedLogits(torch.tensor([0.0, -math.inf]))
+    assert perplexity(impossible, torch.ones(4, dtype=torch.int64), data="ones", seq_len=2).ppl == math.inf
+    result = perplexity(FixedLogits(torch.tensor([0.0, -800.0])), torch.ones(4).long(), data="ones", seq_len=2)
+    assert (result.nll, result.ppl) == (800.0, math.inf)
+
+
+def test_dropout_is_off_and_the_modes_of_all_modules_come_back(tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    first, second = (perplexity(model, tokens, data="random", seq_len=8) for _ in range(2))
+    assert first == second
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_evaluation_mode_ends_after_an_error() -> None:
+    layer = torch.nn.Dropout()
+    with pytest.raises(RuntimeError, match="stop"), evaluation_mode(layer):
+        raise RuntimeError("stop")
+    assert layer.training
+
+
+def test_rows_are_joined_by_a_blank_line() -> None:
+    assert join_rows([]) == ""
+    assert join_rows(["", " = Title = \n", "text"]) == "\n\n = Title = \n\n\ntext"
+
+
+def test_a_file_is_read_as_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "read_rows", lambda path: [path.name, "row"])
+    assert read_evaluation_text(str(tmp_path / "rows.txt")) == "rows.txt\n\nrow"
+
+
+def test_encode_reads_a_long_text_in_one_call_and_in_silence(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = " ".join(f"w{i}" for i in range(40))
+    with caplog.at_level(logging.WARNING):
+        assert encode(tokenizer, text).tolist() == list(range(40))
+        assert encode(tokenizer, text, max_tokens=3).tolist() == [0, 1, 2]
+        assert encode(tokenizer, "w1", max_tokens=3).tolist() == [1]
+    assert encode(tokenizer, "").dtype == torch.int64
+    assert caplog.messages == []
+
+
+def plain_greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    """Continue without a cache."""
+    for _ in range(count):
+        with torch.no_grad():
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+def tiny_mamba() -> MambaForCausalLM:
+    return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4))
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5))
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, tiny_gpt2])
+def test_greedy_steps_equal_greedy_without_a_cache(make: Callable[[], PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model = make().double().eval()
+    with torch.inference_mode():
+        steps = greedy_steps(model, torch.tensor([[5, 6, 7]]))
+        assert [int(next(steps)) for _ in range(8)] == plain_greedy(model, [5, 6, 7], 8)
+
+
+def test_greedy_steps_read_one_token_with_a_cache_and_everything_without(model: LlamaForCausalLM) -> None:
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.inference_mode():
+        steps = greedy_steps(model, torch.tensor([[5, 6, 7]]))
+        for _ in range(3):
+            next(steps)
+    assert lengths == [3, 1, 1]
+    stateless = FixedLogits(torch.tensor([0.0, 1.0]))
+    steps = greedy_steps(stateless, torch.tensor([[0, 0, 0]]))
+    for _ in range(3):
+        next(steps)
+    assert stateless.shapes == [(1, 3), (1, 4), (1, 5)]
+
+
+def test_sample_text_is_the_greedy_continuation_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.generation_config.temperature = 0.1  # a model's own settings change nothing
+    expected = plain_greedy(model, [5, 6, 7], 9)
+    with caplog.at_level(logging.WARNING):
+        text = sample_text(model, tokenizer, "w5 w6 w7", new_tokens=9)
+    assert text == "".join(f" w{token}" for token in expected)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("known_by", ["model", "model_list", "tokenizer"])
+def test_sample_text_ends_at_the_end_of_text(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, known_by: str
+) -> None:
+    expected = plain_greedy(model, [5, 6, 7], 9)
+    end = expected[4]
+    model.generation_config.eos_token_id = {"model": end, "model_list": [95, end]}.get(known_by)
+    if known_by == "tokenizer":
+        tokenizer.eos_token = f"w{end}"
+    written = expected[: expected.index(end)]
+    assert sample_text(model, tokenizer, "w5 w6 w7", new_tokens=9) == "".join(f" w{token}" for token in written)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seq_len": 1}, r"wiki: seq_len=1 scores nothing, .* expected at least 2\. --seq-len 128"),
+        ({"seq_len": 2048}, r"wiki: 95 tokens are fewer than one window of 2048\. .* --seq-len 95 or less"),
+        ({"batch_size": 0}, r"batch_size=0 scores nothing; expected at least 1, or None"),
+        ({"token_ids": torch.zeros(1, 95).long()}, r"wiki: token_ids has shape \(1, 95\); expected one dimension\."),
+        ({"token_ids": torch.arange(98)}, r"wiki: token 97 is outside the model's vocabulary of 97\."),
+        ({"token_ids": torch.arange(-1, 97)}, r"wiki: token -1 is outside the model's vocabulary of 97\."),
+    ],
+)
+def test_errors_of_perplexity(model: LlamaForCausalLM, tokens: Tensor, arguments: dict[str, Any], message: str) -> None:
+    keywords: dict[str, Any] = {"token_ids": tokens, "data": "wiki", "seq_len": 49} | arguments
+    with pytest.raises(DataError, match=message):
+        perplexity(model, **keywords)
+
+
+def test_error_of_too_few_tokens_names_a_length_that_can_work(model: LlamaForCausalLM) -> None:
+    with pytest.raises(DataError, match=r"wiki: 1 tokens are fewer than one window of 8\. .* --seq-len 2 or less"):
+        perplexity(model, torch.tensor([3]), data="wiki", seq_len=8)
+
+
+def test_error_of_nan() -> None:
+    with pytest.raises(SecateurError, match=r"wiki: .* is NaN over 3 tokens \(seq_len=4\); .* --dtype bfloat16"):
+        perplexity(FixedLogits(torch.full((5,), math.nan)), torch.arange(4), data="wiki", seq_len=4)
+
+
+def test_error_of_a_window_longer_than_the_table_of_positions() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=16))
+    with pytest.raises(DataError, match=r"16 positions, but reads 17 tokens at once\. --seq-len takes at most 16\."):
+        perplexity(model, torch.zeros(40).long(), data="wiki", seq_len=17)
+
+
+def test_an_index_error_of_another_cause_is_not_renamed() -> None:
+    class Broken(FixedLogits):
+        def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+            raise IndexError("another cause")
+
+    with pytest.raises(IndexError, match="another cause"):
+        perplexity(Broken(torch.zeros(3)), torch.arange(3), data="wiki", seq_len=3)
+
+
+def test_error_of_weights_on_meta(tokens: Tensor) -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel: its weights are on device='meta'.* load\(model, device"):
+        perplexity(model, tokens, data="wiki", seq_len=8)
+
+
+def test_weights_that_accelerate_leaves_on_disk_are_read(
+    model: LlamaForCausalLM, tokens: Tensor, tmp_path: Path
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = perplexity(model, tokens, data="random", seq_len=8)
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert model.device.type == "meta"
+    assert perplexity(model, tokens, data="random", seq_len=8).nll == pytest.approx(expected.nll, rel=1e-12)
+
+
+def test_errors_of_encode_and_sample_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"max_tokens=0 leaves nothing to score\. --max-tokens 40000"):
+        encode(tokenizer, "w1", max_tokens=0)
+    with pytest.raises(DataError, match=r"new_tokens=0: expected at least 1\. new_tokens=48"):
+        sample_text(model, tokenizer, "w1", new_tokens=0)
+    with pytest.raises(DataError, match=r"prompt='' has no tokens\. prompt='Once upon a time'"):
+        sample_text(model, tokenizer, "")
