@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def test_pieces_of_the_softmax_do_not_change_the_result(
     model: LlamaForCausalLM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = perplexity(model, tokens, data="random", seq_len=32)
-    monkeypatch.setattr(evaluate, "SOFTMAX_BYTES", 5 * 8 * VOCABULARY)  # 31 scored tokens in pieces of 5
+    monkeypatch.setattr(
+        sys.modules["secateur.evaluate"], "SOFTMAX_BYTES", 5 * 8 * VOCABULARY
+    )  # 31 scored tokens in pieces of 5
     assert perplexity(model, tokens, data="random", seq_len=32).nll == pytest.approx(whole.nll, rel=1e-12)
 
 
@@ -193,7 +196,7 @@ def test_rows_are_joined_by_a_blank_line() -> None:
 
 
 def test_a_file_is_read_as_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "read_rows", lambda path: [path.name, "row"])
+    monkeypatch.setattr(sys.modules["secateur.evaluate"], "read_rows", lambda path: [path.name, "row"])
     assert read_evaluation_text(str(tmp_path / "rows.txt")) == "rows.txt\n\nrow"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -156,7 +157,7 @@ def test_the_prompt_follows_the_seed_and_the_smallest_vocabulary() -> None:
 
 def test_medians_are_reported(small: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([[9.0, 9.0, 9.0], [1.0, 0.5, 0.25], [3.0, 0.5, 4.0], [2.0, 0.5, 0.125]])
-    monkeypatch.setattr(profile, "_time_steps", lambda *_, **__: next(seconds))
+    monkeypatch.setattr(sys.modules["secateur.profile"], "_time_steps", lambda *_, **__: next(seconds))
     speed = measure_speed({"m": small}, seq_len=4, new_tokens=2, repeats=3)["m"]
     assert speed == Speed(prefill_seconds=2.0, decode_tokens_per_second=2.0, peak_bytes=speed.peak_bytes)
 
