@@ -18,6 +18,7 @@ help:  ## List the targets
 setup: $(STAMP)  ## Make .venv and install Secateur, its development tools and the demo model
 
 demo: $(STAMP)  ## Prune the demo model into runs/demo
+	@mkdir -p runs
 	$(BIN)/secateur demo --out runs/demo --overwrite
 
 test: $(STAMP)  ## Run the fast tests and the docstring examples

@@ -1,1 +1,151 @@
-"""Placeholder that the next change replaces: the comparison with LLM-Pruner's own measurements."""
+"""Our LLM-Pruner preset beside LLM-Pruner's own code: the same model, layers, ratio, scores and evaluation.
+
+    make bench DATA=/path/to/texts
+
+DATA holds `wiki.test.raw` (WikiText-2 raw, test), `ptb.test.txt` (Penn Treebank, test) and a calibration text
+`fiction.txt`, or the same under other names given with --wikitext, --ptb and --calibration. The figures of
+LLM-Pruner were measured with its code made to run on a CPU (bf16, the first 4,096 tokens of each text, 10 calibration
+windows of 64 tokens of public-domain fiction); its calibration windows cannot be drawn again, so ours are shown for
+three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import secateur
+from secateur.evaluate import read_evaluation_text
+from secateur.plan import options_for
+
+SEQ_LENS = (128, 1024)
+BLOCK: Mapping[str, Any] = {"layers": (6, 24), "ratio": 0.3335, "of": "units"}  # 1 of 3 KV heads, 513 of 1536 channels
+MLP: Mapping[str, Any] = {"layers": (3, 28), "ratio": 0.32, "of": "units", "axes": ("mlp",)}  # 492 of 1536 channels
+
+# WikiText-2 and PTB at 128, then at 1024 tokens; None where 2,048 tokens were scored instead of 4,096.
+THEIRS: dict[tuple[str, str], tuple[float | None, ...]] = {
+    ("dense", ""): (55.0, 111.3, 23.0, 47.9),
+    ("mlp 3:28", "param_first"): (105.3, 213.1, 53.7, 131.3),
+    ("block 6:24", "param_first"): (140.4, 283.2, 97.3, 197.6),
+    ("block 6:24", "param_second"): (133.9, 299.0, 92.0, 195.1),
+    ("block 6:24", "param_mix"): (140.5, 283.4, 97.2, 197.3),
+    ("block 6:24", "vectorize"): (143.0, 281.1, 70.8, 137.4),
+    ("block 6:24", "random"): (369.0, 614.0, 211.0, 333.0),
+    ("block 6:24", "l2"): (622.0, 1364.0, 441.0, 1159.0),
+    ("block 6:24", "l1"): (781.0, 1779.0, None, None),
+}
+CUTS = {"mlp 3:28": MLP, "block 6:24": BLOCK}
+COLUMNS = ("WT2@128", "PTB@128", "WT2@1024", "PTB@1024")
+
+
+def main() -> None:
+    """Run the comparison, print it as a table, and write it as JSON."""
+    arguments = parsed()
+    texts = {"WT2": read_evaluation_text(arguments.wikitext), "PTB": read_evaluation_text(arguments.ptb)}
+    model, tokenizer = secateur.load("demo", device=arguments.device), secateur.load_tokenizer("demo")
+    rows = []
+    for (cut, score), theirs in THEIRS.items():
+        if arguments.only and not any(word in f"{cut} {score}" for word in arguments.only):
+            continue
+        seeds = (0,) if cut == "dense" or score in ("l1", "l2") else tuple(range(arguments.seeds))
+        ours = []
+        for seed in seeds:
+            start = time.perf_counter()
+            pruned = (
+                model if cut == "dense" else cut_as(model, tokenizer, CUTS[cut], score, seed, arguments.calibration)
+            )
+            ours.append(measured(pruned, tokenizer, texts, arguments.max_tokens))
+            seconds = time.perf_counter() - start
+            print(f"{cut} {score} seed {seed}: {ours[-1]} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        rows.append({"cut": cut, "score": score, "seeds": list(seeds), "theirs": theirs, "ours": ours})
+    show(rows)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"rows": rows, "max_tokens": arguments.max_tokens}, indent=2) + "\n")
+
+
+def parsed() -> argparse.Namespace:
+    """The arguments of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with wiki.test.raw, ptb.test.txt and fiction.txt")
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--ptb", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="rows whose name holds one of these words")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    for name, file in (("wikitext", "wiki.test.raw"), ("ptb", "ptb.test.txt"), ("calibration", "fiction.txt")):
+        if getattr(arguments, name) is None and arguments.data is not None:
+            setattr(arguments, name, arguments.data / file)
+        path = getattr(arguments, name)
+        if path is None or not path.is_file():
+            parser.error(f"--{name}: {path or 'not given'}: expected a text file; see --help")
+    return arguments
+
+
+def cut_as(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Mapping[str, Any],
+    score: str,
+    seed: int,
+    calibration: Path,
+) -> PreTrainedModel:
+    """The model cut by the paper's preset with these options."""
+    discovery = secateur.discover(model)
+    windows = secateur.CalibrationOptions(str(calibration), samples=10, length=64, seed=seed)
+    scores = secateur.score(model, tokenizer, discovery=discovery, name=score, calibration=windows)
+    options = options_for("llm-pruner", discovery, {**cut, "score": score})
+    plan = secateur.plan(discovery, options, scores=scores)
+    removed = 1 - plan.parameters["pruned_non_embedding"] / plan.parameters["dense_non_embedding"]
+    assert abs(removed - 0.2) < 0.002, removed
+    return secateur.prune(model, plan, discovery=discovery)
+
+
+@torch.inference_mode()
+def measured(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], max_tokens: int
+) -> list[float]:
+    """Perplexities in the order of `COLUMNS`."""
+    found = secateur.evaluate(model, tokenizer, texts, seq_lens=SEQ_LENS, max_tokens=max_tokens)
+    by_name = {f"{p.data}@{p.seq_len}": p.ppl for p in found}
+    return [round(by_name[column], 2) for column in COLUMNS]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Ours (mean, and the spread over seeds) beside theirs, and the ratio."""
+    table = Table(title="Perplexity: ours (seeds) / LLM-Pruner's = ratio of means", title_justify="left")
+    table.add_column("cut")
+    table.add_column("score")
+    for column in COLUMNS:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["cut"], row["score"], *cells(row))
+    Console(width=200).print(table)
+
+
+def cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """One cell a column."""
+    for values, theirs in zip(zip(*row["ours"], strict=True), row["theirs"], strict=True):
+        average = math.exp(mean(math.log(value) for value in values))
+        spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+        beside = f" / {theirs:.1f} = {average / theirs:.2f}" if theirs is not None else ""
+        yield f"{average:.1f}{spread}{beside}"
+
+
+if __name__ == "__main__":
+    main()

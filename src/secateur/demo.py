@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.axes import discover
+from secateur.axes import Discovery, discover
 from secateur.calibration import CalibrationOptions, demo_texts
-from secateur.checkpoint import check_vacant, make_record, save, write_json
+from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, write_json
 from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
-from secateur.models import DEMO, check_finite, load, load_tokenizer, quiet
-from secateur.plan import Plan, options_for, plan
+from secateur.models import DEMO, check_finite, load, load_config, load_tokenizer, quiet
+from secateur.plan import CutOptions, Plan, options_for, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.run import Clock, LoadOptions, Watch
@@ -27,6 +26,7 @@ PROMPT = "A pruning saw cuts"
 SEQ_LENS = (128, 1024)
 MAX_TOKENS = 4096
 TEXT = "python reference"
+SUMMARY_FILE = "summary.json"  # by which a folder is known to be a run of the demo
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +67,40 @@ def demonstrate(
     """Prune the demo model into `out`/pruned, load it again, and measure both.
 
     The text is CPython's own language reference: one half calibrates, the other evaluates. Beside the pruned model
-    the folder holds the discovery, the scores, the plan, the measurements and the samples. Raises `SecateurError`.
+    the folder holds the discovery, the scores, the plan, the measurements and the samples; it appears whole or not at
+    all. Raises `SecateurError`.
     """
     out = Path(out)
-    check_vacant(out, overwrite=overwrite)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
+    check_vacant(out, overwrite=overwrite, mark=SUMMARY_FILE)
     loading = loading or LoadOptions()
     clock = Clock(watch) if watch else Clock()
+    with clock.stage("discover"):
+        discovery = discover(DEMO)
+    options = options_for(preset, discovery, cut or {})
+    check_stock(plan(discovery, options, config=load_config(DEMO)))
+    with atomic_folder(out, overwrite=overwrite, mark=SUMMARY_FILE) as folder:
+        found = _run(out, folder, discovery, options, loading=loading, seed=seed, command=command, clock=clock)
+        write_json(folder / SUMMARY_FILE, found.to_json())
+    return found
+
+
+def _run(
+    out: Path,
+    folder: Path,
+    discovery: Discovery,
+    options: CutOptions,
+    *,
+    loading: LoadOptions,
+    seed: int,
+    command: str | None,
+    clock: Clock,
+) -> Demonstration:
+    """Every stage, each with its value written to `folder`, which is to become `out`."""
+    write_json(folder / "discovery.json", discovery.to_json())
     with clock.stage("load"):
         dense = load(DEMO, dtype=loading.dtype, device=loading.device)
         tokenizer = load_tokenizer(DEMO)
         check_finite(dense)
-    with clock.stage("discover"):
-        discovery = discover(dense, name=DEMO)
-    write_json(out / "discovery.json", discovery.to_json())
-    options = options_for(preset, discovery, cut or {})
     calibration = CalibrationOptions(seed=seed)
     with clock.stage("score") as progress:
         scores = score(
@@ -94,17 +112,17 @@ def demonstrate(
             calibration=calibration,
             progress=progress,
         )
-    write_scores(out / "scores.safetensors", scores)
+    write_scores(folder / "scores.safetensors", scores)
     with clock.stage("plan"):
         decided = plan(discovery, options, config=dense.config, scores=scores)
-    write_json(out / "plan.json", decided.to_json())
+    write_json(folder / "plan.json", decided.to_json())
     with clock.stage("cut"):
         pruned = prune(dense, decided, discovery=discovery)
     with clock.stage("save"):
         record = make_record(dense, name=DEMO, calibration=scores.calibration, seed=seed, command=command)
-        folder = save(pruned, out / "pruned", plan=decided, tokenizer=tokenizer, record=record)
+        save(pruned, folder / "pruned", plan=decided, tokenizer=tokenizer, record=record)
     with clock.stage("reload"):
-        reloaded = _reload(folder, pruned)
+        reloaded = _reload(folder / "pruned", pruned)
     models = {"dense": dense, "pruned": reloaded}
     evaluation = {TEXT: demo_texts()[1]}
     perplexity = {}
@@ -112,16 +130,14 @@ def demonstrate(
         with clock.stage(f"evaluate {name}") as progress:
             results = evaluate(each, tokenizer, evaluation, seq_lens=SEQ_LENS, max_tokens=MAX_TOKENS, progress=progress)
         perplexity[name] = tuple(results)
-    write_json(out / "evaluation.json", {name: [asdict(p) for p in found] for name, found in perplexity.items()})
+    write_json(folder / "evaluation.json", {name: [asdict(p) for p in found] for name, found in perplexity.items()})
     with clock.stage("profile"):
         profiles = tuple(profile(models))
-    write_json(out / "profile.json", [asdict(row) for row in profiles])
+    write_json(folder / "profile.json", [asdict(row) for row in profiles])
     with clock.stage("sample"):
         samples = {name: sample_text(each, tokenizer, PROMPT, new_tokens=32) for name, each in models.items()}
-    write_json(out / "samples.json", {"prompt": PROMPT, **samples})
-    found = Demonstration(out, decided, perplexity, profiles, samples, clock.seconds)
-    write_json(out / "summary.json", found.to_json())
-    return found
+    write_json(folder / "samples.json", {"prompt": PROMPT, **samples})
+    return Demonstration(out, decided, perplexity, profiles, samples, clock.seconds)
 
 
 def _reload(folder: Path, pruned: PreTrainedModel) -> PreTrainedModel:

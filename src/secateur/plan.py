@@ -132,7 +132,7 @@ class Plan:
 
 
 def plan_from_json(data: Mapping[str, Any]) -> Plan:
-    """Read back what `Plan.to_json` wrote. Raises `PlanError` for unknown keys or another format."""
+    """Read back what `Plan.to_json` wrote. Raises `PlanError` for unknown keys, another format or other values."""
     if data.get("format") != FORMAT:
         raise PlanError(f"the plan has format {data.get('format')!r}, this version reads {FORMAT}: plan again")
     known = {f.name for f in fields(Plan)}
@@ -140,14 +140,24 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
     if unknown or not known <= set(data):
         odd = ", ".join(sorted(unknown or known - set(data)))
         raise PlanError(f"the plan has unknown or missing keys ({odd}); expected: {', '.join(sorted(known))}")
-    options = dict(data["options"])
-    options["axes"] = tuple(options["axes"])
-    options["layers"] = tuple(options["layers"]) if options["layers"] is not None else None
-    groups = [
-        PlannedGroup(**{**group, "keep": None if group["keep"] is None else tuple(group["keep"])})
-        for group in data["groups"]
-    ]
-    return Plan(**{**{k: data[k] for k in known}, "options": CutOptions(**options), "groups": tuple(groups)})
+    try:
+        options = dict(data["options"])
+        options["axes"] = tuple(options["axes"])
+        options["layers"] = tuple(options["layers"]) if options["layers"] is not None else None
+        groups = tuple(_planned_group(group) for group in data["groups"])
+        for name in ("parameters", "macs", "scored"):
+            dict(data[name])
+        return Plan(**{**{k: data[k] for k in known}, "options": CutOptions(**options), "groups": groups})
+    except (TypeError, ValueError, LookupError) as error:
+        raise PlanError(f"the plan is damaged ({type(error).__name__}: {error}): plan again") from error
+
+
+def _planned_group(data: Mapping[str, Any]) -> PlannedGroup:
+    keep = data["keep"]
+    for number in (data["units"], data["kept"], *(keep or ())):
+        if type(number) is not int:
+            raise ValueError(f"{data['name']}: expected whole numbers, found {number!r}")
+    return PlannedGroup(**{**data, "keep": None if keep is None else tuple(keep)})
 
 
 def read_plan(path: Path) -> Plan:
@@ -160,7 +170,10 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path} is not a plan: {error}") from None
     if not isinstance(data, dict):
         raise PlanError(f"{path} is not a plan: expected a JSON object, found {type(data).__name__}")
-    return plan_from_json(data)
+    try:
+        return plan_from_json(data)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
 
 
 def preset(name: str, layers: int) -> CutOptions:

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.attributes import attributes_after, set_attributes_in_place
 from secateur.axes import discover
 from secateur.axes.algebra import kept_along
 from secateur.axes.groups import Discovery
 from secateur.errors import PlanError
 from secateur.models import quiet
 from secateur.plan import Plan
-from secateur.settings import Cut, attributes_after, renamed, set_attributes_in_place, with_settings
+from secateur.settings import Cut, renamed, with_settings
 
 
 def prune(model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = None) -> PreTrainedModel:
     """A smaller model of the same class, in eval mode; the dense model is left as it is.
 
     A plan that a stock config can say gives a model built from that config. Any other is cut in place of the
-    modules, with the attributes that depend on the sizes found (see `settings`); such a model runs, but has no stock
+    modules, with the attributes that depend on the sizes found (see `attributes`); such a model runs, but has no stock
     folder. Weights that no cut touches are shared with the dense model. Raises `PlanError` when the plan does not
     say which units stay, or is of another model.
 

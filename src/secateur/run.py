@@ -3,6 +3,8 @@
 While `prune` works, its values lie in a folder beside the output (`.OUT.secateur`): the scores, once they are made,
 and a key that says for what. The same command with resume reads them; one that succeeds, or fails for a reason
 that a repetition would meet again, removes them.
+
+Everything that can be refused is refused before the first weight is read.
 """
 
 from __future__ import annotations
@@ -13,24 +15,28 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.axes import Discovery, discover
-from secateur.calibration import CalibrationOptions
-from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, write_json
-from secateur.errors import SecateurError
-from secateur.models import check_finite, has_weights, load, load_config, load_tokenizer
+from secateur import __version__
+from secateur.axes import Discovery, count_parameters, discover
+from secateur.calibration import CalibrationOptions, read_calibration, sample_windows
+from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, unwritable, write_json
+from secateur.errors import CheckpointError, ModelError, PlanError, ScoreError, SecateurError
+from secateur.models import check_finite, has_weights, load, load_config, load_tokenizer, resolve
 from secateur.plan import CutOptions, Plan, options_for, plan
 from secateur.prune import check_plan, prune
 from secateur.scores import SCORES, Scores, read_scores, score, write_scores
+from secateur.settings import stock_settings
 from secateur.statistics import Progress
 
+SCORES_FILE = "scores.safetensors"
 Watch = Callable[[str], AbstractContextManager[Progress | None]]  # a stage's name -> its progress bar
 
 
@@ -55,8 +61,13 @@ class Pruned:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur prune --json` writes it."""
-        extra = {"out": str(self.out), "seconds": dict(self.seconds), "peak_rss_bytes": self.peak_rss_bytes}
-        return {**self.plan.to_json(), **extra}
+        return {
+            **self.plan.to_json(),
+            "out": str(self.out),
+            "seconds": dict(self.seconds),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "resumed": self.resumed,
+        }
 
 
 @dataclass(slots=True)
@@ -85,7 +96,10 @@ def plan_model(
     sizes_only: bool = False,
     watch: Watch | None = None,
 ) -> Plan:
-    """Plan a cut of a MODEL argument; sizes only, if asked or where there are no weights to score."""
+    """Plan a cut of a MODEL argument; sizes only, if asked or where there are no weights to score.
+
+    Raises `SecateurError`.
+    """
     loading = loading or LoadOptions()
     clock = Clock(watch) if watch else Clock()
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
@@ -95,6 +109,7 @@ def plan_model(
     sizes = plan(discovery, options, config=config)
     if sizes_only or not has_weights(model):
         return sizes
+    _check_unpacked(model, config)
     scores, _ = _scores(model, discovery, options, calibration or CalibrationOptions(), loading, clock)
     return plan(discovery, options, config=config, scores=scores)
 
@@ -115,35 +130,37 @@ def prune_model(
 ) -> Pruned:
     """Discover, score, plan, cut and save a MODEL argument; `given` is a plan made before, instead of options.
 
-    Everything that can be refused is refused before the first weight is read. Raises `SecateurError`.
+    With `resume`, the scores of a run that was killed are used if they were made for the very same. Raises
+    `SecateurError`.
     """
     out = Path(out)
     loading = loading or LoadOptions()
     calibration = calibration or CalibrationOptions()
     clock = Clock(watch) if watch else Clock()
     check_vacant(out, overwrite=overwrite)
+    _check_apart(model, out)
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
+    if not has_weights(model):
+        raise ModelError(
+            f"{model!r} has a config and no weights to cut; `secateur plan {model}` says what a cut leaves"
+        )
+    _check_unpacked(model, config)
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     if given is not None:
-        check_plan(given, discovery)
-        options, sizes = given.options, given
+        given = _fitted(given, discovery, config)
+        options = given.options
     else:
         options = options_for(preset, discovery, cut or {})
-        sizes = plan(discovery, options, config=config)
-    check_stock(sizes)
+    check_stock(given or plan(discovery, options, config=config))
     with _work_folder(out, _key(model, options, calibration, loading), resume=resume) as work:
-        kept = work / "scores.safetensors"
-        resumed = kept.exists()
-        if given is not None:
-            decided, scores, loaded = given, None, None
-        elif resumed:
-            scores, loaded = read_scores(kept), None
-            decided = plan(discovery, options, config=config, scores=scores)
-        else:
+        scores = _kept(work) if given is None else None
+        resumed = scores is not None
+        loaded = None
+        if given is None and scores is None:
             scores, loaded = _scores(model, discovery, options, calibration, loading, clock)
-            write_scores(kept, scores)
-            decided = plan(discovery, options, config=config, scores=scores)
+            _keep(work, scores)
+        decided = given or plan(discovery, options, config=config, scores=scores)
         if loaded is None:
             with clock.stage("load"):
                 loaded = _load(model, loading)
@@ -162,6 +179,39 @@ def prune_model(
     return Pruned(decided, out, clock.seconds, peak_rss(), resumed)
 
 
+def _check_apart(model: str, out: Path) -> None:
+    """Raise `CheckpointError` when to write the folder would be to delete the model."""
+    path = resolve(model).path
+    if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
+        raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
+
+
+def _check_unpacked(model: str, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a quantised model: the packed weights of most formats cannot be cut."""
+    about = getattr(config, "quantization_config", None)
+    if about is not None:
+        method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
+        raise ModelError(
+            f"{model!r} is quantised ({getattr(method, 'value', method)}), and packed weights cannot be scored or cut. "
+            f"Prune the model that it was made from and quantise the result; `secateur plan {model} --sizes-only` "
+            "says what a cut leaves"
+        )
+
+
+def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig) -> Plan:
+    """The plan with the settings that this config needs for it. Raises `PlanError` when it is of another model."""
+    check_plan(given, discovery)
+    planned, found = given.parameters.get("dense"), count_parameters(discovery)
+    if planned != found:
+        raise PlanError(
+            f"the plan is of a model with {planned} parameters ({given.model}), and {discovery.model} has {found}: "
+            f"plan again with `secateur plan {discovery.model} --out plan.json`"
+        )
+    if given.settings is None:
+        return given
+    return replace(given, settings=stock_settings(config, discovery, given.cut))
+
+
 def _load(model: str, loading: LoadOptions) -> PreTrainedModel:
     loaded = load(model, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
     check_finite(loaded)
@@ -176,11 +226,12 @@ def _scores(
     loading: LoadOptions,
     clock: Clock,
 ) -> tuple[Scores, PreTrainedModel]:
-    with clock.stage("load"):
-        loaded = _load(model, loading)
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer, windows = None, None
     if SCORES[options.score].needs != "weights":
         tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
+        windows = sample_windows(read_calibration(calibration.text), tokenizer, calibration)
+    with clock.stage("load"):
+        loaded = _load(model, loading)
     with clock.stage("score") as progress:
         scores = score(
             loaded,
@@ -189,35 +240,73 @@ def _scores(
             name=options.score,
             reduce=options.reduce,
             calibration=calibration,
+            windows=windows,
             progress=progress,
         )
     return scores, loaded
 
 
+def _kept(work: Path) -> Scores | None:
+    """The scores that an earlier run left, if they can be read."""
+    try:
+        return read_scores(work / SCORES_FILE)
+    except ScoreError:
+        return None
+
+
+def _keep(work: Path, scores: Scores) -> None:
+    try:
+        write_scores(work / SCORES_FILE, scores)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(work / SCORES_FILE, error) from error
+
+
 def _key(model: str, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions) -> str:
     """What scores depend on, as a hash: a run may only go on from scores made for the same."""
-    text = calibration.text
-    stamp = Path(text).stat().st_mtime_ns if Path(text).is_file() else 0
-    about = [model, options.score, options.reduce, asdict(calibration), stamp, asdict(loading), torch.__version__]
+    about = [
+        _stamp(resolve(model).path or model),
+        _stamp(calibration.text),
+        options.score,
+        options.reduce,
+        asdict(calibration),
+        asdict(loading),
+        __version__,
+        torch.__version__,
+    ]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _stamp(name: str | Path) -> list[Any]:
+    """What tells one state of a file or folder from another without reading it; a name that is no path is itself."""
+    path = Path(name).resolve()
+    if not path.exists():
+        return [str(name)]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 @contextmanager
 def _work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
     """The folder of a run's values: emptied unless it is to be resumed and was made for the same key."""
-    work = out.absolute().with_name(f".{out.name}.secateur")
-    key_file = work / "key.json"
-    same = key_file.is_file() and json.loads(key_file.read_text(encoding="utf-8")) == {"key": key}
-    if not (resume and same):
+    work = out.absolute().with_name(f".{out.absolute().name}.secateur")
+    if not (resume and _read_key(work) == key):
         shutil.rmtree(work, ignore_errors=True)
         with atomic_folder(work) as fresh:
             write_json(fresh / "key.json", {"key": key})
     try:
         yield work
-    except SecateurError:
-        shutil.rmtree(work, ignore_errors=True)  # it would fail again
+    except BaseException as error:
+        if isinstance(error, SecateurError) or not (work / SCORES_FILE).exists():
+            shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
         raise
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _read_key(work: Path) -> Any:
+    try:
+        return json.loads((work / "key.json").read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # there is none, or it is damaged
 
 
 def peak_rss() -> int:

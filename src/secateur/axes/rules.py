@@ -142,9 +142,10 @@ def broadcast(state: Inference, tensors: Sequence[Dims]) -> Dims:
     return tuple(result)
 
 
+@rule("aten.copy", "aten.fill", "aten.masked_fill", "aten.zero")  # torch does not tag them where they write in place
 def pointwise(state: Inference, node: Node) -> Sequence[Dims]:
     """Any element-wise operator: its tensors agree under broadcasting."""
-    return [broadcast(state, [state.of(ref) for ref in references(node.arguments.values())])]
+    return [broadcast(state, [state.of(ref) for ref in references(node.arguments.values())])] * len(node.outputs)
 
 
 # --- the same dimensions, or fewer, or in another order ---------------------------------------------------------
@@ -222,6 +223,8 @@ def view(state: Inference, node: Node) -> Sequence[Dims]:
     shape = list(state.shape(node))
     if 0 in shape:
         return [state.fresh(shape)]
+    if prod(shape) != prod(d.size for d in dims):  # a view as another dtype
+        return no_rule(state, node)
     result: list[Expression] = []
     while dims or shape:
         run_in, run_out = [dims.pop(0)] if dims else [], [shape.pop(0)] if shape else []
@@ -290,7 +293,7 @@ def slice_(state: Inference, node: Node) -> Sequence[Dims]:
     if step == 1:
         stop = max(start, end)
         dims[along] = state.unifier.cut(whole, [start, stop - start, whole.size - stop])[1]
-    elif whole.size % step == 0 and start < step and end > whole.size - step:
+    elif whole.size % step == 0 and start < step and end > whole.size - step + start:
         dims[along], inner = state.unifier.factor(whole, step)
         state.unifier.freeze(inner, EVERY_STEP)
     else:
@@ -354,8 +357,8 @@ def gather(state: Inference, node: Node) -> Sequence[Dims]:
     for i, (a, b) in enumerate(zip(dims, at, strict=True)):
         if i == along:
             state.unifier.freeze(a, LOOKED_UP)
-        elif a.size == b.size:
-            state.unifier.unify(a, b)
+        else:  # a shorter index reads the first positions
+            state.unifier.unify(state.unifier.cut(a, [b.size, a.size - b.size])[0], b)
     return [at]
 
 
@@ -364,6 +367,8 @@ def in_order(state: Inference, node: Node) -> Sequence[Dims]:
     """Operators that depend on the order of positions along a dimension."""
     dims = state.of(node.arguments["self"])
     given = node.arguments.get("dim", node.arguments.get("dims", (-2, -1)))
+    if given == ():  # `roll` runs through the flattened tensor
+        given = tuple(range(len(dims)))
     for along in given if isinstance(given, tuple) else (given,):
         state.unifier.freeze(dims[along], f"{node.op} depends on the order of its positions")
     return [dims] * len(node.outputs)
@@ -428,12 +433,12 @@ def extremum(state: Inference, node: Node) -> Sequence[Dims]:
     return [left] * len(node.outputs)
 
 
-@rule("aten._softmax", "aten._log_softmax")
+@rule("aten._softmax", "aten._safe_softmax", "aten._log_softmax")
 def softmax(state: Inference, node: Node) -> Sequence[Dims]:
     """Attention scores, or a choice among experts: the dimension it runs across is frozen."""
     dims = state.of(node.arguments["self"])
     along = node.arguments["dim"] % len(dims)
-    state.unifier.freeze(dims[along], "a softmax runs across it")
+    state.unifier.freeze(dims[along], ACROSS_SOFTMAX)
     state.scored += [dim for i, dim in enumerate(dims) if i != along]
     state.work("softmax", dims)
     return [dims]
@@ -489,8 +494,14 @@ def add_matmul(state: Inference, node: Node) -> Sequence[Dims]:
 def attention(state: Inference, node: Node) -> Sequence[Dims]:
     """Fused attention of query (B, H, T, D), key (B, H, S, D) and value (B, H, S, E)."""
     query, key, value = (state.of(node.arguments[name]) for name in ("query", "key", "value"))
-    for a, b in [(query[0], key[0]), (query[1], key[1]), (query[3], key[3]), *zip(key[:3], value[:3], strict=True)]:
+    kv, queries = state.unifier.factor(query[1], query[1].size // key[1].size)  # several heads may read the same keys
+    for a, b in [(query[0], key[0]), (kv, key[1]), (query[3], key[3]), *zip(key[:3], value[:3], strict=True)]:
         state.unifier.unify(a, b)
+    mask = node.arguments.get("attn_mask", node.arguments.get("attn_bias"))
+    if mask is not None:
+        broadcast(state, [(*query[:3], key[2]), state.of(mask)])
+    state.unifier.freeze(key[2], ACROSS_SOFTMAX)
+    state.expanded.append(queries)
     state.scored += query[:2]
     state.work("matmul", (*query, key[2]))
     state.work("matmul", (*query[:3], *value[2:]))
@@ -500,6 +511,7 @@ def attention(state: Inference, node: Node) -> Sequence[Dims]:
     return [(*query[:3], value[3]), *others]
 
 
+ACROSS_SOFTMAX = "a softmax runs across it"
 EVERY_STEP = "the code takes every other position of it"
 AT_POSITION = "the code takes one position of it"
 LOOKED_UP = "its positions are looked up by number"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json
+from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, unwritable, write_json
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record
 from secateur.checkpoint.stock import check_stock, save
 
@@ -13,7 +13,9 @@ __all__ = [
     "atomic_folder",
     "check_stock",
     "check_vacant",
+    "check_writable",
     "make_record",
     "save",
+    "unwritable",
     "write_json",
 ]

@@ -4,36 +4,74 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+from safetensors import SafetensorError
+
 from secateur.errors import CheckpointError
 
+MODEL_MARK = "config.json"  # what a folder of a model holds
 
-def check_vacant(out: Path, *, overwrite: bool = False) -> None:
-    """Raise `CheckpointError` when `out` exists and may not be replaced, or when its parent is no folder.
+
+def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) -> None:
+    """Raise `CheckpointError` when `out` exists and may not be replaced, or when nothing can be written beside it.
+
+    With `overwrite`, only a folder that is empty or holds the file `mark` may be replaced: any other was not made by
+    us, and a slip of the hand must not delete it.
 
     >>> check_vacant(Path("/nonexistent/model"))
     Traceback (most recent call last):
     secateur.errors.CheckpointError: /nonexistent/model: the folder /nonexistent does not exist; ...
     """
-    if out.exists() and not overwrite:
+    try:
+        exists = out.exists()
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"{out!s:.60}... cannot be written: {error.strerror}") from error
+    if exists and not overwrite:
         raise CheckpointError(f"{out} exists; name another folder, or replace it with --overwrite (overwrite=True)")
-    if out.exists() and not out.is_dir():
+    if exists and not out.is_dir():
         raise CheckpointError(f"{out} is a file, and a folder is to be written; name another, or remove it")
-    if not out.absolute().parent.is_dir():
-        parent = out.absolute().parent
-        raise CheckpointError(f"{out}: the folder {parent} does not exist; make it first: mkdir -p {parent}")
+    if exists and any(out.iterdir()) and not (out / mark).is_file():
+        raise CheckpointError(
+            f"{out} holds other things: it is not empty and has no {mark}, so it is not replaced; name another folder, "
+            "or remove it yourself"
+        )
+    _check_parent(out)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `CheckpointError` when no file can be written there: the path is a folder, or lies in none.
+
+    >>> check_writable(Path("/"))
+    Traceback (most recent call last):
+    secateur.errors.CheckpointError: / is a folder, and a file is to be written; name one in it
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, and a file is to be written; name one in it")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {parent} does not exist; make it first: mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path}: you may not write in {parent}; name a path in a folder of yours")
 
 
 @contextmanager
-def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) -> Iterator[Path]:
     """Give a temporary folder beside `out`; when the block ends well, it becomes `out`, else it is removed.
 
-    Everything in it is flushed to the disk before it gets its name, so `out` is never half-written.
+    Everything in it is flushed to the disk before it gets its name, so `out` is never half-written. What a killed
+    process has left of the same `out` is removed. Raises `CheckpointError` as `check_vacant` does, and when something
+    cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as parent:
@@ -42,34 +80,67 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     ...     sorted(path.name for path in Path(parent).iterdir())
     ['out']
     """
-    check_vacant(out, overwrite=overwrite)
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    check_vacant(out, overwrite=overwrite, mark=mark)
+    out = out.resolve()  # a link to a folder stays a link
+    temporary = _beside(out, "partial")
     try:
+        _remove_stale(out)
+        temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 path.chmod(0o644)  # some writers make files that only their owner can read
             _flush(path)
         _flush(temporary)
-        if out.exists():
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
-            out.rename(old)
-            temporary.rename(out)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(out)
+        _replace(out, temporary)
         _flush(out.parent)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise unwritable(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """The error of a file or folder that cannot be written, for example because the disk is full.
+
+    >>> print(unwritable(Path("out"), OSError(28, "No space left on device")))
+    out cannot be written: No space left on device
+    """
+    return CheckpointError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def _beside(out: Path, kind: str) -> Path:
+    return out.with_name(f".{out.name}.{os.getpid()}.{kind}")
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove the temporary folders of processes that are gone; this one's own number is a dead one's, used again."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(partial|old)")
+    for path in out.parent.iterdir():
+        match = ours.fullmatch(path.name)
+        if match is None or (int(match[1]) != os.getpid() and psutil.pid_exists(int(match[1]))):
+            continue
+        if match[2] == "partial" or out.exists():  # without `out`, the one that was moved away is all there is
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Rename `new` to `out`; what was there is removed once `new` has its name, and comes back if it cannot have it."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = _beside(out, "old")
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON beside its name, flush it, and give it its name.
+    """Write JSON beside its name, flush it, and give it its name; a pipe or a device is written to as it is.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -77,18 +148,23 @@ def write_json(path: Path, data: Any) -> None:
     ...     json.loads((Path(folder) / "a.json").read_text())
     {'b': 1}
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False, allow_nan=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        path = path.resolve()  # a link stays a link
+        temporary = _beside(path, "partial")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
 
 
 def _flush(path: Path) -> None:

@@ -17,13 +17,15 @@ from secateur.plan import Plan
 
 def check_stock(plan: Plan) -> None:
     """Raise `CheckpointError` when no stock folder can hold what the plan leaves, with the reason."""
-    if plan.settings is None:
-        reason = plan.refusal or "it was planned without the model's config"
-        raise CheckpointError(
-            f"the plan has no stock folder: {reason}. Folders with a shape of their own per layer are not written yet; "
-            "cut all layers alike (leave out --layers), or use the pruned model in memory (secateur.prune, or "
-            "`secateur evaluate MODEL --plan plan.json`)"
-        )
+    if plan.settings is not None:
+        return
+    reason = (plan.refusal or "it was planned without the model's config").rstrip(".")
+    uneven = "differs between layers" in reason  # else the one size of all layers was refused
+    raise CheckpointError(
+        f"no stock folder can hold what the plan leaves: {reason}. "
+        + ("Cut all layers alike (leave out --layers), or" if uneven else "Cut to another size, or")
+        + " use the pruned model in memory (secateur.prune, or `secateur evaluate MODEL --plan plan.json`)"
+    )
 
 
 def save(
