@@ -110,7 +110,8 @@ HEADS = {"a": 3, "b": 4}
 
 def heads(x: Tensor, n: int) -> Tensor:
     """(B, T, n·D) -> (B, n, T, D)."""
-    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (n, -1))
+    return split.transpose(1, 2)
 
 
 def joined(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model folder with two layers and a tokenizer, small enough that every command takes a second."""
+"""A model folder with three layers and a tokenizer, small enough that every command takes a second."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from secateur.calibration import demo_texts
+from secateur.models import quiet
 
 VOCABULARY = 300
 SIZES: dict[str, Any] = {
@@ -56,8 +57,9 @@ def write_tiny(
     folder: Path, *, seed: int = 0, shard: str = "1GB", dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Path:
     """Write such a model with its tokenizer."""
-    tiny_model(seed, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
-    tiny_tokenizer().save_pretrained(folder)
+    with quiet():
+        tiny_model(seed, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
+        tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -515,6 +515,13 @@ def _console() -> Console:
     return console
 
 
+def _show(title: str, table: Table) -> None:
+    """Print a table under its title, which may be wider than the table."""
+    console = _console()
+    console.print(Text(title, style="italic"))
+    console.print(table)
+
+
 def _watch(*, quiet: bool) -> Callable[[str], Any]:
     """One progress bar on stderr at a time: what is done, how far, the time left, the memory held."""
 
@@ -546,7 +553,7 @@ def _watch(*, quiet: bool) -> Callable[[str], Any]:
 
 
 def _print_discovery(discovery: Discovery) -> None:
-    table = Table(title=f"{discovery.model}: what can be cut", title_justify="left")
+    table = Table()
     for column in ("group", "kind", "units", "weight", "dim", "made of", "unit 0 is"):
         table.add_column(column, justify="right" if column in ("units", "dim") else "left")
     for layers, groups in _folded(discovery):
@@ -562,16 +569,16 @@ def _print_discovery(discovery: Discovery) -> None:
             if hidden:
                 table.add_row("", "", "", f"... and {hidden} more", "", "", "")
         table.add_section()
-    _console().print(table)
+    _show(f"{discovery.model}: what can be cut", table)
     reasons: dict[str, list[str]] = {}
     for item in discovery.frozen:
         reasons.setdefault(item.reason, []).append(f"{item.weight} dim {item.dim} (size {item.size})")
-    frozen = Table(title="What is frozen, and why", title_justify="left")
+    frozen = Table()
     for column in ("reason", "axes", "for example"):
         frozen.add_column(column, justify="right" if column == "axes" else "left")
     for reason, where in reasons.items():
         frozen.add_row(reason, str(len(where)), where[0])
-    _console().print(frozen)
+    _show("What is frozen, and why", frozen)
 
 
 def _folded(discovery: Discovery) -> list[tuple[list[int], list[Group]]]:
@@ -636,7 +643,7 @@ def _slices(axis: Axis, group: Group) -> str:
 
 
 def _print_plan(planned: Plan) -> None:
-    table = Table(title=f"{planned.model}: what the cut leaves", title_justify="left")
+    table = Table()
     for column in ("kind", "layers", "units", "kept"):
         table.add_column(column, justify="left" if column in ("kind", "layers") else "right")
     for kind, groups in by_kind(planned).items():
@@ -656,8 +663,8 @@ def _print_plan(planned: Plan) -> None:
     ):
         text = _giga if label.startswith("MACs") else _short
         sizes_table.add_row(label, text(dense), text(pruned), f"{1 - pruned / dense:.2%}")
+    _show(f"{planned.model}: what the cut leaves", table)
     console = _console()
-    console.print(table)
     console.print(sizes_table)
     if planned.settings is not None:
         console.print("config: " + ", ".join(f"{name} = {_setting(v)}" for name, v in planned.settings.items()))
@@ -670,17 +677,17 @@ def _setting(value: Any) -> str:
 
 
 def _print_perplexity(results: dict[str, list[Perplexity]]) -> None:
-    table = Table(title="Perplexity", title_justify="left")
+    table = Table()
     for column in ("model", "text", "window", "tokens scored", "nats/token", "perplexity"):
         table.add_column(column, justify="left" if column in ("model", "text") else "right")
     for name, found in results.items():
         for p in found:
             table.add_row(name, p.data, str(p.seq_len), f"{p.tokens:,}", f"{p.nll:.4f}", f"{p.ppl:.2f}")
-    _console().print(table)
+    _show("Perplexity", table)
 
 
 def _print_profiles(rows: Sequence[Profile]) -> None:
-    table = Table(title="Size and speed", title_justify="left")
+    table = Table()
     for column in ("model", "parameters", "non-embedding", "MACs", "weights", "peak memory", "prefill", "decode"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
@@ -694,12 +701,12 @@ def _print_profiles(rows: Sequence[Profile]) -> None:
             f"{row.prefill_seconds * 1000:.1f} ms",
             f"{row.decode_tokens_per_second:.1f} tokens/s",
         )
-    _console().print(table)
+    _show("Size and speed", table)
 
 
 def _print_demo(shown: Demonstration) -> None:
     _print_plan(shown.plan)
-    table = Table(title="What it cost", title_justify="left")
+    table = Table()
     for column in ("", "dense", "pruned", "pruned / dense"):
         table.add_column(column, justify="left" if not column else "right")
     dense, pruned = shown.profiles
@@ -716,8 +723,8 @@ def _print_demo(shown: Demonstration) -> None:
     for before, after in zip(shown.perplexity["dense"], shown.perplexity["pruned"], strict=True):
         label = f"perplexity, {before.data} @{before.seq_len}"
         table.add_row(label, f"{before.ppl:.2f}", f"{after.ppl:.2f}", f"{after.ppl / before.ppl:.2f}")
+    _show("What it cost", table)
     console = _console()
-    console.print(table)
     for name, continuation in shown.samples.items():
         console.print(Text.assemble(f"{name}: {PROMPT} ", (" ".join(continuation.split()), "bold")))
     total = sum(shown.seconds.values())

@@ -95,7 +95,7 @@ def trace(model: nn.Module) -> Graph:
         try:
             result = functional_call(model, fakes, (), {"input_ids": input_ids, "use_cache": False}, tie_weights=True)
         except Exception as error:  # any model code may raise anything
-            where = recorder.modules[-1] if recorder.modules else "the model"
+            where = (recorder.modules and recorder.modules[-1]) or "the model"  # the outermost has no name
             raise DiscoveryError(
                 f"{type(model).__name__}: the forward pass could not be traced; it failed in {where!r} with "
                 f"{type(error).__name__}: {_first_line(error)}"

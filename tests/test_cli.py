@@ -1,0 +1,525 @@
+"""The command line in process: what it prints (against tests/golden), its JSON, its exit codes, and what it refuses.
+
+`UPDATE_GOLDEN=1` rewrites the golden files; read the difference before you commit it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+import secateur
+from secateur import SecateurError
+from secateur.checkpoint import write_json
+from secateur.cli import run
+from secateur.plan import CutOptions
+from secateur.run import plan_model
+from tiny import names, write_tiny
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "demo")
+TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, texts and plans, most of them with something wrong."""
+    folder = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(tiny, folder / "tiny")
+    write_tiny(folder / "deep", num_hidden_layers=4)
+    write_tiny(folder / "wordy", vocab_size=310)
+    write_tiny(folder / "shardless", shard="100KB")
+    next((folder / "shardless").glob("*-00002-*")).unlink()
+    for name, bad in (("nan", float("nan")), ("inf", float("inf"))):
+        shutil.copytree(tiny, folder / name)
+        weights = load_file(folder / name / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
+    (folder / "sizes").mkdir()
+    shutil.copy(tiny / "config.json", folder / "sizes")
+    shutil.copytree(tiny, folder / "packed")
+    config = json.loads((tiny / "config.json").read_text())
+    (folder / "packed" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
+    )
+    for kind in ("vit", "clip"):
+        AutoConfig.for_model(kind).save_pretrained(folder / kind)
+    shutil.copytree(tiny, folder / "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "pickle" / "pytorch_model.bin").touch()
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("a cat")
+    cut = {"score": "l2"}
+    decided = plan_model(str(folder / "tiny"), cut=cut).to_json()
+    write_json(folder / "plan.json", decided)
+    write_json(folder / "deep.json", plan_model(str(folder / "deep"), cut=cut).to_json())
+    write_json(folder / "wordy.json", plan_model(str(folder / "wordy"), cut=cut).to_json())
+    write_json(folder / "undecided.json", plan_model(str(folder / "tiny"), cut=cut, sizes_only=True).to_json())
+    write_json(folder / "uneven.json", plan_model(str(folder / "tiny"), cut={**cut, "layers": (0, 1)}).to_json())
+    write_json(folder / "format.json", {**decided, "format": 99})
+    write_json(folder / "unknown.json", {**decided, "colour": "green"})
+    write_json(folder / "damaged.json", {**decided, "groups": [{**decided["groups"][0], "keep": ["a"]}]})
+    write_json(folder / "groupless.json", {**decided, "groups": 3})
+    write_json(folder / "odd.json", {**decided, "options": {**decided["options"], "colour": "green"}})
+    write_json(folder / "list.json", [])
+    (folder / "half.json").write_text("{")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for every test, with the shelf in reach under short names."""
+    for path in shelf.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")  # the width of the parser's help
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def steady(text: str) -> str:
+    """What a command printed, but for what differs between runs and machines."""
+    text = re.sub(r"\d+\.\d+ s\b", "# s", text)
+    text = re.sub(r"peak memory [\d.]+ [KMG]iB", "peak memory #", text)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def loose(text: str) -> str:
+    """The same for tables of measurements: no numbers with a point in them, and no widths."""
+    text = re.sub(r"\d[\d,]*\.\d+", "#", text)
+    return steady(re.sub(r"([━─ ])\1+", r"\1", text))
+
+
+def check_golden(name: str, text: str) -> None:
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert file.is_file(), f"{file} is missing: UPDATE_GOLDEN=1 writes it"
+    assert text == file.read_text(encoding="utf-8")
+
+
+def succeed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must succeed without a word on stderr; returns what it printed."""
+    capsys.readouterr()
+    status = run(arguments)
+    shown = capsys.readouterr()
+    assert (status, shown.err) == (0, "")
+    return shown.out
+
+
+def refuse(capsys: pytest.CaptureFixture[str], match: str, *arguments: str) -> None:
+    """Run a command that must fail with status 2, one line on stderr that holds `match`, and nothing left behind."""
+    capsys.readouterr()
+    before = names(Path())
+    status = run(arguments)
+    shown = capsys.readouterr()
+    assert (status, shown.out) == (2, "")
+    assert re.fullmatch(r"secateur: error: [^\n]+\n", shown.err), shown.err
+    assert re.search(match, shown.err), shown.err
+    assert names(Path()) == before
+
+
+class TestGolden:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden(f"help_{command}", succeed(capsys, command, "--help"))
+
+    def test_root_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        text = succeed(capsys, "--help")
+        check_golden("help", text)
+        assert succeed(capsys) == text  # without arguments, too
+        assert "..." not in text.partition("Commands:")[2]  # no summary is cut short
+
+    def test_help_names_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        listed = succeed(capsys, "--help").partition("Commands:\n")[2]
+        assert tuple(line.split()[0] for line in listed.splitlines()) == COMMANDS
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert succeed(capsys, "--version") == f"secateur {secateur.__version__}\n"
+
+    def test_discover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        text = succeed(capsys, "discover", "tiny")
+        check_golden("discover", steady(text))
+        assert "…" not in text  # no name is cut short
+
+    def test_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("plan", steady(succeed(capsys, "plan", "tiny", "--preset", "llm-pruner", "--ratio", "0.34")))
+
+    def test_plan_of_a_config(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("plan_sizes", steady(succeed(capsys, "plan", "sizes/config.json", "--target", "70K")))
+
+    def test_prune(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("prune", steady(succeed(capsys, "prune", "tiny", "out", "--strategy", "layer", "--ratio", "0.4")))
+
+    def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("tiny", "--plan", "uneven.json", "--ppl", "cats=text.txt", "--seq-len", "32", "--seq-len", "64")
+        check_golden("evaluate", loose(succeed(capsys, "evaluate", *arguments)))
+
+    def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden(
+            "profile", loose(succeed(capsys, "profile", "tiny", "deep", "--seq-len", "8", "--new-tokens", "2"))
+        )
+
+
+class TestOutput:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("discover", "tiny"),
+            ("plan", "tiny", "--score", "l1"),
+            ("prune", "tiny", "out", "--score", "l1"),
+            ("evaluate", "tiny", "--ppl", "cats=text.txt"),
+            ("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"),
+        ],
+    )
+    def test_quiet_prints_nothing(self, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert succeed(capsys, *arguments, "--quiet") == ""
+
+    def test_names_are_text_not_markup(self, tiny: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (place / "[red]x:cat:").symlink_to(tiny)
+        assert "[red]x:cat:: what the cut leaves" in succeed(capsys, "plan", "./[red]x:cat:", "--sizes-only")
+
+    def test_a_reader_that_stops_reading(self, place: Path) -> None:
+        command = [sys.executable, "-c", "from secateur.cli import main; main()", "discover", "tiny"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 0
+
+
+def written(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The JSON of a command."""
+    succeed(capsys, *arguments, "--json", "x.json")
+    data: dict[str, Any] = json.loads(Path("x.json").read_text(encoding="utf-8"))
+    return data
+
+
+def is_whole(*values: Any) -> bool:
+    return all(type(value) is int for value in values)
+
+
+class TestJson:
+    """The keys that the documentation promises."""
+
+    def check_plan(self, data: dict[str, Any]) -> None:
+        assert data["model"] == "tiny"
+        assert data["parameters"].keys() == {"dense", "pruned", "dense_non_embedding", "pruned_non_embedding"}
+        assert data["macs"].keys() == {"dense", "pruned"}
+        assert is_whole(*data["parameters"].values(), *data["macs"].values())
+        assert data["parameters"]["pruned"] < data["parameters"]["dense"]
+        assert data["groups"]
+        for group in data["groups"]:
+            assert group.keys() >= {"name", "units", "kept"}
+            assert 0 < group["kept"] < group["units"]
+
+    def test_discover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "discover", "tiny")
+        assert data.keys() >= {"model", "groups", "frozen"}
+        assert {group["name"] for group in data["groups"]} >= {"layers.2.mlp", "layers.0.attention", "hidden", "layers"}
+        for group in data["groups"]:
+            assert group.keys() >= {"name", "kind", "layer", "units", "axes"}
+            for axis in group["axes"]:
+                assert axis.keys() >= {"weight", "dim", "expression"}
+        for frozen in data["frozen"]:
+            assert frozen.keys() >= {"weight", "dim", "reason"}
+
+    def test_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "plan", "tiny", "--out", "p.json")
+        self.check_plan(data)
+        assert json.loads(Path("p.json").read_text()) == data
+        assert all(len(group["keep"]) == group["kept"] for group in data["groups"])
+
+    def test_plan_of_sizes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "plan", "tiny", "--sizes-only")
+        self.check_plan(data)
+        assert all(group["keep"] is None for group in data["groups"])
+
+    def test_prune(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "prune", "tiny", "out")
+        self.check_plan(data)
+        assert data["out"] == "out"
+        assert {"discover", "load", "score", "cut", "save"} == data["seconds"].keys()
+        assert all(seconds >= 0 for seconds in data["seconds"].values())
+        assert is_whole(data["peak_rss_bytes"])
+        assert data["peak_rss_bytes"] > 10**7
+
+    def test_prune_with_its_json_in_the_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--json", "out/prune.json")
+        assert Path("out/prune.json").is_file()
+
+    def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("tiny", "deep", "--ppl", "cats=text.txt", "--seq-len", "16", "--max-tokens", "100")
+        data = written(capsys, "evaluate", *arguments)
+        assert [result["model"] for result in data["results"]] == ["tiny", "deep"]
+        for result in data["results"]:
+            assert result["tasks"] == {}
+            [row] = result["perplexity"]
+            assert row.keys() >= {"data", "seq_len", "tokens", "ppl", "nll"}
+            assert (row["data"], row["seq_len"], row["tokens"]) == ("cats", 16, 6 * 15)
+
+    def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
+        [row] = written(capsys, "profile", "tiny", "--seq-len", "4", "--new-tokens", "2")["results"]
+        sizes = ("parameters", "non_embedding_parameters", "macs", "weight_bytes", "peak_bytes")
+        assert row.keys() >= {"model", *sizes, "prefill_seconds", "decode_tokens_per_second"}
+        assert is_whole(*(row[name] for name in sizes))
+
+    def test_into_a_pipe(self) -> None:
+        """Such a path is written to; to replace it, as files are, would break the machine (think of /dev/stdout)."""
+        command = [sys.executable, "-c", "from secateur.cli import main; main()"]
+        arguments = ["discover", "tiny", "--quiet", "--json", "/proc/self/fd/1"]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["model"] == "tiny"
+
+
+class TestPlanFile:
+    def test_prune_what_a_plan_says(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "plan", "tiny", "--out", "p.json", "--seed", "3")
+        data = written(capsys, "prune", "tiny", "one", "--plan", "p.json")
+        assert "score" not in data["seconds"]
+        succeed(capsys, "prune", "tiny", "two", "--seed", "3")
+        assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+        record = json.loads(Path("one/secateur_record.json").read_text())
+        assert record["command"] == "secateur prune tiny one --plan p.json --json x.json"
+        assert record["seed"] == 3
+
+    def test_settings_come_from_the_model_not_from_the_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
+        plan = json.loads(Path("plan.json").read_text())
+        write_json(Path("edited.json"), {**plan, "settings": {"intermediate_size": 5}})
+        succeed(capsys, "prune", "tiny", "out", "--plan", "edited.json")
+        assert json.loads(Path("out/config.json").read_text())["intermediate_size"] == plan["groups"][0]["kept"]
+
+
+PRUNE = ("prune", "tiny", "out")
+REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    # the model
+    "hub name offline": ("'no/such': its config cannot be read; .* Check the name", ("prune", "no/such", "out")),
+    "no such path": (r"'\./no-such': no such file or folder\. Expected", ("prune", "./no-such", "out")),
+    "image model": ("model type 'vit' is not a causal language model", ("prune", "vit", "out")),
+    "image and text model": ("model type 'clip' is not a causal language model", ("discover", "clip")),
+    "NaN": (r"layers\.1\.mlp\.up_proj\.weight: 1 of 4032 values are NaN or Inf", ("prune", "nan", "out")),
+    "Inf": (r"layers\.1\.mlp\.up_proj\.weight: 1 of 4032 values are NaN or Inf", ("plan", "inf")),
+    "missing shard": (r"the shard model-00002-of-\d+\.safetensors is missing", ("prune", "shardless", "out")),
+    "no weights": ("'sizes' has a config and no weights to cut; `secateur plan sizes`", ("prune", "sizes", "out")),
+    "a config file": ("no weights to cut; `secateur plan sizes/", ("prune", "sizes/config.json", "out")),
+    "pickled weights": ("its weights are a pickle", ("prune", "pickle", "out")),
+    "quantised": (
+        r"'packed' is quantised \(gptq\).* Prune the model that it was made from",
+        ("prune", "packed", "out"),
+    ),
+    "quantised plan": ("'packed' is quantised .*--sizes-only", ("plan", "packed")),
+    "dtype": ("dtype 'int3' is unknown. Expected auto, float32", (*PRUNE, "--dtype", "int3")),
+    "device": ("device 'abacus' is unknown. Expected auto, cpu", (*PRUNE, "--device", "abacus")),
+    # calibration
+    "no calibration file": (r"'no\.txt': no such file", (*PRUNE, "--calibration", "no.txt")),
+    "empty calibration": (r"'empty\.txt': there is no text in it", (*PRUNE, "--calibration", "empty.txt")),
+    "tiny calibration": ("has [2-9] tokens, but one window needs 64", (*PRUNE, "--calibration", "short.txt")),
+    "too many samples": ("tiny calibration text", (*PRUNE, "--calibration", "text.txt", "--samples", "9999")),
+    "no samples": ("samples=0 is too small. Expected at least 1", (*PRUNE, "--samples", "0")),
+    "short windows": ("length=1 is too small. Expected at least 2", (*PRUNE, "--length", "1")),
+    # the budget
+    "ratio 1": (r"ratio=1 is outside \[0, 1\)", (*PRUNE, "--ratio", "1.0")),
+    "ratio below 0": (r"ratio=-0\.1 is outside \[0, 1\)", (*PRUNE, "--ratio", "-0.1")),
+    "ratio nan": (r"ratio=nan is outside \[0, 1\)", (*PRUNE, "--ratio", "nan")),
+    "ratio that is no number": ("Invalid value for '--ratio'.* See: secateur prune --help", (*PRUNE, "--ratio", "x")),
+    "ratio too small": ("ratio=1e-07 of non-embedding removes no unit of any group", (*PRUNE, "--ratio", "1e-7")),
+    "units too few": (
+        r"ratio=0\.0001 of units .*removes one unit",
+        (*PRUNE, "--ratio", "0.0001", "--of", "units", "--axes", "attention"),
+    ),
+    "ratio that empties": ("would empty it; ratio=0.9881 is the most", (*PRUNE, "--ratio", "0.99", "--of", "units")),
+    "ratio out of reach": ("down to one unit each leaves .*: at most ratio=0", (*PRUNE, "--ratio", "0.99")),
+    "target that is no number": ("--target many: expected a number such as 100M", (*PRUNE, "--target", "many")),
+    "target inf": ("--target inf: expected a number", (*PRUNE, "--target", "inf")),
+    "target too large": ("target=9,000,000 is more than the dense model's", (*PRUNE, "--target", "9M")),
+    "ratio and target": ("give either a ratio", (*PRUNE, "--target", "70K", "--ratio", "0.2")),
+    # layers and widths
+    "layers outside": (r"layers=4:30 is outside the model: it has layers 0:3", (*PRUNE, "--layers", "4:30")),
+    "layers backwards": ("layers=2:1 is outside the model", (*PRUNE, "--layers", "2:1")),
+    "layers malformed": ("--layers 4-30: expected first:last", (*PRUNE, "--layers", "4-30")),
+    "one layer": ("attention differs between layers: .*Cut all layers alike", (*PRUNE, "--layers", "0:1")),
+    "a width it refuses": (
+        r"34\) is not a multiple .*nearest widths that it accepts are 30 and 36; --round-to 6 .*Cut to another size",
+        (*PRUNE, "--strategy", "channel", "--of", "units", "--ratio", "0.3"),
+    ),
+    "round_to 0": ("round_to=0 is not a width", (*PRUNE, "--round-to", "0")),
+    # names
+    "score": ("score='parm_first' is unknown.* Did you mean param_first?", (*PRUNE, "--score", "parm_first")),
+    "preset": ("preset 'bset' is unknown.* Did you mean best?", (*PRUNE, "--preset", "bset")),
+    "strategy": ("strategy='chanel' is unknown.* Did you mean channel?", (*PRUNE, "--strategy", "chanel")),
+    "axes": ("axes='mpl' cannot be cut.* Did you mean mlp?", (*PRUNE, "--axes", "mpl")),
+    "no axes": ("axes is empty: name what to cut", (*PRUNE, "--axes", ",")),
+    "of": ("of='unit' is no budget.* Did you mean units?", (*PRUNE, "--of", "unit")),
+    "reduce": ("reduce='avg' is unknown. Known: sum, mean", (*PRUNE, "--reduce", "avg")),
+    # the plan file
+    "plan and ratio": (
+        "--plan plan.json says all about the cut: leave out --ratio",
+        (*PRUNE, "--plan", "plan.json", "--ratio", "0.2"),
+    ),
+    "plan and preset": ("leave out --preset", (*PRUNE, "--plan", "plan.json", "--preset", "best")),
+    "plan and calibration": ("leave out --calibration", (*PRUNE, "--plan", "plan.json", "--calibration", "text.txt")),
+    "plan of another depth": (
+        r"layers\.3\.mlp, which tiny does not have: it is of another model",
+        (*PRUNE, "--plan", "deep.json"),
+    ),
+    "plan of another vocabulary": (
+        "of another model: of one with 107856 parameters .*, and tiny has 106896",
+        (*PRUNE, "--plan", "wordy.json"),
+    ),
+    "plan of sizes": ("how many units stay, not which", (*PRUNE, "--plan", "undecided.json")),
+    "plan of one layer": ("attention differs between layers", (*PRUNE, "--plan", "uneven.json")),
+    "no plan": ("no plan at no.json: write one with `secateur plan", (*PRUNE, "--plan", "no.json")),
+    "half a plan": (r"half\.json is not a plan: ", (*PRUNE, "--plan", "half.json")),
+    "a list": (r"list\.json is not a plan: expected a JSON object, found list", (*PRUNE, "--plan", "list.json")),
+    "a folder": ("tiny is not a plan", (*PRUNE, "--plan", "tiny")),
+    "plan of another format": (
+        r"format\.json: the plan has format 99, this version reads 1",
+        (*PRUNE, "--plan", "format.json"),
+    ),
+    "plan with more keys": (r"unknown or missing keys \(colour\)", (*PRUNE, "--plan", "unknown.json")),
+    "damaged plan": (
+        r"damaged\.json: the plan is damaged \(.*expected whole numbers, found 'a'",
+        (*PRUNE, "--plan", "damaged.json"),
+    ),
+    "plan without groups": ("the plan is damaged", (*PRUNE, "--plan", "groupless.json")),
+    "plan with odd options": ("the plan is damaged .*colour", (*PRUNE, "--plan", "odd.json")),
+    "evaluate a plan of sizes": ("how many units stay, not which", ("evaluate", "tiny", "--plan", "undecided.json")),
+    # where to write
+    "OUT exists": ("deep exists; name another folder, or replace it with --overwrite", ("prune", "tiny", "deep")),
+    "OUT is a file": (
+        "text.txt is a file, and a folder is to be written",
+        ("prune", "tiny", "text.txt", "--overwrite"),
+    ),
+    "OUT is other things": (r"\. holds other things: .* has no config\.json", ("prune", "tiny", ".", "--overwrite")),
+    "OUT is the model": ("tiny holds the MODEL itself", ("prune", "tiny", "tiny", "--overwrite")),
+    "OUT without a parent": ("the folder .*/no does not exist; make it first: mkdir -p", ("prune", "tiny", "no/out")),
+    "OUT that no disk takes": ("cannot be written: File name too long", ("prune", "tiny", "x" * 300)),
+    "OUT in /proc": ("cannot be written: ", ("prune", "tiny", "/proc/x")),
+    "JSON without a parent": (
+        "no/x.json: the folder .*/no does not exist",
+        ("discover", "tiny", "--json", "no/x.json"),
+    ),
+    "JSON is a folder": ("tiny is a folder, and a file is to be written", (*PRUNE, "--json", "tiny")),
+    "plan without a parent": ("no/p.json: the folder .*/no does not exist", ("plan", "tiny", "--out", "no/p.json")),
+    "demo exists": ("tiny exists", ("demo", "--out", "tiny")),
+    # evaluation
+    "ppl malformed": ("--ppl text.txt: expected NAME=FILE, for example", ("evaluate", "tiny", "--ppl", "text.txt")),
+    "ppl without a name": ("--ppl =text.txt: expected NAME=FILE", ("evaluate", "tiny", "--ppl", "=text.txt")),
+    "ppl twice": (
+        "cats is the name of another text",
+        ("evaluate", "tiny", "--ppl", "cats=text.txt", "--ppl", "cats=short.txt"),
+    ),
+    "no ppl file": (r"'no\.txt': no such file", ("evaluate", "tiny", "--ppl", "cats=no.txt")),
+    "text too short": (
+        r"cats: \d+ tokens are fewer than one window of 9999",
+        ("evaluate", "tiny", "--ppl", "cats=text.txt", "--seq-len", "9999"),
+    ),
+    "second model missing": ("'./no-such': no such file", ("evaluate", "tiny", "./no-such")),
+    "windows of one": ("seq_len=1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
+    "no tokens": ("max_tokens=0 leaves nothing to score", ("evaluate", "tiny", "--max-tokens", "0")),
+    "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
+    # the parser
+    "unknown option": (r"No such option: --rato .*--ratio.*\. See: secateur prune --help", (*PRUNE, "--rato", "1")),
+    "unknown root option": (r"No such option: --no-such\. See: secateur --help", ("--no-such",)),
+    "unknown command": (r"No such command 'prun'\. Did you mean 'prune'\? See: secateur --help", ("prun",)),
+    "missing argument": (r"Missing argument 'OUT'\. See: secateur prune --help", ("prune", "tiny")),
+    "missing models": (r"Missing argument 'MODEL'\. See: secateur evaluate --help", ("evaluate",)),
+    "missing value": ("Option '--ratio' requires an argument", (*PRUNE, "--ratio")),
+    "too many arguments": (r"unexpected extra argument.* \(c\)", (*PRUNE, "c")),
+}
+
+
+READS_WEIGHTS = {"dtype", "device"}  # or begins to, of those that name a sound model
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    match, arguments = REFUSED[case]
+    if arguments[:2] == ("prune", "tiny") and case not in READS_WEIGHTS:
+        monkeypatch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
+    refuse(capsys, match, *arguments)
+
+
+class TestExitCodes:
+    def test_a_failure_of_ours(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a bug\nof ours")
+
+        monkeypatch.setattr("secateur.run.prune", fail)
+        before = names(Path())
+        assert run([*PRUNE, "--score", "l2", "--quiet"]) == 1
+        *trace, last = capsys.readouterr().err.splitlines()
+        assert last == "secateur: failed: RuntimeError: a bug of ours"
+        assert trace[0] == "Traceback (most recent call last):"
+        assert "out" not in set(names(Path())) - set(before)
+
+    def test_ctrl_c(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        def interrupt(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("secateur.run.load", interrupt)
+        before = names(Path())
+        assert run([*PRUNE, "--quiet"]) == 130
+        assert capsys.readouterr().err == (
+            "secateur: interrupted; the same command with --resume goes on where it can\n"
+        )
+        assert names(Path()) == before  # nothing was worth keeping yet
+        assert run(["plan", "tiny", "--quiet"]) == 130
+        assert capsys.readouterr().err == "secateur: interrupted\n"
+
+    def test_an_error_of_many_lines_is_one(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise SecateurError("one\n  two")
+
+        monkeypatch.setattr("secateur.run.load", fail)
+        refuse(capsys, "secateur: error: one two$", "plan", "tiny")
+
+    def test_main_exits_with_the_status(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from secateur.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["secateur", "--version"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        with pytest.raises(SystemExit) as stop:
+            main(["no-such"])
+        assert stop.value.code == 2
+
+
+def test_every_option_of_a_cut_is_an_option_of_plan_and_prune(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("plan", "prune"):
+        text = succeed(capsys, command, "--help")
+        for name in CutOptions.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')} " in text
+
+
+def test_all_commands_take_the_common_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        text = succeed(capsys, command, "--help")
+        for option in ("--help", "--quiet", "--seed", "--device", "--dtype", "--json"):
+            assert re.search(rf"^  {option} ", text, re.MULTILINE), (command, option)
+
+
+def test_the_pruned_folder_is_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    data = written(capsys, "prune", "tiny", "out", "--ratio", "0.3")
+    weights = load_file("out/model.safetensors")
+    assert sum(weight.numel() for weight in weights.values()) == data["parameters"]["pruned"]
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert set(names(Path("out"))) >= {"config.json", "tokenizer.json", "secateur_plan.json", "secateur_record.json"}

@@ -1,0 +1,162 @@
+"""The demo: the whole path once, with every stage's value on disk. The tiny model stands in where time counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur.demo
+from secateur import CheckpointError, PlanError
+from secateur.cli import run
+from secateur.demo import demonstrate
+from secateur.plan import read_plan
+from secateur.scores import read_scores
+from tiny import names
+
+FILES = {
+    "discovery.json",
+    "scores.safetensors",
+    "plan.json",
+    "pruned",
+    "evaluation.json",
+    "profile.json",
+    "samples.json",
+    "summary.json",
+}
+ROWS = (
+    "parameters",
+    "MACs of 64 tokens",
+    "weights",
+    "peak memory of 64 tokens",
+    "prefill of 64 tokens",
+    "decode",
+    "perplexity, python reference @",
+)
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_folder(out: Path) -> None:
+    """Every stage's value is there, and they agree with each other."""
+    assert {path.name for path in out.iterdir()} == FILES
+    summary, plan = read(out / "summary.json"), read_plan(out / "plan.json")
+    assert summary["plan"] == read(out / "plan.json") == read(out / "pruned" / "secateur_plan.json")
+    assert plan.decided
+    assert {group["name"] for group in read(out / "discovery.json")["groups"]} == set(
+        read_scores(out / "scores.safetensors").units
+    )
+    assert summary["perplexity"] == read(out / "evaluation.json")
+    assert summary["profiles"] == read(out / "profile.json")
+    assert read(out / "samples.json") == {"prompt": summary["prompt"], **summary["samples"]}
+    dense, pruned = summary["profiles"]
+    assert (dense["model"], pruned["model"]) == ("dense", "pruned")
+    assert dense["parameters"] == plan.parameters["dense"]
+    assert pruned["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
+    stages = "discover load score plan cut save reload evaluate_dense evaluate_pruned profile sample"
+    assert list(summary["seconds"]) == [stage.replace("_", " ") for stage in stages.split()]
+    model, report = AutoModelForCausalLM.from_pretrained(out / "pruned", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert sum(weight.numel() for weight in model.parameters()) == pruned["parameters"]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out / "pruned")("A pruning saw").input_ids])
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
+@pytest.fixture
+def small(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model in place of the demo's, and less text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(secateur.demo, "DEMO", str(tiny))
+    monkeypatch.setattr(secateur.demo, "SEQ_LENS", (32, 64))
+    monkeypatch.setattr(secateur.demo, "MAX_TOKENS", 256)
+    return tmp_path
+
+
+class TestSmall:
+    def test_every_stage_is_there(self, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["demo", "--out", "d", "--json", "d.json", "--seed", "2"]) == 0
+        shown = capsys.readouterr()
+        assert shown.err == ""
+        for row in ROWS:
+            assert f"│ {row}" in shown.out
+        assert "dense: A pruning saw cuts" in shown.out
+        assert "pruned: A pruning saw cuts" in shown.out
+        check_folder(small / "d")
+        assert read(small / "d.json") == read(small / "d" / "summary.json")
+        record = read(small / "d" / "pruned" / "secateur_record.json")
+        assert (record["seed"], record["command"]) == (2, "secateur demo --out d --json d.json --seed 2")
+        assert names(small) == sorted({"d", "d.json", *(f"d/{name}" for name in names(small / "d"))})
+
+    def test_it_is_not_replaced_unless_asked(self, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        first = demonstrate("d")
+        before = names(small)
+        assert run(["demo", "--out", "d"]) == 2
+        assert capsys.readouterr().err.startswith("secateur: error: d exists; name another folder")
+        assert names(small) == before
+        second = demonstrate("d", cut={"ratio": 0.3}, overwrite=True)
+        assert second.plan.parameters["pruned"] < first.plan.parameters["pruned"]
+        assert read_plan(Path("d/plan.json")) == second.plan
+
+    def test_what_is_no_run_is_never_replaced(self, small: Path) -> None:
+        (small / "d").mkdir()
+        (small / "d" / "config.json").touch()
+        with pytest.raises(CheckpointError, match=r"d holds other things: .* has no summary\.json"):
+            demonstrate("d", overwrite=True)
+
+    def test_a_bad_cut_is_refused_before_weights_are_read(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(secateur.demo, "load", lambda *_, **__: pytest.fail("weights were read"))
+        with pytest.raises(PlanError, match="outside"):
+            demonstrate("d", cut={"ratio": 1.5})
+        with pytest.raises(CheckpointError, match="Cut all layers alike"):
+            demonstrate("d", cut={"layers": (0, 1)})
+        assert names(small) == []
+
+    def test_a_failure_leaves_nothing(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(secateur.demo, "profile", fail)
+        with pytest.raises(RuntimeError):
+            demonstrate("d")
+        assert names(small) == []
+
+    def test_other_logits_after_loading_are_an_error(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        load = AutoModelForCausalLM.from_pretrained
+
+        def nearly(*arguments: Any, **options: Any) -> Any:
+            model = load(*arguments, **options)
+            model.lm_head.weight.data[0, 0] += 1e-3
+            return model
+
+        monkeypatch.setattr(secateur.demo.AutoModelForCausalLM, "from_pretrained", nearly)
+        with pytest.raises(CheckpointError, match="gives other logits than the one in memory"):
+            demonstrate("d")
+        assert names(small) == []
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_for_real(tmp_path: Path) -> None:
+    """The command as a user types it: a few minutes on one core, less on more."""
+    command = [str(Path(sys.executable).with_name("secateur")), "demo", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
+    assert (done.returncode, done.stderr) == (0, "")
+    for row in ROWS:
+        assert f"│ {row}" in done.stdout
+    check_folder(tmp_path / "run")
+    assert names(tmp_path)[0] == "run"
+    summary = read(tmp_path / "run" / "summary.json")
+    for before, after in zip(summary["perplexity"]["dense"], summary["perplexity"]["pruned"], strict=True):
+        assert before["ppl"] < after["ppl"] < 10 * before["ppl"]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.startswith("secateur: error: run exists; name another folder")
+    assert again.stderr.count("\n") == 1
