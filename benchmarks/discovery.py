@@ -1,4 +1,4 @@
-"""How long discovery takes, and the recorded graph beside `torch.export`, on a 7B model of which only the config exists.
+"""How long discovery takes on a 7B model of which only the config exists, and the recorded graph beside `torch.export`.
 
     python benchmarks/discovery.py [CONFIG]
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from transformers import AutoConfig
 import secateur
 from secateur import SecateurError
 from secateur.checkpoint import write_json
-from secateur.cli import run
+from secateur.cli import _watch, run
 from secateur.plan import CutOptions
 from secateur.run import plan_model
 from tiny import names, write_tiny
@@ -201,6 +202,32 @@ class TestOutput:
             process.stdout.close()
             assert process.stderr.read() == ""
         assert process.returncode == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestProgress:
+    def test_on_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        terminal = Terminal()
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with _watch(quiet=False)("score") as progress:
+            assert progress is not None
+            progress(3, 10)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+        assert re.search(r"score ━+.* 3/10 +(-:--:--|\d:\d\d:\d\d) +[\d.]+ (MiB|GiB)", shown)
+        assert terminal.getvalue().endswith("\x1b[2K")  # the bar is gone
+
+    @pytest.mark.parametrize(("stream", "quiet"), [(Terminal(), True), (io.StringIO(), False)])
+    def test_without_one_or_quiet(self, stream: io.StringIO, quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with _watch(quiet=quiet)("score") as progress:
+            assert progress is None
+        assert stream.getvalue() == ""
 
 
 def written(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

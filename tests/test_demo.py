@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur.demo
 from secateur import CheckpointError, PlanError
+from secateur.checkpoint import save
 from secateur.cli import run
 from secateur.demo import demonstrate
 from secateur.plan import read_plan
@@ -63,7 +65,8 @@ def check_folder(out: Path) -> None:
     assert pruned["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
     stages = "discover load score plan cut save reload evaluate_dense evaluate_pruned profile sample"
     assert list(summary["seconds"]) == [stage.replace("_", " ") for stage in stages.split()]
-    model, report = AutoModelForCausalLM.from_pretrained(out / "pruned", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out / "pruned", output_loading_info=True)
+    model, report = loaded
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert sum(weight.numel() for weight in model.parameters()) == pruned["parameters"]
     ids = torch.tensor([AutoTokenizer.from_pretrained(out / "pruned")("A pruning saw").input_ids])
@@ -129,14 +132,12 @@ class TestSmall:
         assert names(small) == []
 
     def test_other_logits_after_loading_are_an_error(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        load = AutoModelForCausalLM.from_pretrained
+        def spoil(*arguments: Any, **options: Any) -> None:
+            weights = load_file(save(*arguments, **options) / "model.safetensors")
+            weights["lm_head.weight"][0, 0] += 1e-3
+            save_file(weights, arguments[1] / "model.safetensors", {"format": "pt"})
 
-        def nearly(*arguments: Any, **options: Any) -> Any:
-            model = load(*arguments, **options)
-            model.lm_head.weight.data[0, 0] += 1e-3
-            return model
-
-        monkeypatch.setattr(secateur.demo.AutoModelForCausalLM, "from_pretrained", nearly)
+        monkeypatch.setattr(secateur.demo, "save", spoil)
         with pytest.raises(CheckpointError, match="gives other logits than the one in memory"):
             demonstrate("d")
         assert names(small) == []

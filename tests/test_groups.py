@@ -322,6 +322,15 @@ def test_units_that_meet_each_other_in_one_axis_are_frozen() -> None:
     assert discovery.groups == ()
 
 
+def test_a_saved_buffer_is_cut_with_its_group_and_is_no_parameter() -> None:
+    model = Plain(lambda x, m: x * m.scale)
+    model.register_buffer("scale", torch.ones(6))
+    discovery = discover_groups(model)
+    (hidden,) = discovery.groups
+    assert ("scale", 0) in {(axis.weight, axis.dim) for axis in hidden.axes}
+    assert count_parameters(discovery, {hidden.name: 4}) == 2 * 26 * 4
+
+
 # --- lists of layers --------------------------------------------------------------------------------------------
 
 
@@ -350,11 +359,12 @@ def in_turn(x: Tensor, module: Any) -> Tensor:
     [
         ([Block(), Block()], ("blocks",)),
         ([Block(), Block(residual=False)], ()),
+        ([Block(residual=False), Block()], ()),
         ([nn.Linear(6, 6), nn.ReLU()], ()),
         ([nn.Identity(), nn.Identity()], ()),
         ([Block(blocks=2), Block(blocks=2)], ("blocks",)),  # the outer list alone
     ],
-    ids=["residual", "one is not", "plain", "nothing added", "nested"],
+    ids=["residual", "the last is not", "the first is not", "plain", "nothing added", "nested"],
 )
 def test_only_lists_of_residual_blocks_are_lists_of_layers(blocks: list[nn.Module], found: tuple[str, ...]) -> None:
     model = Plain(in_turn, blocks=nn.ModuleList(blocks))

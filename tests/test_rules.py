@@ -247,7 +247,7 @@ CASES = (
     Case(
         "stack",
         lambda x, n, w: (w.w + torch.stack([x, -x], -1)).flatten(2),
-        {**LOST, "up": "a", "head": "a·frozen"} | {"w": "frozen"},
+        {"up": "a", "head": "a·frozen", "w": "frozen"},
         columns=24,
         weights={"w": (2,)},
         reason="addresses its positions",
@@ -313,6 +313,13 @@ CASES = (
     ),
     Case(
         "index",
+        lambda x, n, w: w.w[:, torch.tensor([1]), :, torch.tensor([1])].sum(-1) * x,
+        {**SAME, "w": "a, frozen, b, frozen"},
+        weights={"w": (12, 4, 3, 5)},
+        reason="looked up by number",
+    ),
+    Case(
+        "index",
         lambda x, n, w: w.w[torch.tensor([1]), :, torch.tensor([1])] * x,
         {**SAME, "w": "frozen, a, frozen"},
         weights={"w": (4, 12, 5)},
@@ -321,7 +328,7 @@ CASES = (
     Case("gather", lambda x, n, w: x.gather(1, torch.zeros_like(x, dtype=torch.long)), SAME),
     Case(
         "gather",
-        lambda x, n, w: x.gather(1, torch.zeros_like(x[..., : n.a], dtype=torch.long)),
+        lambda x, n, w: x.gather(1, torch.zeros(*x.shape[:2], n.a, dtype=torch.long)),
         {"up": "a + b", "head": "a"},
         {"a": 4},
         columns=4,
@@ -401,7 +408,7 @@ CASES = (
     Case(
         "mm",
         lambda x, n, w: torch.mm(x.flatten(0, 1), w.w).unflatten(0, x.shape[:2]),
-        {**SAME, "head": "b"} | {"w": "a, b"},
+        {**SAME, "head": "b", "w": "a, b"},
         columns=5,
         weights={"w": (12, 5)},
     ),

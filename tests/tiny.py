@@ -45,12 +45,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<end>")
 
 
-def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A random model of the sizes above, but for the changes; in evaluation mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model("llama", **{**SIZES, **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    return model
+    return model.to(dtype)  # type: ignore[arg-type]  # transformers wraps `to`
 
 
 def write_tiny(
@@ -58,7 +58,7 @@ def write_tiny(
 ) -> Path:
     """Write such a model with its tokenizer."""
     with quiet():
-        tiny_model(seed, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
+        tiny_model(seed, dtype=dtype, **changes).save_pretrained(folder, max_shard_size=shard)
         tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -15,7 +15,16 @@ from typing import Annotated, Any
 import psutil
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
@@ -120,8 +129,8 @@ def run(arguments: Sequence[str]) -> int:
         return _interrupted(arguments)
     except BrokenPipeError:
         return _unread()
-    except SystemExit as stop:  # the parser turns a broken pipe into this
-        return _unread() if stop.code == 1 else int(stop.code or 0)
+    except SystemExit as left:  # the parser turns a broken pipe into this
+        return _unread() if left.code == 1 else int(left.code or 0)
     except Exception as error:
         message = getattr(error, "format_message", None)
         if message is not None:  # the parser's own errors
@@ -335,8 +344,9 @@ def evaluate_command(
     planned = read_plan(plan_file) if plan_file is not None else None
     results: dict[str, list[Perplexity]] = {}
     for name in models:
-        model = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        with _watch(quiet=quiet)(f"load {name}"):
+            model = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         variants = {name: model} | ({f"{name} + {plan_file}": prune(model, planned)} if planned else {})
         for label, variant in variants.items():
             with _watch(quiet=quiet)(f"evaluate {label}") as progress:
@@ -522,6 +532,13 @@ def _show(title: str, table: Table) -> None:
     console.print(table)
 
 
+class _MemoryColumn(ProgressColumn):
+    """The memory that the process holds now."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_bytes(psutil.Process().memory_info().rss))
+
+
 def _watch(*, quiet: bool) -> Callable[[str], Any]:
     """One progress bar on stderr at a time: what is done, how far, the time left, the memory held."""
 
@@ -536,16 +553,15 @@ def _watch(*, quiet: bool) -> Callable[[str], Any]:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"),
+            _MemoryColumn(),
             console=Console(stderr=True),
             transient=True,
         )
-        process = psutil.Process(os.getpid())
         with bar:
-            task = bar.add_task(stage, total=None, memory="")
+            task = bar.add_task(stage, total=None)
 
             def progress(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total, memory=_bytes(process.memory_info().rss))
+                bar.update(task, completed=done, total=total)
 
             yield progress
 

@@ -204,8 +204,8 @@ def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig) -> Plan
     planned, found = given.parameters.get("dense"), count_parameters(discovery)
     if planned != found:
         raise PlanError(
-            f"the plan is of another model: of one with {planned} parameters ({given.model}), and {discovery.model} has "
-            f"{found}; plan again with `secateur plan {discovery.model} --out plan.json`"
+            f"the plan is of another model: of one with {planned} parameters ({given.model}), and {discovery.model} "
+            f"has {found}; plan again with `secateur plan {discovery.model} --out plan.json`"
         )
     if given.settings is None:
         return given
