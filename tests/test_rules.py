@@ -222,7 +222,7 @@ CASES = (
         lambda x, n, w: x.to(torch.float32).view(torch.int16).to(x.dtype),
         LOST,
         columns=24,
-        reason="no rule for the operator aten.view",
+        reason="no rule for this use of the operator aten.view",
     ),
     Case("view cat", lambda x, n, w: torch.cat([x, x[:0].view(0, *x.shape[1:])]), SAME),
     # parts
@@ -503,10 +503,10 @@ CASES = (
         "kthvalue",
         lambda x, n, w: x - x.kthvalue(2, keepdim=True).values,
         LOST,
-        reason="there is no rule for the operator aten.kthvalue (in the model)",
+        reason="there is no rule for this use of the operator aten.kthvalue (in the model)",
     ),
-    Case("glu", lambda x, n, w: F.glu(x), LOST, columns=6, reason="no rule for the operator aten.glu"),
-    Case("_fft_r2c", lambda x, n, w: torch.fft.fft(x).abs(), LOST, reason="no rule for the operator aten._fft_r2c"),
+    Case("glu", lambda x, n, w: F.glu(x), LOST, columns=6, reason="no rule for this use of the operator aten.glu"),
+    Case("_fft_r2c", lambda x, n, w: torch.fft.fft(x).abs(), LOST, reason="no rule for this use of the operator aten._fft_r2c"),
 )
 
 # Operators that torch takes apart before they reach the recorder -> one with a case and the same rule.

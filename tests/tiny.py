@@ -49,8 +49,8 @@ def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: 
     """A random model of the sizes above, but for the changes; in evaluation mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model("llama", **{**SIZES, **changes})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    return model.to(dtype)  # type: ignore[arg-type]  # transformers wraps `to`
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return model
 
 
 def write_tiny(

@@ -150,10 +150,11 @@ class _Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
 
     def number(self, tensor: Tensor) -> int:
-        if id(tensor) not in self._numbers:
+        known, shape = self._numbers.get(id(tensor)), tuple(int(size) for size in tensor.shape)
+        if known is None or self.shapes[known] != shape:  # an operator may change a shape in place
             self._numbers[id(tensor)] = len(self.shapes)
             self._alive.append(tensor)
-            self.shapes.append(tuple(int(size) for size in tensor.shape))
+            self.shapes.append(shape)
         return self._numbers[id(tensor)]
 
     def __torch_dispatch__(
@@ -163,25 +164,22 @@ class _Recorder(TorchDispatchMode):
         for tensor in _tensors((args, tuple(kwargs.values()))):
             if id(tensor) not in self._numbers:
                 self.unknown.append(self.number(tensor))
+        schema = func._schema.arguments
+        given = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)]
+        arguments = {a.name: self._plain(value) for a, value in zip(schema, given, strict=True)}
         result = func(*args, **kwargs)
         outputs = tuple(self.number(tensor) for tensor in _tensors(result))
         if outputs:
-            self.nodes.append(self._node(func, args, kwargs, outputs))
+            node = Node(
+                op=f"{func.namespace}.{func._schema.name.split('::')[-1]}",
+                arguments=arguments,
+                outputs=outputs,
+                module=self.modules[-1] if self.modules else "",
+                pointwise=torch.Tag.pointwise in func.tags,
+                in_place=next((a.name for a in schema if a.alias_info is not None and a.alias_info.is_write), None),
+            )
+            self.nodes.append(node)
         return result
-
-    def _node(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: tuple[int, ...]) -> Node:
-        schema = func._schema.arguments
-        given = {
-            a.name: args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)
-        }
-        return Node(
-            op=f"{func.namespace}.{func._schema.name.split('::')[-1]}",
-            arguments={name: self._plain(value) for name, value in given.items()},
-            outputs=outputs,
-            module=self.modules[-1] if self.modules else "",
-            pointwise=torch.Tag.pointwise in func.tags,
-            in_place=next((a.name for a in schema if a.alias_info is not None and a.alias_info.is_write), None),
-        )
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, Tensor):

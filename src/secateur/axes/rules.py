@@ -8,6 +8,7 @@ without a rule freezes every dimension of its inputs, with a reason that names i
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -15,6 +16,8 @@ from typing import Any
 
 from secateur.axes.algebra import ONE, Expression, Fixed, Unifier, concat, product
 from secateur.graph import Graph, Node, Ref
+
+logger = logging.getLogger(__name__)
 
 Dims = tuple[Expression, ...]
 
@@ -83,15 +86,26 @@ def apply(state: Inference, node: Node) -> None:
     chosen = RULES.get(name) or (pointwise if node.pointwise else no_rule)
     state.module = node.module
     _follow(state, node, name, inputs)
-    for number, dims in zip(node.outputs, chosen(state, node), strict=True):
-        sizes = tuple(d.size for d in dims)
-        if sizes != state.graph.shapes[number]:
-            raise AssertionError(f"{node.op}: the rule gives {sizes}, the tensor is {state.graph.shapes[number]}")
+    for number, dims in zip(node.outputs, _dims_by(chosen, state, node), strict=True):
         if number in state.dims:  # written in place
             for old, new in zip(state.of(Ref(number)), dims, strict=True):
                 state.unifier.unify(old, new)
         else:
             state.dims[number] = dims
+
+
+def _dims_by(chosen: Rule, state: Inference, node: Node) -> Sequence[Dims]:
+    """What the rule says of the outputs; where it does not cover a use of the operator, all is frozen instead."""
+    wanted = [state.graph.shapes[number] for number in node.outputs]
+    try:
+        found = chosen(state, node)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        logger.debug("the rule of %s failed in %s: %s", node.op, node.module, error)
+        return no_rule(state, node)
+    if [tuple(dim.size for dim in dims) for dims in found] != wanted:
+        logger.debug("the rule of %s gives other sizes than %s in %s", node.op, wanted, node.module)
+        return no_rule(state, node)
+    return found
 
 
 def references(values: Iterable[Any]) -> Iterator[Ref]:
@@ -124,7 +138,7 @@ ACTIVATIONS = frozenset(
 
 def no_rule(state: Inference, node: Node) -> Sequence[Dims]:
     """Freeze everything that an unknown operator touches."""
-    reason = f"there is no rule for the operator {node.op} (in {node.module or 'the model'})"
+    reason = f"there is no rule for this use of the operator {node.op} (in {node.module or 'the model'})"
     for ref in references(node.arguments.values()):
         for dim in state.of(ref):
             state.unifier.freeze(dim, reason)
