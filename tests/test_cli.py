@@ -457,6 +457,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("evaluate", "tiny", "--ppl", "cats=text.txt", "--seq-len", "9999"),
     ),
     "second model missing": ("'./no-such': no such file", ("evaluate", "tiny", "./no-such")),
+    "second profile missing": ("'./no-such': no such file", ("profile", "tiny", "./no-such")),
     "windows of one": ("seq_len=1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
     "no tokens": ("max_tokens=0 leaves nothing to score", ("evaluate", "tiny", "--max-tokens", "0")),
     "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
@@ -479,6 +480,8 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     match, arguments = REFUSED[case]
     if arguments[:2] == ("prune", "tiny") and case not in READS_WEIGHTS:
         monkeypatch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
+    if arguments[2:] == ("./no-such",):
+        monkeypatch.setattr("secateur.cli.load", lambda *_, **__: pytest.fail("weights were read"))
     refuse(capsys, match, *arguments)
 
 

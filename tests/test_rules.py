@@ -506,7 +506,12 @@ CASES = (
         reason="there is no rule for this use of the operator aten.kthvalue (in the model)",
     ),
     Case("glu", lambda x, n, w: F.glu(x), LOST, columns=6, reason="no rule for this use of the operator aten.glu"),
-    Case("_fft_r2c", lambda x, n, w: torch.fft.fft(x).abs(), LOST, reason="no rule for this use of the operator aten._fft_r2c"),
+    Case(
+        "_fft_r2c",
+        lambda x, n, w: torch.fft.fft(x).abs(),
+        LOST,
+        reason="no rule for this use of the operator aten._fft_r2c",
+    ),
 )
 
 # Operators that torch takes apart before they reach the recorder -> one with a case and the same rule.

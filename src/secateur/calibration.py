@@ -32,16 +32,16 @@ _EXTRA = "pip install 'secateur[data]'"
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """Which text to calibrate on, and how much of it; the defaults are LLM-Pruner's amounts.
+    """Which text to calibrate on, and how much of it; LLM-Pruner takes 10 windows of 64 tokens.
 
     >>> CalibrationOptions(samples=0)
     Traceback (most recent call last):
-    secateur.errors.DataError: samples=0 is too small. Expected at least 1: CalibrationOptions(samples=10).
+    secateur.errors.DataError: samples=0 is too small. Expected at least 1: CalibrationOptions(samples=64).
     """
 
     text: str = DEMO  # demo, a file or the name of a data set
-    samples: int = 10  # windows
-    length: int = 64  # tokens per window
+    samples: int = 64  # windows
+    length: int = 128  # tokens per window
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,8 +49,8 @@ class CalibrationOptions:
             raise DataError("text='' names no text. Expected demo, a file or a data set: CalibrationOptions('demo').")
         # A window of one token predicts nothing.
         for name, value, least, good in (
-            ("samples", self.samples, 1, 10),
-            ("length", self.length, 2, 64),
+            ("samples", self.samples, 1, 64),
+            ("length", self.length, 2, 128),
             ("seed", self.seed, 0, 0),
         ):
             if value < least:

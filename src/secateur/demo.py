@@ -16,7 +16,7 @@ from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_r
 from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
 from secateur.models import DEMO, check_finite, load, load_config, load_tokenizer, quiet
-from secateur.plan import CutOptions, Plan, options_for, plan
+from secateur.plan import CutOptions, Plan, calibration_for, options_for, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.run import Clock, LoadOptions, Watch
@@ -79,7 +79,16 @@ def demonstrate(
     options = options_for(preset, discovery, cut or {})
     check_stock(plan(discovery, options, config=load_config(DEMO)))
     with atomic_folder(out, overwrite=overwrite, mark=SUMMARY_FILE) as folder:
-        found = _run(out, folder, discovery, options, loading=loading, seed=seed, command=command, clock=clock)
+        found = _run(
+            out,
+            folder,
+            discovery,
+            options,
+            calibration=calibration_for(preset, seed=seed),
+            loading=loading,
+            command=command,
+            clock=clock,
+        )
         write_json(folder / SUMMARY_FILE, found.to_json())
     return found
 
@@ -90,8 +99,8 @@ def _run(
     discovery: Discovery,
     options: CutOptions,
     *,
+    calibration: CalibrationOptions,
     loading: LoadOptions,
-    seed: int,
     command: str | None,
     clock: Clock,
 ) -> Demonstration:
@@ -101,7 +110,6 @@ def _run(
         dense = load(DEMO, dtype=loading.dtype, device=loading.device)
         tokenizer = load_tokenizer(DEMO)
         check_finite(dense)
-    calibration = CalibrationOptions(seed=seed)
     with clock.stage("score") as progress:
         scores = score(
             dense,
@@ -119,7 +127,7 @@ def _run(
     with clock.stage("cut"):
         pruned = prune(dense, decided, discovery=discovery)
     with clock.stage("save"):
-        record = make_record(dense, name=DEMO, calibration=scores.calibration, seed=seed, command=command)
+        record = make_record(dense, name=DEMO, calibration=scores.calibration, seed=calibration.seed, command=command)
         save(pruned, folder / "pruned", plan=decided, tokenizer=tokenizer, record=record)
     with clock.stage("reload"):
         reloaded = _reload(folder / "pruned", pruned)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
+from secateur.calibration import DEMO, CalibrationOptions
 from secateur.errors import PlanError, ScoreError
 from secateur.scores import REDUCTIONS, SCORES, Scores
 from secateur.settings import Cut, stock_settings
@@ -47,7 +48,7 @@ class CutOptions:
     target: int | None = None
     axes: tuple[str, ...] = ("attention", "mlp")
     layers: tuple[int, int] | None = None  # half-open, of the dense model
-    score: str = "param_first"
+    score: str = "param_second"
     reduce: str | None = None
     round_to: int = 1
 
@@ -181,17 +182,33 @@ def preset(name: str, layers: int) -> CutOptions:
 
     `llm-pruner` is the paper's recipe: 25 % of the heads and MLP channels of layers 4 to 30 of 32 (as shares of the
     depth for other models), first-order Taylor scores. `best` cuts 20 % of the non-embedding parameters from all
-    layers alike, so that the result is a stock model.
+    layers alike, so that the result is a stock model, by second-order scores. See `calibration_for` for their text.
 
     >>> preset("llm-pruner", 32).layers
     (4, 30)
     """
     if name == "llm-pruner":
         first, last = round(layers * 4 / 32), round(layers * 2 / 32)
-        return CutOptions(ratio=0.25, of="units", layers=(first, layers - last))
+        return CutOptions(ratio=0.25, of="units", layers=(first, layers - last), score="param_first")
     if name == "best":
         return CutOptions(ratio=0.2)
     raise PlanError(f"preset {name!r} is unknown. Known: best, llm-pruner{_close(name, ('best', 'llm-pruner'))}")
+
+
+def calibration_for(
+    name: str, *, text: str = DEMO, samples: int | None = None, length: int | None = None, seed: int = 0
+) -> CalibrationOptions:
+    """The calibration of a preset, with what is given: the paper's 10 windows of 64 tokens, or ours.
+
+    >>> calibration_for("llm-pruner", seed=3)
+    CalibrationOptions(text='demo', samples=10, length=64, seed=3)
+    """
+    usual = CalibrationOptions(text, 10, 64, seed) if name == "llm-pruner" else CalibrationOptions(text, seed=seed)
+    return replace(
+        usual,
+        samples=usual.samples if samples is None else samples,
+        length=usual.length if length is None else length,
+    )
 
 
 def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> CutOptions:

@@ -101,7 +101,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     discovery: Discovery | None = None,
-    name: str = "param_first",
+    name: str = "param_second",
     reduce: str | None = None,
     calibration: CalibrationOptions | None = None,
     windows: Tensor | None = None,
@@ -150,7 +150,7 @@ def unit_scores(
     weights: Mapping[str, Tensor],
     statistics: Statistics | None = None,
     *,
-    name: str = "param_first",
+    name: str = "param_second",
     reduce: str = "sum",
     seed: int = 0,
 ) -> dict[str, Tensor]:
