@@ -64,9 +64,7 @@ def main() -> None:
         ours = []
         for seed in seeds:
             start = time.perf_counter()
-            pruned = (
-                model if cut == "dense" else cut_as(model, tokenizer, CUTS[cut], score, seed, arguments.calibration)
-            )
+            pruned = model if cut == "dense" else cut_as(model, tokenizer, cut, score, seed, arguments.calibration)
             ours.append(measured(pruned, tokenizer, texts, arguments.max_tokens))
             seconds = time.perf_counter() - start
             print(f"{cut} {score} seed {seed}: {ours[-1]} ({seconds:.0f} s)", file=sys.stderr, flush=True)

@@ -235,8 +235,8 @@ class TestDataSet:
     ("changes", "match"),
     [
         ({"text": ""}, r"text='' names no text\. Expected demo, a file or a data set: CalibrationOptions\('demo'\)"),
-        ({"samples": 0}, r"samples=0 is too small\. Expected at least 1: CalibrationOptions\(samples=10\)"),
-        ({"length": 1}, r"length=1 is too small\. Expected at least 2: CalibrationOptions\(length=64\)"),
+        ({"samples": 0}, r"samples=0 is too small\. Expected at least 1: CalibrationOptions\(samples=64\)"),
+        ({"length": 1}, r"length=1 is too small\. Expected at least 2: CalibrationOptions\(length=128\)"),
         ({"seed": -1}, r"seed=-1 is too small\. Expected at least 0: CalibrationOptions\(seed=0\)"),
     ],
 )
@@ -331,7 +331,7 @@ class TestWindows:
     @pytest.mark.demo_model
     def test_the_demo_calibration(self, demo_tokenizer: PreTrainedTokenizerBase) -> None:
         windows = sample_windows(read_calibration("demo"), demo_tokenizer, CalibrationOptions())
-        assert windows.shape == (10, 64)
+        assert windows.shape == (64, 128)
         decoded = cast(str, demo_tokenizer.decode(windows[0, 1:-1]))
         assert decoded.strip("\ufffd") in demo_texts()[0]
 

@@ -355,7 +355,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     # calibration
     "no calibration file": (r"'no\.txt': no such file", (*PRUNE, "--calibration", "no.txt")),
     "empty calibration": (r"'empty\.txt': there is no text in it", (*PRUNE, "--calibration", "empty.txt")),
-    "tiny calibration": ("has [2-9] tokens, but one window needs 64", (*PRUNE, "--calibration", "short.txt")),
+    "tiny calibration": ("has [2-9] tokens, but one window needs 128", (*PRUNE, "--calibration", "short.txt")),
     "too many samples": ("tiny calibration text", (*PRUNE, "--calibration", "text.txt", "--samples", "9999")),
     "no samples": ("samples=0 is too small. Expected at least 1", (*PRUNE, "--samples", "0")),
     "short windows": ("length=1 is too small. Expected at least 2", (*PRUNE, "--length", "1")),

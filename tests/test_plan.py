@@ -14,8 +14,20 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from families import family_config, family_model
-from secateur import CutOptions, Discovery, Plan, PlanError, ScoreError, Scores, discover, plan, prune, score
-from secateur.plan import options_for, plan_from_json, preset, read_plan, removed_units, top_units
+from secateur import (
+    CalibrationOptions,
+    CutOptions,
+    Discovery,
+    Plan,
+    PlanError,
+    ScoreError,
+    Scores,
+    discover,
+    plan,
+    prune,
+    score,
+)
+from secateur.plan import calibration_for, options_for, plan_from_json, preset, read_plan, removed_units, top_units
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
 
@@ -167,8 +179,10 @@ def test_a_plan_survives_json(discovery: Discovery, scores: Scores, tmp_path: Pa
 
 
 def test_presets() -> None:
-    assert preset("llm-pruner", 32) == CutOptions(ratio=0.25, of="units", layers=(4, 30))
-    assert preset("best", 32).layers is None
+    assert preset("llm-pruner", 32) == CutOptions(ratio=0.25, of="units", layers=(4, 30), score="param_first")
+    assert preset("best", 32) == CutOptions(ratio=0.2, score="param_second")
+    assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
+    assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions("a.txt", samples=64, length=256)
     with pytest.raises(PlanError, match=r"preset 'bets' is unknown\. Known: best, llm-pruner\. Did you mean best\?"):
         preset("bets", 32)
 

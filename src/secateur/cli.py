@@ -33,13 +33,13 @@ from secateur import __version__
 from secateur.axes import discover
 from secateur.axes.algebra import Concat, Product, show, units_along
 from secateur.axes.groups import Axis, Discovery, Group
-from secateur.calibration import CalibrationOptions, demo_texts
+from secateur.calibration import demo_texts
 from secateur.checkpoint import check_writable, write_json
 from secateur.demo import PROMPT, TEXT, Demonstration, demonstrate
 from secateur.errors import DataError, PlanError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text
 from secateur.models import DEMO, load, load_config, load_tokenizer
-from secateur.plan import Plan, by_kind, read_plan
+from secateur.plan import Plan, by_kind, calibration_for, read_plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.run import LoadOptions, plan_model, prune_model
@@ -107,8 +107,14 @@ Reduce = Annotated[
 ]
 RoundTo = Annotated[int | None, typer.Option("--round-to", help="Widths are multiples of this.", show_default=False)]
 CalibrationText = Annotated[str, typer.Option("--calibration", help="`demo`, a file, or the name of a data set.")]
-Samples = Annotated[int, typer.Option("--samples", help="Calibration windows.")]
-Length = Annotated[int, typer.Option("--length", help="Tokens of a calibration window.")]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="Calibration windows: 64, or 10 with llm-pruner.", show_default=False),
+]
+Length = Annotated[
+    int | None,
+    typer.Option("--length", help="Tokens of a window: 128, or 64 with llm-pruner.", show_default=False),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -214,8 +220,8 @@ def plan_command(
     reduce: Reduce = None,
     round_to: RoundTo = None,
     calibration: CalibrationText = DEMO,
-    samples: Samples = 10,
-    length: Length = 64,
+    samples: Samples = None,
+    length: Length = None,
     sizes_only: Annotated[bool, typer.Option("--sizes-only", help="Do not score: say how many, not which.")] = False,
     quiet: Quiet = False,
     json_file: Json = None,
@@ -233,7 +239,7 @@ def plan_command(
         model,
         preset=preset,
         cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
-        calibration=CalibrationOptions(calibration, samples, length, seed),
+        calibration=calibration_for(preset, text=calibration, samples=samples, length=length, seed=seed),
         loading=LoadOptions(dtype, device, trust_remote_code),
         sizes_only=sizes_only,
         watch=_watch(quiet=quiet),
@@ -264,8 +270,8 @@ def prune_command(
     reduce: Reduce = None,
     round_to: RoundTo = None,
     calibration: CalibrationText = DEMO,
-    samples: Samples = 10,
-    length: Length = 64,
+    samples: Samples = None,
+    length: Length = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run has kept.")] = False,
     quiet: Quiet = False,
@@ -289,7 +295,7 @@ def prune_command(
         preset=preset,
         cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
         given=read_plan(plan_file) if plan_file is not None else None,
-        calibration=CalibrationOptions(calibration, samples, length, seed),
+        calibration=calibration_for(preset, text=calibration, samples=samples, length=length, seed=seed),
         loading=LoadOptions(dtype, device, trust_remote_code),
         overwrite=overwrite,
         resume=resume,
