@@ -148,7 +148,7 @@ class TestSmall:
 def test_for_real(tmp_path: Path) -> None:
     """The command as a user types it: a few minutes on one core, less on more."""
     command = [str(Path(sys.executable).with_name("secateur")), "demo", "--out", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1800)
     assert (done.returncode, done.stderr) == (0, "")
     for row in ROWS:
         assert f"│ {row}" in done.stdout

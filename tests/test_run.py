@@ -115,7 +115,7 @@ class TestResume:
     @pytest.mark.parametrize(
         "change",
         [
-            {"cut": {"score": "param_second"}},
+            {"cut": {"score": "param_first"}},
             {"cut": {"reduce": "max"}},
             {"calibration": CalibrationOptions("in/text.txt", samples=4, length=16, seed=1)},
             {"calibration": CalibrationOptions("in/text.txt", samples=5, length=16)},
@@ -166,7 +166,7 @@ class TestResume:
 
     def test_the_scores_that_are_kept(self, interrupted: Path) -> None:
         kept = read_scores(interrupted / ".out.secateur" / "scores.safetensors")
-        assert (kept.score, kept.reduce, kept.seed) == ("param_first", "sum", 0)
+        assert (kept.score, kept.reduce, kept.seed) == ("param_second", "sum", 0)
         assert kept.units["layers.0.mlp"].shape == (84,)
 
 

@@ -38,6 +38,7 @@ ORDER = [
     "profile",
     "run",
     "demo",
+    "tables",
     "cli",
 ]
 ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather what is below, so may import all of it
