@@ -33,8 +33,9 @@ check: $(STAMP)  ## Check format, lint, types and the links in the docs
 	$(BIN)/mypy
 	$(PYTEST) -q -m "not slow" tests/test_docs.py
 
-bench: $(STAMP)  ## Compare with LLM-Pruner on the demo model
-	$(BIN)/python benchmarks/llm_pruner.py
+bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner too (benchmarks/llm_pruner.py --help)
+	$(BIN)/python benchmarks/discovery.py
+	$(if $(DATA),$(BIN)/python benchmarks/llm_pruner.py --data $(DATA),@echo "for the comparison with LLM-Pruner: make bench DATA=FOLDER")
 
 format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff format

@@ -299,10 +299,10 @@ def prune_command(
         resume=resume,
         command=context.obj,
         watch=_watch(quiet=quiet),
+        announce=None if quiet else lambda sizes: _print(plan_tables(sizes)),
     )
     _finish(pruned.to_json(), json_file)
     if not quiet:
-        _print(plan_tables(pruned.plan))
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
         if resume:
             print("went on from kept scores" if pruned.resumed else "nothing was kept of this cut: started anew")

@@ -127,11 +127,12 @@ def prune_model(
     resume: bool = False,
     command: str | None = None,
     watch: Watch | None = None,
+    announce: Callable[[Plan], None] | None = None,
 ) -> Pruned:
     """Discover, score, plan, cut and save a MODEL argument; `given` is a plan made before, instead of options.
 
-    With `resume`, the scores of a run that was killed are used if they were made for the very same. Raises
-    `SecateurError`.
+    With `resume`, the scores of a run that was killed are used if they were made for the very same. `announce` is
+    called with the sizes that the cut will leave, before a weight is read. Raises `SecateurError`.
     """
     out = Path(out)
     loading = loading or LoadOptions()
@@ -152,7 +153,10 @@ def prune_model(
         options = given.options
     else:
         options = options_for(preset, discovery, cut or {})
-    check_stock(given or plan(discovery, options, config=config))
+    sizes = given or plan(discovery, options, config=config)
+    check_stock(sizes)
+    if announce is not None:
+        announce(sizes)
     with _work_folder(out, _key(model, options, calibration, loading), resume=resume) as work:
         scores = _kept(work) if given is None else None
         resumed = scores is not None

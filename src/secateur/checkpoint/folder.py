@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -142,13 +143,15 @@ def _replace(out: Path, new: Path) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON beside its name, flush it, and give it its name; a pipe or a device is written to as it is.
 
+    JSON has no infinity (the perplexity of a ruined model): it is written as null, as is NaN.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_json(Path(folder) / "a.json", {"b": 1})
+    ...     write_json(Path(folder) / "a.json", {"b": 1, "ppl": [float("inf")]})
     ...     json.loads((Path(folder) / "a.json").read_text())
-    {'b': 1}
+    {'b': 1, 'ppl': [None]}
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
@@ -165,6 +168,16 @@ def write_json(path: Path, data: Any) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data
 
 
 def _flush(path: Path) -> None:
