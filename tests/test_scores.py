@@ -224,7 +224,7 @@ def test_unknown_names_get_a_suggestion(model: PreTrainedModel) -> None:
 
 
 def test_gradient_scores_need_text(model: PreTrainedModel) -> None:
-    with pytest.raises(ScoreError, match="score param_first takes gradients: give a tokenizer, or windows"):
+    with pytest.raises(ScoreError, match="score param_second takes gradients: give a tokenizer, or windows"):
         score(model)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur import __version__
@@ -110,7 +111,11 @@ def plan_model(
     if sizes_only or not has_weights(model):
         return sizes
     _check_unpacked(model, config)
-    scores, _ = _scores(model, discovery, options, calibration or CalibrationOptions(), loading, clock)
+    calibration = calibration or CalibrationOptions()
+    windows = _windows(model, options, calibration, loading)
+    with clock.stage("load"):
+        loaded = _load(model, loading)
+    scores = _scores(loaded, discovery, options, calibration, windows, clock)
     return plan(discovery, options, config=config, scores=scores)
 
 
@@ -132,7 +137,7 @@ def prune_model(
     """Discover, score, plan, cut and save a MODEL argument; `given` is a plan made before, instead of options.
 
     With `resume`, the scores of a run that was killed are used if they were made for the very same. `announce` is
-    called with the sizes that the cut will leave, before a weight is read. Raises `SecateurError`.
+    called with the sizes that the cut will leave, when all is read and before it is scored. Raises `SecateurError`.
     """
     out = Path(out)
     loading = loading or LoadOptions()
@@ -155,19 +160,26 @@ def prune_model(
         options = options_for(preset, discovery, cut or {})
     sizes = given or plan(discovery, options, config=config)
     check_stock(sizes)
-    if announce is not None:
-        announce(sizes)
+
+    def loaded_now() -> PreTrainedModel:
+        with clock.stage("load"):
+            found = _load(model, loading)
+        if announce is not None:
+            announce(sizes)
+        return found
+
     with _work_folder(out, _key(model, options, calibration, loading), resume=resume) as work:
         scores = _kept(work) if given is None else None
         resumed = scores is not None
         loaded = None
         if given is None and scores is None:
-            scores, loaded = _scores(model, discovery, options, calibration, loading, clock)
+            windows = _windows(model, options, calibration, loading)
+            loaded = loaded_now()
+            scores = _scores(loaded, discovery, options, calibration, windows, clock)
             _keep(work, scores)
         decided = given or plan(discovery, options, config=config, scores=scores)
         if loaded is None:
-            with clock.stage("load"):
-                loaded = _load(model, loading)
+            loaded = loaded_now()
         tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
         with clock.stage("cut"):
             pruned = prune(loaded, decided, discovery=discovery)
@@ -222,24 +234,25 @@ def _load(model: str, loading: LoadOptions) -> PreTrainedModel:
     return loaded
 
 
+def _windows(model: str, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions) -> Tensor | None:
+    """The calibration tokens that the score needs, if it needs any."""
+    if SCORES[options.score].needs == "weights":
+        return None
+    tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
+    return sample_windows(read_calibration(calibration.text), tokenizer, calibration)
+
+
 def _scores(
-    model: str,
+    loaded: PreTrainedModel,
     discovery: Discovery,
     options: CutOptions,
     calibration: CalibrationOptions,
-    loading: LoadOptions,
+    windows: Tensor | None,
     clock: Clock,
-) -> tuple[Scores, PreTrainedModel]:
-    tokenizer, windows = None, None
-    if SCORES[options.score].needs != "weights":
-        tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
-        windows = sample_windows(read_calibration(calibration.text), tokenizer, calibration)
-    with clock.stage("load"):
-        loaded = _load(model, loading)
+) -> Scores:
     with clock.stage("score") as progress:
-        scores = score(
+        return score(
             loaded,
-            tokenizer,
             discovery=discovery,
             name=options.score,
             reduce=options.reduce,
@@ -247,7 +260,6 @@ def _scores(
             windows=windows,
             progress=progress,
         )
-    return scores, loaded
 
 
 def _kept(work: Path) -> Scores | None:
