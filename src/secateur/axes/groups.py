@@ -89,7 +89,10 @@ class Discovery:
 
     def group(self, name: str) -> Group:
         """The group of that name; KeyError when there is none."""
-        return next(group for group in self.groups if group.name == name) if name in self.names else _missing(name)
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
 
     @property
     def names(self) -> frozenset[str]:
@@ -129,10 +132,6 @@ class Discovery:
             "layer_lists": list(self.layer_lists),
             "tied": dict(self.tied),
         }
-
-
-def _missing(name: str) -> Group:
-    raise KeyError(name)
 
 
 def from_json(data: Mapping[str, Any]) -> Discovery:
