@@ -20,7 +20,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.axes import discover_groups
-from secateur.axes.algebra import Concat, Expression, Fixed, Product, Variable, concat, product, show, variables_in
+from secateur.axes.algebra import (
+    Expression,
+    Variable,
+    show,
+    substitute,
+    variables_in,
+)
 from secateur.axes.groups import Discovery, layer_of
 from secateur.errors import DiscoveryError
 from secateur.models import skeleton
@@ -264,19 +270,11 @@ def _structure(discovery: Discovery, cut: Cut) -> dict[str, list[str]]:
 
 
 def _by_size(expression: Expression, sizes: Mapping[str, int]) -> str:
-    def rename(part: Expression) -> Expression:
-        match part:
-            case Variable(name=name, size=size):
-                after = sizes.get(name, size)
-                return Variable(str(after), after)
-            case Product(factors=factors):
-                return product([rename(factor) for factor in factors])
-            case Concat(parts=parts):
-                return concat([rename(item) for item in parts])
-            case Fixed():
-                return part
+    def by_size(variable: Variable) -> Expression:
+        after = sizes.get(variable.name, variable.size)
+        return Variable(str(after), after)
 
-    return show(rename(expression))
+    return show(substitute(expression, by_size))
 
 
 def _cut_structure(

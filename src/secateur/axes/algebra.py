@@ -20,7 +20,7 @@ This module knows nothing of tensors, models or torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import prod
@@ -139,6 +139,23 @@ def variables_in(expression: Expression) -> Iterator[Variable]:
         case Product(factors=items) | Concat(parts=items):
             for item in items:
                 yield from variables_in(item)
+
+
+def substitute(expression: Expression, replacement: Callable[[Variable], Expression]) -> Expression:
+    """The expression in normal form with every variable replaced.
+
+    >>> show(substitute(product([Variable("v7", 4), Fixed(8)]), lambda v: Variable("kv", v.size)))
+    'kv·(8)'
+    """
+    match expression:
+        case Variable():
+            return replacement(expression)
+        case Product(factors=factors):
+            return product([substitute(factor, replacement) for factor in factors])
+        case Concat(parts=parts):
+            return concat([substitute(part, replacement) for part in parts])
+        case Fixed():
+            return expression
 
 
 def show(expression: Expression) -> str:

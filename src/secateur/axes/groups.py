@@ -14,11 +14,10 @@ from secateur.axes.algebra import (
     Fixed,
     Product,
     Variable,
-    concat,
     parse,
-    product,
     show,
     size_after,
+    substitute,
     variables_in,
 )
 from secateur.axes.rules import Inference, Operation
@@ -401,21 +400,13 @@ def _names(order: list[str], kinds: Mapping[str, str], layers: Mapping[str, int 
 def _renaming(state: Inference, names: Mapping[str, str]) -> Callable[[Expression], Expression]:
     """A function that writes group names for free variables, sizes for frozen ones, and keeps batch and sequence."""
 
-    def rename(expression: Expression) -> Expression:
-        match expression:
-            case Variable(name=name, size=size):
-                head = name.split(".")[0]
-                if name in names or head in (BATCH, SEQUENCE):
-                    return Variable(names.get(name, head), size)
-                return Fixed(size)
-            case Product(factors=factors):
-                return product([rename(factor) for factor in factors])
-            case Concat(parts=parts):
-                return concat([rename(part) for part in parts])
-            case Fixed():
-                return expression
+    def rename(variable: Variable) -> Expression:
+        head = variable.name.split(".")[0]
+        if variable.name in names or head in (BATCH, SEQUENCE):
+            return Variable(names.get(variable.name, head), variable.size)
+        return Fixed(variable.size)
 
-    return rename
+    return lambda expression: substitute(expression, rename)
 
 
 def _frozen(state: Inference, found: Mapping[str, tuple[Expression, ...]]) -> Iterable[Frozen]:
