@@ -90,7 +90,7 @@ def masked(model: PreTrainedModel, plan: Plan, discovery: Discovery) -> PreTrain
     """The dense model with the slices of all removed units set to zero."""
     keep: Mapping[str, Sequence[int]] = {group.name: group.keep or () for group in plan.groups}
     found = copy.deepcopy(model)
-    weights = dict(found.named_parameters())
+    weights = dict(found.named_parameters()) | dict(found.named_buffers())
     with torch.no_grad():
         for weight in discovery.weights:
             for dim, expression in enumerate(weight.dims):

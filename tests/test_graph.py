@@ -152,6 +152,94 @@ def test_sizes_of_the_model_push_the_batch_and_the_sequence_away() -> None:
     assert (graph.batch, graph.sequence) == (13, 17)
 
 
+# --- numbers that the code looks at -----------------------------------------------------------------------------
+
+
+def lookups(graph: Graph) -> list[tuple[Any, Any]]:
+    """What is looked up, and by which numbers."""
+    return [(n.arguments["self"], n.arguments["indices"]) for n in graph.nodes if n.op == "aten.index"]
+
+
+def added_in_place(positions: Tensor) -> Tensor:
+    return positions.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [
+        (lambda x, m: x[..., [-2, -1]], [(-2, -1)]),
+        (lambda x, m: x[:, torch.tensor([0, 3])][..., [1]], [(0, 3), (1,)]),
+        (lambda x, m: x[..., m.positions], [(4, 2)]),  # held outside the parameters and buffers
+        (lambda x, m: x[..., added_in_place(torch.tensor([0, 1]))], []),
+        (lambda x, m: x[..., torch.tensor([[0, 1]])], []),
+        (lambda x, m: x[..., torch.arange(2)], []),
+        (lambda x, m: x * torch.tensor([0.5, 1.0, 0.5, 1.0, 0.5, 1.0]), []),
+        (lambda x, m: x, []),
+    ],
+    ids=["list", "two lists", "held", "changed", "two dimensions", "made", "no numbers of positions", "none"],
+)
+def test_positions_that_the_code_writes_out_are_kept(
+    function: Callable[[Tensor, Any], Tensor], values: list[tuple[int, ...]]
+) -> None:
+    graph = trace(Plain(function, positions=torch.tensor([4, 2])))
+    assert list(graph.values.values()) == values
+    assert set(graph.values) == {ref.tensor for _, by in lookups(graph) for ref in by if ref and values}
+
+
+def test_a_branch_on_activations_is_taken() -> None:
+    graph = trace(Plain(lambda x, m: x.exp() if x.sum() > 0 else x.neg()))
+    ops = [node.op for node in graph.nodes]
+    assert "aten.exp" in ops
+    assert "aten.neg" not in ops
+    assert graph.shapes[graph.outputs[0]] == (graph.batch, graph.sequence, 6)
+
+
+class OddTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 6)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> tuple[Tensor, ...]:
+        return (self.embed(input_ids[input_ids % 2 == 1]),)
+
+
+def test_what_depends_on_the_inputs_alone_is_computed() -> None:
+    graph = trace(OddTokens())  # the tokens of a trace count up and start again after the last row of the table
+    odd = sum(i % 50 % 2 for i in range(graph.batch * graph.sequence))
+    assert graph.shapes[graph.outputs[0]] == (odd, 6)
+
+
+def each_chosen(x: Tensor, m: Any) -> Tensor:
+    """The weights of each unit that any token chooses, each unit's for the tokens that chose it."""
+    tokens = x.flatten(0, 1)
+    mask = torch.zeros(len(tokens), 5).scatter(-1, (tokens @ m.gate).topk(2, -1).indices, 1.0)
+    result = torch.zeros_like(tokens)
+    for unit in mask.sum(0).gt(0).nonzero():
+        (rows,) = torch.where(mask[:, unit[0]])
+        result.index_add_(0, rows, tokens[rows] * m.units[unit[0]])
+    return result.view(x.shape)
+
+
+def test_a_loop_over_what_was_chosen_looks_up_by_number() -> None:
+    model = Plain(each_chosen, gate=nn.Parameter(torch.ones(6, 5)), units=nn.Parameter(torch.ones(5, 6)))
+    graph = trace(model)
+    units = Ref(graph.parameters["units"])
+    found = [by for what, by in lookups(graph) if what == units]
+    assert len(found) == 2  # the first two are chosen
+    made_by = {number: node for node in graph.nodes for number in node.outputs}
+    assert all(made_by[ref.tensor].op == "aten.select" for (ref,) in found)
+    assert all(graph.shapes[ref.tensor] == () for (ref,) in found)
+    assert [node.op for node in graph.nodes if node.outputs == ()] == []
+
+
+def test_a_number_that_the_code_reads_for_more_than_a_lookup_is_recorded() -> None:
+    graph = trace(Plain(lambda x, m: x * x.sum().item() + x[..., x[0, 0].argmax()].unsqueeze(-1)))
+    reads = [node for node in graph.nodes if node.op == "aten._local_scalar_dense"]
+    made_by = {number: node.op for node in graph.nodes for number in node.outputs}
+    assert [made_by[node.arguments["self"].tensor] for node in reads] == ["aten.sum"]
+    assert [made_by[ref.tensor] for _, by in lookups(graph) for ref in by if ref] == ["aten.argmax"]
+
+
 # --- what is left alone -----------------------------------------------------------------------------------------
 
 
@@ -187,15 +275,23 @@ def fails(x: Tensor) -> Tensor:
     raise RuntimeError("sizes do not fit\nand a second line")
 
 
-def branches(x: Tensor) -> Tensor:
-    return x if x.sum() > 0 else -x
+def fails_in_a_branch(x: Tensor) -> Tensor:
+    return fails(x) if x.sum() > 0 else x
+
+
+def leaves_torch(x: Tensor) -> Tensor:
+    return torch.tensor(x.tolist() and x.numpy())
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (fails, r"Plain: the forward pass could not be traced; it failed in 'blocks\.0' with RuntimeError: sizes do "),
-        (branches, r"Plain: the forward pass could not be traced; it failed in 'blocks\.0' with \w+: "),
+        (
+            fails_in_a_branch,
+            r"Plain: the forward pass could not be traced; it failed in 'blocks\.0' with RuntimeError: s",
+        ),
+        (leaves_torch, r"Plain: the forward pass could not be traced; it failed in 'blocks\.0' with RuntimeError: "),
     ],
 )
 def test_a_forward_pass_that_cannot_be_traced_is_named(function: Callable[[Tensor], Tensor], message: str) -> None:

@@ -38,6 +38,7 @@ ORDER = [
     "profile",
     "run",
     "demo",
+    "anatomy",
     "tables",
     "cli",
 ]

@@ -19,22 +19,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.axes import discover_groups
-from secateur.axes.algebra import (
-    Expression,
-    Variable,
-    show,
-    substitute,
-    variables_in,
-)
+from secateur.axes.algebra import Expression, variables_in
 from secateur.axes.groups import Discovery, layer_of
 from secateur.errors import DiscoveryError
-from secateur.models import skeleton
+from secateur.models import runs_remote_code, skeleton
 from secateur.settings import (
     Cut,
-    hushed,
+    has_structure,
     shapes_of,
     sizes_before_and_after,
+    structure_after,
     twins,
     wanted_shapes,
     with_settings,
@@ -42,7 +36,8 @@ from secateur.settings import (
 
 logger = logging.getLogger(__name__)
 
-MOST_TRIALS = 64  # combinations of values tried
+MOST_TRIALS = 16  # combinations of values tried, of each sort
+MOST_CHOICES = 4096  # combinations of values sorted
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +49,77 @@ class Attribute:
     value: Any
 
 
-def attributes_after(config: PreTrainedConfig, discovery: Discovery, cut: Cut) -> tuple[Attribute, ...]:
+def attributes_after(
+    config: PreTrainedConfig, discovery: Discovery, cut: Cut, *, trust_remote_code: bool = False
+) -> tuple[Attribute, ...]:
     """The module attributes to change so that the model runs with the shapes that `cut` leaves.
 
     Layers are not dropped here (a config can always say how many there are). Raises `DiscoveryError` when no
     combination of values lets the model run.
     """
-    dense = skeleton(config)
+    dense = skeleton(config, trust_remote_code=trust_remote_code)
     laws = _laws(dense)
+    wanted = structure_after(discovery, cut)
+    tried: set[str] = set()
+    for attributes in _trials(config, dense, discovery, cut, laws):
+        tried |= {each.name for each in attributes}
+        # Running is not enough: with a wrong head size a reshape may succeed and mix the heads.
+        model = skeleton(config, trust_remote_code=trust_remote_code)
+        apply_shapes_and_attributes_in_place(model, discovery, cut, attributes)
+        if has_structure(model, wanted):
+            return attributes
+    raise DiscoveryError(
+        f"{type(dense).__name__}: the model does not run with {', '.join(f'{n}={k}' for n, k in cut.kept[:3])}, "
+        f"whatever values its module attributes take (tried: {', '.join(sorted(tried)) or 'none has such a size'})"
+    )
+
+
+def _trials(
+    config: PreTrainedConfig,
+    dense: PreTrainedModel,
+    discovery: Discovery,
+    cut: Cut,
+    laws: Mapping[tuple[type, str], tuple[str, int | None]],
+) -> Iterator[tuple[Attribute, ...]]:
+    """Attributes that may be right, the likeliest first."""
     settled, undecided, configs = _by_twins(config, dense, discovery, cut, laws)
     keys = sorted({_key(path, name, discovery) for path, name in undecided})
-    wanted = _structure(discovery, cut)
-    # A config of its own for a changed layer comes last: it is only for code that reads sizes from it in `forward`.
+    # A config of its own for a changed layer comes after: it is only for code that reads sizes from it in `forward`.
     combinations = itertools.product((False, True), itertools.product((True, False), repeat=len(keys)))
     for own_config, follows in itertools.islice(combinations, MOST_TRIALS):
         chosen = dict(zip(keys, follows, strict=True))
         values = {at: twin for at, twin in undecided.items() if chosen[_key(*at, discovery)]}
         attributes = _every_module(dense, discovery, cut, laws, {**settled, **values})
-        if own_config:
-            attributes += _own_configs(config, dense, configs)
-        if _cut_structure(config, discovery, cut, attributes) == wanted:
-            return attributes
-    names = [name for _, name in keys]
-    raise DiscoveryError(
-        f"{type(dense).__name__}: the model does not run with {', '.join(f'{n}={k}' for n, k in cut.kept[:3])}, "
-        f"whatever values its module attributes take (tried: {', '.join(names) or 'none depends on these sizes'})"
-    )
+        yield attributes + (_own_configs(config, dense, configs) if own_config else ())
+    # Last, for sizes that no config gives: whatever has the size of something that the cut changes.
+    options = _by_value(dense, discovery, cut, laws)
+    keys = sorted({_key(path, name, discovery) for path, name in options})
+    most = {key: max(len(found) for at, found in options.items() if _key(*at, discovery) == key) for key in keys}
+    choices = itertools.product(*(range(most[key] + 1) for key in keys))
+    likeliest = sorted(itertools.islice(choices, MOST_CHOICES), key=lambda choice: sum(i != 0 for i in choice))
+    for choice in likeliest[:MOST_TRIALS]:
+        number = dict(zip(keys, choice, strict=True))
+        values = {}
+        for at, found in options.items():
+            if number[_key(*at, discovery)] < len(found):  # the last number leaves it as it is
+                values[at] = found[number[_key(*at, discovery)]]
+        yield _every_module(dense, discovery, cut, laws, values)
+
+
+def _by_value(
+    dense: PreTrainedModel, discovery: Discovery, cut: Cut, laws: Mapping[tuple[type, str], Any]
+) -> dict[tuple[str, str], list[int]]:
+    """(module, attribute) -> the sizes after the cut of everything in its weights that had the attribute's value."""
+    options: dict[tuple[str, str], list[int]] = {}
+    for part in _parts(discovery, cut):
+        pairs = sizes_before_and_after(discovery, part)
+        for path in sorted(_modules_holding(discovery, part)):
+            module = dense.get_submodule(path)
+            for name, value in _plain_attributes(module):
+                found = [after for before, after in pairs if before == value]
+                if found and (type(module), name) not in laws:
+                    options[path, name] = found
+    return options
 
 
 Key = tuple[str, str]  # module path with the layer's number left out, attribute
@@ -130,7 +170,7 @@ def _by_twins(
     undecided: dict[tuple[str, str], Any] = {}
     configs: dict[str, dict[str, Any]] = defaultdict(dict)
     for part in _parts(discovery, cut):
-        changes, nearest, exact = _nearest(config, discovery, part)
+        changes, nearest, exact = _nearest(config, discovery, part, trust_remote_code=runs_remote_code(dense))
         pairs = sizes_before_and_after(discovery, part)
         if nearest is None:
             continue
@@ -177,7 +217,7 @@ def _parts(discovery: Discovery, cut: Cut) -> list[Cut]:
 
 
 def _nearest(
-    config: PreTrainedConfig, discovery: Discovery, part: Cut
+    config: PreTrainedConfig, discovery: Discovery, part: Cut, *, trust_remote_code: bool
 ) -> tuple[dict[str, Any], PreTrainedModel | None, bool]:
     """The twin that has the wanted sizes wherever the part changes one, with the fewest other differences.
 
@@ -187,7 +227,7 @@ def _nearest(
     everywhere = _spread(discovery, part)
     wanted = wanted_shapes(discovery, everywhere)
     best: tuple[int, dict[str, Any], PreTrainedModel] | None = None
-    for changes, twin in twins(config, discovery, everywhere, []):
+    for changes, twin in twins(config, discovery, everywhere, [], trust_remote_code=trust_remote_code):
         shapes = shapes_of(twin)
         if shapes.keys() != wanted.keys() or any(shapes[w][d] != wanted[w][d] for w, d in touched):
             continue
@@ -262,36 +302,6 @@ def _every_module(
             if new != value:
                 found.append(Attribute(path, name, new))
     return tuple(found)
-
-
-def _structure(discovery: Discovery, cut: Cut) -> dict[str, list[str]]:
-    """How each axis is made of units after the cut, by size: "2·3·(64)" for 2 KV heads of 3 query heads of 64."""
-    return {w.name: [_by_size(dim, cut.sizes) for dim in w.dims] for w in discovery.weights}
-
-
-def _by_size(expression: Expression, sizes: Mapping[str, int]) -> str:
-    def by_size(variable: Variable) -> Expression:
-        after = sizes.get(variable.name, variable.size)
-        return Variable(str(after), after)
-
-    return show(substitute(expression, by_size))
-
-
-def _cut_structure(
-    config: PreTrainedConfig, discovery: Discovery, cut: Cut, attributes: Iterable[Attribute]
-) -> dict[str, list[str]] | None:
-    """The structure that discovery finds in the model with these shapes and attributes; None if it does not run.
-
-    Running is not enough: with a wrong head size a reshape may succeed and mix the heads.
-    """
-    model = skeleton(config)
-    apply_shapes_and_attributes_in_place(model, discovery, cut, attributes)
-    try:
-        with hushed("torch._subclasses.fake_tensor"):
-            return _structure(discover_groups(model), Cut())
-    except DiscoveryError as error:
-        logger.debug("attributes %s: %s", attributes, error)
-        return None
 
 
 def apply_shapes_and_attributes_in_place(

@@ -29,6 +29,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from secateur import __version__
+from secateur.anatomy import reach_as_json
 from secateur.axes import discover
 from secateur.calibration import demo_texts
 from secateur.checkpoint import check_writable, write_json
@@ -198,7 +199,7 @@ def discover_command(
     """
     _check_files(json_file)
     discovery = discover(model, trust_remote_code=trust_remote_code)
-    _finish(discovery.to_json(), json_file)
+    _finish(discovery.to_json() | {"reach": reach_as_json(discovery)}, json_file)
     if not quiet:
         _print(discovery_tables(discovery))
 

@@ -41,12 +41,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from secateur.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
+EXPERTS = "batched_mm"  # experts as plain matrix products, whichever tokens they get: shapes that no data decides
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -106,7 +108,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     """Read the config of a causal language model; a GGUF's metadata becomes an ordinary, unquantised config.
 
     With `trust_remote_code` the Python files beside the config may run. Raises `ModelError` when there is none, when
-    it cannot be read, or when its model type is not a causal language model.
+    it cannot be read, when it needs such files and they are not trusted, or when its model type is not a causal
+    language model.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +119,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     """
     source = resolve(model)
     location, options = _location(source)
-    with quiet(), _told_by(source, "its config cannot be read"):
+    with quiet(), _told_by(source, "its config cannot be read", trust_remote_code=trust_remote_code):
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
@@ -130,23 +133,39 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the model of a config on `meta`: every shape, no storage, eager attention, evaluation mode.
 
-    The config is copied, not changed. Raises `ModelError` when the model's own code rejects its sizes.
+    The config is copied, not changed. Raises `ModelError` when the model's own code rejects its sizes, and when that
+    code is custom and `trust_remote_code` does not let it run.
 
     >>> config = AutoConfig.for_model("bert", hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
     >>> {str(weight.device) for weight in skeleton(config).parameters()}
     {'meta'}
     """
     own_config = copy.deepcopy(config)
+    if hasattr(own_config, "_experts_implementation"):
+        own_config._experts_implementation = EXPERTS
     try:
         with quiet(), torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 own_config, attn_implementation="eager", trust_remote_code=trust_remote_code
             )
     except Exception as error:  # any model code may raise anything
+        if not trust_remote_code and _wants_trust(error):
+            raise ModelError(_untrusted(config.name_or_path or config.model_type)) from error
         raise ModelError(
             f"model type {config.model_type!r}: no model can be built from this config; {_in_one_line(error)}"
         ) from error
     return cast(PreTrainedModel, model.eval())
+
+
+def runs_remote_code(model: torch.nn.Module) -> bool:
+    """Tell whether the model's class comes from custom code, Python files that lie beside the weights.
+
+    Whoever has such a model has let that code run, so more models of it may be built.
+
+    >>> runs_remote_code(torch.nn.Linear(2, 1))
+    False
+    """
+    return any(base.__module__.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME for base in type(model).__mro__)
 
 
 def has_weights(model: str) -> bool:
@@ -197,7 +216,11 @@ def load(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = load_config(model, trust_remote_code=trust_remote_code)
     location, location_options = _location(source)
-    with quiet(), _without_gguf_bar(), _told_by(source, "its weights cannot be loaded"):
+    with (
+        quiet(),
+        _without_gguf_bar(),
+        _told_by(source, "its weights cannot be loaded", trust_remote_code=trust_remote_code),
+    ):
         result: Any = AutoModelForCausalLM.from_pretrained(
             location,
             config=config,
@@ -229,7 +252,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     if source.kind == "config":
         raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
     location, options = _location(source)
-    with quiet(), _told_by(source, "no tokenizer can be loaded"):
+    with quiet(), _told_by(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location, trust_remote_code=trust_remote_code, **options
         )
@@ -317,15 +340,29 @@ def _without_gguf_bar() -> Iterator[None]:
 
 
 @contextmanager
-def _told_by(source: Source, failure: str) -> Iterator[None]:
+def _told_by(source: Source, failure: str, *, trust_remote_code: bool) -> Iterator[None]:
     """Turn whatever a loader raises into one line that names the model: loaders and model code raise anything."""
     try:
         yield
     except Exception as error:
+        if not trust_remote_code and _wants_trust(error):
+            raise ModelError(_untrusted(source.argument)) from error
         told = f"{source.argument!r}: {failure}; {_in_one_line(error)}"
         if source.kind == "hub":
             told += f" Check the name and the network, or use a local folder or {DEMO!r}."
         raise ModelError(told) from error
+
+
+def _wants_trust(error: Exception) -> bool:
+    """Whether a loader stopped before custom code; it has no exception of its own for that."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
+
+
+def _untrusted(model: str) -> str:
+    return (
+        f"{model!r}: the model comes with custom code, Python files that would run on this machine. Read them, and if "
+        "you trust them let them run: --trust-remote-code (trust_remote_code=True)"
+    )
 
 
 def _in_one_line(error: Exception) -> str:

@@ -220,17 +220,12 @@ def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> Cu
             known = ", ".join(STRATEGIES)
             raise PlanError(f"strategy={strategy!r} is unknown. Known: {known}{_close(strategy, STRATEGIES)}")
         changes.setdefault("axes", STRATEGIES[strategy])
-    base = preset(name, depth(discovery))
+    base = preset(name, discovery.depth)
     if {"hidden", "layers"} & set(changes.get("axes", ())):
         base = replace(base, axes=changes.pop("axes"), layers=None)
     if "target" in changes and changes["target"] is not None:
         changes.setdefault("ratio", None)
     return replace(base, **changes)
-
-
-def depth(discovery: Discovery) -> int:
-    """The number of layers of the dense model (1 when none can be told apart)."""
-    return discovery.group("layers").units if "layers" in discovery.names else 1
 
 
 def plan(
@@ -239,11 +234,13 @@ def plan(
     *,
     config: PreTrainedConfig | None = None,
     scores: Scores | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Decide how many units each group keeps and, with scores, which.
 
     With a config, the settings that describe the result are found as well; where none can, the plan carries the
-    reason. Raises `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
+    reason. The custom code that a config names runs only with `trust_remote_code`. Raises `PlanError` when the budget
+    cannot be met: nothing would be cut, or a group emptied.
 
     >>> from transformers import AutoConfig
     >>> from secateur.axes import discover_groups
@@ -265,7 +262,7 @@ def plan(
         if config is None:
             break
         try:
-            settings = stock_settings(config, discovery, drafts[-1].cut)
+            settings = stock_settings(config, discovery, drafts[-1].cut, trust_remote_code=trust_remote_code)
         except PlanError as error:
             drafts[-1] = replace(drafts[-1], refusal=str(error))
         else:
@@ -275,7 +272,10 @@ def plan(
         raise PlanError(_nothing_cut(discovery, chosen, options))
     draft = drafts[0]
     if draft.refusal is not None and config is not None:
-        draft = replace(draft, refusal=draft.refusal + _accepted_widths(config, discovery, draft))
+        draft = replace(
+            draft,
+            refusal=draft.refusal + _accepted_widths(config, discovery, draft, trust_remote_code=trust_remote_code),
+        )
     sizes, dropped = draft.cut.sizes, draft.cut.dropped_layers
     return replace(
         draft,
@@ -321,7 +321,7 @@ def _planned(
     )
 
 
-def _accepted_widths(config: PreTrainedConfig, discovery: Discovery, draft: Plan) -> str:
+def _accepted_widths(config: PreTrainedConfig, discovery: Discovery, draft: Plan, *, trust_remote_code: bool) -> str:
     """The nearest widths below and above that the config accepts, where the one width of the model was refused."""
     if len(draft.groups) != 1 or draft.groups[0].kind != "hidden":
         return ""
@@ -330,7 +330,7 @@ def _accepted_widths(config: PreTrainedConfig, discovery: Discovery, draft: Plan
     for widths in (range(group.kept - 1, 0, -1), range(group.kept + 1, group.units)):
         for width in itertools.islice(widths, 256):
             try:
-                stock_settings(config, discovery, Cut(((group.name, width),)))
+                stock_settings(config, discovery, Cut(((group.name, width),)), trust_remote_code=trust_remote_code)
             except PlanError:
                 continue
             nearest.append(width)
@@ -339,12 +339,13 @@ def _accepted_widths(config: PreTrainedConfig, discovery: Discovery, draft: Plan
         return ""
     multiple = math.gcd(*nearest)
     hint = f"; --round-to {multiple} keeps to such widths" if multiple > 1 else ""
-    return f" The nearest widths that it accepts are {' and '.join(map(str, nearest))}{hint}."
+    stop = "" if (draft.refusal or "").endswith(".") else "."
+    return f"{stop} The nearest widths that it accepts are {' and '.join(map(str, nearest))}{hint}."
 
 
 def _chosen(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
     """Groups to cut, by axis; in a layer range, those of its layers."""
-    total = depth(discovery)
+    total = discovery.depth
     first, last = options.layers if options.layers is not None else (0, total)
     if not 0 <= first < last <= total:
         raise PlanError(f"layers={first}:{last} is outside the model: it has layers 0:{total} (the end is left out)")
@@ -445,7 +446,7 @@ def _counter(discovery: Discovery, options: CutOptions) -> Callable[[dict[str, i
     def count(kept: dict[str, int]) -> int:
         kept = dict(kept)
         layers = kept.pop("layers", None)
-        dropped = frozenset(range(layers, depth(discovery))) if layers is not None else frozenset()
+        dropped = frozenset(range(layers, discovery.depth)) if layers is not None else frozenset()
         if options.of == "macs":
             return sum(count_macs(discovery, kept, dropped_layers=dropped).values())
         embeddings = options.of == "parameters"

@@ -14,7 +14,7 @@ from secateur.axes import discover
 from secateur.axes.algebra import kept_along
 from secateur.axes.groups import Discovery
 from secateur.errors import PlanError
-from secateur.models import quiet
+from secateur.models import quiet, runs_remote_code
 from secateur.plan import Plan
 from secateur.settings import Cut, renamed, with_settings
 
@@ -38,7 +38,7 @@ def prune(model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = N
     >>> prune(model, decided).config.ffn_dim
     12
     """
-    discovery = discovery or discover(model.config)
+    discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
     weights = cut_weights(dict(model.named_parameters()) | dict(model.named_buffers()), plan, discovery)
     if plan.settings is not None:
@@ -92,16 +92,19 @@ def _from_config(
     model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor], tied: Mapping[str, str]
 ) -> PreTrainedModel:
     """A stock model built from the config, holding these weights; what the code computes is computed anew."""
-    implementation = model.config._attn_implementation
+    options = {"attn_implementation": model.config._attn_implementation}
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        options["experts_implementation"] = model.config._experts_implementation
     state = {**weights, **{other: weights[name] for other, name in tied.items() if name in weights}}
     with quiet():
         pruned: PreTrainedModel = type(model).from_pretrained(
-            None, config=config, state_dict=state, dtype=model.dtype, attn_implementation=implementation
+            None, config=config, state_dict=state, dtype=model.dtype, **options
         )
     pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
+    pruned.config.name_or_path = model.config.name_or_path  # custom code is found there
     return pruned
 
 
@@ -109,7 +112,7 @@ def _from_parts(
     model: PreTrainedModel, cut: Cut, weights: Mapping[str, Tensor], discovery: Discovery
 ) -> PreTrainedModel:
     """The dense model's modules with cut weights, and the attributes that go with them."""
-    attributes = attributes_after(model.config, discovery, cut)
+    attributes = attributes_after(model.config, discovery, cut, trust_remote_code=runs_remote_code(model))
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
     parameters = {

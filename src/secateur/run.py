@@ -107,7 +107,7 @@ def plan_model(
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     options = options_for(preset, discovery, cut or {})
-    sizes = plan(discovery, options, config=config)
+    sizes = plan(discovery, options, config=config, trust_remote_code=loading.trust_remote_code)
     if sizes_only or not has_weights(model):
         return sizes
     _check_unpacked(model, config)
@@ -116,7 +116,7 @@ def plan_model(
     with clock.stage("load"):
         loaded = _load(model, loading)
     scores = _scores(loaded, discovery, options, calibration, windows, clock)
-    return plan(discovery, options, config=config, scores=scores)
+    return plan(discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code)
 
 
 def prune_model(
@@ -154,11 +154,11 @@ def prune_model(
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     if given is not None:
-        given = _fitted(given, discovery, config)
+        given = _fitted(given, discovery, config, trust_remote_code=loading.trust_remote_code)
         options = given.options
     else:
         options = options_for(preset, discovery, cut or {})
-    sizes = given or plan(discovery, options, config=config)
+    sizes = given or plan(discovery, options, config=config, trust_remote_code=loading.trust_remote_code)
     check_stock(sizes)
 
     def loaded_now() -> PreTrainedModel:
@@ -177,7 +177,9 @@ def prune_model(
             loaded = loaded_now()
             scores = _scores(loaded, discovery, options, calibration, windows, clock)
             _keep(work, scores)
-        decided = given or plan(discovery, options, config=config, scores=scores)
+        decided = given or plan(
+            discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code
+        )
         if loaded is None:
             loaded = loaded_now()
         tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
@@ -214,7 +216,7 @@ def _check_unpacked(model: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig) -> Plan:
+def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:
     """The plan with the settings that this config needs for it. Raises `PlanError` when it is of another model."""
     check_plan(given, discovery)
     planned, found = given.parameters.get("dense"), count_parameters(discovery)
@@ -225,7 +227,7 @@ def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig) -> Plan
         )
     if given.settings is None:
         return given
-    return replace(given, settings=stock_settings(config, discovery, given.cut))
+    return replace(given, settings=stock_settings(config, discovery, given.cut, trust_remote_code=trust_remote_code))
 
 
 def _load(model: str, loading: LoadOptions) -> PreTrainedModel:

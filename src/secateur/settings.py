@@ -10,6 +10,7 @@ though the config does not have them (`head_dim` in many), may be set too.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 from collections import defaultdict
@@ -22,24 +23,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.axes import discover_groups
 from secateur.axes.algebra import (
     Concat,
     Expression,
     Fixed,
     Product,
+    Variable,
     concat,
     product,
+    show,
     size_after,
+    substitute,
     variables_in,
 )
 from secateur.axes.groups import Discovery, layer_of
-from secateur.errors import PlanError
+from secateur.errors import DiscoveryError, PlanError
 from secateur.models import skeleton
 
 logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 MOST_CHANGES = 4  # settings changed at once; every family needs fewer
+MOST_TWINS = 400  # twins built at most in search of one
+ENOUGH = 3  # sizes of a setting that a model accepts and that change no shape, to say that none does
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +62,13 @@ class Cut:
         return dict(self.kept)
 
 
-def stock_settings(config: PreTrainedConfig, discovery: Discovery, cut: Cut) -> dict[str, Any]:
+def stock_settings(
+    config: PreTrainedConfig, discovery: Discovery, cut: Cut, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """The settings of `config` to change so that the stock model has exactly the shapes that `cut` leaves.
 
-    Raises `PlanError` when the shapes differ from layer to layer, or when no setting, or no value that the config
-    accepts, gives them.
+    With `trust_remote_code` the twins may run the custom code that the config names. Raises `PlanError` when the
+    shapes differ from layer to layer, or when no setting, or no value that the config accepts, gives them.
 
     >>> from transformers import AutoConfig
     >>> from secateur.axes import discover_groups
@@ -73,12 +82,12 @@ def stock_settings(config: PreTrainedConfig, discovery: Discovery, cut: Cut) -> 
         raise PlanError(uneven)
     wanted = wanted_shapes(discovery, cut)
     refusals: list[str] = []
-    shallow = config if cut.dropped_layers else _shallow(config, discovery)
-    for changes, twin in twins(shallow, discovery, cut, refusals):
-        shapes = shapes_of(twin)
-        if all(wanted.get(name) == shape for name, shape in shapes.items()) and (
-            shallow is config or shapes_of(skeleton(with_settings(config, changes))) == wanted
-        ):
+    shallow = config if cut.dropped_layers else _shallow(config, discovery, trust_remote_code=trust_remote_code)
+    for changes, twin in twins(shallow, discovery, cut, refusals, trust_remote_code=trust_remote_code):
+        if any(wanted.get(name) != shape for name, shape in shapes_of(twin).items()):
+            continue
+        whole = skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
+        if shapes_of(whole) == wanted and has_structure(whole, structure_after(discovery, cut)):
             return changes
     kinds = sorted({discovery.group(name).kind for name, _ in cut.kept} | ({"layers"} if cut.dropped_layers else set()))
     because = f"the config refuses: {refusals[0]}" if refusals else "no setting of the config gives these sizes"
@@ -87,15 +96,15 @@ def stock_settings(config: PreTrainedConfig, discovery: Discovery, cut: Cut) -> 
     raise PlanError(f"{type(config).__name__} cannot describe the cut ({asked}): {because}")
 
 
-def _shallow(config: PreTrainedConfig, discovery: Discovery) -> PreTrainedConfig:
+def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_code: bool) -> PreTrainedConfig:
     """The config with one layer, for a faster search; as it is, where no setting leaves the first layer alone."""
-    layers = _depth(discovery)
+    layers = discovery.depth
     wanted = wanted_shapes(discovery, Cut((), frozenset(range(1, layers))))
     settings = dict(_settings(config))
     lists = {name: value[:1] for name, value in settings.items() if isinstance(value, list) and len(value) == layers}
     for name, value in settings.items():
         if value == layers and layers > 1:
-            twin = _build(config, {name: 1, **lists}, [])
+            twin = _build(config, {name: 1, **lists}, [], trust_remote_code=trust_remote_code)
             if twin is not None and shapes_of(twin) == wanted:
                 return with_settings(config, {name: 1, **lists})
     return config
@@ -125,6 +134,33 @@ def wanted_shapes(discovery: Discovery, cut: Cut) -> Shapes:
     }
 
 
+def structure_after(discovery: Discovery, cut: Cut) -> dict[str, list[str]]:
+    """How each axis is made of units after the cut, by size: "2·3·(64)" for 2 KV heads of 3 query heads of 64.
+
+    Shapes alone do not tell: a model may have them and read one head as another.
+    """
+
+    def by_size(variable: Variable) -> Expression:
+        after = cut.sizes.get(variable.name, variable.size)
+        return Variable(str(after), after) if after > 1 else Fixed(after)
+
+    return {
+        renamed(weight.name, discovery, cut): [show(substitute(dim, by_size)) for dim in weight.dims]
+        for weight in discovery.weights
+        if weight.layer not in cut.dropped_layers
+    }
+
+
+def has_structure(model: nn.Module, wanted: Mapping[str, list[str]]) -> bool:
+    """Whether discovery finds exactly that structure; not, where the model does not even run."""
+    try:
+        with hushed("torch._subclasses.fake_tensor"):
+            return structure_after(discover_groups(model), Cut()) == wanted
+    except DiscoveryError as error:
+        logger.debug("%s does not run: %s", type(model).__name__, error)
+        return False
+
+
 def renamed(name: str, discovery: Discovery, cut: Cut) -> str:
     """The name of a weight or module after dropped layers have left the numbering."""
     layer = layer_of(name, discovery.layer_lists)
@@ -149,55 +185,134 @@ def with_settings(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTr
 
 
 def twins(
-    config: PreTrainedConfig, discovery: Discovery, cut: Cut, refusals: list[str]
+    config: PreTrainedConfig,
+    discovery: Discovery,
+    cut: Cut,
+    refusals: list[str],
+    *,
+    trust_remote_code: bool = False,
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
-    """Models on `meta` with ever more settings changed; what the config says of those it refuses goes to `refusals`."""
+    """Models on `meta` with ever more settings changed; what the config says of those it refuses goes to `refusals`.
+
+    A setting that alone changes only what is to change, as wanted, is always changed; one that alone changes only
+    what is to stay is changed only beside an unset one, which may put that right (a head size that was derived).
+    """
     pairs = sizes_before_and_after(discovery, cut)
-    settings = dict(_settings(config))
-    certain: list[tuple[str, Any]] = []
-    for name, value in settings.items():
+    lists, numbers = _changes_by_value(config, discovery, cut, pairs)
+    wanted = wanted_shapes(discovery, cut)
+    shapes = shapes_of(skeleton(config, trust_remote_code=trust_remote_code))
+    always: dict[str, Any] = {}
+    others: list[tuple[str, Any]] = []
+    doubtful: list[tuple[str, Any]] = []
+    for name, value in numbers:
+        twin = _build(config, {name: value}, [], trust_remote_code=trust_remote_code)
+        good, bad = _effect(shapes, shapes_of(twin), wanted) if twin is not None else (False, False)
+        if good and not bad and name not in always:
+            always[name] = value
+        elif good or not bad:
+            others.append((name, value))
+        else:
+            doubtful.append((name, value))
+    sizes = tuple(sorted(_all_sizes(discovery), reverse=True))
+    values = sorted({after for _, after in pairs} | set(sizes), reverse=True)
+    candidates = (
+        (always | dict([*subset, *([extra] if extra else []), *lists]), extra is None)
+        for extra in _optional(config, sizes, values, trust_remote_code=trust_remote_code)
+        for usable in [others if extra is None else [*others, *doubtful]]
+        for count in range(min(len(usable), MOST_CHANGES) + 1)
+        for subset in itertools.combinations(usable, count)
+        if len({name for name, _ in subset}) == count
+    )
+    for changes, certain in itertools.islice(candidates, MOST_TWINS):
+        said = refusals if certain else []  # what it says of values tried blindly helps nobody
+        twin = _build(config, changes, said, trust_remote_code=trust_remote_code) if changes else None
+        if twin is not None:
+            yield changes, twin
+
+
+Changes = list[tuple[str, Any]]
+
+
+def _changes_by_value(
+    config: PreTrainedConfig, discovery: Discovery, cut: Cut, pairs: Sequence[tuple[int, int]]
+) -> tuple[Changes, Changes]:
+    """Lists with one entry for each layer, without the layers dropped; and settings that have a size which changes."""
+    lists: Changes = []
+    numbers: Changes = []
+    for name, value in _settings(config):
         if isinstance(value, list):
-            if len(value) == _depth(discovery) and cut.dropped_layers:
-                left = [item for i, item in enumerate(value) if i not in cut.dropped_layers]
-                certain.append((name, left))
+            if len(value) == discovery.depth and cut.dropped_layers:
+                lists.append((name, [item for i, item in enumerate(value) if i not in cut.dropped_layers]))
+            elif value and all(type(item) is int for item in value):
+                numbers += [
+                    (name, [after if item == before else item for item in value])
+                    for before, after in pairs
+                    if before in value
+                ]
         elif value is not None:
-            certain += [(name, after) for before, after in pairs if before == value and after != before]
-    lists = [change for change in certain if isinstance(change[1], list)]
-    numbers = [change for change in certain if not isinstance(change[1], list)]
-    values = sorted({after for _, after in pairs} | _all_sizes(discovery), reverse=True)
-    for extra in _optional(config, values):
-        said = refusals if extra is None else []  # what it says of values tried blindly helps nobody
-        for count in range(min(len(numbers), MOST_CHANGES) + 1):
-            for subset in itertools.combinations(numbers, count):
-                if len({name for name, _ in subset}) < count or not (count or extra):
-                    continue
-                changes = dict([*subset, *([extra] if extra else []), *lists])
-                twin = _build(config, changes, said)
-                if twin is not None:
-                    yield changes, twin
+            numbers += [(name, after) for before, after in pairs if before == value]
+    return lists, numbers
 
 
-def _optional(config: PreTrainedConfig, values: Sequence[int]) -> Iterator[tuple[str, int] | None]:
+def _effect(dense: Shapes, twin: Shapes, wanted: Shapes) -> tuple[bool, bool]:
+    """Whether a twin differs from the dense model where it is to; and whether it does otherwise than it is to."""
+    good = bad = False
+    for name in dense.keys() | twin.keys():
+        before, after, aim = dense.get(name), twin.get(name), wanted.get(name)
+        for i in range(max(len(before or ()), len(after or ()), 1)):
+            if _at(before, i) != _at(after, i):
+                good |= _at(aim, i) != _at(before, i)  # on its way there: another setting may do the rest
+                bad |= _at(aim, i) != _at(after, i)
+    return good, bad
+
+
+def _at(shape: tuple[int, ...] | None, dim: int) -> int | None:
+    return shape[dim] if shape is not None and dim < len(shape) else None
+
+
+def _optional(
+    config: PreTrainedConfig, sizes: tuple[int, ...], values: Sequence[int], *, trust_remote_code: bool
+) -> Iterator[tuple[str, int] | None]:
     """First nothing, then every value for every setting that may be set."""
     yield None
-    yield from itertools.product(_unset_settings(config, values), values)
+    yield from itertools.product(_unset_settings(_Content(config), sizes, trust_remote_code), values)
 
 
-def _unset_settings(config: PreTrainedConfig, values: Sequence[int]) -> list[str]:
-    """Settings that are unset, or absent and asked for, and of which one of the values changes a shape."""
-    dense = shapes_of(skeleton(config))
+class _Content:
+    """A config that equals any other with the same content."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.content = type(config), config.to_json_string(use_diff=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+
+@functools.lru_cache(maxsize=16)
+def _unset_settings(content: _Content, sizes: tuple[int, ...], trust_remote_code: bool) -> tuple[str, ...]:
+    """Settings that are unset, or absent and asked for, and of which one of the sizes changes a shape."""
+    config = content.config
+    dense = skeleton(config, trust_remote_code=trust_remote_code)
+    shapes = shapes_of(dense)
     found = []
-    for name in [*(name for name, value in _settings(config) if value is None), *sorted(_asked_for(config))]:
-        tried = (_build(config, {name: value}, []) for value in values)
-        if any(twin is not None and shapes_of(twin) != dense for twin in tried):
+    for name in [*(name for name, value in _settings(config) if value is None), *sorted(_asked_for(config, dense))]:
+        twins_ = (_build(config, {name: size}, [], trust_remote_code=trust_remote_code) for size in sizes)
+        accepted = itertools.islice((twin for twin in twins_ if twin is not None), ENOUGH)
+        if any(shapes_of(twin) != shapes for twin in accepted):
             found.append(name)
-    return found
+    return tuple(found)
 
 
-def _build(config: PreTrainedConfig, changes: Mapping[str, Any], refusals: list[str]) -> PreTrainedModel | None:
+def _build(
+    config: PreTrainedConfig, changes: Mapping[str, Any], refusals: list[str], *, trust_remote_code: bool
+) -> PreTrainedModel | None:
     try:
         with hushed():
-            return skeleton(with_settings(config, changes))
+            return skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may refuse a value in any way it likes
         text = " ".join(str(error).split())
         refusals.append(f"{', '.join(f'{k}={v}' for k, v in changes.items())}: {text.rpartition('Error: ')[2]}")
@@ -229,7 +344,7 @@ def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     return walk(config.to_dict(), "")
 
 
-def _asked_for(config: PreTrainedConfig) -> set[str]:
+def _asked_for(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
     """Names of settings that the model's code asks for and the config does not have."""
     asked: set[str] = set()
     known = type(config)
@@ -241,17 +356,12 @@ def _asked_for(config: PreTrainedConfig) -> set[str]:
 
     probe = copy.deepcopy(config)
     probe.__class__ = type(known.__name__, (known,), {"__getattr__": missing})
-    model_class = type(skeleton(config))
     try:
         with hushed(), torch.device("meta"):
-            model_class(probe)
+            type(model)(probe)
     except Exception as error:
         logger.debug("probing %s for settings it asks for failed: %s", known.__name__, error)
     return {name for name in asked if name.isidentifier() and not hasattr(config, name)}
-
-
-def _depth(discovery: Discovery) -> int:
-    return next((group.units for group in discovery.groups if group.kind == "layer"), 0)
 
 
 def sizes_before_and_after(discovery: Discovery, cut: Cut) -> list[tuple[int, int]]:
@@ -263,8 +373,7 @@ def sizes_before_and_after(discovery: Discovery, cut: Cut) -> list[tuple[int, in
             if after != part.size:
                 pairs[part.size, after] = None
     if cut.dropped_layers:
-        depth = _depth(discovery)
-        pairs[depth, depth - len(cut.dropped_layers)] = None
+        pairs[discovery.depth, discovery.depth - len(cut.dropped_layers)] = None
     return list(pairs)
 
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
-from secateur.axes.algebra import Concat, Product, show, units_along
-from secateur.axes.groups import Axis, Discovery, Group
+from secateur.anatomy import (
+    KINDS_IN_WORDS,
+    GroupFold,
+    LayerFold,
+    fold_layers,
+    frozen_reasons,
+    reach,
+    reach_of_all,
+    spans,
+)
+from secateur.axes.groups import Discovery, count_parameters
 from secateur.demo import PROMPT, Demonstration
 from secateur.evaluate import Perplexity
 from secateur.plan import Plan, by_kind
@@ -24,94 +36,110 @@ def _titled(title: str, table: Table) -> Iterator[RenderableType]:
 
 
 def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
-    """The groups with the slices of their first unit, layers that are alike folded; what is frozen and why."""
+    """The groups layer by layer, layers that are alike folded; how much they reach; what is frozen and why."""
+    folds = fold_layers(discovery)
+    layers = sum(len(fold.layers) for fold in folds)
+    size = f"{short(count_parameters(discovery))} parameters, {layers} layer{'s' * (layers != 1)}"
+    yield Text(f"{discovery.model}: {size}; cuts reach {percent(reach_of_all(discovery).share)}")
+    yield ""
+    yield Text("What can be cut", style="italic")
+    heading = ("group", "units", "share", Text("one unit is"))
+    rows = [[_group_row(group) for group in fold.groups] for fold in folds]
+    columns = list(zip(heading, *itertools.chain(*rows), strict=True))
+    widths = [max(map(len, column)) for column in columns[:-1]]
+    yield Padding(_line(*heading, widths), (0, 0, 0, 4), expand=False)
+    tree = Tree("", hide_root=True)
+    for fold, lines in zip(folds, rows, strict=True):
+        branch = tree.add(_layers(fold))
+        for line in lines:
+            branch.add(_line(*line, widths))
+    yield tree
+    yield ""
+    yield from _titled("How much can be reached", _reach_table(discovery))
+    yield (
+        "A share is of the model's parameters: all those of the weights in which a group has an axis, layers that are "
+        "alike together. Several kinds may reach the same parameter."
+    )
+    yield ""
+    yield Text("What is frozen, and why", style="italic")
+    yield from _frozen(discovery)
+
+
+def _group_row(group: GroupFold) -> tuple[str, str, str, Text]:
+    return group.name, f"{group.units:,}", percent(group.share), _unit(group)
+
+
+def _line(name: str, units: str, share: str, unit: Text, widths: Sequence[int]) -> Table:
+    """A line of columns, of which only the last may be broken."""
+    line = Table.grid(padding=(0, 2, 0, 0))
+    for width, justify in zip(widths, JUSTIFY, strict=True):
+        line.add_column(width=width, no_wrap=True, justify=justify)
+    line.add_column(overflow="fold")
+    line.add_row(Text(name, style="cyan"), units, share, unit)
+    return line
+
+
+JUSTIFY: tuple[Literal["left", "right"], ...] = ("left", "right", "right")
+
+
+def _layers(fold: LayerFold) -> Text:
+    share = f"{percent(fold.share)} of the parameters"
+    if not fold.layers:
+        return Text.assemble(("the whole model", "bold"), f" ({share} lie outside the layers)")
+    if len(fold.layers) == 1:
+        return Text.assemble((f"layer {fold.layers[0]}", "bold"), f": {share}")
+    return Text.assemble((f"layers {spans(fold.layers)}", "bold"), f" ({len(fold.layers)} alike): {share}")
+
+
+def _unit(group: GroupFold) -> Text:
+    """What one unit is, in words and in slices; what to know before cutting."""
+    text = Text(group.unit)
+    if group.slices:
+        text.append(": " + "; ".join(map(str, group.slices)))
+    if group.chosen:
+        needed = f"; {group.least} must stay" if group.least > 1 else ""
+        text.append(f". The model chooses among them{needed}", style="yellow")
+    if group.normed:
+        text.append(". A norm runs across them", style="yellow")
+    return text
+
+
+def _reach_table(discovery: Discovery) -> Table:
     table = Table()
-    for column in ("group", "kind", "units", "weight", "dim", "made of", "unit 0 is"):
-        table.add_column(column, justify="right" if column in ("units", "dim") else "left")
-    for layers, groups in _folded(discovery):
-        for group in groups:
-            shown = group.axes if group.layer is not None else _representative(group, discovery)
-            for i, axis in enumerate(shown):
-                head = (_span(layers, group.name), group.kind, str(group.units)) if i == 0 else ("", "", "")
-                made_of = show(axis.expression).replace(f"layers.{group.layer}.", "")
-                table.add_row(*head, axis.weight, str(axis.dim), made_of, _slices(axis, group))
-            if not shown:
-                table.add_row(group.name, group.kind, str(group.units), "(whole layers)", "", "", "")
-            hidden = len(group.axes) - len(shown)
-            if hidden:
-                table.add_row("", "", "", f"... and {hidden} more", "", "", "")
-        table.add_section()
-    yield from _titled(f"{discovery.model}: what can be cut", table)
-    reasons: dict[str, list[str]] = {}
-    for item in discovery.frozen:
-        reasons.setdefault(item.reason, []).append(f"{item.weight} dim {item.dim} (size {item.size})")
-    frozen = Table()
-    for column in ("reason", "axes", "for example"):
-        frozen.add_column(column, justify="right" if column == "axes" else "left")
-    for reason, where in reasons.items():
-        frozen.add_row(reason, str(len(where)), where[0])
-    yield from _titled("What is frozen, and why", frozen)
+    for column in ("kind", "groups", "units", "share", "its units are"):
+        table.add_column(column, justify="left" if column in ("kind", "its units are") else "right")
+    found = reach(discovery)
+    for kind, row in found.items():
+        table.add_row(kind, f"{row.groups:,}", f"{row.units:,}", percent(row.share), KINDS_IN_WORDS[kind].units)
+    everything = reach_of_all(discovery)
+    table.add_section()
+    table.add_row("any", f"{everything.groups:,}", f"{everything.units:,}", percent(everything.share), "")
+    return table
 
 
-def _folded(discovery: Discovery) -> list[tuple[list[int], list[Group]]]:
-    """Layers with the same groups of the same sizes, once; then what runs through the model."""
-    by_layer: dict[int, list[Group]] = {}
-    for group in discovery.groups:
-        if group.layer is not None:
-            by_layer.setdefault(group.layer, []).append(group)
-    alike: dict[Any, tuple[list[int], list[Group]]] = {}
-    for layer, groups in by_layer.items():
-        prefix = f"layers.{layer}."
-        key = tuple(
-            (g.name.removeprefix(prefix), g.units, tuple(show(a.expression).replace(prefix, "") for a in g.axes))
-            for g in groups
-        )
-        alike.setdefault(key, ([], groups))[0].append(layer)
-    rest = [group for group in discovery.groups if group.layer is None]
-    return [*alike.values(), *([([], rest)] if rest else [])]
+def _frozen(discovery: Discovery) -> Iterator[RenderableType]:
+    tree = Tree("", hide_root=True)
+    for frozen in frozen_reasons(discovery):
+        branch = tree.add(Text(frozen.reason, style="bold"))
+        axes = f"{frozen.axes:,} axes" if frozen.axes > 1 else "1 axis"
+        if frozen.partly == frozen.axes:
+            axes = f"a part of {axes}"
+        elif frozen.partly:
+            axes += f", of {frozen.partly:,} only a part"
+        branch.add(f"{axes}; in weights with {percent(frozen.share)} of the parameters")
+        branch.add(Text(", ".join(frozen.weights)))
+    yield tree
+    yield _out_of_reach(discovery)
 
 
-def _representative(group: Group, discovery: Discovery) -> tuple[Axis, ...]:
-    """The axes of a group that runs through the model, with those of one layer standing for all."""
-    layer_of = {weight.name: weight.layer for weight in discovery.weights}
-    layers = [layer for axis in group.axes if (layer := layer_of[axis.weight]) is not None]
-    first = min(layers, default=None)
-    return tuple(axis for axis in group.axes if layer_of[axis.weight] in (None, first))
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """Ascending numbers with runs written as ranges.
-
-    >>> _runs([0, 1, 2, 5])
-    '0-2,5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
-
-
-def _span(layers: list[int], name: str) -> str:
-    """The name of a group of the first of these layers, as it stands for all of them."""
-    return name.replace(f"layers.{layers[0]}.", f"layers.{_runs(layers)}.", 1) if layers else name
-
-
-def _slices(axis: Axis, group: Group) -> str:
-    """The index ranges of the group's first unit, as Python slices."""
-    if not isinstance(axis.expression, (Product, Concat)):
-        return "0:1"
-    ranges: list[list[int]] = []
-    for index, unit in enumerate(units_along(axis.expression, group.name)):
-        if unit == 0:
-            if ranges and ranges[-1][1] == index:
-                ranges[-1][1] = index + 1
-            else:
-                ranges.append([index, index + 1])
-    shown = ", ".join(f"{a}:{b}" for a, b in ranges[:4])
-    return shown + (f", ... ({len(ranges)} runs)" if len(ranges) > 4 else "")
+def _out_of_reach(discovery: Discovery) -> str:
+    parameters = count_parameters(discovery)
+    by_axes = parameters - reach_of_all(discovery, layers=False).parameters
+    by_any = parameters - reach_of_all(discovery).parameters
+    if not by_axes:
+        return "Every parameter is in a weight that some group has an axis in."
+    outside = f", {percent(by_any / parameters) if by_any else 'none of them'} outside the layers" * (by_any != by_axes)
+    return f"{percent(by_axes / parameters)} of the parameters lie in weights that no group has an axis in{outside}."
 
 
 def plan_tables(planned: Plan) -> Iterator[RenderableType]:
@@ -124,7 +152,7 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         for group in groups:
             sizes.setdefault((group.units, group.kept), []).append(-1 if group.layer is None else group.layer)
         for (units, kept), layers in sizes.items():
-            where = "the model" if layers == [-1] else _runs(layers)
+            where = "the model" if layers == [-1] else spans(layers)
             table.add_row(kind, where, str(units), str(kept))
     sizes_table = Table()
     for column in ("", "dense", "pruned", "removed"):
@@ -215,6 +243,19 @@ def short(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {suffix}"
     return str(count)
+
+
+def percent(share: float) -> str:
+    """A share with one decimal; only nothing is 0%, and only all is 100%.
+
+    >>> percent(0.25), percent(0.99999), percent(1e-6), percent(1.0)
+    ('25.0%', '>99.9%', '<0.1%', '100%')
+    """
+    if share in (0, 1):
+        return f"{share:.0%}"
+    if share < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if share > 0.9995 else f"{share:.1%}"
 
 
 def giga(count: int) -> str:

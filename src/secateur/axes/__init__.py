@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.axes.groups import Axis, Discovery, Frozen, Group, Weight, count_macs, count_parameters, group_axes
 from secateur.axes.rules import infer
 from secateur.graph import trace
-from secateur.models import load_config, skeleton
+from secateur.models import load_config, runs_remote_code, skeleton
 
 __all__ = [
     "Axis",
@@ -31,6 +31,7 @@ def discover(
 ) -> Discovery:
     """Find what can be cut in a MODEL argument, a config or a model; no weights are read.
 
+    Custom code runs only with `trust_remote_code`, or where it is the code of the model given.
     Raises `ModelError` or `DiscoveryError`.
 
     >>> from transformers import AutoConfig
@@ -43,6 +44,7 @@ def discover(
         config = load_config(model, trust_remote_code=trust_remote_code)
     else:
         config = model if isinstance(model, PreTrainedConfig) else model.config
+        trust_remote_code |= isinstance(model, PreTrainedModel) and runs_remote_code(model)
     twin = skeleton(config, trust_remote_code=trust_remote_code)
     if isinstance(model, PreTrainedModel) and _shapes(model) != _shapes(twin):
         twin = model  # cut in a way that its config does not say

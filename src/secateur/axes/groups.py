@@ -38,11 +38,13 @@ class Group:
     """Axes that must shrink together: removing unit i removes its slice of every one of them."""
 
     name: str  # "layers.3.mlp"
-    kind: str  # attention, query, head_dim, mlp, hidden, layer, other
+    kind: str  # one of KINDS
     layer: int | None
     units: int
     axes: tuple[Axis, ...]
     normed: bool = False  # a norm takes its mean or variance across it: cutting it changes the statistic
+    chosen: bool = False  # the model chooses among its units (a router does): the choice is then among those that stay
+    least: int = 1  # units that the model's code needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,11 @@ class Discovery:
         """The names of all groups."""
         return frozenset(group.name for group in self.groups)
 
+    @property
+    def depth(self) -> int:
+        """The number of layers, whether or not they can be dropped; 1 where none can be told apart."""
+        return 1 + max((weight.layer for weight in self.weights if weight.layer is not None), default=0)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur discover --json` writes it."""
         return {
@@ -109,6 +116,8 @@ class Discovery:
                     "layer": group.layer,
                     "units": group.units,
                     "normed": group.normed,
+                    "chosen": group.chosen,
+                    "least": group.least,
                     "axes": [{"weight": a.weight, "dim": a.dim, "expression": show(a.expression)} for a in group.axes],
                 }
                 for group in self.groups
@@ -149,6 +158,8 @@ def from_json(data: Mapping[str, Any]) -> Discovery:
                 layer=group["layer"],
                 units=group["units"],
                 normed=group["normed"],
+                chosen=group["chosen"],
+                least=group["least"],
                 axes=tuple(Axis(a["weight"], a["dim"], read(a["expression"])) for a in group["axes"]),
             )
             for group in data["groups"]
@@ -229,7 +240,8 @@ def group_axes(state: Inference, model: str) -> Discovery:
     """Join the axes of all weights into groups by the variables they share."""
     graph = state.graph
     _freeze_what_cannot_be_grouped(state)
-    lists = residual_lists(graph)
+    lists = layer_lists(graph)
+    residual = residual_lists(graph)
     numbers = {**graph.parameters, **{n: t for n, t in graph.buffers.items() if n not in graph.computed_buffers}}
     found = {name: state.of(Ref(number)) for name, number in numbers.items()}
     where: dict[str, list[tuple[str, int]]] = defaultdict(list)  # variable -> (weight, dim)
@@ -245,7 +257,8 @@ def group_axes(state: Inference, model: str) -> Discovery:
     order = sorted(where, key=lambda v: (layers[v] is None, layers[v] or 0, KINDS.index(kinds[v])))
     names = _names(order, kinds, layers)
     rename = _renaming(state, names)
-    normed = {v.name for dim in state.averaged for v in variables_in(state.unifier.resolve(dim))}
+    normed = _across(state, "statistic")
+    chosen = _across(state, "choice")
     groups = [
         Group(
             name=names[v],
@@ -254,12 +267,15 @@ def group_axes(state: Inference, model: str) -> Discovery:
             units=sizes[v],
             axes=tuple(Axis(weight, dim, rename(found[weight][dim])) for weight, dim in where[v]),
             normed=v in normed,
+            chosen=v in chosen,
+            least=max(1, chosen.get(v, 1)),
         )
         for v in order
     ]
-    depth = len({layer_of(name, lists) for name in graph.calls} - {None})
-    if depth > 1:
-        groups.append(Group("layers", "layer", None, depth, ()))
+    if len(residual) == 1:
+        depth = len({layer_of(name, residual) for name in graph.calls} - {None})
+        if depth > 1:
+            groups.append(Group("layers", "layer", None, depth, ()))
     return Discovery(
         model=model,
         groups=tuple(groups),
@@ -283,6 +299,11 @@ def group_axes(state: Inference, model: str) -> Discovery:
     )
 
 
+def layer_lists(graph: Graph) -> tuple[str, ...]:
+    """The module lists whose items are the layers: those of residual blocks, or else all that lie in no other."""
+    return residual_lists(graph) or _outermost({name.rpartition(".")[0] for name in graph.calls})
+
+
 def residual_lists(graph: Graph) -> tuple[str, ...]:
     """Module lists whose every item adds to its input, so that removing the item leaves an identity."""
     producers = {number: node for node in graph.nodes for number in node.outputs}
@@ -290,11 +311,28 @@ def residual_lists(graph: Graph) -> tuple[str, ...]:
     for name, (enters, leaves) in graph.calls.items():
         prefix = name.rpartition(".")[0]
         lists[prefix] = lists.get(prefix, True) and _adds_to(enters, leaves, producers)
-    return tuple(
-        prefix
-        for prefix, residual in lists.items()
-        if residual and not any(prefix.startswith(f"{other}.") for other in lists)
-    )
+    outermost = _outermost(lists)
+    return tuple(prefix for prefix in outermost if lists[prefix])
+
+
+def _outermost(lists: Iterable[str]) -> tuple[str, ...]:
+    lists = sorted(lists)
+    return tuple(prefix for prefix in lists if not any(prefix.startswith(f"{other}.") for other in lists))
+
+
+def _across(state: Inference, what: str) -> dict[str, int]:
+    """Variables that statistics, or choices, are taken across, and the units that these need."""
+    found: dict[str, int] = {}
+    for across in state.across:
+        if across.what == what:
+            dim = state.unifier.resolve(across.dim)
+            for variable in variables_in(dim):
+                rest = dim.size - size_after(dim, {variable.name: 0})  # positions that the variable's units hold
+                others = dim.size - rest
+                per_unit = rest // variable.size
+                needed = -(-max(0, across.least - others) // per_unit) if per_unit else 1
+                found[variable.name] = max(found.get(variable.name, 1), needed)
+    return found
 
 
 def _adds_to(enters: int, leaves: int, producers: Mapping[int, Any]) -> bool:
@@ -319,15 +357,37 @@ ADDITIONS = frozenset(
 
 
 def _freeze_what_cannot_be_grouped(state: Inference) -> None:
-    """Freeze weights that the forward pass does not use, and variables that meet themselves within one axis."""
-    used = {ref.tensor for node in state.graph.nodes for ref in _refs(node.arguments.values())}
+    """Freeze weights that the logits do not depend on, and variables that meet themselves within one axis."""
+    used = _used(state.graph)
     for name, number in state.graph.parameters.items():
         for dim in state.of(Ref(number)):
             if number not in used:
-                state.unifier.freeze(dim, "the forward pass does not use it")
+                state.unifier.freeze(dim, "the logits do not depend on it")
             for variable in variables_in(dim):
                 if _meets_itself(dim, variable.name):
                     state.unifier.freeze(variable, f"its units meet each other within one axis of {name}")
+
+
+def _used(graph: Graph) -> set[int]:
+    """The tensors that the outputs depend on; a tensor and its views, through any of which it is written, are one."""
+    whole: dict[int, int] = {}  # a view -> the tensor whose memory it has
+    for node in graph.nodes:
+        if node.op in VIEWS and isinstance(source := node.arguments.get("self"), Ref):
+            whole.update(dict.fromkeys(node.outputs, whole.get(source.tensor, source.tensor)))
+    used = {whole.get(number, number) for number in graph.outputs}
+    for node in reversed(graph.nodes):
+        if any(whole.get(number, number) in used for number in node.outputs):
+            used |= {whole.get(ref.tensor, ref.tensor) for ref in _refs(node.arguments.values())}
+    return used
+
+
+VIEWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "alias detach view _unsafe_view reshape t transpose permute unsqueeze squeeze expand slice select unbind split "
+        "split_with_sizes diagonal unfold lift_fresh view_as_complex view_as_real"
+    ).split()
+)
 
 
 def _refs(values: Iterable[Any]) -> Iterable[Ref]:
@@ -348,7 +408,10 @@ def _meets_itself(expression: Expression, name: str) -> bool:
     return False
 
 
-KINDS = ("attention", "query", "head_dim", "mlp", "other", "hidden", "layer")
+KINDS = (
+    *("attention", "query", "head_dim", "latent", "state", "mlp", "expert", "expert_mlp", "shared_mlp", "other"),
+    *("hidden", "vocabulary", "layer"),
+)
 
 
 def _kinds(
@@ -358,33 +421,57 @@ def _kinds(
     lists: tuple[str, ...],
 ) -> dict[str, str]:
     """Class each variable by what the operators did with it; no name of a module is looked at."""
-    expanded = {v.name for dim in state.expanded for v in variables_in(state.unifier.resolve(dim))}
-    scored = {v.name for dim in state.scored for v in variables_in(state.unifier.resolve(dim))}
+    expanded, scored, picked, mixed, tokens = (
+        Counter(v.name for dim in dims for v in variables_in(state.unifier.resolve(dim)))
+        for dims in (state.expanded, state.scored, state.picked, state.mixed, [state.vocabulary])
+    )
     tables = {name for name, number in state.graph.parameters.items() if number in state.tables}
     kinds: dict[str, str] = {}
     for variable, at in where.items():
         layers = {layer_of(weight, lists) for weight, _ in at}
-        if variable in scored:
-            # A head made by repeating keys and values is a query head of its KV group.
-            kinds[variable] = "query" if variable in expanded else "attention"
+        if variable in tokens:
+            kinds[variable] = "vocabulary"
+        elif variable in scored:
+            # Heads made by repeating both keys and values are query heads of a KV head.
+            kinds[variable] = "query" if expanded[variable] > 1 else "attention"
+        elif variable in picked:
+            kinds[variable] = "expert"
         elif len(layers) > 1 and (len(layers - {None}) > 1 or any(weight in tables for weight, _ in at)):
             kinds[variable] = "hidden"
+        elif variable in mixed:
+            kinds[variable] = "state"
+    routed = {layer_of(weight, lists) for v, kind in kinds.items() if kind == "expert" for weight, _ in where[v]}
     for variable, at in where.items():
-        if variable in kinds:
-            continue
-        beside = {v.name for weight, dim in at for v in variables_in(found[weight][dim])}
-        across = {
-            v.name for weight, dim in at for i, e in enumerate(found[weight]) if i != dim for v in variables_in(e)
-        }
-        if any(kinds.get(other) in ("attention", "query") for other in beside):
-            kinds[variable] = "head_dim"
-        elif len({layer_of(weight, lists) for weight, _ in at}) == 1 and all(
-            kinds.get(other) == "hidden" or state.unifier.reason(Variable(other, 0)) for other in across
-        ):
-            kinds[variable] = "mlp"
-        else:
-            kinds[variable] = "other"
+        if variable not in kinds:
+            layers = {layer_of(weight, lists) for weight, _ in at}
+            beside = _others(variable, [found[weight][dim] for weight, dim in at])
+            across = _others(variable, [e for weight, dim in at for i, e in enumerate(found[weight]) if i != dim])
+            kinds[variable] = _kind_by_neighbours(
+                {kinds.get(v, "attention") for v in beside if v in kinds or v in scored},
+                {kinds.get(other, "other") for other in across if state.unifier.reason(Variable(other, 0)) is None},
+                one_layer=len(layers) == 1 and any(len(found[weight]) > 1 for weight, _ in at),
+                routed=bool(layers & routed),
+            )
     return kinds
+
+
+def _others(variable: str, dims: Iterable[Expression]) -> set[str]:
+    return {v.name for dim in dims for v in variables_in(dim)} - {variable}
+
+
+def _kind_by_neighbours(beside: set[str], across: set[str], *, one_layer: bool, routed: bool) -> str:
+    """The kind of a variable from the kinds within its own axes, and across from it in its weights."""
+    if beside & {"attention", "query"}:
+        return "head_dim"
+    if "expert" in beside:
+        return "expert_mlp"
+    if "state" in beside | across and across <= {"state", "hidden", "other", "head_dim"}:
+        return "state"
+    if not one_layer:
+        return "other"
+    if across <= {"hidden"}:
+        return "shared_mlp" if routed else "mlp"
+    return "expert_mlp" if across <= {"hidden", "expert"} else "latent"
 
 
 def _names(order: list[str], kinds: Mapping[str, str], layers: Mapping[str, int | None]) -> dict[str, str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.checkpoint.folder import atomic_folder, write_json
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.errors import CheckpointError
-from secateur.models import quiet, skeleton
+from secateur.models import quiet, runs_remote_code
 from secateur.plan import Plan
 
 
@@ -43,14 +42,14 @@ def save(
     a model built from the written config has. Raises `CheckpointError`.
 
     >>> import tempfile
-    >>> from secateur.axes import discover_groups
+    >>> from secateur.axes import discover
     >>> from secateur.plan import CutOptions, plan
     >>> from secateur.prune import prune
     >>> from secateur.scores import score
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
     >>> model = AutoModelForCausalLM.from_config(config)
-    >>> discovery = discover_groups(skeleton(config))
+    >>> discovery = discover(config)
     >>> scores = score(model, discovery=discovery, name="l2")
     >>> decided = plan(discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",)), config=config, scores=scores)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -73,24 +72,21 @@ def save(
 
 
 def _check_accounts(folder: Path, model: PreTrainedModel) -> None:
-    """Every weight of the model built from the written config is in the files once, in its shape, and nothing else."""
-    written: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict: it has no iterator
-                written[name] = tuple(tensors.get_slice(name).get_shape())
-    wanted = _expected(skeleton(model.config))
-    aliases = set(skeleton(model.config).state_dict()) - set(wanted)
-    missing = sorted(wanted.keys() - written.keys())
-    leftover = sorted(written.keys() - wanted.keys() - aliases)
-    other = sorted(name for name in wanted.keys() & written.keys() if wanted[name] != written[name])
-    for what, names in (("lacks", missing), ("has leftover", leftover), ("has the wrong shape for", other)):
+    """Load the folder as anyone would, but on `meta`: every weight is there, in its shape, and nothing else."""
+    with quiet():
+        loaded: Any = type(model).from_pretrained(
+            folder,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            trust_remote_code=runs_remote_code(model),
+        )
+    report = loaded[1]
+    for what, key in (
+        ("lacks", "missing_keys"),
+        ("has leftover", "unexpected_keys"),
+        ("has the wrong shape for", "mismatched_keys"),
+    ):
+        names = sorted(name if isinstance(name, str) else name[0] for name in report[key])
         if names:
             raise CheckpointError(f"the folder {what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
-
-
-def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of parameters (tied ones once) and saved buffers."""
-    saved = set(model.state_dict())
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return shapes | {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in saved}

@@ -1,0 +1,381 @@
+"""What every model type is held to: discovery, cut equals mask for each kind of group, and a stock folder.
+
+A cut is compared with a mask in float64. The mask is the dense model with the slices of all removed units set to
+zero; where an operator takes a sum or a statistic across the units, or makes a choice among them, it does so over the
+units that stay, because that is what cutting them means.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from every_type import initial_model, tiny_config, tiny_inputs, tiny_type_model
+from secateur.axes.algebra import kept_along, variables_in
+from secateur.axes.groups import Discovery, Group, group_axes
+from secateur.axes.rules import Inference, infer
+from secateur.checkpoint.stock import save
+from secateur.errors import PlanError
+from secateur.graph import Ref, trace
+from secateur.models import EXPERTS, quiet
+from secateur.plan import CutOptions, Plan, PlannedGroup
+from secateur.prune import prune
+from secateur.settings import stock_settings
+
+TOLERANCE = 1e-8
+FOLDER = "stock folder"  # save, load with the ordinary loader, generate the same
+DISCOVER = "discover"
+# Of these a uniform plan is made, each that a stock config can say.
+UNIFORM = ("mlp", "expert_mlp", "shared_mlp", "attention", "query", "state", "expert", "latent", "hidden")
+
+
+@dataclass(slots=True)
+class Report:
+    """How one type fares: each thing checked -> None where it passes, else why it does not."""
+
+    model_type: str
+    checks: dict[str, str | None] = field(default_factory=dict)
+    uniform: tuple[str, ...] = ()  # the kinds that the stock folder was cut in
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A tiny model of one type and what is known of it."""
+
+    model_type: str
+    model: PreTrainedModel
+    inputs: dict[str, Any]
+    state: Inference
+    discovery: Discovery
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of its groups."""
+        return list(dict.fromkeys(group.kind for group in self.discovery.groups))
+
+
+def subject(model_type: str) -> Subject:
+    """Build and discover the tiny model of a type. Raises what these raise."""
+    with quiet(), torch.device("meta"):
+        config = tiny_config(model_type)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = EXPERTS
+        twin = initial_model(model_type, config).eval()
+    state = infer(trace(twin))
+    discovery = group_axes(state, type(twin).__name__)
+    with quiet():
+        model = tiny_type_model(model_type)
+    inputs = tiny_inputs(model_type, model.config, batch=state.graph.batch, length=state.graph.sequence)
+    return Subject(model_type, model, inputs, state, discovery)
+
+
+def check_type(model_type: str, *, only: Sequence[str] = ()) -> Report:
+    """Run the whole contract for one type."""
+    report = Report(model_type)
+    try:
+        tested = subject(model_type)
+    except Exception as error:  # whatever fails is the finding
+        report.checks[DISCOVER] = _said(error)
+        return report
+    report.checks[DISCOVER] = None
+    for kind in tested.kinds:
+        if not only or kind in only:
+            report.checks[kind] = _outcome(lambda kind=kind: check_cut(tested, kind))
+    if not only or FOLDER in only:
+        report.checks[FOLDER] = _outcome(lambda: check_folder(tested, report))
+    return report
+
+
+def _outcome(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except Exception as error:
+        return _said(error)
+    return None
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text[:300]}"
+
+
+# --- cut equals mask --------------------------------------------------------------------------------------------
+
+
+def check_cut(tested: Subject, kind: str) -> None:
+    """Cut a quarter to a half of every group of a kind, and compare with the mask."""
+    if kind == "layer":
+        return check_layers(tested)
+    families: dict[str, list[Group]] = defaultdict(list)
+    for group in tested.discovery.groups:
+        if group.kind == kind:
+            families[_family(group.name)].append(group)
+    for groups in families.values():
+        check_groups(tested, kind, groups)
+    return None
+
+
+def _family(name: str) -> str:
+    """The name of a group without the number of its layer."""
+    return re.sub(r"^layers\.\d+", "layers", name)
+
+
+def check_groups(tested: Subject, kind: str, groups: Sequence[Group]) -> None:
+    """Cut these groups, one in each layer, and compare with the mask."""
+    plan = planned(tested, groups)
+    with quiet():
+        pruned = prune(tested.model, plan, discovery=tested.discovery)
+    pruned.to(tested.model.dtype)  # rotary tables too
+    reference = masked(tested.model, plan, tested.discovery)
+    if kind in ("hidden", "head_dim", "vocabulary"):
+        with_constants_of(pruned, reference)
+    keep = {group.name: group.keep or () for group in plan.groups}
+    inputs, kept = tested.inputs, list(keep["vocabulary"]) if kind == "vocabulary" else None
+    if kept is not None:  # the tokens that stay have new numbers
+        inputs = {**inputs, "input_ids": inputs["input_ids"] % len(kept)}
+    got = logits(pruned, inputs)
+    if kept is not None:
+        inputs = {**inputs, "input_ids": torch.tensor(kept)[inputs["input_ids"]]}
+    with OverKept(tested, keep):
+        expected = logits(reference, inputs)
+    if kept is not None:
+        expected = expected[..., kept]
+    whole = logits(tested.model, inputs)
+    tolerance = _tolerance(tested)
+    assert torch.isfinite(whole).all(), "the dense model gives NaN or Inf"
+    assert got.shape == expected.shape, f"logits {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    off = (got - expected).abs().max()
+    assert off < tolerance, f"the cut model is off by {off:.1e}"
+    if kind != "vocabulary":
+        assert (expected - whole).abs().max() > 10 * tolerance, "the mask changes nothing"
+
+
+def _tolerance(tested: Subject) -> float:
+    return TOLERANCE if tested.model.dtype == torch.float64 else 1e-3
+
+
+def check_layers(tested: Subject) -> None:
+    """Drop one layer, and compare with the dense model that skips it."""
+    group = tested.discovery.group("layers")
+    for dropped in reversed(range(group.units)):  # where the kinds of layer alternate, a config can say few of them
+        keep = tuple(i for i in range(group.units) if i != dropped)
+        plan = _with_settings(tested, (PlannedGroup("layers", "layer", None, group.units, len(keep), keep),))
+        if plan.settings is not None:
+            break
+    else:
+        raise PlanError(plan.refusal or "")
+    skipped = copy.deepcopy(tested.model)
+    layer = skipped.get_submodule(f"{tested.discovery.layer_lists[0]}.{dropped}")
+
+    def pass_on(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        enters = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        return (enters, *output[1:]) if isinstance(output, tuple) else enters
+
+    layer.register_forward_hook(pass_on, with_kwargs=True)
+    with quiet():
+        pruned = prune(tested.model, plan, discovery=tested.discovery)
+    pruned.to(tested.model.dtype)  # rotary tables too
+    with_constants_of(pruned, skipped, layers=False)
+    off = (logits(pruned, tested.inputs) - logits(skipped, tested.inputs)).abs().max()
+    assert off < _tolerance(tested), f"the model without layer {dropped} is off by {off:.1e}"
+
+
+def planned(tested: Subject, groups: Sequence[Group], *, seed: int = 0) -> Plan:
+    """A plan that keeps random units of each of these groups, half to three quarters of them."""
+    chooser = random.Random(seed)
+    found = []
+    for group in groups:
+        kept = max(kept_of(group.units), group.least)
+        keep = tuple(sorted(chooser.sample(range(group.units), kept)))
+        found.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
+    return _with_settings(tested, tuple(found))
+
+
+def kept_of(units: int) -> int:
+    """Half to three quarters of the units, a round number where there is one: code likes to divide sizes."""
+    between = range(-(-units // 2), units * 3 // 4 + 1) or range(units // 2, units)
+    return max(between, key=lambda n: (n % 12 == 0, n % 4 == 0, n % 2 == 0, n))
+
+
+def _with_settings(tested: Subject, groups: tuple[PlannedGroup, ...]) -> Plan:
+    plan = Plan(tested.discovery.model, CutOptions(ratio=0.5, of="units"), groups, {}, {})
+    try:
+        with quiet():
+            return replace(plan, settings=stock_settings(tested.model.config, tested.discovery, plan.cut))
+    except PlanError as error:
+        return replace(plan, refusal=str(error))
+
+
+def masked(model: PreTrainedModel, plan: Plan, discovery: Discovery) -> PreTrainedModel:
+    """The dense model with the slices of all removed units set to zero."""
+    keep: Mapping[str, Sequence[int]] = {group.name: group.keep or () for group in plan.groups}
+    found = copy.deepcopy(model)
+    weights = dict(found.named_parameters()) | dict(found.named_buffers())
+    with torch.no_grad():
+        for weight in discovery.weights:
+            for dim, expression in enumerate(weight.dims):
+                mask = torch.zeros(expression.size, dtype=torch.float64)
+                mask[kept_along(expression, dict(keep))] = 1
+                weights[weight.name].mul_(mask.reshape([-1 if i == dim else 1 for i in range(len(weight.dims))]))
+    return found
+
+
+def with_constants_of(pruned: nn.Module, dense: nn.Module, *, layers: bool = True) -> None:
+    """Give `dense` the scalars that the pruned model's code derived from its sizes (an embedding's scale)."""
+    for path, module in pruned.named_modules():
+        if not layers and any(piece.isdigit() for piece in path.split(".")):
+            continue
+        other = dense.get_submodule(path)
+        for name, value in vars(module).items():
+            if isinstance(value, float):
+                setattr(other, name, value)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.numel() == 1:
+                setattr(other, name, buffer.to(getattr(other, name).dtype))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The logits of one pass without a cache."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with quiet(), StayDouble():  # type: ignore[no-untyped-call]
+        result: Tensor = model(**inputs, **options).logits
+    return result
+
+
+class StayDouble(TorchDispatchMode):
+    """What is to be done in float32 whatever the model's type is done in float64 in a float64 model."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        to_float = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.float32
+        if to_float and args[0].dtype == torch.float64:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
+class OverKept(TorchDispatchMode):
+    """Sums, statistics and choices across the units of groups look at the units that stay.
+
+    The operators of the pass are matched with those of the trace, one by one for each name of an operator.
+    """
+
+    def __init__(self, tested: Subject, keep: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        graph, state = tested.state.graph, tested.state
+        groups = _group_of_variable(tested)
+        by_variable = {v: keep[group] for v, group in groups.items() if group in keep}
+        across: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+        for each in state.across:
+            dim = state.unifier.resolve(each.dim)
+            kept = kept_along(dim, by_variable)
+            if len(kept) < dim.size:
+                across[each.node].append((each.along, kept))
+        self.kept: dict[str, list[list[tuple[int, list[int]]]]] = defaultdict(list)
+        for i, node in enumerate(graph.nodes):
+            self.kept[node.op.rstrip("_")].append(across.get(i, []))
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = f"{func.namespace}.{func._schema.name.split('::')[-1]}".rstrip("_")
+        call, self.calls[name] = self.calls[name], self.calls[name] + 1
+        kept = self.kept[name][call] if call < len(self.kept[name]) else []
+        if not kept:
+            return func(*args, **(kwargs or {}))
+        return over_kept(func, name, args, kwargs or {}, kept)
+
+
+def _group_of_variable(tested: Subject) -> dict[str, str]:
+    state, found = tested.state, {}
+    numbers = tested.state.graph.parameters | tested.state.graph.buffers
+    for weight in tested.discovery.weights:
+        for before, after in zip(state.of(Ref(numbers[weight.name])), weight.dims, strict=True):
+            free = [v.name for v in variables_in(before) if state.unifier.reason(v) is None]
+            found.update(zip(free, [v.name for v in variables_in(after)], strict=True))
+    return found
+
+
+def over_kept(func: Any, name: str, args: Any, kwargs: Any, kept: Sequence[tuple[int, Sequence[int]]]) -> Any:
+    """Apply an operator that works across dimensions to the positions that stay."""
+    x, *rest = args
+    if name in ("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm"):
+        ((_, positions),) = kept
+        index = torch.tensor(positions)
+        scales = [w if w is None else w[index] for w in rest[1:3]]
+        result = func(x[..., index], [len(index)], *scales, *rest[3:], **kwargs)
+        full = torch.zeros_like(x)
+        full[..., index] = result[0] if isinstance(result, tuple) else result
+        return (full, *result[1:]) if isinstance(result, tuple) else full
+    reduces = name in {f"aten.{n}" for n in "sum mean var std norm linalg_vector_norm".split()}
+    for along, positions in kept:
+        index = torch.tensor(positions)
+        if reduces:
+            x = x.index_select(along, index)
+        else:
+            stays = torch.zeros(x.shape[along], dtype=torch.bool)
+            stays[index] = True
+            stays = stays.reshape([-1 if i == along else 1 for i in range(x.dim())])
+            x = torch.where(stays, x, _lowest(x, name))
+    return func(x, *rest, **kwargs)
+
+
+def _lowest(x: Tensor, name: str) -> Tensor:
+    """What is never chosen."""
+    if x.dtype == torch.bool:
+        return torch.tensor(name == "aten.all")
+    sign = 1 if name in ("aten.amin", "aten.min", "aten.argmin") else -1
+    limit = float("inf") if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
+    return torch.tensor(sign * limit, dtype=x.dtype)
+
+
+# --- a stock folder ---------------------------------------------------------------------------------------------
+
+
+def check_folder(tested: Subject, report: Report) -> None:
+    """Cut every kind that a config can say, write the folder, load it with the ordinary loader, generate the same."""
+    refusals = []
+    groups: list[Group] = []
+    kinds: list[str] = []
+    for kind in (k for k in UNIFORM if k in tested.kinds and (k != "hidden" or not kinds)):
+        more = [group for group in tested.discovery.groups if group.kind == kind]
+        plan = planned(tested, [*groups, *more])
+        if plan.settings is not None:
+            kinds.append(kind)
+            groups += more
+        else:
+            refusals.append(plan.refusal or "")
+    assert kinds, f"no kind of group can be cut uniformly: {'; '.join(refusals)[:300]}"
+    report.uniform = tuple(kinds)
+    plan = planned(tested, groups)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        model = tiny_type_model(tested.model_type, dtype=torch.float32)
+        pruned = prune(model, plan, discovery=tested.discovery)
+        path = save(pruned, Path(folder) / "pruned", plan=plan)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="eager")
+        loaded.eval()
+        for name, tensor in pruned.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[name]), f"{name} is another tensor after loading"
+        off = (logits(pruned, tested.inputs) - logits(loaded, tested.inputs)).abs().max()
+        assert off < 1e-4, f"logits after loading are off by {off:.1e}"
+        ids = tested.inputs["input_ids"][:1]
+        settings = {
+            "max_new_tokens": 5,
+            "min_new_tokens": 5,
+            "do_sample": False,
+            "attention_mask": torch.ones_like(ids),
+        }
+        one, other = (model.generate(input_ids=ids, **settings) for model in (pruned, loaded))
+    assert torch.equal(one, other), "other tokens after loading"
+    assert one.shape[1] == ids.shape[1] + 5, "it does not generate"
