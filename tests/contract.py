@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from every_type import initial_model, tiny_config, tiny_inputs, tiny_type_model
 from secateur.axes.algebra import kept_along, variables_in
@@ -38,6 +38,8 @@ from secateur.settings import stock_settings
 TOLERANCE = 1e-8
 FOLDER = "stock folder"  # save, load with the ordinary loader, generate the same
 DISCOVER = "discover"
+# Sizes from which code derives constants: the scale of embeddings, scores or a bottleneck.
+DERIVING = ("hidden", "head_dim", "latent", "state", "vocabulary")
 # Of these a uniform plan is made, each that a stock config can say.
 UNIFORM = ("mlp", "expert_mlp", "shared_mlp", "attention", "query", "state", "expert", "latent", "hidden")
 
@@ -91,18 +93,30 @@ def check_type(model_type: str, *, only: Sequence[str] = ()) -> Report:
         report.checks[DISCOVER] = _said(error)
         return report
     report.checks[DISCOVER] = None
+    if reason := attention_frozen(tested):
+        report.checks["attention"] = reason
     for kind in tested.kinds:
         if not only or kind in only:
-            report.checks[kind] = _outcome(lambda kind=kind: check_cut(tested, kind))
+            report.checks[kind] = _outcome(check_cut, tested, kind)
     if not only or FOLDER in only:
-        report.checks[FOLDER] = _outcome(lambda: check_folder(tested, report))
+        report.checks[FOLDER] = _outcome(check_folder, tested, report)
     return report
 
 
-def _outcome(check: Callable[[], None]) -> str | None:
+def attention_frozen(tested: Subject) -> str | None:
+    """Why no head of attention can be cut in a model that has attention, or None."""
+    if {"attention", "query"} & set(tested.kinds):
+        return None
+    state = tested.state
+    heads = {v for dim in state.scored for v in variables_in(state.unifier.resolve(dim))}
+    reasons = {state.unifier.reason(v) for v in heads if not v.name.startswith(("batch", "sequence"))}
+    return f"frozen: {'; '.join(sorted(filter(None, reasons)))}" if reasons else None
+
+
+def _outcome(check: Callable[..., None], *arguments: Any) -> str | None:
     try:
-        check()
-    except Exception as error:
+        check(*arguments)
+    except Exception as error:  # whatever fails is the finding
         return _said(error)
     return None
 
@@ -138,18 +152,19 @@ def check_groups(tested: Subject, kind: str, groups: Sequence[Group]) -> None:
     plan = planned(tested, groups)
     with quiet():
         pruned = prune(tested.model, plan, discovery=tested.discovery)
-    pruned.to(tested.model.dtype)  # rotary tables too
+    pruned.to(dtype=tested.model.dtype)  # type: ignore[call-arg]  # rotary tables too
     reference = masked(tested.model, plan, tested.discovery)
-    if kind in ("hidden", "head_dim", "vocabulary"):
-        with_constants_of(pruned, reference)
+    with_constants_of(pruned, reference, only_precision=kind not in DERIVING)
     keep = {group.name: group.keep or () for group in plan.groups}
     inputs, kept = tested.inputs, list(keep["vocabulary"]) if kind == "vocabulary" else None
     if kept is not None:  # the tokens that stay have new numbers
         inputs = {**inputs, "input_ids": inputs["input_ids"] % len(kept)}
-    got = logits(pruned, inputs)
+    scalars = Scalars()
+    with scalars:
+        got = logits(pruned, inputs)
     if kept is not None:
         inputs = {**inputs, "input_ids": torch.tensor(kept)[inputs["input_ids"]]}
-    with OverKept(tested, keep):
+    with OverKept(tested, keep, scalars if kind in DERIVING else None):
         expected = logits(reference, inputs)
     if kept is not None:
         expected = expected[..., kept]
@@ -187,7 +202,7 @@ def check_layers(tested: Subject) -> None:
     layer.register_forward_hook(pass_on, with_kwargs=True)
     with quiet():
         pruned = prune(tested.model, plan, discovery=tested.discovery)
-    pruned.to(tested.model.dtype)  # rotary tables too
+    pruned.to(dtype=tested.model.dtype)  # type: ignore[call-arg]  # rotary tables too
     with_constants_of(pruned, skipped, layers=False)
     off = (logits(pruned, tested.inputs) - logits(skipped, tested.inputs)).abs().max()
     assert off < _tolerance(tested), f"the model without layer {dropped} is off by {off:.1e}"
@@ -226,6 +241,8 @@ def masked(model: PreTrainedModel, plan: Plan, discovery: Discovery) -> PreTrain
     weights = dict(found.named_parameters()) | dict(found.named_buffers())
     with torch.no_grad():
         for weight in discovery.weights:
+            if not weights[weight.name].is_floating_point():
+                continue
             for dim, expression in enumerate(weight.dims):
                 mask = torch.zeros(expression.size, dtype=torch.float64)
                 mask[kept_along(expression, dict(keep))] = 1
@@ -233,17 +250,23 @@ def masked(model: PreTrainedModel, plan: Plan, discovery: Discovery) -> PreTrain
     return found
 
 
-def with_constants_of(pruned: nn.Module, dense: nn.Module, *, layers: bool = True) -> None:
-    """Give `dense` the scalars that the pruned model's code derived from its sizes (an embedding's scale)."""
+def with_constants_of(
+    pruned: nn.Module, dense: nn.Module, *, layers: bool = True, only_precision: bool = False
+) -> None:
+    """Give `dense` the scalars that the pruned model's code derived from its sizes (an embedding's scale).
+
+    With `only_precision`, only those that are the same but for having been made in another dtype.
+    """
     for path, module in pruned.named_modules():
         if not layers and any(piece.isdigit() for piece in path.split(".")):
             continue
         other = dense.get_submodule(path)
         for name, value in vars(module).items():
-            if isinstance(value, float):
+            if isinstance(value, float) and not only_precision:
                 setattr(other, name, value)
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.numel() == 1:
+            own = getattr(other, name)
+            if buffer.numel() == 1 and (not only_precision or torch.allclose(buffer.double(), own.double())):
                 setattr(other, name, buffer.to(getattr(other, name).dtype))
 
 
@@ -266,14 +289,32 @@ class StayDouble(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Scalars(TorchDispatchMode):
+    """Notes the numbers that code multiplies, divides, adds or raises by, for each call of an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: dict[str, list[Any]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[_name(func)].append(args[1] if len(args) > 1 and isinstance(args[1], float) else None)
+        return func(*args, **(kwargs or {}))
+
+
+def _name(func: Any) -> str:
+    return f"{func.namespace}.{func._schema.name.split('::')[-1]}".rstrip("_")
+
+
 class OverKept(TorchDispatchMode):
     """Sums, statistics and choices across the units of groups look at the units that stay.
 
-    The operators of the pass are matched with those of the trace, one by one for each name of an operator.
+    The operators of the pass are matched with those of the trace, one by one for each name of an operator. With
+    `scalars`, numbers that the code derives from sizes are those of the model that is cut.
     """
 
-    def __init__(self, tested: Subject, keep: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, tested: Subject, keep: Mapping[str, Sequence[int]], scalars: Scalars | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.scalars = scalars.calls if scalars is not None else {}
         graph, state = tested.state.graph, tested.state
         groups = _group_of_variable(tested)
         by_variable = {v: keep[group] for v, group in groups.items() if group in keep}
@@ -289,16 +330,20 @@ class OverKept(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = f"{func.namespace}.{func._schema.name.split('::')[-1]}".rstrip("_")
+        name = _name(func)
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
         kept = self.kept[name][call] if call < len(self.kept[name]) else []
+        given = self.scalars.get(name, [])
+        if call < len(given) and given[call] is not None and len(args) > 1 and isinstance(args[1], float):
+            args = (args[0], given[call], *args[2:])
         if not kept:
             return func(*args, **(kwargs or {}))
         return over_kept(func, name, args, kwargs or {}, kept)
 
 
 def _group_of_variable(tested: Subject) -> dict[str, str]:
-    state, found = tested.state, {}
+    state = tested.state
+    found: dict[str, str] = {}
     numbers = tested.state.graph.parameters | tested.state.graph.buffers
     for weight in tested.discovery.weights:
         for before, after in zip(state.of(Ref(numbers[weight.name])), weight.dims, strict=True):
@@ -340,6 +385,10 @@ def _lowest(x: Tensor, name: str) -> Tensor:
     return torch.tensor(sign * limit, dtype=x.dtype)
 
 
+def _uniform_first(kind: str) -> int:
+    return UNIFORM.index(kind) if kind in UNIFORM else len(UNIFORM)
+
+
 # --- a stock folder ---------------------------------------------------------------------------------------------
 
 
@@ -347,12 +396,16 @@ def check_folder(tested: Subject, report: Report) -> None:
     """Cut every kind that a config can say, write the folder, load it with the ordinary loader, generate the same."""
     refusals = []
     groups: list[Group] = []
-    kinds: list[str] = []
-    for kind in (k for k in UNIFORM if k in tested.kinds and (k != "hidden" or not kinds)):
-        more = [group for group in tested.discovery.groups if group.kind == kind]
+    kinds: dict[str, None] = {}
+    families: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in tested.discovery.groups:
+        families[group.kind, _family(group.name)].append(group)
+    for (kind, _), more in sorted(families.items(), key=lambda item: _uniform_first(item[0][0])):
+        if kind not in UNIFORM or (kind == "hidden" and kinds):
+            continue
         plan = planned(tested, [*groups, *more])
         if plan.settings is not None:
-            kinds.append(kind)
+            kinds[kind] = None
             groups += more
         else:
             refusals.append(plan.refusal or "")
@@ -361,9 +414,11 @@ def check_folder(tested: Subject, report: Report) -> None:
     plan = planned(tested, groups)
     with quiet(), tempfile.TemporaryDirectory() as folder:
         model = tiny_type_model(tested.model_type, dtype=torch.float32)
-        pruned = prune(model, plan, discovery=tested.discovery)
+        pruned: Any = prune(model, plan, discovery=tested.discovery)
         path = save(pruned, Path(folder) / "pruned", plan=plan)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="eager")
+        # A text model inside another has no name of its own for the auto class.
+        loader: Any = AutoModelForCausalLM if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING else type(model)
+        loaded = loader.from_pretrained(path, dtype="auto", attn_implementation="eager")
         loaded.eval()
         for name, tensor in pruned.state_dict().items():
             assert torch.equal(tensor, loaded.state_dict()[name]), f"{name} is another tensor after loading"
@@ -376,6 +431,6 @@ def check_folder(tested: Subject, report: Report) -> None:
             "do_sample": False,
             "attention_mask": torch.ones_like(ids),
         }
-        one, other = (model.generate(input_ids=ids, **settings) for model in (pruned, loaded))
+        one, other = (smaller.generate(input_ids=ids, **settings) for smaller in (pruned, loaded))
     assert torch.equal(one, other), "other tokens after loading"
     assert one.shape[1] == ids.shape[1] + 5, "it does not generate"

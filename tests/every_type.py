@@ -70,7 +70,7 @@ SIZES_AND_NAMES: tuple[tuple[Any, str], ...] = (
     (18, "v_head_dim"),
     (4, "index_n_heads indexer_n_heads"),
     (16, "index_head_dim indexer_head_dim"),
-    (32, "index_topk indexer_budget"),
+    (4, "index_topk indexer_budget"),
     (1, "indexer_kv_heads"),
     (2, "indexer_compress_ratio"),
     # windows, and which layers have attention, experts or no rotary embedding

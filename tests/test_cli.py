@@ -370,7 +370,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         (*PRUNE, "--ratio", "0.0001", "--of", "units", "--axes", "attention"),
     ),
     "ratio that empties": ("would empty it; ratio=0.9881 is the most", (*PRUNE, "--ratio", "0.99", "--of", "units")),
-    "ratio out of reach": ("down to one unit each leaves .*: at most ratio=0", (*PRUNE, "--ratio", "0.99")),
+    "ratio out of reach": ("down to the fewest units leaves .*: at most ratio=0", (*PRUNE, "--ratio", "0.99")),
     "target that is no number": ("--target many: expected a number such as 100M", (*PRUNE, "--target", "many")),
     "target inf": ("--target inf: expected a number", (*PRUNE, "--target", "inf")),
     "target too large": ("target=9,000,000 is more than the dense model's", (*PRUNE, "--target", "9M")),

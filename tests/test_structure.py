@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "secateur"
@@ -114,6 +115,25 @@ def families(text: str) -> list[str]:
     return [line for line in text.splitlines() if FAMILY.search(NOT_A_FAMILY.sub("", line))]
 
 
+def named_types(tree: ast.AST) -> list[str]:
+    """Model types, of all that transformers knows, among the words of the code, docstrings aside."""
+    examples = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    words: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(value)) if id(node) not in examples:
+                words |= {value, *re.findall(r"[a-z0-9]+", value)}
+            case ast.Name(id=value) | ast.Attribute(attr=value):
+                words |= {value, *re.findall(r"[a-z0-9]+", value.lower())}
+    return sorted(words & (set(CONFIG_MAPPING.keys()) - {"git"}))  # which is a program first
+
+
 def test_every_module_is_a_stage_and_every_stage_a_module() -> None:
     assert sorted(MODULES.keys() - set(ENTRY_POINTS)) == sorted(ORDER)
 
@@ -177,6 +197,16 @@ def test_importing_does_nothing_else() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_no_source_line_names_a_family(name: str) -> None:
     assert families(MODULES[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_code_names_a_model_type(name: str) -> None:
+    assert named_types(ast.parse(MODULES[name].read_text(encoding="utf-8"))) == []
+
+
+def test_a_named_type_is_found() -> None:
+    text = "def f(m):\n    '''As bert does.'''\n    return m == 'rwkv' or m.startswith('is_mamba2') or Zamba_layers"
+    assert named_types(ast.parse(text)) == ["mamba2", "rwkv", "zamba"]
 
 
 def test_a_named_family_is_found() -> None:

@@ -195,7 +195,11 @@ def _own_configs(
     found = []
     for path, changes in configs.items():
         if isinstance(getattr(dense.get_submodule(path), "config", None), PreTrainedConfig):
-            own = with_settings(config, changes)
+            try:
+                own = with_settings(config, changes)
+            except Exception as error:  # a config may refuse a value in any way it likes
+                logger.debug("no config of its own for %s: %s", path, error)
+                continue
             own._attn_implementation = dense.config._attn_implementation
             found.append(Attribute(path, "config", own))
     return tuple(found)

@@ -32,6 +32,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,7 +40,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -117,6 +119,10 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     ...     load_config(folder).num_hidden_layers
     3
     """
+    return _of_text(_config_as_written(model, trust_remote_code=trust_remote_code))
+
+
+def _config_as_written(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     source = resolve(model)
     location, options = _location(source)
     with quiet(), _told_by(source, "its config cannot be read", trust_remote_code=trust_remote_code):
@@ -128,6 +134,29 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
             f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
         )
     return config
+
+
+def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config that the causal language model has: where that is a part of a larger model, the part's."""
+    model_class = _class_by(config) if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    text = config.sub_configs.get("text_config")
+    if model_class is not None and text is not None and model_class.config_class == text:
+        return config.get_text_config()
+    return config
+
+
+def _class_by(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that AutoModelForCausalLM builds for a config, or else the one beside it that takes such a config."""
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # declared as if it held pairs of classes
+    if type(config) in mapping:
+        return cast(type[PreTrainedModel], mapping[type(config)])
+    package = type(config).__module__.rpartition(".")[0]
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if package.endswith(f".{model_type_to_module_name(model_type)}"):
+            found = mapping[CONFIG_MAPPING[model_type]]
+            if found.config_class is type(config):
+                return cast(type[PreTrainedModel], found)
+    return None
 
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -145,8 +174,13 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
         own_config._experts_implementation = EXPERTS
     try:
         with quiet(), torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                own_config, attn_implementation="eager", trust_remote_code=trust_remote_code
+            part = None if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else _class_by(config)
+            model: Any = (
+                part._from_config(own_config, attn_implementation="eager")
+                if part is not None
+                else AutoModelForCausalLM.from_config(
+                    own_config, attn_implementation="eager", trust_remote_code=trust_remote_code
+                )
             )
     except Exception as error:  # any model code may raise anything
         if not trust_remote_code and _wants_trust(error):
@@ -214,7 +248,7 @@ def load(
     # Without this the weights of a GGUF may stay packed, the model refuses to be saved, and its config says quantised.
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    config = load_config(model, trust_remote_code=trust_remote_code)
+    config = _config_as_written(model, trust_remote_code=trust_remote_code)
     location, location_options = _location(source)
     with (
         quiet(),

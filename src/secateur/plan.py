@@ -30,11 +30,15 @@ BUDGETS = ("units", "parameters", "non-embedding", "macs")
 AXES = {
     "attention": ("attention",),
     "query": ("query",),
-    "mlp": ("mlp",),
+    "mlp": ("mlp", "expert_mlp", "shared_mlp"),
+    "experts": ("expert",),
+    "latent": ("latent",),
+    "state": ("state",),
     "hidden": ("hidden",),
     "layers": ("layer",),
 }
 STRATEGIES = {"block": ("attention", "mlp"), "channel": ("hidden",), "layer": ("layers",)}
+WIDE = ("mlp", "expert_mlp", "shared_mlp", "latent", "hidden")  # kinds that are cut to a width, however few units
 MANY_UNITS = 64  # groups of fewer units (heads, layers) are cut first, the others take up the rest of the budget
 FORMAT = 1
 
@@ -392,15 +396,16 @@ def _kept_of_units(chosen: Mapping[str, Sequence[Group]], options: CutOptions) -
 def _rounded(group: Group, kept: int, options: CutOptions) -> int:
     """The nearest width that is a multiple of `round_to`; heads and layers are not rounded."""
     multiple = options.round_to
-    if group.units >= MANY_UNITS or group.kind in ("mlp", "hidden"):
+    if group.units >= MANY_UNITS or group.kind in WIDE:
         if multiple > group.units:
             raise PlanError(f"round_to={multiple} is more than the {group.units} units of {group.name}")
         if multiple > 1 and kept < group.units:
             kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
-    if kept < 1:
+    if kept < group.least:
+        leaves = "empty it" if group.least == 1 else f"leave fewer than the {group.least} that the model chooses"
         raise PlanError(
-            f"{group.name}: removing {group.units - kept} of its {group.units} units would empty it; "
-            f"ratio={(group.units - 1) / group.units:.4f} is the most it can give"
+            f"{group.name}: removing {group.units - kept} of its {group.units} units would {leaves}; "
+            f"ratio={(group.units - group.least) / group.units:.4f} is the most it can give"
         )
     return kept
 
@@ -421,15 +426,15 @@ def _candidates(
     count = _counter(discovery, options)
     dense = count({})
     wanted = options.target if options.target is not None else round(dense * (1 - (options.ratio or 0)))
-    least = count({group.name: 1 for group in groups})
+    least = count({group.name: group.least for group in groups})
     if wanted > dense:
         raise PlanError(f"target={wanted:,} is more than the dense model's {dense:,} ({options.of})")
     if wanted < least:
         raise PlanError(
-            f"{_budget(options)} leaves {wanted:,} ({options.of}), but cutting {', '.join(chosen)} down to one unit "
-            f"each leaves {least:,}: at most ratio={1 - least / dense:.4f}, or more axes or layers"
+            f"{_budget(options)} leaves {wanted:,} ({options.of}), but cutting {', '.join(chosen)} down to the fewest "
+            f"units leaves {least:,}: at most ratio={1 - least / dense:.4f}, or more axes or layers"
         )
-    few = [g for g in groups if g.units < MANY_UNITS and g.kind not in ("mlp", "hidden")]
+    few = [g for g in groups if g.units < MANY_UNITS and g.kind not in WIDE]
     many = [g for g in groups if g not in few]
     if not many:
         yield _nearest_few(few, count, wanted)
@@ -437,8 +442,8 @@ def _candidates(
     share = (dense - wanted) / max(1, dense - least)
     most = max((g.units for g in few), default=1)
     for removed in sorted(range(most), key=lambda n: (abs(n - math.floor(most * share + 1e-9)), n)):
-        kept = {g.name: max(1, g.units - removed * g.units // most) for g in few}
-        if count({**kept, **{g.name: 1 for g in many}}) <= wanted <= count(kept):
+        kept = {g.name: max(g.least, g.units - removed * g.units // most) for g in few}
+        if count({**kept, **{g.name: g.least for g in many}}) <= wanted <= count(kept):
             yield kept | _nearest_many(many, kept, count, wanted, options)
 
 
@@ -466,7 +471,7 @@ def _nearest_many(
     widest = max(group.units for group in groups)
 
     def at(step: int) -> dict[str, int]:
-        exact = {g.name: max(1, g.units - math.floor(g.units * step / widest + 1e-9)) for g in groups}
+        exact = {g.name: max(g.least, g.units - math.floor(g.units * step / widest + 1e-9)) for g in groups}
         return {g.name: _rounded(g, exact[g.name], options) for g in groups}
 
     low, high = 0, widest - 1  # the fewest steps that leave no more than is wanted
@@ -481,7 +486,7 @@ def _nearest_many(
 
 def _nearest_few(groups: Sequence[Group], count: Callable[[dict[str, int]], int], wanted: int) -> dict[str, int]:
     fewest = max(group.units for group in groups)
-    options = [{g.name: max(1, g.units - step * g.units // fewest) for g in groups} for step in range(fewest)]
+    options = [{g.name: max(g.least, g.units - step * g.units // fewest) for g in groups} for step in range(fewest)]
     return min(options, key=lambda kept: abs(count(kept) - wanted))
 
 

@@ -162,9 +162,11 @@ def unit_scores(
     for weight in discovery.weights:
         if not weight.parameter:
             continue
+        reached = [dict.fromkeys(variable.name for variable in variables_in(dim)) for dim in weight.dims]
+        if not any(reached) and (statistics is None or weight.name not in statistics.gradient):
+            continue  # a weight that no cut touches may have no gradient
         s = _salience(weight.name, weights, statistics, SCORES[name])
-        for dim, expression in enumerate(weight.dims):
-            groups = dict.fromkeys(variable.name for variable in variables_in(expression))
+        for dim, (expression, groups) in enumerate(zip(weight.dims, reached, strict=True)):
             if not groups:
                 continue
             channels = s.movedim(dim, 0).reshape(expression.size, -1).sum(1)

@@ -82,7 +82,10 @@ def stock_settings(
         raise PlanError(uneven)
     wanted = wanted_shapes(discovery, cut)
     refusals: list[str] = []
-    shallow = config if cut.dropped_layers else _shallow(config, discovery, trust_remote_code=trust_remote_code)
+    by_layer = cut.dropped_layers or any(
+        isinstance(value, list) for _, value in _changes_by_value(config, discovery, cut)[1]
+    )
+    shallow = config if by_layer else _shallow(config, discovery, trust_remote_code=trust_remote_code)
     for changes, twin in twins(shallow, discovery, cut, refusals, trust_remote_code=trust_remote_code):
         if any(wanted.get(name) != shape for name, shape in shapes_of(twin).items()):
             continue
@@ -198,7 +201,7 @@ def twins(
     what is to stay is changed only beside an unset one, which may put that right (a head size that was derived).
     """
     pairs = sizes_before_and_after(discovery, cut)
-    lists, numbers = _changes_by_value(config, discovery, cut, pairs)
+    lists, numbers = _changes_by_value(config, discovery, cut)
     wanted = wanted_shapes(discovery, cut)
     shapes = shapes_of(skeleton(config, trust_remote_code=trust_remote_code))
     always: dict[str, Any] = {}
@@ -233,10 +236,9 @@ def twins(
 Changes = list[tuple[str, Any]]
 
 
-def _changes_by_value(
-    config: PreTrainedConfig, discovery: Discovery, cut: Cut, pairs: Sequence[tuple[int, int]]
-) -> tuple[Changes, Changes]:
+def _changes_by_value(config: PreTrainedConfig, discovery: Discovery, cut: Cut) -> tuple[Changes, Changes]:
     """Lists with one entry for each layer, without the layers dropped; and settings that have a size which changes."""
+    pairs = sizes_before_and_after(discovery, cut)
     lists: Changes = []
     numbers: Changes = []
     for name, value in _settings(config):

@@ -256,7 +256,8 @@ def group_axes(state: Inference, model: str) -> Discovery:
     layers = {v: _only({layer_of(weight, lists) for weight, _ in at}) for v, at in where.items()}
     order = sorted(where, key=lambda v: (layers[v] is None, layers[v] or 0, KINDS.index(kinds[v])))
     names = _names(order, kinds, layers)
-    rename = _renaming(state, names)
+    rename = _renaming(names)
+    rename_work = _renaming(names, also=(BATCH, SEQUENCE))
     normed = _across(state, "statistic")
     chosen = _across(state, "choice")
     groups = [
@@ -291,7 +292,7 @@ def group_axes(state: Inference, model: str) -> Discovery:
             for name, dims in found.items()
         ),
         operations=tuple(
-            Operation(work.kind, tuple(rename(state.unifier.resolve(dim)) for dim in work.dims), work.module)
+            Operation(work.kind, tuple(rename_work(state.unifier.resolve(dim)) for dim in work.dims), work.module)
             for work in state.operations
         ),
         layer_lists=lists,
@@ -358,11 +359,18 @@ ADDITIONS = frozenset(
 
 def _freeze_what_cannot_be_grouped(state: Inference) -> None:
     """Freeze weights that the logits do not depend on, and variables that meet themselves within one axis."""
-    used = _used(state.graph)
-    for name, number in state.graph.parameters.items():
+    graph = state.graph
+    used = _used(graph)
+    saved = {name: number for name, number in graph.buffers.items() if name not in graph.computed_buffers}
+    weights = graph.parameters | saved
+    needed = {v.name for n in weights.values() if n in used for dim in state.of(Ref(n)) for v in variables_in(dim)}
+    for name, number in weights.items():
         for dim in state.of(Ref(number)):
-            if number not in used:
-                state.unifier.freeze(dim, "the logits do not depend on it")
+            for variable in variables_in(dim):
+                if variable.name not in needed:
+                    state.unifier.freeze(variable, "the logits do not depend on it")
+            if any(variable.name.split(".")[0] in (BATCH, SEQUENCE) for variable in variables_in(dim)):
+                state.unifier.freeze(dim, "the length of the text decides which of its positions are read")
             for variable in variables_in(dim):
                 if _meets_itself(dim, variable.name):
                     state.unifier.freeze(variable, f"its units meet each other within one axis of {name}")
@@ -484,12 +492,12 @@ def _names(order: list[str], kinds: Mapping[str, str], layers: Mapping[str, int 
     return names
 
 
-def _renaming(state: Inference, names: Mapping[str, str]) -> Callable[[Expression], Expression]:
-    """A function that writes group names for free variables, sizes for frozen ones, and keeps batch and sequence."""
+def _renaming(names: Mapping[str, str], also: tuple[str, ...] = ()) -> Callable[[Expression], Expression]:
+    """A function that writes group names for free variables and sizes for frozen ones, but for those of `also`."""
 
     def rename(variable: Variable) -> Expression:
         head = variable.name.split(".")[0]
-        if variable.name in names or head in (BATCH, SEQUENCE):
+        if variable.name in names or head in also:
             return Variable(names.get(variable.name, head), variable.size)
         return Fixed(variable.size)
 

@@ -64,6 +64,8 @@ class Inference:
     tables: list[int] = field(default_factory=list)  # weights whose rows are looked up
     from_weights: set[int] = field(default_factory=set)  # tensors that depend on a weight
     from_angles: set[int] = field(default_factory=set)  # tensors that depend on a sine or cosine
+    from_inputs: set[int] = field(default_factory=set)  # tensors that depend on the tokens
+    products: set[int] = field(default_factory=set)  # tensors that depend on a product of two such, and on no later one
     module: str = ""  # whose forward the current node belongs to
     node: int = 0  # the current node, by number
 
@@ -151,6 +153,14 @@ def _follow(state: Inference, node: Node, name: str, inputs: list[Ref]) -> None:
         state.from_weights.update(node.outputs)
     elif angular or name in ("aten.cos", "aten.sin", "aten.polar"):
         state.from_angles.update(node.outputs)
+    told = [ref for ref in inputs if ref.tensor in state.from_inputs]
+    if told:
+        state.from_inputs.update(node.outputs)
+    if name in ("aten.bmm", "aten.baddbmm"):
+        if len(told) >= 2:
+            state.products.update(node.outputs)
+    elif name not in ("aten.mm", "aten.addmm") and any(ref.tensor in state.products for ref in inputs):
+        state.products.update(node.outputs)
     if name == "aten.mul" and weighty and angular:
         state.work("rotary", state.of(max(weighty, key=lambda ref: prod(state.graph.shapes[ref.tensor]))))
     if name in ACTIVATIONS and weighty:
@@ -706,7 +716,8 @@ def softmax(state: Inference, node: Node) -> Sequence[Dims]:
     dims = state.of(node.arguments["self"])
     along = node.arguments["dim"] % len(dims)
     state.takes("choice", [along], dims)
-    if state.unifier.is_frozen(dims[along]):  # among positions of the sequence
+    # Among positions of the sequence, by a product of what stands there: not a gate for each channel.
+    if state.unifier.is_frozen(dims[along]) and node.arguments["self"].tensor in state.products:
         state.scored += [dim for i, dim in enumerate(dims) if i != along]
     state.work("softmax", dims)
     return [dims]
@@ -885,6 +896,7 @@ def infer(graph: Graph) -> Inference:
     tokens = _tokens(graph)
     state.vocabulary = state.unifier.variable(tokens, prefix="vocabulary.") if tokens else ONE
     for number in graph.inputs.values():
+        state.from_inputs.add(number)
         if tokens:
             state.points[number] = state.vocabulary
         state.dims[number] = tuple(
