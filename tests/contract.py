@@ -297,8 +297,12 @@ class Scalars(TorchDispatchMode):
         self.calls: dict[str, list[Any]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[_name(func)].append(args[1] if len(args) > 1 and isinstance(args[1], float) else None)
+        name = _name(func)
+        self.calls[name].append(args[1] if name in BY_A_NUMBER and isinstance(args[1], (int, float)) else None)
         return func(*args, **(kwargs or {}))
+
+
+BY_A_NUMBER = frozenset({"aten.mul", "aten.div", "aten.add", "aten.sub", "aten.pow", "aten.rsub"})
 
 
 def _name(func: Any) -> str:
@@ -334,7 +338,7 @@ class OverKept(TorchDispatchMode):
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
         kept = self.kept[name][call] if call < len(self.kept[name]) else []
         given = self.scalars.get(name, [])
-        if call < len(given) and given[call] is not None and len(args) > 1 and isinstance(args[1], float):
+        if call < len(given) and given[call] is not None and isinstance(args[1], (int, float)):
             args = (args[0], given[call], *args[2:])
         if not kept:
             return func(*args, **(kwargs or {}))

@@ -44,8 +44,8 @@ from secateur.models import skeleton
 logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
-MOST_CHANGES = 4  # settings changed at once; every family needs fewer
-MOST_TWINS = 400  # twins built at most in search of one
+MOST_CHANGES = 2  # settings changed at once, besides those that surely are; every family needs fewer
+MOST_TWINS = 200  # twins built at most in search of one
 ENOUGH = 3  # sizes of a setting that a model accepts and that change no shape, to say that none does
 
 
