@@ -6,14 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# In `make test` each worker gets one thread: two workers with a thread per core each would fight over the cores.
+# With several workers each gets one thread: two workers with a thread per core each would fight over the cores.
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check bench format clean
+.PHONY: help setup demo test slow check bench bench-scoring architectures format clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Make .venv and install Secateur, its development tools and the demo model
 
@@ -25,7 +25,8 @@ test: $(STAMP)  ## Run the fast tests and the docstring examples
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS)
 
 slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
-	$(PYTEST) -m slow
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) tests/test_contract.py
+	$(PYTEST) -m slow --ignore tests/test_contract.py
 
 check: $(STAMP)  ## Check format, lint, types and the links in the docs
 	$(BIN)/ruff format --check
@@ -36,6 +37,14 @@ check: $(STAMP)  ## Check format, lint, types and the links in the docs
 bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner too (benchmarks/llm_pruner.py --help)
 	$(BIN)/python benchmarks/discovery.py
 	$(if $(DATA),$(BIN)/python benchmarks/llm_pruner.py --data $(DATA),@echo "for the comparison with LLM-Pruner: make bench DATA=FOLDER")
+
+bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain loop
+	$(BIN)/python benchmarks/scoring.py
+
+architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pruning; writes docs/architectures.md
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'
+	@mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --workers $(WORKERS) --peer --docs --out runs/architectures.json
 
 format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff format

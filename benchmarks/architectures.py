@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -32,10 +32,12 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "architectures.md"
+KNOWN = ROOT / "tests" / "known_failures.json"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 MINUTES = 10  # for one type
 PEER_SECONDS = 120  # for one part of one type
+DISCOVER, FOLDER = "discover", "stock folder"  # as in tests/contract.py
 MLP = ("mlp",)
 MLP_OF_EXPERTS = ("expert_mlp", "shared_mlp")  # stand for the MLP where there is no plain one
 REASONS = 2  # for what is frozen, of each type
@@ -63,7 +65,7 @@ def main() -> None:
     if options.out is not None:
         options.out.write_text(json.dumps(data, indent=1) + "\n")
     if options.docs:
-        DOCS.write_text(document(data["types"]))
+        DOCS.write_text(document(data["types"], data["versions"]))
     show(data["types"])
 
 
@@ -141,9 +143,9 @@ class Worker:
             except EOFError:
                 return ended(outcome, "the process died"), False
             if more is None:
-                return outcome, True
+                return {name: value for name, value in outcome.items() if not name.endswith("_ahead")}, True
             for name, value in more.items():
-                outcome[name] = {**outcome[name], **value} if name in ("checks", "peer") else value
+                outcome[name] = {**outcome.get(name, {}), **value} if name in ("checks", "peer") else value
         self.process.kill()
         return ended(outcome, f"took more than {minutes:g} minutes"), False
 
@@ -164,10 +166,11 @@ def serve(connection: Connection, own: bool, peer: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
-    while True:
-        for piece in pieces(connection.recv(), own=own, peer=peer):
-            connection.send(piece)
-        connection.send(None)
+    with suppress(EOFError):  # nothing more comes
+        while True:
+            for piece in pieces(connection.recv(), own=own, peer=peer):
+                connection.send(piece)
+            connection.send(None)
 
 
 # --- one type ---------------------------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ def serve(connection: Connection, own: bool, peer: bool) -> None:
 
 def pieces(model_type: str, *, own: bool, peer: bool) -> Iterator[Outcome]:
     """The outcome of one type, piece by piece."""
-    from contract import DISCOVER, FOLDER, check_type, logits, subject
+    from contract import DISCOVER, FOLDER, Report, checks_of, logits, outcome, said, subject
     from every_type import tiny_inputs, tiny_type_model
 
     try:
@@ -184,19 +187,221 @@ def pieces(model_type: str, *, own: bool, peer: bool) -> Iterator[Outcome]:
     except Exception as error:  # here and below, whatever fails is the finding
         yield {"built": said(error)}
         return
-    modules = " ".join(type(module).__name__ for module in model.modules())
     yield {"built": None}
+    modules = " ".join(type(module).__name__ for module in model.modules())
+    has_experts = "Expert" in modules
     try:
         tested = subject(model_type)
     except Exception as error:
-        parts: dict[str, tuple[str, ...]] = {"mlp": (), "attention": ()}
-        if "Expert" in modules:
-            parts["expert"] = ()
+        parts: dict[str, list[str]] = {"mlp": [], "attention": [], **({"expert": []} if has_experts else {})}
         yield {"checks": {DISCOVER: said(error)}, "parts": parts}
         if peer:
-            from dependency_graph import Unfinished
-
-            yield {"peer": {DISCOVER: UNMEASURED, **dict.fromkeys(parts, UNMEASURED)}}
+            yield {"peer": dict.fromkeys((DISCOVER, *parts), "not measured: it is asked for the groups that we find")}
         return
-    parts = parts_of(tested.kinds, scored=bool(tested.state.scored), modules=modules)
-    yield {"parts": parts, **anatomy(tested.discovery)}
+    parts = parts_of(tested.kinds, has_attention=bool(tested.state.scored), has_experts=has_experts)
+    yield {"parts": parts, "checks": {DISCOVER: None}, **anatomy(tested.discovery)}
+    if own:
+        report = Report(model_type)
+        checks = checks_of(tested, report)
+        yield {"checks_ahead": list(checks)}
+        for name, check in checks.items():
+            yield {"checks": {name: outcome(check)}}
+        yield {"uniform": list(report.uniform) if report.checks.get(FOLDER) is None else []}
+    if peer:
+        from dependency_graph import check_peer_cut, check_peer_graph
+
+        yield {"peer_ahead": [DISCOVER, *parts], "peer": {DISCOVER: outcome(partial(check_peer_graph, tested))}}
+        for part, kinds in parts.items():
+            reasons = [outcome(partial(in_time, partial(check_peer_cut, tested, kind))) for kind in kinds]
+            passes = (any if part == "attention" else all)(reason is None for reason in reasons)  # heads of either kind
+            yield {"peer": {part: None if passes and kinds else next(filter(None, reasons), "not measured")}}
+
+
+def in_time(check: Callable[[], None]) -> None:
+    """Run a check, and fail it where it takes longer than PEER_SECONDS."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"more than {PEER_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(PEER_SECONDS)
+    try:
+        check()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def parts_of(kinds: Sequence[str], *, has_attention: bool, has_experts: bool) -> dict[str, list[str]]:
+    """The parts that the issue of every architecture asks about, each with the kinds of groups that cut it.
+
+    A part that the model has and that no group cuts stands with no kinds, and counts as failed.
+    """
+    parts: dict[str, list[str]] = {}
+    if mlp := [kind for kind in kinds if kind in MLP] or [kind for kind in kinds if kind in MLP_OF_EXPERTS]:
+        parts["mlp"] = mlp
+    if has_attention:
+        parts["attention"] = [kind for kind in kinds if kind in ("attention", "query")]
+    if has_experts:
+        parts["expert"] = [kind for kind in kinds if kind == "expert"]
+    return parts
+
+
+def anatomy(discovery: Any) -> Outcome:
+    """What share of the parameters each kind of group reaches, and what is frozen and why."""
+    from secateur.anatomy import frozen_reasons, reach
+
+    frozen = [[round(each.share, 3), each.reason] for each in frozen_reasons(discovery)]
+    return {"kinds": {kind: round(found.share, 3) for kind, found in reach(discovery).items()}, "frozen": frozen}
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One of the counts: which types it is about, and which of them pass."""
+
+    name: str
+    least: float  # the share that is to pass
+    part: str  # "discover", "stock folder", or a part
+
+    def about(self, types: Mapping[str, Outcome]) -> list[str]:
+        """The types that have the part."""
+        built = [name for name, outcome in types.items() if outcome["built"] is None]
+        return [name for name in built if self.part in (DISCOVER, FOLDER) or self.part in types[name]["parts"]]
+
+    def failure(self, outcome: Outcome) -> str | None:
+        """Why a type does not pass with us, or None."""
+        checks = outcome["checks"]
+        if checks[DISCOVER] is not None or self.part in (DISCOVER, FOLDER):
+            return str(reason) if (reason := checks.get(DISCOVER) or checks.get(self.part)) else None
+        kinds = outcome["parts"][self.part]
+        if not kinds:
+            return checks.get(self.part) or "frozen"  # with the reason
+        return next((f"{kind}: {checks[kind]}" for kind in kinds if checks[kind] is not None), None)
+
+    def peer_failure(self, outcome: Outcome) -> str | None:
+        """Why a type does not pass with Torch-Pruning, or None."""
+        reason: str | None = outcome["peer"][self.part]
+        return reason
+
+
+CRITERIA = (
+    Criterion("discover", 0.95, DISCOVER),
+    Criterion("MLP: cut = mask", 0.9, "mlp"),
+    Criterion("attention: cut = mask", 0.9, "attention"),
+    Criterion("whole experts: cut = mask", 0.85, "expert"),
+    Criterion("stock folder: save, load, generate", 0.8, FOLDER),
+)
+
+
+def show(types: Mapping[str, Outcome]) -> None:
+    """Print the counts, ours and Torch-Pruning's where it ran, and every type that does not pass."""
+    console = Console()
+    peer = any("peer" in outcome for outcome in types.values())
+    own = any(len(outcome["checks"]) > 1 for outcome in types.values())
+    failures: dict[str, dict[str, str]] = {}
+    table = Table("of the types that have it", "asked", box=None, title_justify="left")
+    for heading in (["Secateur"] if own else []) + (["Torch-Pruning"] if peer else []):
+        table.add_column(heading, justify="right")
+    for each in CRITERIA:
+        about = each.about(types)
+        row = [each.name, f"{each.least:.0%}"]
+        if own:
+            failures[each.name] = {name: why for name in about if (why := each.failure(types[name]))}
+            row.append(share(len(about) - len(failures[each.name]), len(about)))
+        if peer:
+            tried = [name for name in about if each.part in types[name].get("peer", {})]
+            passed = sum(each.peer_failure(types[name]) is None for name in tried)
+            row.append(share(passed, len(about)) if each.part != FOLDER else "writes none")
+        table.add_row(*row)
+    unbuilt = {name: outcome["built"] for name, outcome in types.items() if outcome["built"] is not None}
+    console.print(f"{len(types)} model types, {len(types) - len(unbuilt)} build tiny and run on a CPU")
+    console.print(table)
+    for heading, found in [("not built", unbuilt), *failures.items()]:
+        for name, reason in sorted(found.items()):
+            console.print(f"{heading}: {name}: {short(known(name, heading, reason))}", highlight=False, markup=False)
+    without = sorted(
+        name for name, outcome in types.items() if outcome["built"] is None and "mlp" not in outcome["parts"]
+    )
+    console.print(f"no MLP: {', '.join(without) or 'none'}", highlight=False)
+
+
+def share(some: int, whole: int) -> str:
+    """Two numbers and their ratio.
+
+    >>> share(189, 195)
+    '189/195 = 96.9%'
+    """
+    return f"{some}/{whole} = {some / whole:.1%}" if whole else "none"
+
+
+def known(model_type: str, check: str, reason: str) -> str:
+    """The reason that the list of known failures gives, where it has the type."""
+    listed = json.loads(KNOWN.read_text())
+    by_check = {each.name: each.part for each in CRITERIA}
+    for entry in listed.get(by_check.get(check, check), []):
+        if model_type in entry["types"]:
+            return str(entry["reason"])
+    return reason
+
+
+def short(text: str) -> str:
+    """A text of at most LENGTH letters, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= LENGTH else text[: LENGTH - 1].rstrip() + "…"
+
+
+def document(types: Mapping[str, Outcome], versions: Mapping[str, str]) -> str:
+    """The page docs/architectures.md."""
+    lines = [
+        "# Architectures",
+        "",
+        "What can be cut in every type of causal language model of transformers, on a tiny random model of each.",
+        "This page is generated (`make architectures`); the wording of kinds is in [design.md](design.md).",
+        "",
+        f"With transformers {versions['transformers']} and torch {versions['torch']}:",
+        "",
+        "| of the types that have it | pass | asked |",
+        "|---|---|---|",
+    ]
+    for each in CRITERIA:
+        about = each.about(types)
+        passed = sum(each.failure(types[name]) is None for name in about)
+        lines.append(f"| {each.name} | {share(passed, len(about))} | {each.least:.0%} |")
+    lines += [
+        "",
+        '- **Can be cut**: kinds of groups that pass "cut equals mask" in float64.',
+        "- **Stock folder**: kinds that the type's own config can say; such a cut loads with `from_pretrained` and",
+        "  generates the same.",
+        "- **Fails**: kinds that are found and do not pass, with the reason (in full: `tests/known_failures.json`).",
+        "- **Frozen**: why axes of parameters cannot be cut, with the share of the parameters that have such an axis;",
+        f"  the {REASONS} largest. Most of these weights can be cut along their other axes.",
+        "",
+        "| type | can be cut | stock folder | fails | frozen |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [row(name, types[name]) for name in sorted(types)]
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, outcome: Outcome) -> str:
+    """The row of one type."""
+    if outcome["built"] is not None:
+        return f"| {name} | | | not built: {cell(outcome['built'])} | |"
+    checks = {check: reason for check, reason in outcome["checks"].items() if check not in (DISCOVER, FOLDER)}
+    whole = {check: reason for check, reason in outcome["checks"].items() if reason is not None}
+    passes = ", ".join(check for check, reason in checks.items() if reason is None)
+    fails = "; ".join(f"{check}: {cell(known(name, check, reason))}" for check, reason in whole.items())
+    frozen = "; ".join(f"{part:.0%} {cell(reason)}" for part, reason in outcome.get("frozen", [])[:REASONS])
+    return f"| {name} | {passes} | {', '.join(outcome['uniform'])} | {fails} | {frozen} |"
+
+
+def cell(text: str) -> str:
+    """A text that fits into a table of Markdown."""
+    return short(text).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,45 @@ def check_type(model_type: str, *, only: Sequence[str] = ()) -> Report:
     try:
         tested = subject(model_type)
     except Exception as error:  # whatever fails is the finding
-        report.checks[DISCOVER] = _said(error)
+        report.checks[DISCOVER] = said(error)
         return report
     report.checks[DISCOVER] = None
-    if reason := attention_frozen(tested):
-        report.checks["attention"] = reason
-    for kind in tested.kinds:
-        if not only or kind in only:
-            report.checks[kind] = _outcome(check_cut, tested, kind)
-    if not only or FOLDER in only:
-        report.checks[FOLDER] = _outcome(check_folder, tested, report)
+    for name, check in checks_of(tested, report).items():
+        if not only or name in only:
+            report.checks[name] = outcome(check)
     return report
+
+
+def checks_of(tested: Subject, report: Report) -> dict[str, Callable[[], None]]:
+    """Each check of a type that is discovered, by its name; it raises where the type fails."""
+    checks: dict[str, Callable[[], None]] = {}
+    if reason := attention_frozen(tested):
+        checks["attention"] = partial(_refuse, reason)
+    if reason := experts_frozen(tested):
+        checks["expert"] = partial(_refuse, reason)
+    for kind in tested.kinds:
+        checks[kind] = partial(check_cut, tested, kind)
+    checks[FOLDER] = partial(check_folder, tested, report)
+    return checks
+
+
+def outcome(check: Callable[[], None]) -> str | None:
+    """None where the check passes, else why it does not."""
+    try:
+        check()
+    except Exception as error:  # whatever fails is the finding
+        return said(error)
+    return None
+
+
+def said(error: Exception) -> str:
+    """The message of an error in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text[:300]}"
+
+
+def _refuse(reason: str) -> None:
+    raise AssertionError(reason)
 
 
 def attention_frozen(tested: Subject) -> str | None:
@@ -113,17 +142,14 @@ def attention_frozen(tested: Subject) -> str | None:
     return f"frozen: {'; '.join(sorted(filter(None, reasons)))}" if reasons else None
 
 
-def _outcome(check: Callable[..., None], *arguments: Any) -> str | None:
-    try:
-        check(*arguments)
-    except Exception as error:  # whatever fails is the finding
-        return _said(error)
-    return None
-
-
-def _said(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text[:300]}"
+def experts_frozen(tested: Subject) -> str | None:
+    """Why no expert can be cut in a model that has experts, or None."""
+    paths = [path for path, module in tested.model.named_modules() if "Expert" in type(module).__name__]
+    if "expert" in tested.kinds or not paths:
+        return None
+    inside = tuple(f"{path}." for path in paths)
+    reasons = {frozen.reason for frozen in tested.discovery.frozen if frozen.weight.startswith(inside)}
+    return f"frozen: {'; '.join(sorted(reasons))}" if reasons else None  # else they are found as another kind
 
 
 # --- cut equals mask --------------------------------------------------------------------------------------------
@@ -136,13 +162,13 @@ def check_cut(tested: Subject, kind: str) -> None:
     families: dict[str, list[Group]] = defaultdict(list)
     for group in tested.discovery.groups:
         if group.kind == kind:
-            families[_family(group.name)].append(group)
+            families[family(group.name)].append(group)
     for groups in families.values():
         check_groups(tested, kind, groups)
     return None
 
 
-def _family(name: str) -> str:
+def family(name: str) -> str:
     """The name of a group without the number of its layer."""
     return re.sub(r"^layers\.\d+", "layers", name)
 
@@ -169,16 +195,17 @@ def check_groups(tested: Subject, kind: str, groups: Sequence[Group]) -> None:
     if kept is not None:
         expected = expected[..., kept]
     whole = logits(tested.model, inputs)
-    tolerance = _tolerance(tested)
+    within = tolerance(tested)
     assert torch.isfinite(whole).all(), "the dense model gives NaN or Inf"
     assert got.shape == expected.shape, f"logits {tuple(got.shape)} instead of {tuple(expected.shape)}"
     off = (got - expected).abs().max()
-    assert off < tolerance, f"the cut model is off by {off:.1e}"
+    assert off < within, f"the cut model is off by {off:.1e}"
     if kind != "vocabulary":
-        assert (expected - whole).abs().max() > 10 * tolerance, "the mask changes nothing"
+        assert (expected - whole).abs().max() > 10 * within, "the mask changes nothing"
 
 
-def _tolerance(tested: Subject) -> float:
+def tolerance(tested: Subject) -> float:
+    """How far logits may be off."""
     return TOLERANCE if tested.model.dtype == torch.float64 else 1e-3
 
 
@@ -205,7 +232,7 @@ def check_layers(tested: Subject) -> None:
     pruned.to(dtype=tested.model.dtype)  # type: ignore[call-arg]  # rotary tables too
     with_constants_of(pruned, skipped, layers=False)
     off = (logits(pruned, tested.inputs) - logits(skipped, tested.inputs)).abs().max()
-    assert off < _tolerance(tested), f"the model without layer {dropped} is off by {off:.1e}"
+    assert off < tolerance(tested), f"the model without layer {dropped} is off by {off:.1e}"
 
 
 def planned(tested: Subject, groups: Sequence[Group], *, seed: int = 0) -> Plan:
@@ -403,7 +430,7 @@ def check_folder(tested: Subject, report: Report) -> None:
     kinds: dict[str, None] = {}
     families: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in tested.discovery.groups:
-        families[group.kind, _family(group.name)].append(group)
+        families[group.kind, family(group.name)].append(group)
     for (kind, _), more in sorted(families.items(), key=lambda item: _uniform_first(item[0][0])):
         if kind not in UNIFORM or (kind == "hidden" and kinds):
             continue

@@ -31,6 +31,7 @@ from secateur.checkpoint import (
     check_vacant,
     check_writable,
     make_record,
+    read_record,
     write_json,
 )
 from secateur.checkpoint.record import weights_digest
@@ -420,7 +421,26 @@ class TestRecord:
         assert weights_digest(first) == weights_digest(second)
 
     def test_round_trip(self) -> None:
-        record = make_record(nn.Linear(2, 2), name="x", calibration="hash", seed=3, command="c")
+        options = {"text": "demo", "seed": 3}
+        record = make_record(
+            nn.Linear(2, 2), name="x", calibration="hash", calibration_options=options, seed=3, command="c"
+        )
         assert Record(**json.loads(json.dumps(record.to_json()))) == record
         assert record.versions.keys() == {"secateur", "torch", "transformers", "python"}
         assert (record.calibration, record.dtype) == ("hash", "float32")
+        assert record.calibration_options == options
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"colour": "green"}', None])
+    def test_what_is_no_record(self, content: str | None, tmp_path: Path) -> None:
+        if content is not None:
+            (tmp_path / RECORD_FILE).write_text(content)
+        assert read_record(tmp_path) is None
+        assert read_record(tmp_path / RECORD_FILE) is None
+
+    def test_a_record_of_an_earlier_version(self, tmp_path: Path) -> None:
+        data = make_record(nn.Linear(2, 2), name="x").to_json()
+        del data["calibration_options"]
+        (tmp_path / RECORD_FILE).write_text(json.dumps(data))
+        record = read_record(tmp_path)
+        assert record is not None
+        assert (record.model, record.calibration_options) == ("x", None)

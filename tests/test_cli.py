@@ -62,6 +62,7 @@ def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("a cat")
+    (folder / "rows.jsonl").write_text(json.dumps({"body": TEXT}))
     cut = {"score": "l2"}
     decided = plan_model(str(folder / "tiny"), cut=cut).to_json()
     write_json(folder / "plan.json", decided)
@@ -356,6 +357,20 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "no calibration file": (r"'no\.txt': no such file", (*PRUNE, "--calibration", "no.txt")),
     "empty calibration": (r"'empty\.txt': there is no text in it", (*PRUNE, "--calibration", "empty.txt")),
     "tiny calibration": ("has [2-9] tokens, but one window needs 128", (*PRUNE, "--calibration", "short.txt")),
+    "column of a text": (
+        "column='body' names a field of documents, and this is one text",
+        (*PRUNE, "--calibration", "text.txt", "--column", "body"),
+    ),
+    "wrong column": (
+        r"rows\.jsonl', line 1: no column 'text' among \['body'\]\. 'body' holds text",
+        (*PRUNE, "--calibration", "rows.jsonl"),
+    ),
+    "chat without a template": ("the tokenizer has no chat template", (*PRUNE, "--chat")),
+    "self and chat": ("'self' is what the model writes", (*PRUNE, "--calibration", "self", "--chat")),
+    "longer than the model": (
+        "length=300 is longer than the model's 256 positions",
+        (*PRUNE, "--length", "300"),
+    ),
     "too many samples": ("tiny calibration text", (*PRUNE, "--calibration", "text.txt", "--samples", "9999")),
     "no samples": ("samples=0 is too small. Expected at least 1", (*PRUNE, "--samples", "0")),
     "short windows": ("length=1 is too small. Expected at least 2", (*PRUNE, "--length", "1")),
@@ -400,6 +415,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "plan and preset": ("leave out --preset", (*PRUNE, "--plan", "plan.json", "--preset", "best")),
     "plan and calibration": ("leave out --calibration", (*PRUNE, "--plan", "plan.json", "--calibration", "text.txt")),
+    "plan and column": ("leave out --column", (*PRUNE, "--plan", "plan.json", "--column", "body")),
+    "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),
     "plan of another depth": (
         r"layers\.3\.mlp, which tiny does not have: it is of another model",
         (*PRUNE, "--plan", "deep.json"),
@@ -531,6 +548,44 @@ class TestExitCodes:
         with pytest.raises(SystemExit) as stop:
             main(["no-such"])
         assert stop.value.code == 2
+
+
+class TestCalibration:
+    FEW = ("--samples", "4", "--length", "32")
+
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(Path("out/secateur_record.json").read_text())
+        return record
+
+    def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
+        options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
+        assert self.record()["calibration_options"] == options
+
+    def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--calibration", "self", "--seed", "3", *self.FEW)
+        assert self.record()["calibration_options"]["text"] == "self"
+        assert self.record()["calibration_options"]["seed"] == 3
+        assert succeed(capsys, "evaluate", "out", "--ppl", "cats=text.txt")
+
+    def test_a_text_that_was_calibrated_on(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--calibration", "text.txt", *self.FEW)
+        run(["evaluate", "out", "--ppl", "cats=text.txt", "--ppl", "other=short.txt", "--seq-len", "2"])
+        assert [record.getMessage() for record in caplog.records] == [
+            "out: 100 % of its calibration windows, from text.txt, share 13 words in a row with the evaluation text "
+            "cats; this flatters the result, so calibrate on another text"
+        ]
+        caplog.clear()
+        run(["evaluate", "out", "--ppl", "cats=text.txt", "--quiet"])
+        assert not caplog.records
+        run(["evaluate", "tiny", "--plan", "out/secateur_plan.json", "--ppl", "cats=text.txt"])
+        assert [record.getMessage()[:12] for record in caplog.records] == ["tiny: 100 % "]
+
+    def test_the_demo_texts_are_apart(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out")
+        succeed(capsys, "evaluate", "out")  # without a word on stderr
 
 
 def test_every_option_of_a_cut_is_an_option_of_plan_and_prune(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from contract import Report, check_type
 from every_type import NOT_BUILT, TYPES
 
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"  # `make architectures` writes it
 KNOWN = Path(__file__).with_name("known_failures.json")  # check -> [{"reason": ..., "types": [...]}]
 QUICK = ("llama", "mamba2", "mixtral")
 BUILT = tuple(model_type for model_type in TYPES if model_type not in NOT_BUILT)
@@ -63,3 +66,11 @@ def test_every_known_failure_names_types_and_a_reason() -> None:
         assert set(listed) <= set(BUILT)
         assert len(listed) == len(set(listed)), f"{check_} lists a type twice"
         assert all(entry["reason"].strip() and entry["types"] == sorted(entry["types"]) for entry in entries)
+
+
+def test_the_page_of_architectures_has_a_row_for_every_type() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    if f"transformers {version('transformers')} " not in page:
+        pytest.skip("docs/architectures.md was written with another version of transformers")
+    rows = re.findall(r"^\| ([\w-]+) \|", page, re.MULTILINE)
+    assert [row for row in rows if row != "type"] == sorted(TYPES)

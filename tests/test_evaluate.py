@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from secateur.calibration import CalibrationOptions, calibration_windows, digest
 from secateur.errors import DataError, ModelError, SecateurError
 from secateur.evaluate import (
     BATCH_TOKENS,
@@ -39,6 +41,7 @@ from secateur.evaluate import (
     perplexity,
     read_evaluation_text,
     sample_text,
+    warn_of_overlap,
 )
 
 VOCABULARY = 97
@@ -344,3 +347,53 @@ def test_errors_of_encode_and_sample_text(model: LlamaForCausalLM, tokenizer: Pr
         sample_text(model, tokenizer, "w1", new_tokens=0)
     with pytest.raises(DataError, match=r"prompt='' has no tokens\. prompt='Once upon a time'"):
         sample_text(model, tokenizer, "")
+
+
+class TestWarnOfOverlap:
+    TEXT = " ".join(f"w{i}" for i in range(90))
+
+    @pytest.fixture
+    def calibrated(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> dict[str, Any]:
+        (tmp_path / "x.txt").write_text(self.TEXT)
+        options = CalibrationOptions(str(tmp_path / "x.txt"), samples=4, length=20)
+        tokens = calibration_windows(tokenizer, options)
+        return {"calibration": digest(tokens), "calibration_options": asdict(options)}
+
+    def warnings(
+        self, tokenizer: PreTrainedTokenizerFast, calibrated: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> list[str]:
+        warn_of_overlap("pruned", tokenizer, {"far": "another text", "near": f"x {self.TEXT}"}, calibrated)
+        return [record.getMessage() for record in caplog.records]
+
+    def test_the_text_is_named(
+        self, tokenizer: PreTrainedTokenizerFast, calibrated: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (message,) = self.warnings(tokenizer, calibrated, caplog)
+        assert message.startswith("pruned: 100 % of its calibration windows, from ")
+        assert message.endswith(
+            "share 13 words in a row with the evaluation text near; this flatters the result, so calibrate on another "
+            "text"
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"seed": 1},
+            {"text": "no-such.txt"},
+            {"text": "organisation/name"},
+            {"text": "self"},
+            {"length": 500},
+            {"colour": "green"},
+        ],
+        ids=str,
+    )
+    def test_nothing_is_said_of_what_cannot_be_drawn_again(
+        self,
+        change: dict[str, Any],
+        tokenizer: PreTrainedTokenizerFast,
+        calibrated: dict[str, Any],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        changed = {**calibrated, "calibration_options": {**calibrated["calibration_options"], **change}}
+        assert self.warnings(tokenizer, changed, caplog) == []
+        assert self.warnings(tokenizer, {"calibration": None, "calibration_options": None}, caplog) == []

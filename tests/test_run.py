@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from secateur import CalibrationOptions, CheckpointError, DataError, PlanError, SecateurError
+from secateur.calibration import calibration_windows, digest, self_written
+from secateur.checkpoint import read_record
+from secateur.models import load, load_tokenizer
 from secateur.plan import read_plan
 from secateur.run import Clock, LoadOptions, Pruned, peak_rss, plan_model, prune_model
 from secateur.scores import read_scores
@@ -45,6 +49,8 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, tmp_path / "in" / "tiny")
     (tmp_path / "in" / "text.txt").write_text(TEXT)
+    (tmp_path / "in" / "rows.jsonl").write_text(json.dumps({"text": TEXT, "body": OTHER_TEXT}))
+    (tmp_path / "in" / "tiny" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (tmp_path / "here").mkdir()
     return tmp_path / "here"
 
@@ -121,6 +127,10 @@ class TestResume:
             {"calibration": CalibrationOptions("in/text.txt", samples=5, length=16)},
             {"calibration": CalibrationOptions("in/text.txt", samples=4, length=17)},
             {"calibration": CalibrationOptions("demo", samples=4, length=16)},
+            {"calibration": CalibrationOptions("in/text.txt", samples=4, length=16, chat=True)},
+            {"calibration": CalibrationOptions("in/rows.jsonl", samples=4, length=16)},
+            {"calibration": CalibrationOptions("in/rows.jsonl", samples=4, length=16, column="body")},
+            {"calibration": CalibrationOptions("self", samples=4, length=16)},
             {"loading": LoadOptions(dtype="float64")},
         ],
         ids=str,
@@ -143,6 +153,19 @@ class TestResume:
         monkeypatch.chdir("elsewhere")
         options = CalibrationOptions("in/text.txt", samples=4, length=16)
         assert not prune_model("in/tiny", "../here/out", calibration=options, resume=True).resumed
+
+    def test_another_column_is_not_the_same(self, place: Path) -> None:
+        rows = CalibrationOptions("in/rows.jsonl", samples=4, length=16)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secateur.run.save", raiser(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                prune(calibration=rows)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secateur.run.save", raiser(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                prune(calibration=rows, resume=True)
+        for change in ({"column": "body"}, {"chat": True}):
+            assert not prune(calibration=replace(rows, **change), resume=True, overwrite=True).resumed
 
     def test_another_budget_uses_the_same_scores(self, interrupted: Path) -> None:
         assert prune(resume=True, cut={"ratio": 0.4}).resumed
@@ -168,6 +191,51 @@ class TestResume:
         kept = read_scores(interrupted / ".out.secateur" / "scores.safetensors")
         assert (kept.score, kept.reduce, kept.seed) == ("param_second", "sum", 0)
         assert kept.units["layers.0.mlp"].shape == (84,)
+
+
+class TestRecord:
+    """The folder says which text its units were chosen by."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            CalibrationOptions("in/rows.jsonl", samples=3, length=20, seed=4, column="body", chat=True),
+            CalibrationOptions("self", samples=3, length=20, seed=4),
+        ],
+        ids=lambda options: options.text,
+    )
+    def test_the_calibration(self, options: CalibrationOptions, place: Path) -> None:
+        pruned = prune(calibration=options)
+        record = read_record(pruned.out)
+        assert record is not None
+        assert CalibrationOptions(**(record.calibration_options or {})) == options
+        assert (record.calibration, record.seed) == (pruned.plan.scored["calibration"], 4)
+        model, tokenizer = load("in/tiny", device="cpu"), load_tokenizer("in/tiny")
+        tokens = self_written(model, options) if options.text == "self" else calibration_windows(tokenizer, options)
+        assert record.calibration == digest(tokens)
+        given = prune_model("in/tiny", "here/given", given=pruned.plan)
+        again = read_record(given.out)
+        assert again is not None
+        assert (again.calibration, again.calibration_options) == (record.calibration, record.calibration_options)
+
+    def test_scores_of_weights_alone(self, place: Path) -> None:
+        record = read_record(prune(cut={"score": "l2"}).out)
+        assert record is not None
+        assert (record.calibration, record.calibration_options) == (None, None)
+
+    def test_the_model_writes_the_text_of_a_plan(self, place: Path) -> None:
+        options = CalibrationOptions("self", samples=3, length=20)
+        assert plan_model("in/tiny", calibration=options) == prune(calibration=options).plan
+
+    def test_what_does_not_fit_is_refused_before_weights_are_read(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
+        for text in ("self", "in/text.txt"):
+            for attempt in (prune, lambda **options: plan_model("in/tiny", **options)):
+                with pytest.raises(DataError, match="length=257 is longer than the model's 256 positions"):
+                    attempt(calibration=CalibrationOptions(text, samples=2, length=257))
+        assert names(place) == []
 
 
 class TestFailure:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from families import family_config, family_model
 from secateur import CalibrationOptions, ScoreError, discover, score
-from secateur.scores import REDUCTIONS, SCORES, Scores, read_scores, unit_scores, write_scores
-from secateur.statistics import Statistics, gradient_statistics
+from secateur.gradients import stream_gradients
+from secateur.scores import REDUCTIONS, SCORES, Scores, read_scores, statistics_for, unit_scores, write_scores
 
 WINDOWS = torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(2))
 LAYER = "model.layers.1"
@@ -42,47 +42,64 @@ def reference_gradients(model: PreTrainedModel, windows: Tensor) -> tuple[dict[s
     return batched, {name: torch.stack([g[name].square() for g in single]).mean(0) for name in batched}
 
 
+def collected(
+    model: PreTrainedModel, windows: Tensor, *, second_order: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `stream_gradients` visits, put together."""
+    gradients: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+
+    def visit(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
+        parameter = model.get_parameter(name).detach()
+        assert torch.equal(weight, parameter[rows].float())
+        assert {weight.dtype, gradient.dtype} == {torch.float32}
+        gradients.setdefault(name, torch.full(parameter.shape, torch.nan))[rows] = gradient
+        if squared is not None:
+            squares.setdefault(name, torch.full(parameter.shape, torch.nan))[rows] = squared
+
+    stream_gradients(model, windows, visit, second_order=second_order)
+    return gradients, squares
+
+
 @pytest.mark.parametrize("second_order", [False, True])
-def test_statistics_are_those_of_plain_autograd(model: PreTrainedModel, second_order: bool) -> None:
+def test_gradients_are_those_of_plain_autograd(model: PreTrainedModel, second_order: bool) -> None:
     gradient, squared = reference_gradients(model, WINDOWS)
-    found = gradient_statistics(model, WINDOWS, second_order=second_order)
-    assert found.gradient.keys() == gradient.keys()
+    gradients, squares = collected(model, WINDOWS, second_order=second_order)
+    assert gradients.keys() == gradient.keys()
     for name in gradient:
-        torch.testing.assert_close(found.gradient[name], gradient[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[name], gradient[name], rtol=1e-4, atol=1e-6)
         if second_order:
-            torch.testing.assert_close(found.squared_gradient[name], squared[name], rtol=1e-4, atol=1e-7)
-    assert bool(found.squared_gradient) == second_order
+            torch.testing.assert_close(squares[name], squared[name], rtol=1e-4, atol=1e-7)
+    assert bool(squares) == second_order
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert found.tokens == 4 * 8
 
 
-def test_statistics_put_requires_grad_back() -> None:
+def test_the_pass_leaves_the_model_as_it_was() -> None:
     model = family_model(family_config("llama"), dtype=torch.float32)
     model.requires_grad_(False)
-    assert gradient_statistics(model, WINDOWS).gradient
+    assert collected(model, WINDOWS, second_order=True)[0]
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
 
 
 def test_statistics_report_progress(model: PreTrainedModel) -> None:
     seen: list[tuple[int, int]] = []
-    gradient_statistics(model, WINDOWS, second_order=True, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_a_bfloat16_model_sums_in_float32(model: PreTrainedModel) -> None:
-    half = family_model(family_config("llama"), dtype=torch.bfloat16)
-    found = gradient_statistics(half, WINDOWS, second_order=True)
-    assert {tensor.dtype for tensor in [*found.gradient.values(), *found.squared_gradient.values()]} == {torch.float32}
+    statistics_for(
+        "param_mix", model, discover(model), WINDOWS, progress=lambda done, total: seen.append((done, total))
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (total, total)
 
 
 def test_squares_do_not_underflow_in_half_precision() -> None:
     """The square of a gradient of 1e-5 is below what float16 can hold; in float32 it is not lost."""
     half = family_model(family_config("llama"), dtype=torch.float16)
-    found = gradient_statistics(half, WINDOWS, second_order=True)
+    gradients, squares = collected(half, WINDOWS, second_order=True)
     name = f"{LAYER}.mlp.up_proj.weight"
-    tiny = (found.gradient[name].abs() < 1e-4) & (found.gradient[name] != 0)
+    tiny = (gradients[name].abs() < 1e-4) & (gradients[name] != 0)
     assert tiny.any()
-    assert (found.squared_gradient[name][tiny] > 0).all()
+    assert (squares[name][tiny] > 0).all()
 
 
 def salience(name: str, weight: Tensor, gradient: Tensor, squared: Tensor) -> Tensor:
@@ -102,8 +119,8 @@ def salience(name: str, weight: Tensor, gradient: Tensor, squared: Tensor) -> Te
 def test_units_score_as_the_paper_says(model: PreTrainedModel, name: str, reduce: str) -> None:
     gradient, squared = reference_gradients(model, WINDOWS)
     weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
-    statistics = Statistics(0.0, 4, 32, gradient, squared)
-    found = unit_scores(discover(model), weights, statistics, name=name, reduce=reduce)
+    discovery = discover(model)
+    found = unit_scores(discovery, statistics_for(name, model, discovery, WINDOWS), name=name, reduce=reduce)
 
     def channels(weight: str, dim: int) -> Tensor:
         key = f"{LAYER}.{weight}.weight"
@@ -176,10 +193,10 @@ def test_a_larger_unit_scores_higher(unit: int, factor: float) -> None:
     """Scaling one MLP channel of every axis up raises its norm score and no other."""
     config = family_config("llama", num_hidden_layers=1)
     model, discovery = family_model(config, dtype=torch.float32), discover(config)
-    weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
-    before = unit_scores(discovery, weights, name="l2", reduce="mean")["layers.0.mlp"]
-    weights["model.layers.0.mlp.up_proj.weight"][unit] *= factor
-    after = unit_scores(discovery, weights, name="l2", reduce="mean")["layers.0.mlp"]
+    before = score(model, name="l2", discovery=discovery).units["layers.0.mlp"]
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight")[unit] *= factor
+    after = score(model, name="l2", discovery=discovery).units["layers.0.mlp"]
     assert after[unit] > before[unit]
     others = [i for i in range(84) if i != unit]
     assert torch.equal(after[others], before[others])
@@ -207,12 +224,19 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
         score(model, name="l1")
 
 
-def test_a_gradient_that_is_not_finite_is_named() -> None:
+def test_a_loss_that_is_not_finite_is_told() -> None:
     model = family_model(family_config("llama"), dtype=torch.float32)
     model.get_parameter("model.norm.weight").data[0] = math.inf
-    with pytest.raises(
-        ScoreError, match=r"the gradient of .* has \d+ values that are NaN or Inf .*float32 or bfloat16"
-    ):
+    with pytest.raises(ScoreError, match=r"the loss on the calibration text is (nan|inf): .*float32 or bfloat16"):
+        score(model, windows=WINDOWS)
+
+
+def test_gradients_that_are_all_zero_are_told() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    model.get_parameter("model.norm.weight").data.zero_()
+    model.get_parameter("model.embed_tokens.weight").data.zero_()
+    model.get_output_embeddings().weight.data.zero_()
+    with pytest.raises(ScoreError, match=r"all gradients are zero \(loss 4\.\d+\)"):
         score(model, windows=WINDOWS)
 
 

@@ -27,6 +27,7 @@ ORDER = [
     "settings",
     "attributes",
     "calibration",
+    "gradients",
     "statistics",
     "scores",
     "plan",

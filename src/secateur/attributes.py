@@ -111,15 +111,27 @@ def _by_value(
 ) -> dict[tuple[str, str], list[int]]:
     """(module, attribute) -> the sizes after the cut of everything in its weights that had the attribute's value."""
     options: dict[tuple[str, str], list[int]] = {}
+    numbers = _layer_numbers(dense, discovery)
     for part in _parts(discovery, cut):
         pairs = sizes_before_and_after(discovery, part)
         for path in sorted(_modules_holding(discovery, part)):
             module = dense.get_submodule(path)
             for name, value in _plain_attributes(module):
                 found = [after for before, after in pairs if before == value]
-                if found and (type(module), name) not in laws:
+                if found and (type(module), name) not in laws.keys() | numbers:
                     options[path, name] = found
     return options
+
+
+def _layer_numbers(model: nn.Module, discovery: Discovery) -> set[tuple[type, str]]:
+    """(class, attribute) that is the number of its layer in every module of the class that lies in one: no size."""
+    found: dict[tuple[type, str], bool] = {}
+    for path, module in model.named_modules():
+        layer = layer_of(path, discovery.layer_lists)
+        if layer is not None:
+            for name, value in _plain_attributes(module):
+                found[type(module), name] = found.get((type(module), name), True) and value == layer
+    return {key for key, equal in found.items() if equal}
 
 
 Key = tuple[str, str]  # module path with the layer's number left out, attribute
@@ -312,14 +324,18 @@ def apply_shapes_and_attributes_in_place(
     model: nn.Module, discovery: Discovery, cut: Cut, attributes: Iterable[Attribute]
 ) -> None:
     """Give a model on `meta` the shapes that the cut leaves, and the attributes that go with them."""
+    shapes = wanted_shapes(discovery, cut)
     parameters = {
-        name: nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-        for name, shape in wanted_shapes(discovery, cut).items()
+        name: nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False) for name, shape in shapes.items()
     }
     for path, module in model.named_modules():
         for name, _ in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}" if path else name
             setattr(module, name, parameters[discovery.tied.get(full, full)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            shape = shapes.get(f"{path}.{name}" if path else name)
+            if shape is not None and shape != buffer.shape:
+                setattr(module, name, torch.empty(shape, dtype=buffer.dtype, device="meta"))
     set_attributes_in_place(model, attributes)
 
 

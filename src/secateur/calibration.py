@@ -2,7 +2,8 @@ r"""Text -> batches of tokens: `demo`, a file or a data set becomes the windows 
 
 Files are UTF-8. A `.jsonl`, `.json` or `.parquet` file holds documents, one `text` each; any other file is plain text.
 `read_rows` gives a file's rows as the perplexity protocol wants them, `read_calibration` gives what windows are taken
-from, and `sample_windows` takes them.
+from, `sample_windows` takes them, and `calibration_windows` does both. Where there is no text at all, `self_written`
+lets the model write it. `overlap` tells whether windows occur in a text that is to be evaluated.
 """
 
 from __future__ import annotations
@@ -13,19 +14,28 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import DataError
+from secateur.errors import DataError, SecateurError
+from secateur.models import quiet
 
 DEMO = "demo"
+SELF = "self"
+COLUMN = "text"
+MESSAGES = "messages"
 MAX_CHARACTERS = 2_000_000  # of a calibration text; a few seconds of tokenising, and far more than windows need
+WRITTEN_TOKENS = 2048  # of samples that are written at once; the keys and values of so many tokens are held
+OVERLAP_WORDS = 13  # in a row, which two texts do not share by chance: GPT-3, arXiv 2005.14165, appendix C
 
 _EXTRA = "pip install 'secateur[data]'"
 
@@ -39,14 +49,23 @@ class CalibrationOptions:
     secateur.errors.DataError: samples=0 is too small. Expected at least 1: CalibrationOptions(samples=64).
     """
 
-    text: str = DEMO  # demo, a file or the name of a data set
+    text: str = DEMO  # demo, a file, the name of a data set, or self: what the model writes
     samples: int = 64  # windows
     length: int = 128  # tokens per window
     seed: int = 0
+    column: str = COLUMN  # the field of a document that holds its text; with chat, `messages` comes before `text`
+    chat: bool = False  # put every document into the tokenizer's chat template
 
     def __post_init__(self) -> None:
         if not self.text:
             raise DataError("text='' names no text. Expected demo, a file or a data set: CalibrationOptions('demo').")
+        if not self.column:
+            raise DataError("column='' names no field. Expected that of the text: CalibrationOptions(column='text').")
+        if self.text == SELF and (self.chat or self.column != COLUMN):
+            raise DataError(
+                f"column={self.column!r} and chat={self.chat} are about documents, and {SELF!r} is what the model "
+                f"writes. Leave them out: CalibrationOptions({SELF!r})."
+            )
         # A window of one token predicts nothing.
         for name, value, least, good in (
             ("samples", self.samples, 1, 64),
@@ -63,8 +82,9 @@ def demo_texts() -> tuple[str, str]:
     """Return a calibration text and an evaluation text that every Python has: its own language reference.
 
     The topics of `pydoc_data.topics`, by name: those at even places are for calibration, those at odd places for
-    evaluation. A text that stands under several names counts once, so the halves share none. The wording differs
-    between Python versions, therefore results name the version or the `digest` of the tokens.
+    evaluation. A text that stands under several names counts once. Some topics repeat parts of others; one for
+    calibration that has `OVERLAP_WORDS` words in a row of the evaluation text is left out. The wording differs between
+    Python versions, therefore results name the version or the `digest` of the tokens.
 
     >>> calibration, evaluation = demo_texts()
     >>> min(len(calibration), len(evaluation)) > 100_000
@@ -79,6 +99,8 @@ def demo_texts() -> tuple[str, str]:
             seen.add(topics[name])
             halves[place % 2].append(topics[name])
     calibration, evaluation = halves
+    tested = {run for topic in evaluation for run in _runs(topic)}
+    calibration = [topic for topic in calibration if tested.isdisjoint(_runs(topic))]
     return "\n\n".join(calibration), "\n\n".join(evaluation)
 
 
@@ -102,33 +124,57 @@ def read_rows(path: str | Path) -> list[str]:
     ['', ' = Title = \n', '', ' A line . \n']
     """
     path = _existing(path)
-    rows = _documents(path) if _holds_documents(path) else _text_rows(_decoded(path))
-    if not any(row.strip() for row in rows):
-        raise DataError(f"{str(path)!r}: there is no text in it. Expected rows of text in UTF-8.")
+    rows = _documents(path, _Wanted()) if _holds_documents(path) else _text_rows(_decoded(path))
+    _check_not_empty(path, rows)
     return rows
 
 
-def read_calibration(name_or_path: str | Path) -> str | list[str]:
+def read_calibration(
+    name_or_path: str | Path, *, column: str = COLUMN, chat: PreTrainedTokenizerBase | None = None
+) -> str | list[str]:
     """Read what calibration windows are taken from: one text, or documents that no window crosses.
 
     `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents is a list of
-    them; any other name is a data set on the hub, of which the `text` column of the split `train` is read up to
-    `MAX_CHARACTERS`. Raises `DataError` as `read_rows` does, and for a data set that cannot be read.
+    them; any other name is a data set on the hub, of which the split `train` is read up to `MAX_CHARACTERS`. A
+    document's text is its field `column`: a string, or a dialogue's utterances (a list of strings), which are joined
+    by newlines.
+
+    With a tokenizer as `chat`, every document is put into its chat template: a text as one message of the user,
+    utterances as messages of user and assistant in turns, and a list of messages (`role` and `content`) as it is;
+    `messages` is read rather than `text` where there is such a field and no other `column` is named. A plain text is
+    then one long message.
+
+    Raises `DataError` as `read_rows` does, for a data set that cannot be read, for a column that is not there, and
+    for a tokenizer without a template.
 
     >>> isinstance(read_calibration("demo"), str)
     True
     """
+    if name_or_path == SELF:
+        raise DataError(f"{SELF!r} is no text to read: the model writes it. self_written(model, options) does.")
+    if chat is not None and not chat.chat_template:
+        raise DataError(
+            "chat=True, but the tokenizer has no chat template. Leave it out: CalibrationOptions(chat=False), or give "
+            "it one: tokenizer.chat_template = ..."
+        )
+    wanted = _Wanted(column, chat)
+    found: str | list[str]
     if name_or_path == DEMO:
-        return demo_texts()[0]
-    if isinstance(name_or_path, str) and _is_data_set_name(name_or_path):
-        return _data_set(name_or_path)
-    path = _existing(name_or_path)
-    if _holds_documents(path):
-        return read_rows(path)
-    text = _decoded(path)
-    if not text.strip():
-        raise DataError(f"{str(path)!r}: there is no text in it. Expected text in UTF-8.")
-    return text
+        found = demo_texts()[0]
+    elif isinstance(name_or_path, str) and _is_data_set_name(name_or_path):
+        found = _data_set(name_or_path, wanted)
+    else:
+        path = _existing(name_or_path)
+        found = _documents(path, wanted) if _holds_documents(path) else _decoded(path)
+    _check_not_empty(name_or_path, [found] if isinstance(found, str) else found)
+    if not isinstance(found, str):
+        return found
+    if column != COLUMN:
+        raise DataError(
+            f"{str(name_or_path)!r}: column={column!r} names a field of documents, and this is one text. Leave it out, "
+            "or give a .jsonl, .json or .parquet file."
+        )
+    return found if chat is None else _in_template(found, repr(str(name_or_path)), chat)
 
 
 def read_text(name_or_path: str | Path) -> str:
@@ -141,6 +187,21 @@ def read_text(name_or_path: str | Path) -> str:
     return text if isinstance(text, str) else "\n\n".join(text)
 
 
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
+    """Read the text that the options name and take their windows of it; returns int64 ids, samples x length.
+
+    Raises `DataError` as `read_calibration` and `sample_windows` do.
+
+    >>> from types import SimpleNamespace
+    >>> def letters(texts, **_):
+    ...     return SimpleNamespace(input_ids=[list(text.encode()) for text in texts])
+    >>> calibration_windows(letters, CalibrationOptions(samples=3, length=8)).shape
+    torch.Size([3, 8])
+    """
+    text = read_calibration(options.text, column=options.column, chat=tokenizer if options.chat else None)
+    return sample_windows(text, tokenizer, options)
+
+
 def sample_windows(
     text_or_documents: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -149,9 +210,10 @@ def sample_windows(
     """Take `options.samples` random windows of `options.length` tokens; returns int64 ids, samples x length.
 
     In one text every place is equally likely. Of documents, first a document that is long enough is drawn and then a
-    place in it, as LLM-Pruner does. No window is drawn twice, no special tokens are added, and only the first
-    `MAX_CHARACTERS` are looked at. The same text, tokenizer and options give the same windows. Raises `DataError` when
-    the text is shorter than a window or has fewer places than samples.
+    place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
+    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The same
+    text, tokenizer and options give the same windows. Raises `DataError` when the text is shorter than a window or has
+    fewer places than samples.
 
     >>> from types import SimpleNamespace
     >>> def letters(texts, **_):
@@ -170,19 +232,111 @@ def sample_windows(
             f"{what} {longest} tokens, but one window needs {length}. Expected a longer text, or a shorter window: "
             f"CalibrationOptions(length={max(longest, 2)}, samples=1)."
         )
-    places = sum(len(ids) - length + 1 for ids in usable)
-    if places < samples:
+    left = [len(ids) - length + 1 for ids in usable]  # places of each document that were not drawn
+    if sum(left) < samples:
         raise DataError(
-            f"tiny calibration text: {sum(map(len, usable))} tokens hold {places} different windows of {length}, but "
-            f"{samples} samples need as many. Expected a longer text, or fewer: CalibrationOptions(samples={places})."
+            f"tiny calibration text: {sum(map(len, usable))} tokens hold {sum(left)} different windows of {length}, "
+            f"but {samples} samples need as many. Expected a longer text, or fewer: "
+            f"CalibrationOptions(samples={sum(left)})."
         )
     chooser = random.Random(options.seed)
     chosen: dict[tuple[int, int], None] = {}  # document and start, in the order drawn
+    waiting: set[int] = set()  # documents that gave no window in this round
     while len(chosen) < samples:
+        waiting = waiting or {document for document, places in enumerate(left) if places}
         document = chooser.randrange(len(usable))
         start = chooser.randrange(len(usable[document]) - length + 1)
-        chosen[document, start] = None
+        if document in waiting and (document, start) not in chosen:
+            chosen[document, start] = None
+            left[document] -= 1
+            waiting.remove(document)
     return torch.tensor([usable[document][start : start + length] for document, start in chosen], dtype=torch.int64)
+
+
+def self_written(
+    model: PreTrainedModel, options: CalibrationOptions, *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Let the model write its own calibration text; returns int64 ids on the CPU, samples x length.
+
+    Calibration without data, as in LLM-QAT (arXiv 2305.17888): every token is drawn from the model's own distribution
+    at temperature 1, with none of its generation settings. A sample starts after the beginning-of-text token that the
+    model's configs name, else the first end-of-text token, else token 0, and does not hold it; an end of text within
+    it is a token like any other, so all samples have the same length. The same model, options and machine give the
+    same tokens. `progress` counts samples. Raises `DataError` for a model that cannot generate, or whose logits hold
+    NaN, and as `check_positions` does.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> self_written(model, CalibrationOptions("self", samples=3, length=5)).shape
+    torch.Size([3, 5])
+    """
+    check_positions(model.config, options.length)
+    instead = f"Give a text instead: CalibrationOptions({DEMO!r})."
+    writer: Any = model
+    if not hasattr(writer, "generate"):
+        raise DataError(f"text={SELF!r}: {type(model).__name__} has no generate, so it writes no text. {instead}")
+
+    def check(_: Tensor, logits: Tensor) -> Tensor:
+        if logits.isnan().any():
+            raise DataError(f"text={SELF!r}: the logits of {type(model).__name__} hold NaN, so it writes no text.")
+        return logits
+
+    plain = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, max_new_tokens=options.length
+    )
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # accelerate moves what goes in
+    at_once = max(1, WRITTEN_TOKENS // options.length)
+    written: list[Tensor] = []
+    with _seeded(options.seed, device), _without_generation_settings(writer), quiet():
+        for first in range(0, options.samples, at_once):
+            count = min(at_once, options.samples - first)
+            start = torch.full((count, 1), _start_token(model), device=device)
+            try:
+                ids = writer.generate(input_ids=start, generation_config=plain, logits_processor=[check])
+            except SecateurError:
+                raise
+            except Exception as error:  # whatever the model's own code makes of it
+                raise DataError(
+                    f"text={SELF!r}: {type(model).__name__} writes no text ({_in_one_line(error)}). {instead}"
+                ) from error
+            written.append(ids[:, 1:].cpu())
+            if progress is not None:
+                progress(first + count, options.samples)
+    return torch.cat(written)
+
+
+def check_positions(config: PreTrainedConfig, length: int) -> None:
+    """Raise `DataError` when samples of `length` tokens are longer than the positions of the config's model.
+
+    >>> from transformers import AutoConfig
+    >>> check_positions(AutoConfig.for_model("opt", max_position_embeddings=8), 9)
+    Traceback (most recent call last):
+    secateur.errors.DataError: length=9 is longer than the model's 8 positions. ... CalibrationOptions(length=8).
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < length:  # -1 and the like: there is no limit
+        raise DataError(
+            f"length={length} is longer than the model's {positions} positions. Expected at most as many tokens in a "
+            f"sample: CalibrationOptions(length={positions})."
+        )
+
+
+def overlap(windows: Sequence[str], text: str, *, words: int = OVERLAP_WORDS) -> float:
+    """Return the share of the windows that have `words` words in a row in common with the text, 0 to 1.
+
+    Calibration on what is evaluated flatters the result. Words are runs of letters and digits, in lower case; 13 of
+    them in a row are GPT-3's rule (arXiv 2005.14165, appendix C). A window of fewer words is not counted.
+
+    >>> overlap(["and a cat sat on", "and a dog lay on"], "A cat sat, a dog sat.", words=3)
+    0.5
+    """
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, window in enumerate(windows):
+        for run in _runs(window, words):
+            holders[run].append(number)
+    found = {number for run in _runs(text, words) if run in holders for number in holders[run]}
+    return len(found) / max(len(windows), 1)
 
 
 def digest(tokens: Tensor) -> str:
@@ -196,6 +350,61 @@ def digest(tokens: Tensor) -> str:
     for part in (shape, tokens):
         hashed.update(part.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return hashed.hexdigest()
+
+
+def _runs(text: str, words: int = OVERLAP_WORDS) -> Iterator[tuple[str, ...]]:
+    """Yield every run of so many words."""
+    found = re.findall(r"\w+", text.lower())
+    return zip(*(found[first:] for first in range(words)), strict=False)
+
+
+def _start_token(model: PreTrainedModel) -> int:
+    """The token that a text starts after: see `self_written`."""
+    config = model.config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id"):
+        for source in (config, getattr(model, "generation_config", None)):
+            token = getattr(source, name, None)
+            token = token[0] if isinstance(token, list | tuple) and token else token
+            if isinstance(token, int) and 0 <= token < config.vocab_size:  # some configs name tokens that are not there
+                return token
+    return 0
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random numbers, and put them back as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _without_generation_settings(model: Any) -> Iterator[None]:
+    """Take the model's generation settings away for a while: generate reads those that it is not given from there."""
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Which field of a document is its text, and the tokenizer whose chat template it is put into, if any."""
+
+    column: str = COLUMN
+    chat: PreTrainedTokenizerBase | None = None
+
+    def among(self, names: Iterable[str]) -> str | None:
+        """The field of these to read."""
+        columns = (MESSAGES, COLUMN) if self.chat is not None and self.column == COLUMN else (self.column,)
+        return next((column for column in columns if column in names), None)
+
+
+def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{str(name)!r}: there is no text in it. Expected text in UTF-8, or {DEMO!r}.")
 
 
 def _existing(path: str | Path) -> Path:
@@ -229,9 +438,9 @@ def _text_rows(text: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def _documents(path: Path) -> list[str]:
+def _documents(path: Path, wanted: _Wanted) -> list[str]:
     if path.suffix.lower() == ".parquet":
-        return _parquet_texts(path)
+        return _parquet_texts(path, wanted)
     text = _decoded(path)
     if path.suffix.lower() == ".json":
         try:
@@ -240,7 +449,7 @@ def _documents(path: Path) -> list[str]:
             pass  # one object a line, as in .jsonl
         else:
             items = whole if isinstance(whole, list) else [whole]
-            return [_text_of(item, f"{str(path)!r}, item {i}") for i, item in enumerate(items, start=1)]
+            return [_text_of(item, f"{str(path)!r}, item {i}", wanted) for i, item in enumerate(items, start=1)]
     documents = []
     for number, line in enumerate(io.StringIO(text), start=1):
         where = f"{str(path)!r}, line {number}"
@@ -250,35 +459,90 @@ def _documents(path: Path) -> list[str]:
             item = json.loads(line)
         except ValueError as error:
             raise DataError(f'{where}: not JSON ({error}). Expected one object a line: {{"text": "..."}}.') from error
-        documents.append(_text_of(item, where))
+        documents.append(_text_of(item, where, wanted))
     return documents
 
 
-def _text_of(item: object, where: str) -> str:
-    expected = 'Expected an object with a text: {"text": "..."}.'
+def _text_of(item: object, where: str, wanted: _Wanted) -> str:
+    """The text of one document, in the chat template if that is wanted."""
     if not isinstance(item, dict):
-        raise DataError(f"{where}: a JSON {type(item).__name__} is no document. {expected}")
-    if "text" not in item:
-        raise DataError(f"{where}: no field 'text' among its keys {sorted(item)}. {expected}")
-    if not isinstance(item["text"], str):
-        raise DataError(f"{where}: its 'text' is of type {type(item['text']).__name__}, not a string. {expected}")
-    return item["text"]
+        raise DataError(
+            f'{where}: a JSON {type(item).__name__} is no document. Expected an object with a text: {{"text": "..."}}.'
+        )
+    column = wanted.among(item)
+    if column is None:
+        texts = [name for name, value in item.items() if isinstance(value, str) or (value and _is_dialogue(value))]
+        raise _no_column(where, wanted.column, list(item), texts)
+    value, where = item[column], f"{where}: its {column!r}"
+    if _is_chat(value) and wanted.chat is None:
+        raise DataError(
+            f"{where} holds messages of a chat. Put them into the chat template: "
+            f"CalibrationOptions(column={column!r}, chat=True)."
+        )
+    if not (isinstance(value, str) or _is_dialogue(value) or _is_chat(value)):
+        raise DataError(
+            f"{where} is of type {type(value).__name__}, not a text. Expected a string, or a list of strings; with "
+            'chat=True also a list of {"role": "...", "content": "..."}.'
+        )
+    if wanted.chat is not None:
+        return _in_template(value, where, wanted.chat)
+    return value if isinstance(value, str) else "\n".join(value)
 
 
-def _parquet_texts(path: Path) -> list[str]:
+def _is_dialogue(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(utterance, str) for utterance in value)
+
+
+def _is_chat(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and message.keys() >= {"role", "content"} for message in value)
+    )
+
+
+def _no_column(where: str, column: str, names: Iterable[str], texts: Sequence[str]) -> DataError:
+    """The error for a column that is not there; `texts` are columns that hold text."""
+    if texts:
+        remedy = f"{texts[0]!r} holds text: name it, CalibrationOptions(column={texts[0]!r}), or rename it {COLUMN!r}."
+    else:
+        remedy = 'Expected an object with a text: {"text": "..."}.'
+    return DataError(f"{where}: no column {column!r} among {sorted(names)}. {remedy}")
+
+
+def _in_template(value: Any, where: str, chat: PreTrainedTokenizerBase) -> str:
+    """A text, utterances or messages as the chat template writes them."""
+    messages: list[dict[str, str]]
+    if _is_chat(value):
+        messages = value
+    else:
+        turns = [value] if isinstance(value, str) else value
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    try:
+        return str(chat.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates refuse what they do not expect, each in its own way
+        raise DataError(
+            f"{where}: the chat template does not take it ({_in_one_line(error)}). Mend the messages, or leave the "
+            "template out: CalibrationOptions(chat=False)."
+        ) from error
+
+
+def _parquet_texts(path: Path, wanted: _Wanted) -> list[str]:
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError(f"{str(path)!r}: reading Parquet needs pyarrow. Run: {_EXTRA}")
     import pyarrow
     import pyarrow.parquet
 
     try:
-        columns = pyarrow.parquet.read_schema(path).names
-        if "text" not in columns:
-            raise DataError(f"{str(path)!r}: no column 'text' among {sorted(columns)}. Expected a column of texts.")
-        values = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        schema = pyarrow.parquet.read_schema(path)
+        column = wanted.among(schema.names)
+        if column is None:
+            texts = [name for name in schema.names if str(schema.field(name).type).endswith("string")]
+            raise _no_column(repr(str(path)), wanted.column, schema.names, texts)
+        values = pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{str(path)!r}: not a readable Parquet file ({_in_one_line(error)}).") from error
-    return [_text_of({"text": value}, f"{str(path)!r}, row {number}") for number, value in enumerate(values, start=1)]
+    return [_text_of({column: value}, f"{str(path)!r}, row {i}", wanted) for i, value in enumerate(values, start=1)]
 
 
 def _is_data_set_name(name: str) -> bool:
@@ -292,7 +556,7 @@ def _has_file_suffix(path: Path) -> bool:
     return _holds_documents(path) or path.suffix.lower() in (".txt", ".raw", ".md", ".text")
 
 
-def _data_set(name: str) -> list[str]:
+def _data_set(name: str, wanted: _Wanted) -> list[str]:
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"{name!r}: no such file, and the name of a data set needs the package datasets. Run: {_EXTRA}, or give a "
@@ -305,7 +569,7 @@ def _data_set(name: str) -> list[str]:
         size = 0
         # Streamed, since a window or two do not need a whole corpus on disk.
         for number, item in enumerate(datasets.load_dataset(name, split="train", streaming=True), start=1):
-            documents.append(_text_of(item, f"{name!r}, row {number}"))
+            documents.append(_text_of(item, f"{name!r}, row {number}", wanted))
             size += len(documents[-1])
             if size >= MAX_CHARACTERS:
                 break

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,18 +26,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 from typer.core import TyperCommand
 
 from secateur import __version__
 from secateur.anatomy import reach_as_json
 from secateur.axes import discover
-from secateur.calibration import demo_texts
-from secateur.checkpoint import check_writable, write_json
+from secateur.calibration import COLUMN, demo_texts
+from secateur.checkpoint import check_writable, read_record, write_json
 from secateur.demo import TEXT, demonstrate
 from secateur.errors import DataError, PlanError, SecateurError
-from secateur.evaluate import Perplexity, evaluate, read_evaluation_text
+from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.models import DEMO, load, load_config, load_tokenizer
-from secateur.plan import calibration_for, read_plan
+from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile
 from secateur.prune import prune
 from secateur.run import LoadOptions, plan_model, prune_model
@@ -105,7 +106,10 @@ Reduce = Annotated[
     typer.Option("--reduce", help="Over a group's axes: sum, mean, max, prod, first, last.", show_default=False),
 ]
 RoundTo = Annotated[int | None, typer.Option("--round-to", help="Widths are multiples of this.", show_default=False)]
-CalibrationText = Annotated[str, typer.Option("--calibration", help="`demo`, a file, or the name of a data set.")]
+CalibrationText = Annotated[
+    str,
+    typer.Option("--calibration", help="`demo`, a file, the name of a data set, or `self`: what the model writes."),
+]
 Samples = Annotated[
     int | None,
     typer.Option("--samples", help="Calibration windows: 64, or 10 with llm-pruner.", show_default=False),
@@ -114,6 +118,8 @@ Length = Annotated[
     int | None,
     typer.Option("--length", help="Tokens of a window: 128, or 64 with llm-pruner.", show_default=False),
 ]
+Column = Annotated[str, typer.Option("--column", help="The field of calibration documents that holds their text.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put calibration documents into the chat template.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,6 +227,8 @@ def plan_command(
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
+    column: Column = COLUMN,
+    chat: Chat = False,
     sizes_only: Annotated[bool, typer.Option("--sizes-only", help="Do not score: say how many, not which.")] = False,
     quiet: Quiet = False,
     json_file: Json = None,
@@ -238,7 +246,9 @@ def plan_command(
         model,
         preset=preset,
         cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
-        calibration=calibration_for(preset, text=calibration, samples=samples, length=length, seed=seed),
+        calibration=calibration_for(
+            preset, text=calibration, samples=samples, length=length, seed=seed, column=column, chat=chat
+        ),
         loading=LoadOptions(dtype, device, trust_remote_code),
         sizes_only=sizes_only,
         watch=_watch(quiet=quiet),
@@ -271,6 +281,8 @@ def prune_command(
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
+    column: Column = COLUMN,
+    chat: Chat = False,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run has kept.")] = False,
     quiet: Quiet = False,
@@ -294,7 +306,9 @@ def prune_command(
         preset=preset,
         cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
         given=read_plan(plan_file) if plan_file is not None else None,
-        calibration=calibration_for(preset, text=calibration, samples=samples, length=length, seed=seed),
+        calibration=calibration_for(
+            preset, text=calibration, samples=samples, length=length, seed=seed, column=column, chat=chat
+        ),
         loading=LoadOptions(dtype, device, trust_remote_code),
         overwrite=overwrite,
         resume=resume,
@@ -352,6 +366,8 @@ def evaluate_command(
         with _watch(quiet=quiet)(f"load {name}"):
             model = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        if not quiet:
+            _warn_of_overlap(name, tokenizer, texts, planned)
         variants = {name: model} | ({f"{name} + {plan_file}": prune(model, planned)} if planned else {})
         for label, variant in variants.items():
             with _watch(quiet=quiet)(f"evaluate {label}") as progress:
@@ -489,6 +505,16 @@ def _texts(named: Sequence[str]) -> dict[str, str]:
     return texts
 
 
+def _warn_of_overlap(
+    name: str, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], planned: Plan | None
+) -> None:
+    """Warn where a text was calibrated on: by the folder's record, or by the plan."""
+    record = read_record(Path(name))
+    for calibrated in (record.to_json() if record else None, planned.scored if planned else None):
+        if calibrated:
+            warn_of_overlap(name, tokenizer, texts, calibrated)
+
+
 # --- checking before work begins --------------------------------------------------------------------------------
 
 
@@ -501,8 +527,8 @@ def _check_files(*files: Path | None, made: Path | None = None) -> None:
 
 def _check_alone(context: typer.Context, plan_file: Path) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
-    names = "preset ratio of target axes strategy layers score reduce round_to calibration samples length".split()
-    for name in names:
+    cut = "preset ratio of target axes strategy layers score reduce round_to"
+    for name in f"{cut} calibration samples length column chat".split():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise PlanError(f"--plan {plan_file} says all about the cut: leave out --{name.replace('_', '-')}")

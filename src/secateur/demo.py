@@ -127,7 +127,14 @@ def _run(
     with clock.stage("cut"):
         pruned = prune(dense, decided, discovery=discovery)
     with clock.stage("save"):
-        record = make_record(dense, name=DEMO, calibration=scores.calibration, seed=calibration.seed, command=command)
+        record = make_record(
+            dense,
+            name=DEMO,
+            calibration=scores.calibration,
+            calibration_options=decided.scored["calibration_options"],
+            seed=calibration.seed,
+            command=command,
+        )
         save(pruned, folder / "pruned", plan=decided, tokenizer=tokenizer, record=record)
     with clock.stage("reload"):
         reloaded = _reload(folder / "pruned", pruned)

@@ -8,6 +8,7 @@ Tensor names end in their axes: B batch, N window, T token, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibration import read_rows
+from secateur.calibration import (
+    DEMO,
+    OVERLAP_WORDS,
+    CalibrationOptions,
+    calibration_windows,
+    digest,
+    overlap,
+    read_rows,
+)
 from secateur.errors import DataError, ModelError, SecateurError
+
+logger = logging.getLogger(__name__)
 
 LOGITS_BYTES = 256 * 2**20  # of one batch; a single window may need more
 SOFTMAX_BYTES = 64 * 2**20  # of one float32 or float64 piece of the logits
@@ -118,6 +129,42 @@ def evaluate(
 
         results.append(perplexity(model, encoded[name], data=name, seq_len=seq_len, progress=counted))
     return results
+
+
+def warn_of_overlap(
+    name: str, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], calibrated: Mapping[str, Any]
+) -> None:
+    """Log a warning for every text (name -> text) that holds calibration text of the model called `name`.
+
+    `calibrated` says how it was calibrated: the record of its folder, or what its plan was scored with, as plain data.
+    Its windows are drawn again from the file, or `demo`, that it names. Where they cannot be, or turn out to be others
+    (the file is gone or has changed, the text is a data set's or the model's own), nothing is known and nothing said.
+
+    >>> warn_of_overlap("pruned", None, {"wikitext2": "A text."}, {"calibration": None})
+    """
+    about = calibrated.get("calibration_options")
+    if about is None or not (about["text"] == DEMO or Path(about["text"]).expanduser().is_file()):
+        return
+    try:
+        windows = calibration_windows(tokenizer, CalibrationOptions(**about))
+    except (DataError, TypeError) as error:
+        logger.debug("the calibration of %s cannot be drawn again: %s", name, error)
+        return
+    if digest(windows) != calibrated["calibration"]:
+        logger.debug("the calibration of %s cannot be drawn again: %s gives other tokens", name, about["text"])
+        return
+    decoded = [_decode(tokenizer, ids) for ids in windows.tolist()]
+    for data, text in texts.items():
+        if share := overlap(decoded, text):
+            logger.warning(
+                "%s: %.3g %% of its calibration windows, from %s, share %d words in a row with the evaluation text %s; "
+                "this flatters the result, so calibrate on another text",
+                name,
+                100 * share,
+                about["text"],
+                OVERLAP_WORDS,
+                data,
+            )
 
 
 def perplexity(

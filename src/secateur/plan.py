@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
-from secateur.calibration import DEMO, CalibrationOptions
+from secateur.calibration import COLUMN, DEMO, CalibrationOptions
 from secateur.errors import PlanError, ScoreError
 from secateur.scores import REDUCTIONS, SCORES, Scores
 from secateur.settings import Cut, stock_settings
@@ -112,7 +112,7 @@ class Plan:
     macs: Mapping[str, int]  # dense, pruned: one pass over 64 tokens
     settings: Mapping[str, Any] | None = None  # config settings that say the cut; None when none can
     refusal: str | None = None  # why none can
-    scored: Mapping[str, Any] = field(default_factory=dict)  # score, reduce, seed, calibration hash
+    scored: Mapping[str, Any] = field(default_factory=dict)  # score, reduce, seed, loss; calibration options and hash
 
     @property
     def cut(self) -> Cut:
@@ -200,16 +200,27 @@ def preset(name: str, layers: int) -> CutOptions:
 
 
 def calibration_for(
-    name: str, *, text: str = DEMO, samples: int | None = None, length: int | None = None, seed: int = 0
+    name: str,
+    *,
+    text: str = DEMO,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    column: str = COLUMN,
+    chat: bool = False,
 ) -> CalibrationOptions:
     """The calibration of a preset, with what is given: the paper's 10 windows of 64 tokens, or ours.
 
     >>> calibration_for("llm-pruner", seed=3)
-    CalibrationOptions(text='demo', samples=10, length=64, seed=3)
+    CalibrationOptions(text='demo', samples=10, length=64, seed=3, column='text', chat=False)
     """
-    usual = CalibrationOptions(text, 10, 64, seed) if name == "llm-pruner" else CalibrationOptions(text, seed=seed)
+    usual = CalibrationOptions(samples=10, length=64) if name == "llm-pruner" else CalibrationOptions()
     return replace(
         usual,
+        text=text,
+        seed=seed,
+        column=column,
+        chat=chat,
         samples=usual.samples if samples is None else samples,
         length=usual.length if length is None else length,
     )
@@ -301,6 +312,7 @@ def plan(
             "reduce": scores.reduce,
             "seed": scores.seed,
             "calibration": scores.calibration,
+            "calibration_options": None if scores.options is None else asdict(scores.options),
             "loss": scores.loss,
         },
     )

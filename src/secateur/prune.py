@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.attributes import attributes_after, set_attributes_in_place
 from secateur.axes import discover
 from secateur.axes.algebra import kept_along
-from secateur.axes.groups import Discovery
+from secateur.axes.groups import Discovery, names_left
 from secateur.errors import PlanError
 from secateur.models import quiet, runs_remote_code
 from secateur.plan import Plan
@@ -42,7 +42,9 @@ def prune(model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = N
     check_plan(plan, discovery)
     weights = cut_weights(dict(model.named_parameters()) | dict(model.named_buffers()), plan, discovery)
     if plan.settings is not None:
-        pruned = _from_config(model, with_settings(model.config, plan.settings), weights, discovery.tied)
+        pruned = _from_config(
+            model, with_settings(model.config, plan.settings), weights, _tied_after(discovery, plan.cut)
+        )
     else:
         pruned = _from_parts(model, plan.cut, weights, discovery)
     pruned.eval()
@@ -77,15 +79,25 @@ def cut_weights(tensors: Mapping[str, Tensor], plan: Plan, discovery: Discovery)
     cut = plan.cut
     found = {}
     for weight in discovery.weights:
-        if weight.layer in cut.dropped_layers:
+        names = names_left(weight, discovery, cut.dropped_layers)
+        if not names:
             continue
         tensor = tensors[weight.name].detach()
         for dim, expression in enumerate(weight.dims):
             indices = kept_along(expression, keep)
             if len(indices) < expression.size:
                 tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
-        found[renamed(weight.name, discovery, cut)] = tensor
+        found[renamed(names[0], discovery, cut)] = tensor
     return found
+
+
+def _tied_after(discovery: Discovery, cut: Cut) -> dict[str, str]:
+    """Every other name of a tied weight -> its name among the weights, as they are after the cut."""
+    tied = {}
+    for weight in discovery.weights:
+        first, *others = [renamed(n, discovery, cut) for n in names_left(weight, discovery, cut.dropped_layers)] or [""]
+        tied.update(dict.fromkeys(others, first))
+    return tied
 
 
 def _from_config(

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur import __version__
 from secateur.axes import Discovery, count_parameters, discover
-from secateur.calibration import CalibrationOptions, read_calibration, sample_windows
+from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions
 from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, unwritable, write_json
 from secateur.errors import CheckpointError, ModelError, PlanError, ScoreError, SecateurError
 from secateur.models import check_finite, has_weights, load, load_config, load_tokenizer, resolve
@@ -112,7 +112,7 @@ def plan_model(
         return sizes
     _check_unpacked(model, config)
     calibration = calibration or CalibrationOptions()
-    windows = _windows(model, options, calibration, loading)
+    windows = _windows(model, config, options, calibration, loading)
     with clock.stage("load"):
         loaded = _load(model, loading)
     scores = _scores(loaded, discovery, options, calibration, windows, clock)
@@ -173,7 +173,7 @@ def prune_model(
         resumed = scores is not None
         loaded = None
         if given is None and scores is None:
-            windows = _windows(model, options, calibration, loading)
+            windows = _windows(model, config, options, calibration, loading)
             loaded = loaded_now()
             scores = _scores(loaded, discovery, options, calibration, windows, clock)
             _keep(work, scores)
@@ -190,6 +190,7 @@ def prune_model(
                 loaded,
                 name=model,
                 calibration=decided.scored.get("calibration"),
+                calibration_options=decided.scored.get("calibration_options"),
                 seed=decided.scored.get("seed", calibration.seed),
                 command=command,
             )
@@ -236,12 +237,16 @@ def _load(model: str, loading: LoadOptions) -> PreTrainedModel:
     return loaded
 
 
-def _windows(model: str, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions) -> Tensor | None:
-    """The calibration tokens that the score needs, if it needs any."""
+def _windows(
+    model: str, config: PreTrainedConfig, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions
+) -> Tensor | None:
+    """The calibration tokens that the score needs, if it needs any and the model is not to write them."""
     if SCORES[options.score].needs == "weights":
         return None
-    tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
-    return sample_windows(read_calibration(calibration.text), tokenizer, calibration)
+    check_positions(config, calibration.length)
+    if calibration.text == SELF:
+        return None
+    return calibration_windows(load_tokenizer(model, trust_remote_code=loading.trust_remote_code), calibration)
 
 
 def _scores(

@@ -24,16 +24,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.axes import discover
 from secateur.axes.algebra import units_along, variables_in
 from secateur.axes.groups import Discovery, Group
-from secateur.calibration import CalibrationOptions, digest, read_calibration, sample_windows
+from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
 from secateur.errors import ScoreError
-from secateur.statistics import Progress, Statistics, gradient_statistics
+from secateur.statistics import Progress, Salience, Statistics, gradient_statistics, weight_statistics
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """How elements are scored, what that needs, and where it comes from."""
 
-    salience: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # W, G, A, all float32 -> s, shaped like W
+    salience: Salience
     needs: str  # "weights", "gradient" or "second order"
     signed: bool = False  # a channel is abs(sum s), not sum abs(s)
     reduce: str = "sum"  # the default over a group's axes
@@ -109,8 +109,9 @@ def score(
 ) -> Scores:
     """Score every unit of every group of the model.
 
-    Gradient scores need calibration tokens: `windows` (int64, samples x length), or a tokenizer to take them from the
-    calibration text. Raises `ScoreError` for unknown names and for weights or gradients that are not finite.
+    Gradient scores need calibration tokens: `windows` (int64, samples x length), a tokenizer to take them from the
+    calibration text, or `CalibrationOptions("self")` to let the model write them. Raises `ScoreError` for unknown names
+    and for weights or gradients that are not finite, and `DataError` for samples longer than the model's positions.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
@@ -124,78 +125,110 @@ def score(
     reduce = reduce or SCORES[name].reduce
     known(reduce, REDUCTIONS, "reduction")
     options = calibration or CalibrationOptions()
-    statistics = None
-    if SCORES[name].needs != "weights":
-        if windows is None:
-            if tokenizer is None:
-                raise ScoreError(f"score {name} takes gradients: give a tokenizer, or windows of token ids")
-            windows = sample_windows(read_calibration(options.text), tokenizer, options)
-        second = SCORES[name].needs == "second order"
-        statistics = gradient_statistics(model, windows, second_order=second, progress=progress)
-    weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
-    units = unit_scores(discovery, weights, statistics, name=name, reduce=reduce, seed=options.seed)
+    drawn = calibration is not None or windows is None  # whether the options say where the windows are from
+    on_text = SCORES[name].needs != "weights"
+    if on_text:
+        if windows is None and tokenizer is None and options.text != SELF:
+            raise ScoreError(f"score {name} takes gradients: give a tokenizer, or windows of token ids")
+        check_positions(model.config, options.length if windows is None else windows.shape[1])
+        if windows is None and options.text == SELF:
+            windows = self_written(model, options, progress=progress)
+        elif windows is None and tokenizer is not None:
+            windows = calibration_windows(tokenizer, options)
+    statistics = statistics_for(name, model, discovery, windows, progress=progress)
     return Scores(
         score=name,
         reduce=reduce,
-        units=units,
-        calibration=digest(windows) if statistics is not None and windows is not None else None,
-        loss=statistics.loss if statistics is not None else None,
+        units=unit_scores(discovery, statistics, name=name, reduce=reduce, seed=options.seed),
+        calibration=digest(windows) if on_text and windows is not None else None,
+        loss=statistics.loss,
         seed=options.seed,
-        options=options if statistics is not None else None,
+        options=options if on_text and drawn else None,
     )
 
 
-def unit_scores(
+def statistics_for(
+    name: str,
+    model: PreTrainedModel,
     discovery: Discovery,
-    weights: Mapping[str, Tensor],
-    statistics: Statistics | None = None,
+    windows: Tensor | None = None,
     *,
-    name: str = "param_second",
-    reduce: str = "sum",
-    seed: int = 0,
+    progress: Progress | None = None,
+) -> Statistics:
+    """The statistics that a score needs, and those of the scores that need no more than it.
+
+    Scores of weights need no windows. Raises what `statistics` raises.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> sorted(statistics_for("param_first", model, discover(model), torch.arange(20).reshape(2, 10)).sums)
+    ['param_first', 'vectorize']
+    """
+    needs = SCORES[name].needs
+    saliences = {key: _absolute(score) for key, score in SCORES.items() if score.needs == needs and key != "random"}
+    if needs == "second order":
+        saliences |= {key: _absolute(score) for key, score in SCORES.items() if score.needs == "gradient"}
+    wanted = {axis.weight for group in discovery.groups for axis in group.axes}
+    if "layers" in discovery.names:
+        wanted |= {weight.name for weight in discovery.weights if weight.layer is not None}
+    if needs == "weights":
+        weights = {key: parameter.detach() for key, parameter in model.named_parameters() if key in wanted}
+        return weight_statistics(weights, saliences)
+    if windows is None:
+        raise ScoreError(f"score {name} takes gradients: give windows of token ids")
+    layers = [f"{prefix}.{i}" for prefix in discovery.layer_lists for i in range(discovery.depth)]
+    modules = dict(model.named_modules())
+    return gradient_statistics(
+        model,
+        windows,
+        saliences,
+        second_order=needs == "second order",
+        wanted=sorted(wanted),
+        layers=[path for path in layers if path in modules],
+        progress=progress,
+    )
+
+
+def _absolute(how: Score) -> Salience:
+    return how.salience if how.signed else lambda w, g, a: how.salience(w, g, a).abs()
+
+
+def unit_scores(
+    discovery: Discovery, statistics: Statistics, *, name: str = "param_second", reduce: str = "sum", seed: int = 0
 ) -> dict[str, Tensor]:
-    """Scores by group: float32, one per unit. A layer's axes are all of its weights, whole."""
+    """Scores by group: float32, one per unit. A layer's axes are all of its weights, whole.
+
+    Raises `ScoreError` for a weight that the statistics lack.
+    """
     if name == "random":
         return {group.name: _random(group, seed) for group in discovery.groups}
+    sums = statistics.sums[name]
+    signed = SCORES[name].signed
     per_axis: dict[str, list[Tensor]] = defaultdict(list)
     layers: dict[int, list[Tensor]] = defaultdict(list)
     for weight in discovery.weights:
         if not weight.parameter:
             continue
         reached = [dict.fromkeys(variable.name for variable in variables_in(dim)) for dim in weight.dims]
-        if not any(reached) and (statistics is None or weight.name not in statistics.gradient):
-            continue  # a weight that no cut touches may have no gradient
-        s = _salience(weight.name, weights, statistics, SCORES[name])
+        if weight.name not in sums:
+            if any(reached):
+                raise ScoreError(f"there is no gradient for the weight {weight.name}: the loss does not depend on it")
+            continue  # a weight that no cut touches may have none
         for dim, (expression, groups) in enumerate(zip(weight.dims, reached, strict=True)):
-            if not groups:
-                continue
-            channels = s.movedim(dim, 0).reshape(expression.size, -1).sum(1)
-            channels = channels.abs() if SCORES[name].signed else channels
+            channels = sums[weight.name][dim].abs() if signed else sums[weight.name][dim]
             for group in groups:
-                unit_of = torch.tensor(units_along(expression, group), device=channels.device)
-                units = channels.new_zeros(discovery.group(group).units)
+                unit_of = torch.tensor(units_along(expression, group))
+                units = torch.zeros(discovery.group(group).units)
                 mine = unit_of >= 0
                 per_axis[group].append(units.index_add_(0, unit_of[mine], channels[mine]))
         if weight.layer is not None:
-            layers[weight.layer].append(s.sum().abs())
+            layers[weight.layer].append(sums[weight.name][0].sum().abs())
     found = {group: REDUCTIONS[reduce](torch.stack(axes)) for group, axes in per_axis.items()}
     if "layers" in discovery.names:
         whole = [REDUCTIONS[reduce](torch.stack(layers[i])[:, None]) for i in range(discovery.group("layers").units)]
         found["layers"] = torch.cat(whole)
-    return {group.name: found[group.name].cpu() for group in discovery.groups}
-
-
-def _salience(name: str, weights: Mapping[str, Tensor], statistics: Statistics | None, how: Score) -> Tensor:
-    weight = weights[name].float()
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ScoreError(f"the weight {name} has {bad} values that are NaN or Inf; the model cannot be scored")
-    gradient = statistics.gradient.get(name) if statistics else None
-    squared = statistics.squared_gradient.get(name) if statistics else None
-    if how.needs != "weights" and gradient is None:
-        raise ScoreError(f"there is no gradient for the weight {name}: the loss does not depend on it")
-    s = how.salience(weight, gradient, squared)
-    return s if how.signed else s.abs()
+    return {group.name: found[group.name] for group in discovery.groups}
 
 
 def _random(group: Group, seed: int) -> Tensor:

@@ -37,7 +37,7 @@ from secateur.axes.algebra import (
     substitute,
     variables_in,
 )
-from secateur.axes.groups import Discovery, layer_of
+from secateur.axes.groups import Discovery, layer_of, names_left
 from secateur.errors import DiscoveryError, PlanError
 from secateur.models import skeleton
 
@@ -131,9 +131,9 @@ def _uneven(discovery: Discovery, cut: Cut) -> str | None:
 def wanted_shapes(discovery: Discovery, cut: Cut) -> Shapes:
     """The shape of every weight after the cut, under the name it has when the layers left are numbered anew."""
     return {
-        renamed(weight.name, discovery, cut): tuple(size_after(dim, cut.sizes) for dim in weight.dims)
+        renamed(names[0], discovery, cut): tuple(size_after(dim, cut.sizes) for dim in weight.dims)
         for weight in discovery.weights
-        if weight.layer not in cut.dropped_layers
+        if (names := names_left(weight, discovery, cut.dropped_layers))
     }
 
 
@@ -148,9 +148,9 @@ def structure_after(discovery: Discovery, cut: Cut) -> dict[str, list[str]]:
         return Variable(str(after), after) if after > 1 else Fixed(after)
 
     return {
-        renamed(weight.name, discovery, cut): [show(substitute(dim, by_size)) for dim in weight.dims]
+        renamed(names[0], discovery, cut): [show(substitute(dim, by_size)) for dim in weight.dims]
         for weight in discovery.weights
-        if weight.layer not in cut.dropped_layers
+        if (names := names_left(weight, discovery, cut.dropped_layers))
     }
 
 
@@ -218,13 +218,16 @@ def twins(
             doubtful.append((name, value))
     sizes = tuple(sorted(_all_sizes(discovery), reverse=True))
     values = sorted({after for _, after in pairs} | set(sizes), reverse=True)
+    # A list that is as long as there are layers may have another meaning: without one of them each, too.
+    of_layers = [lists, *([other for other in lists if other != each] for each in lists if len(lists) > 1)]
     candidates = (
-        (always | dict([*subset, *([extra] if extra else []), *lists]), extra is None)
+        (always | dict([*subset, *([extra] if extra else []), *by_layer]), extra is None)
         for extra in _optional(config, sizes, values, trust_remote_code=trust_remote_code)
         for usable in [others if extra is None else [*others, *doubtful]]
         for count in range(min(len(usable), MOST_CHANGES) + 1)
         for subset in itertools.combinations(usable, count)
         if len({name for name, _ in subset}) == count
+        for by_layer in of_layers
     )
     for changes, certain in itertools.islice(candidates, MOST_TWINS):
         said = refusals if certain else []  # what it says of values tried blindly helps nobody
@@ -275,9 +278,12 @@ def _at(shape: tuple[int, ...] | None, dim: int) -> int | None:
 def _optional(
     config: PreTrainedConfig, sizes: tuple[int, ...], values: Sequence[int], *, trust_remote_code: bool
 ) -> Iterator[tuple[str, int] | None]:
-    """First nothing, then every value for every setting that may be set."""
+    """First nothing, then every value for every setting that may be set; first what it is as good as set to."""
     yield None
-    yield from itertools.product(_unset_settings(_Content(config), sizes, trust_remote_code), values)
+    settings = _unset_settings(_Content(config), sizes, trust_remote_code)
+    likely = [(name, value) for name, derived in settings for value in derived]
+    yield from likely
+    yield from (pair for pair in itertools.product([name for name, _ in settings], values) if pair not in likely)
 
 
 class _Content:
@@ -295,17 +301,23 @@ class _Content:
 
 
 @functools.lru_cache(maxsize=16)
-def _unset_settings(content: _Content, sizes: tuple[int, ...], trust_remote_code: bool) -> tuple[str, ...]:
-    """Settings that are unset, or absent and asked for, and of which one of the sizes changes a shape."""
+def _unset_settings(
+    content: _Content, sizes: tuple[int, ...], trust_remote_code: bool
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Settings that are unset, or absent and asked for, and of which one of the sizes changes a shape.
+
+    With each, the sizes that change none: a value that the code derives, such as the head size.
+    """
     config = content.config
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     shapes = shapes_of(dense)
     found = []
     for name in [*(name for name, value in _settings(config) if value is None), *sorted(_asked_for(config, dense))]:
-        twins_ = (_build(config, {name: size}, [], trust_remote_code=trust_remote_code) for size in sizes)
-        accepted = itertools.islice((twin for twin in twins_ if twin is not None), ENOUGH)
-        if any(shapes_of(twin) != shapes for twin in accepted):
-            found.append(name)
+        twins_ = ((size, _build(config, {name: size}, [], trust_remote_code=trust_remote_code)) for size in sizes)
+        accepted = ((size, shapes_of(twin) == shapes) for size, twin in twins_ if twin is not None)
+        first = list(itertools.islice(accepted, ENOUGH))
+        if not all(same for _, same in first):
+            found.append((name, tuple(size for size, same in [*first, *accepted] if same)))
     return tuple(found)
 
 

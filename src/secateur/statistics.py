@@ -1,116 +1,224 @@
-"""Calibration tokens -> what the scores need to know of the model on them.
+"""Calibration tokens -> what the scores need to know of the model on them, a few numbers for each row and column.
 
-Gradients are taken one batch at a time. A hook folds each parameter's gradient into float32 sums the moment it is
-complete and drops it, so the model's own `.grad` is never held whole, whatever its dtype.
+A salience gives every element of a weight a number, from the weight W, its gradient G and the mean square A of the
+samples' own gradients. Of these numbers only sums are kept: for every dimension of the weight, the sum over all the
+others. Whatever a score does with units, axes and reductions can be told from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from secateur.errors import ScoreError
+from secateur.gradients import Progress as Progress
+from secateur.gradients import stream_gradients
 
-Progress = Callable[[int, int], None]
-BATCH_TOKENS = 1024  # tokens of one backward pass when samples need not be told apart
+# W, G, A (None where it is not asked for), all float32 -> s, shaped like W.
+Salience = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+KEPT_SHARE = 1.0  # of the bytes of the weights: activations that may be remembered instead of computed again
+KEPT_PER_FEATURE = 3  # numbers remembered for each input and output of a linear layer and token, roughly
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Sums over the calibration samples, by parameter name; tensors are float32 and shaped like the parameter."""
+    """Sums of saliences over the elements of every weight, and what they were computed on."""
 
-    loss: float  # mean cross-entropy in nats per token
-    samples: int
-    tokens: int  # scored tokens
-    gradient: Mapping[str, Tensor] = field(default_factory=dict)  # G of the batched mean cross-entropy
-    squared_gradient: Mapping[str, Tensor] = field(default_factory=dict)  # A = mean over samples of G_n * G_n
+    sums: Mapping[str, Mapping[str, tuple[Tensor, ...]]]  # salience -> weight -> for each dimension, float32
+    loss: float | None = None  # mean cross-entropy in nats per token
+    samples: int = 0
+    tokens: int = 0  # scored tokens
+    about: Mapping[str, str] = field(default_factory=dict)  # what they were computed with, as their file says
+
+
+def weight_statistics(weights: Mapping[str, Tensor], saliences: Mapping[str, Salience]) -> Statistics:
+    """Sums of saliences that the weights alone decide. Raises `ScoreError` for a weight that is not finite.
+
+    >>> found = weight_statistics({"w": torch.tensor([[1.0, -2.0], [3.0, 4.0]])}, {"l1": lambda w, g, a: w.abs()})
+    >>> [sums.tolist() for sums in found.sums["l1"]["w"]]
+    [[3.0, 7.0], [4.0, 6.0]]
+    """
+    gathered = _Gathered(saliences)
+    for name, weight in weights.items():
+        for rows in _rows(weight):
+            gathered.visit(name, rows, weight[rows].float(), None, None, shape=weight.shape)
+    return Statistics(gathered.finished())
 
 
 def gradient_statistics(
-    model: PreTrainedModel, windows: Tensor, *, second_order: bool = False, progress: Progress | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    saliences: Mapping[str, Salience],
+    *,
+    second_order: bool = False,
+    wanted: Sequence[str] | None = None,
+    layers: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Statistics:
-    """Gradients of the mean cross-entropy over the windows (int64, samples x length; labels are the inputs).
+    """Sums of saliences of the gradients of the mean cross-entropy over the windows (int64, samples x length).
 
-    With `second_order`, each sample gets its own backward pass and the squares of its gradient are summed too
-    (LLM-Pruner, arXiv 2305.11627, equation 5: the Hessian's diagonal by the Fisher information). The gradient of the
-    batched mean is the mean of the samples' gradients, since all windows are equally long. Raises `ScoreError`
-    naming the first parameter whose gradient is not finite.
+    With `second_order`, the saliences get the mean over the samples of the square of each one's gradient (LLM-Pruner,
+    arXiv 2305.11627, equation 5: the Hessian's diagonal by the Fisher information). The gradient of the batched mean
+    is the mean of the samples' gradients, since all windows are equally long. `layers` names the modules that may be
+    computed again to save memory; `wanted` the parameters (by default, all). Raises `ScoreError` for a loss or a
+    gradient that is not finite, and where all gradients are zero.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
     >>> model = AutoModelForCausalLM.from_config(config)
-    >>> statistics = gradient_statistics(model, torch.arange(20).reshape(2, 10), second_order=True)
-    >>> statistics.samples, statistics.tokens, statistics.gradient["model.decoder.layers.0.fc1.weight"].shape
-    (2, 18, torch.Size([24, 12]))
+    >>> found = gradient_statistics(model, torch.arange(20).reshape(2, 10), {"first": lambda w, g, a: (w * g).abs()})
+    >>> found.samples, found.tokens, [len(sums) for sums in found.sums["first"]["model.decoder.layers.0.fc1.weight"]]
+    (2, 18, [24, 12])
     """
     samples, length = windows.shape
-    per_batch = 1 if second_order else max(1, BATCH_TOKENS // length)
-    gradient: dict[str, Tensor] = {}
-    squared: dict[str, Tensor] = {}
-    loss = 0.0
-    with _folding_gradients(model, samples, gradient, squared if second_order else None), torch.enable_grad():
-        for start in range(0, samples, per_batch):
-            batch = windows[start : start + per_batch].to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            # Summed over the batch: the hook divides by the number of samples.
-            nll = functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
-            )
-            mean = nll / (length - 1)
-            mean.backward()
-            loss += float(mean.detach()) / samples
-            if progress is not None:
-                progress(min(start + per_batch, samples), samples)
-    for name, value in gradient.items():
-        if not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise ScoreError(
-                f"the gradient of {name} has {bad} values that are NaN or Inf (loss {loss:.4g}); "
-                "check the weights, or use dtype float32 or bfloat16"
-            )
-    return Statistics(loss, samples, samples * (length - 1), gradient, squared)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    gathered = _Gathered(saliences)
+    some_gradient = False
+
+    def visit(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
+        nonlocal some_gradient
+        some_gradient = some_gradient or bool(gradient.any())
+        gathered.visit(name, rows, weight, gradient, squared, shape=shapes[name])
+
+    loss = stream_gradients(
+        model,
+        windows,
+        visit,
+        wanted=wanted,
+        second_order=second_order,
+        recomputed=_recomputed(model, windows.numel(), layers),
+        progress=progress,
+    )
+    if not some_gradient:
+        raise ScoreError(
+            f"all gradients are zero (loss {loss:.4g}): nothing can be told from them. Check the weights and the "
+            "calibration text, or use dtype float32 or bfloat16"
+        )
+    return Statistics(gathered.finished(), loss, samples, samples * (length - 1))
 
 
-@contextmanager
-def _folding_gradients(
-    model: PreTrainedModel, samples: int, gradient: dict[str, Tensor], squared: dict[str, Tensor] | None
-) -> Iterator[None]:
-    """While open, every complete gradient is added to the sums and dropped."""
+class _Gathered:
+    """Sums as they come, a few rows of a weight at a time."""
 
-    def fold(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return
-            new = parameter.grad.detach().float()
-            if name in gradient:
-                gradient[name].add_(new, alpha=1 / samples)
-            else:
-                gradient[name] = new / samples
-            if squared is not None:
-                if name not in squared:
-                    squared[name] = torch.zeros_like(new)
-                squared[name].addcmul_(new, new, value=1 / samples)
-            parameter.grad = None
+    def __init__(self, saliences: Mapping[str, Salience]) -> None:
+        self.saliences = saliences
+        self.sums: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in saliences}
 
-        return hook
+    def visit(
+        self,
+        name: str,
+        rows: slice,
+        weight: Tensor,
+        gradient: Tensor | None,
+        squared: Tensor | None,
+        *,
+        shape: Sequence[int],
+    ) -> None:
+        """Add what these rows give."""
+        for key, salience in self.saliences.items():
+            s = salience(weight, gradient, squared)
+            if name not in self.sums[key]:
+                self.sums[key][name] = tuple(torch.zeros(size, device=s.device) for size in shape)
+            for dim, total in enumerate(self.sums[key][name]):
+                others = [other for other in range(s.dim()) if other != dim]
+                part = s.sum(others) if others else s
+                if not torch.isfinite(part).all():
+                    raise ScoreError(_not_finite(name, weight, gradient, key))
+                if dim == 0:
+                    total[rows] += part
+                else:
+                    total += part
 
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    handles = []
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(fold(name)))
+    def finished(self) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+        """The sums on the CPU."""
+        return {
+            key: {name: tuple(sums.cpu() for sums in dims) for name, dims in by_weight.items()}
+            for key, by_weight in self.sums.items()
+        }
+
+
+def _not_finite(name: str, weight: Tensor, gradient: Tensor | None, salience: str) -> str:
+    advice = "check the weights, or use dtype float32 or bfloat16"
+    for what, values in (("weight", weight), ("gradient of the weight", gradient)):
+        if values is not None and not torch.isfinite(values).all():
+            bad = int((~torch.isfinite(values)).sum())
+            return f"the {what} {name} has {bad} values that are NaN or Inf; {advice}"
+    return f"{salience} of the weight {name} is too large for float32; {advice}"
+
+
+def _rows(weight: Tensor) -> Iterator[slice]:
+    if weight.dim() == 0:
+        return
+    at_once = max(1, 2**24 * weight.shape[0] // max(1, weight.numel()))
+    for first in range(0, weight.shape[0], at_once):
+        yield slice(first, min(first + at_once, weight.shape[0]))
+
+
+def _recomputed(model: PreTrainedModel, tokens: int, layers: Sequence[str]) -> list[str]:
+    """The first of the layers, so many that what the others remember takes no more than `KEPT_SHARE` of the weights."""
+    budget = KEPT_SHARE * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    kept = len(layers)
+    for path in reversed(layers):
+        features = sum(sum(p.shape) for p in model.get_submodule(path).parameters() if p.dim() == 2)
+        budget -= KEPT_PER_FEATURE * features * tokens * next(model.parameters()).element_size()
+        if budget < 0:
+            break
+        kept -= 1
+    return list(layers[:kept])
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_statistics(path: Path, statistics: Statistics) -> None:
+    """Write statistics as one safetensors file, whole or not at all; `read_statistics` reads it back.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "statistics.safetensors"
+    ...     write_statistics(file, Statistics({"l1": {"w": (torch.ones(2), torch.zeros(3))}}, loss=1.5))
+    ...     found = read_statistics(file)
+    >>> found.loss, [sums.tolist() for sums in found.sums["l1"]["w"]]
+    (1.5, [[1.0, 1.0], [0.0, 0.0, 0.0]])
+    """
+    tensors = {
+        f"{key}/{dim}/{name}": sums.contiguous()
+        for key, by_weight in statistics.sums.items()
+        for name, dims in by_weight.items()
+        for dim, sums in enumerate(dims)
+    }
+    about = {
+        "loss": statistics.loss,
+        "samples": statistics.samples,
+        "tokens": statistics.tokens,
+        "about": dict(statistics.about),
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(tensors, temporary, metadata={"secateur": json.dumps(about)})
+    temporary.replace(path)
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Read what `write_statistics` wrote. Raises `ScoreError` when the file is missing or not of statistics."""
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-            parameter.grad = None
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["secateur"])
+            found: dict[str, dict[str, dict[int, Tensor]]] = {}
+            for key in sorted(file.keys()):
+                salience, dim, name = key.split("/", 2)
+                found.setdefault(salience, {}).setdefault(name, {})[int(dim)] = file.get_tensor(key)
+            sums = {
+                salience: {name: tuple(dims[i] for i in range(len(dims))) for name, dims in by_weight.items()}
+                for salience, by_weight in found.items()
+            }
+            return Statistics(sums, about["loss"], about["samples"], about["tokens"], about["about"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ScoreError(f"{path} holds no statistics ({error}); expected what write_statistics writes") from error

@@ -189,14 +189,22 @@ def count_parameters(
 ) -> int:
     """Number of parameters when each group keeps `kept[name]` of its units (all, where it is not named).
 
-    Tied parameters count once. Without `embeddings`, token and position tables and the output head do not count.
+    Tied parameters count once, also where only one of the layers that share them stays. Without `embeddings`, token
+    and position tables and the output head do not count.
     """
     sizes = dict(kept or {})
     return sum(
         prod(size_after(dim, sizes) for dim in weight.dims)
         for weight in discovery.weights
-        if weight.parameter and (embeddings or not weight.embedding) and weight.layer not in dropped_layers
+        if weight.parameter and (embeddings or not weight.embedding)
+        if weight.layer not in dropped_layers or names_left(weight, discovery, dropped_layers)
     )
+
+
+def names_left(weight: Weight, discovery: Discovery, dropped_layers: frozenset[int]) -> list[str]:
+    """The names, its own first, under which a weight is found in layers that stay; none, and it goes with its layer."""
+    names = [weight.name, *(other for other, name in discovery.tied.items() if name == weight.name)]
+    return [name for name in names if layer_of(name, discovery.layer_lists) not in dropped_layers]
 
 
 def count_macs(
@@ -446,7 +454,7 @@ def _kinds(
             kinds[variable] = "expert"
         elif len(layers) > 1 and (len(layers - {None}) > 1 or any(weight in tables for weight, _ in at)):
             kinds[variable] = "hidden"
-        elif variable in mixed:
+        elif variable in mixed and len({weight for weight, _ in at}) > 1:
             kinds[variable] = "state"
     routed = {layer_of(weight, lists) for v, kind in kinds.items() if kind == "expert" for weight, _ in where[v]}
     for variable, at in where.items():
@@ -457,7 +465,7 @@ def _kinds(
             kinds[variable] = _kind_by_neighbours(
                 {kinds.get(v, "attention") for v in beside if v in kinds or v in scored},
                 {kinds.get(other, "other") for other in across if state.unifier.reason(Variable(other, 0)) is None},
-                one_layer=len(layers) == 1 and any(len(found[weight]) > 1 for weight, _ in at),
+                between=len(layers) == 1 and sum(len(found[weight]) > 1 for weight in {name for name, _ in at}) > 1,
                 routed=bool(layers & routed),
             )
     return kinds
@@ -467,15 +475,18 @@ def _others(variable: str, dims: Iterable[Expression]) -> set[str]:
     return {v.name for dim in dims for v in variables_in(dim)} - {variable}
 
 
-def _kind_by_neighbours(beside: set[str], across: set[str], *, one_layer: bool, routed: bool) -> str:
-    """The kind of a variable from the kinds within its own axes, and across from it in its weights."""
+def _kind_by_neighbours(beside: set[str], across: set[str], *, between: bool, routed: bool) -> str:
+    """The kind of a variable from the kinds within its own axes, and across from it in its weights.
+
+    `between`: it joins two matrices, or a matrix and a table, of one layer.
+    """
     if beside & {"attention", "query"}:
         return "head_dim"
     if "expert" in beside:
         return "expert_mlp"
     if "state" in beside | across and across <= {"state", "hidden", "other", "head_dim"}:
         return "state"
-    if not one_layer:
+    if not between:
         return "other"
     if across <= {"hidden"}:
         return "shared_mlp" if routed else "mlp"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, unwritable, write_json
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record
+from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
 from secateur.checkpoint.stock import check_stock, save
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "check_vacant",
     "check_writable",
     "make_record",
+    "read_record",
     "save",
     "unwritable",
     "write_json",

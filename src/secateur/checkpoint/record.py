@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ RECORD_FILE = "secateur_record.json"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What went in: the dense model, its weights' hash, the calibration tokens' hash, seed, versions, command."""
+    """What went in: the dense model and its weights' hash, the calibration and its tokens' hash, seed, versions."""
 
     model: str
     weights: str  # sha256 of the dense model's weights
@@ -29,6 +31,7 @@ class Record:
     dtype: str
     versions: Mapping[str, str]
     command: str | None  # as typed; None from Python
+    calibration_options: Mapping[str, Any] | None = None  # text, samples, length, seed, column, chat; None if not known
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -40,6 +43,7 @@ def make_record(
     *,
     name: str,
     calibration: str | None = None,
+    calibration_options: Mapping[str, Any] | None = None,
     seed: int = 0,
     command: str | None = None,
 ) -> Record:
@@ -55,7 +59,19 @@ def make_record(
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return Record(name, weights_digest(model), calibration, seed, dtype, versions, command)
+    return Record(name, weights_digest(model), calibration, seed, dtype, versions, command, calibration_options)
+
+
+def read_record(folder: Path) -> Record | None:
+    """Read the record of a folder that `save` wrote; None where there is none, or none that can be read.
+
+    >>> read_record(Path("no-such-folder")) is None
+    True
+    """
+    try:
+        return Record(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def weights_digest(model: nn.Module) -> str:

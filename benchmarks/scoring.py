@@ -1,0 +1,278 @@
+"""Memory and time of scores by gradients, beside a plain loop and at the size of a 7B model.
+
+    python benchmarks/scoring.py [--part a,b,c] [--folder FOLDER] [--json FILE]
+
+(a) The demo model: all four Taylor scores against a loop that stores gradients and their squares as LLM-Pruner does:
+that they are the same, and at what memory and CPU time. (b) A model of 1.1 billion random bfloat16 weights in memory.
+Every measurement is a process of its own; memory is its anonymous memory (RssAnon), sampled, above what it held when
+the weights were in place. Limits that are not met are marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from secateur.axes import discover
+from secateur.calibration import CalibrationOptions, read_calibration, sample_windows
+from secateur.models import load, load_tokenizer, quiet
+from secateur.scores import statistics_for
+from secateur.statistics import read_statistics, write_statistics
+
+SAMPLES, LENGTH = 10, 64  # LLM-Pruner's defaults
+TAYLOR = ("vectorize", "param_first", "param_second", "param_mix")
+GIB = 2**30
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a piece of work took."""
+
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    before: int = 0  # bytes of anonymous memory
+    peak: int = 0
+
+
+def anonymous_memory() -> int:
+    """Bytes of anonymous memory of this process: what no file can give back."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+@contextmanager
+def measured() -> Iterator[Usage]:
+    """Measure what happens inside."""
+    usage = Usage(before=anonymous_memory())
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.is_set():
+            usage.peak = max(usage.peak, anonymous_memory())
+            stop.wait(0.005)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    cpu, wall = time.process_time(), time.perf_counter()
+    sampler.start()
+    try:
+        yield usage
+    finally:
+        usage.cpu_s, usage.wall_s = time.process_time() - cpu, time.perf_counter() - wall
+        stop.set()
+        sampler.join()
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+def demo_windows() -> Tensor:
+    """The calibration windows of part (a)."""
+    options = CalibrationOptions(samples=SAMPLES, length=LENGTH)
+    return sample_windows(read_calibration(options.text), load_tokenizer("demo"), options)
+
+
+def plain_loop(
+    model: PreTrainedModel, windows: Tensor, *, second_order: bool
+) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+    """Gradients in `.grad`, squares of each sample's summed in copies, then the scores; the way of LLM-Pruner."""
+
+    def backward(ids: Tensor) -> None:
+        logits = model(input_ids=ids, use_cache=False).logits
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+    squares: dict[str, Tensor] = {}
+    if second_order:
+        for ids in windows:
+            backward(ids[None])
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                squared = parameter.grad * parameter.grad / len(windows)
+                squares[name] = squares[name] + squared if name in squares else squared
+            model.zero_grad()
+    backward(windows)
+    sums: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in TAYLOR}
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            assert w.grad is not None
+            first = w * w.grad
+            found = {"vectorize": first, "param_first": first.abs()}
+            if second_order:
+                second = w * squares[name] * w
+                found |= {"param_second": second.abs(), "param_mix": (first - second / 2).abs()}
+            for key, s in found.items():
+                sums[key][name] = tuple(
+                    s.sum([i for i in range(s.dim()) if i != d]) if s.dim() > 1 else s for d in range(s.dim())
+                )
+    return sums
+
+
+def work(kind: str, second_order: bool, out: Path) -> None:
+    """One measurement, in this process: writes its usage, and its sums."""
+    from secateur.statistics import Statistics
+
+    with quiet():
+        if kind in ("plain", "ours"):
+            model, windows = load("demo", dtype="float32"), demo_windows()
+        else:
+            model = billion()
+            windows = torch.randint(0, 32000, (SAMPLES, 128), generator=torch.Generator().manual_seed(0))
+    discovery = discover(model)
+    if kind == "plain":
+        with measured() as usage:
+            statistics = Statistics(plain_loop(model, windows, second_order=second_order))
+    else:
+        with measured() as usage:
+            statistics = statistics_for("param_mix" if second_order else "param_first", model, discovery, windows)
+    write_statistics(out / "sums.safetensors", statistics)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    (out / "usage.json").write_text(
+        json.dumps(
+            {
+                "cpu_s": usage.cpu_s,
+                "wall_s": usage.wall_s,
+                "above": usage.peak - usage.before,
+                "peak": usage.peak,
+                "weights": weights,
+            }
+        )
+    )
+
+
+def billion() -> PreTrainedModel:
+    """A model of 1.1 billion random weights, in bfloat16."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    config = AutoConfig.for_model("llama", num_key_value_heads=4, vocab_size=32000, **sizes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.eval()
+    return model
+
+
+def run(kind: str, second_order: bool) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--work", kind, folder, *(["--second-order"] if second_order else [])]
+        subprocess.run(command, check=True)
+        usage: dict[str, Any] = json.loads((Path(folder) / "usage.json").read_text())
+        usage["sums"] = read_statistics(Path(folder) / "sums.safetensors").sums
+    return usage
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def compared(ours: Any, plain: Any) -> float:
+    """The largest difference of a sum, relative to the largest of its weight's dimension, over the scores of both."""
+    worst = 0.0
+    for key in ours:
+        for name, dims in ours[key].items():
+            for one, other in zip(dims, plain[key][name], strict=True):
+                worst = max(worst, float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def part_a(console: Console) -> dict[str, Any]:
+    """Our pass against the plain loop."""
+    found: dict[str, Any] = {}
+    table = Table(
+        "", "plain loop", "ours", "ours / plain", "asked", title=f"(a) demo model, {SAMPLES} x {LENGTH} tokens, float32"
+    )
+    for name, second_order in (("param_first", False), ("param_mix", True)):
+        plain, ours = run("plain", second_order), run("ours", second_order)
+        asked = (0.5, 1 / 3) if second_order else (None, None)
+        worst = compared(ours.pop("sums"), plain.pop("sums"))
+        found[name] = {"plain": plain, "ours": ours, "relative difference": worst}
+        for what, key, scale, unit, limit in (
+            ("memory above the weights", "above", GIB, "GiB", asked[0]),
+            ("CPU time", "cpu_s", 1, "s", asked[1]),
+        ):
+            ratio = ours[key] / plain[key]
+            said = "" if limit is None else f"<= {limit:.2f}" + ("" if ratio <= limit else "  NOT MET")
+            table.add_row(
+                f"{name}: {what}",
+                f"{plain[key] / scale:.2f} {unit}",
+                f"{ours[key] / scale:.2f} {unit}",
+                f"{ratio:.2f}",
+                said,
+            )
+        table.add_row(
+            f"{name}: largest relative difference",
+            "",
+            f"{worst:.1e}",
+            "",
+            "<= 1e-4" + ("" if worst <= 1e-4 else "  NOT MET"),
+        )
+    console.print(table)
+    return found
+
+
+def part_b(console: Console) -> dict[str, Any]:
+    """1.1 billion weights in memory."""
+    found = {}
+    table = Table(
+        "",
+        "weights",
+        "peak",
+        "limit",
+        "wall",
+        "CPU",
+        title=f"(b) 1.1 B random weights, {SAMPLES} x 128 tokens, bfloat16",
+    )
+    for name, second_order in (("param_first", False), ("param_mix", True)):
+        usage = run("billion", second_order)
+        usage.pop("sums")
+        limit = 1.25 * usage["weights"] + 0.7 * GIB
+        said = f"{limit / GIB:.2f} GiB" + ("" if usage["peak"] <= limit else "  NOT MET")
+        table.add_row(
+            name,
+            f"{usage['weights'] / GIB:.2f} GiB",
+            f"{usage['peak'] / GIB:.2f} GiB",
+            said,
+            f"{usage['wall_s']:.0f} s",
+            f"{usage['cpu_s']:.0f} s",
+        )
+        found[name] = usage
+    console.print(table)
+    return found
+
+
+PARTS: dict[str, Callable[[Console], dict[str, Any]]] = {"a": part_a, "b": part_b}
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default=",".join(PARTS), help="which, separated by commas")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument("--work", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--second-order", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work[0], options.second_order, Path(options.work[1]))
+        return
+    console = Console()
+    found = {part: PARTS[part](console) for part in options.part.split(",")}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
