@@ -40,7 +40,7 @@ Visit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 
 ROWS_BYTES = 2**21  # of the rows of a gradient that are formed at once: they stay in the cache
 RECOMPUTED_TOKENS = 2048  # of a layer that is computed again at once
-LOGITS_BYTES = 2**27  # of the logits that are held at once
+LOGITS_BYTES = 2**25  # of the logits that are held at once
 PROBE_TOKENS = 13
 LOSS_SCALE = 2.0**12  # under float16, whose gradients would be zero
 
