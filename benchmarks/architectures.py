@@ -233,7 +233,7 @@ def in_time(check: Callable[[], None]) -> None:
 
 
 def parts_of(kinds: Sequence[str], *, has_attention: bool, has_experts: bool) -> dict[str, list[str]]:
-    """The parts that the issue of every architecture asks about, each with the kinds of groups that cut it.
+    """The parts of a model that are counted, each with the kinds of groups that cut it.
 
     A part that the model has and that no group cuts stands with no kinds, and counts as failed.
     """
@@ -278,7 +278,7 @@ class Criterion:
             return str(reason) if (reason := checks.get(DISCOVER) or checks.get(self.part)) else None
         kinds = outcome["parts"][self.part]
         if not kinds:
-            return checks.get(self.part) or "frozen"  # with the reason
+            return checks.get(self.part) or ("its axis is found as another kind" if self.part == "expert" else "frozen")
         return next((f"{kind}: {checks[kind]}" for kind in kinds if checks[kind] is not None), None)
 
     def peer_failure(self, outcome: Outcome) -> str | None:

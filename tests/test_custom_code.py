@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from contract import masked, with_constants_of
 from custom_code.configuration_glm_like import GlmLikeConfig
 from custom_code.modeling_glm_like import GlmLikeForCausalLM
 from custom_code.tokenization_glm_like import GlmLikeTokenizer
@@ -34,7 +35,7 @@ from secateur.plan import PlannedGroup
 from secateur.run import LoadOptions, plan_model, prune_model
 from secateur.scores import score
 from secateur.settings import _shallow, stock_settings
-from test_families import StatisticsOverKept, masked, with_constants_of
+from test_families import StatisticsOverKept
 from tiny import tiny_tokenizer, write_tiny
 
 CODE = Path(__file__).parent / "custom_code"

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from contract import StayDouble, masked, with_constants_of
 from families import FAMILIES, VOCABULARY, family_config, family_model
 from secateur import CutOptions, Discovery, Plan, PlanError, discover, prune
-from secateur.axes.algebra import kept_along
 from secateur.plan import PlannedGroup
 from secateur.settings import stock_settings
 
@@ -52,16 +52,6 @@ class StatisticsOverKept(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class StayDouble(TorchDispatchMode):
-    """Norms that work in float32 whatever they are given work in float64."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        to_float = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.float32
-        if to_float and args[0].dtype == torch.float64:
-            return args[0].clone()
-        return func(*args, **(kwargs or {}))
-
-
 def planned(
     config: PreTrainedConfig,
     discovery: Discovery,
@@ -84,34 +74,6 @@ def planned(
         return replace(plan, settings=stock_settings(config, discovery, plan.cut))
     except PlanError as error:
         return replace(plan, refusal=str(error))
-
-
-def masked(model: PreTrainedModel, plan: Plan, discovery: Discovery) -> PreTrainedModel:
-    """The dense model with the slices of all removed units set to zero."""
-    keep: Mapping[str, Sequence[int]] = {group.name: group.keep or () for group in plan.groups}
-    found = copy.deepcopy(model)
-    weights = dict(found.named_parameters()) | dict(found.named_buffers())
-    with torch.no_grad():
-        for weight in discovery.weights:
-            for dim, expression in enumerate(weight.dims):
-                mask = torch.zeros(expression.size, dtype=torch.float64)
-                mask[kept_along(expression, dict(keep))] = 1
-                weights[weight.name].mul_(mask.reshape([-1 if i == dim else 1 for i in range(len(weight.dims))]))
-    return found
-
-
-def with_constants_of(pruned: nn.Module, dense: nn.Module, *, layers: bool = True) -> None:
-    """Give `dense` the scalars that the pruned model's code derived from its sizes (an embedding's scale)."""
-    for path, module in pruned.named_modules():
-        if not layers and any(piece.isdigit() for piece in path.split(".")):
-            continue
-        other = dense.get_submodule(path)
-        for name, value in vars(module).items():
-            if isinstance(value, float):
-                setattr(other, name, value)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.numel() == 1:
-                setattr(other, name, buffer.double())
 
 
 @torch.no_grad()

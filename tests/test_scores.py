@@ -167,6 +167,14 @@ def test_a_query_head_counts_for_its_own_kv_head(marked: int) -> None:
     assert query.nonzero().flatten().tolist() == [marked % 2]
 
 
+def test_only_the_groups_asked_for_are_scored(model: PreTrainedModel) -> None:
+    whole = score(model, windows=WINDOWS, name="param_mix")
+    some = score(model, windows=WINDOWS, name="param_mix", groups=["layers.0.mlp", "layers.2.attention"])
+    assert some.units.keys() == {"layers.0.mlp", "layers.2.attention"}
+    for group, units in some.units.items():
+        torch.testing.assert_close(units, whole.units[group], rtol=1e-5, atol=0)
+
+
 def test_a_layer_scores_the_sum_of_its_weights(model: PreTrainedModel) -> None:
     found = score(model, name="l1", reduce="sum").units["layers"]
     for i in range(3):

@@ -16,7 +16,7 @@ from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_r
 from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
 from secateur.models import DEMO, check_finite, load, load_config, load_tokenizer, quiet
-from secateur.plan import CutOptions, Plan, calibration_for, options_for, plan
+from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.run import Clock, LoadOptions, Watch
@@ -118,6 +118,7 @@ def _run(
             name=options.score,
             reduce=options.reduce,
             calibration=calibration,
+            groups=[group.name for groups in groups_to_cut(discovery, options).values() for group in groups],
             progress=progress,
         )
     write_scores(folder / "scores.safetensors", scores)

@@ -242,7 +242,7 @@ class _Pass:
 
         return wrapped
 
-    def left(self, path: str) -> None:
+    def computed_again(self, path: str) -> None:
         """A module has been computed again for all samples of a call."""
         self.calls[path] -= 1
         if self.depth == 0 and self.calls[path] == 0:
@@ -500,7 +500,7 @@ class _Recomputed(torch.autograd.Function):
                 else:
                     whole = found.setdefault(i, torch.zeros_like(tensors[i]))
                     whole[first * step : (first + count) * step] = new
-        call.owner.left(call.path)
+        call.owner.computed_again(call.path)
         return None, None, *(found.get(i) for i in range(len(tensors)))
 
 

@@ -266,7 +266,7 @@ def plan(
     >>> [(group.name, group.units, group.kept) for group in decided.groups], decided.settings
     ([('layers.0.mlp', 24, 12), ('layers.1.mlp', 24, 12)], {'ffn_dim': 12})
     """
-    chosen = _chosen(discovery, options)
+    chosen = groups_to_cut(discovery, options)
     drafts: list[Plan] = []  # the first is nearest to what was asked
     settings = None
     for kept in _candidates(discovery, chosen, options):
@@ -359,8 +359,18 @@ def _accepted_widths(config: PreTrainedConfig, discovery: Discovery, draft: Plan
     return f"{stop} The nearest widths that it accepts are {' and '.join(map(str, nearest))}{hint}."
 
 
-def _chosen(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
-    """Groups to cut, by axis; in a layer range, those of its layers."""
+def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
+    """The groups that the options cut, by axis; in a layer range, those of its layers.
+
+    Raises `PlanError` for a range outside the model, and for an axis of which it has no group.
+
+    >>> from transformers import AutoConfig
+    >>> from secateur.axes import discover
+    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
+    >>> discovery = discover(AutoConfig.for_model("opt", num_hidden_layers=2, **sizes))
+    >>> [group.name for group in groups_to_cut(discovery, CutOptions(ratio=0.5, axes=("mlp",)))["mlp"]]
+    ['layers.0.mlp', 'layers.1.mlp']
+    """
     total = discovery.depth
     first, last = options.layers if options.layers is not None else (0, total)
     if not 0 <= first < last <= total:

@@ -31,7 +31,7 @@ from secateur.calibration import SELF, CalibrationOptions, calibration_windows, 
 from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, unwritable, write_json
 from secateur.errors import CheckpointError, ModelError, PlanError, ScoreError, SecateurError
 from secateur.models import check_finite, has_weights, load, load_config, load_tokenizer, resolve
-from secateur.plan import CutOptions, Plan, options_for, plan
+from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
 from secateur.scores import SCORES, Scores, read_scores, score, write_scores
 from secateur.settings import stock_settings
@@ -265,6 +265,7 @@ def _scores(
             reduce=options.reduce,
             calibration=calibration,
             windows=windows,
+            groups=[group.name for groups in groups_to_cut(discovery, options).values() for group in groups],
             progress=progress,
         )
 
@@ -291,6 +292,8 @@ def _key(model: str, options: CutOptions, calibration: CalibrationOptions, loadi
         _stamp(calibration.text),
         options.score,
         options.reduce,
+        options.axes,
+        options.layers,
         asdict(calibration),
         asdict(loading),
         __version__,

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,9 +105,10 @@ def score(
     reduce: str | None = None,
     calibration: CalibrationOptions | None = None,
     windows: Tensor | None = None,
+    groups: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every unit of every group of the model.
+    """Score every unit of the groups named (by default, of all); weights of none of them take no time or memory.
 
     Gradient scores need calibration tokens: `windows` (int64, samples x length), a tokenizer to take them from the
     calibration text, or `CalibrationOptions("self")` to let the model write them. Raises `ScoreError` for unknown names
@@ -135,11 +136,12 @@ def score(
             windows = self_written(model, options, progress=progress)
         elif windows is None and tokenizer is not None:
             windows = calibration_windows(tokenizer, options)
-    statistics = statistics_for(name, model, discovery, windows, progress=progress)
+    chosen = [group for group in discovery.groups if groups is None or group.name in groups]
+    statistics = statistics_for(name, model, discovery, windows, groups=chosen, progress=progress)
     return Scores(
         score=name,
         reduce=reduce,
-        units=unit_scores(discovery, statistics, name=name, reduce=reduce, seed=options.seed),
+        units=unit_scores(discovery, statistics, groups=chosen, name=name, reduce=reduce, seed=options.seed),
         calibration=digest(windows) if on_text and windows is not None else None,
         loss=statistics.loss,
         seed=options.seed,
@@ -153,9 +155,10 @@ def statistics_for(
     discovery: Discovery,
     windows: Tensor | None = None,
     *,
+    groups: Sequence[Group] | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """The statistics that a score needs, and those of the scores that need no more than it.
+    """The statistics that a score needs for some groups, and those of the scores that need no more than it.
 
     Scores of weights need no windows. Raises what `statistics` raises.
 
@@ -165,12 +168,15 @@ def statistics_for(
     >>> sorted(statistics_for("param_first", model, discover(model), torch.arange(20).reshape(2, 10)).sums)
     ['param_first', 'vectorize']
     """
+    if name == "random":
+        return Statistics({})
     needs = SCORES[name].needs
     saliences = {key: _absolute(score) for key, score in SCORES.items() if score.needs == needs and key != "random"}
     if needs == "second order":
         saliences |= {key: _absolute(score) for key, score in SCORES.items() if score.needs == "gradient"}
-    wanted = {axis.weight for group in discovery.groups for axis in group.axes}
-    if "layers" in discovery.names:
+    groups = discovery.groups if groups is None else groups
+    wanted = {axis.weight for group in groups for axis in group.axes}
+    if any(group.kind == "layer" for group in groups):
         wanted |= {weight.name for weight in discovery.weights if weight.layer is not None}
     if needs == "weights":
         weights = {key: parameter.detach() for key, parameter in model.named_parameters() if key in wanted}
@@ -195,14 +201,22 @@ def _absolute(how: Score) -> Salience:
 
 
 def unit_scores(
-    discovery: Discovery, statistics: Statistics, *, name: str = "param_second", reduce: str = "sum", seed: int = 0
+    discovery: Discovery,
+    statistics: Statistics,
+    *,
+    groups: Sequence[Group] | None = None,
+    name: str = "param_second",
+    reduce: str = "sum",
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Scores by group: float32, one per unit. A layer's axes are all of its weights, whole.
 
     Raises `ScoreError` for a weight that the statistics lack.
     """
+    groups = discovery.groups if groups is None else groups
     if name == "random":
-        return {group.name: _random(group, seed) for group in discovery.groups}
+        return {group.name: _random(group, seed) for group in groups}
+    units_of = {group.name: group.units for group in groups}
     sums = statistics.sums[name]
     signed = SCORES[name].signed
     per_axis: dict[str, list[Tensor]] = defaultdict(list)
@@ -210,25 +224,26 @@ def unit_scores(
     for weight in discovery.weights:
         if not weight.parameter:
             continue
-        reached = [dict.fromkeys(variable.name for variable in variables_in(dim)) for dim in weight.dims]
+        reached = [dict.fromkeys(v.name for v in variables_in(dim) if v.name in units_of) for dim in weight.dims]
         if weight.name not in sums:
             if any(reached):
                 raise ScoreError(f"there is no gradient for the weight {weight.name}: the loss does not depend on it")
             continue  # a weight that no cut touches may have none
-        for dim, (expression, groups) in enumerate(zip(weight.dims, reached, strict=True)):
+        for dim, (expression, names) in enumerate(zip(weight.dims, reached, strict=True)):
             channels = sums[weight.name][dim].abs() if signed else sums[weight.name][dim]
-            for group in groups:
-                unit_of = torch.tensor(units_along(expression, group))
-                units = torch.zeros(discovery.group(group).units)
+            for reached_by in names:
+                unit_of = torch.tensor(units_along(expression, reached_by))
+                units = torch.zeros(units_of[reached_by])
                 mine = unit_of >= 0
-                per_axis[group].append(units.index_add_(0, unit_of[mine], channels[mine]))
+                per_axis[reached_by].append(units.index_add_(0, unit_of[mine], channels[mine]))
         if weight.layer is not None:
             layers[weight.layer].append(sums[weight.name][0].sum().abs())
-    found = {group: REDUCTIONS[reduce](torch.stack(axes)) for group, axes in per_axis.items()}
-    if "layers" in discovery.names:
-        whole = [REDUCTIONS[reduce](torch.stack(layers[i])[:, None]) for i in range(discovery.group("layers").units)]
-        found["layers"] = torch.cat(whole)
-    return {group.name: found[group.name] for group in discovery.groups}
+    found = {key: REDUCTIONS[reduce](torch.stack(axes)) for key, axes in per_axis.items()}
+    for group in groups:
+        if group.kind == "layer":
+            whole = [REDUCTIONS[reduce](torch.stack(layers[i])[:, None]) for i in range(group.units)]
+            found[group.name] = torch.cat(whole)
+    return {group.name: found[group.name] for group in groups}
 
 
 def _random(group: Group, seed: int) -> Tensor:

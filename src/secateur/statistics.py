@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ class Statistics:
     loss: float | None = None  # mean cross-entropy in nats per token
     samples: int = 0
     tokens: int = 0  # scored tokens
-    about: Mapping[str, str] = field(default_factory=dict)  # what they were computed with, as their file says
 
 
 def weight_statistics(weights: Mapping[str, Tensor], saliences: Mapping[str, Salience]) -> Statistics:
@@ -199,7 +198,6 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
         "loss": statistics.loss,
         "samples": statistics.samples,
         "tokens": statistics.tokens,
-        "about": dict(statistics.about),
     }
     temporary = path.with_name(f".{path.name}.partial")
     save_file(tensors, temporary, metadata={"secateur": json.dumps(about)})
@@ -219,6 +217,6 @@ def read_statistics(path: Path) -> Statistics:
                 salience: {name: tuple(dims[i] for i in range(len(dims))) for name, dims in by_weight.items()}
                 for salience, by_weight in found.items()
             }
-            return Statistics(sums, about["loss"], about["samples"], about["tokens"], about["about"])
+            return Statistics(sums, about["loss"], about["samples"], about["tokens"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ScoreError(f"{path} holds no statistics ({error}); expected what write_statistics writes") from error
