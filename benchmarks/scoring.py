@@ -1,11 +1,12 @@
-"""Memory and time of scores by gradients, beside a plain loop and at the size of a 7B model.
+"""Memory and time of scores by gradients, beside a plain loop, and of a model of a billion weights.
 
-    python benchmarks/scoring.py [--part a,b,c] [--folder FOLDER] [--json FILE]
+    python benchmarks/scoring.py [--part a,b] [--json FILE]
 
-(a) The demo model: all four Taylor scores against a loop that stores gradients and their squares as LLM-Pruner does:
-that they are the same, and at what memory and CPU time. (b) A model of 1.1 billion random bfloat16 weights in memory.
-Every measurement is a process of its own; memory is its anonymous memory (RssAnon), sampled, above what it held when
-the weights were in place. Limits that are not met are marked.
+(a) The demo model: all four Taylor scores of heads and MLP channels, the axes that LLM-Pruner cuts, against a loop that
+stores gradients and their squares as LLM-Pruner does: that they are the same, and at what memory and CPU time. (b) A
+model of 1.1 billion random bfloat16 weights in memory. Every measurement is a process of its own; memory is its
+anonymous memory (RssAnon), sampled; in (a) what is above that held when the weights were in place. Limits that are not
+met are marked.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def work(kind: str, second_order: bool, out: Path) -> None:
             statistics = Statistics(plain_loop(model, windows, second_order=second_order))
     else:
         with measured() as usage:
-            statistics = statistics_for("param_mix" if second_order else "param_first", model, discovery, windows)
+            groups = [group for group in discovery.groups if group.kind in ("attention", "mlp")]
+            name = "param_mix" if second_order else "param_first"
+            statistics = statistics_for(name, model, discovery, windows, groups=groups)
     write_statistics(out / "sums.safetensors", statistics)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     (out / "usage.json").write_text(
