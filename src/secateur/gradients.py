@@ -41,7 +41,7 @@ Visit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 ROWS_BYTES = 2**21  # of the rows of a gradient that are formed at once: they stay in the cache
 RECOMPUTED_TOKENS = 2048  # of a layer that is computed again at once
 LOGITS_BYTES = 2**25  # of the logits that are held at once
-PROBE_TOKENS = 13
+PROBE_SAMPLES, PROBE_TOKENS = 2, 13
 LOSS_SCALE = 2.0**12  # under float16, whose gradients would be zero
 
 
@@ -53,13 +53,15 @@ def stream_gradients(
     wanted: Sequence[str] | None = None,
     second_order: bool = False,
     recomputed: Sequence[str] = (),
+    memory: int = 0,
     progress: Progress | None = None,
 ) -> float:
     """Visit the gradient of the mean cross-entropy over the windows for every parameter wanted (by default, each).
 
     Windows are int64, samples x length; their labels are themselves. `recomputed` names modules (layers) that are
-    computed again in the backward pass instead of being remembered. Returns the loss in nats per token. Parameters
-    that the loss does not depend on are not visited. Raises `ScoreError` when the loss is NaN or Inf.
+    computed again in the backward pass instead of being remembered, except the last ones of them, of which all that
+    is remembered takes no more than `memory` bytes. Returns the loss in nats per token. Parameters that the loss does
+    not depend on are not visited. Raises `ScoreError` when the loss is NaN or Inf.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
@@ -72,7 +74,7 @@ def stream_gradients(
     """
     names = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     chosen = names if wanted is None else names & set(wanted)
-    return _Pass(model, windows, visit, chosen, second_order, recomputed, progress).run()
+    return _Pass(model, windows, visit, chosen, second_order, recomputed, memory, progress).run()
 
 
 @dataclass(slots=True)
@@ -104,11 +106,12 @@ class _Pass:
         wanted: set[str],
         second_order: bool,
         recomputed: Sequence[str],
+        memory: int,
         progress: Progress | None,
     ) -> None:
         self.model, self.windows, self.visit, self.second_order = model, windows, visit, second_order
         self.samples, self.length = windows.shape
-        self.progress, self.recomputed = progress, tuple(recomputed)
+        self.progress, self.recomputed, self.memory = progress, tuple(recomputed), memory
         self.parameters = {n: p for n, p in model.named_parameters() if n in wanted}
         self.name_of = {id(parameter): name for name, parameter in self.parameters.items()}
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
@@ -119,6 +122,7 @@ class _Pass:
         # What is being computed: pieces within pieces, which samples, and how many.
         self.depth, self.first, self.piece = 0, 0, self.samples
         self.done = 0
+        self.remembered: _Remembered | None = None  # while it is measured
 
     def run(self) -> float:
         """Probe, pass forward and backward, and visit."""
@@ -140,6 +144,8 @@ class _Pass:
                 if names:
                     take = self._take_lookup if isinstance(module, nn.Embedding) else self._take_product
                     stack.callback(module.register_forward_hook(take(module, names)).remove)
+            self.recomputed = self._too_large()
+            for path, module in self.model.named_modules():
                 chunk = self._chunk_of(path)
                 if chunk is not None:
                     stack.enter_context(_replaced_forward(module, self._recomputing(module, path, chunk)))
@@ -166,6 +172,22 @@ class _Pass:
         if path in self.recomputed:
             return max(1, RECOMPUTED_TOKENS // self.length) if path in self.layout.alone else self.samples
         return None
+
+    def _too_large(self) -> tuple[str, ...]:
+        """The layers that do not fit into the memory; the last ones are remembered, since they are needed first."""
+        if not self.memory or not self.recomputed:
+            return self.recomputed
+        self.remembered = _Remembered(self.recomputed, self.windows)
+        with self.remembered.watching(self.model):
+            self.model(input_ids=_two_samples(self.windows).to(_entrance(self.model)), use_cache=False)
+        left, kept = self.memory, len(self.recomputed)
+        for path in reversed(self.recomputed):
+            left -= self.remembered.bytes[path]
+            if left < 0:
+                break
+            kept -= 1
+        self.remembered = None
+        return self.recomputed[:kept]
 
     # --- the passes -------------------------------------------------------------------------------------------------
 
@@ -232,13 +254,13 @@ class _Pass:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            call = _Call(self, path, forward, leaves, spec, chunk, self.first, self.piece)
+            given, tensors = _Structure.of((args, kwargs))
+            call = _Call(self, path, forward, given, chunk, self.first, self.piece)
             # With nothing before it that asks for a gradient, autograd would not come back here.
             anchor = torch.zeros((), requires_grad=True)
             results = _Recomputed.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
-            return pytree.tree_unflatten(call.fill(results), call.out_spec)
+            assert call.result is not None
+            return call.result.filled(results)
 
         return wrapped
 
@@ -262,9 +284,12 @@ class _Pass:
             changed = None
             if not output.requires_grad:
                 output = changed = output.detach().requires_grad_(True)
-            x, first, count = args[0].detach(), self.first, self.piece
+            held, first, count = [args[0].detach()], self.first, self.piece
+            if self.remembered is not None:
+                self.remembered.note(held[0])
 
             def take(gradient: Tensor) -> None:
+                x = held.pop()  # autograd keeps this function to the end of the pass
                 d = _by_sample(gradient.detach(), count)
                 if "bias" in names:
                     self._add(names["bias"], first, d.float().sum(1))
@@ -409,37 +434,44 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> Non
 # --- a module that is computed again ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    """Arguments or results without their tensors."""
+
+    leaves: tuple[Any, ...]
+    spec: Any
+
+    @classmethod
+    def of(cls, value: Any) -> tuple[_Structure, list[Tensor]]:
+        """What is left of a value, and its tensors."""
+        leaves, spec = pytree.tree_flatten(value)
+        places = tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return cls(places, spec), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """The value with these tensors."""
+        given = iter(tensors)
+        return pytree.tree_unflatten([next(given) if leaf is Tensor else leaf for leaf in self.leaves], self.spec)
+
+
 @dataclass(slots=True)
 class _Call:
-    """One call of such a module."""
+    """One call of such a module; it outlives the pass, so it holds no tensors."""
 
     owner: _Pass
     path: str
     forward: Callable[..., Any]
-    leaves: list[Any]
-    spec: Any
+    given: _Structure
     chunk: int  # samples at once
     first: int  # sample
     rows: int  # samples
-    out_leaves: list[Any] = field(default_factory=list)
-    out_spec: Any = None
+    result: _Structure | None = None
 
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
-        """The arguments with these tensors in the places of the tensors."""
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return args, kwargs
-
-    def flat(self, result: Any) -> list[Tensor]:
-        """The tensors of a result."""
-        self.out_leaves, self.out_spec = pytree.tree_flatten(result)
-        return [leaf for leaf in self.out_leaves if isinstance(leaf, Tensor)]
-
-    def fill(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """The leaves of the result with these tensors."""
-        given = iter(tensors)
-        return [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.out_leaves]
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of the result, for these tensors as arguments."""
+        args, kwargs = self.given.filled(tensors)
+        self.result, results = _Structure.of(self.forward(*args, **kwargs))
+        return results
 
     def part(self, tensor: Tensor, first: int, count: int) -> Tensor:
         """The part of a tensor that belongs to these samples; all of it, where it is the same for all."""
@@ -462,8 +494,7 @@ def per_sample(tensor: Tensor, samples: int) -> int | None:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = call.arguments(tensors)
-        results = call.flat(call.forward(*args, **kwargs))
+        results = call.run(tensors)
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
@@ -482,8 +513,7 @@ class _Recomputed(torch.autograd.Function):
             for i in needed:
                 parts[i].requires_grad_(True)
             with call.owner.only(call.first + first, count), torch.enable_grad():
-                args, kwargs = call.arguments(parts)
-                results = call.flat(call.forward(*args, **kwargs))
+                results = call.run(parts)
                 pairs = [
                     (result, call.part(gradient, first, count))
                     for result, gradient in zip(results, gradients, strict=True)
@@ -579,6 +609,56 @@ def _entrance(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
+class _Remembered:
+    """Measures on two short samples what layers remember for the backward pass, in bytes for all windows."""
+
+    def __init__(self, layers: Sequence[str], windows: Tensor) -> None:
+        self.layers, self.windows = layers, windows
+        self.bytes: Counter[str] = Counter()
+        self.seen: dict[int, Tensor] = {}
+        self.layer: str | None = None
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that is remembered, once."""
+        at = tensor.untyped_storage().data_ptr()
+        if self.layer is not None and at not in self.seen and not isinstance(tensor, nn.Parameter):
+            self.seen[at] = tensor
+            samples, length = self.windows.shape
+            lengths = max(1, sum(size == PROBE_TOKENS for size in tensor.shape))  # two, in maps of attention
+            scale = samples / PROBE_SAMPLES * (length / min(length, PROBE_TOKENS)) ** lengths
+            self.bytes[self.layer] += int(tensor.untyped_storage().nbytes() * scale)
+        return tensor
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """While open, what the layers remember is counted."""
+        weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in model.parameters()}
+        self.seen.update(weights)
+
+        def enter(path: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self.layer = path
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            self.layer = None
+
+        with ExitStack() as stack:
+            for path in self.layers:
+                module = model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(enter(path)).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor))
+            yield
+
+
+def _two_samples(windows: Tensor) -> Tensor:
+    """Two short samples to look at what a model does with them."""
+    two = windows[:PROBE_SAMPLES] if len(windows) > 1 else torch.cat([windows, windows.roll(1, 1)])
+    return two[:, :PROBE_TOKENS]
+
+
 @torch.no_grad()
 def _probe(
     model: PreTrainedModel,
@@ -589,8 +669,7 @@ def _probe(
     recomputed: Sequence[str],
 ) -> _Layout:
     """Pass two short samples through the model, and look at who does what."""
-    ids = windows[:2, :PROBE_TOKENS] if len(windows) > 1 else torch.cat([windows, windows.roll(1, 1)])[:, :PROBE_TOKENS]
-    ids = ids.to(_entrance(model))
+    ids = _two_samples(windows).to(_entrance(model))
     rows, tokens = ids.shape
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     calls: Counter[str] = Counter()  # by parameter, of modules whose gradients are products

@@ -24,8 +24,8 @@ from secateur.gradients import stream_gradients
 
 # W, G, A (None where it is not asked for), all float32 -> s, shaped like W.
 Salience = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-KEPT_SHARE = 1.0  # of the bytes of the weights: activations that may be remembered instead of computed again
-KEPT_PER_FEATURE = 3  # numbers remembered for each input and output of a linear layer and token, roughly
+SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
+LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,8 @@ def gradient_statistics(
         visit,
         wanted=wanted,
         second_order=second_order,
-        recomputed=_recomputed(model, windows.numel(), layers),
+        recomputed=layers,
+        memory=_spare_memory(model),
         progress=progress,
     )
     if not some_gradient:
@@ -161,17 +162,10 @@ def _rows(weight: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + at_once, weight.shape[0]))
 
 
-def _recomputed(model: PreTrainedModel, tokens: int, layers: Sequence[str]) -> list[str]:
-    """The first of the layers, so many that what the others remember takes no more than `KEPT_SHARE` of the weights."""
-    budget = KEPT_SHARE * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    kept = len(layers)
-    for path in reversed(layers):
-        features = sum(sum(p.shape) for p in model.get_submodule(path).parameters() if p.dim() == 2)
-        budget -= KEPT_PER_FEATURE * features * tokens * next(model.parameters()).element_size()
-        if budget < 0:
-            break
-        kept -= 1
-    return list(layers[:kept])
+def _spare_memory(model: PreTrainedModel) -> int:
+    """Bytes of activations that may be remembered instead of computed again."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return max(int(weights * SPARE_SHARE), LEAST_MEMORY - weights)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
