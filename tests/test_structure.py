@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "secateur"
 ORDER = [
     "errors",
     "models",
+    "processes",
     "graph",
     "axes.algebra",
     "axes.rules",
@@ -27,7 +28,9 @@ ORDER = [
     "settings",
     "attributes",
     "calibration",
+    "probe",
     "gradients",
+    "activations",
     "statistics",
     "scores",
     "plan",

@@ -14,34 +14,32 @@ Products are taken in float32 whatever the dtype of the model: squares of float1
 
 from __future__ import annotations
 
-import logging
+import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from secateur import processes
 from secateur.errors import ScoreError
-
-logger = logging.getLogger(__name__)
+from secateur.probe import Remembered, entrance, per_sample, probe, replaced_forward, two_samples
 
 Progress = Callable[[int, int], None]
 # Name of a weight, its rows (along dimension 0), and of these rows, all float32: the weight W, its gradient G of the
 # mean loss, and, where asked for, A, the mean over the samples of the square of each one's gradient.
 Visit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 
-ROWS_BYTES = 2**21  # of the rows of a gradient that are formed at once: they stay in the cache
+ROWS_BYTES = 2**23  # of the rows of a gradient that are formed at once
 RECOMPUTED_TOKENS = 2048  # of a layer that is computed again at once
 LOGITS_BYTES = 2**25  # of the logits that are held at once
-PROBE_SAMPLES, PROBE_TOKENS = 2, 13
 LOSS_SCALE = 2.0**12  # under float16, whose gradients would be zero
 
 
@@ -54,14 +52,17 @@ def stream_gradients(
     second_order: bool = False,
     recomputed: Sequence[str] = (),
     memory: int = 0,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> float:
     """Visit the gradient of the mean cross-entropy over the windows for every parameter wanted (by default, each).
 
     Windows are int64, samples x length; their labels are themselves. `recomputed` names modules (layers) that are
     computed again in the backward pass instead of being remembered, except the last ones of them, of which all that
-    is remembered takes no more than `memory` bytes. Returns the loss in nats per token. Parameters that the loss does
-    not depend on are not visited. Raises `ScoreError` when the loss is NaN or Inf.
+    is remembered takes no more than `memory` bytes. With a journal, every layer that has been computed is written to it
+    or read from it, and none is remembered. Where several processes run this (see `processes`), each takes its share of
+    the windows, and all visit the gradients over all of them. Returns the loss in nats per token. Parameters that the
+    loss does not depend on are not visited. Raises `ScoreError` when the loss is NaN or Inf.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
@@ -74,7 +75,20 @@ def stream_gradients(
     """
     names = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     chosen = names if wanted is None else names & set(wanted)
-    return _Pass(model, windows, visit, chosen, second_order, recomputed, memory, progress).run()
+    memory = memory if journal is None else 0
+    return _Pass(model, windows, visit, chosen, second_order, recomputed, memory, journal, progress).run()
+
+
+class Journal(Protocol):
+    """What a pass has done so far, kept so that one that was killed can go on."""
+
+    finished: Collection[str]  # weights that need no visit any more
+
+    def read(self, key: str) -> tuple[list[Tensor], str] | None:
+        """The tensors written under a key, and what was said of them."""
+
+    def write(self, key: str, tensors: Sequence[Tensor], about: str) -> None:
+        """Keep these tensors, and with them what all visits since the last time have led to."""
 
 
 @dataclass(slots=True)
@@ -94,6 +108,11 @@ class _Factors:
     left: Tensor  # samples x tokens x rows; for a table of embeddings, the numbers of the rows: samples x tokens
     right: Tensor  # samples x tokens x columns
 
+    def of_sample(self, sample: int) -> tuple[Tensor, Tensor] | None:
+        """The factors of one sample's gradient, if they are among these."""
+        at = sample - self.first
+        return (self.left[at], self.right[at]) if 0 <= at < len(self.left) else None
+
 
 class _Pass:
     """One forward and one backward pass."""
@@ -107,10 +126,13 @@ class _Pass:
         second_order: bool,
         recomputed: Sequence[str],
         memory: int,
+        journal: Journal | None,
         progress: Progress | None,
     ) -> None:
-        self.model, self.windows, self.visit, self.second_order = model, windows, visit, second_order
-        self.samples, self.length = windows.shape
+        self.model, self.visit, self.second_order, self.journal = model, visit, second_order, journal
+        self.windows = processes.share_of(windows)
+        self.samples, self.length = self.windows.shape  # of this process
+        self.all_samples = len(windows)
         self.progress, self.recomputed, self.memory = progress, tuple(recomputed), memory
         self.parameters = {n: p for n, p in model.named_parameters() if n in wanted}
         self.name_of = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -122,11 +144,13 @@ class _Pass:
         # What is being computed: pieces within pieces, which samples, and how many.
         self.depth, self.first, self.piece = 0, 0, self.samples
         self.done = 0
-        self.remembered: _Remembered | None = None  # while it is measured
+        self.visited: set[str] = set()
+        self.numbered = 0  # calls of modules that are computed again, so far
+        self.remembered: Remembered | None = None  # while it is measured
 
     def run(self) -> float:
         """Probe, pass forward and backward, and visit."""
-        self.layout = _probe(
+        self.layout = probe(
             self.model, self.windows, self.parameters, second_order=self.second_order, recomputed=self.recomputed
         )
         self.calls = Counter(self.layout.calls)
@@ -139,7 +163,7 @@ class _Pass:
                 self.parameters[name].requires_grad_(True)
                 hook = self.parameters[name].register_post_accumulate_grad_hook(self._take_grad(name))
                 stack.callback(hook.remove)
-            for path, module in self.model.named_modules():
+            for module in self.model.modules():
                 names = {attr: name for attr, name in self._own(module) if name not in self.layout.by_autograd}
                 if names:
                     take = self._take_lookup if isinstance(module, nn.Embedding) else self._take_product
@@ -148,11 +172,12 @@ class _Pass:
             for path, module in self.model.named_modules():
                 chunk = self._chunk_of(path)
                 if chunk is not None:
-                    stack.enter_context(_replaced_forward(module, self._recomputing(module, path, chunk)))
-            loss = self._passes()
-            for name in [*self.sums]:
+                    stack.enter_context(replaced_forward(module, self._recomputing(module, path, chunk)))
+            loss = torch.tensor(self._passes(), dtype=torch.float64)
+            processes.add_up(loss)
+            for name in [*self.sums] if processes.count() == 1 else sorted(self.layout.by_autograd - self.visited):
                 self._finish_sums(name)
-        return loss
+        return float(loss)
 
     def _restore(self, before: Mapping[str, bool]) -> None:
         for name, parameter in self.model.named_parameters():
@@ -177,9 +202,9 @@ class _Pass:
         """The layers that do not fit into the memory; the last ones are remembered, since they are needed first."""
         if not self.memory or not self.recomputed:
             return self.recomputed
-        self.remembered = _Remembered(self.recomputed, self.windows)
+        self.remembered = Remembered(self.recomputed, self.windows)
         with self.remembered.watching(self.model):
-            self.model(input_ids=_two_samples(self.windows).to(_entrance(self.model)), use_cache=False)
+            self.model(input_ids=two_samples(self.windows).to(entrance(self.model)), use_cache=False)
         left, kept = self.memory, len(self.recomputed)
         for path in reversed(self.recomputed):
             left -= self.remembered.bytes[path]
@@ -193,7 +218,7 @@ class _Pass:
 
     def _passes(self) -> float:
         """The forward pass, the loss a few samples at a time, and the backward pass."""
-        ids = self.windows.to(_entrance(self.model))
+        ids = self.windows.to(entrance(self.model))
         tail = self.layout.tail
         if self.layout.whole or tail is None:
             at_once = 1 if self.layout.whole else self.samples
@@ -239,12 +264,12 @@ class _Pass:
         nll = functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum"
         )
-        if not torch.isfinite(nll):
+        if not torch.isfinite(nll) and processes.count() == 1:  # of several, all meet it in the gradients
             raise ScoreError(
                 f"the loss on the calibration text is {float(nll.detach())}: the model's outputs are not finite. Check "
                 "the weights, or use dtype float32 or bfloat16"
             )
-        return nll * (self.scale / ((self.length - 1) * self.samples))
+        return nll * (self.scale / ((self.length - 1) * self.all_samples))
 
     # --- modules that are computed again ------------------------------------------------------------------------------
 
@@ -255,7 +280,10 @@ class _Pass:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             given, tensors = _Structure.of((args, kwargs))
-            call = _Call(self, path, forward, given, chunk, self.first, self.piece)
+            number = None
+            if self.depth == 0 and self.journal is not None and path in self.recomputed:
+                number, self.numbered = self.numbered, self.numbered + 1
+            call = _Call(self, path, forward, given, chunk, self.first, self.piece, number)
             # With nothing before it that asks for a gradient, autograd would not come back here.
             anchor = torch.zeros((), requires_grad=True)
             results = _Recomputed.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
@@ -270,8 +298,20 @@ class _Pass:
         if self.depth == 0 and self.calls[path] == 0:
             within = [name for name in self.sums if f"{self.layout.homes[name]}.".startswith(f"{path}.")]
             for name in within:
-                if name in self.layout.by_autograd and name not in self.layout.shared:
+                if name in self.layout.by_autograd - self.layout.uncertain and name not in self.layout.shared:
                     self._finish_sums(name)
+
+    def passed_over(self, path: str) -> None:
+        """A module was done before this pass began."""
+        self.calls[path] -= 1
+        for parameter in self.model.get_submodule(path).parameters():
+            if id(parameter) in self.name_of:
+                self._count(self.name_of[id(parameter)])
+
+    def may_skip(self, path: str) -> bool:
+        """Whether the backward pass of a module whose gradients are known gives nothing that is needed elsewhere."""
+        inside = {self.name_of.get(id(parameter)) for parameter in self.model.get_submodule(path).parameters()}
+        return not inside & self.layout.shared
 
     # --- what the hooks take ------------------------------------------------------------------------------------------
 
@@ -332,7 +372,7 @@ class _Pass:
             new = parameter.grad.detach().float() / self.scale
             parameter.grad = None
             self._sum(name, self.first, new)
-            if self.depth == 0:  # all of its uses are in this one backward pass
+            if self.depth == 0 and name not in self.layout.uncertain:  # all of its uses are in this one backward pass
                 self._finish_sums(name)
 
         return hook
@@ -345,7 +385,7 @@ class _Pass:
             sums.by_sample[sample] = new if found is None else found + new
             return
         if self.second_order:
-            squared = new.square().mul_(self.samples)
+            squared = new.square().mul_(self.all_samples)
             sums.squared = squared if sums.squared is None else sums.squared.add_(squared)
         sums.gradient = new if sums.gradient is None else sums.gradient.add_(new)
 
@@ -370,42 +410,60 @@ class _Pass:
     # --- visits -------------------------------------------------------------------------------------------------------
 
     def _finish_sums(self, name: str) -> None:
-        sums = self.sums.pop(name)
+        sums = self.sums.pop(name, _Sums())
         for new in sums.by_sample.values():
-            squared = new.square().mul_(self.samples)
+            squared = new.square().mul_(self.all_samples)
             sums.squared = squared if sums.squared is None else sums.squared.add_(squared)
             sums.gradient = new.clone() if sums.gradient is None else sums.gradient.add_(new)
-        assert sums.gradient is not None
+        if not processes.largest(int(sums.gradient is not None)):
+            return  # the loss does not depend on it
         weight = self.parameters[name].detach()
         for rows in _row_blocks(weight):
-            squared_rows = None if sums.squared is None else sums.squared[rows]
-            self.visit(name, rows, weight[rows].float(), sums.gradient[rows], squared_rows)
+            gradient, squared_rows = (
+                torch.zeros_like(weight[rows], dtype=torch.float32) if found is None else found[rows]
+                for found in (sums.gradient, sums.squared)
+            )
+            self._visit(name, rows, weight[rows].float(), gradient, squared_rows if self.second_order else None)
         self._count(name)
 
     def _finish_factors(self, name: str) -> None:
-        factors = self.factors.pop(name)
+        factors = [replace(each, right=each.right.float()) for each in self.factors.pop(name)]
         parameter = self.parameters[name].detach()
         for rows in _row_blocks(parameter):
+            if self._is_finished(name):
+                break
             weight = parameter[rows].float()
-            gradient = torch.zeros_like(weight)
-            squared = torch.zeros_like(weight) if self.second_order else None
-            if squared is None:
+            squared = None
+            if not self.second_order:
+                gradient = torch.zeros_like(weight)
                 for each in factors:
                     _add_product(gradient, each.left.flatten(0, 1), each.right.flatten(0, 1), rows)
             else:
-                own = torch.empty_like(weight)
+                gradient, squared, own = torch.zeros_like(weight), torch.zeros_like(weight), torch.empty_like(weight)
                 for sample in range(self.samples):
-                    own.zero_()
-                    for each in factors:
-                        if 0 <= sample - each.first < len(each.left):
-                            _add_product(own, each.left[sample - each.first], each.right[sample - each.first], rows)
+                    of_sample = [each.of_sample(sample) for each in factors]
+                    _set_product(own, [each for each in of_sample if each is not None], rows)
                     gradient.add_(own)
                     squared.addcmul_(own, own)
-                squared.mul_(self.samples / self.scale**2)
-            self.visit(name, rows, weight, gradient.div_(self.scale), squared)
+                squared.mul_(self.all_samples / self.scale**2)
+            self._visit(name, rows, weight, gradient.div_(self.scale), squared)
         self._count(name)
 
+    def _is_finished(self, name: str) -> bool:
+        return self.journal is not None and name in self.journal.finished
+
+    def _visit(self, name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
+        if self._is_finished(name):
+            return
+        if processes.count() > 1:
+            gradient = gradient.contiguous()
+            processes.add_up(gradient, *([] if squared is None else [squared]))
+        self.visit(name, rows, weight, gradient, squared)
+
     def _count(self, name: str) -> None:
+        if name in self.visited:
+            return
+        self.visited.add(name)
         self.done += self.parameters[name].numel()
         if self.progress is not None:
             self.progress(self.done, sum(parameter.numel() for parameter in self.parameters.values()))
@@ -422,13 +480,24 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + at_once, rows))
 
 
+def _set_product(total: Tensor, factors: Sequence[tuple[Tensor, Tensor]], rows: slice) -> None:
+    """Write the sum of the products' rows."""
+    if len(factors) == 1 and factors[0][0].is_floating_point():
+        left, right = factors[0]
+        torch.mm(left[:, rows].float().t(), right, out=total)
+        return
+    total.zero_()
+    for left, right in factors:
+        _add_product(total, left, right, rows)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> None:
     """Add left' right to these rows; left may be the numbers of rows instead."""
     if left.is_floating_point():
-        total.addmm_(left[:, rows].float().t(), right.float())
+        total.addmm_(left[:, rows].float().t(), right)
     else:
         inside = (left >= rows.start) & (left < rows.stop)
-        total.index_add_(0, left[inside] - rows.start, right[inside].float())
+        total.index_add_(0, left[inside] - rows.start, right[inside])
 
 
 # --- a module that is computed again ----------------------------------------------------------------------------------
@@ -448,6 +517,18 @@ class _Structure:
         places = tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return cls(places, spec), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
+    def dumped(self) -> str | None:
+        """As a line of text; None where there is more in it than tensors and nothing."""
+        if any(leaf is not Tensor and leaf is not None for leaf in self.leaves):
+            return None
+        return json.dumps([[leaf is Tensor for leaf in self.leaves], pytree.treespec_dumps(self.spec)])
+
+    @classmethod
+    def loaded(cls, text: str) -> _Structure:
+        """Read back what `dumped` gave."""
+        tensors, spec = json.loads(text)
+        return cls(tuple(Tensor if is_tensor else None for is_tensor in tensors), pytree.treespec_loads(spec))
+
     def filled(self, tensors: Sequence[Tensor]) -> Any:
         """The value with these tensors."""
         given = iter(tensors)
@@ -465,6 +546,7 @@ class _Call:
     chunk: int  # samples at once
     first: int  # sample
     rows: int  # samples
+    number: int | None = None  # of the call, where it is written to a journal
     result: _Structure | None = None
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -473,28 +555,36 @@ class _Call:
         self.result, results = _Structure.of(self.forward(*args, **kwargs))
         return results
 
+    def kept(self, stage: str) -> list[Tensor] | None:
+        """What the journal has of this call's stage, forward or backward."""
+        journal = self.owner.journal
+        found = None if journal is None or self.number is None else journal.read(f"{stage}/{self.number}")
+        if found is None:
+            return None
+        tensors, about = found
+        if stage == "forward":
+            self.result = _Structure.loaded(about)
+        return tensors
+
+    def keep(self, stage: str, tensors: Sequence[Tensor], about: str | None) -> None:
+        """Write a stage of this call to the journal, if there is one."""
+        if self.owner.journal is not None and self.number is not None and about is not None:
+            self.owner.journal.write(f"{stage}/{self.number}", tensors, about)
+
     def part(self, tensor: Tensor, first: int, count: int) -> Tensor:
         """The part of a tensor that belongs to these samples; all of it, where it is the same for all."""
         step = per_sample(tensor, self.rows) if count < self.rows else None
         return tensor if step is None else tensor[first * step : (first + count) * step]
 
 
-def per_sample(tensor: Tensor, samples: int) -> int | None:
-    """How many entries along dimension 0 belong to each sample; None where the tensor is the same for all.
-
-    >>> per_sample(torch.zeros(4, 3), 4), per_sample(torch.zeros(12, 3), 4), per_sample(torch.zeros(1, 3), 4)
-    (1, 3, None)
-    """
-    if tensor.dim() < 2:
-        return None
-    size = tensor.shape[0]
-    return size // samples if size >= samples and size % samples == 0 else None
-
-
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = call.run(tensors)
+        results = call.kept("forward")
+        if results is None:
+            results = call.run(tensors)
+            assert call.result is not None
+            call.keep("forward", results, call.result.dumped())
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
@@ -506,6 +596,11 @@ class _Recomputed(torch.autograd.Function):
         call: _Call = ctx.call
         tensors = ctx.saved_tensors
         needed = [i for i in range(len(tensors)) if ctx.needs_input_grad[i + 2]]
+        kept = call.kept("backward") if call.owner.may_skip(call.path) else None
+        if kept is not None:
+            call.owner.passed_over(call.path)
+            given = dict(zip(needed, kept, strict=True))
+            return None, None, *(given.get(i) for i in range(len(tensors)))
         found: dict[int, Tensor] = {}
         for first in range(0, call.rows, call.chunk):
             count = min(call.chunk, call.rows - first)
@@ -531,278 +626,6 @@ class _Recomputed(torch.autograd.Function):
                     whole = found.setdefault(i, torch.zeros_like(tensors[i]))
                     whole[first * step : (first + count) * step] = new
         call.owner.computed_again(call.path)
+        if all(i in found for i in needed):
+            call.keep("backward", [found[i] for i in needed], "")
         return None, None, *(found.get(i) for i in range(len(tensors)))
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
-
-
-# --- the probe --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Tail:
-    """What comes after the base model: the output head, and whatever is done with its logits."""
-
-    model: PreTrainedModel
-    base: nn.Module
-    given: list[Any] = field(default_factory=list)  # what the base model gave last
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """The last hidden states."""
-        self.given[:] = [self.base(input_ids=ids, use_cache=False)]
-        result: Tensor = self.given[0][0]
-        return result
-
-    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The logits of hidden states."""
-        given = type(self.given[0])(**{**self.given[0], "last_hidden_state": hidden})
-        with _replaced_forward(self.base, lambda *_, **__: given):
-            result: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How a model uses its parameters."""
-
-    uses: Mapping[str, int]  # how often modules use a parameter in one pass
-    homes: Mapping[str, str]  # the path of the module that has a parameter
-    shared: frozenset[str]  # parameters that several modules or calls use
-    by_autograd: frozenset[str]  # parameters whose gradients are left to autograd
-    calls: Mapping[str, int]  # how often modules that are computed again are called in one pass
-    one_by_one: frozenset[str]  # of these, those computed again sample by sample, because of such parameters
-    alone: frozenset[str]  # modules that treat samples one by one
-    whole: bool  # a parameter has no such module around it: the whole model goes sample by sample
-    tail: _Tail | None
-
-
-class _Uses(TorchFunctionMode):
-    """Counts the operators that take a parameter and give a tensor."""
-
-    def __init__(self, name_of: Mapping[int, str]) -> None:
-        super().__init__()
-        self.name_of = name_of
-        self.found: Counter[str] = Counter()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, (Tensor, tuple, list)):
-            for each in pytree.tree_leaves((args, kwargs or {})):
-                if isinstance(each, nn.Parameter) and id(each) in self.name_of:
-                    self.found[self.name_of[id(each)]] += 1
-        return result
-
-
-def _entrance(model: PreTrainedModel) -> torch.device:
-    """Where token ids go in."""
-    return next(model.get_input_embeddings().parameters()).device
-
-
-class _Remembered:
-    """Measures on two short samples what layers remember for the backward pass, in bytes for all windows."""
-
-    def __init__(self, layers: Sequence[str], windows: Tensor) -> None:
-        self.layers, self.windows = layers, windows
-        self.bytes: Counter[str] = Counter()
-        self.seen: dict[int, Tensor] = {}
-        self.layer: str | None = None
-
-    def note(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that is remembered, once."""
-        at = tensor.untyped_storage().data_ptr()
-        if self.layer is not None and at not in self.seen and not isinstance(tensor, nn.Parameter):
-            self.seen[at] = tensor
-            samples, length = self.windows.shape
-            lengths = max(1, sum(size == PROBE_TOKENS for size in tensor.shape))  # two, in maps of attention
-            scale = samples / PROBE_SAMPLES * (length / min(length, PROBE_TOKENS)) ** lengths
-            self.bytes[self.layer] += int(tensor.untyped_storage().nbytes() * scale)
-        return tensor
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """While open, what the layers remember is counted."""
-        weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in model.parameters()}
-        self.seen.update(weights)
-
-        def enter(path: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                self.layer = path
-
-            return hook
-
-        def leave(*_: Any) -> None:
-            self.layer = None
-
-        with ExitStack() as stack:
-            for path in self.layers:
-                module = model.get_submodule(path)
-                stack.callback(module.register_forward_pre_hook(enter(path)).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor))
-            yield
-
-
-def _two_samples(windows: Tensor) -> Tensor:
-    """Two short samples to look at what a model does with them."""
-    two = windows[:PROBE_SAMPLES] if len(windows) > 1 else torch.cat([windows, windows.roll(1, 1)])
-    return two[:, :PROBE_TOKENS]
-
-
-@torch.no_grad()
-def _probe(
-    model: PreTrainedModel,
-    windows: Tensor,
-    parameters: Mapping[str, Tensor],
-    *,
-    second_order: bool,
-    recomputed: Sequence[str],
-) -> _Layout:
-    """Pass two short samples through the model, and look at who does what."""
-    ids = _two_samples(windows).to(_entrance(model))
-    rows, tokens = ids.shape
-    name_of = {id(parameter): name for name, parameter in parameters.items()}
-    calls: Counter[str] = Counter()  # by parameter, of modules whose gradients are products
-    odd: set[str] = set()  # parameters of modules whose rows are not samples
-    owners: dict[str, list[str]] = defaultdict(list)
-    factored: set[str] = set()
-
-    def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        x = args[0] if args else None
-        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-            fits = False
-        elif isinstance(module, nn.Embedding):
-            fits = output.dim() == 3 and tuple(x.shape) in ((rows, tokens), (1, tokens))
-        else:
-            fits = x.shape[0] in (rows, rows * tokens)
-        for _, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in name_of:
-                calls[name_of[id(parameter)]] += 1
-                if not fits:
-                    odd.add(name_of[id(parameter)])
-
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            own = [name_of[id(p)] for _, p in module.named_parameters(recurse=False) if id(p) in name_of]
-            for name in own:
-                owners[name].append(path)
-            if own and _has_factors(module):
-                factored.update(own)
-                stack.callback(module.register_forward_hook(look).remove)
-        uses = stack.enter_context(_Uses(name_of))
-        logits = model(input_ids=ids, use_cache=False).logits
-    by_autograd = {name for name in parameters if name not in factored or uses.found[name] != calls[name]}
-    by_autograd |= odd if second_order else set()
-    homes = {name: owners[name][0] for name in parameters}
-    single = {path for name in by_autograd for path in owners[name]} if second_order else set()
-    alone, called = _alone(model, ids, single, recomputed)
-    nearest = {home: next((each for each in _ancestors(home) if each in alone), None) for home in single}
-    one_by_one = {path for path in nearest.values() if path is not None}
-    shared = {name for name in parameters if len(owners[name]) > 1 or calls[name] > 1}
-    shared |= {name for name in by_autograd if second_order and called[nearest[homes[name]] or ""] > 1}
-    return _Layout(
-        uses=calls,
-        homes=homes,
-        shared=frozenset(shared),
-        by_autograd=frozenset(by_autograd),
-        calls=called,
-        one_by_one=frozenset(one_by_one),
-        alone=frozenset(alone),
-        whole=None in nearest.values(),
-        tail=_tail(model, ids, logits),
-    )
-
-
-def _has_factors(module: nn.Module) -> bool:
-    """Whether a module is one whose weight gradient is a product, or a table's."""
-    if isinstance(module, nn.Embedding):
-        return type(module).forward is nn.Embedding.forward and module.max_norm is None
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
-
-
-def _alone(
-    model: PreTrainedModel, ids: Tensor, homes: set[str], recomputed: Sequence[str]
-) -> tuple[set[str], Counter[str]]:
-    """Which of these modules, and of those around `homes`, treat samples one by one; how often each is called."""
-    candidates = {path for home in homes for path in _ancestors(home)} | set(recomputed)
-    verdicts: dict[str, bool] = {}
-    called: Counter[str] = Counter()
-    busy = False
-
-    def look(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal busy
-            if not busy:
-                busy = True
-                called[path] += 1
-                verdicts[path] = verdicts.get(path, True) and _treats_alone(module, args, kwargs, output, len(ids))
-                busy = False
-
-        return hook
-
-    if candidates:
-        with ExitStack() as stack:
-            for path in candidates:
-                hook = model.get_submodule(path).register_forward_hook(look(path), with_kwargs=True)
-                stack.callback(hook.remove)
-            model(input_ids=ids, use_cache=False)
-    return {path for path, verdict in verdicts.items() if verdict}, called
-
-
-def _ancestors(path: str) -> list[str]:
-    """A path and those around it, but for the model's own.
-
-    >>> _ancestors("model.layers.0")
-    ['model.layers.0', 'model.layers', 'model']
-    """
-    pieces = path.split(".") if path else []
-    return [".".join(pieces[:i]) for i in range(len(pieces), 0, -1)]
-
-
-def _treats_alone(module: nn.Module, args: Any, kwargs: Any, output: Any, samples: int) -> bool:
-    """Whether the first sample alone gives the first part of the output."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    steps = [per_sample(result, samples) for result in results]
-    if not any(isinstance(leaf, Tensor) and per_sample(leaf, samples) for leaf in leaves) or None in steps:
-        return False
-    one = [
-        leaf[:step] if isinstance(leaf, Tensor) and (step := per_sample(leaf, samples)) is not None else leaf
-        for leaf in leaves
-    ]
-    try:
-        some_args, some_kwargs = pytree.tree_unflatten(one, spec)
-        again = [x for x in pytree.tree_leaves(module.forward(*some_args, **some_kwargs)) if isinstance(x, Tensor)]
-    except Exception as error:  # code that is given less than it expects may fail in any way
-        logger.debug("%s takes no single sample: %s", type(module).__name__, error)
-        return False
-    return len(again) == len(results) and all(
-        part.shape == result[:step].shape and torch.allclose(part.float(), result[:step].float(), rtol=1e-2, atol=1e-3)
-        for part, result, step in zip(again, results, steps, strict=True)
-    )
-
-
-def _tail(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> _Tail | None:
-    """What comes after the base model, where the model can be split there."""
-    base = getattr(model, model.base_model_prefix, None)
-    if not isinstance(base, nn.Module) or base is model or model.get_output_embeddings() is None:
-        return None
-    tail = _Tail(model, base)
-    try:
-        hidden = tail.hidden(ids)
-        again, other = tail.logits(hidden, ids), tail.logits(torch.zeros_like(hidden), ids)
-    except Exception as error:  # code that is given less than it expects may fail in any way
-        logger.debug("%s cannot be split before its head: %s", type(model).__name__, error)
-        return None
-    same = again.shape == logits.shape and torch.allclose(again.float(), logits.float(), rtol=1e-3, atol=1e-4)
-    return tail if same and not torch.equal(other, again) else None  # some models call a part of their base model

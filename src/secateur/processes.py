@@ -1,0 +1,97 @@
+"""Several processes that score one model: each takes its share of the samples, sums go over all of them.
+
+`accelerate launch` starts them and says in the environment who is who; without it there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, distributed
+
+from secateur.errors import ScoreError
+
+
+def join() -> None:
+    """Meet the other processes, where there are some: gloo between CPUs, nccl between GPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        PartialState()
+
+
+def count() -> int:
+    """How many processes there are.
+
+    >>> count()
+    1
+    """
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks for all.
+
+    >>> is_first()
+    True
+    """
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def share_of(windows: Tensor) -> Tensor:
+    """This process's samples: every n-th. Raises `ScoreError` where there are fewer samples than processes.
+
+    >>> share_of(torch.zeros(3, 8)).shape
+    torch.Size([3, 8])
+    """
+    if len(windows) < count():
+        raise ScoreError(
+            f"{len(windows)} calibration samples for {count()} processes: each needs at least one. Give more samples, "
+            f"for example --samples {count()}, or start fewer processes"
+        )
+    return windows[distributed.get_rank() :: count()] if count() > 1 else windows
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Put into these tensors, in place, their sums over all processes."""
+    if count() > 1:
+        for tensor in tensors:
+            _reduce(tensor, distributed.ReduceOp.SUM)
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers.
+
+    >>> largest(3)
+    3
+    """
+    if count() == 1:
+        return number
+    found = torch.tensor(number)
+    _reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, in every process."""
+    if count() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def wait() -> None:
+    """Go on when all processes are here."""
+    if count() > 1:
+        distributed.barrier()
+
+
+def _reduce(tensor: Tensor, how: Any) -> None:
+    if distributed.get_backend() == "nccl" and not tensor.is_cuda:  # nccl knows GPUs alone
+        on_gpu = tensor.cuda()
+        distributed.all_reduce(on_gpu, how)
+        tensor.copy_(on_gpu)
+    else:
+        distributed.all_reduce(tensor, how)
