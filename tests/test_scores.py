@@ -20,6 +20,7 @@ from secateur.scores import REDUCTIONS, SCORES, Scores, read_scores, statistics_
 
 WINDOWS = torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(2))
 LAYER = "model.layers.1"
+OF_ALL_AXES = ("weights", "gradient", "second order")  # scores of inputs are in test_activations.py
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,9 @@ def salience(name: str, weight: Tensor, gradient: Tensor, squared: Tensor) -> Te
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("name", [name for name in SCORES if name != "random"])
+@pytest.mark.parametrize(
+    "name", [name for name, how in SCORES.items() if how.needs in OF_ALL_AXES and name != "random"]
+)
 def test_units_score_as_the_paper_says(model: PreTrainedModel, name: str, reduce: str) -> None:
     gradient, squared = reference_gradients(model, WINDOWS)
     weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
@@ -256,7 +259,7 @@ def test_unknown_names_get_a_suggestion(model: PreTrainedModel) -> None:
 
 
 def test_gradient_scores_need_text(model: PreTrainedModel) -> None:
-    with pytest.raises(ScoreError, match="score param_second takes gradients: give a tokenizer, or windows"):
+    with pytest.raises(ScoreError, match="score param_second needs calibration text: give a tokenizer, or windows"):
         score(model)
 
 

@@ -82,7 +82,9 @@ def stream_gradients(
 class Journal(Protocol):
     """What a pass has done so far, kept so that one that was killed can go on."""
 
-    finished: Collection[str]  # weights that need no visit any more
+    @property
+    def finished(self) -> Collection[str]:
+        """Weights that need no visit any more."""
 
     def read(self, key: str) -> tuple[list[Tensor], str] | None:
         """The tensors written under a key, and what was said of them."""

@@ -77,6 +77,10 @@ class CutOptions:
             raise PlanError(f"axes={','.join(self.axes)}: hidden and layers are cut alone, for example axes=hidden")
         if self.score not in SCORES:
             raise ScoreError(f"score={self.score!r} is unknown. Known: {', '.join(SCORES)}{_close(self.score, SCORES)}")
+        if SCORES[self.score].needs == "layers" and self.axes != ("layers",):
+            raise PlanError(f"score={self.score} compares whole layers: use axes=layers with it")
+        if SCORES[self.score].needs == "grams" and self.axes == ("layers",):
+            raise PlanError(f"score={self.score} is not for whole layers: use score=block_influence with axes=layers")
         if self.reduce is not None and self.reduce not in REDUCTIONS:
             hint = _close(self.reduce, REDUCTIONS)
             raise ScoreError(f"reduce={self.reduce!r} is unknown. Known: {', '.join(REDUCTIONS)}{hint}")

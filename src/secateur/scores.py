@@ -1,8 +1,8 @@
 """Weights and statistics -> one score per unit; the higher, the more the unit is worth keeping.
 
 A score gives every element of a weight a salience s. A channel (one index of an axis) adds up its elements, a unit
-its channels, and a group's axes are reduced by sum, mean, max, prod, first or last. To add a score, write its salience
-and put an entry in `SCORES`.
+its channels, and a group's axes are reduced by sum, mean, max, prod, first or last. Scores of inputs count the axes
+that read the units alone. To add a score, write its salience and decorate it with `register_score`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,43 +27,15 @@ from secateur.axes.algebra import units_along, variables_in
 from secateur.axes.groups import Discovery, Group
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
 from secateur.errors import ScoreError
-from secateur.statistics import Progress, Salience, Statistics, gradient_statistics, weight_statistics
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How elements are scored, what that needs, and where it comes from."""
-
-    salience: Salience
-    needs: str  # "weights", "gradient" or "second order"
-    signed: bool = False  # a channel is abs(sum s), not sum abs(s)
-    reduce: str = "sum"  # the default over a group's axes
-    source: str = "LLM-Pruner, arXiv 2305.11627"
-
-
-def _first(weight: Tensor, gradient: Tensor | None, squared: Tensor | None) -> Tensor:
-    assert gradient is not None
-    return weight * gradient
-
-
-def _second(weight: Tensor, gradient: Tensor | None, squared: Tensor | None) -> Tensor:
-    assert squared is not None
-    return weight * squared * weight
-
-
-def _mix(weight: Tensor, gradient: Tensor | None, squared: Tensor | None) -> Tensor:
-    return _first(weight, gradient, squared) - _second(weight, gradient, squared) / 2
-
-
-SCORES: dict[str, Score] = {
-    "random": Score(lambda w, g, a: w, "weights", source="uniform, seeded"),
-    "l1": Score(lambda w, g, a: w.abs(), "weights", reduce="mean"),
-    "l2": Score(lambda w, g, a: w.square(), "weights", reduce="mean"),
-    "vectorize": Score(_first, "gradient", signed=True, source="arXiv 2305.11627, equation 3"),
-    "param_first": Score(_first, "gradient", source="arXiv 2305.11627, equation 5, first-order term"),
-    "param_second": Score(_second, "second order", source="arXiv 2305.11627, equation 5, second-order term"),
-    "param_mix": Score(_mix, "second order", source="arXiv 2305.11627, equation 5"),
-}
+from secateur.statistics import (
+    Progress,
+    Salience,
+    Statistics,
+    UnitsOf,
+    activation_statistics,
+    gradient_statistics,
+    weight_statistics,
+)
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
     "sum": lambda x: x.sum(0),
@@ -71,6 +44,82 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
     "prod": lambda x: x.prod(0),
     "first": lambda x: x[0],
     "last": lambda x: x[-1],
+}
+
+
+NEEDS = ("weights", "inputs", "gradient", "second order")  # what a salience may ask for
+Needs = Literal["weights", "inputs", "gradient", "second order", "grams", "layers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How elements are scored, what that needs, and where it comes from."""
+
+    salience: Salience | None  # None where units are scored as wholes (see `activation_statistics`)
+    needs: Needs
+    signed: bool = False  # a channel is abs(sum s), not sum abs(s)
+    reduce: str = "sum"  # the default over a group's axes
+    source: str = ""
+    own: bool = False  # the user's
+
+
+SCORES: dict[str, Score] = {}
+
+
+def register_score(
+    name: str, *, needs: Needs = "weights", signed: bool = False, reduce: str = "sum", source: str = ""
+) -> Callable[[Salience], Salience]:
+    """Make a function of a weight's `Evidence` the score `name`, for Python and the command line alike.
+
+    The function gives one number for each element of the weight; their absolute values are summed over a unit's
+    elements, or with `signed` the numbers themselves, and then made absolute by channel. `needs` says what it looks at:
+    "weights", "inputs" (one forward pass), "gradient" or "second order" (one forward and backward pass). `reduce` is
+    the default over a group's axes. Raises `ScoreError` for an unknown need or reduction, or a name that is ours.
+
+    >>> @register_score("magnitude_times_input", needs="inputs")
+    ... def magnitude_times_input(seen):
+    ...     return seen.weight * seen.inputs.mean
+    >>> SCORES.pop("magnitude_times_input").needs
+    'inputs'
+    """
+    known(needs, NEEDS, "need of a score")
+    known(reduce, REDUCTIONS, "reduction")
+    if name in SCORES and not SCORES[name].own:
+        raise ScoreError(f"the score {name!r} is Secateur's own; give yours another name")
+    if not name.isidentifier():
+        raise ScoreError(f"{name!r} is no name of a score; use letters, digits and underscores, for example my_score")
+
+    def put(function: Salience) -> Salience:
+        SCORES[name] = Score(function, needs, signed, reduce, source, own=True)
+        return function
+
+    return put
+
+
+SCORES |= {
+    "random": Score(None, "weights", source="uniform, seeded"),
+    "l1": Score(lambda seen: seen.weight.abs(), "weights", reduce="mean", source="sum |W|; arXiv 2305.11627"),
+    "l2": Score(lambda seen: seen.weight.square(), "weights", reduce="mean", source="sum W^2; arXiv 2305.11627"),
+    "vectorize": Score(lambda seen: seen.first, "gradient", signed=True, source="|sum W G|; arXiv 2305.11627, eq. 3"),
+    "param_first": Score(lambda seen: seen.first, "gradient", source="sum |W G|; arXiv 2305.11627, eq. 5, first order"),
+    "param_second": Score(
+        lambda seen: seen.second, "second order", source="sum |W A W|; arXiv 2305.11627, eq. 5, second order"
+    ),
+    "param_mix": Score(
+        lambda seen: seen.first - seen.second / 2,
+        "second order",
+        source="sum |W G - W A W / 2|; arXiv 2305.11627, eq. 5",
+    ),
+    "wanda": Score(
+        lambda seen: seen.weight * seen.inputs.norm, "inputs", source="sum |W| norm(X); Wanda, arXiv 2306.11695, eq. 1"
+    ),
+    "fluctuation": Score(
+        lambda seen: seen.weight.square() * seen.inputs.variance,
+        "inputs",
+        source="sum W^2 var(X); FLAP, arXiv 2312.11983, eq. 5",
+    ),
+    "obs": Score(None, "grams", source="w ((X'X)^-1)_uu^-1 w'; ZipLM, arXiv 2302.04089, eq. 3"),
+    "block_influence": Score(None, "layers", source="1 - mean cos(h, layer(h)); ShortGPT, arXiv 2403.03853, eq. 1"),
 }
 
 
@@ -108,7 +157,9 @@ def score(
     groups: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every unit of the groups named (by default, of all); weights of none of them take no time or memory.
+    """Score every unit of the groups named; weights of none of them take no time or memory.
+
+    By default, all groups are scored of which the score says something (scores of inputs say nothing of a vocabulary).
 
     Gradient scores need calibration tokens: `windows` (int64, samples x length), a tokenizer to take them from the
     calibration text, or `CalibrationOptions("self")` to let the model write them. Raises `ScoreError` for unknown names
@@ -130,13 +181,13 @@ def score(
     on_text = SCORES[name].needs != "weights"
     if on_text:
         if windows is None and tokenizer is None and options.text != SELF:
-            raise ScoreError(f"score {name} takes gradients: give a tokenizer, or windows of token ids")
+            raise ScoreError(f"score {name} needs calibration text: give a tokenizer, or windows of token ids")
         check_positions(model.config, options.length if windows is None else windows.shape[1])
         if windows is None and options.text == SELF:
             windows = self_written(model, options, progress=progress)
         elif windows is None and tokenizer is not None:
             windows = calibration_windows(tokenizer, options)
-    chosen = [group for group in discovery.groups if groups is None or group.name in groups]
+    chosen = None if groups is None else [group for group in discovery.groups if group.name in groups]
     statistics = statistics_for(name, model, discovery, windows, groups=chosen, progress=progress)
     return Scores(
         score=name,
@@ -156,11 +207,13 @@ def statistics_for(
     windows: Tensor | None = None,
     *,
     groups: Sequence[Group] | None = None,
+    journal: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """The statistics that a score needs for some groups, and those of the scores that need no more than it.
 
-    Scores of weights need no windows. Raises what `statistics` raises.
+    Scores of weights need no windows. A journal is a folder from which a pass that was killed goes on (see
+    `gradient_statistics`). Raises what the functions in `statistics` raise.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
@@ -170,34 +223,99 @@ def statistics_for(
     """
     if name == "random":
         return Statistics({})
-    needs = SCORES[name].needs
-    saliences = {key: _absolute(score) for key, score in SCORES.items() if score.needs == needs and key != "random"}
-    if needs == "second order":
-        saliences |= {key: _absolute(score) for key, score in SCORES.items() if score.needs == "gradient"}
+    how = SCORES[name]
+    if groups is not None:
+        check_kinds(name, groups)
     groups = discovery.groups if groups is None else groups
-    wanted = {axis.weight for group in groups for axis in group.axes}
-    if any(group.kind == "layer" for group in groups):
-        wanted |= {weight.name for weight in discovery.weights if weight.layer is not None}
-    if needs == "weights":
+    saliences = _saliences_beside(name)
+    wanted = _weights_of(discovery, groups)
+    if how.needs == "weights":
         weights = {key: parameter.detach() for key, parameter in model.named_parameters() if key in wanted}
         return weight_statistics(weights, saliences)
     if windows is None:
-        raise ScoreError(f"score {name} takes gradients: give windows of token ids")
-    layers = [f"{prefix}.{i}" for prefix in discovery.layer_lists for i in range(discovery.depth)]
+        raise ScoreError(f"score {name} needs calibration text: give windows of token ids")
     modules = dict(model.named_modules())
+    layers = {f"{prefix}.{i}": i for prefix in discovery.layer_lists for i in range(discovery.depth)}
+    layers = {path: i for path, i in layers.items() if path in modules}
+    if how.needs in ("inputs", "grams", "layers"):
+        return activation_statistics(
+            model,
+            windows,
+            saliences,
+            wanted=wanted,
+            gram_units=_units_of(discovery, groups) if how.needs == "grams" else None,
+            layers=layers,
+            progress=progress,
+        )
     return gradient_statistics(
         model,
         windows,
         saliences,
-        second_order=needs == "second order",
+        second_order=how.needs == "second order",
         wanted=sorted(wanted),
-        layers=[path for path in layers if path in modules],
+        layers=[*layers],
+        journal=journal,
         progress=progress,
     )
 
 
-def _absolute(how: Score) -> Salience:
-    return how.salience if how.signed else lambda w, g, a: how.salience(w, g, a).abs()
+def check_kinds(name: str, groups: Iterable[Group]) -> None:
+    """Raise `ScoreError` where a score says nothing about groups of such kinds."""
+    whole = SCORES[name].needs == "layers"
+    for group in groups:
+        if whole and group.kind != "layer":
+            raise ScoreError(f"score {name} compares whole layers, not {group.kind}: cut layers, with --axes layers")
+        if SCORES[name].needs == "grams" and group.kind == "layer":
+            raise ScoreError(f"score {name} is not for whole layers: use --score block_influence, or cut other axes")
+
+
+def holds(statistics: Statistics, name: str, discovery: Discovery, groups: Sequence[Group]) -> bool:
+    """Whether statistics have all that a score needs for some groups; of the user's own scores, none ever do."""
+    how = SCORES[name]
+    if how.own or name == "random":
+        return name == "random"
+    if how.salience is None:
+        return all(group.name in statistics.units.get(name, {}) for group in groups)
+    sums = statistics.sums.get(name, {})
+    if how.needs == "inputs":
+        return all(
+            any(axis.weight in sums for axis in group.axes) for group in groups if group.kind != "layer"
+        ) and bool(sums)
+    return all(weight in sums for weight in _weights_of(discovery, groups))
+
+
+def _saliences_beside(name: str) -> dict[str, Salience]:
+    """The saliences of a score and of those of ours that need no more than it."""
+    needs = SCORES[name].needs
+    enough = {"second order": ("gradient", "second order"), "grams": ("inputs",), "layers": ()}.get(needs, (needs,))
+    return {
+        key: how.salience if how.signed else _absolute(how.salience)
+        for key, how in SCORES.items()
+        if how.salience is not None and how.needs in enough and (key == name or not how.own)
+    }
+
+
+def _absolute(salience: Salience) -> Salience:
+    return lambda seen: salience(seen).abs()
+
+
+def _weights_of(discovery: Discovery, groups: Sequence[Group]) -> set[str]:
+    wanted = {axis.weight for group in groups for axis in group.axes}
+    if any(group.kind == "layer" for group in groups):
+        wanted |= {weight.name for weight in discovery.weights if weight.layer is not None}
+    return wanted & {weight.name for weight in discovery.weights if weight.parameter}
+
+
+def _units_of(discovery: Discovery, groups: Sequence[Group]) -> UnitsOf:
+    names = {group.name for group in groups}
+    weights = {weight.name: weight for weight in discovery.weights}
+
+    def units_of(name: str, dim: int) -> dict[str, Tensor]:
+        expression = weights[name].dims[dim]
+        reached = dict.fromkeys(v.name for v in variables_in(expression) if v.name in names)
+        return {group: torch.tensor(units_along(expression, group)) for group in reached}
+
+    return units_of
 
 
 def unit_scores(
@@ -211,14 +329,36 @@ def unit_scores(
 ) -> dict[str, Tensor]:
     """Scores by group: float32, one per unit. A layer's axes are all of its weights, whole.
 
-    Raises `ScoreError` for a weight that the statistics lack.
+    Raises `ScoreError` for a weight that the statistics lack, and for a group named of which nothing is known; by
+    default, all groups are scored of which something is.
     """
+    asked = groups is not None
     groups = discovery.groups if groups is None else groups
     if name == "random":
         return {group.name: _random(group, seed) for group in groups}
+    if asked:
+        check_kinds(name, groups)
+    if SCORES[name].salience is None:
+        known_units = statistics.units.get(name, {})
+        axes = {group.name: [*known_units.get(group.name, {}).values()] for group in groups}
+    else:
+        axes = _from_sums(discovery, statistics, groups, name, reduce)
+    for group in groups:
+        if asked and not axes.get(group.name):
+            raise ScoreError(
+                f"score {name} knows nothing of {group.name}: no product with a weight that we follow reads its units. "
+                "Use a score of gradients, for example --score param_second"
+            )
+    return {group.name: REDUCTIONS[reduce](torch.stack(axes[group.name])) for group in groups if axes.get(group.name)}
+
+
+def _from_sums(
+    discovery: Discovery, statistics: Statistics, groups: Sequence[Group], name: str, reduce: str
+) -> dict[str, list[Tensor]]:
+    """For every group, what each of its axes says of its units."""
     units_of = {group.name: group.units for group in groups}
-    sums = statistics.sums[name]
-    signed = SCORES[name].signed
+    sums = statistics.sums.get(name, {})
+    signed, of_inputs = SCORES[name].signed, SCORES[name].needs == "inputs"
     per_axis: dict[str, list[Tensor]] = defaultdict(list)
     layers: dict[int, list[Tensor]] = defaultdict(list)
     for weight in discovery.weights:
@@ -226,10 +366,12 @@ def unit_scores(
             continue
         reached = [dict.fromkeys(v.name for v in variables_in(dim) if v.name in units_of) for dim in weight.dims]
         if weight.name not in sums:
-            if any(reached):
+            if any(reached) and not of_inputs:
                 raise ScoreError(f"there is no gradient for the weight {weight.name}: the loss does not depend on it")
             continue  # a weight that no cut touches may have none
         for dim, (expression, names) in enumerate(zip(weight.dims, reached, strict=True)):
+            if of_inputs and dim != statistics.reads[weight.name] and not (dim == 0 and len(weight.dims) > 2):
+                continue  # these are its outputs
             channels = sums[weight.name][dim].abs() if signed else sums[weight.name][dim]
             for reached_by in names:
                 unit_of = torch.tensor(units_along(expression, reached_by))
@@ -238,12 +380,11 @@ def unit_scores(
                 per_axis[reached_by].append(units.index_add_(0, unit_of[mine], channels[mine]))
         if weight.layer is not None:
             layers[weight.layer].append(sums[weight.name][0].sum().abs())
-    found = {key: REDUCTIONS[reduce](torch.stack(axes)) for key, axes in per_axis.items()}
     for group in groups:
-        if group.kind == "layer":
+        if group.kind == "layer" and layers:
             whole = [REDUCTIONS[reduce](torch.stack(layers[i])[:, None]) for i in range(group.units)]
-            found[group.name] = torch.cat(whole)
-    return {group.name: found[group.name] for group in groups}
+            per_axis[group.name] = [torch.cat(whole)]
+    return per_axis
 
 
 def _random(group: Group, seed: int) -> Tensor:

@@ -1,31 +1,111 @@
 """Calibration tokens -> what the scores need to know of the model on them, a few numbers for each row and column.
 
-A salience gives every element of a weight a number, from the weight W, its gradient G and the mean square A of the
-samples' own gradients. Of these numbers only sums are kept: for every dimension of the weight, the sum over all the
-others. Whatever a score does with units, axes and reductions can be told from them.
+A salience gives every element of a weight a number, from the evidence there is: the weight W, its gradient G and the
+mean square A of the samples' own gradients, or what is known of the features that the weight reads. Of these numbers
+only sums are kept: for every dimension of the weight, the sum over all the others. Whatever a score does with units,
+axes and reductions can be told from them. What takes more than single elements (Gram matrices, whole layers) is
+reduced to units at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
+from secateur import processes
+from secateur.activations import stream_inputs
 from secateur.errors import ScoreError
 from secateur.gradients import Progress as Progress
 from secateur.gradients import stream_gradients
 
-# W, G, A (None where it is not asked for), all float32 -> s, shaped like W.
-Salience = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
 LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
+DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
+
+
+class Evidence:
+    """What a salience may look at: some rows of a weight and what is known of them, float32, to be left unchanged.
+
+    Raises `ScoreError` where the score has not said that it needs what it looks at.
+
+    >>> Evidence(torch.ones(2, 3)).gradient
+    Traceback (most recent call last):
+    secateur.errors.ScoreError: the score looks at the gradient, which it does not ask for: needs="gradient"
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        gradient: Tensor | None = None,
+        squared: Tensor | None = None,
+        moments: Moments | None = None,
+    ) -> None:
+        self.weight = weight
+        self._gradient, self._squared, self._moments = gradient, squared, moments
+
+    @property
+    def gradient(self) -> Tensor:
+        """G: of the mean loss over the samples, shaped like the weight."""
+        if self._gradient is None:
+            raise ScoreError('the score looks at the gradient, which it does not ask for: needs="gradient"')
+        return self._gradient
+
+    @property
+    def squared(self) -> Tensor:
+        """A: the mean over the samples of the square of each one's own gradient, shaped like the weight."""
+        if self._squared is None:
+            raise ScoreError('the score looks at squared gradients, which it does not ask for: needs="second order"')
+        return self._squared
+
+    @property
+    def inputs(self) -> Moments:
+        """Of the features that the weight reads, over all calibration tokens."""
+        if self._moments is None:
+            raise ScoreError('the score looks at the inputs, which it does not ask for: needs="inputs"')
+        return self._moments
+
+    @cached_property
+    def first(self) -> Tensor:
+        """W G, the first-order term of the loss's change."""
+        return self.weight * self.gradient
+
+    @cached_property
+    def second(self) -> Tensor:
+        """W A W, twice the second-order term."""
+        return self.weight * self.squared * self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of each feature over tokens, float32, shaped so that they multiply with the weight that reads it."""
+
+    norm: Tensor  # the square root of the sum of squares
+    mean: Tensor
+    variance: Tensor  # unbiased
+    tokens: Tensor  # how many: fewer for experts that do not get all
+
+    def rows(self, rows: slice) -> Moments:
+        """Those that go with these rows of the weight."""
+        parts = (x[rows] if x.shape[0] > 1 else x for x in (self.norm, self.mean, self.variance, self.tokens))
+        return Moments(*parts)
+
+
+Salience = Callable[[Evidence], Tensor]  # shaped like the weight
+# A weight and its dimension that is read -> group -> the unit of each index (-1 for none).
+UnitsOf = Callable[[str, int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +113,48 @@ class Statistics:
     """Sums of saliences over the elements of every weight, and what they were computed on."""
 
     sums: Mapping[str, Mapping[str, tuple[Tensor, ...]]]  # salience -> weight -> for each dimension, float32
+    units: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)  # score -> group -> axis
+    reads: Mapping[str, int] = field(default_factory=dict)  # weight -> its dimension that meets the inputs
     loss: float | None = None  # mean cross-entropy in nats per token
     samples: int = 0
     tokens: int = 0  # scored tokens
+
+    def joined(self, other: Statistics) -> Statistics:
+        """These and those of another pass over the same tokens; the other's where both have them.
+
+        >>> one = Statistics({"l1": {"v": (torch.ones(1),)}})
+        >>> two = Statistics({"l1": {"w": (torch.ones(2),)}}, loss=2.0)
+        >>> sorted(one.joined(two).sums["l1"]), one.joined(two).loss
+        (['v', 'w'], 2.0)
+        """
+        return Statistics(
+            sums={key: {**self.sums.get(key, {}), **other.sums.get(key, {})} for key in {**self.sums, **other.sums}},
+            units={
+                key: {
+                    group: {**self.units.get(key, {}).get(group, {}), **other.units.get(key, {}).get(group, {})}
+                    for group in {**self.units.get(key, {}), **other.units.get(key, {})}
+                }
+                for key in {**self.units, **other.units}
+            },
+            reads={**self.reads, **other.reads},
+            loss=self.loss if other.loss is None else other.loss,
+            samples=other.samples or self.samples,
+            tokens=other.tokens or self.tokens,
+        )
 
 
 def weight_statistics(weights: Mapping[str, Tensor], saliences: Mapping[str, Salience]) -> Statistics:
     """Sums of saliences that the weights alone decide. Raises `ScoreError` for a weight that is not finite.
 
-    >>> found = weight_statistics({"w": torch.tensor([[1.0, -2.0], [3.0, 4.0]])}, {"l1": lambda w, g, a: w.abs()})
+    >>> weights = {"w": torch.tensor([[1.0, -2.0], [3.0, 4.0]])}
+    >>> found = weight_statistics(weights, {"l1": lambda seen: seen.weight.abs()})
     >>> [sums.tolist() for sums in found.sums["l1"]["w"]]
     [[3.0, 7.0], [4.0, 6.0]]
     """
     gathered = _Gathered(saliences)
     for name, weight in weights.items():
         for rows in _rows(weight):
-            gathered.visit(name, rows, weight[rows].float(), None, None, shape=weight.shape)
+            gathered.add(name, rows, Evidence(weight[rows].float()), weight.shape)
     return Statistics(gathered.finished())
 
 
@@ -60,6 +166,7 @@ def gradient_statistics(
     second_order: bool = False,
     wanted: Sequence[str] | None = None,
     layers: Sequence[str] = (),
+    journal: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """Sums of saliences of the gradients of the mean cross-entropy over the windows (int64, samples x length).
@@ -67,25 +174,27 @@ def gradient_statistics(
     With `second_order`, the saliences get the mean over the samples of the square of each one's gradient (LLM-Pruner,
     arXiv 2305.11627, equation 5: the Hessian's diagonal by the Fisher information). The gradient of the batched mean
     is the mean of the samples' gradients, since all windows are equally long. `layers` names the modules that may be
-    computed again to save memory; `wanted` the parameters (by default, all). Raises `ScoreError` for a loss or a
-    gradient that is not finite, and where all gradients are zero.
+    computed again to save memory; `wanted` the parameters (by default, all). `journal` is a folder in which every
+    layer is kept when it is done: the same call goes on from there. Raises `ScoreError` for a loss or a gradient that
+    is not finite, and where all gradients are zero.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
     >>> model = AutoModelForCausalLM.from_config(config)
-    >>> found = gradient_statistics(model, torch.arange(20).reshape(2, 10), {"first": lambda w, g, a: (w * g).abs()})
+    >>> found = gradient_statistics(model, torch.arange(20).reshape(2, 10), {"first": lambda seen: seen.first.abs()})
     >>> found.samples, found.tokens, [len(sums) for sums in found.sums["first"]["model.decoder.layers.0.fc1.weight"]]
     (2, 18, [24, 12])
     """
     samples, length = windows.shape
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     gathered = _Gathered(saliences)
-    some_gradient = False
+    kept = None if journal is None else _Journal(journal, gathered)
+    some_gradient = kept is not None and bool(kept.finished)
 
     def visit(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
         nonlocal some_gradient
         some_gradient = some_gradient or bool(gradient.any())
-        gathered.visit(name, rows, weight, gradient, squared, shape=shapes[name])
+        gathered.add(name, rows, Evidence(weight, gradient=gradient, squared=squared), shapes[name])
 
     loss = stream_gradients(
         model,
@@ -95,6 +204,7 @@ def gradient_statistics(
         second_order=second_order,
         recomputed=layers,
         memory=_spare_memory(model),
+        journal=kept,
         progress=progress,
     )
     if not some_gradient:
@@ -102,7 +212,64 @@ def gradient_statistics(
             f"all gradients are zero (loss {loss:.4g}): nothing can be told from them. Check the weights and the "
             "calibration text, or use dtype float32 or bfloat16"
         )
-    return Statistics(gathered.finished(), loss, samples, samples * (length - 1))
+    return Statistics(gathered.finished(), loss=loss, samples=samples, tokens=samples * (length - 1))
+
+
+def activation_statistics(
+    model: PreTrainedModel,
+    windows: Tensor,
+    saliences: Mapping[str, Salience],
+    *,
+    wanted: Collection[str] | None = None,
+    gram_units: UnitsOf | None = None,
+    layers: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """What one forward pass over the windows (int64, samples x length) tells, without gradients.
+
+    Sums of saliences of what the weights wanted (by default, all) read. With `gram_units`, the score `obs` of its
+    units, from the Gram matrices X'X of the inputs: what it costs to leave out a unit's inputs when all other weights
+    that read the same features make up for it (optimal brain surgeon, for whole units: ZipLM, arXiv 2302.04089,
+    equation 3); per token, in squares of the output. With `layers` (path -> number), the score `block_influence` of
+    each: 1 - the mean cosine of a token's hidden states before and after it (ShortGPT, arXiv 2403.03853, equation 1).
+    Raises `ScoreError` for inputs that are not finite.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(20).reshape(2, 10)
+    >>> found = activation_statistics(model, windows, {"wanda": lambda seen: seen.weight.abs() * seen.inputs.norm})
+    >>> found.reads["model.decoder.layers.0.fc1.weight"], found.samples
+    (1, 2)
+    """
+    weights = {
+        name: p.detach() for name, p in model.named_parameters() if p.dim() > 1 and (wanted is None or name in wanted)
+    }
+    gathered = _GatheredInputs(model, weights, _Gathered(saliences), gram_units, layers or {})
+    mine = processes.share_of(windows)
+    stream_inputs(model, mine, gathered, wanted=weights, layers=[*(layers or {})], progress=progress)
+    gathered.finish_all()
+    return Statistics(
+        gathered.gathered.finished(), gathered.units, gathered.reads_along, None, len(windows), windows.numel()
+    )
+
+
+def gram_matrices(model: PreTrainedModel, windows: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """X'X of what each of these weights reads, over all tokens of the windows, float64; for a stack, one per matrix.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, name = AutoModelForCausalLM.from_config(config), "model.decoder.layers.0.fc2.weight"
+    >>> gram_matrices(model, torch.arange(20).reshape(2, 10), [name])[name].shape
+    torch.Size([1, 24, 24])
+    """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name in names}
+    gathered = _GatheredInputs(model, weights, _Gathered({}), lambda name, dim: {}, {}, keep_grams=True)
+    stream_inputs(model, processes.share_of(windows), gathered, wanted=weights)
+    gathered.finish_all()
+    return gathered.grams
+
+
+# --- gathering --------------------------------------------------------------------------------------------------------
 
 
 class _Gathered:
@@ -112,26 +279,22 @@ class _Gathered:
         self.saliences = saliences
         self.sums: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in saliences}
 
-    def visit(
-        self,
-        name: str,
-        rows: slice,
-        weight: Tensor,
-        gradient: Tensor | None,
-        squared: Tensor | None,
-        *,
-        shape: Sequence[int],
-    ) -> None:
+    def add(self, name: str, rows: slice, evidence: Evidence, shape: Sequence[int]) -> None:
         """Add what these rows give."""
         for key, salience in self.saliences.items():
-            s = salience(weight, gradient, squared)
+            s = salience(evidence)
+            if s.shape != evidence.weight.shape:
+                raise ScoreError(
+                    f"the score {key} gives {tuple(s.shape)} for {tuple(evidence.weight.shape)} elements of the weight "
+                    f"{name}; expected one number for each"
+                )
             if name not in self.sums[key]:
                 self.sums[key][name] = tuple(torch.zeros(size, device=s.device) for size in shape)
             for dim, total in enumerate(self.sums[key][name]):
                 others = [other for other in range(s.dim()) if other != dim]
                 part = s.sum(others) if others else s
                 if not torch.isfinite(part).all():
-                    raise ScoreError(_not_finite(name, weight, gradient, key))
+                    raise ScoreError(_not_finite(name, evidence, key))
                 if dim == 0:
                     total[rows] += part
                 else:
@@ -145,9 +308,12 @@ class _Gathered:
         }
 
 
-def _not_finite(name: str, weight: Tensor, gradient: Tensor | None, salience: str) -> str:
+def _not_finite(name: str, evidence: Evidence, salience: str) -> str:
     advice = "check the weights, or use dtype float32 or bfloat16"
-    for what, values in (("weight", weight), ("gradient of the weight", gradient)):
+    known = {"weight": evidence.weight, "gradient of the weight": evidence._gradient}
+    if evidence._moments is not None:
+        known["norm of the inputs of the weight"] = evidence._moments.norm
+    for what, values in known.items():
         if values is not None and not torch.isfinite(values).all():
             bad = int((~torch.isfinite(values)).sum())
             return f"the {what} {name} has {bad} values that are NaN or Inf; {advice}"
@@ -168,11 +334,213 @@ def _spare_memory(model: PreTrainedModel) -> int:
     return max(int(weights * SPARE_SHARE), LEAST_MEMORY - weights)
 
 
+class _Features:
+    """Running moments of the features that a weight reads; one row for each matrix of a stack."""
+
+    def __init__(self, matrices: int, features: int, device: torch.device, *, grams: bool) -> None:
+        self.tokens = torch.zeros(matrices, 1, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(matrices, features, dtype=torch.float64, device=device)
+        self.deviations = torch.zeros_like(self.mean)  # sums of squared differences from the mean
+        self.gram = self.mean.new_zeros(matrices, features, features) if grams else None
+
+    def add(self, index: int, x: Tensor) -> None:
+        """Take in inputs, tokens x features (Chan, Golub, LeVeque: updating formulae for sample variances)."""
+        if not len(x):
+            return
+        x = x.float()
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        n, before = len(x), float(self.tokens[index])
+        change = mean.double() - self.mean[index]
+        self.tokens[index] += n
+        self.mean[index] += change * (n / (before + n))
+        self.deviations[index] += variance.double() * n + change.square() * (before * n / (before + n))
+        if self.gram is not None:
+            self.gram[index] += x.t() @ x
+
+    def join(self) -> None:
+        """Put together what all processes have."""
+        if processes.count() == 1:
+            return
+        tokens, total = self.tokens.clone(), self.tokens * self.mean
+        processes.add_up(tokens, total)
+        mean = total / tokens.clamp_min(1)
+        self.deviations += self.tokens * (self.mean - mean).square()
+        processes.add_up(self.deviations, *([] if self.gram is None else [self.gram]))
+        self.tokens, self.mean = tokens, mean
+
+    def moments(self, weight: Tensor, dim: int) -> Moments:
+        """Shaped for a weight that reads the features along `dim`."""
+        shape = [1] * weight.dim()
+        shape[dim] = weight.shape[dim]
+        if len(self.mean) > 1 or weight.dim() > 2:
+            shape[0] = len(self.mean)
+        squares = self.deviations + self.tokens * self.mean.square()
+        return Moments(
+            norm=squares.sqrt().float().reshape(shape),
+            mean=self.mean.float().reshape(shape),
+            variance=(self.deviations / (self.tokens - 1).clamp_min(1)).float().reshape(shape),
+            tokens=self.tokens.float().reshape([len(self.tokens), *[1] * (weight.dim() - 1)]),
+        )
+
+
+class _GatheredInputs:
+    """Looks at a forward pass and reduces what it sees to sums and units, layer by layer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: Mapping[str, Tensor],
+        gathered: _Gathered,
+        gram_units: UnitsOf | None,
+        layers: Mapping[str, int],
+        *,
+        keep_grams: bool = False,
+    ) -> None:
+        self.weights, self.gathered, self.gram_units, self.layers = weights, gathered, gram_units, layers
+        self.keep_grams = keep_grams
+        names: dict[int, int] = defaultdict(int)
+        for _, parameter in model.named_parameters(remove_duplicate=False):
+            names[id(parameter)] += 1
+        self.shared = {name for name, parameter in model.named_parameters() if names[id(parameter)] > 1}
+        self.features: dict[str, _Features] = {}
+        self.reads_along: dict[str, int] = {}
+        self.units: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+        self.grams: dict[str, Tensor] = {}
+        self.cosines = torch.zeros(2, max(layers.values(), default=-1) + 1, dtype=torch.float64)  # sum, tokens
+
+    def reads(self, weight: str, dim: int, index: int | None, inputs: Tensor) -> None:
+        """Take in what a weight reads."""
+        if weight not in self.features:
+            matrices = 1 if index is None else self.weights[weight].shape[0]
+            grams = self.gram_units is not None
+            self.features[weight] = _Features(matrices, inputs.shape[-1], inputs.device, grams=grams)
+            self.reads_along[weight] = dim
+        self.features[weight].add(index or 0, inputs)
+
+    def passed(self, layer: str, before: Tensor, after: Tensor) -> None:
+        """Take in what a layer does, and finish its weights."""
+        if layer in self.layers:
+            cosine = functional.cosine_similarity(before.float(), after.float().to(before.device), dim=-1)
+            self.cosines[0, self.layers[layer]] += cosine.double().sum().cpu()
+            self.cosines[1, self.layers[layer]] += cosine.numel()
+        self._finish(name for name in self.weights if name.startswith(f"{layer}.") and name not in self.shared)
+
+    def finish_all(self) -> None:
+        """Finish what is left."""
+        self._finish(self.weights)
+        if self.layers:
+            processes.add_up(self.cosines)
+            total, tokens = self.cosines
+            if tokens.all():
+                self.units["block_influence"]["layers"]["hidden"] = (1 - total / tokens).float()
+
+    def _finish(self, names: Collection[str] | Iterator[str]) -> None:
+        for name in sorted(names):
+            features = self.features.pop(name, None)
+            weight = self.weights[name]
+            if processes.count() > 1:
+                # A process may have seen none of what an expert reads.
+                matrices = processes.largest(0 if features is None else len(features.mean))
+                dim = processes.largest(self.reads_along.get(name, -1))
+                if features is None and matrices:
+                    features = _Features(matrices, weight.shape[dim], weight.device, grams=self.gram_units is not None)
+                    self.reads_along[name] = dim
+            if features is not None:
+                features.join()
+                self._reduce(name, weight, features)
+
+    def _reduce(self, name: str, weight: Tensor, features: _Features) -> None:
+        dim = self.reads_along[name]
+        moments = features.moments(weight, dim)
+        for rows in _rows(weight):
+            evidence = Evidence(weight[rows].float(), moments=moments.rows(rows))
+            self.gathered.add(name, rows, evidence, weight.shape)
+        if self.gram_units is None or features.gram is None:
+            return
+        if self.keep_grams:
+            self.grams[name] = features.gram.cpu()
+        for group, unit_of in self.gram_units(name, dim).items():
+            self.units["obs"][group][name] = _surgeon(weight, features, dim, unit_of).float().cpu()
+
+
+def _surgeon(weight: Tensor, features: _Features, dim: int, unit_of: Tensor) -> Tensor:
+    """The optimal brain surgeon's cost of each unit: the sum over rows of w_u ((H^-1)_uu)^-1 w_u', H = X'X / tokens."""
+    assert features.gram is not None
+    units = int(unit_of.max()) + 1
+    total = torch.zeros(units, dtype=torch.float64, device=weight.device)
+    places = [torch.nonzero(unit_of == unit).flatten().to(weight.device) for unit in range(units)]
+    for i, gram in enumerate(features.gram):
+        matrix = (weight[i] if weight.dim() > 2 else weight).double()
+        along = dim - (weight.dim() - matrix.dim())
+        w = matrix if along == 1 else matrix.t()  # rows x features
+        tokens = float(features.tokens[i])
+        if not tokens:
+            continue  # an expert that no token was sent to
+        hessian = gram / tokens
+        hessian.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp_min(1e-12))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        if all(len(place) == 1 for place in places):
+            at = torch.cat(places)
+            total += w[:, at].square().sum(0) / inverse.diagonal()[at]
+            continue
+        for unit, place in enumerate(places):
+            if len(place):
+                mine = w[:, place]
+                total[unit] += (mine.t() * torch.linalg.solve(inverse[place][:, place], mine.t())).sum()
+    return total
+
+
+class _Journal:
+    """Layers of a pass that are done, one file each: what goes on to the next, and the sums of its weights."""
+
+    def __init__(self, folder: Path, gathered: _Gathered) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.gathered = folder, gathered
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                found: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
+                for key in list(file.keys()):
+                    if key.startswith("sums/"):
+                        _, salience, dim, name = key.split("/", 3)
+                        found[salience, name][int(dim)] = file.get_tensor(key).clone()
+            for (salience, name), dims in found.items():
+                gathered.sums[salience][name] = tuple(dims[i] for i in range(len(dims)))
+        self.finished: set[str] = {name for by_weight in gathered.sums.values() for name in by_weight}
+
+    def read(self, key: str) -> tuple[list[Tensor], str] | None:
+        """The tensors written under a key, and what was said of them."""
+        path = self._path(key)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            about: str = (file.metadata() or {})["about"]
+            count = sum(name.startswith("given/") for name in list(file.keys()))
+            return [file.get_tensor(f"given/{i}") for i in range(count)], about
+
+    def write(self, key: str, tensors: Sequence[Tensor], about: str) -> None:
+        """Write the tensors and all sums that are new, whole or not at all."""
+        new = {
+            f"sums/{salience}/{dim}/{name}": sums.contiguous()
+            for salience, by_weight in self.gathered.sums.items()
+            for name, dims in by_weight.items()
+            if name not in self.finished
+            for dim, sums in enumerate(dims)
+        }
+        given = {f"given/{i}": tensor.detach().contiguous() for i, tensor in enumerate(tensors)}
+        _write_whole(self._path(key), {**new, **given}, {"about": about})
+        self.finished |= {name for by_weight in self.gathered.sums.values() for name in by_weight}
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key.replace('/', '-')}.safetensors"
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_statistics(path: Path, statistics: Statistics) -> None:
+def write_statistics(path: Path, statistics: Statistics, *, about: str = "") -> None:
     """Write statistics as one safetensors file, whole or not at all; `read_statistics` reads it back.
+
+    `about` says what they are of, for whoever reads them.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -183,34 +551,68 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
     (1.5, [[1.0, 1.0], [0.0, 0.0, 0.0]])
     """
     tensors = {
-        f"{key}/{dim}/{name}": sums.contiguous()
+        f"sums/{key}/{dim}/{name}": sums.contiguous()
         for key, by_weight in statistics.sums.items()
         for name, dims in by_weight.items()
         for dim, sums in enumerate(dims)
     }
-    about = {
+    tensors |= {
+        f"units/{key}/{group}/{axis}": values.contiguous()
+        for key, by_group in statistics.units.items()
+        for group, by_axis in by_group.items()
+        for axis, values in by_axis.items()
+    }
+    told = {
+        "about": about,
+        "reads": dict(statistics.reads),
         "loss": statistics.loss,
         "samples": statistics.samples,
         "tokens": statistics.tokens,
     }
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(tensors, temporary, metadata={"secateur": json.dumps(about)})
-    temporary.replace(path)
+    _write_whole(path, tensors, {"secateur": json.dumps(told)})
 
 
-def read_statistics(path: Path) -> Statistics:
-    """Read what `write_statistics` wrote. Raises `ScoreError` when the file is missing or not of statistics."""
+def read_statistics(path: Path, *, about: str = "") -> Statistics:
+    """Read what `write_statistics` wrote.
+
+    Raises `ScoreError` when the file is missing, not of statistics, or of others than `about` says.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["secateur"])
-            found: dict[str, dict[str, dict[int, Tensor]]] = {}
+            told = json.loads((file.metadata() or {})["secateur"])
+            if told["about"] != about:
+                raise ScoreError(f"{path} holds statistics of another model or calibration")
+            found: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+            units: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
             for key in sorted(file.keys()):
-                salience, dim, name = key.split("/", 2)
-                found.setdefault(salience, {}).setdefault(name, {})[int(dim)] = file.get_tensor(key)
-            sums = {
-                salience: {name: tuple(dims[i] for i in range(len(dims))) for name, dims in by_weight.items()}
-                for salience, by_weight in found.items()
-            }
-            return Statistics(sums, about["loss"], about["samples"], about["tokens"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+                what, score, at, name = key.split("/", 3)
+                if what == "sums":
+                    found[score][name][int(at)] = file.get_tensor(key)
+                else:
+                    units[score][at][name] = file.get_tensor(key)
+        sums = {
+            score: {name: tuple(dims[i] for i in range(len(dims))) for name, dims in by_weight.items()}
+            for score, by_weight in found.items()
+        }
+        return Statistics(
+            sums=sums,
+            units={score: {group: dict(axes) for group, axes in groups.items()} for score, groups in units.items()},
+            reads=dict(told["reads"]),
+            loss=told["loss"],
+            samples=told["samples"],
+            tokens=told["tokens"],
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ScoreError(f"{path} holds no statistics ({error}); expected what write_statistics writes") from error
+
+
+def _write_whole(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file beside its name, flush it, and give it its name."""
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(dict(tensors), temporary, metadata=about)
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
