@@ -55,7 +55,7 @@ def found_scores(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
 
 
 def test_wanda(model: PreTrainedModel) -> None:
-    """sum |W_ij| ||X_j|| over the rows of what reads the units, and over a head's columns."""
+    """Sum |W_ij| ||X_j|| over the rows of what reads the units, and over a head's columns."""
     x, found = seen_by_hooks(model), found_scores(model, "wanda")
     down, out = (model.get_parameter(n).detach().double() for n in (DOWN, OUT))
     torch.testing.assert_close(

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur import processes
 from secateur.errors import ScoreError
-from secateur.probe import Remembered, entrance, per_sample, probe, replaced_forward, two_samples
+from secateur.probe import entrance, per_sample, probe, replaced_forward
 
 Progress = Callable[[int, int], None]
 # Name of a weight, its rows (along dimension 0), and of these rows, all float32: the weight W, its gradient G of the
@@ -135,7 +135,7 @@ class _Pass:
         self.windows = processes.share_of(windows)
         self.samples, self.length = self.windows.shape  # of this process
         self.all_samples = len(windows)
-        self.progress, self.recomputed, self.memory = progress, tuple(recomputed), memory
+        self.progress, self.layers, self.memory = progress, tuple(recomputed), memory
         self.parameters = {n: p for n, p in model.named_parameters() if n in wanted}
         self.name_of = {id(parameter): name for name, parameter in self.parameters.items()}
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
@@ -148,17 +148,24 @@ class _Pass:
         self.done = 0
         self.visited: set[str] = set()
         self.numbered = 0  # calls of modules that are computed again, so far
-        self.remembered: Remembered | None = None  # while it is measured
 
     def run(self) -> float:
         """Probe, pass forward and backward, and visit."""
-        self.layout = probe(
-            self.model, self.windows, self.parameters, second_order=self.second_order, recomputed=self.recomputed
-        )
-        self.calls = Counter(self.layout.calls)
         before = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         with ExitStack() as stack, torch.enable_grad():
             stack.callback(self._restore, before)
+            first = id(self.model.get_input_embeddings().weight)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in self.name_of or id(parameter) == first)
+            self.layout = probe(
+                self.model,
+                self.windows,
+                self.parameters,
+                second_order=self.second_order,
+                layers=self.layers,
+                memory=self.memory,
+            )
+            self.calls = Counter(self.layout.calls)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
             for name in self.layout.by_autograd:
@@ -170,7 +177,6 @@ class _Pass:
                 if names:
                     take = self._take_lookup if isinstance(module, nn.Embedding) else self._take_product
                     stack.callback(module.register_forward_hook(take(module, names)).remove)
-            self.recomputed = self._too_large()
             for path, module in self.model.named_modules():
                 chunk = self._chunk_of(path)
                 if chunk is not None:
@@ -196,25 +202,9 @@ class _Pass:
         """How many samples at once a module is computed again with; None where it is remembered."""
         if path in self.layout.one_by_one:
             return 1
-        if path in self.recomputed:
+        if path in self.layout.recomputed:
             return max(1, RECOMPUTED_TOKENS // self.length) if path in self.layout.alone else self.samples
         return None
-
-    def _too_large(self) -> tuple[str, ...]:
-        """The layers that do not fit into the memory; the last ones are remembered, since they are needed first."""
-        if not self.memory or not self.recomputed:
-            return self.recomputed
-        self.remembered = Remembered(self.recomputed, self.windows)
-        with self.remembered.watching(self.model):
-            self.model(input_ids=two_samples(self.windows).to(entrance(self.model)), use_cache=False)
-        left, kept = self.memory, len(self.recomputed)
-        for path in reversed(self.recomputed):
-            left -= self.remembered.bytes[path]
-            if left < 0:
-                break
-            kept -= 1
-        self.remembered = None
-        return self.recomputed[:kept]
 
     # --- the passes -------------------------------------------------------------------------------------------------
 
@@ -283,7 +273,7 @@ class _Pass:
                 return forward(*args, **kwargs)
             given, tensors = _Structure.of((args, kwargs))
             number = None
-            if self.depth == 0 and self.journal is not None and path in self.recomputed:
+            if self.depth == 0 and self.journal is not None and path in self.layout.recomputed:
                 number, self.numbered = self.numbered, self.numbered + 1
             call = _Call(self, path, forward, given, chunk, self.first, self.piece, number)
             # With nothing before it that asks for a gradient, autograd would not come back here.
@@ -327,8 +317,6 @@ class _Pass:
             if not output.requires_grad:
                 output = changed = output.detach().requires_grad_(True)
             held, first, count = [args[0].detach()], self.first, self.piece
-            if self.remembered is not None:
-                self.remembered.note(held[0])
 
             def take(gradient: Tensor) -> None:
                 x = held.pop()  # autograd keeps this function to the end of the pass

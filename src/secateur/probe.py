@@ -81,6 +81,7 @@ class Layout:
     calls: Mapping[str, int]  # how often modules that are computed again are called in one pass
     one_by_one: frozenset[str]  # of these, those computed again sample by sample, because of such parameters
     alone: frozenset[str]  # modules that treat samples one by one
+    recomputed: tuple[str, ...]  # layers that are computed again because they remember too much
     whole: bool  # a parameter has no such module around it: the whole model goes sample by sample
     tail: Tail | None
 
@@ -127,6 +128,16 @@ class Remembered:
             self.bytes[self.layer] += int(tensor.untyped_storage().nbytes() * scale)
         return tensor
 
+    def too_large(self, layers: Sequence[str], memory: int) -> tuple[str, ...]:
+        """The layers that do not fit into the memory; the last ones are remembered, since they are needed first."""
+        kept = len(layers)
+        for path in reversed(layers) if memory else ():
+            memory -= self.bytes[path]
+            if memory < 0:
+                break
+            kept -= 1
+        return tuple(layers[:kept])
+
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """While open, what the layers remember is counted."""
@@ -164,9 +175,14 @@ def probe(
     parameters: Mapping[str, Tensor],
     *,
     second_order: bool,
-    recomputed: Sequence[str],
+    layers: Sequence[str],
+    memory: int,
 ) -> Layout:
-    """Pass two short samples through the model, and look at who does what."""
+    """Pass two short samples through the model, and look at who does what.
+
+    Of the layers, the last ones are to be remembered whose activations fit into `memory` bytes; the others are to be
+    computed again. The parameters must ask for gradients where the pass will.
+    """
     ids = two_samples(windows).to(entrance(model))
     rows, tokens = ids.shape
     name_of = {id(parameter): name for name, parameter in parameters.items()}
@@ -198,7 +214,13 @@ def probe(
                 factored.update(own)
                 stack.callback(module.register_forward_hook(look).remove)
         uses = stack.enter_context(_Uses(name_of))
-        logits = model(input_ids=ids, use_cache=False).logits
+        base = _BaseOutput(model)
+        stack.enter_context(base.kept())
+        remembered = Remembered(layers if memory else (), windows)
+        stack.enter_context(remembered.watching(model))
+        stack.enter_context(torch.set_grad_enabled(bool(memory and layers)))
+        logits = model(input_ids=ids, use_cache=False).logits.detach()
+    recomputed = remembered.too_large(layers, memory)
     by_autograd = {name for name in parameters if name not in factored or uses.found[name] != calls[name]}
     used = {_alike(name) for name in parameters if uses.found[name]}
     uncertain = odd | {name for name in parameters if not uses.found[name] and _alike(name) in used}
@@ -220,7 +242,8 @@ def probe(
         one_by_one=frozenset(one_by_one),
         alone=frozenset(alone),
         whole=None in nearest.values(),
-        tail=split_before_head(model, ids, logits),
+        recomputed=recomputed,
+        tail=_split(base, ids, logits),
     )
 
 
@@ -302,20 +325,50 @@ def _treats_alone(module: nn.Module, args: Any, kwargs: Any, output: Any, sample
     )
 
 
+class _BaseOutput:
+    """Keeps what the base model gives, if the model has one and an output head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        base = getattr(model, model.base_model_prefix, None)
+        usable = isinstance(base, nn.Module) and base is not model and model.get_output_embeddings() is not None
+        self.tail = Tail(model, base) if usable and isinstance(base, nn.Module) else None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While open, it is kept."""
+        if self.tail is None:
+            yield
+            return
+        given = self.tail.given
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            given[:] = [output]
+
+        handle = self.tail.base.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
 @torch.no_grad()
-def split_before_head(model: PreTrainedModel, ids: Tensor, logits: Tensor | None = None) -> Tail | None:
+def split_before_head(model: PreTrainedModel, ids: Tensor) -> Tail | None:
     """What comes after the base model, where the model can be split there: tried with these ids (samples x length)."""
-    base = getattr(model, model.base_model_prefix, None)
-    if not isinstance(base, nn.Module) or base is model or model.get_output_embeddings() is None:
-        return None
-    tail = Tail(model, base)
-    if logits is None:
+    base = _BaseOutput(model)
+    with base.kept():
         logits = model(input_ids=ids, use_cache=False).logits
+    return _split(base, ids, logits)
+
+
+def _split(base: _BaseOutput, ids: Tensor, logits: Tensor) -> Tail | None:
+    tail = base.tail
+    if tail is None or not tail.given:
+        return None
     try:
-        hidden = tail.hidden(ids)
+        hidden = tail.given[0][0].detach()
         again, other = tail.logits(hidden, ids), tail.logits(torch.zeros_like(hidden), ids)
     except Exception as error:  # code that is given less than it expects may fail in any way
-        logger.debug("%s cannot be split before its head: %s", type(model).__name__, error)
+        logger.debug("%s cannot be split before its head: %s", type(tail.model).__name__, error)
         return None
     same = again.shape == logits.shape and torch.allclose(again.float(), logits.float(), rtol=1e-3, atol=1e-4)
     return tail if same and not torch.equal(other, again) else None  # some models call a part of their base model
