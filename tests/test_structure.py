@@ -41,6 +41,7 @@ ORDER = [
     "checkpoint",
     "evaluate",
     "profile",
+    "work",
     "run",
     "demo",
     "anatomy",

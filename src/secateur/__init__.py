@@ -31,7 +31,8 @@ from secateur.models import load, load_tokenizer
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
-from secateur.scores import Scores, score
+from secateur.scores import Scores, register_score, score
+from secateur.statistics import Evidence, Statistics
 
 __all__ = [
     "CalibrationOptions",
@@ -40,6 +41,7 @@ __all__ = [
     "DataError",
     "Discovery",
     "DiscoveryError",
+    "Evidence",
     "ModelError",
     "Perplexity",
     "Plan",
@@ -48,6 +50,7 @@ __all__ = [
     "ScoreError",
     "Scores",
     "SecateurError",
+    "Statistics",
     "discover",
     "evaluate",
     "load",
@@ -55,6 +58,7 @@ __all__ = [
     "plan",
     "profile",
     "prune",
+    "register_score",
     "save",
     "score",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import sys
 import traceback
@@ -29,19 +30,20 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from typer.core import TyperCommand
 
-from secateur import __version__
+from secateur import __version__, processes
 from secateur.anatomy import reach_as_json
 from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, write_json
 from secateur.demo import TEXT, demonstrate
-from secateur.errors import DataError, PlanError, SecateurError
+from secateur.errors import DataError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.models import DEMO, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile
 from secateur.prune import prune
 from secateur.run import LoadOptions, plan_model, prune_model
+from secateur.scores import SCORES
 from secateur.tables import binary, demo_tables, discovery_tables, perplexity_tables, plan_tables, profile_tables
 
 app = typer.Typer(
@@ -97,9 +99,19 @@ ScoreName = Annotated[
     str | None,
     typer.Option(
         "--score",
-        help="param_first, param_second, param_mix, vectorize, l1, l2 or random.",
+        help=f"{', '.join(SCORES)}; or one of yours (--own-scores).",
         show_default=False,
     ),
+]
+OwnScores = Annotated[
+    Path | None,
+    typer.Option(
+        "--own-scores", metavar="FILE.py", help="Run this file of yours, which registers scores.", show_default=False
+    ),
+]
+RunFolderOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="FOLDER", help="Keep statistics here, for other plans.", show_default=False),
 ]
 Reduce = Annotated[
     str | None,
@@ -129,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; errors are one line on stderr."""
+    processes.join()
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - to the end of this process
     command = typer.main.get_command(app)
     line = shlex.join(["secateur", *arguments])
     try:
@@ -222,6 +237,7 @@ def plan_command(
     strategy: Strategy = None,
     layers: Layers = None,
     score: ScoreName = None,
+    own_scores: OwnScores = None,
     reduce: Reduce = None,
     round_to: RoundTo = None,
     calibration: CalibrationText = DEMO,
@@ -229,6 +245,7 @@ def plan_command(
     length: Length = None,
     column: Column = COLUMN,
     chat: Chat = False,
+    run_folder: RunFolderOption = None,
     sizes_only: Annotated[bool, typer.Option("--sizes-only", help="Do not score: say how many, not which.")] = False,
     quiet: Quiet = False,
     json_file: Json = None,
@@ -242,6 +259,7 @@ def plan_command(
     A config without weights is enough for the sizes; with weights, the plan says which units stay.
     """
     _check_files(json_file, out)
+    _run_own(own_scores)
     planned = plan_model(
         model,
         preset=preset,
@@ -251,11 +269,11 @@ def plan_command(
         ),
         loading=LoadOptions(dtype, device, trust_remote_code),
         sizes_only=sizes_only,
+        run=run_folder,
         watch=_watch(quiet=quiet),
     )
     _finish(planned.to_json(), json_file)
-    if out is not None:
-        write_json(out, planned.to_json())
+    _finish(planned.to_json(), out)
     if not quiet:
         _print(plan_tables(planned))
 
@@ -276,6 +294,7 @@ def prune_command(
     strategy: Strategy = None,
     layers: Layers = None,
     score: ScoreName = None,
+    own_scores: OwnScores = None,
     reduce: Reduce = None,
     round_to: RoundTo = None,
     calibration: CalibrationText = DEMO,
@@ -283,6 +302,7 @@ def prune_command(
     length: Length = None,
     column: Column = COLUMN,
     chat: Chat = False,
+    run_folder: RunFolderOption = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run has kept.")] = False,
     quiet: Quiet = False,
@@ -298,6 +318,7 @@ def prune_command(
     weights.
     """
     _check_files(json_file, made=out)
+    _run_own(own_scores)
     if plan_file is not None:
         _check_alone(context, plan_file)
     pruned = prune_model(
@@ -312,6 +333,7 @@ def prune_command(
         loading=LoadOptions(dtype, device, trust_remote_code),
         overwrite=overwrite,
         resume=resume,
+        run=run_folder,
         command=context.obj,
         watch=_watch(quiet=quiet),
         announce=None if quiet else lambda sizes: _print(plan_tables(sizes)),
@@ -541,8 +563,25 @@ def _check_models(models: Sequence[str], *, trust_remote_code: bool) -> None:
 
 
 def _finish(result: Any, file: Path | None) -> None:
-    if file is not None:
+    if file is not None and processes.is_first():
         write_json(file, result)
+
+
+def _run_own(file: Path | None) -> None:
+    """Run a file of the user's, which registers scores."""
+    if file is None:
+        return
+    if not file.is_file():
+        raise ScoreError(f"--own-scores {file}: no such file; it is to be a Python file that registers scores")
+    before = set(SCORES)
+    try:
+        runpy.run_path(str(file))
+    except SecateurError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise ScoreError(f"--own-scores {file}: {type(error).__name__}: {error}") from error
+    if set(SCORES) == before:
+        raise ScoreError(f"--own-scores {file}: it registers no score; decorate a function with register_score")
 
 
 # --- printing ---------------------------------------------------------------------------------------------------
@@ -575,7 +614,7 @@ def _watch(*, quiet: bool) -> Callable[[str], Any]:
 
     @contextmanager
     def watch(stage: str) -> Iterator[Callable[[int, int], None] | None]:
-        if quiet or not sys.stderr.isatty():
+        if quiet or not sys.stderr.isatty() or not processes.is_first():
             yield None
             return
         bar = Progress(

@@ -76,6 +76,15 @@ class Source:
     path: Path | None  # None when the hub has it
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a model: see `load`."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
 def resolve(model: str) -> Source:
     """Find what a MODEL argument means, without reading any of it.
 
@@ -461,7 +470,8 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _device(device: str) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        of_this_process = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", of_this_process) if torch.cuda.is_available() else torch.device("cpu")
     expected = 'Expected auto, cpu, cuda or cuda:N: load("demo", device="auto").'
     try:
         target = torch.device(device)

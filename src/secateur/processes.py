@@ -73,13 +73,11 @@ def largest(number: int) -> int:
     return int(found)
 
 
-def from_first(value: Any) -> Any:
-    """The first process's value, in every process."""
-    if count() == 1:
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box)
-    return box[0]
+def from_first(tensor: Tensor) -> Tensor:
+    """The first process's tensor, in every process; all have one of the same shape."""
+    if count() > 1:
+        distributed.broadcast(tensor, src=0)
+    return tensor
 
 
 def wait() -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +18,22 @@ from secateur.attributes import attributes_after, set_attributes_in_place
 from secateur.axes import discover
 from secateur.axes.algebra import kept_along
 from secateur.axes.groups import Discovery, names_left
-from secateur.errors import PlanError
+from secateur.errors import CheckpointError, PlanError
 from secateur.models import quiet, runs_remote_code
 from secateur.plan import Plan
 from secateur.settings import Cut, renamed, with_settings
 
 
-def prune(model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = None) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = None, room: Path | None = None
+) -> PreTrainedModel:
     """A smaller model of the same class, in eval mode; the dense model is left as it is.
 
     A plan that a stock config can say gives a model built from that config. Any other is cut in place of the
     modules, with the attributes that depend on the sizes found (see `attributes`); such a model runs, but has no stock
-    folder. Weights that no cut touches are shared with the dense model. Raises `PlanError` when the plan does not
-    say which units stay, or is of another model.
+    folder. Weights that no cut touches are shared with the dense model. `room` is a folder on a disk with space for the
+    cut weights: they then lie in a file there, which goes with the model, instead of in memory. Raises `PlanError` when
+    the plan does not say which units stay, or is of another model, and `CheckpointError` when the room is too small.
 
     >>> from secateur.plan import CutOptions, plan
     >>> from secateur.scores import score
@@ -40,7 +48,8 @@ def prune(model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = N
     """
     discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
-    weights = cut_weights(dict(model.named_parameters()) | dict(model.named_buffers()), plan, discovery)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    weights = cut_weights(tensors, plan, discovery, room=room if model.device.type == "cpu" else None)
     if plan.settings is not None:
         pruned = _from_config(
             model, with_settings(model.config, plan.settings), weights, _tied_after(discovery, plan.cut)
@@ -73,22 +82,77 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
             )
 
 
-def cut_weights(tensors: Mapping[str, Tensor], plan: Plan, discovery: Discovery) -> dict[str, Tensor]:
+def cut_weights(
+    tensors: Mapping[str, Tensor], plan: Plan, discovery: Discovery, *, room: Path | None = None
+) -> dict[str, Tensor]:
     """The weights of the smaller model by their new names; a weight that is not cut is the same tensor."""
     keep: dict[str, Sequence[int]] = {g.name: g.keep or () for g in plan.groups if g.kind != "layer"}
     cut = plan.cut
-    found = {}
+    found: dict[str, Tensor] = {}
+    cuts: dict[str, tuple[Tensor, dict[int, Tensor]]] = {}  # name -> weight and the indices kept along its dimensions
     for weight in discovery.weights:
         names = names_left(weight, discovery, cut.dropped_layers)
         if not names:
             continue
-        tensor = tensors[weight.name].detach()
+        tensor, indices = tensors[weight.name].detach(), {}
         for dim, expression in enumerate(weight.dims):
-            indices = kept_along(expression, keep)
-            if len(indices) < expression.size:
-                tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
-        found[renamed(names[0], discovery, cut)] = tensor
+            kept = kept_along(expression, keep)
+            if len(kept) < expression.size:
+                indices[dim] = torch.tensor(kept, device=tensor.device)
+        name = renamed(names[0], discovery, cut)
+        found[name] = tensor  # in the order of the dense model
+        if indices:
+            cuts[name] = tensor, indices
+    sizes = {
+        name: [len(indices.get(d, range(size))) for d, size in enumerate(tensor.shape)]
+        for name, (tensor, indices) in cuts.items()
+    }
+    space = None
+    if room is not None:
+        space = _Space(room, sum(_Space.needed(sizes[name], cuts[name][0].dtype) for name in cuts))
+    for name, (tensor, indices) in cuts.items():
+        *before, last = indices.items()
+        for dim, kept_indices in before:
+            tensor = tensor.index_select(dim, kept_indices)
+        target = None if space is None else space.empty(sizes[name], tensor.dtype)
+        found[name] = torch.index_select(tensor, *last, out=target)
     return found
+
+
+class _Space:
+    """Room for tensors in a file without a name: its pages can leave the memory, and it ends with its tensors."""
+
+    ALIGNED = 64
+
+    def __init__(self, folder: Path, size: int) -> None:
+        try:
+            descriptor, path = tempfile.mkstemp(dir=folder, prefix=".cut.")
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, max(size, 1))  # a full disk is an error now, not a crash later
+                else:
+                    os.ftruncate(descriptor, max(size, 1))
+                self.storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=max(size, 1))
+            finally:
+                os.close(descriptor)
+                Path(path).unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} has no room for the {size / 2**30:.1f} GiB of the cut weights: {error.strerror or error}"
+            ) from error
+        self.used = 0
+
+    @classmethod
+    def needed(cls, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes that a tensor takes."""
+        return -(-math.prod(shape) * dtype.itemsize // cls.ALIGNED) * cls.ALIGNED
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The next tensor."""
+        steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        tensor: Tensor = torch.empty(0, dtype=dtype).set_(self.storage, self.used // dtype.itemsize, list(shape), steps)
+        self.used += self.needed(shape, dtype)
+        return tensor
 
 
 def _tied_after(discovery: Discovery, cut: Cut) -> dict[str, str]:

@@ -1,53 +1,48 @@
 """MODEL -> plan or pruned folder, stage by stage; what a stage made is kept, so that a killed run can go on.
 
-While `prune` works, its values lie in a folder beside the output (`.OUT.secateur`): the scores, once they are made,
-and a key that says for what. The same command with resume reads them; one that succeeds, or fails for a reason
-that a repetition would meet again, removes them.
-
-Everything that can be refused is refused before the first weight is read.
+Everything that can be refused is refused before the first weight is read. Started as several processes (by `accelerate
+launch`), all of them score, each its share of the samples, and the first cuts and writes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur import __version__
+from secateur import processes
 from secateur.axes import Discovery, count_parameters, discover
-from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions
-from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, unwritable, write_json
-from secateur.errors import CheckpointError, ModelError, PlanError, ScoreError, SecateurError
+from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, self_written
+from secateur.checkpoint import check_stock, check_vacant, make_record, save
+from secateur.errors import CheckpointError, ModelError, PlanError
+from secateur.models import LoadOptions as LoadOptions
 from secateur.models import check_finite, has_weights, load, load_config, load_tokenizer, resolve
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
-from secateur.scores import SCORES, Scores, read_scores, score, write_scores
+from secateur.scores import SCORES, Scores, holds, scores_from, statistics_for
 from secateur.settings import stock_settings
 from secateur.statistics import Progress
+from secateur.work import (
+    PASS_FOLDER,
+    RunFolder,
+    keep_scores,
+    keep_windows,
+    kept_scores,
+    kept_windows,
+    run_key,
+    work_folder,
+)
 
-SCORES_FILE = "scores.safetensors"
+JOURNAL_FROM = 2**30  # bytes of weights: from here on, every layer that has been scored is kept for a run that goes on
+IN_MEMORY = 0.25  # of the memory that is free: a model that takes more is cut into a file
 Watch = Callable[[str], AbstractContextManager[Progress | None]]  # a stage's name -> its progress bar
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How to load a model: see `models.load`."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +90,15 @@ def plan_model(
     calibration: CalibrationOptions | None = None,
     loading: LoadOptions | None = None,
     sizes_only: bool = False,
+    run: str | Path | None = None,
     watch: Watch | None = None,
 ) -> Plan:
     """Plan a cut of a MODEL argument; sizes only, if asked or where there are no weights to score.
 
-    Raises `SecateurError`.
+    `run` is a folder that keeps the statistics: where it has those of the same model and calibration, the model is not
+    loaded. Raises `SecateurError`.
     """
+    processes.join()
     loading = loading or LoadOptions()
     clock = Clock(watch) if watch else Clock()
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
@@ -113,9 +111,13 @@ def plan_model(
     _check_unpacked(model, config)
     calibration = calibration or CalibrationOptions()
     windows = _windows(model, config, options, calibration, loading)
-    with clock.stage("load"):
-        loaded = _load(model, loading)
-    scores = _scores(loaded, discovery, options, calibration, windows, clock)
+
+    def loaded_now() -> PreTrainedModel:
+        with clock.stage("load"):
+            return _load(model, loading)
+
+    folder = None if run is None else RunFolder(Path(run), model, calibration, loading)
+    scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder)
     return plan(discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code)
 
 
@@ -130,15 +132,18 @@ def prune_model(
     loading: LoadOptions | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    run: str | Path | None = None,
     command: str | None = None,
     watch: Watch | None = None,
     announce: Callable[[Plan], None] | None = None,
 ) -> Pruned:
     """Discover, score, plan, cut and save a MODEL argument; `given` is a plan made before, instead of options.
 
-    With `resume`, the scores of a run that was killed are used if they were made for the very same. `announce` is
-    called with the sizes that the cut will leave, when all is read and before it is scored. Raises `SecateurError`.
+    With `resume`, what a run that was killed has kept is used if it was made for the very same: its scores, or the
+    layers that it had scored. `run` is a folder that keeps the statistics for other plans. `announce` is called with
+    the sizes that the cut will leave, when all is read and before it is scored. Raises `SecateurError`.
     """
+    processes.join()
     out = Path(out)
     loading = loading or LoadOptions()
     calibration = calibration or CalibrationOptions()
@@ -161,41 +166,63 @@ def prune_model(
     sizes = given or plan(discovery, options, config=config, trust_remote_code=loading.trust_remote_code)
     check_stock(sizes)
 
-    def loaded_now() -> PreTrainedModel:
-        with clock.stage("load"):
-            found = _load(model, loading)
-        if announce is not None:
-            announce(sizes)
-        return found
+    loaded: list[PreTrainedModel] = []
 
-    with _work_folder(out, _key(model, options, calibration, loading), resume=resume) as work:
-        scores = _kept(work) if given is None else None
-        resumed = scores is not None
-        loaded = None
+    def loaded_now() -> PreTrainedModel:
+        if not loaded:
+            with clock.stage("load"):
+                loaded.append(_load(model, loading))
+            if announce is not None:
+                announce(sizes)
+        return loaded[0]
+
+    folder = None if run is None else RunFolder(Path(run), model, calibration, loading)
+    with work_folder(out, run_key(model, options, calibration, loading), resume=resume) as work:
+        scores = kept_scores(work) if given is None else None
+        resumed = scores is not None or any((work / PASS_FOLDER).glob("*"))
         if given is None and scores is None:
             windows = _windows(model, config, options, calibration, loading)
-            loaded = loaded_now()
-            scores = _scores(loaded, discovery, options, calibration, windows, clock)
-            _keep(work, scores)
+            scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder, work=work)
+            keep_scores(work, scores)
         decided = given or plan(
             discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code
         )
-        if loaded is None:
-            loaded = loaded_now()
-        tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
-        with clock.stage("cut"):
-            pruned = prune(loaded, decided, discovery=discovery)
-        with clock.stage("save"):
-            record = make_record(
-                loaded,
-                name=model,
-                calibration=decided.scored.get("calibration"),
-                calibration_options=decided.scored.get("calibration_options"),
-                seed=decided.scored.get("seed", calibration.seed),
-                command=command,
-            )
-            save(pruned, out, plan=decided, tokenizer=tokenizer, record=record, overwrite=overwrite)
+        if processes.is_first():
+            _cut_and_save(loaded_now(), decided, discovery, out, model, calibration, loading, overwrite, command, clock)
+        processes.wait()
     return Pruned(decided, out, clock.seconds, peak_rss(), resumed)
+
+
+def _cut_and_save(
+    loaded: PreTrainedModel,
+    decided: Plan,
+    discovery: Discovery,
+    out: Path,
+    name: str,
+    calibration: CalibrationOptions,
+    loading: LoadOptions,
+    overwrite: bool,
+    command: str | None,
+    clock: Clock,
+) -> None:
+    tokenizer = load_tokenizer(name, trust_remote_code=loading.trust_remote_code)
+    with clock.stage("cut"):
+        large = _bytes_of(loaded) > IN_MEMORY * psutil.virtual_memory().available
+        pruned = prune(loaded, decided, discovery=discovery, room=out.absolute().parent if large else None)
+    with clock.stage("save"):
+        record = make_record(
+            loaded,
+            name=name,
+            calibration=decided.scored.get("calibration"),
+            calibration_options=decided.scored.get("calibration_options"),
+            seed=decided.scored.get("seed", calibration.seed),
+            command=command,
+        )
+        save(pruned, out, plan=decided, tokenizer=tokenizer, record=record, overwrite=overwrite)
+
+
+def _bytes_of(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _check_apart(model: str, out: Path) -> None:
@@ -250,89 +277,43 @@ def _windows(
 
 
 def _scores(
-    loaded: PreTrainedModel,
+    loaded_now: Callable[[], PreTrainedModel],
     discovery: Discovery,
     options: CutOptions,
     calibration: CalibrationOptions,
     windows: Tensor | None,
     clock: Clock,
+    *,
+    folder: RunFolder | None = None,
+    work: Path | None = None,
 ) -> Scores:
-    with clock.stage("score") as progress:
-        return score(
-            loaded,
-            discovery=discovery,
-            name=options.score,
-            reduce=options.reduce,
-            calibration=calibration,
-            windows=windows,
-            groups=[group.name for groups in groups_to_cut(discovery, options).values() for group in groups],
-            progress=progress,
-        )
-
-
-def _kept(work: Path) -> Scores | None:
-    """The scores that an earlier run left, if they can be read."""
-    try:
-        return read_scores(work / SCORES_FILE)
-    except ScoreError:
-        return None
-
-
-def _keep(work: Path, scores: Scores) -> None:
-    try:
-        write_scores(work / SCORES_FILE, scores)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(work / SCORES_FILE, error) from error
-
-
-def _key(model: str, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions) -> str:
-    """What scores depend on, as a hash: a run may only go on from scores made for the same."""
-    about = [
-        _stamp(resolve(model).path or model),
-        _stamp(calibration.text),
-        options.score,
-        options.reduce,
-        options.axes,
-        options.layers,
-        asdict(calibration),
-        asdict(loading),
-        __version__,
-        torch.__version__,
-    ]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def _stamp(name: str | Path) -> list[Any]:
-    """What tells one state of a file or folder from another without reading it; a name that is no path is itself."""
-    path = Path(name).resolve()
-    if not path.exists():
-        return [str(name)]
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-
-
-@contextmanager
-def _work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
-    """The folder of a run's values: emptied unless it is to be resumed and was made for the same key."""
-    work = out.absolute().with_name(f".{out.absolute().name}.secateur")
-    if not (resume and _read_key(work) == key):
-        shutil.rmtree(work, ignore_errors=True)
-        with atomic_folder(work) as fresh:
-            write_json(fresh / "key.json", {"key": key})
-    try:
-        yield work
-    except BaseException as error:
-        if isinstance(error, SecateurError) or not (work / SCORES_FILE).exists():
-            shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _read_key(work: Path) -> Any:
-    try:
-        return json.loads((work / "key.json").read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None  # there is none, or it is damaged
+    """Scores of the groups to cut, from kept statistics where they suffice, else from a pass over the model."""
+    groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
+    statistics = None if folder is None else folder.statistics()
+    if statistics is None or not holds(statistics, options.score, discovery, groups):
+        model = loaded_now()
+        with clock.stage("score") as progress:
+            if windows is None and SCORES[options.score].needs != "weights":
+                windows = kept_windows(work)
+                if windows is None:
+                    windows = processes.from_first(self_written(model, calibration, progress=progress))
+                    keep_windows(work, windows)
+            many = processes.count() > 1 or _bytes_of(model) < JOURNAL_FROM
+            new = statistics_for(
+                options.score,
+                model,
+                discovery,
+                windows,
+                groups=groups,
+                journal=None if many or work is None else work / PASS_FOLDER,
+                progress=progress,
+            )
+        statistics = new if statistics is None else statistics.joined(new)
+        if folder is not None:
+            folder.keep(statistics)
+    return scores_from(
+        discovery, statistics, groups=groups, name=options.score, reduce=options.reduce, options=calibration
+    )
 
 
 def peak_rss() -> int:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -189,12 +189,38 @@ def score(
             windows = calibration_windows(tokenizer, options)
     chosen = None if groups is None else [group for group in discovery.groups if group.name in groups]
     statistics = statistics_for(name, model, discovery, windows, groups=chosen, progress=progress)
+    return scores_from(discovery, statistics, groups=chosen, name=name, reduce=reduce, options=options, drawn=drawn)
+
+
+def scores_from(
+    discovery: Discovery,
+    statistics: Statistics,
+    *,
+    groups: Sequence[Group] | None = None,
+    name: str = "param_second",
+    reduce: str | None = None,
+    options: CalibrationOptions | None = None,
+    drawn: bool = True,
+) -> Scores:
+    """Scores from statistics, with what they were computed on: `options`, where the tokens were `drawn` as they say.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> discovery, windows = discover(model), torch.arange(20).reshape(2, 10)
+    >>> statistics = statistics_for("param_first", model, discovery, windows)
+    >>> scores_from(discovery, statistics, name="vectorize").units["layers.0.mlp"].shape
+    torch.Size([24])
+    """
+    options = options or CalibrationOptions()
+    on_text = SCORES[name].needs != "weights"
+    reduce = reduce or SCORES[name].reduce
     return Scores(
         score=name,
         reduce=reduce,
-        units=unit_scores(discovery, statistics, groups=chosen, name=name, reduce=reduce, seed=options.seed),
-        calibration=digest(windows) if on_text and windows is not None else None,
-        loss=statistics.loss,
+        units=unit_scores(discovery, statistics, groups=groups, name=name, reduce=reduce, seed=options.seed),
+        calibration=statistics.calibration if on_text else None,
+        loss=statistics.loss if on_text else None,
         seed=options.seed,
         options=options if on_text and drawn else None,
     )
@@ -238,7 +264,7 @@ def statistics_for(
     layers = {f"{prefix}.{i}": i for prefix in discovery.layer_lists for i in range(discovery.depth)}
     layers = {path: i for path, i in layers.items() if path in modules}
     if how.needs in ("inputs", "grams", "layers"):
-        return activation_statistics(
+        found = activation_statistics(
             model,
             windows,
             saliences,
@@ -247,16 +273,18 @@ def statistics_for(
             layers=layers,
             progress=progress,
         )
-    return gradient_statistics(
-        model,
-        windows,
-        saliences,
-        second_order=how.needs == "second order",
-        wanted=sorted(wanted),
-        layers=[*layers],
-        journal=journal,
-        progress=progress,
-    )
+    else:
+        found = gradient_statistics(
+            model,
+            windows,
+            saliences,
+            second_order=how.needs == "second order",
+            wanted=sorted(wanted),
+            layers=[*layers],
+            journal=journal,
+            progress=progress,
+        )
+    return replace(found, calibration=digest(windows))
 
 
 def check_kinds(name: str, groups: Iterable[Group]) -> None:

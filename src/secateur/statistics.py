@@ -118,6 +118,7 @@ class Statistics:
     loss: float | None = None  # mean cross-entropy in nats per token
     samples: int = 0
     tokens: int = 0  # scored tokens
+    calibration: str | None = None  # hash of the tokens
 
     def joined(self, other: Statistics) -> Statistics:
         """These and those of another pass over the same tokens; the other's where both have them.
@@ -140,6 +141,7 @@ class Statistics:
             loss=self.loss if other.loss is None else other.loss,
             samples=other.samples or self.samples,
             tokens=other.tokens or self.tokens,
+            calibration=other.calibration or self.calibration,
         )
 
 
@@ -568,6 +570,7 @@ def write_statistics(path: Path, statistics: Statistics, *, about: str = "") -> 
         "loss": statistics.loss,
         "samples": statistics.samples,
         "tokens": statistics.tokens,
+        "calibration": statistics.calibration,
     }
     _write_whole(path, tensors, {"secateur": json.dumps(told)})
 
@@ -601,6 +604,7 @@ def read_statistics(path: Path, *, about: str = "") -> Statistics:
             loss=told["loss"],
             samples=told["samples"],
             tokens=told["tokens"],
+            calibration=told["calibration"],
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ScoreError(f"{path} holds no statistics ({error}); expected what write_statistics writes") from error

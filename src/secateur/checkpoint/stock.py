@@ -13,6 +13,8 @@ from secateur.errors import CheckpointError
 from secateur.models import quiet, runs_remote_code
 from secateur.plan import Plan
 
+SHARD = "2GB"  # what is held in memory while it is written
+
 
 def check_stock(plan: Plan) -> None:
     """Raise `CheckpointError` when no stock folder can hold what the plan leaves, with the reason."""
@@ -61,7 +63,7 @@ def save(
     out = Path(out)
     with atomic_folder(out, overwrite=overwrite) as folder:
         with quiet():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size=SHARD)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         _check_accounts(folder, model)

@@ -1,0 +1,179 @@
+"""What a run keeps while it works, and between runs: scores, statistics, layers of a pass that was killed.
+
+While `prune` works, its values lie in a folder beside the output (`.OUT.secateur`), with a key that says for what. The
+same command with resume reads them; one that succeeds, or fails for a reason that a repetition would meet again,
+removes them. A run folder that the user names keeps the statistics of a model on a text, for other plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur import __version__, processes
+from secateur.calibration import CalibrationOptions
+from secateur.checkpoint import atomic_folder, unwritable, write_json
+from secateur.errors import CheckpointError, ScoreError, SecateurError
+from secateur.models import LoadOptions, resolve
+from secateur.plan import CutOptions
+from secateur.scores import SCORES, Scores, read_scores, write_scores
+from secateur.statistics import Statistics, read_statistics, write_statistics
+
+SCORES_FILE = "scores.safetensors"
+PASS_FOLDER = "pass"
+WINDOWS_FILE = "windows.safetensors"
+
+
+# --- while a run works ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
+    """The folder of a run's values: emptied unless it is to be resumed and was made for the same key.
+
+    Of several processes, the first prepares and removes it.
+    """
+    work = out.absolute().with_name(f".{out.absolute().name}.secateur")
+    if processes.is_first() and not (resume and _read_key(work) == key):
+        shutil.rmtree(work, ignore_errors=True)
+        with atomic_folder(work) as fresh:
+            write_json(fresh / "key.json", {"key": key})
+    processes.wait()
+    try:
+        yield work
+    except BaseException as error:
+        worth_keeping = (work / SCORES_FILE).exists() or any((work / PASS_FOLDER).glob("*.safetensors"))
+        if isinstance(error, SecateurError) or not worth_keeping:
+            shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
+        raise
+    if processes.is_first():
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def run_key(model: str, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions) -> str:
+    """What scores depend on, as a hash: a run may only go on from scores made for the same."""
+    return _hash([_about(model, calibration, loading), options.score, options.reduce, options.axes, options.layers])
+
+
+def kept_scores(work: Path) -> Scores | None:
+    """The scores that an earlier run left, if they can be read; by all processes or none."""
+    try:
+        found = read_scores(work / SCORES_FILE)
+    except ScoreError:
+        found = None
+    return None if processes.largest(int(found is None)) else found
+
+
+def keep_scores(work: Path, scores: Scores) -> None:
+    """Leave the scores for a run that goes on; the layers that led to them are needed no more."""
+    if processes.is_first():
+        try:
+            write_scores(work / SCORES_FILE, scores)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(work / SCORES_FILE, error) from error
+        shutil.rmtree(work / PASS_FOLDER, ignore_errors=True)
+
+
+def kept_windows(work: Path | None) -> Tensor | None:
+    """The tokens that the model wrote for a run that was killed, if there are any."""
+    if work is None or not (work / WINDOWS_FILE).exists():
+        return None
+    with safe_open(work / WINDOWS_FILE, framework="pt") as file:
+        windows: Tensor = file.get_tensor("windows").clone()
+        return windows
+
+
+def keep_windows(work: Path | None, windows: Tensor) -> None:
+    """Leave them for a run that goes on, which must not have others."""
+    if work is not None and processes.is_first():
+        temporary = work / f".{WINDOWS_FILE}.partial"
+        save_file({"windows": windows.contiguous()}, temporary)
+        temporary.replace(work / WINDOWS_FILE)
+
+
+def _read_key(work: Path) -> Any:
+    try:
+        return json.loads((work / "key.json").read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # there is none, or it is damaged
+
+
+# --- between runs -----------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """A folder of the user's in which statistics are kept, one file for each model and calibration."""
+
+    def __init__(self, folder: Path, model: str, calibration: CalibrationOptions, loading: LoadOptions) -> None:
+        self.key = _hash([_about(model, calibration, loading)])
+        self.path = folder / f"statistics-{self.key[:16]}.safetensors"
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is a file, and a folder is to hold the statistics: name another with --run"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+
+    def statistics(self) -> Statistics | None:
+        """What is kept, if anything is; by all processes or none."""
+        try:
+            found = read_statistics(self.path, about=self.key)
+        except ScoreError:
+            found = None
+        return None if processes.largest(int(found is None)) else found
+
+    def keep(self, statistics: Statistics) -> None:
+        """Keep statistics, but for those of the user's own scores, whose code may change."""
+        own = {name for name, how in SCORES.items() if how.own}
+        ours = Statistics(
+            {name: sums for name, sums in statistics.sums.items() if name not in own},
+            statistics.units,
+            statistics.reads,
+            statistics.loss,
+            statistics.samples,
+            statistics.tokens,
+            statistics.calibration,
+        )
+        if processes.is_first():
+            try:
+                write_statistics(self.path, ours, about=self.key)
+            except (OSError, SafetensorError) as error:
+                raise unwritable(self.path, error) from error
+
+
+def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) -> list[Any]:
+    """What statistics depend on."""
+    return [
+        _stamp(resolve(model).path or model),
+        _stamp(calibration.text),
+        asdict(calibration),
+        asdict(loading),
+        __version__,
+        torch.__version__,
+    ]
+
+
+def _hash(about: Any) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _stamp(name: str | Path) -> list[Any]:
+    """What tells one state of a file or folder from another without reading it; a name that is no path is itself."""
+    path = Path(name).resolve()
+    if not path.exists():
+        return [str(name)]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
