@@ -184,7 +184,7 @@ class TestSave:
         write = PreTrainedModel.save_pretrained
 
         def lossy(change: str) -> Any:
-            def save_other(self: PreTrainedModel, folder: Path) -> None:
+            def save_other(self: PreTrainedModel, folder: Path, **_: Any) -> None:
                 state = self.state_dict()
                 if change == "lacks":
                     del state["model.norm.weight"]

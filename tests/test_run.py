@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur import CalibrationOptions, CheckpointError, DataError, PlanError, SecateurError
 from secateur.calibration import calibration_windows, digest, self_written
 from secateur.checkpoint import read_record
+from secateur.gradients import _Call
 from secateur.models import load, load_tokenizer
-from secateur.plan import read_plan
+from secateur.plan import Plan, read_plan
 from secateur.run import Clock, LoadOptions, Pruned, peak_rss, plan_model, prune_model
-from secateur.scores import read_scores
+from secateur.scores import SCORES, Score, Scores, read_scores
+from secateur.statistics import _Journal
 from tiny import names, write_tiny
 
 TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
@@ -97,7 +104,7 @@ class TestResume:
     def test_a_killed_run_goes_on(self, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert names(killed) == [".out.secateur", ".out.secateur/key.json", ".out.secateur/scores.safetensors"]
         with monkeypatch.context() as patch:
-            patch.setattr("secateur.run.score", lambda *_, **__: pytest.fail("scored again"))
+            patch.setattr("secateur.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
             resumed = prune(resume=True)
         assert resumed.resumed
         assert resumed.seconds.keys() == {"discover", "load", "cut", "save"}
@@ -182,7 +189,7 @@ class TestResume:
     def test_an_interruption_before_the_scores_leaves_nothing(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("secateur.run.score", raiser(KeyboardInterrupt()))
+        monkeypatch.setattr("secateur.run.statistics_for", raiser(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             prune()
         assert names(place) == []
@@ -191,6 +198,188 @@ class TestResume:
         kept = read_scores(interrupted / ".out.secateur" / "scores.safetensors")
         assert (kept.score, kept.reduce, kept.seed) == ("param_second", "sum", 0)
         assert kept.units["layers.0.mlp"].shape == (84,)
+
+
+SCORED_BY_LAYER = """
+import sys
+import secateur.cli, secateur.run
+secateur.run.JOURNAL_FROM = 0
+sys.exit(secateur.cli.run(sys.argv[1:]))
+"""
+
+
+class TestLayerByLayer:
+    """Large models: every layer that has been scored is kept, and a run that goes on ends at the same bytes."""
+
+    @pytest.fixture(autouse=True)
+    def by_layer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("secateur.run.JOURNAL_FROM", 0)
+
+    @pytest.fixture
+    def whole(self, place: Path) -> bytes:
+        """The weights that an undisturbed run leaves."""
+        prune()
+        shutil.move("here/out", "in/whole")
+        return weights("in/whole")
+
+    def stopped_after(self, writes: int, cut: dict[str, Any]) -> None:
+        """Ctrl-C when so many stages of layers are kept."""
+        write = _Journal.write
+
+        def stop(journal: _Journal, *arguments: Any) -> None:
+            write(journal, *arguments)
+            if len(list(journal.folder.glob("*.safetensors"))) == writes:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Journal, "write", stop)
+            with pytest.raises(KeyboardInterrupt):
+                prune(cut=cut)
+
+    @pytest.mark.parametrize("writes", range(1, 7))  # three layers, forward and backward
+    @pytest.mark.parametrize("score", ["param_first", "param_mix"])
+    def test_it_goes_on_from_the_last_layer(
+        self, place: Path, writes: int, score: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scores: list[Scores] = []
+
+        def keep(work: Path, found: Scores) -> None:
+            scores.append(found)
+
+        monkeypatch.setattr("secateur.run.keep_scores", keep)
+        prune(cut={"score": score})
+        shutil.move("here/out", "in/whole")
+        self.stopped_after(writes, {"score": score})
+        assert sum(name.startswith(".out.secateur/pass/") for name in names(place)) == writes
+        runs: list[str] = []
+        run = _Call.run
+
+        def counted(call: _Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+            runs.append(call.path)
+            return run(call, tensors)
+
+        monkeypatch.setattr(_Call, "run", counted)
+        assert prune(resume=True, cut={"score": score}).resumed
+        assert len([path for path in runs if path.count(".") == 2]) == 6 - writes
+        assert weights("here/out") == weights("in/whole")
+        assert names(place)[0] == "out"
+        first, second = scores
+        assert first.loss == second.loss
+        assert all(torch.equal(units, second.units[name]) for name, units in first.units.items())
+
+    def test_what_the_model_wrote_is_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        own = CalibrationOptions("self", samples=4, length=16)
+        monkeypatch.setattr("secateur.run.statistics_for", raiser(KeyboardInterrupt()))
+        monkeypatch.setattr("secateur.work.PASS_FOLDER", "")  # anything is worth keeping
+        with pytest.raises(KeyboardInterrupt):
+            prune(calibration=own)
+        monkeypatch.undo()
+        monkeypatch.chdir(place.parent)
+        monkeypatch.setattr("secateur.run.self_written", lambda *_, **__: pytest.fail("written again"))
+        prune(calibration=own, resume=True)
+
+    def test_killed_at_random_moments(self, place: Path, whole: bytes) -> None:
+        """Real processes, killed with kill -9 whenever, until one comes to its end."""
+        arguments = "prune in/tiny here/out --calibration in/text.txt --samples 4 --length 16 --resume".split()
+        command = [sys.executable, "-c", SCORED_BY_LAYER, *arguments]
+        moments = random.Random(0)
+        started = time.monotonic()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds = time.monotonic() - started
+        assert weights("here/out") == whole
+        for _ in range(4):
+            shutil.rmtree("here/out")
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(seconds * moments.uniform(0.5, 0.95))
+            process.kill()
+            process.wait()
+            subprocess.run([*command, "--overwrite"], check=True, capture_output=True)
+            assert weights("here/out") == whole
+            assert [name for name in names(place) if "/" not in name] == ["out"]
+
+
+class TestRunFolder:
+    """Statistics of one plan serve the next."""
+
+    def plan(self, **cut: Any) -> Plan:
+        return plan_model("in/tiny", cut=cut, calibration=CalibrationOptions("in/text.txt", 4, 16), run="here/run")
+
+    def test_another_plan_needs_no_pass_and_no_weights(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = self.plan(ratio=0.2)
+        assert len(names(place / "run")) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
+            again, other = self.plan(ratio=0.2), self.plan(ratio=0.4, score="param_first", reduce="max")
+        assert again == first
+        assert other.scored["score"] == "param_first"
+        alone = plan_model(
+            "in/tiny",
+            cut={"ratio": 0.4, "score": "param_first", "reduce": "max"},
+            calibration=CalibrationOptions("in/text.txt", 4, 16),
+        )
+        assert [group.keep for group in alone.groups] == [group.keep for group in other.groups]
+        assert alone.scored == {**other.scored, "loss": alone.scored["loss"]}
+
+    def test_a_score_that_needs_more_adds_to_the_file(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for score in ("param_first", "wanda", "l1", "obs"):
+            self.plan(score=score)
+        monkeypatch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
+        for score in ("param_first", "wanda", "fluctuation", "l2", "obs"):
+            assert self.plan(score=score).scored["score"] == score
+        assert len(names(place / "run")) == 1
+
+    def test_other_axes_are_scored_and_added(self, place: Path) -> None:
+        assert self.plan(axes=("mlp",)).decided
+        assert self.plan(axes=("hidden",)).decided
+        assert self.plan(axes=("layers",), score="block_influence").decided
+
+    def test_prune_uses_it_too(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plan(ratio=0.2)
+        monkeypatch.setattr("secateur.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
+        assert prune(run="here/run", cut={"ratio": 0.3}).plan.decided
+
+    def test_another_text_has_a_file_of_its_own(self, place: Path) -> None:
+        self.plan(ratio=0.2)
+        plan_model("in/tiny", calibration=CalibrationOptions("in/text.txt", 4, 17), run="here/run")
+        assert len(names(place / "run")) == 2
+
+    def test_a_damaged_file_is_written_anew(self, place: Path) -> None:
+        first = self.plan(ratio=0.2)
+        (file,) = (place / "run").iterdir()
+        file.write_bytes(b"{")
+        assert self.plan(ratio=0.2) == first
+        assert file.stat().st_size > 1000
+
+    def test_a_file_in_its_place(self, place: Path) -> None:
+        (place / "run").write_text("")
+        with pytest.raises(CheckpointError, match="here/run is a file, and a folder is to hold the statistics"):
+            self.plan(ratio=0.2)
+
+    def test_an_own_score_is_never_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(SCORES, "mine", Score(lambda seen: seen.weight, "weights", own=True))
+        self.plan(score="mine")
+        monkeypatch.setitem(SCORES, "mine", Score(lambda seen: -seen.weight.square(), "weights", own=True))
+        (file,) = (place / "run").iterdir()
+        assert not any("mine" in key for key in load_file(file))
+
+
+class TestLargeModels:
+    """What is cut lies in a file where memory is short."""
+
+    def test_the_same_weights(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        prune()
+        shutil.move("here/out", "in/whole")
+        monkeypatch.setattr("secateur.run.IN_MEMORY", 0)
+        prune()
+        assert weights("here/out") == weights("in/whole")
+        assert [name for name in names(place) if "/" not in name] == ["out"]
+
+    def test_a_disk_without_room(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("secateur.run.IN_MEMORY", 0)
+        monkeypatch.setattr("os.posix_fallocate", raiser(OSError(28, os.strerror(28))))
+        with pytest.raises(CheckpointError, match=r"no room for the cut weights: No space left"):
+            prune()
+        assert names(place) == []
 
 
 class TestRecord:
@@ -277,7 +466,7 @@ class TestFailure:
         assert names(place) == []
 
     def test_scores_that_cannot_be_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("secateur.run.write_scores", raiser(OSError(28, os.strerror(28))))
+        monkeypatch.setattr("secateur.work.write_scores", raiser(OSError(28, os.strerror(28))))
         with pytest.raises(CheckpointError, match=r"scores\.safetensors cannot be written: No space left on device"):
             prune()
         assert names(place) == []

@@ -342,7 +342,7 @@ def prune_command(
     if not quiet:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
         if resume:
-            print("went on from kept scores" if pruned.resumed else "nothing was kept of this cut: started anew")
+            print("went on from what was kept" if pruned.resumed else "nothing was kept of this cut: started anew")
         print(f"wrote {pruned.out} ({stages}; peak memory {binary(pruned.peak_rss_bytes)})")
 
 

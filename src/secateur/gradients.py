@@ -417,11 +417,15 @@ class _Pass:
         self._count(name)
 
     def _finish_factors(self, name: str) -> None:
-        factors = [replace(each, right=each.right.float()) for each in self.factors.pop(name)]
+        given = self.factors.pop(name)
+        if not self._is_finished(name):
+            with _exact_products(given):
+                self._visit_products(name, [replace(each, right=each.right.float()) for each in given])
+        self._count(name)
+
+    def _visit_products(self, name: str, factors: Sequence[_Factors]) -> None:
         parameter = self.parameters[name].detach()
         for rows in _row_blocks(parameter):
-            if self._is_finished(name):
-                break
             weight = parameter[rows].float()
             squared = None
             if not self.second_order:
@@ -437,7 +441,6 @@ class _Pass:
                     squared.addcmul_(own, own)
                 squared.mul_(self.all_samples / self.scale**2)
             self._visit(name, rows, weight, gradient.div_(self.scale), squared)
-        self._count(name)
 
     def _is_finished(self, name: str) -> bool:
         return self.journal is not None and name in self.journal.finished
@@ -468,6 +471,22 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
     at_once = max(1, ROWS_BYTES * rows // max(1, weight.numel() * 4))
     for first in range(0, rows, at_once):
         yield slice(first, min(first + at_once, rows))
+
+
+@contextmanager
+def _exact_products(factors: Sequence[_Factors]) -> Iterator[None]:
+    """While open, products of these factors are taken in float32, as fast as may be.
+
+    The products of two bfloat16 numbers are exact whether the units take float32 or bfloat16, and are added up in
+    float32 by both; units of bfloat16 are faster.
+    """
+    before = torch.get_float32_matmul_precision()
+    halves = all(x.dtype == torch.bfloat16 for each in factors for x in (each.left, each.right))
+    torch.set_float32_matmul_precision("medium" if halves else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _set_product(total: Tensor, factors: Sequence[tuple[Tensor, Tensor]], rows: slice) -> None:

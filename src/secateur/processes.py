@@ -18,7 +18,7 @@ from secateur.errors import ScoreError
 def join() -> None:
     """Meet the other processes, where there are some: gloo between CPUs, nccl between GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        PartialState()
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def count() -> int:

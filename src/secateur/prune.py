@@ -89,70 +89,47 @@ def cut_weights(
     keep: dict[str, Sequence[int]] = {g.name: g.keep or () for g in plan.groups if g.kind != "layer"}
     cut = plan.cut
     found: dict[str, Tensor] = {}
-    cuts: dict[str, tuple[Tensor, dict[int, Tensor]]] = {}  # name -> weight and the indices kept along its dimensions
     for weight in discovery.weights:
         names = names_left(weight, discovery, cut.dropped_layers)
         if not names:
             continue
-        tensor, indices = tensors[weight.name].detach(), {}
-        for dim, expression in enumerate(weight.dims):
-            kept = kept_along(expression, keep)
-            if len(kept) < expression.size:
-                indices[dim] = torch.tensor(kept, device=tensor.device)
-        name = renamed(names[0], discovery, cut)
-        found[name] = tensor  # in the order of the dense model
+        tensor = tensors[weight.name].detach()
+        indices = {
+            dim: torch.tensor(kept, device=tensor.device)
+            for dim, expression in enumerate(weight.dims)
+            if len(kept := kept_along(expression, keep)) < expression.size
+        }
         if indices:
-            cuts[name] = tensor, indices
-    sizes = {
-        name: [len(indices.get(d, range(size))) for d, size in enumerate(tensor.shape)]
-        for name, (tensor, indices) in cuts.items()
-    }
-    space = None
-    if room is not None:
-        space = _Space(room, sum(_Space.needed(sizes[name], cuts[name][0].dtype) for name in cuts))
-    for name, (tensor, indices) in cuts.items():
-        *before, last = indices.items()
-        for dim, kept_indices in before:
-            tensor = tensor.index_select(dim, kept_indices)
-        target = None if space is None else space.empty(sizes[name], tensor.dtype)
-        found[name] = torch.index_select(tensor, *last, out=target)
+            *before, last = indices.items()
+            for dim, kept_indices in before:
+                tensor = tensor.index_select(dim, kept_indices)
+            shape = [len(indices.get(d, range(size))) for d, size in enumerate(tensor.shape)]
+            tensor = torch.index_select(
+                tensor, *last, out=None if room is None else _in_file(room, shape, tensor.dtype)
+            )
+        found[renamed(names[0], discovery, cut)] = tensor
     return found
 
 
-class _Space:
-    """Room for tensors in a file without a name: its pages can leave the memory, and it ends with its tensors."""
-
-    ALIGNED = 64
-
-    def __init__(self, folder: Path, size: int) -> None:
+def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor in a file without a name: its pages can leave the memory, and the file ends with the tensor."""
+    size = max(1, math.prod(shape) * dtype.itemsize)
+    try:
+        descriptor, path = tempfile.mkstemp(dir=folder, prefix=".cut.")
         try:
-            descriptor, path = tempfile.mkstemp(dir=folder, prefix=".cut.")
-            try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(descriptor, 0, max(size, 1))  # a full disk is an error now, not a crash later
-                else:
-                    os.ftruncate(descriptor, max(size, 1))
-                self.storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=max(size, 1))
-            finally:
-                os.close(descriptor)
-                Path(path).unlink()
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder} has no room for the {size / 2**30:.1f} GiB of the cut weights: {error.strerror or error}"
-            ) from error
-        self.used = 0
-
-    @classmethod
-    def needed(cls, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Bytes that a tensor takes."""
-        return -(-math.prod(shape) * dtype.itemsize // cls.ALIGNED) * cls.ALIGNED
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The next tensor."""
-        steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-        tensor: Tensor = torch.empty(0, dtype=dtype).set_(self.storage, self.used // dtype.itemsize, list(shape), steps)
-        self.used += self.needed(shape, dtype)
-        return tensor
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)  # a full disk is an error now, not a crash later
+            else:
+                os.ftruncate(descriptor, size)
+            storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        finally:
+            os.close(descriptor)
+            Path(path).unlink()
+    except OSError as error:
+        raise CheckpointError(f"{folder} has no room for the cut weights: {error.strerror or error}") from error
+    steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    tensor: Tensor = torch.empty(0, dtype=dtype).set_(storage, 0, list(shape), steps)
+    return tensor
 
 
 def _tied_after(discovery: Discovery, cut: Cut) -> dict[str, str]:

@@ -116,10 +116,10 @@ SCORES |= {
     "fluctuation": Score(
         lambda seen: seen.weight.square() * seen.inputs.variance,
         "inputs",
-        source="sum W^2 var(X); FLAP, arXiv 2312.11983, eq. 5",
+        source="sum W^2 var(X); FLAP, arXiv 2312.11983 (WIFV)",
     ),
-    "obs": Score(None, "grams", source="w ((X'X)^-1)_uu^-1 w'; ZipLM, arXiv 2302.04089, eq. 3"),
-    "block_influence": Score(None, "layers", source="1 - mean cos(h, layer(h)); ShortGPT, arXiv 2403.03853, eq. 1"),
+    "obs": Score(None, "grams", source="w ((X'X)^-1)_uu^-1 w'; ZipLM, arXiv 2302.04089"),
+    "block_influence": Score(None, "layers", source="1 - mean cos(h, layer(h)); ShortGPT, arXiv 2403.03853"),
 }
 
 

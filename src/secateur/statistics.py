@@ -231,9 +231,10 @@ def activation_statistics(
 
     Sums of saliences of what the weights wanted (by default, all) read. With `gram_units`, the score `obs` of its
     units, from the Gram matrices X'X of the inputs: what it costs to leave out a unit's inputs when all other weights
-    that read the same features make up for it (optimal brain surgeon, for whole units: ZipLM, arXiv 2302.04089,
-    equation 3); per token, in squares of the output. With `layers` (path -> number), the score `block_influence` of
-    each: 1 - the mean cosine of a token's hidden states before and after it (ShortGPT, arXiv 2403.03853, equation 1).
+    that read the same features make up for it (optimal brain surgeon, for whole units: ZipLM, arXiv 2302.04089), per
+    token, in squares of the output. With `layers` (path -> number), the score `block_influence` of each: 1 - the mean
+    cosine of a token's hidden states before and after it (ShortGPT, arXiv 2403.03853).
+
     Raises `ScoreError` for inputs that are not finite.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM

@@ -13,7 +13,7 @@ from secateur.errors import CheckpointError
 from secateur.models import quiet, runs_remote_code
 from secateur.plan import Plan
 
-SHARD = "2GB"  # what is held in memory while it is written
+SHARD = "2GB"  # of a file of weights
 
 
 def check_stock(plan: Plan) -> None:
