@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -19,6 +20,13 @@ def join() -> None:
     """Meet the other processes, where there are some: gloo between CPUs, nccl between GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         PartialState(cpu=not torch.cuda.is_available())
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Part from the other processes; without it the end of this one may be a crash."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def count() -> int:

@@ -32,6 +32,7 @@ from secateur.gradients import stream_gradients
 
 SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
 LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
+GRAM_TOKENS = 2048  # that are multiplied at once
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
 
 
@@ -358,7 +359,9 @@ class _Features:
         self.mean[index] += change * (n / (before + n))
         self.deviations[index] += variance.double() * n + change.square() * (before * n / (before + n))
         if self.gram is not None:
-            self.gram[index] += x.t() @ x
+            for part in x.split(GRAM_TOKENS):  # in float64, since the matrix is to be inverted
+                exact = part.double()
+                self.gram[index].addmm_(exact.t(), exact)
 
     def join(self) -> None:
         """Put together what all processes have."""
