@@ -220,7 +220,7 @@ class TestProgress:
             assert progress is not None
             progress(3, 10)
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-        assert re.search(r"score ━+.* 3/10 +(-:--:--|\d:\d\d:\d\d) +[\d.]+ (MiB|GiB)", shown)
+        assert re.search(r"score ━+.* 30% +(-:--:--|\d:\d\d:\d\d) +[\d.]+ (MiB|GiB)", shown)
         assert terminal.getvalue().endswith("\x1b[2K")  # the bar is gone
 
     @pytest.mark.parametrize(("stream", "quiet"), [(Terminal(), True), (io.StringIO(), False)])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from every_type import tiny_type_model
+from secateur import ScoreError
 from secateur.gradients import stream_gradients
 from secateur.models import quiet
 
@@ -83,3 +85,37 @@ def test_a_part_of_the_parameters_may_be_asked_for() -> None:
     seen: list[str] = []
     stream_gradients(model, WINDOWS, lambda name, *_: seen.append(name), wanted=wanted)
     assert set(seen) == set(wanted)
+
+
+def test_a_model_spread_over_devices() -> None:
+    """Layers with accelerate's hooks that move what comes in, as with a device_map of several GPUs."""
+    with quiet():
+        model = tiny_type_model("llama", dtype=torch.float32)
+    expected: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    stream_gradients(model, WINDOWS, lambda name, rows, w, g, a: expected.update({f"{name} {rows}": g.clone()}))
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = dispatch_model(model, {**places, **dict.fromkeys(layers_of(model), "cpu")}, force_hooks=True)
+    layers = layers_of(model)
+    stream_gradients(
+        spread, WINDOWS, lambda name, rows, w, g, a: found.update({f"{name} {rows}": g.clone()}), recomputed=layers
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], expected[key], rtol=1e-4, atol=1e-7) for key in found)
+
+
+def test_offloaded_weights_are_refused() -> None:
+    with quiet():
+        model = cpu_offload(tiny_type_model("llama", dtype=torch.float32), execution_device=torch.device("cpu"))
+    with pytest.raises(ScoreError, match=r"the weight model\.embed_tokens\.weight is not there .* --device cpu"):
+        stream_gradients(model, WINDOWS, lambda *_: None)
+
+
+def test_progress_goes_forward_and_backward_to_the_end() -> None:
+    with quiet():
+        model = tiny_type_model("llama", dtype=torch.float32)
+    seen: list[tuple[int, int]] = []
+    stream_gradients(model, WINDOWS, lambda *_: None, recomputed=layers_of(model), progress=lambda *at: seen.append(at))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[0][0] < 0.2 * seen[0][1]
+    assert seen[-1][0] > 0.9 * seen[-1][1]

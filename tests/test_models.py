@@ -307,8 +307,9 @@ class TestLoad:
     @pytest.mark.parametrize(
         ("device", "match"),
         [
-            ("gpu", "device 'gpu' is unknown. Expected auto, cpu, cuda or cuda:N"),
+            ("gpu", "device 'gpu' is unknown. Expected auto, cpu, cuda, cuda:N or balanced"),
             ("meta", "device 'meta' is not supported. Expected auto"),
+            ("balanced", "device 'balanced' is for several GPUs; torch sees"),
             ("cuda:99", "device 'cuda:99' does not exist; torch sees"),
         ],
     )
@@ -322,6 +323,8 @@ class TestLoad:
             monkeypatch.setattr(torch.cuda, "device_count", lambda n=n_gpus: n)
             assert secateur.models._device("auto") == torch.device(expected)
         assert secateur.models._device("cuda:1") == torch.device("cuda:1")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert secateur.models._device("auto") == torch.device("cuda:1")
         with fails("device 'cuda:2' does not exist; torch sees 2 GPUs."):
             secateur.models._device("cuda:2")
 

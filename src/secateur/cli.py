@@ -18,11 +18,11 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -70,7 +70,7 @@ ModelArguments = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON, too.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of calibration windows and random scores.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, or balanced (over all GPUs).")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python files run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
@@ -621,7 +621,7 @@ def _watch(*, quiet: bool) -> Callable[[str], Any]:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
             _MemoryColumn(),
             console=Console(stderr=True),

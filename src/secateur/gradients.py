@@ -40,6 +40,7 @@ Visit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 ROWS_BYTES = 2**23  # of the rows of a gradient that are formed at once
 RECOMPUTED_TOKENS = 2048  # of a layer that is computed again at once
 LOGITS_BYTES = 2**25  # of the logits that are held at once
+BACKWARD = 3  # times the work of the forward pass, for the progress bar
 LOSS_SCALE = 2.0**12  # under float16, whose gradients would be zero
 
 
@@ -73,6 +74,12 @@ def stream_gradients(
     >>> largest["model.decoder.layers.0.fc1.weight"] > 0
     True
     """
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ScoreError(
+                f"the weight {name} is not there (it is on meta, as accelerate leaves those it offloads). Load the "
+                "model on the CPU, where weights are read from the disk as they are used: --device cpu"
+            )
     names = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     chosen = names if wanted is None else names & set(wanted)
     memory = memory if journal is None else 0
@@ -177,6 +184,9 @@ class _Pass:
                 if names:
                     take = self._take_lookup if isinstance(module, nn.Embedding) else self._take_product
                     stack.callback(module.register_forward_hook(take(module, names)).remove)
+            for path in self.layers:
+                hook = self.model.get_submodule(path).register_forward_hook(self._passed(path))
+                stack.callback(hook.remove)
             for path, module in self.model.named_modules():
                 chunk = self._chunk_of(path)
                 if chunk is not None:
@@ -457,9 +467,22 @@ class _Pass:
         if name in self.visited:
             return
         self.visited.add(name)
-        self.done += self.parameters[name].numel()
+        self._advance(BACKWARD * self.parameters[name].numel())
+
+    def _passed(self, path: str) -> Callable[..., None]:
+        size = sum(p.numel() for p in self.model.get_submodule(path).parameters() if id(p) in self.name_of)
+
+        def hook(*_: Any) -> None:
+            if self.depth == 0:
+                self._advance(size)
+
+        return hook
+
+    def _advance(self, work: int) -> None:
+        self.done += work
         if self.progress is not None:
-            self.progress(self.done, sum(parameter.numel() for parameter in self.parameters.values()))
+            total = (1 + BACKWARD) * sum(parameter.numel() for parameter in self.parameters.values())
+            self.progress(min(self.done, total), total)
 
 
 def _by_sample(x: Tensor, samples: int) -> Tensor:

@@ -230,7 +230,9 @@ def load(
     """Load a causal language model with all its weights, in evaluation mode.
 
     `dtype` is `auto` (the checkpoint's own; float32 for a quantised GGUF), one of `DTYPES` or a torch.dtype. `device`
-    is `auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. The weights of a GGUF are unpacked, and nothing on
+    is `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:N` or `balanced` (layer by layer over all GPUs). On a CPU,
+    safetensors that need no other dtype or layout stay on the disk: they are mapped, and the system reads what is used
+    and drops it when memory is short. The weights of a GGUF are unpacked, and nothing on
     the model or its config remembers that they were quantised, so that it saves as an ordinary model. Raises
     `ModelError` when a file is missing, truncated or a pickle, and when the weights are not exactly those that the
     model needs. NaN and Inf are looked for by `check_finite` alone, which takes one more pass over the weights.
@@ -244,8 +246,13 @@ def load(
     """
     source = resolve(model)
     options: dict[str, Any] = {"dtype": _dtype(dtype)}
-    target = _device(device)
-    if target.type != "cpu":
+    if device == "balanced":
+        if torch.cuda.device_count() < 2:
+            raise ModelError(
+                f"device 'balanced' is for several GPUs; torch sees {torch.cuda.device_count()}. Use device 'auto'"
+            )
+        options["device_map"] = "balanced"
+    elif (target := _device(device)).type != "cpu":
         options["device_map"] = {"": target}
     if source.kind == "config":
         raise ModelError(
@@ -470,9 +477,9 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _device(device: str) -> torch.device:
     if device == "auto":
-        of_this_process = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", of_this_process) if torch.cuda.is_available() else torch.device("cpu")
-    expected = 'Expected auto, cpu, cuda or cuda:N: load("demo", device="auto").'
+        number = os.environ.get("LOCAL_RANK")  # of this process, where several are started
+        return torch.device(("cuda" if number is None else f"cuda:{number}") if torch.cuda.is_available() else "cpu")
+    expected = 'Expected auto, cpu, cuda, cuda:N or balanced: load("demo", device="auto").'
     try:
         target = torch.device(device)
     except (RuntimeError, ValueError) as error:
