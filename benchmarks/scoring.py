@@ -102,11 +102,10 @@ def demo_windows() -> Tensor:
 def plain_loop(
     model: PreTrainedModel, windows: Tensor, *, second_order: bool
 ) -> dict[str, dict[str, tuple[Tensor, ...]]]:
-    """Gradients in `.grad`, squares of each sample's summed in copies, then the scores; the way of LLM-Pruner."""
+    """Gradients in `.grad`, squares of each sample's summed in copies, then the scores; the calls are LLM-Pruner's."""
 
     def backward(ids: Tensor) -> None:
-        logits = model(input_ids=ids, use_cache=False).logits
-        functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        model(input_ids=ids, labels=ids).loss.backward()
 
     squares: dict[str, Tensor] = {}
     if second_order:

@@ -34,13 +34,16 @@ from secateur.probe import entrance, per_sample, probe, replaced_forward
 
 Progress = Callable[[int, int], None]
 # Name of a weight, its rows (along dimension 0), and of these rows, all float32: the weight W, its gradient G of the
-# mean loss, and, where asked for, A, the mean over the samples of the square of each one's gradient.
+# mean loss, and, where asked for, A, the mean over the samples of the square of each one's gradient. They are good for
+# as long as the visit lasts.
 Visit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 
 ROWS_BYTES = 2**23  # of the rows of a gradient that are formed at once
 RECOMPUTED_TOKENS = 2048  # of a layer that is computed again at once
-LOGITS_BYTES = 2**25  # of the logits that are held at once
+LOGITS_BYTES = 2**26  # of the logits that are held at once
 BACKWARD = 3  # times the work of the forward pass, for the progress bar
+LOSS_ROWS = 64  # of logits that are made probabilities at once
+NO_LABEL = -100
 LOSS_SCALE = 2.0**12  # under float16, whose gradients would be zero
 
 
@@ -154,6 +157,7 @@ class _Pass:
         self.depth, self.first, self.piece = 0, 0, self.samples
         self.done = 0
         self.visited: set[str] = set()
+        self.scratch: dict[str, Tensor] = {}
         self.numbered = 0  # calls of modules that are computed again, so far
 
     def run(self) -> float:
@@ -263,15 +267,15 @@ class _Pass:
 
     def _loss(self, logits: Tensor, ids: Tensor) -> Tensor:
         """These samples' part of the mean cross-entropy over all."""
-        nll = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum"
-        )
+        labels = functional.pad(ids[:, 1:], (0, 1), value=NO_LABEL).flatten().to(logits.device)
+        weight = self.scale / ((self.length - 1) * self.all_samples)
+        nll: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), labels, weight)  # type: ignore[no-untyped-call]
         if not torch.isfinite(nll) and processes.count() == 1:  # of several, all meet it in the gradients
             raise ScoreError(
-                f"the loss on the calibration text is {float(nll.detach())}: the model's outputs are not finite. Check "
-                "the weights, or use dtype float32 or bfloat16"
+                f"the loss on the calibration text is {float(nll.detach())}: the model's outputs are not finite. Check the "
+                "weights, or use dtype float32 or bfloat16"
             )
-        return nll * (self.scale / ((self.length - 1) * self.all_samples))
+        return nll
 
     # --- modules that are computed again ------------------------------------------------------------------------------
 
@@ -438,19 +442,32 @@ class _Pass:
         for rows in _row_blocks(parameter):
             weight = parameter[rows].float()
             squared = None
+            gradient = self._scratch("gradient", weight)
             if not self.second_order:
-                gradient = torch.zeros_like(weight)
+                gradient.zero_()
                 for each in factors:
                     _add_product(gradient, each.left.flatten(0, 1), each.right.flatten(0, 1), rows)
             else:
-                gradient, squared, own = torch.zeros_like(weight), torch.zeros_like(weight), torch.empty_like(weight)
+                squared, own = self._scratch("squared", weight), self._scratch("own", weight)
                 for sample in range(self.samples):
                     of_sample = [each.of_sample(sample) for each in factors]
-                    _set_product(own, [each for each in of_sample if each is not None], rows)
-                    gradient.add_(own)
-                    squared.addcmul_(own, own)
+                    _set_product(own if sample else gradient, [each for each in of_sample if each is not None], rows)
+                    if sample:
+                        gradient.add_(own)
+                        squared.addcmul_(own, own)
+                    else:
+                        torch.mul(gradient, gradient, out=squared)
                 squared.mul_(self.all_samples / self.scale**2)
-            self._visit(name, rows, weight, gradient.div_(self.scale), squared)
+            if self.scale != 1:
+                gradient.div_(self.scale)
+            self._visit(name, rows, weight, gradient, squared)
+
+    def _scratch(self, what: str, like: Tensor) -> Tensor:
+        """Room for rows of a gradient; memory that is new for each would take as long to get as the gradient."""
+        key = f"{what} {like.device}"
+        if key not in self.scratch or self.scratch[key].numel() < like.numel():
+            self.scratch[key] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+        return self.scratch[key][: like.numel()].view(like.shape)
 
     def _is_finished(self, name: str) -> bool:
         return self.journal is not None and name in self.journal.finished
@@ -530,6 +547,30 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> Non
     else:
         inside = (left >= rows.start) & (left < rows.stop)
         total.index_add_(0, left[inside] - rows.start, right[inside])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The sum of the labelled rows' cross-entropies, times a weight; beside the logits, only their gradient is held."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+        gradient = torch.empty_like(logits)
+        total = torch.zeros((), dtype=torch.float64)
+        for first in range(0, len(logits), LOSS_ROWS):
+            rows = slice(first, min(first + LOSS_ROWS, len(logits)))
+            labelled = (labels[rows] != NO_LABEL)[:, None]
+            mine = labels[rows, None].clamp_min(0)
+            share = torch.log_softmax(logits[rows].float(), -1)
+            total -= share.gather(1, mine).where(labelled, 0).sum().double().cpu()
+            share.exp_().scatter_add_(1, mine, torch.full_like(mine, -1, dtype=share.dtype))
+            gradient[rows] = share.mul_(labelled * weight)
+        ctx.save_for_backward(gradient)
+        return (total * weight).to(logits.device)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None, None  # the loss is where the backward pass begins: `outer` is 1
 
 
 # --- a module that is computed again ----------------------------------------------------------------------------------

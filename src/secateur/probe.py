@@ -365,7 +365,8 @@ def _split(base: _BaseOutput, ids: Tensor, logits: Tensor) -> Tail | None:
     if tail is None or not tail.given:
         return None
     try:
-        hidden = tail.given[0][0].detach()
+        few = slice(0, 2)  # of the tokens: every one goes through the head by itself
+        hidden, ids, logits = tail.given[0][0].detach()[:, few], ids[:, few], logits[:, few]
         again, other = tail.logits(hidden, ids), tail.logits(torch.zeros_like(hidden), ids)
     except Exception as error:  # code that is given less than it expects may fail in any way
         logger.debug("%s cannot be split before its head: %s", type(tail.model).__name__, error)

@@ -61,6 +61,7 @@ class Score:
     reduce: str = "sum"  # the default over a group's axes
     source: str = ""
     own: bool = False  # the user's
+    positive: bool = False  # never negative as it is
 
 
 SCORES: dict[str, Score] = {}
@@ -99,14 +100,19 @@ def register_score(
 SCORES |= {
     "random": Score(None, "weights", source="uniform, seeded"),
     "l1": Score(lambda seen: seen.weight.abs(), "weights", reduce="mean", source="sum |W|; arXiv 2305.11627"),
-    "l2": Score(lambda seen: seen.weight.square(), "weights", reduce="mean", source="sum W^2; arXiv 2305.11627"),
+    "l2": Score(
+        lambda seen: seen.weight.square(), "weights", positive=True, reduce="mean", source="sum W^2; arXiv 2305.11627"
+    ),
     "vectorize": Score(lambda seen: seen.first, "gradient", signed=True, source="|sum W G|; arXiv 2305.11627, eq. 3"),
     "param_first": Score(lambda seen: seen.first, "gradient", source="sum |W G|; arXiv 2305.11627, eq. 5, first order"),
     "param_second": Score(
-        lambda seen: seen.second, "second order", source="sum |W A W|; arXiv 2305.11627, eq. 5, second order"
+        lambda seen: seen.second,
+        "second order",
+        source="sum |W A W|; arXiv 2305.11627, eq. 5, second order",
+        positive=True,
     ),
     "param_mix": Score(
-        lambda seen: seen.first - seen.second / 2,
+        lambda seen: seen.first.sub(seen.second, alpha=0.5),
         "second order",
         source="sum |W G - W A W / 2|; arXiv 2305.11627, eq. 5",
     ),
@@ -317,7 +323,7 @@ def _saliences_beside(name: str) -> dict[str, Salience]:
     needs = SCORES[name].needs
     enough = {"second order": ("gradient", "second order"), "grams": ("inputs",), "layers": ()}.get(needs, (needs,))
     return {
-        key: how.salience if how.signed else _absolute(how.salience)
+        key: how.salience if how.signed or how.positive else _absolute(how.salience)
         for key, how in SCORES.items()
         if how.salience is not None and how.needs in enough and (key == name or not how.own)
     }

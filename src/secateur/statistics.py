@@ -32,6 +32,7 @@ from secateur.gradients import stream_gradients
 
 SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
 LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
+AT_ONCE = 2**20  # elements whose saliences are formed at once
 GRAM_TOKENS = 2048  # that are multiplied at once
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
 
@@ -56,6 +57,15 @@ class Evidence:
     ) -> None:
         self.weight = weight
         self._gradient, self._squared, self._moments = gradient, squared, moments
+
+    def part(self, rows: slice) -> Evidence:
+        """The evidence on some of these rows."""
+        return Evidence(
+            self.weight[rows],
+            gradient=None if self._gradient is None else self._gradient[rows],
+            squared=None if self._squared is None else self._squared[rows],
+            moments=None if self._moments is None else self._moments.rows(rows),
+        )
 
     @property
     def gradient(self) -> Tensor:
@@ -284,7 +294,14 @@ class _Gathered:
         self.sums: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in saliences}
 
     def add(self, name: str, rows: slice, evidence: Evidence, shape: Sequence[int]) -> None:
-        """Add what these rows give."""
+        """Add what these rows give, a few at a time, so that what is made of them stays in the cache."""
+        count = len(evidence.weight)
+        at_once = max(1, AT_ONCE * count // max(1, evidence.weight.numel()))
+        for first in range(0, count, at_once):
+            part = slice(first, min(first + at_once, count))
+            self._add(name, slice(rows.start + part.start, rows.start + part.stop), evidence.part(part), shape)
+
+    def _add(self, name: str, rows: slice, evidence: Evidence, shape: Sequence[int]) -> None:
         for key, salience in self.saliences.items():
             s = salience(evidence)
             if s.shape != evidence.weight.shape:
@@ -297,9 +314,9 @@ class _Gathered:
             for dim, total in enumerate(self.sums[key][name]):
                 others = [other for other in range(s.dim()) if other != dim]
                 part = s.sum(others) if others else s
-                if not torch.isfinite(part).all():
-                    raise ScoreError(_not_finite(name, evidence, key))
                 if dim == 0:
+                    if not torch.isfinite(part).all():
+                        raise ScoreError(_not_finite(name, evidence, key))
                     total[rows] += part
                 else:
                     total += part
