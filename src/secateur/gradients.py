@@ -272,8 +272,8 @@ class _Pass:
         nll: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), labels, weight)  # type: ignore[no-untyped-call]
         if not torch.isfinite(nll) and processes.count() == 1:  # of several, all meet it in the gradients
             raise ScoreError(
-                f"the loss on the calibration text is {float(nll.detach())}: the model's outputs are not finite. Check the "
-                "weights, or use dtype float32 or bfloat16"
+                f"the loss on the calibration text is {float(nll.detach())}: the model's outputs are not finite. Check "
+                "the weights, or use dtype float32 or bfloat16"
             )
         return nll
 
