@@ -508,7 +508,8 @@ class TestDataSet:
     def test_its_train_split_is_read_as_far_as_needed(
         self, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def load_dataset(name: str, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+        def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+            assert config is None
             assert (name, split, streaming) == ("organisation/name", "train", True)
             while True:
                 yield {"text": "abc"}
@@ -516,6 +517,13 @@ class TestDataSet:
         datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
         monkeypatch.setattr(secateur.calibration, "MAX_CHARACTERS", 10)
         assert read_calibration("organisation/name") == ["abc"] * 4
+
+    def test_a_config_of_one(self, datasets: ModuleType) -> None:
+        def load_dataset(name: str, config: str | None, **_: object) -> list[dict[str, str]]:
+            return [{"text": f"{name} {config}"}]
+
+        datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
+        assert read_calibration("organisation/name:some-config") == ["organisation/name some-config"]
 
     def test_a_column_of_another_name(self, datasets: ModuleType) -> None:
         datasets.load_dataset = lambda *_, **__: [{"body": "a"}]  # type: ignore[attr-defined]

@@ -135,9 +135,9 @@ def read_calibration(
     """Read what calibration windows are taken from: one text, or documents that no window crosses.
 
     `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents is a list of
-    them; any other name is a data set on the hub, of which the split `train` is read up to `MAX_CHARACTERS`. A
-    document's text is its field `column`: a string, or a dialogue's utterances (a list of strings), which are joined
-    by newlines.
+    them; any other name is a data set on the hub (`name`, or `name:config`), of which the split `train` is read up to
+    `MAX_CHARACTERS`. A document's text is its field `column`: a string, or a dialogue's utterances (a list of strings),
+    which are joined by newlines.
 
     With a tokenizer as `chat`, every document is put into its chat template: a text as one message of the user,
     utterances as messages of user and assistant in turns, and a list of messages (`role` and `content`) as it is;
@@ -546,7 +546,7 @@ def _parquet_texts(path: Path, wanted: _Wanted) -> list[str]:
 
 
 def _is_data_set_name(name: str) -> bool:
-    """Tell whether a string that is not an existing path may name a data set: `name` or `organisation/name`."""
+    """Tell whether a string that is not an existing path may name a data set: `[organisation/]name[:config]`."""
     path = Path(name)
     is_path = path.exists() or path.is_absolute() or name.startswith((".", "~")) or "\\" in name
     return bool(name) and not is_path and name.count("/") <= 1 and not _has_file_suffix(path)
@@ -568,7 +568,9 @@ def _data_set(name: str, wanted: _Wanted) -> list[str]:
     try:
         size = 0
         # Streamed, since a window or two do not need a whole corpus on disk.
-        for number, item in enumerate(datasets.load_dataset(name, split="train", streaming=True), start=1):
+        repository, _, config = name.partition(":")
+        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
+        for number, item in enumerate(rows, start=1):
             documents.append(_text_of(item, f"{name!r}, row {number}", wanted))
             size += len(documents[-1])
             if size >= MAX_CHARACTERS:
