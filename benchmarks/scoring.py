@@ -15,6 +15,7 @@ held when the weights were in place, and the least CPU time of three runs. Limit
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -113,8 +114,11 @@ def plain_loop(
             backward(ids[None])
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
-                squared = parameter.grad * parameter.grad / len(windows)
-                squares[name] = squares[name] + squared if name in squares else squared
+                parameter.grad = parameter.grad * parameter.grad / len(windows)
+                if name in squares:
+                    squares[name] += parameter.grad
+                else:
+                    squares[name] = copy.deepcopy(parameter.grad)
             model.zero_grad()
     backward(windows)
     sums: dict[str, dict[str, tuple[Tensor, ...]]] = {name: {} for name in TAYLOR}

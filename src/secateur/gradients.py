@@ -40,7 +40,7 @@ Visit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 
 ROWS_BYTES = 2**23  # of the rows of a gradient that are formed at once
 RECOMPUTED_TOKENS = 2048  # of a layer that is computed again at once
-LOGITS_BYTES = 2**26  # of the logits that are held at once
+LOGITS_BYTES = 2**25  # of the logits that are held at once
 BACKWARD = 3  # times the work of the forward pass, for the progress bar
 LOSS_ROWS = 64  # of logits that are made probabilities at once
 NO_LABEL = -100

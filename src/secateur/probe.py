@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
 
-PROBE_SAMPLES, PROBE_TOKENS = 2, 13
+PROBE_SAMPLES, PROBE_TOKENS = 2, 7
 
 
 def per_sample(tensor: Tensor, samples: int) -> int | None:
@@ -97,9 +98,10 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, (Tensor, tuple, list)):
-            for each in pytree.tree_leaves((args, kwargs or {})):
-                if isinstance(each, nn.Parameter) and id(each) in self.name_of:
-                    self.found[self.name_of[id(each)]] += 1
+            for argument in itertools.chain(args, (kwargs or {}).values()):
+                for each in argument if isinstance(argument, (tuple, list)) else (argument,):
+                    if isinstance(each, nn.Parameter) and id(each) in self.name_of:
+                        self.found[self.name_of[id(each)]] += 1
         return result
 
 
