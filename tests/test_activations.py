@@ -14,6 +14,7 @@ from every_type import tiny_type_model
 from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, PlanError, ScoreError, discover, score
 from secateur.models import quiet
+from secateur.plan import check_score
 from secateur.scores import SCORES, register_score, statistics_for, unit_scores
 from secateur.statistics import DAMPING, activation_statistics, gram_matrices
 
@@ -211,9 +212,9 @@ def test_names_of_own_scores() -> None:
 
 def test_scores_of_other_kinds_of_groups_are_refused() -> None:
     with pytest.raises(PlanError, match="block_influence compares whole layers: use axes=layers"):
-        CutOptions(ratio=0.2, score="block_influence")
+        check_score(CutOptions(ratio=0.2, score="block_influence"))
     with pytest.raises(PlanError, match="obs is not for whole layers: use score=block_influence"):
-        CutOptions(ratio=0.2, score="obs", axes=("layers",))
+        check_score(CutOptions(ratio=0.2, score="obs", axes=("layers",)))
 
 
 def test_groups_that_no_product_reads_are_named(model: PreTrainedModel) -> None:

@@ -30,9 +30,9 @@ from custom_code.tokenization_glm_like import GlmLikeTokenizer
 from secateur import CutOptions, Discovery, ModelError, Plan, PlanError, discover, plan, prune
 from secateur.checkpoint import save
 from secateur.cli import run
-from secateur.models import load, load_config, load_tokenizer, quiet, runs_remote_code, skeleton
+from secateur.models import LoadOptions, load, load_config, load_tokenizer, quiet, runs_remote_code, skeleton
 from secateur.plan import PlannedGroup
-from secateur.run import LoadOptions, plan_model, prune_model
+from secateur.run import plan_model, prune_model
 from secateur.scores import score
 from secateur.settings import _shallow, stock_settings
 from test_families import StatisticsOverKept

@@ -27,7 +27,16 @@ from secateur import (
     prune,
     score,
 )
-from secateur.plan import calibration_for, options_for, plan_from_json, preset, read_plan, removed_units, top_units
+from secateur.plan import (
+    calibration_for,
+    check_score,
+    options_for,
+    plan_from_json,
+    preset,
+    read_plan,
+    removed_units,
+    top_units,
+)
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
 
@@ -213,7 +222,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 
 def test_scores_and_reductions_are_checked() -> None:
     with pytest.raises(ScoreError, match="score='L1' is unknown"):
-        CutOptions(ratio=0.2, score="L1")
+        check_score(CutOptions(ratio=0.2, score="L1"))
     with pytest.raises(ScoreError, match=r"reduce='sums' is unknown.*Did you mean sum\?"):
         CutOptions(ratio=0.2, reduce="sums")
 

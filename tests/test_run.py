@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur import CalibrationOptions, CheckpointError, DataError, PlanError, SecateurError
+from secateur import CalibrationOptions, CheckpointError, DataError, PlanError, ScoreError, SecateurError
 from secateur.calibration import calibration_windows, digest, self_written
 from secateur.checkpoint import read_record
 from secateur.gradients import _Call
-from secateur.models import load, load_tokenizer
+from secateur.models import LoadOptions, load, load_tokenizer
 from secateur.plan import Plan, read_plan
-from secateur.run import Clock, LoadOptions, Pruned, peak_rss, plan_model, prune_model
+from secateur.run import Clock, Pruned, peak_rss, plan_model, prune_model
 from secateur.scores import SCORES, Score, Scores, read_scores
 from secateur.statistics import _Journal
 from tiny import names, write_tiny
@@ -278,6 +278,18 @@ class TestLayerByLayer:
         monkeypatch.setattr("secateur.run.self_written", lambda *_, **__: pytest.fail("written again"))
         prune(calibration=own, resume=True)
 
+    def test_a_full_disk_is_one_line(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("secateur.statistics.save_file", raiser(OSError(28, os.strerror(28))))
+        with pytest.raises(CheckpointError, match=r"forward-0\.safetensors cannot be written: No space left on device"):
+            prune()
+        assert names(place) == []
+
+    def test_a_damaged_layer_is_computed_again(self, place: Path, whole: bytes) -> None:
+        self.stopped_after(4, {})
+        (place / ".out.secateur/pass/backward-2.safetensors").write_bytes(b"{")
+        assert prune(resume=True).resumed
+        assert weights("here/out") == whole
+
     def test_killed_at_random_moments(self, place: Path, whole: bytes) -> None:
         """Real processes, killed with kill -9 whenever, until one comes to its end."""
         arguments = "prune in/tiny here/out --calibration in/text.txt --samples 4 --length 16 --resume".split()
@@ -361,6 +373,19 @@ class TestRunFolder:
         monkeypatch.setitem(SCORES, "mine", Score(lambda seen: -seen.weight.square(), "weights", own=True))
         (file,) = (place / "run").iterdir()
         assert not any("mine" in key for key in load_file(file))
+
+
+class TestOwnScores:
+    """A plan by a score of the user's says which units stay, so it serves where that score is not known."""
+
+    def test_its_plan_can_be_read_without_it(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(SCORES, "mine", Score(lambda seen: seen.weight, "weights", own=True))
+        planned = plan_model("in/tiny", cut={"score": "mine"})
+        Path("here/p.json").write_text(json.dumps(planned.to_json()))
+        monkeypatch.delitem(SCORES, "mine")
+        assert prune(given=read_plan(Path("here/p.json"))).plan.decided
+        with pytest.raises(ScoreError, match="score='mine' is unknown"):
+            plan_model("in/tiny", cut={"score": "mine"})
 
 
 class TestLargeModels:
@@ -466,7 +491,7 @@ class TestFailure:
         assert names(place) == []
 
     def test_scores_that_cannot_be_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("secateur.work.write_scores", raiser(OSError(28, os.strerror(28))))
+        monkeypatch.setattr("secateur.statistics.save_file", raiser(OSError(28, os.strerror(28))))
         with pytest.raises(CheckpointError, match=r"scores\.safetensors cannot be written: No space left on device"):
             prune()
         assert names(place) == []

@@ -38,11 +38,11 @@ from secateur.checkpoint import check_writable, read_record, write_json
 from secateur.demo import TEXT, demonstrate
 from secateur.errors import DataError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
-from secateur.models import DEMO, load, load_config, load_tokenizer
+from secateur.models import DEMO, LoadOptions, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile
 from secateur.prune import prune
-from secateur.run import LoadOptions, plan_model, prune_model
+from secateur.run import plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.tables import binary, demo_tables, discovery_tables, perplexity_tables, plan_tables, profile_tables
 

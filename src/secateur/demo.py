@@ -15,11 +15,11 @@ from secateur.calibration import CalibrationOptions, demo_texts
 from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, write_json
 from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
-from secateur.models import DEMO, check_finite, load, load_config, load_tokenizer, quiet
+from secateur.models import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
 from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
-from secateur.run import Clock, LoadOptions, Watch
+from secateur.run import Clock, Watch
 from secateur.scores import score, write_scores
 
 PROMPT = "A pruning saw cuts"

@@ -6,6 +6,8 @@ line and exits with status 2; code catches `SecateurError`.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class SecateurError(Exception):
     """Base of all errors that tell the user what to change.
@@ -37,3 +39,12 @@ class PlanError(SecateurError):
 
 class CheckpointError(SecateurError):
     """A folder that cannot be written or read: it exists, it is incomplete, or no stock config can describe it."""
+
+
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """The error of a file or folder that cannot be written, for example because the disk is full.
+
+    >>> print(unwritable(Path("out"), OSError(28, "No space left on device")))
+    out cannot be written: No space left on device
+    """
+    return CheckpointError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")

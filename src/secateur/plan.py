@@ -75,12 +75,6 @@ class CutOptions:
             raise PlanError(f"axes is empty: name what to cut, for example axes=mlp. Known: {', '.join(AXES)}")
         if len(self.axes) > 1 and {"hidden", "layers"} & set(self.axes):
             raise PlanError(f"axes={','.join(self.axes)}: hidden and layers are cut alone, for example axes=hidden")
-        if self.score not in SCORES:
-            raise ScoreError(f"score={self.score!r} is unknown. Known: {', '.join(SCORES)}{_close(self.score, SCORES)}")
-        if SCORES[self.score].needs == "layers" and self.axes != ("layers",):
-            raise PlanError(f"score={self.score} compares whole layers: use axes=layers with it")
-        if SCORES[self.score].needs == "grams" and self.axes == ("layers",):
-            raise PlanError(f"score={self.score} is not for whole layers: use score=block_influence with axes=layers")
         if self.reduce is not None and self.reduce not in REDUCTIONS:
             hint = _close(self.reduce, REDUCTIONS)
             raise ScoreError(f"reduce={self.reduce!r} is unknown. Known: {', '.join(REDUCTIONS)}{hint}")
@@ -91,6 +85,21 @@ class CutOptions:
 def _close(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1)
     return f". Did you mean {close[0]}?" if close else ""
+
+
+def check_score(options: CutOptions) -> None:
+    """Raise an error when the score is unknown, or says nothing of such axes.
+
+    Plans that are read are not held to it: which units stay is decided, and the score may be one that its maker has.
+    """
+    if options.score not in SCORES:
+        raise ScoreError(
+            f"score={options.score!r} is unknown. Known: {', '.join(SCORES)}{_close(options.score, SCORES)}"
+        )
+    if SCORES[options.score].needs == "layers" and options.axes != ("layers",):
+        raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
+    if SCORES[options.score].needs == "grams" and options.axes == ("layers",):
+        raise PlanError(f"score={options.score} is not for whole layers: use score=block_influence with axes=layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +253,9 @@ def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> Cu
         base = replace(base, axes=changes.pop("axes"), layers=None)
     if "target" in changes and changes["target"] is not None:
         changes.setdefault("ratio", None)
-    return replace(base, **changes)
+    options = replace(base, **changes)
+    check_score(options)
+    return options
 
 
 def plan(
@@ -270,6 +281,7 @@ def plan(
     >>> [(group.name, group.units, group.kept) for group in decided.groups], decided.settings
     ([('layers.0.mlp', 24, 12), ('layers.1.mlp', 24, 12)], {'ffn_dim': 12})
     """
+    check_score(options)
     chosen = groups_to_cut(discovery, options)
     drafts: list[Plan] = []  # the first is nearest to what was asked
     settings = None

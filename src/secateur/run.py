@@ -22,8 +22,7 @@ from secateur.axes import Discovery, count_parameters, discover
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, self_written
 from secateur.checkpoint import check_stock, check_vacant, make_record, save
 from secateur.errors import CheckpointError, ModelError, PlanError
-from secateur.models import LoadOptions as LoadOptions
-from secateur.models import check_finite, has_weights, load, load_config, load_tokenizer, resolve
+from secateur.models import LoadOptions, check_finite, has_weights, load, load_config, load_tokenizer, resolve
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
 from secateur.scores import SCORES, Scores, holds, scores_from, statistics_for

@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,6 +34,7 @@ from secateur.statistics import (
     activation_statistics,
     gradient_statistics,
     weight_statistics,
+    write_tensors,
 )
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
@@ -444,10 +444,7 @@ def write_scores(path: Path, scores: Scores) -> None:
         "seed": scores.seed,
         "options": None if scores.options is None else asdict(scores.options),
     }
-    temporary = path.with_name(f".{path.name}.partial")
-    units = {name: values.contiguous() for name, values in scores.units.items()}
-    save_file(units, temporary, metadata={"secateur": json.dumps(about)})
-    temporary.replace(path)
+    write_tensors(path, scores.units, {"secateur": json.dumps(about)})
 
 
 def read_scores(path: Path) -> Scores:

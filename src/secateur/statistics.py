@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from secateur import processes
 from secateur.activations import stream_inputs
-from secateur.errors import ScoreError
+from secateur.errors import ScoreError, unwritable
 from secateur.gradients import Progress as Progress
 from secateur.gradients import stream_gradients
 
@@ -520,12 +520,16 @@ class _Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.gathered = folder, gathered
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                found: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
-                for key in list(file.keys()):
-                    if key.startswith("sums/"):
-                        _, salience, dim, name = key.split("/", 3)
-                        found[salience, name][int(dim)] = file.get_tensor(key).clone()
+            found: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for key in list(file.keys()):
+                        if key.startswith("sums/"):
+                            _, salience, dim, name = key.split("/", 3)
+                            found[salience, name][int(dim)] = file.get_tensor(key).clone()
+            except (OSError, SafetensorError):  # damaged: that layer is computed again
+                path.unlink()
+                continue
             for (salience, name), dims in found.items():
                 gathered.sums[salience][name] = tuple(dims[i] for i in range(len(dims)))
         self.finished: set[str] = {name for by_weight in gathered.sums.values() for name in by_weight}
@@ -550,7 +554,7 @@ class _Journal:
             for dim, sums in enumerate(dims)
         }
         given = {f"given/{i}": tensor.detach().contiguous() for i, tensor in enumerate(tensors)}
-        _write_whole(self._path(key), {**new, **given}, {"about": about})
+        write_tensors(self._path(key), {**new, **given}, {"about": about})
         self.finished |= {name for by_weight in self.gathered.sums.values() for name in by_weight}
 
     def _path(self, key: str) -> Path:
@@ -593,7 +597,7 @@ def write_statistics(path: Path, statistics: Statistics, *, about: str = "") -> 
         "tokens": statistics.tokens,
         "calibration": statistics.calibration,
     }
-    _write_whole(path, tensors, {"secateur": json.dumps(told)})
+    write_tensors(path, tensors, {"secateur": json.dumps(told)})
 
 
 def read_statistics(path: Path, *, about: str = "") -> Statistics:
@@ -631,13 +635,20 @@ def read_statistics(path: Path, *, about: str = "") -> Statistics:
         raise ScoreError(f"{path} holds no statistics ({error}); expected what write_statistics writes") from error
 
 
-def _write_whole(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
-    """Write a safetensors file beside its name, flush it, and give it its name."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its name, flush it, and give it its name.
+
+    Raises `CheckpointError` when it cannot be written, for example because the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    save_file(dict(tensors), temporary, metadata=about)
-    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=dict(about))
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error

@@ -12,23 +12,22 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from secateur import __version__, processes
 from secateur.calibration import CalibrationOptions
-from secateur.checkpoint import atomic_folder, unwritable, write_json
-from secateur.errors import CheckpointError, ScoreError, SecateurError
+from secateur.checkpoint import atomic_folder, write_json
+from secateur.errors import CheckpointError, ScoreError, SecateurError, unwritable
 from secateur.models import LoadOptions, resolve
 from secateur.plan import CutOptions
 from secateur.scores import SCORES, Scores, read_scores, write_scores
-from secateur.statistics import Statistics, read_statistics, write_statistics
+from secateur.statistics import Statistics, read_statistics, write_statistics, write_tensors
 
 SCORES_FILE = "scores.safetensors"
 PASS_FOLDER = "pass"
@@ -54,7 +53,7 @@ def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
         yield work
     except BaseException as error:
         worth_keeping = (work / SCORES_FILE).exists() or any((work / PASS_FOLDER).glob("*.safetensors"))
-        if isinstance(error, SecateurError) or not worth_keeping:
+        if processes.is_first() and (isinstance(error, SecateurError) or not worth_keeping):
             shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
         raise
     if processes.is_first():
@@ -78,10 +77,7 @@ def kept_scores(work: Path) -> Scores | None:
 def keep_scores(work: Path, scores: Scores) -> None:
     """Leave the scores for a run that goes on; the layers that led to them are needed no more."""
     if processes.is_first():
-        try:
-            write_scores(work / SCORES_FILE, scores)
-        except (OSError, SafetensorError) as error:
-            raise unwritable(work / SCORES_FILE, error) from error
+        write_scores(work / SCORES_FILE, scores)
         shutil.rmtree(work / PASS_FOLDER, ignore_errors=True)
 
 
@@ -97,9 +93,7 @@ def kept_windows(work: Path | None) -> Tensor | None:
 def keep_windows(work: Path | None, windows: Tensor) -> None:
     """Leave them for a run that goes on, which must not have others."""
     if work is not None and processes.is_first():
-        temporary = work / f".{WINDOWS_FILE}.partial"
-        save_file({"windows": windows.contiguous()}, temporary)
-        temporary.replace(work / WINDOWS_FILE)
+        write_tensors(work / WINDOWS_FILE, {"windows": windows}, {})
 
 
 def _read_key(work: Path) -> Any:
@@ -138,20 +132,9 @@ class RunFolder:
     def keep(self, statistics: Statistics) -> None:
         """Keep statistics, but for those of the user's own scores, whose code may change."""
         own = {name for name, how in SCORES.items() if how.own}
-        ours = Statistics(
-            {name: sums for name, sums in statistics.sums.items() if name not in own},
-            statistics.units,
-            statistics.reads,
-            statistics.loss,
-            statistics.samples,
-            statistics.tokens,
-            statistics.calibration,
-        )
+        ours = {name: sums for name, sums in statistics.sums.items() if name not in own}
         if processes.is_first():
-            try:
-                write_statistics(self.path, ours, about=self.key)
-            except (OSError, SafetensorError) as error:
-                raise unwritable(self.path, error) from error
+            write_statistics(self.path, replace(statistics, sums=ours), about=self.key)
 
 
 def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, unwritable, write_json
+from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, write_json
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
 from secateur.checkpoint.stock import check_stock, save
 
@@ -17,6 +17,5 @@ __all__ = [
     "make_record",
     "read_record",
     "save",
-    "unwritable",
     "write_json",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, unwritable
 
 MODEL_MARK = "config.json"  # what a folder of a model holds
 
@@ -99,15 +99,6 @@ def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK)
         raise unwritable(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def unwritable(path: Path, error: Exception) -> CheckpointError:
-    """The error of a file or folder that cannot be written, for example because the disk is full.
-
-    >>> print(unwritable(Path("out"), OSError(28, "No space left on device")))
-    out cannot be written: No space left on device
-    """
-    return CheckpointError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def _beside(out: Path, kind: str) -> Path:
