@@ -14,9 +14,10 @@ from every_type import tiny_type_model
 from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, PlanError, ScoreError, discover, score
 from secateur.models import quiet
+from secateur.obs import DAMPING
 from secateur.plan import check_score
 from secateur.scores import SCORES, register_score, statistics_for, unit_scores
-from secateur.statistics import DAMPING, activation_statistics, gram_matrices
+from secateur.statistics import activation_statistics, gram_matrices
 
 WINDOWS = torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(2))
 DOWN, OUT = "model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"

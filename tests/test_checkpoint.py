@@ -35,7 +35,7 @@ from secateur.checkpoint import (
     write_json,
 )
 from secateur.checkpoint.record import weights_digest
-from secateur.plan import read_plan
+from secateur.plan import PlannedGroup, read_plan
 from tiny import names, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(2 * 20).reshape(2, 20) % 300
@@ -207,16 +207,23 @@ class TestSave:
             assert names(tmp_path) == []
 
     def test_a_plan_without_a_stock_folder(self, pruned: Saved, tmp_path: Path) -> None:
-        for refusal, advice in (
-            ("mlp differs between layers: a keeps 1 units and b keeps 2", "Cut all layers alike"),
-            ("Config cannot describe the cut. The nearest widths are 30 and 36.", "36. Cut to another size, or"),
-            (None, "planned without the model's config. Cut to another size"),
-        ):
-            refused = replace(pruned.plan, settings=None, refusal=refusal)
-            with pytest.raises(CheckpointError, match=advice):
-                check_stock(refused)
-            with pytest.raises(CheckpointError, match="no stock folder can hold"):
-                save(pruned.model, tmp_path / "out", plan=refused)
+        """What no config can say has a folder with code (`test_free_shapes`), unless there is no such model."""
+        refused = replace(pruned.plan, settings=None, refusal="no setting gives these sizes.")
+        check_stock(refused)
+        dense = tiny_model()
+        discovery = discover(dense)
+        check_stock(refused, config=dense.config, discovery=discovery)
+        layers = (PlannedGroup("layers", "layer", None, 3, 2, (0, 2)),)
+        with pytest.raises(CheckpointError, match=r"no folder can hold .*: no setting gives these sizes\. Drop other"):
+            check_stock(replace(refused, groups=layers))
+        with pytest.raises(CheckpointError, match=r"no folder can hold"):
+            save(pruned.model, tmp_path / "out", plan=replace(refused, groups=layers))
+        heads = (PlannedGroup("layers.0.head_dim", "head_dim", 0, 16, 3, (0, 1, 2)),)
+        with pytest.raises(CheckpointError, match=r"no model can be made of what the plan leaves: no setting .*, and "):
+            check_stock(replace(refused, groups=heads), config=dense.config, discovery=discovery)
+        dense.config.auto_map = {"AutoModelForCausalLM": "code.Model"}
+        with pytest.raises(CheckpointError, match="and of a model with custom code only a cut that its config can say"):
+            check_stock(refused, config=dense.config, discovery=discovery)
         assert names(tmp_path) == []
 
 

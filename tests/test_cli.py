@@ -394,11 +394,6 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "layers outside": (r"layers=4:30 is outside the model: it has layers 0:3", (*PRUNE, "--layers", "4:30")),
     "layers backwards": ("layers=2:1 is outside the model", (*PRUNE, "--layers", "2:1")),
     "layers malformed": ("--layers 4-30: expected first:last", (*PRUNE, "--layers", "4-30")),
-    "one layer": ("attention differs between layers: .*Cut all layers alike", (*PRUNE, "--layers", "0:1")),
-    "a width it refuses": (
-        r"34\) is not a multiple .*nearest widths that it accepts are 30 and 36; --round-to 6 .*Cut to another size",
-        (*PRUNE, "--strategy", "channel", "--of", "units", "--ratio", "0.3"),
-    ),
     "round_to 0": ("round_to=0 is not a width", (*PRUNE, "--round-to", "0")),
     # names
     "score": ("score='parm_first' is unknown.* Did you mean param_first?", (*PRUNE, "--score", "parm_first")),
@@ -426,7 +421,6 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         (*PRUNE, "--plan", "wordy.json"),
     ),
     "plan of sizes": ("how many units stay, not which", (*PRUNE, "--plan", "undecided.json")),
-    "plan of one layer": ("attention differs between layers", (*PRUNE, "--plan", "uneven.json")),
     "no plan": ("no plan at no.json: write one with `secateur plan", (*PRUNE, "--plan", "no.json")),
     "half a plan": (r"half\.json is not a plan: ", (*PRUNE, "--plan", "half.json")),
     "a list": (r"list\.json is not a plan: expected a JSON object, found list", (*PRUNE, "--plan", "list.json")),

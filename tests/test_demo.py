@@ -119,9 +119,12 @@ class TestSmall:
         monkeypatch.setattr(secateur.demo, "load", lambda *_, **__: pytest.fail("weights were read"))
         with pytest.raises(PlanError, match="outside"):
             demonstrate("d", cut={"ratio": 1.5})
-        with pytest.raises(CheckpointError, match="Cut all layers alike"):
-            demonstrate("d", cut={"layers": (0, 1)})
         assert names(small) == []
+
+    def test_layers_of_different_sizes(self, small: Path) -> None:
+        found = demonstrate("d", cut={"layers": (0, 1)})
+        assert found.plan.settings is None
+        assert "modeling_free.py" in names(small / "d" / "pruned")
 
     def test_a_failure_leaves_nothing(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:

@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "secateur"
 # The data flow, top to bottom. A module imports only modules above it; a package stands after its parts.
 ORDER = [
     "errors",
+    "modeling_free",
     "models",
     "processes",
     "graph",
@@ -31,12 +32,15 @@ ORDER = [
     "probe",
     "gradients",
     "activations",
+    "obs",
     "statistics",
     "scores",
     "plan",
+    "repair",
     "prune",
     "checkpoint.folder",
     "checkpoint.record",
+    "checkpoint.free",
     "checkpoint.stock",
     "checkpoint",
     "evaluate",

@@ -116,7 +116,7 @@ def _by_value(
         pairs = sizes_before_and_after(discovery, part)
         for path in sorted(_modules_holding(discovery, part)):
             module = dense.get_submodule(path)
-            for name, value in _plain_attributes(module):
+            for name, value in plain_attributes(module):
                 found = [after for before, after in pairs if before == value]
                 if found and (type(module), name) not in laws.keys() | numbers:
                     options[path, name] = found
@@ -129,7 +129,7 @@ def _layer_numbers(model: nn.Module, discovery: Discovery) -> set[tuple[type, st
     for path, module in model.named_modules():
         layer = layer_of(path, discovery.layer_lists)
         if layer is not None:
-            for name, value in _plain_attributes(module):
+            for name, value in plain_attributes(module):
                 found[type(module), name] = found.get((type(module), name), True) and value == layer
     return {key for key, equal in found.items() if equal}
 
@@ -142,7 +142,7 @@ def _laws(model: nn.Module) -> dict[tuple[type, str], tuple[str, int | None]]:
     laws: dict[tuple[type, str], set[tuple[str, int | None]]] = {}
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        for name, value in _plain_attributes(module):
+        for name, value in plain_attributes(module):
             equal: set[tuple[str, int | None]] = set()
             for weight, parameter in own.items():
                 if isinstance(value, tuple) and value == tuple(parameter.shape):
@@ -159,7 +159,12 @@ def _agree(found: set[tuple[str, int | None]]) -> bool:
     return len(weights) == len(set(weights))
 
 
-def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and value of every attribute of a module that may be a size: a number, or a tuple of whole ones.
+
+    >>> list(plain_attributes(nn.Linear(4, 3)))
+    [('in_features', 4), ('out_features', 3)]
+    """
     for name, value in vars(module).items():
         if name.startswith("_") or isinstance(value, bool):
             continue
@@ -188,8 +193,8 @@ def _by_twins(
             continue
         for path in sorted(_modules_holding(discovery, part)):
             configs[path].update(changes)
-            twin = dict(_plain_attributes(nearest.get_submodule(path)))
-            for name, value in _plain_attributes(dense.get_submodule(path)):
+            twin = dict(plain_attributes(nearest.get_submodule(path)))
+            for name, value in plain_attributes(dense.get_submodule(path)):
                 lawful = (type(dense.get_submodule(path)), name) in laws
                 if lawful or twin.get(name, value) == value:
                     continue
@@ -305,7 +310,7 @@ def _every_module(
     canonical = discovery.tied
     found = []
     for path, module in dense.named_modules():
-        for name, value in _plain_attributes(module):
+        for name, value in plain_attributes(module):
             law = laws.get((type(module), name))
             new = value
             if law is not None:

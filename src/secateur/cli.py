@@ -75,11 +75,13 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, fl
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python files run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 
-Preset = Annotated[str, typer.Option("--preset", help="best, or llm-pruner (the paper's recipe).")]
+Preset = Annotated[str, typer.Option("--preset", help="best, fast, or llm-pruner (the paper's recipe).")]
 Ratio = Annotated[float | None, typer.Option("--ratio", help="The share to remove, 0 to 1.", show_default=False)]
 Of = Annotated[
     str | None,
-    typer.Option("--of", help="What the ratio is of: units, parameters, non-embedding or macs.", show_default=False),
+    typer.Option(
+        "--of", help="What the ratio is of: units, parameters, non-embedding, macs or memory.", show_default=False
+    ),
 ]
 Target = Annotated[
     str | None, typer.Option("--target", help="What is to be left instead, for example 100M.", show_default=False)
@@ -118,6 +120,21 @@ Reduce = Annotated[
     typer.Option("--reduce", help="Over a group's axes: sum, mean, max, prod, first, last.", show_default=False),
 ]
 RoundTo = Annotated[int | None, typer.Option("--round-to", help="Widths are multiples of this.", show_default=False)]
+Scope = Annotated[
+    str | None,
+    typer.Option("--scope", help="local: the same share everywhere; global: one ranking.", show_default=False),
+]
+Shape = Annotated[
+    str | None, typer.Option("--shape", help="uniform: layers alike; free: each its own.", show_default=False)
+]
+AtLeast = Annotated[
+    float | None, typer.Option("--at-least", help="The share of each group that stays.", show_default=False)
+]
+Choose = Annotated[
+    str | None,
+    typer.Option("--choose", help="Which units go: by score, or by obs while repairing.", show_default=False),
+]
+RepairOption = Annotated[str | None, typer.Option("--repair", help="none, bias or least-squares.", show_default=False)]
 CalibrationText = Annotated[
     str,
     typer.Option("--calibration", help="`demo`, a file, the name of a data set, or `self`: what the model writes."),
@@ -240,6 +257,11 @@ def plan_command(
     own_scores: OwnScores = None,
     reduce: Reduce = None,
     round_to: RoundTo = None,
+    scope: Scope = None,
+    shape: Shape = None,
+    at_least: AtLeast = None,
+    choose: Choose = None,
+    repair: RepairOption = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
@@ -263,7 +285,22 @@ def plan_command(
     planned = plan_model(
         model,
         preset=preset,
-        cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
+        cut=_cut_options(
+            ratio,
+            of,
+            target,
+            axes,
+            strategy,
+            layers,
+            score,
+            reduce,
+            round_to,
+            scope=scope,
+            shape=shape,
+            at_least=at_least,
+            choose=choose,
+            repair=repair,
+        ),
         calibration=calibration_for(
             preset, text=calibration, samples=samples, length=length, seed=seed, column=column, chat=chat
         ),
@@ -297,6 +334,11 @@ def prune_command(
     own_scores: OwnScores = None,
     reduce: Reduce = None,
     round_to: RoundTo = None,
+    scope: Scope = None,
+    shape: Shape = None,
+    at_least: AtLeast = None,
+    choose: Choose = None,
+    repair: RepairOption = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
@@ -325,7 +367,22 @@ def prune_command(
         model,
         out,
         preset=preset,
-        cut=_cut_options(ratio, of, target, axes, strategy, layers, score, reduce, round_to),
+        cut=_cut_options(
+            ratio,
+            of,
+            target,
+            axes,
+            strategy,
+            layers,
+            score,
+            reduce,
+            round_to,
+            scope=scope,
+            shape=shape,
+            at_least=at_least,
+            choose=choose,
+            repair=repair,
+        ),
         given=read_plan(plan_file) if plan_file is not None else None,
         calibration=calibration_for(
             preset, text=calibration, samples=samples, length=length, seed=seed, column=column, chat=chat
@@ -478,6 +535,7 @@ def _cut_options(
     score: str | None,
     reduce: str | None,
     round_to: int | None,
+    **others: Any,
 ) -> dict[str, Any]:
     """The options that were given, in the form that `CutOptions` takes."""
     given = {
@@ -490,6 +548,7 @@ def _cut_options(
         "score": score,
         "reduce": reduce,
         "round_to": round_to,
+        **others,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -549,7 +608,7 @@ def _check_files(*files: Path | None, made: Path | None = None) -> None:
 
 def _check_alone(context: typer.Context, plan_file: Path) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
-    cut = "preset ratio of target axes strategy layers score reduce round_to"
+    cut = "preset ratio of target axes strategy layers score reduce round_to scope shape at_least choose repair"
     for name in f"{cut} calibration samples length column chat".split():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

@@ -77,7 +77,8 @@ def demonstrate(
     with clock.stage("discover"):
         discovery = discover(DEMO)
     options = options_for(preset, discovery, cut or {})
-    check_stock(plan(discovery, options, config=load_config(DEMO)))
+    config = load_config(DEMO)
+    check_stock(plan(discovery, options, config=config), config=config, discovery=discovery)
     with atomic_folder(out, overwrite=overwrite, mark=SUMMARY_FILE) as folder:
         found = _run(
             out,
@@ -138,7 +139,7 @@ def _run(
         )
         save(pruned, folder / "pruned", plan=decided, tokenizer=tokenizer, record=record)
     with clock.stage("reload"):
-        reloaded = _reload(folder / "pruned", pruned)
+        reloaded = _reload(folder / "pruned", pruned, stock=decided.settings is not None)
     models = {"dense": dense, "pruned": reloaded}
     evaluation = {TEXT: demo_texts()[1]}
     perplexity = {}
@@ -156,10 +157,14 @@ def _run(
     return Demonstration(out, decided, perplexity, profiles, samples, clock.seconds)
 
 
-def _reload(folder: Path, pruned: PreTrainedModel) -> PreTrainedModel:
+def _reload(folder: Path, pruned: PreTrainedModel, *, stock: bool) -> PreTrainedModel:
     """Load the folder as anyone would; its logits must be those of the model in memory."""
     with quiet():
-        reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=pruned.dtype)
+        reloaded: PreTrainedModel = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=pruned.dtype)
+            if stock
+            else load(str(folder), dtype=pruned.dtype, device="cpu")  # the file of code that lies there is our own
+        )
     reloaded = reloaded.to(pruned.device).eval()  # type: ignore[arg-type]  # transformers wraps `to`
     ids = torch.arange(32, device=pruned.device)[None]
     with torch.inference_mode():

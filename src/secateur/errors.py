@@ -38,7 +38,7 @@ class PlanError(SecateurError):
 
 
 class CheckpointError(SecateurError):
-    """A folder that cannot be written or read: it exists, it is incomplete, or no stock config can describe it."""
+    """A folder that cannot be written or read: it exists, it is incomplete, or nothing it could hold describes it."""
 
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:

@@ -38,6 +38,10 @@ Progress = Callable[[int, int], None]
 # as long as the visit lasts.
 Visit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 
+# Name of a weight, one of its dimensions, and samples x size, float32: how fast each sample's part of the mean loss
+# changes with a mask (a factor of 1) over the weight along that dimension.
+MaskVisit = Callable[[str, int, Tensor], None]
+
 ROWS_BYTES = 2**23  # of the rows of a gradient that are formed at once
 RECOMPUTED_TOKENS = 2048  # of a layer that is computed again at once
 LOGITS_BYTES = 2**25  # of the logits that are held at once
@@ -77,16 +81,56 @@ def stream_gradients(
     >>> largest["model.decoder.layers.0.fc1.weight"] > 0
     True
     """
+    _check_there(model)
+    names = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    chosen = names if wanted is None else names & set(wanted)
+    memory = memory if journal is None else 0
+    return _Pass(model, windows, visit, chosen, second_order, recomputed, memory, journal, progress).run()
+
+
+def stream_masks(
+    model: PreTrainedModel,
+    windows: Tensor,
+    visit: MaskVisit,
+    *,
+    wanted: Sequence[str] | None = None,
+    recomputed: Sequence[str] = (),
+    memory: int = 0,
+    progress: Progress | None = None,
+) -> float:
+    """Visit the derivatives by masks over what each weight wanted reads, sample by sample.
+
+    A mask m multiplies the inputs x of a product with the weight W; at m = 1 its derivative is the sum over the tokens
+    of x times the gradient by x, which is also the sum of W times its gradient over the other dimensions. Weights of
+    linear layers are visited along the dimension that reads, and no gradient of theirs is formed; those whose gradients
+    autograd has to form (stacked experts) along every dimension. All else is as in `stream_gradients`.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, seen = AutoModelForCausalLM.from_config(config), {}
+    >>> def visit(name, dim, derivatives):
+    ...     seen[name, dim] = tuple(derivatives.shape)
+    >>> loss = stream_masks(model, torch.arange(20).reshape(2, 10), visit)
+    >>> seen["model.decoder.layers.0.fc2.weight", 1]
+    (2, 24)
+    """
+    _check_there(model)
+    names = {name for name, p in model.named_parameters() if p.is_floating_point() and p.dim() > 1}
+    chosen = names if wanted is None else names & set(wanted)
+
+    def nothing(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
+        del name, rows, weight, gradient, squared
+
+    return _Pass(model, windows, nothing, chosen, True, recomputed, memory, None, progress, masks=visit).run()
+
+
+def _check_there(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ScoreError(
                 f"the weight {name} is not there (it is on meta, as accelerate leaves those it offloads). Load the "
                 "model on the CPU, where weights are read from the disk as they are used: --device cpu"
             )
-    names = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-    chosen = names if wanted is None else names & set(wanted)
-    memory = memory if journal is None else 0
-    return _Pass(model, windows, visit, chosen, second_order, recomputed, memory, journal, progress).run()
 
 
 class Journal(Protocol):
@@ -119,6 +163,7 @@ class _Factors:
     first: int
     left: Tensor  # samples x tokens x rows; for a table of embeddings, the numbers of the rows: samples x tokens
     right: Tensor  # samples x tokens x columns
+    turned: bool = False  # left are the inputs, right the gradients of the outputs
 
     def of_sample(self, sample: int) -> tuple[Tensor, Tensor] | None:
         """The factors of one sample's gradient, if they are among these."""
@@ -140,7 +185,10 @@ class _Pass:
         memory: int,
         journal: Journal | None,
         progress: Progress | None,
+        masks: MaskVisit | None = None,
     ) -> None:
+        self.masks = masks
+        self.by_mask: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.model, self.visit, self.second_order, self.journal = model, visit, second_order, journal
         self.windows = processes.share_of(windows)
         self.samples, self.length = self.windows.shape  # of this process
@@ -197,6 +245,9 @@ class _Pass:
                     stack.enter_context(replaced_forward(module, self._recomputing(module, path, chunk)))
             loss = torch.tensor(self._passes(), dtype=torch.float64)
             processes.add_up(loss)
+            if self.masks is not None:
+                self._finish_masks()
+                return float(loss)
             for name in [*self.sums] if processes.count() == 1 else sorted(self.layout.by_autograd - self.visited):
                 self._finish_sums(name)
         return float(loss)
@@ -340,7 +391,7 @@ class _Pass:
                 if "weight" in names:
                     inputs = _by_sample(x, count)
                     left, right = (inputs, d) if turned else (d, inputs)
-                    self._put(names["weight"], _Factors(first, left, right))
+                    self._put(names["weight"], _Factors(first, left, right, turned))
 
             output.register_hook(take)
             return changed
@@ -383,6 +434,12 @@ class _Pass:
 
     def _sum(self, name: str, sample: int, new: Tensor) -> None:
         """Add the gradient of one sample, or where squares are not asked for, of several."""
+        if self.masks is not None:
+            if new.dim() > 1:
+                terms = self.parameters[name].detach().float() * new
+                for dim in range(new.dim()):
+                    self._add_masks(name, dim, sample, terms.sum([d for d in range(new.dim()) if d != dim])[None])
+            return
         sums = self.sums[name]
         if self.second_order and name in self.layout.shared:
             found = sums.by_sample.get(sample)
@@ -414,6 +471,9 @@ class _Pass:
     # --- visits -------------------------------------------------------------------------------------------------------
 
     def _finish_sums(self, name: str) -> None:
+        if self.masks is not None:
+            self._count(name)
+            return
         sums = self.sums.pop(name, _Sums())
         for new in sums.by_sample.values():
             squared = new.square().mul_(self.all_samples)
@@ -432,10 +492,44 @@ class _Pass:
 
     def _finish_factors(self, name: str) -> None:
         given = self.factors.pop(name)
+        if self.masks is not None:
+            for each in given:
+                if each.left.is_floating_point():
+                    self._masks_of(name, each)
+            self._count(name)
+            return
         if not self._is_finished(name):
             with _exact_products(given):
                 self._visit_products(name, [replace(each, right=each.right.float()) for each in given])
         self._count(name)
+
+    def _masks_of(self, name: str, factors: _Factors) -> None:
+        """The derivatives by masks over the inputs of a product, for some samples."""
+        inputs, outer = (factors.left, factors.right) if factors.turned else (factors.right, factors.left)
+        weight = self.parameters[name].detach()
+        found = outer.to(weight.dtype) @ (weight.t() if factors.turned else weight)
+        self._add_masks(
+            name, 0 if factors.turned else 1, factors.first, (found.float() * inputs.float()).sum(1) / self.scale
+        )
+
+    def _add_masks(self, name: str, dim: int, first: int, derivatives: Tensor) -> None:
+        if dim not in self.by_mask[name]:
+            self.by_mask[name][dim] = derivatives.new_zeros(self.samples, derivatives.shape[-1])
+        self.by_mask[name][dim][first : first + len(derivatives)] += derivatives
+
+    def _finish_masks(self) -> None:
+        """Visit what all processes have, in the order of all windows."""
+        assert self.masks is not None
+        for name, parameter in self.parameters.items():
+            for dim, size in enumerate(parameter.shape):
+                mine = self.by_mask[name].get(dim)
+                if not processes.largest(int(mine is not None)):
+                    continue
+                every = torch.zeros(self.all_samples, size, device=parameter.device)
+                if mine is not None:
+                    every[processes.rank() :: processes.count()] = mine
+                processes.add_up(every)
+                self.masks(name, dim, every)
 
     def _visit_products(self, name: str, factors: Sequence[_Factors]) -> None:
         parameter = self.parameters[name].detach()

@@ -46,6 +46,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from secateur.errors import ModelError
+from secateur.modeling_free import CLASS_PREFIX, FREE, free_class
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,9 @@ def _config_as_written(model: str, *, trust_remote_code: bool) -> PreTrainedConf
     source = resolve(model)
     location, options = _location(source)
     with quiet(), _told_by(source, "its config cannot be read", trust_remote_code=trust_remote_code):
+        written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
+        if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{FREE}_"):
+            return _free_config(written)
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
@@ -143,6 +147,37 @@ def _config_as_written(model: str, *, trust_remote_code: bool) -> PreTrainedConf
             f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
         )
     return config
+
+
+def _free_config(written: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a model of free shapes, for the class that we have: nothing that lies beside it is run."""
+    stock_type = written["model_type"].removeprefix(f"{FREE}_")
+    if stock_type not in CONFIG_MAPPING:
+        raise ValueError(f"{FREE} of the model type {stock_type!r}, which transformers does not know")
+    stock = CONFIG_MAPPING[stock_type]
+    config: PreTrainedConfig = free_class(stock).from_dict(written)
+    free = getattr(config, FREE)
+    architecture = free.get("architecture") if isinstance(free, dict) else None
+    model_class = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    if getattr(model_class, "config_class", None) is not stock:
+        raise ValueError(f"{FREE}, architecture: {architecture!r:.60} is no model class of transformers for it")
+    module = free_class.__module__.rpartition(".")[2]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{type(config).__name__}",
+        "AutoModelForCausalLM": f"{module}.{CLASS_PREFIX}{architecture}",
+    }
+    return config
+
+
+def free_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Give the class of a model of free shapes that is our own, so that no flag is needed; None for any other config.
+
+    >>> free_model_class(AutoConfig.for_model("bert")) is None
+    True
+    """
+    if type(config).__module__ != free_class.__module__:
+        return None
+    return cast(type[PreTrainedModel], free_class(getattr(transformers, getattr(config, FREE)["architecture"])))
 
 
 def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -183,7 +218,9 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
         own_config._experts_implementation = EXPERTS
     try:
         with quiet(), torch.device("meta"):
-            part = None if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else _class_by(config)
+            part = free_model_class(config)
+            if part is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                part = _class_by(config)
             model: Any = (
                 part._from_config(own_config, attn_implementation="eager")
                 if part is not None
@@ -266,16 +303,19 @@ def load(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = _config_as_written(model, trust_remote_code=trust_remote_code)
     location, location_options = _location(source)
+    loader: Any = free_model_class(config)
+    if loader is None:
+        loader = AutoModelForCausalLM
+        location_options = {**location_options, "trust_remote_code": trust_remote_code}
     with (
         quiet(),
         _without_gguf_bar(),
         _told_by(source, "its weights cannot be loaded", trust_remote_code=trust_remote_code),
     ):
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = loader.from_pretrained(
             location,
             config=config,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, from which we make a better error
             **location_options,

@@ -20,13 +20,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from secateur.allocation import cheapest, families
 from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
 from secateur.calibration import COLUMN, DEMO, CalibrationOptions
 from secateur.errors import PlanError, ScoreError
 from secateur.scores import REDUCTIONS, SCORES, Scores
 from secateur.settings import Cut, stock_settings
 
-BUDGETS = ("units", "parameters", "non-embedding", "macs")
+BUDGETS = ("units", "parameters", "non-embedding", "macs", "memory")
+SCOPES = ("local", "global")
+SHAPES = ("uniform", "free")
+REPAIRS = ("none", "bias", "least-squares")
 AXES = {
     "attention": ("attention",),
     "query": ("query",),
@@ -55,6 +59,11 @@ class CutOptions:
     score: str = "param_second"
     reduce: str | None = None
     round_to: int = 1
+    scope: str = "local"  # the same share from every group, or one ranking of all units by score and size
+    shape: str = "uniform"  # layers alike, as stock configs want them, or each with its own sizes
+    at_least: float = 0.0  # the share of a group's units that stays under the global scope
+    choose: str = "score"  # which units of a group go: by the score, or by optimal brain surgeon while repairing
+    repair: str = "none"
 
     def __post_init__(self) -> None:
         """Check every value on its own; what depends on the model is checked by `plan`."""
@@ -78,6 +87,18 @@ class CutOptions:
         if self.reduce is not None and self.reduce not in REDUCTIONS:
             hint = _close(self.reduce, REDUCTIONS)
             raise ScoreError(f"reduce={self.reduce!r} is unknown. Known: {', '.join(REDUCTIONS)}{hint}")
+        for name, value, known in (
+            ("scope", self.scope, SCOPES),
+            ("shape", self.shape, SHAPES),
+            ("choose", self.choose, ("score", "obs")),
+            ("repair", self.repair, REPAIRS),
+        ):
+            if value not in known:
+                raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{_close(value, known)}")
+        if self.scope == "global" and self.of == "units":
+            raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
+        if not 0 <= self.at_least < 1:
+            raise PlanError(f"at_least={self.at_least:g} is outside [0, 1): a share of units, for example 0.1")
         if self.round_to < 1:
             raise PlanError(f"round_to={self.round_to} is not a width: give 1 for any width, or for example 64")
 
@@ -194,22 +215,29 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from error
 
 
+PRESETS = ("best", "fast", "llm-pruner")
+
+
 def preset(name: str, layers: int) -> CutOptions:
     """The options of a preset for a model with that many layers.
 
     `llm-pruner` is the paper's recipe: 25 % of the heads and MLP channels of layers 4 to 30 of 32 (as shares of the
-    depth for other models), first-order Taylor scores. `best` cuts 20 % of the non-embedding parameters from all
-    layers alike, so that the result is a stock model, by second-order scores. See `calibration_for` for their text.
+    depth for other models), first-order Taylor scores. `best` cuts 20 % of the non-embedding parameters: how much of
+    which layer by one ranking of all units by their Fisher information per parameter, which of a layer's units by
+    optimal brain surgeon, and least squares for what reads them. `fast` is the same on less text. See `calibration_for`
+    for their text.
 
-    >>> preset("llm-pruner", 32).layers
-    (4, 30)
+    >>> preset("llm-pruner", 32).layers, preset("best", 32).repair
+    ((4, 30), 'least-squares')
     """
     if name == "llm-pruner":
         first, last = round(layers * 4 / 32), round(layers * 2 / 32)
         return CutOptions(ratio=0.25, of="units", layers=(first, layers - last), score="param_first")
-    if name == "best":
-        return CutOptions(ratio=0.2)
-    raise PlanError(f"preset {name!r} is unknown. Known: best, llm-pruner{_close(name, ('best', 'llm-pruner'))}")
+    if name in ("best", "fast"):
+        return CutOptions(
+            ratio=0.2, score="fisher", scope="global", shape="free", choose="obs", repair="least-squares", at_least=0.05
+        )
+    raise PlanError(f"preset {name!r} is unknown. Known: {', '.join(PRESETS)}{_close(name, PRESETS)}")
 
 
 def calibration_for(
@@ -227,7 +255,10 @@ def calibration_for(
     >>> calibration_for("llm-pruner", seed=3)
     CalibrationOptions(text='demo', samples=10, length=64, seed=3, column='text', chat=False)
     """
-    usual = CalibrationOptions(samples=10, length=64) if name == "llm-pruner" else CalibrationOptions()
+    usual = {
+        "llm-pruner": CalibrationOptions(samples=10, length=64),
+        "fast": CalibrationOptions(samples=32, length=128),
+    }.get(name, CalibrationOptions())
     return replace(
         usual,
         text=text,
@@ -250,7 +281,11 @@ def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> Cu
         changes.setdefault("axes", STRATEGIES[strategy])
     base = preset(name, discovery.depth)
     if {"hidden", "layers"} & set(changes.get("axes", ())):
-        base = replace(base, axes=changes.pop("axes"), layers=None)
+        base = replace(CutOptions(ratio=base.ratio, of=base.of), axes=changes.pop("axes"))
+    if changes.get("of") == "units":  # a share of each group's units
+        changes = {"scope": "local", "shape": "uniform", **changes}
+    if "score" in changes:  # then it decides
+        changes.setdefault("choose", "score")
     if "target" in changes and changes["target"] is not None:
         changes.setdefault("ratio", None)
     options = replace(base, **changes)
@@ -285,7 +320,7 @@ def plan(
     chosen = groups_to_cut(discovery, options)
     drafts: list[Plan] = []  # the first is nearest to what was asked
     settings = None
-    for kept in _candidates(discovery, chosen, options):
+    for kept in _candidates(discovery, chosen, options, scores):
         groups = _planned(chosen, kept, scores, options)
         if not groups:
             continue
@@ -449,7 +484,7 @@ def _rounded(group: Group, kept: int, options: CutOptions) -> int:
 
 
 def _candidates(
-    discovery: Discovery, chosen: Mapping[str, Sequence[Group]], options: CutOptions
+    discovery: Discovery, chosen: Mapping[str, Sequence[Group]], options: CutOptions, scores: Scores | None
 ) -> Iterator[dict[str, int]]:
     """Units kept by group, the nearest to the budget first.
 
@@ -474,6 +509,10 @@ def _candidates(
         )
     few = [g for g in groups if g.units < MANY_UNITS and g.kind not in WIDE]
     many = [g for g in groups if g not in few]
+    if options.scope == "global" and scores is not None:
+        yield _ranked(chosen, count, wanted, options, scores, few)
+        if options.shape == "free":
+            return
     if not many:
         yield _nearest_few(few, count, wanted)
         return
@@ -485,6 +524,27 @@ def _candidates(
             yield kept | _nearest_many(many, kept, count, wanted, options)
 
 
+def _ranked(
+    chosen: Mapping[str, Sequence[Group]],
+    count: Callable[[dict[str, int]], int],
+    wanted: int,
+    options: CutOptions,
+    scores: Scores,
+    few: Sequence[Group],
+) -> dict[str, int]:
+    """Units kept by one ranking of all."""
+    coarse = {group.name for group in few}
+    found = families(
+        [*chosen.values()],
+        scores.units,
+        count,
+        uniform=options.shape == "uniform",
+        at_least=options.at_least,
+        round_to=lambda group: 1 if group.name in coarse else options.round_to,
+    )
+    return cheapest(found, count, wanted, coarse=lambda group: group.name in coarse)
+
+
 def _counter(discovery: Discovery, options: CutOptions) -> Callable[[dict[str, int]], int]:
     def count(kept: dict[str, int]) -> int:
         kept = dict(kept)
@@ -492,7 +552,7 @@ def _counter(discovery: Discovery, options: CutOptions) -> Callable[[dict[str, i
         dropped = frozenset(range(layers, discovery.depth)) if layers is not None else frozenset()
         if options.of == "macs":
             return sum(count_macs(discovery, kept, dropped_layers=dropped).values())
-        embeddings = options.of == "parameters"
+        embeddings = options.of in ("parameters", "memory")
         return count_parameters(discovery, kept, dropped_layers=dropped, embeddings=embeddings)
 
     return count

@@ -38,13 +38,22 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def rank() -> int:
+    """The number of this process, from 0.
+
+    >>> rank()
+    0
+    """
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def is_first() -> bool:
     """Whether this process writes and speaks for all.
 
     >>> is_first()
     True
     """
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    return rank() == 0
 
 
 def share_of(windows: Tensor) -> Tensor:
@@ -58,7 +67,7 @@ def share_of(windows: Tensor) -> Tensor:
             f"{len(windows)} calibration samples for {count()} processes: each needs at least one. Give more samples, "
             f"for example --samples {count()}, or start fewer processes"
         )
-    return windows[distributed.get_rank() :: count()] if count() > 1 else windows
+    return windows[rank() :: count()] if count() > 1 else windows
 
 
 def add_up(*tensors: Tensor) -> None:

@@ -25,15 +25,21 @@ from secateur.settings import Cut, renamed, with_settings
 
 
 def prune(
-    model: PreTrainedModel, plan: Plan, *, discovery: Discovery | None = None, room: Path | None = None
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    discovery: Discovery | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    room: Path | None = None,
 ) -> PreTrainedModel:
     """A smaller model of the same class, in eval mode; the dense model is left as it is.
 
     A plan that a stock config can say gives a model built from that config. Any other is cut in place of the
     modules, with the attributes that depend on the sizes found (see `attributes`); such a model runs, but has no stock
-    folder. Weights that no cut touches are shared with the dense model. `room` is a folder on a disk with space for the
-    cut weights: they then lie in a file there, which goes with the model, instead of in memory. Raises `PlanError` when
-    the plan does not say which units stay, or is of another model, and `CheckpointError` when the room is too small.
+    folder. Weights that no cut touches are shared with the dense model. `weights` are cut instead of the model's own,
+    by name and as large as those (see `repair`). `room` is a folder on a disk with space for the cut weights: they then
+    lie in a file there, which goes with the model, instead of in memory. Raises `PlanError` when the plan does not say
+    which units stay, or is of another model, and `CheckpointError` when the room is too small.
 
     >>> from secateur.plan import CutOptions, plan
     >>> from secateur.scores import score
@@ -49,13 +55,11 @@ def prune(
     discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    weights = cut_weights(tensors, plan, discovery, room=room if model.device.type == "cpu" else None)
+    cut = cut_weights(tensors | dict(weights or {}), plan, discovery, room=room if model.device.type == "cpu" else None)
     if plan.settings is not None:
-        pruned = _from_config(
-            model, with_settings(model.config, plan.settings), weights, _tied_after(discovery, plan.cut)
-        )
+        pruned = _from_config(model, with_settings(model.config, plan.settings), cut, _tied_after(discovery, plan.cut))
     else:
-        pruned = _from_parts(model, plan.cut, weights, discovery)
+        pruned = _from_parts(model, plan.cut, cut, discovery)
     pruned.eval()
     return pruned
 

@@ -25,14 +25,17 @@ from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.models import LoadOptions, check_finite, has_weights, load, load_config, load_tokenizer, resolve
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
+from secateur.repair import Repaired, repair
 from secateur.scores import SCORES, Scores, holds, scores_from, statistics_for
 from secateur.settings import stock_settings
 from secateur.statistics import Progress
 from secateur.work import (
     PASS_FOLDER,
     RunFolder,
+    keep_repair,
     keep_scores,
     keep_windows,
+    kept_repair,
     kept_scores,
     kept_windows,
     run_key,
@@ -117,7 +120,10 @@ def plan_model(
 
     folder = None if run is None else RunFolder(Path(run), model, calibration, loading)
     scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder)
-    return plan(discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code)
+    decided = plan(discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code)
+    if options.choose == "obs":
+        decided = _repaired(loaded_now(), decided, discovery, windows, calibration, clock).plan
+    return decided
 
 
 def prune_model(
@@ -160,10 +166,12 @@ def prune_model(
     if given is not None:
         given = _fitted(given, discovery, config, trust_remote_code=loading.trust_remote_code)
         options = given.options
+        if given.scored.get("calibration_options"):
+            calibration = CalibrationOptions(**given.scored["calibration_options"])
     else:
         options = options_for(preset, discovery, cut or {})
     sizes = given or plan(discovery, options, config=config, trust_remote_code=loading.trust_remote_code)
-    check_stock(sizes)
+    check_stock(sizes, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
 
     loaded: list[PreTrainedModel] = []
 
@@ -171,7 +179,7 @@ def prune_model(
         if not loaded:
             with clock.stage("load"):
                 loaded.append(_load(model, loading))
-            if announce is not None:
+            if announce is not None and (given is not None or options.scope == "local"):
                 announce(sizes)
         return loaded[0]
 
@@ -186,15 +194,81 @@ def prune_model(
         decided = given or plan(
             discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code
         )
+        if announce is not None and given is None and options.scope == "global":
+            announce(decided)  # sizes that depend on the scores
         if processes.is_first():
-            _cut_and_save(loaded_now(), decided, discovery, out, model, calibration, loading, overwrite, command, clock)
+            weights: Mapping[str, Tensor] = {}
+            if options.repair != "none" or (options.choose == "obs" and given is None):
+                windows = _windows(model, config, options, calibration, loading)
+                repaired = kept_repair(work, decided)
+                resumed = resumed or repaired is not None
+                if repaired is None:
+                    repaired = _repaired(
+                        loaded_now(),
+                        decided,
+                        discovery,
+                        windows,
+                        calibration,
+                        clock,
+                        work=work,
+                        given=given is not None,
+                    )
+                    keep_repair(work, decided, repaired)
+                decided, weights = repaired.plan, repaired.weights
+            _cut_and_save(
+                loaded_now(), decided, weights, discovery, out, model, calibration, loading, overwrite, command, clock
+            )
         processes.wait()
     return Pruned(decided, out, clock.seconds, peak_rss(), resumed)
+
+
+def _repaired(
+    model: PreTrainedModel,
+    decided: Plan,
+    discovery: Discovery,
+    windows: Tensor | None,
+    calibration: CalibrationOptions,
+    clock: Clock,
+    *,
+    work: Path | None = None,
+    given: bool = False,
+) -> Repaired:
+    """What is left of the weights, fitted anew as the options say; a plan that was given keeps its units."""
+    with clock.stage("repair") as progress:
+        if windows is None:
+            windows = _own_text(model, calibration, work, progress, alone=True)
+        return repair(
+            model,
+            decided,
+            discovery,
+            windows,
+            method=decided.options.repair,
+            choose=decided.options.choose == "obs" and not given,
+            progress=progress,
+        )
+
+
+def _own_text(
+    model: PreTrainedModel,
+    calibration: CalibrationOptions,
+    work: Path | None,
+    progress: Progress | None,
+    *,
+    alone: bool = False,
+) -> Tensor:
+    """The text that the model writes itself, the same all through a run; `alone`, no other process asks for it."""
+    windows = kept_windows(work)
+    if windows is None:
+        windows = self_written(model, calibration, progress=progress)
+        windows = windows if alone else processes.from_first(windows)
+        keep_windows(work, windows)
+    return windows
 
 
 def _cut_and_save(
     loaded: PreTrainedModel,
     decided: Plan,
+    weights: Mapping[str, Tensor],
     discovery: Discovery,
     out: Path,
     name: str,
@@ -207,7 +281,9 @@ def _cut_and_save(
     tokenizer = load_tokenizer(name, trust_remote_code=loading.trust_remote_code)
     with clock.stage("cut"):
         large = _bytes_of(loaded) > IN_MEMORY * psutil.virtual_memory().available
-        pruned = prune(loaded, decided, discovery=discovery, room=out.absolute().parent if large else None)
+        pruned = prune(
+            loaded, decided, discovery=discovery, weights=weights, room=out.absolute().parent if large else None
+        )
     with clock.stage("save"):
         record = make_record(
             loaded,
@@ -267,7 +343,7 @@ def _windows(
     model: str, config: PreTrainedConfig, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions
 ) -> Tensor | None:
     """The calibration tokens that the score needs, if it needs any and the model is not to write them."""
-    if SCORES[options.score].needs == "weights":
+    if SCORES[options.score].needs == "weights" and options.repair == "none" and options.choose == "score":
         return None
     check_positions(config, calibration.length)
     if calibration.text == SELF:
@@ -293,10 +369,7 @@ def _scores(
         model = loaded_now()
         with clock.stage("score") as progress:
             if windows is None and SCORES[options.score].needs != "weights":
-                windows = kept_windows(work)
-                if windows is None:
-                    windows = processes.from_first(self_written(model, calibration, progress=progress))
-                    keep_windows(work, windows)
+                windows = _own_text(model, calibration, work, progress)
             many = processes.count() > 1 or _bytes_of(model) < JOURNAL_FROM
             new = statistics_for(
                 options.score,

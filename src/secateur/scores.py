@@ -33,6 +33,7 @@ from secateur.statistics import (
     UnitsOf,
     activation_statistics,
     gradient_statistics,
+    mask_statistics,
     weight_statistics,
     write_tensors,
 )
@@ -48,7 +49,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
 
 
 NEEDS = ("weights", "inputs", "gradient", "second order")  # what a salience may ask for
-Needs = Literal["weights", "inputs", "gradient", "second order", "grams", "layers"]
+Needs = Literal["weights", "inputs", "gradient", "second order", "masks", "grams", "layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,11 @@ SCORES |= {
         source="sum W^2 var(X); FLAP, arXiv 2312.11983 (WIFV)",
     ),
     "obs": Score(None, "grams", source="w ((X'X)^-1)_uu^-1 w'; ZipLM, arXiv 2302.04089"),
+    "fisher": Score(
+        None,
+        "masks",
+        source="nats per token: 1/2 sum over samples of (dL/dm)^2, m a mask over the unit; arXiv 2204.09656, eq. 6-8",
+    ),
     "block_influence": Score(None, "layers", source="1 - mean cos(h, layer(h)); ShortGPT, arXiv 2403.03853"),
 }
 
@@ -279,6 +285,8 @@ def statistics_for(
             layers=layers,
             progress=progress,
         )
+    elif how.needs == "masks":
+        found = mask_statistics(model, windows, wanted=sorted(wanted), layers=[*layers], progress=progress)
     else:
         found = gradient_statistics(
             model,
@@ -299,7 +307,7 @@ def check_kinds(name: str, groups: Iterable[Group]) -> None:
     for group in groups:
         if whole and group.kind != "layer":
             raise ScoreError(f"score {name} compares whole layers, not {group.kind}: cut layers, with --axes layers")
-        if SCORES[name].needs == "grams" and group.kind == "layer":
+        if SCORES[name].needs in ("grams", "masks") and group.kind == "layer":
             raise ScoreError(f"score {name} is not for whole layers: use --score block_influence, or cut other axes")
 
 
@@ -308,6 +316,8 @@ def holds(statistics: Statistics, name: str, discovery: Discovery, groups: Seque
     how = SCORES[name]
     if how.own or name == "random":
         return name == "random"
+    if how.needs == "masks":
+        return all(any(axis.weight in statistics.masks for axis in group.axes) for group in groups)
     if how.salience is None:
         return all(group.name in statistics.units.get(name, {}) for group in groups)
     sums = statistics.sums.get(name, {})
@@ -372,7 +382,9 @@ def unit_scores(
         return {group.name: _random(group, seed) for group in groups}
     if asked:
         check_kinds(name, groups)
-    if SCORES[name].salience is None:
+    if SCORES[name].needs == "masks":
+        axes = _from_masks(discovery, statistics, groups)
+    elif SCORES[name].salience is None:
         known_units = statistics.units.get(name, {})
         axes = {group.name: [*known_units.get(group.name, {}).values()] for group in groups}
     else:
@@ -419,6 +431,22 @@ def _from_sums(
             whole = [REDUCTIONS[reduce](torch.stack(layers[i])[:, None]) for i in range(group.units)]
             per_axis[group.name] = [torch.cat(whole)]
     return per_axis
+
+
+def _from_masks(discovery: Discovery, statistics: Statistics, groups: Sequence[Group]) -> dict[str, list[Tensor]]:
+    """The Fisher information of one mask over all that reads a unit, in nats per token: one axis for each group."""
+    derivatives: dict[str, Tensor] = {}
+    units_of = {group.name: group.units for group in groups}
+    for weight in discovery.weights:
+        for dim, by_channel in statistics.masks.get(weight.name, {}).items():
+            expression = weight.dims[dim]
+            for name in dict.fromkeys(v.name for v in variables_in(expression) if v.name in units_of):
+                unit_of = torch.tensor(units_along(expression, name))
+                mine = unit_of >= 0
+                units = torch.zeros(len(by_channel), units_of[name])
+                units.index_add_(1, unit_of[mine], by_channel[:, mine])
+                derivatives[name] = derivatives.get(name, 0) + units
+    return {name: [statistics.tokens / 2 * each.square().sum(0)] for name, each in derivatives.items()}
 
 
 def _random(group: Group, seed: int) -> Tensor:

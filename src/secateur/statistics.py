@@ -25,16 +25,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from secateur import processes
-from secateur.activations import stream_inputs
+from secateur.activations import reading_dims, stream_inputs
 from secateur.errors import ScoreError, unwritable
 from secateur.gradients import Progress as Progress
-from secateur.gradients import stream_gradients
+from secateur.gradients import stream_gradients, stream_masks
+from secateur.obs import unit_costs
+from secateur.probe import two_samples
 
 SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
 LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
 AT_ONCE = 2**20  # elements whose saliences are formed at once
 GRAM_TOKENS = 2048  # that are multiplied at once
-DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
 
 
 class Evidence:
@@ -125,6 +126,8 @@ class Statistics:
 
     sums: Mapping[str, Mapping[str, tuple[Tensor, ...]]]  # salience -> weight -> for each dimension, float32
     units: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)  # score -> group -> axis
+    # Weight -> dimension -> samples x size, float32: derivatives of the mean loss by masks over what the weight reads.
+    masks: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     reads: Mapping[str, int] = field(default_factory=dict)  # weight -> its dimension that meets the inputs
     loss: float | None = None  # mean cross-entropy in nats per token
     samples: int = 0
@@ -148,6 +151,7 @@ class Statistics:
                 }
                 for key in {**self.units, **other.units}
             },
+            masks={**self.masks, **other.masks},
             reads={**self.reads, **other.reads},
             loss=self.loss if other.loss is None else other.loss,
             samples=other.samples or self.samples,
@@ -263,8 +267,61 @@ def activation_statistics(
     stream_inputs(model, mine, gathered, wanted=weights, layers=[*(layers or {})], progress=progress)
     gathered.finish_all()
     return Statistics(
-        gathered.gathered.finished(), gathered.units, gathered.reads_along, None, len(windows), windows.numel()
+        sums=gathered.gathered.finished(),
+        units=gathered.units,
+        reads=gathered.reads_along,
+        samples=len(windows),
+        tokens=windows.numel(),
     )
+
+
+def mask_statistics(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    wanted: Sequence[str] | None = None,
+    layers: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Statistics:
+    """Derivatives by masks over what every weight reads, sample by sample, from one forward and backward pass.
+
+    Windows are int64, samples x length; `wanted` and `layers` are as in `gradient_statistics`, which see for the
+    errors.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> found = mask_statistics(AutoModelForCausalLM.from_config(config), torch.arange(20).reshape(2, 10))
+    >>> found.masks["model.decoder.layers.0.fc2.weight"][1].shape
+    torch.Size([2, 24])
+    """
+    samples, length = windows.shape
+    reads = reading_dims(model, two_samples(windows))
+    masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
+
+    def visit(name: str, dim: int, derivatives: Tensor) -> None:
+        if not torch.isfinite(derivatives).all():
+            raise ScoreError(
+                f"the gradient of what {name} reads has values that are NaN or Inf; check the weights, or use dtype "
+                "float32 or bfloat16"
+            )
+        if dim == reads.get(name, dim) or (dim == 0 and model.get_parameter(name).dim() > 2):
+            masks[name][dim] = derivatives.cpu()
+
+    loss = stream_masks(
+        model,
+        windows,
+        visit,
+        wanted=wanted,
+        recomputed=layers,
+        memory=_spare_memory(model),
+        progress=progress,
+    )
+    if not any(bool(each.any()) for by_dim in masks.values() for each in by_dim.values()):
+        raise ScoreError(
+            f"all gradients are zero (loss {loss:.4g}): nothing can be told from them. Check the weights and the "
+            "calibration text, or use dtype float32 or bfloat16"
+        )
+    return Statistics({}, masks=dict(masks), reads=reads, loss=loss, samples=samples, tokens=samples * (length - 1))
 
 
 def gram_matrices(model: PreTrainedModel, windows: Tensor, names: Collection[str]) -> dict[str, Tensor]:
@@ -487,29 +544,15 @@ class _GatheredInputs:
 
 
 def _surgeon(weight: Tensor, features: _Features, dim: int, unit_of: Tensor) -> Tensor:
-    """The optimal brain surgeon's cost of each unit: the sum over rows of w_u ((H^-1)_uu)^-1 w_u', H = X'X / tokens."""
+    """The optimal brain surgeon's cost of each unit over all matrices of a weight, per token."""
     assert features.gram is not None
-    units = int(unit_of.max()) + 1
-    total = torch.zeros(units, dtype=torch.float64, device=weight.device)
-    places = [torch.nonzero(unit_of == unit).flatten().to(weight.device) for unit in range(units)]
+    total = torch.zeros(int(unit_of.max()) + 1, dtype=torch.float64, device=weight.device)
     for i, gram in enumerate(features.gram):
-        matrix = (weight[i] if weight.dim() > 2 else weight).double()
+        matrix = weight[i] if weight.dim() > 2 else weight
         along = dim - (weight.dim() - matrix.dim())
-        w = matrix if along == 1 else matrix.t()  # rows x features
         tokens = float(features.tokens[i])
-        if not tokens:
-            continue  # an expert that no token was sent to
-        hessian = gram / tokens
-        hessian.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp_min(1e-12))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        if all(len(place) == 1 for place in places):
-            at = torch.cat(places)
-            total += w[:, at].square().sum(0) / inverse.diagonal()[at]
-            continue
-        for unit, place in enumerate(places):
-            if len(place):
-                mine = w[:, place]
-                total[unit] += (mine.t() * torch.linalg.solve(inverse[place][:, place], mine.t())).sum()
+        if tokens:  # else an expert that no token was sent to
+            total += unit_costs(matrix if along == 1 else matrix.t(), gram / tokens, unit_of)
     return total
 
 
@@ -589,6 +632,11 @@ def write_statistics(path: Path, statistics: Statistics, *, about: str = "") -> 
         for group, by_axis in by_group.items()
         for axis, values in by_axis.items()
     }
+    tensors |= {
+        f"masks/{dim}/{name}": derivatives.contiguous()
+        for name, by_dim in statistics.masks.items()
+        for dim, derivatives in by_dim.items()
+    }
     told = {
         "about": about,
         "reads": dict(statistics.reads),
@@ -612,7 +660,12 @@ def read_statistics(path: Path, *, about: str = "") -> Statistics:
                 raise ScoreError(f"{path} holds statistics of another model or calibration")
             found: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
             units: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+            masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
             for key in sorted(file.keys()):
+                if key.startswith("masks/"):
+                    _, along, name = key.split("/", 2)
+                    masks[name][int(along)] = file.get_tensor(key)
+                    continue
                 what, score, at, name = key.split("/", 3)
                 if what == "sums":
                     found[score][name][int(at)] = file.get_tensor(key)
@@ -625,6 +678,7 @@ def read_statistics(path: Path, *, about: str = "") -> Statistics:
         return Statistics(
             sums=sums,
             units={score: {group: dict(axes) for group, axes in groups.items()} for score, groups in units.items()},
+            masks=dict(masks),
             reads=dict(told["reads"]),
             loss=told["loss"],
             samples=told["samples"],

@@ -25,8 +25,11 @@ from secateur.anatomy import (
 from secateur.axes.groups import Discovery, count_parameters
 from secateur.demo import PROMPT, Demonstration
 from secateur.evaluate import Perplexity
-from secateur.plan import Plan, by_kind
+from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.profile import Profile
+
+UNEVEN = 3  # sizes of one kind: more are drawn, not listed
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def _titled(title: str, table: Table) -> Iterator[RenderableType]:
@@ -151,6 +154,9 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         sizes: dict[tuple[int, int], list[int]] = {}
         for group in groups:
             sizes.setdefault((group.units, group.kept), []).append(-1 if group.layer is None else group.layer)
+        if len(sizes) > UNEVEN:
+            table.add_row(kind, *_uneven(planned, kind, groups))
+            continue
         for (units, kept), layers in sizes.items():
             where = "the model" if layers == [-1] else spans(layers)
             table.add_row(kind, where, str(units), str(kept))
@@ -169,7 +175,21 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
     if planned.settings is not None:
         yield "config: " + ", ".join(f"{name} = {_setting(v)}" for name, v in planned.settings.items())
     elif planned.refusal is not None:
-        yield f"no stock folder: {planned.refusal}"
+        yield f"no stock folder, but one with a file of code (trust_remote_code=True): {planned.refusal}"
+
+
+def _uneven(planned: Plan, kind: str, groups: Sequence[PlannedGroup]) -> tuple[str, str, str]:
+    """Groups of many sizes in one row, with a bar for the share that each layer keeps."""
+    shares = {group.layer: group.kept / group.units for group in groups if group.layer is not None}
+    last = max((layer for layer in shares), default=0)
+    bars = "".join(BARS[round(shares.get(layer, 1.0) * (len(BARS) - 1))] for layer in range(last + 1))
+    units = sorted({group.units for group in groups})
+    kept = [group.kept for group in groups]
+    return (
+        f"0-{last} {bars}",
+        str(units[0]) if len(units) == 1 else f"{units[0]}-{units[-1]}",
+        f"{min(kept)} to {max(kept)} in {len(groups)}",
+    )
 
 
 def _setting(value: Any) -> str:

@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur import __version__, processes
 from secateur.calibration import CalibrationOptions
 from secateur.checkpoint import atomic_folder, write_json
-from secateur.errors import CheckpointError, ScoreError, SecateurError, unwritable
+from secateur.errors import CheckpointError, PlanError, ScoreError, SecateurError, unwritable
 from secateur.models import LoadOptions, resolve
-from secateur.plan import CutOptions
+from secateur.plan import CutOptions, Plan, plan_from_json
+from secateur.repair import Repaired
 from secateur.scores import SCORES, Scores, read_scores, write_scores
 from secateur.statistics import Statistics, read_statistics, write_statistics, write_tensors
 
 SCORES_FILE = "scores.safetensors"
+REPAIRED_FILE = "repaired.safetensors"
 PASS_FOLDER = "pass"
 WINDOWS_FILE = "windows.safetensors"
 
@@ -79,6 +81,26 @@ def keep_scores(work: Path, scores: Scores) -> None:
     if processes.is_first():
         write_scores(work / SCORES_FILE, scores)
         shutil.rmtree(work / PASS_FOLDER, ignore_errors=True)
+
+
+def kept_repair(work: Path, decided: Plan) -> Repaired | None:
+    """The repaired weights that an earlier run left for a plan, if they can be read."""
+    try:
+        with safe_open(work / REPAIRED_FILE, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["secateur"])
+            if about["decided"] != _hash(decided.to_json()):
+                return None
+            weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            errors = {name: (float(before), float(after)) for name, (before, after) in about["errors"].items()}
+            return Repaired(plan_from_json(about["plan"]), weights, errors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, PlanError):
+        return None
+
+
+def keep_repair(work: Path, decided: Plan, repaired: Repaired) -> None:
+    """Leave the repaired weights for a run that goes on."""
+    about = {"decided": _hash(decided.to_json()), "plan": repaired.plan.to_json(), "errors": dict(repaired.errors)}
+    write_tensors(work / REPAIRED_FILE, repaired.weights, {"secateur": json.dumps(about)})
 
 
 def kept_windows(work: Path | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Pruned models on disk: the stock folder, and the plan and the record that lie beside the weights."""
+"""Pruned models on disk: a folder that others load, and the plan and the record that lie beside the weights."""
 
 from __future__ import annotations
 

@@ -1,32 +1,55 @@
-"""A pruned model -> a folder that the ordinary loader of its family reads, with nothing of ours installed."""
+"""A pruned model -> a folder that the ordinary loader reads, with nothing of ours installed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint.folder import atomic_folder, write_json
+from secateur.attributes import attributes_after
+from secateur.axes import Discovery
+from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json
+from secateur.checkpoint.free import as_free, check_same, is_free
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
-from secateur.errors import CheckpointError
-from secateur.models import quiet, runs_remote_code
+from secateur.errors import CheckpointError, DiscoveryError
+from secateur.models import free_model_class, quiet, runs_remote_code
 from secateur.plan import Plan
 
 SHARD = "2GB"  # of a file of weights
 
 
-def check_stock(plan: Plan) -> None:
-    """Raise `CheckpointError` when no stock folder can hold what the plan leaves, with the reason."""
+def check_stock(
+    plan: Plan,
+    *,
+    config: PreTrainedConfig | None = None,
+    discovery: Discovery | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise `CheckpointError` when no folder can hold what the plan leaves, with the reason.
+
+    What a stock config can say goes into a stock folder, and layers of different sizes into a folder with one file of
+    code. With the config and the discovery of the dense model it is also checked that such a model can be made.
+    """
     if plan.settings is not None:
         return
     reason = (plan.refusal or "it was planned without the model's config").rstrip(".")
-    uneven = "differs between layers" in reason  # else the one size of all layers was refused
-    raise CheckpointError(
-        f"no stock folder can hold what the plan leaves: {reason}. "
-        + ("Cut all layers alike (leave out --layers), or" if uneven else "Cut to another size, or")
-        + " use the pruned model in memory (secateur.prune, or `secateur evaluate MODEL --plan plan.json`)"
-    )
+    if plan.cut.dropped_layers:
+        raise CheckpointError(
+            f"no folder can hold what the plan leaves: {reason}. Drop other layers, or cut other axes instead"
+        )
+    if config is None or discovery is None:
+        return
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and free_model_class(config) is None:
+        raise CheckpointError(
+            f"no folder can hold what the plan leaves: {reason}, and of a model with custom code only a cut that its "
+            "config can say is saved. Cut all layers alike (leave out --layers), or use the pruned model in memory "
+            "(secateur.prune, or `secateur evaluate MODEL --plan plan.json`)"
+        )
+    try:
+        attributes_after(config, discovery, plan.cut, trust_remote_code=trust_remote_code)
+    except DiscoveryError as error:
+        raise CheckpointError(f"no model can be made of what the plan leaves: {reason}, and {error}") from error
 
 
 def save(
@@ -38,10 +61,12 @@ def save(
     record: Record | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a pruned model as a stock folder: safetensors, config, tokenizer, the plan and the record.
+    """Write a pruned model as a folder: safetensors, config, tokenizer, the plan and the record.
 
-    The folder appears whole or not at all. What was written is read back by name and shape and must be exactly what
-    a model built from the written config has. Raises `CheckpointError`.
+    It is a stock folder where a stock config can say the cut. Else the config lists the shapes, and a file of code
+    beside it builds the stock class in them (see `modeling_free`). The folder appears whole or not at all. What was
+    written is read back by name and shape and must be exactly what a model built from the written config has. Raises
+    `CheckpointError`.
 
     >>> import tempfile
     >>> from secateur.axes import discover
@@ -61,19 +86,24 @@ def save(
     """
     check_stock(plan)
     out = Path(out)
+    if plan.settings is None or is_free(model):
+        check_vacant(out, overwrite=overwrite)
+        model = as_free(model)
     with atomic_folder(out, overwrite=overwrite) as folder:
         with quiet():
             model.save_pretrained(folder, max_shard_size=SHARD)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        _check_accounts(folder, model)
+        loaded = _check_accounts(folder, model)
+        if is_free(model):
+            check_same(model, loaded)
         write_json(folder / PLAN_FILE, plan.to_json())
         if record is not None:
             write_json(folder / RECORD_FILE, record.to_json())
     return out
 
 
-def _check_accounts(folder: Path, model: PreTrainedModel) -> None:
+def _check_accounts(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     """Load the folder as anyone would, but on `meta`: every weight is there, in its shape, and nothing else."""
     with quiet():
         loaded: Any = type(model).from_pretrained(
@@ -92,3 +122,5 @@ def _check_accounts(folder: Path, model: PreTrainedModel) -> None:
         names = sorted(name if isinstance(name, str) else name[0] for name in report[key])
         if names:
             raise CheckpointError(f"the folder {what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+    model_read: PreTrainedModel = loaded[0]
+    return model_read

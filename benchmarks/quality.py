@@ -1,0 +1,286 @@
+"""What a cut costs without any training: our presets, LLM-Pruner's recipe and the peers' methods on one model.
+
+    python benchmarks/quality.py --calibration FILE --text NAME=FILE... [--ratios 0.2,0.5] [--rows a,b] [--seeds 0,1,2]
+
+Every row cuts the demo model by the same share of its non-embedding parameters, then measures the damage on every
+text in windows of 128 and 1024 tokens: ln(perplexity cut / perplexity dense), in nats per token. The calibration text
+must not come from the evaluation's corpora. Results go to a JSON file as they come (`--out`); the same command goes on
+after a stop and measures what is missing. Each row is a process of its own, so that its time and peak memory are its
+own. `--markdown` prints the table as it stands in the documentation.
+
+Peers, as we implement them on our groups:
+magnitude   Torch-Pruning's script for language models: W^2 over the whole group, the same share of every layer
+wanda-sp    |W| norm(X), the same share of every layer (as FLAP's paper does it, arXiv 2312.11983)
+flap        W^2 var(X), standardised by layer and kind, one ranking, and the mean of what is lost as a bias, which it adds
+shortgpt    whole layers by block influence (arXiv 2403.03853)
+llm-pruner  its recipe: first-order Taylor scores, 10 windows of 64 tokens, the middle layers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.axes import Discovery, discover
+from secateur.calibration import calibration_windows
+from secateur.evaluate import evaluate, read_evaluation_text
+from secateur.models import load, load_tokenizer, quiet
+from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset
+from secateur.prune import prune
+from secateur.repair import Repaired, repair
+from secateur.run import peak_rss
+from secateur.scores import Scores, scores_from, statistics_for
+
+MODEL = "demo"
+LENGTHS = (128, 1024)
+MAX_TOKENS = 40_000
+BEST = preset("best", 30)
+PAPER_LAYERS = {0.2: (6, 24), 0.5: (3, 29)}  # of 30, of which the paper's share of units gives the ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to cut."""
+
+    about: str
+    options: CutOptions
+    preset: str = "best"  # whose calibration is used
+    standardise: bool = False  # FLAP's scores
+    add_bias: bool = False  # FLAP's bias, which the architecture may not have
+    sequential: bool = True
+    target: str = "prefix"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def rows(ratio: float) -> dict[str, Row]:
+    """All rows at a ratio."""
+    best = replace(BEST, ratio=ratio)
+    local = CutOptions(ratio=ratio)
+    paper = replace(local, layers=PAPER_LAYERS.get(ratio))
+    found = {
+        "best": Row("our default", best),
+        "best, uniform": Row("the same, all layers alike", replace(best, shape="uniform")),
+        "fast": Row("our default on less text", best, preset="fast"),
+        "best, no repair": Row("ablation", replace(best, repair="none", choose="score")),
+        "best, no allocation": Row(
+            "ablation: the same share everywhere", replace(best, scope="local", shape="uniform")
+        ),
+        "best, not sequential": Row("ablation: fitted on the dense model's inputs", best, sequential=False),
+        "best, dense target": Row("fitted to the dense model's outputs", best, target="dense"),
+        "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
+        "llm-pruner": Row(
+            "its recipe: heads and MLP of the middle layers", replace(paper, score="param_first"), preset="llm-pruner"
+        ),
+        "llm-pruner, MLP": Row(
+            "its best on this model",
+            replace(local, score="param_first", axes=("mlp",), layers=(3, 28)),
+            preset="llm-pruner",
+        ),
+        "magnitude": Row("Torch-Pruning's script", replace(local, score="l2")),
+        "wanda-sp": Row("", replace(local, score="wanda")),
+        "flap": Row(
+            "with its bias",
+            replace(local, score="fluctuation", scope="global", shape="free", repair="bias"),
+            standardise=True,
+            add_bias=True,
+        ),
+        "shortgpt": Row("whole layers", replace(local, score="block_influence", axes=("layers",))),
+    }
+    for score in ("param_first", "param_second", "param_mix", "vectorize", "fluctuation", "obs", "fisher"):
+        found[f"score {score}, local"] = Row("no repair", replace(local, score=score))
+        found[f"score {score}, global"] = Row(
+            "no repair", replace(local, score=score, scope="global", shape="free", at_least=0.05)
+        )
+    return found
+
+
+# --- one row, in a process of its own --------------------------------------------------------------------------------
+
+
+def measure(
+    name: str, ratio: float, seed: int, calibration: str, texts: Mapping[str, str], dtype: str
+) -> dict[str, Any]:
+    """Cut as the row says, and measure. `dense` cuts nothing."""
+    tokenizer = load_tokenizer(MODEL)
+    with quiet():
+        model = load(MODEL, dtype="float32")
+    found: dict[str, Any] = {"row": name, "ratio": ratio, "seed": seed}
+    if name != "dense":
+        start = time.perf_counter()
+        model, decided = cut(model, tokenizer, rows(ratio)[name], seed, calibration)
+        found["seconds"], found["peak_rss_bytes"] = time.perf_counter() - start, peak_rss()
+        found["non_embedding"] = decided.parameters["pruned_non_embedding"]
+        found["removed"] = 1 - found["non_embedding"] / decided.parameters["dense_non_embedding"]
+        found["groups"] = [[g.name, g.units, g.kept] for g in decided.groups]
+    model = model.to(getattr(torch, dtype))
+    results = evaluate(model, tokenizer, texts, seq_lens=LENGTHS, max_tokens=MAX_TOKENS)
+    found["nll"] = {f"{result.data}@{result.seq_len}": result.nll for result in results}
+    return found
+
+
+def cut(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row, seed: int, calibration: str
+) -> tuple[PreTrainedModel, Plan]:
+    """The model cut as the row says."""
+    options = row.options
+    discovery = discover(model)
+    text = calibration_for(row.preset, text=calibration, seed=seed)
+    windows = calibration_windows(tokenizer, text)
+    groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
+    statistics = statistics_for(options.score, model, discovery, windows, groups=groups)
+    scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
+    if row.standardise:
+        scores = standardised(scores, discovery)
+    decided = plan(discovery, options, config=model.config, scores=scores)
+    repaired = None
+    if options.repair != "none" or options.choose == "obs":
+        repaired = repair(
+            model,
+            decided,
+            discovery,
+            windows,
+            method=options.repair,
+            target=row.target,
+            choose=options.choose == "obs",
+            sequential=row.sequential,
+        )
+        decided = repaired.plan
+    with quiet():
+        pruned = prune(model, decided, discovery=discovery, weights=None if repaired is None else repaired.weights)
+    if row.add_bias and repaired is not None:
+        put_biases(pruned, repaired)
+    return pruned, decided
+
+
+def standardised(scores: Scores, discovery: Discovery) -> Scores:
+    """FLAP's: by layer and kind, mean 0 and deviation 1; then its ranking takes units, whatever their size."""
+    sizes = {}
+    for group in discovery.groups:
+        if group.name in scores.units:
+            sizes[group.name] = sum(
+                math.prod(weight.shape) / group.units
+                for weight in discovery.weights
+                if any(axis.weight == weight.name for axis in group.axes)
+            )
+    z = {name: (x - x.mean()) / x.std() for name, x in scores.units.items()}
+    lowest = min(float(x.min()) for x in z.values())
+    return replace(scores, units={name: (x - lowest) * sizes[name] for name, x in z.items()})
+
+
+def put_biases(model: PreTrainedModel, repaired: Repaired) -> None:
+    """Give modules the biases that the repair found, in memory: no stock config would say them."""
+    for name, shift in repaired.shifts.items():
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        module.bias = nn.Parameter(shift.to(module.weight.dtype))
+
+
+# --- all rows --------------------------------------------------------------------------------------------------------
+
+
+def key_of(result: Mapping[str, Any]) -> tuple[str, float, int]:
+    """What tells one result from another."""
+    return result["row"], result["ratio"], result["seed"]
+
+
+def run_all(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Measure what is missing; results are on the disk after every row."""
+    out = Path(arguments.out)
+    results: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
+    done = {key_of(result) for result in results}
+    wanted: list[tuple[str, float, int]] = [("dense", 0.0, 0)]
+    for ratio in arguments.ratios:
+        for name in arguments.rows or rows(ratio):
+            seeds = arguments.seeds if name in arguments.seeded else arguments.seeds[:1]
+            wanted += [(name, ratio, seed) for seed in seeds]
+    for name, ratio, seed in wanted:
+        if (name, ratio, seed) in done:
+            continue
+        command = [sys.executable, __file__, "--one", name, str(ratio), str(seed), "--dtype", arguments.dtype]
+        command += ["--calibration", arguments.calibration, *(f"--text={text}" for text in arguments.text)]
+        console.print(f"{name}, {ratio:.0%}, seed {seed}")
+        finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results.append(json.loads(finished.stdout.splitlines()[-1]))
+        temporary = out.with_suffix(".partial")
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.replace(out)
+    return results
+
+
+def damages(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], dict[str, list[float]]]:
+    """Row and ratio -> text and window -> damage, one number for each seed."""
+    dense = next(result["nll"] for result in results if result["row"] == "dense")
+    found: dict[tuple[str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result["row"] != "dense":
+            for text, nll in result["nll"].items():
+                found[result["row"], result["ratio"]][text].append(nll - dense[text])
+    return found
+
+
+def show(results: Sequence[Mapping[str, Any]], console: Console, *, markdown: bool) -> None:
+    """The table: damage, seconds and memory of every row."""
+    dense = next(result["nll"] for result in results if result["row"] == "dense")
+    texts = [*dense]
+    lines = [["", "removed", *texts, "seconds", "peak GiB"]]
+    lines.append(["dense, nats per token", "", *(f"{dense[text]:.3f}" for text in texts), "", ""])
+    for (name, ratio), by_text in damages(results).items():
+        mine = [result for result in results if result["row"] == name and result["ratio"] == ratio]
+        cells = []
+        for text in texts:
+            values = by_text[text]
+            spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.3f}{spread}")
+        seconds = sum(result["seconds"] for result in mine) / len(mine)
+        memory = max(result["peak_rss_bytes"] for result in mine) / 2**30
+        lines.append([name, f"{mine[0]['removed']:.1%}", *cells, f"{seconds:.0f}", f"{memory:.1f}"])
+    if markdown:
+        print("| " + " | ".join(lines[0]) + " |\n|" + "---|" * len(lines[0]))
+        for line in lines[1:]:
+            print("| " + " | ".join(line) + " |")
+        return
+    table = Table(*lines[0], title=f"{MODEL}: damage in nats per token, first {MAX_TOKENS:,} tokens")
+    for line in lines[1:]:
+        table.add_row(*line)
+    console.print(table)
+
+
+def main() -> None:
+    """Measure one row, or all that are missing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--calibration", required=True, help="a text file, jsonl or parquet")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--ratios", default=[0.2, 0.5], type=lambda text: [float(x) for x in text.split(",")])
+    parser.add_argument("--rows", default=None, type=lambda text: [x.strip() for x in text.split(";")])
+    parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(x) for x in text.split(",")])
+    parser.add_argument("--seeded", default=["best", "flap"], type=lambda text: [x.strip() for x in text.split(";")])
+    parser.add_argument("--dtype", default="float32", help="of the evaluation")
+    parser.add_argument("--out", default="quality.json")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--one", nargs=3, metavar=("ROW", "RATIO", "SEED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        name, ratio, seed = arguments.one
+        texts = {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
+        print(json.dumps(measure(name, float(ratio), int(seed), arguments.calibration, texts, arguments.dtype)))
+        return
+    console = Console()
+    show(run_all(arguments, console), console, markdown=arguments.markdown)
+
+
+if __name__ == "__main__":
+    main()

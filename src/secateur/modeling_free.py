@@ -1,0 +1,205 @@
+"""Causal language models with layers of different sizes: a class of transformers, in the shapes that its config lists.
+
+This file lies beside the weights of such a model and needs torch and transformers alone:
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+For a stock class X of transformers, `FreeX` is made when it is first asked for. The config holds the settings of the
+dense model, and under `secateur_free` what is different: the `shapes` of parameters and buffers by name, the
+`attributes` of modules by path, and for modules that read sizes from a config of their own, its settings (`configs`).
+A shape is never larger than the dense one, and an attribute never of another type.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+FREE = "secateur_free"  # the key in config.json, and how the model type begins
+CLASS_PREFIX = "Free"
+Settings = Mapping[str, Any]
+
+
+def __getattr__(name: str) -> Any:
+    """Find `FreeX`, for a configuration or model class X of transformers."""
+    stock = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    if not isinstance(stock, type) or not issubclass(stock, (PreTrainedConfig, PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return free_class(stock)
+
+
+def free_class(stock: type) -> Any:
+    """Make the class of free shapes of a configuration or model class of transformers; the same one every time.
+
+    >>> free_class(transformers.OPTConfig).model_type
+    'secateur_free_opt'
+    >>> free_class(transformers.OPTForCausalLM).config_class is free_class(transformers.OPTConfig)
+    True
+    """
+    name = f"{CLASS_PREFIX}{stock.__name__}"
+    if name not in globals():
+        made = _config_class(name, stock) if issubclass(stock, PreTrainedConfig) else _model_class(name, stock)
+        globals()[name] = made
+    return globals()[name]
+
+
+def _config_class(name: str, stock: Any) -> type:
+    def initialise(self: Any, **settings: Any) -> None:
+        free = settings.setdefault(FREE, {})
+        settings["model_type"] = self.__class__.model_type
+        stock.__init__(self, **settings)
+        setattr(self, FREE, free)
+
+    members = {
+        "__init__": initialise,
+        "__module__": __name__,
+        "__doc__": f"The settings of a {stock.__name__} and, in `{FREE}`, the shapes that differ.",
+        "model_type": f"{FREE}_{stock.model_type}",
+        "_auto_class": "AutoConfig",  # a saved config takes this file along
+    }
+    return type(name, (stock,), members)
+
+
+def _model_class(name: str, stock: Any) -> type:
+    def initialise(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
+        stock.__init__(self, config, *args, **options)
+        apply_in_place(self, getattr(config, FREE, {}))
+
+    def set_attention(self: Any, *args: Any, **options: Any) -> None:
+        stock.set_attn_implementation(self, *args, **options)
+        _follow_in_place(self)
+
+    def set_experts(self: Any, *args: Any, **options: Any) -> None:
+        stock.set_experts_implementation(self, *args, **options)
+        _follow_in_place(self)
+
+    members: dict[str, Any] = {
+        "__init__": initialise,
+        "__module__": __name__,
+        "__doc__": f"A {stock.__name__} in the shapes that its config lists.",
+        "config_class": free_class(stock.config_class),
+        "_auto_class": "AutoModelForCausalLM",  # a saved model takes this file along
+        "set_attn_implementation": set_attention,
+    }
+    if hasattr(stock, "set_experts_implementation"):
+        members["set_experts_implementation"] = set_experts
+    return type(name, (stock,), members)
+
+
+def apply_in_place(model: nn.Module, free: Settings) -> None:
+    """Give a dense model the shapes and attributes listed; parameters that are one stay one.
+
+    Raises ValueError for anything that the model does not have, or not in that form.
+
+    >>> layer = nn.Linear(4, 3)
+    >>> apply_in_place(layer, {"shapes": {"weight": [2, 4], "bias": [2]}, "attributes": {"": {"out_features": 2}}})
+    >>> layer
+    Linear(in_features=4, out_features=2, bias=True)
+    >>> apply_in_place(layer, {"shapes": {"bias": [10**9]}})
+    Traceback (most recent call last):
+    ValueError: secateur_free, shapes: bias cannot be [1000000000], the dense model has [2]
+    """
+    _reshape_in_place(model, _section(free, "shapes"))
+    for path, values in _section(free, "attributes").items():
+        module = _module(model, path, "attributes")
+        for name, value in _mapping(values, f"attributes of {path}").items():
+            setattr(module, name, _attribute(module, path, name, value))
+    for path, values in _section(free, "configs").items():
+        module = _module(model, path, "configs")
+        module.config = _own_config(getattr(module, "config", None), path, _mapping(values, f"configs of {path}"))
+
+
+def _reshape_in_place(model: nn.Module, shapes: Settings) -> None:
+    tensors = dict(_tensors(model))
+    smaller: dict[int, Tensor] = {}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{FREE}, shapes: the dense model has no {name!r}")
+        smaller[id(tensors[name])] = _smaller(name, tensors[name], shape)
+    for name, tensor in tensors.items():  # every name of a tied parameter
+        if id(tensor) in smaller:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, smaller[id(tensor)])
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _smaller(name: str, tensor: Tensor, shape: Any) -> Tensor:
+    """The first corner of a tensor: as random as the whole, where no weights are loaded into it."""
+    dense = list(tensor.shape)
+    fits = isinstance(shape, Sequence) and len(shape) == len(dense)
+    if not fits or not all(type(n) is int and 0 < n <= size for n, size in zip(shape, dense, strict=True)):
+        raise ValueError(f"{FREE}, shapes: {name} cannot be {shape!r:.60}, the dense model has {dense}")
+    corner = tensor.detach()[tuple(slice(n) for n in shape)].clone()
+    if not isinstance(tensor, nn.Parameter):
+        return corner
+    parameter = nn.Parameter(corner, requires_grad=tensor.requires_grad)
+    parameter.__dict__.update(tensor.__dict__)  # marks such as "no weight decay"
+    return parameter
+
+
+def _attribute(module: nn.Module, path: str, name: str, value: Any) -> Any:
+    """The value for a plain attribute; JSON knows no tuples."""
+    now = None if name.startswith("_") else vars(module).get(name)
+    if isinstance(now, tuple) and isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+        if len(value) == len(now):
+            return tuple(value)
+    elif type(now) in (int, float) and type(value) is type(now):
+        return value
+    raise ValueError(
+        f"{FREE}, attributes: {path} has no size {name!r:.60} that could be {value!r:.60}"
+        + (f", it is {now!r:.60}" if now is not None else "")
+    )
+
+
+def _own_config(config: Any, path: str, settings: Settings) -> PreTrainedConfig:
+    """A copy of a module's config with other settings; "text_config.hidden_size" reaches into a sub-config."""
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"{FREE}, configs: {path!r} keeps no config")
+    own = copy.deepcopy(config)
+    for name, value in settings.items():
+        *holders, last = name.split(".")
+        holder: Any = own
+        for key in holders:
+            holder = getattr(holder, key, None) if isinstance(holder, PreTrainedConfig) else None
+        known = isinstance(holder, PreTrainedConfig) and not last.startswith("_") and last in holder.to_dict()
+        now = getattr(holder, last) if known else None
+        if not known or (now is not None and type(value) is not type(now)):
+            raise ValueError(f"{FREE}, configs: that of {path} has no setting {name!r:.60} that could be {value!r:.60}")
+        setattr(holder, last, value)
+    return own
+
+
+def _follow_in_place(model: Any) -> None:
+    """Let modules with a config of their own follow the one of the model, where that says how to compute."""
+    leading = model.config.get_text_config()
+    for path in _section(getattr(model.config, FREE, {}), "configs"):
+        config = _module(model, path, "configs").config
+        for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if hasattr(leading, name):
+                setattr(config, name, getattr(leading, name))
+
+
+def _section(free: Any, name: str) -> Settings:
+    return _mapping(_mapping(free, "its value").get(name, {}), name)
+
+
+def _mapping(value: Any, what: str) -> Settings:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{FREE}, {what}: expected a mapping from names, found {value!r:.60}")
+    return value
+
+
+def _module(model: nn.Module, path: str, section: str) -> Any:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"{FREE}, {section}: the dense model has no module {path!r}") from None
