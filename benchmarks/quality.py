@@ -11,7 +11,7 @@ own. `--markdown` prints the table as it stands in the documentation.
 Peers, as we implement them on our groups:
 magnitude   Torch-Pruning's script for language models: W^2 over the whole group, the same share of every layer
 wanda-sp    |W| norm(X), the same share of every layer (as FLAP's paper does it, arXiv 2312.11983)
-flap        W^2 var(X), standardised by layer and kind, one ranking, and the mean of what is lost as a bias, which it adds
+flap        W^2 var(X), standardised by layer and kind, one ranking; what is lost on average is added as a bias
 shortgpt    whole layers by block influence (arXiv 2403.03853)
 llm-pruner  its recipe: first-order Taylor scores, 10 windows of 64 tokens, the middle layers
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
-from secateur import CutOptions, Discovery, Plan, PlanError, Scores, discover, plan, score
+from secateur import CutOptions, Discovery, Plan, PlanError, Scores, discover, plan, prune, score
 from secateur.axes import count_macs, count_parameters
+from secateur.latency import LatencyTable
 from secateur.plan import options_for, preset
+from secateur.steps import cut_in_steps
+from secateur.timing import latency_table
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
-GLOBAL = {"scope": "global", "shape": "free", "score": "l2"}
+GLOBAL: dict[str, Any] = {"scope": "global", "shape": "free", "score": "l2"}
 WINDOWS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -74,7 +78,8 @@ def test_no_unit_that_stays_is_cheaper_than_one_that_goes(seed: int) -> None:
     options = CutOptions(ratio=0.3, axes=("mlp",), **GLOBAL)
     decided = plan(discovery, options, scores=scores)
     keep = {group.name: set(group.keep or ()) for group in decided.groups}
-    stays, goes = [], []
+    stays: list[float] = []
+    goes: list[float] = []
     for group in discovery.groups:
         if group.kind == "mlp":
             for unit, value in enumerate(scores.units[group.name].tolist()):
@@ -235,3 +240,77 @@ def test_fisher_information_of_stacked_experts() -> None:
     whole = scores.units["layers.0.expert"]  # all that an expert reads: its first matrices' inputs as well
     assert whole.shape == (4,)
     assert bool((whole > 0).all())
+
+
+# --- in steps ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["units", "parameters", "non-embedding", "macs", "memory"])
+def test_steps_end_at_the_budget(of: str) -> None:
+    model = family_model(family_config("llama", intermediate_size=400), dtype=torch.float32)
+    discovery = discover(model)
+    options = CutOptions(ratio=0.4, of=of, axes=("mlp",), score="l2", steps=3)
+    smaller, decided = cut_in_steps(model, discovery, options, None)
+    one = plan(discovery, replace(options, steps=1), config=model.config)
+    assert decided.parameters["dense"] == count_parameters(discovery)
+    assert decided.parameters["pruned"] == sum(p.numel() for p in smaller.parameters())
+    assert decided.parameters["pruned"] == pytest.approx(one.parameters["pruned"], rel=0.01)
+    assert decided.settings == {"intermediate_size": smaller.config.intermediate_size}
+
+
+def test_a_plan_made_in_steps_is_one_of_the_dense_model() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float64)
+    discovery = discover(model)
+    options = CutOptions(ratio=0.4, scope="global", shape="free", score="l2", steps=3)
+    smaller, decided = cut_in_steps(model, discovery, options, None)
+    at_once = prune(model, decided, discovery=discovery)
+    with torch.no_grad():
+        assert torch.allclose(at_once(WINDOWS).logits, smaller(WINDOWS).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_every_step_scores_and_repairs_what_the_last_one_left() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float64)
+    discovery = discover(model)
+    options = replace(preset("best", 3), ratio=0.4)
+    seen: list[str] = []
+    _, twice = cut_in_steps(
+        model, discovery, replace(options, steps=2), WINDOWS, progress=lambda stage: seen.append(stage)
+    )
+    _, once = cut_in_steps(model, discovery, options, WINDOWS)
+    assert seen == ["score, step 1", "repair, step 1", "score, step 2", "repair, step 2"]
+    assert twice.groups != once.groups
+    assert twice.parameters["pruned"] == pytest.approx(once.parameters["pruned"], rel=0.02)
+
+
+def test_no_steps() -> None:
+    with pytest.raises(PlanError, match="steps=0 cuts nothing"):
+        CutOptions(ratio=0.2, steps=0)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_time_is_met_by_the_table(discovery: Discovery) -> None:
+    table = LatencyTable(
+        "a machine", 64, 1.0, {"mlp": ((200, 0.15), (400, 0.1), (800, 0.0)), "attention": ((1, 0.04), (3, 0.0))}
+    )
+    decided = plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0), latency=table)
+    assert table.seconds(discovery, decided.cut.sizes) == pytest.approx(0.7, abs=0.005)
+    with pytest.raises(PlanError, match="needs a latency table"):
+        plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0))
+
+
+def test_a_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    discovery = discover(model)
+    groups = [group for group in discovery.groups if group.kind in ("attention", "mlp")]
+    table = latency_table(model, discovery, groups, seq_len=8, cache=tmp_path)
+    assert [units for units, _ in table.savings["attention"]] == [1, 2, 3]
+    assert [units for units, _ in table.savings["mlp"]] == [21, 42, 63, 84]
+    assert table.dense_seconds > 0
+    monkeypatch.setattr("secateur.timing.measure_speed", None)
+    assert latency_table(model, discovery, groups, seq_len=8, cache=tmp_path) == table
+    (file,) = tmp_path.iterdir()
+    file.write_text("{")
+    with pytest.raises(TypeError):  # a damaged file is measured again
+        latency_table(model, discovery, groups, seq_len=8, cache=tmp_path)

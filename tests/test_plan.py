@@ -189,10 +189,15 @@ def test_a_plan_survives_json(discovery: Discovery, scores: Scores, tmp_path: Pa
 
 def test_presets() -> None:
     assert preset("llm-pruner", 32) == CutOptions(ratio=0.25, of="units", layers=(4, 30), score="param_first")
-    assert preset("best", 32) == CutOptions(ratio=0.2, score="param_second")
+    best = preset("best", 32)
+    assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "free")
+    assert (best.choose, best.repair) == ("obs", "least-squares")
+    assert preset("fast", 32) == best
     assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
     assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions("a.txt", samples=64, length=256)
-    with pytest.raises(PlanError, match=r"preset 'bets' is unknown\. Known: best, llm-pruner\. Did you mean best\?"):
+    with pytest.raises(
+        PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"
+    ):
         preset("bets", 32)
 
 
@@ -208,7 +213,7 @@ def test_a_ratio_outside_is_refused(ratio: float) -> None:
         ({}, "either a ratio .* or a target"),
         ({"ratio": 0.2, "target": 5}, "either a ratio .* or a target"),
         ({"ratio": 0.2, "of": "parameter"}, "of='parameter' is no budget.*Did you mean parameters?"),
-        ({"target": 5, "of": "units"}, "a target counts parameters or macs"),
+        ({"target": 5, "of": "units"}, "a target counts parameters, macs, bytes"),
         ({"ratio": 0.2, "axes": ("atention",)}, "axes='atention' cannot be cut.*Did you mean attention?"),
         ({"ratio": 0.2, "axes": ()}, "axes is empty"),
         ({"ratio": 0.2, "axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),

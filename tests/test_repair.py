@@ -59,7 +59,7 @@ def inputs_of(model: PreTrainedModel, weight: str, windows: Tensor) -> Tensor:
 
 def masked(model: PreTrainedModel, found: Repaired) -> PreTrainedModel:
     """The dense model with repaired weights, which are zero where units go."""
-    other = type(model)(model.config).double().eval()
+    other: PreTrainedModel = type(model)(model.config).double().eval()
     other.load_state_dict(model.state_dict())
     for name, weight in found.weights.items():
         other.get_parameter(name).data = weight
@@ -87,7 +87,7 @@ def test_every_repaired_layer_is_nearer_on_text_that_was_not_seen(family: str) -
     found = repair(model, decided, discovery, WINDOWS)
     repaired = masked(model, found)
     for name in found.errors:
-        module = model.get_submodule(name.rpartition(".")[0])
+        module: Any = model.get_submodule(name.rpartition(".")[0])
         x = inputs_of(repaired, name, HELD_OUT)
         wanted, given = module(x), repaired.get_submodule(name.rpartition(".")[0])(x)
         gone = found.weights[name].abs().sum(0) == 0

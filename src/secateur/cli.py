@@ -80,7 +80,9 @@ Ratio = Annotated[float | None, typer.Option("--ratio", help="The share to remov
 Of = Annotated[
     str | None,
     typer.Option(
-        "--of", help="What the ratio is of: units, parameters, non-embedding, macs or memory.", show_default=False
+        "--of",
+        help="Of what: units, parameters, non-embedding, macs, memory or latency.",
+        show_default=False,
     ),
 ]
 Target = Annotated[
@@ -135,6 +137,9 @@ Choose = Annotated[
     typer.Option("--choose", help="Which units go: by score, or by obs while repairing.", show_default=False),
 ]
 RepairOption = Annotated[str | None, typer.Option("--repair", help="none, bias or least-squares.", show_default=False)]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Plan, cut, repair and score again so often.", show_default=False)
+]
 CalibrationText = Annotated[
     str,
     typer.Option("--calibration", help="`demo`, a file, the name of a data set, or `self`: what the model writes."),
@@ -262,6 +267,7 @@ def plan_command(
     at_least: AtLeast = None,
     choose: Choose = None,
     repair: RepairOption = None,
+    steps: Steps = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
@@ -300,6 +306,7 @@ def plan_command(
             at_least=at_least,
             choose=choose,
             repair=repair,
+            steps=steps,
         ),
         calibration=calibration_for(
             preset, text=calibration, samples=samples, length=length, seed=seed, column=column, chat=chat
@@ -339,6 +346,7 @@ def prune_command(
     at_least: AtLeast = None,
     choose: Choose = None,
     repair: RepairOption = None,
+    steps: Steps = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
@@ -382,6 +390,7 @@ def prune_command(
             at_least=at_least,
             choose=choose,
             repair=repair,
+            steps=steps,
         ),
         given=read_plan(plan_file) if plan_file is not None else None,
         calibration=calibration_for(
@@ -608,7 +617,7 @@ def _check_files(*files: Path | None, made: Path | None = None) -> None:
 
 def _check_alone(context: typer.Context, plan_file: Path) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
-    cut = "preset ratio of target axes strategy layers score reduce round_to scope shape at_least choose repair"
+    cut = "preset ratio of target axes strategy layers score reduce round_to scope shape at_least choose repair steps"
     for name in f"{cut} calibration samples length column chat".split():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

@@ -84,6 +84,8 @@ def _model_class(name: str, stock: Any) -> type:
         "__doc__": f"A {stock.__name__} in the shapes that its config lists.",
         "config_class": free_class(stock.config_class),
         "_auto_class": "AutoModelForCausalLM",  # a saved model takes this file along
+        # The code is transformers' own, so what it computes when weights are loaded is computed as for a stock class.
+        "is_custom_code": classmethod(lambda cls: False),
         "set_attn_implementation": set_attention,
     }
     if hasattr(stock, "set_experts_implementation"):

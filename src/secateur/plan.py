@@ -24,10 +24,12 @@ from secateur.allocation import cheapest, families
 from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
 from secateur.calibration import COLUMN, DEMO, CalibrationOptions
 from secateur.errors import PlanError, ScoreError
+from secateur.latency import LatencyTable
 from secateur.scores import REDUCTIONS, SCORES, Scores
 from secateur.settings import Cut, stock_settings
 
-BUDGETS = ("units", "parameters", "non-embedding", "macs", "memory")
+BUDGETS = ("units", "parameters", "non-embedding", "macs", "memory", "latency")
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCOPES = ("local", "global")
 SHAPES = ("uniform", "free")
 REPAIRS = ("none", "bias", "least-squares")
@@ -64,6 +66,8 @@ class CutOptions:
     at_least: float = 0.0  # the share of a group's units that stays under the global scope
     choose: str = "score"  # which units of a group go: by the score, or by optimal brain surgeon while repairing
     repair: str = "none"
+    at_dtype: str = "bfloat16"  # in which bytes of memory are counted
+    steps: int = 1  # of plan, cut, repair and scoring anew
 
     def __post_init__(self) -> None:
         """Check every value on its own; what depends on the model is checked by `plan`."""
@@ -76,7 +80,10 @@ class CutOptions:
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise PlanError(f"ratio={self.ratio:g} is outside [0, 1): it is the share to remove, for example ratio=0.2")
         if self.target is not None and self.of == "units":
-            raise PlanError("a target counts parameters or macs: use of=non-embedding, parameters or macs with it")
+            raise PlanError(
+                "a target counts parameters, macs, bytes (of=memory) or microseconds (of=latency): use one of these or "
+                "of=non-embedding with it"
+            )
         for axis in self.axes:
             if axis not in AXES:
                 raise PlanError(f"axes={axis!r} cannot be cut. Known: {', '.join(AXES)}{_close(axis, AXES)}")
@@ -92,6 +99,7 @@ class CutOptions:
             ("shape", self.shape, SHAPES),
             ("choose", self.choose, ("score", "obs")),
             ("repair", self.repair, REPAIRS),
+            ("at_dtype", self.at_dtype, tuple(ITEM_BYTES)),
         ):
             if value not in known:
                 raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{_close(value, known)}")
@@ -99,8 +107,15 @@ class CutOptions:
             raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
         if not 0 <= self.at_least < 1:
             raise PlanError(f"at_least={self.at_least:g} is outside [0, 1): a share of units, for example 0.1")
+        if self.steps < 1:
+            raise PlanError(f"steps={self.steps} cuts nothing: give 1, or for example 4")
         if self.round_to < 1:
             raise PlanError(f"round_to={self.round_to} is not a width: give 1 for any width, or for example 64")
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a weight, as a budget of memory counts them."""
+        return ITEM_BYTES[self.at_dtype]
 
 
 def _close(name: str, names: Iterable[str]) -> str:
@@ -299,13 +314,14 @@ def plan(
     *,
     config: PreTrainedConfig | None = None,
     scores: Scores | None = None,
+    latency: LatencyTable | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Decide how many units each group keeps and, with scores, which.
 
     With a config, the settings that describe the result are found as well; where none can, the plan carries the
-    reason. The custom code that a config names runs only with `trust_remote_code`. Raises `PlanError` when the budget
-    cannot be met: nothing would be cut, or a group emptied.
+    reason. The custom code that a config names runs only with `trust_remote_code`. A budget of latency needs the table
+    of what sizes take. Raises `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
 
     >>> from transformers import AutoConfig
     >>> from secateur.axes import discover_groups
@@ -320,7 +336,7 @@ def plan(
     chosen = groups_to_cut(discovery, options)
     drafts: list[Plan] = []  # the first is nearest to what was asked
     settings = None
-    for kept in _candidates(discovery, chosen, options, scores):
+    for kept in _candidates(discovery, chosen, options, scores, latency):
         groups = _planned(chosen, kept, scores, options)
         if not groups:
             continue
@@ -484,7 +500,11 @@ def _rounded(group: Group, kept: int, options: CutOptions) -> int:
 
 
 def _candidates(
-    discovery: Discovery, chosen: Mapping[str, Sequence[Group]], options: CutOptions, scores: Scores | None
+    discovery: Discovery,
+    chosen: Mapping[str, Sequence[Group]],
+    options: CutOptions,
+    scores: Scores | None,
+    latency: LatencyTable | None,
 ) -> Iterator[dict[str, int]]:
     """Units kept by group, the nearest to the budget first.
 
@@ -496,7 +516,7 @@ def _candidates(
         yield _kept_of_units(chosen, options)
         return
     groups = [group for family in chosen.values() for group in family]
-    count = _counter(discovery, options)
+    count = _counter(discovery, options, latency)
     dense = count({})
     wanted = options.target if options.target is not None else round(dense * (1 - (options.ratio or 0)))
     least = count({group.name: group.least for group in groups})
@@ -545,14 +565,23 @@ def _ranked(
     return cheapest(found, count, wanted, coarse=lambda group: group.name in coarse)
 
 
-def _counter(discovery: Discovery, options: CutOptions) -> Callable[[dict[str, int]], int]:
+def _counter(
+    discovery: Discovery, options: CutOptions, latency: LatencyTable | None
+) -> Callable[[dict[str, int]], int]:
+    if options.of == "latency" and latency is None:
+        raise PlanError("a budget of latency needs a latency table: see secateur.timing.latency_table")
+
     def count(kept: dict[str, int]) -> int:
         kept = dict(kept)
         layers = kept.pop("layers", None)
         dropped = frozenset(range(layers, discovery.depth)) if layers is not None else frozenset()
         if options.of == "macs":
             return sum(count_macs(discovery, kept, dropped_layers=dropped).values())
-        embeddings = options.of in ("parameters", "memory")
+        if options.of == "latency" and latency is not None:
+            return round(latency.seconds(discovery, kept) * 1e6)
+        if options.of == "memory":
+            return options.item_bytes * count_parameters(discovery, kept, dropped_layers=dropped)
+        embeddings = options.of == "parameters"
         return count_parameters(discovery, kept, dropped_layers=dropped, embeddings=embeddings)
 
     return count

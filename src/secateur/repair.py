@@ -68,8 +68,8 @@ def repair(
     Windows are int64, samples x length; all go through the model together. The target is what a matrix gives for the
     whole of its inputs in the part of the model that is already cut (`prefix`), or in the dense model (`dense`).
     Without `sequential`, every matrix is fitted to the inputs that the dense model gives it. With `choose`, a group
-    that a single matrix reads keeps as many units as planned, and which ones is decided here. Groups that nothing like a
-    matrix reads are left as planned. Raises `PlanError` for a method or target that is unknown.
+    that a single matrix reads keeps as many units as planned, and which ones is decided here. Groups that no matrix
+    reads are left as planned. Raises `PlanError` for a method or target that is unknown.
 
     >>> from secateur.axes import discover
     >>> from secateur.plan import CutOptions, plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from secateur.axes import Discovery, count_parameters, discover
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, self_written
 from secateur.checkpoint import check_stock, check_vacant, make_record, save
 from secateur.errors import CheckpointError, ModelError, PlanError
+from secateur.latency import LatencyTable
 from secateur.models import LoadOptions, check_finite, has_weights, load, load_config, load_tokenizer, resolve
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
@@ -29,6 +30,8 @@ from secateur.repair import Repaired, repair
 from secateur.scores import SCORES, Scores, holds, scores_from, statistics_for
 from secateur.settings import stock_settings
 from secateur.statistics import Progress
+from secateur.steps import cut_in_steps
+from secateur.timing import latency_table
 from secateur.work import (
     PASS_FOLDER,
     RunFolder,
@@ -107,20 +110,34 @@ def plan_model(
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     options = options_for(preset, discovery, cut or {})
-    sizes = plan(discovery, options, config=config, trust_remote_code=loading.trust_remote_code)
+    loaded: list[PreTrainedModel] = []
+
+    def loaded_now() -> PreTrainedModel:
+        if not loaded:
+            with clock.stage("load"):
+                loaded.append(_load(model, loading))
+        return loaded[0]
+
+    table = _latency(loaded_now, discovery, options, clock)
+    sizes = plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
     if sizes_only or not has_weights(model):
         return sizes
     _check_unpacked(model, config)
     calibration = calibration or CalibrationOptions()
     windows = _windows(model, config, options, calibration, loading)
 
-    def loaded_now() -> PreTrainedModel:
-        with clock.stage("load"):
-            return _load(model, loading)
-
     folder = None if run is None else RunFolder(Path(run), model, calibration, loading)
+    if options.steps > 1:
+        return _in_steps(loaded_now(), discovery, options, windows, calibration, clock)[1]
     scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder)
-    decided = plan(discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code)
+    decided = plan(
+        discovery,
+        options,
+        config=config,
+        scores=scores,
+        latency=table,
+        trust_remote_code=loading.trust_remote_code,
+    )
     if options.choose == "obs":
         decided = _repaired(loaded_now(), decided, discovery, windows, calibration, clock).plan
     return decided
@@ -170,20 +187,30 @@ def prune_model(
             calibration = CalibrationOptions(**given.scored["calibration_options"])
     else:
         options = options_for(preset, discovery, cut or {})
-    sizes = given or plan(discovery, options, config=config, trust_remote_code=loading.trust_remote_code)
-    check_stock(sizes, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
-
     loaded: list[PreTrainedModel] = []
 
     def loaded_now() -> PreTrainedModel:
         if not loaded:
             with clock.stage("load"):
                 loaded.append(_load(model, loading))
-            if announce is not None and (given is not None or options.scope == "local"):
-                announce(sizes)
         return loaded[0]
 
+    table = None if given is not None else _latency(loaded_now, discovery, options, clock)
+    sizes = given or plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
+    check_stock(sizes, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
+    if announce is not None and (given is not None or options.scope == "local"):
+        announce(sizes)
+
     folder = None if run is None else RunFolder(Path(run), model, calibration, loading)
+    if given is None and options.steps > 1:
+        windows = _windows(model, config, options, calibration, loading)
+        smaller, decided = _in_steps(loaded_now(), discovery, options, windows, calibration, clock)
+        if announce is not None and options.scope == "global":
+            announce(decided)
+        if processes.is_first():
+            _save(loaded_now(), smaller, decided, out, model, calibration, loading, overwrite, command, clock)
+        processes.wait()
+        return Pruned(decided, out, clock.seconds, peak_rss())
     with work_folder(out, run_key(model, options, calibration, loading), resume=resume) as work:
         scores = kept_scores(work) if given is None else None
         resumed = scores is not None or any((work / PASS_FOLDER).glob("*"))
@@ -192,7 +219,12 @@ def prune_model(
             scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder, work=work)
             keep_scores(work, scores)
         decided = given or plan(
-            discovery, options, config=config, scores=scores, trust_remote_code=loading.trust_remote_code
+            discovery,
+            options,
+            config=config,
+            scores=scores,
+            latency=table,
+            trust_remote_code=loading.trust_remote_code,
         )
         if announce is not None and given is None and options.scope == "global":
             announce(decided)  # sizes that depend on the scores
@@ -220,6 +252,18 @@ def prune_model(
             )
         processes.wait()
     return Pruned(decided, out, clock.seconds, peak_rss(), resumed)
+
+
+def _latency(
+    loaded_now: Callable[[], PreTrainedModel], discovery: Discovery, options: CutOptions, clock: Clock
+) -> LatencyTable | None:
+    """What sizes take on this machine, where the budget is of time."""
+    if options.of != "latency":
+        return None
+    groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
+    model = loaded_now()
+    with clock.stage("measure") as progress:
+        return latency_table(model, discovery, groups, progress=progress)
 
 
 def _repaired(
@@ -278,12 +322,51 @@ def _cut_and_save(
     command: str | None,
     clock: Clock,
 ) -> None:
-    tokenizer = load_tokenizer(name, trust_remote_code=loading.trust_remote_code)
     with clock.stage("cut"):
         large = _bytes_of(loaded) > IN_MEMORY * psutil.virtual_memory().available
         pruned = prune(
             loaded, decided, discovery=discovery, weights=weights, room=out.absolute().parent if large else None
         )
+    _save(loaded, pruned, decided, out, name, calibration, loading, overwrite, command, clock)
+
+
+def _in_steps(
+    model: PreTrainedModel,
+    discovery: Discovery,
+    options: CutOptions,
+    windows: Tensor | None,
+    calibration: CalibrationOptions,
+    clock: Clock,
+) -> tuple[PreTrainedModel, Plan]:
+    """The model cut in steps; one bar after the other."""
+    if windows is None and calibration.text == SELF:
+        with clock.stage("write") as progress:
+            windows = _own_text(model, calibration, None, progress)
+    with clock.stage("cut in steps"), ExitStack() as stack:
+        current: list[ExitStack] = []
+
+        def bar(stage: str) -> Progress | None:
+            if current:
+                current.pop().close()
+            current.append(stack.enter_context(ExitStack()))
+            return current[0].enter_context(clock.watch(stage))
+
+        return cut_in_steps(model, discovery, options, windows, calibration=calibration, progress=bar)
+
+
+def _save(
+    loaded: PreTrainedModel,
+    pruned: PreTrainedModel,
+    decided: Plan,
+    out: Path,
+    name: str,
+    calibration: CalibrationOptions,
+    loading: LoadOptions,
+    overwrite: bool,
+    command: str | None,
+    clock: Clock,
+) -> None:
+    tokenizer = load_tokenizer(name, trust_remote_code=loading.trust_remote_code)
     with clock.stage("save"):
         record = make_record(
             loaded,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from secateur.attributes import plain_attributes
@@ -46,7 +46,7 @@ def as_free(model: PreTrainedModel) -> PreTrainedModel:
     except ModelError as error:
         raise CheckpointError(f"no folder can hold the model: {error}") from error
     check_same(model, free)
-    _check_computed(model, skeleton(config))
+    _check_computed(model, skeleton(config), dense)
     with quiet():
         free.load_state_dict(model.state_dict(), assign=True)  # the very tensors, each in its own dtype
         free.tie_weights()
@@ -125,31 +125,40 @@ def _around(names: Iterable[str]) -> set[str]:
     return {".".join(path[:length]) for path in pieces for length in range(len(path) + 1)}
 
 
-def _check_computed(model: PreTrainedModel, free: PreTrainedModel) -> None:
+def _check_computed(model: PreTrainedModel, free: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Raise `CheckpointError` where a buffer that no file holds would get another value when the model is loaded.
 
-    A number that is derived from a size may be one. The modules of `free`, on `meta`, get their buffers here.
+    A number that is derived from a size may be one. Those that are as in the dense model may have been rounded since.
     """
-    changed = getattr(free.config, FREE)["shapes"]
-    for path in sorted(_around(changed)):
-        module, now = free.get_submodule(path), model.get_submodule(path)
-        names = sorted(module._non_persistent_buffers_set)
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(now, name), device="cpu"))
-        if names:
-            holder: Any = free  # the innermost model around a module fills it, as when it is loaded
-            for inner, candidate in free.named_modules():
-                if isinstance(candidate, PreTrainedModel) and f"{path}.".startswith(f"{inner}."):
-                    holder = candidate
-            holder._init_weights(module)
-        for name in names:
-            value = getattr(now, name).cpu()
-            rounding = max(1e-6, torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
-            if not torch.allclose(getattr(module, name), value, rtol=rounding, atol=0.0):
-                raise CheckpointError(
-                    f"no folder can hold the model: {path}.{name} is computed when it is loaded, and would not be "
-                    f"what it is now"
-                )
+    around = _around(getattr(free.config, FREE)["shapes"])
+    before = dict(_computed_in_place(dense, around))
+    for name, value in _computed_in_place(free, around):
+        now = model.get_buffer(name).to(value)
+        rounding = 4 * torch.finfo(model.dtype).eps if value.is_floating_point() else 0.0
+        if not torch.equal(value, before[name]) and not torch.allclose(value, now, rtol=max(rounding, 1e-6), atol=0.0):
+            raise CheckpointError(
+                f"no folder can hold the model: {name} is computed when it is loaded, and would not be what it is now"
+            )
+
+
+def _computed_in_place(model: PreTrainedModel, around: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of these modules, of a model on `meta`, that are not saved, computed as when a model is loaded."""
+    names = [
+        (path, name)
+        for path in sorted(around)
+        for name in sorted(model.get_submodule(path)._non_persistent_buffers_set)
+    ]
+    for path, name in names:
+        module = model.get_submodule(path)
+        setattr(module, name, torch.zeros_like(module.get_buffer(name), device="cpu"))
+    for path in sorted(around, key=len, reverse=True) if names else ():  # what lies within first
+        holder: Any = model  # the innermost model around a module says how
+        for inner, candidate in model.named_modules():
+            if isinstance(candidate, PreTrainedModel) and f"{path}.".startswith(f"{inner}."):
+                holder = candidate
+        holder._init_weights(model.get_submodule(path))
+    for path, name in names:
+        yield f"{path}.{name}" if path else name, model.get_submodule(path).get_buffer(name)
 
 
 def _other_settings(config: PreTrainedConfig, dense: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,141 @@
+"""Model and budget -> a model cut in several steps: plan, cut, repair, and score again what is left.
+
+What a unit is worth changes when others are gone, and more so the more go, so large cuts may gain from small steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.axes import Discovery, count_macs, count_parameters, discover
+from secateur.calibration import CalibrationOptions
+from secateur.errors import PlanError
+from secateur.gradients import Progress
+from secateur.models import runs_remote_code
+from secateur.plan import CutOptions, Plan, PlannedGroup, groups_to_cut, plan
+from secateur.prune import prune
+from secateur.repair import repair
+from secateur.scores import SCORES, scores_from, statistics_for
+from secateur.settings import Cut, stock_settings
+
+
+def cut_in_steps(
+    model: PreTrainedModel,
+    discovery: Discovery,
+    options: CutOptions,
+    windows: Tensor | None,
+    *,
+    calibration: CalibrationOptions | None = None,
+    progress: Callable[[str], Progress | None] | None = None,
+) -> tuple[PreTrainedModel, Plan]:
+    """Cut `options.steps` times, each step by the same share of the whole cut; the plan is of the dense model.
+
+    Every step sees the same windows (int64, samples x length; None where neither the score nor the repair needs any).
+    `progress` gives the callback of a stage, by its name. Raises `PlanError` where the budget cannot be cut in steps,
+    and what `plan`, `repair` and the scores raise.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> options = CutOptions(ratio=0.5, of="units", axes=("mlp",), score="l2", steps=2)
+    >>> smaller, decided = cut_in_steps(model, discover(model), options, None)
+    >>> [(group.name, group.units, group.kept) for group in decided.groups], smaller.config.ffn_dim
+    ([('layers.0.mlp', 24, 12), ('layers.1.mlp', 24, 12)], 12)
+    """
+    calibration = calibration or CalibrationOptions()
+    whole: Plan | None = None
+    smaller, found = model, discovery
+    for step in range(1, options.steps + 1):
+        now = _share(options, discovery, step)
+        groups = [group for each in groups_to_cut(found, now).values() for group in each]
+        statistics = statistics_for(
+            now.score,
+            smaller,
+            found,
+            None if SCORES[now.score].needs == "weights" else windows,
+            groups=groups,
+            progress=progress(f"score, step {step}") if progress else None,
+        )
+        scores = scores_from(found, statistics, groups=groups, name=now.score, reduce=now.reduce, options=calibration)
+        decided = plan(found, now, config=smaller.config, scores=scores, trust_remote_code=runs_remote_code(smaller))
+        weights: Mapping[str, Tensor] = {}
+        if windows is not None and (now.repair != "none" or now.choose == "obs"):
+            repaired = repair(
+                smaller,
+                decided,
+                found,
+                windows,
+                method=now.repair,
+                choose=now.choose == "obs",
+                progress=progress(f"repair, step {step}") if progress else None,
+            )
+            decided, weights = repaired.plan, repaired.weights
+        smaller = prune(smaller, decided, discovery=found, weights=weights)
+        whole = decided if whole is None else composed(whole, decided, discovery)
+        if step < options.steps:
+            found = discover(smaller)
+    assert whole is not None
+    return smaller, _as_of_dense(whole, options, discovery, model)
+
+
+def composed(first: Plan, second: Plan, dense: Discovery) -> Plan:
+    """One plan of the dense model for two, of which the second cuts what the first leaves.
+
+    Groups keep their names from step to step; where layers go, no other group can be cut, so nothing is numbered anew.
+    """
+    groups = {group.name: group for group in first.groups}
+    for group in second.groups:
+        before = groups.get(group.name)
+        keep = group.keep
+        if before is not None and before.keep is not None and keep is not None:
+            keep = tuple(before.keep[unit] for unit in keep)
+        units = dense.group(group.name).units
+        groups[group.name] = PlannedGroup(group.name, group.kind, group.layer, units, group.kept, keep)
+    order = {group.name: i for i, group in enumerate(dense.groups)}
+    return replace(second, groups=tuple(sorted(groups.values(), key=lambda group: order[group.name])))
+
+
+def _share(options: CutOptions, dense: Discovery, step: int) -> CutOptions:
+    """The options of a step, as they are for what the step before it leaves."""
+    if options.of == "latency":
+        raise PlanError("steps with a budget of latency are not there: use steps=1, or of=macs")
+    if options.of == "units":
+        assert options.ratio is not None
+        before, after = (1 - options.ratio * i / options.steps for i in (step - 1, step))
+        return replace(options, ratio=1 - after / before, steps=1)
+    if options.of == "macs":
+        whole = sum(count_macs(dense).values())
+    else:
+        whole = count_parameters(dense, embeddings=options.of != "non-embedding")
+        if options.of == "memory":
+            whole *= options.item_bytes
+    left = options.target if options.target is not None else round(whole * (1 - (options.ratio or 0)))
+    wanted = whole - round((whole - left) * step / options.steps)
+    return replace(options, ratio=None, target=wanted, steps=1)
+
+
+def _as_of_dense(whole: Plan, options: CutOptions, dense: Discovery, model: PreTrainedModel) -> Plan:
+    """The sizes and settings that go with a plan of the dense model."""
+    cut: Cut = whole.cut
+    settings, refusal = None, None
+    try:
+        settings = stock_settings(model.config, dense, cut, trust_remote_code=runs_remote_code(model))
+    except PlanError as error:
+        refusal = str(error)
+    return replace(
+        whole,
+        model=dense.model,
+        options=options,
+        parameters={
+            **whole.parameters,
+            "dense": count_parameters(dense),
+            "dense_non_embedding": count_parameters(dense, embeddings=False),
+        },
+        macs={**whole.macs, "dense": sum(count_macs(dense).values())},
+        settings=settings,
+        refusal=refusal,
+    )
