@@ -282,7 +282,7 @@ class TestJson:
         data = written(capsys, "prune", "tiny", "out")
         self.check_plan(data)
         assert data["out"] == "out"
-        assert {"discover", "load", "score", "cut", "save"} == data["seconds"].keys()
+        assert {"discover", "load", "score", "repair", "cut", "save"} == data["seconds"].keys()
         assert all(seconds >= 0 for seconds in data["seconds"].values())
         assert is_whole(data["peak_rss_bytes"])
         assert data["peak_rss_bytes"] > 10**7
@@ -327,7 +327,8 @@ class TestPlanFile:
         assert record["seed"] == 3
 
     def test_settings_come_from_the_model_not_from_the_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
-        plan = json.loads(Path("plan.json").read_text())
+        succeed(capsys, "plan", "tiny", "--axes", "mlp", "--shape", "uniform", "--out", "even.json", "--score", "l2")
+        plan = json.loads(Path("even.json").read_text())
         write_json(Path("edited.json"), {**plan, "settings": {"intermediate_size": 5}})
         succeed(capsys, "prune", "tiny", "out", "--plan", "edited.json")
         assert json.loads(Path("out/config.json").read_text())["intermediate_size"] == plan["groups"][0]["kept"]
@@ -413,7 +414,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "plan and column": ("leave out --column", (*PRUNE, "--plan", "plan.json", "--column", "body")),
     "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),
     "plan of another depth": (
-        r"layers\.3\.mlp, which tiny does not have: it is of another model",
+        r"layers\.3\.attention, which tiny does not have: it is of another model",
         (*PRUNE, "--plan", "deep.json"),
     ),
     "plan of another vocabulary": (

@@ -35,6 +35,10 @@ from tiny import names, write_tiny
 TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
 OTHER_TEXT = "one fish two fish red fish blue fish and no more\n" * 60
 
+KEPT = [
+    ".out.secateur",
+    *(f".out.secateur/{name}" for name in ("key.json", "repaired.safetensors", "scores.safetensors")),
+]
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 import secateur.cli, secateur.run
@@ -102,7 +106,7 @@ def interrupted(place: Path) -> Path:
 
 class TestResume:
     def test_a_killed_run_goes_on(self, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert names(killed) == [".out.secateur", ".out.secateur/key.json", ".out.secateur/scores.safetensors"]
+        assert names(killed) == KEPT
         with monkeypatch.context() as patch:
             patch.setattr("secateur.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
             resumed = prune(resume=True)
@@ -116,7 +120,7 @@ class TestResume:
         assert read_plan(Path("here/out/secateur_plan.json")) == read_plan(Path("here/whole/secateur_plan.json"))
 
     def test_an_interrupted_run_keeps_its_scores(self, interrupted: Path) -> None:
-        assert names(interrupted) == [".out.secateur", ".out.secateur/key.json", ".out.secateur/scores.safetensors"]
+        assert names(interrupted) == KEPT
         assert prune(resume=True).resumed
 
     def test_without_resume_it_starts_anew(self, interrupted: Path) -> None:
@@ -180,7 +184,7 @@ class TestResume:
     @pytest.mark.parametrize("file", ["key.json", "scores.safetensors"])
     def test_damaged_leftovers(self, interrupted: Path, file: str) -> None:
         (interrupted / ".out.secateur" / file).write_bytes(b"{")
-        assert not prune(resume=True).resumed
+        assert "score" in prune(resume=True).seconds
         assert names(interrupted)[0] == "out"
 
     def test_nothing_to_resume(self, place: Path) -> None:
@@ -196,7 +200,7 @@ class TestResume:
 
     def test_the_scores_that_are_kept(self, interrupted: Path) -> None:
         kept = read_scores(interrupted / ".out.secateur" / "scores.safetensors")
-        assert (kept.score, kept.reduce, kept.seed) == ("param_second", "sum", 0)
+        assert (kept.score, kept.reduce, kept.seed) == ("fisher", "sum", 0)
         assert kept.units["layers.0.mlp"].shape == (84,)
 
 
@@ -237,7 +241,7 @@ class TestLayerByLayer:
                 prune(cut=cut)
 
     @pytest.mark.parametrize("writes", range(1, 7))  # three layers, forward and backward
-    @pytest.mark.parametrize("score", ["param_first", "param_mix"])
+    @pytest.mark.parametrize("score", ["param_first", "param_mix", "fisher"])
     def test_it_goes_on_from_the_last_layer(
         self, place: Path, writes: int, score: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -317,11 +321,14 @@ class TestRunFolder:
         return plan_model("in/tiny", cut=cut, calibration=CalibrationOptions("in/text.txt", 4, 16), run="here/run")
 
     def test_another_plan_needs_no_pass_and_no_weights(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = self.plan(ratio=0.2)
+        first = self.plan(ratio=0.2, score="param_second")
         assert len(names(place / "run")) == 1
         with monkeypatch.context() as patch:
             patch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
-            again, other = self.plan(ratio=0.2), self.plan(ratio=0.4, score="param_first", reduce="max")
+            again, other = (
+                self.plan(ratio=0.2, score="param_second"),
+                self.plan(ratio=0.4, score="param_first", reduce="max"),
+            )
         assert again == first
         assert other.scored["score"] == "param_first"
         alone = plan_model(
@@ -356,7 +363,7 @@ class TestRunFolder:
         assert len(names(place / "run")) == 2
 
     def test_a_damaged_file_is_written_anew(self, place: Path) -> None:
-        first = self.plan(ratio=0.2)
+        first = self.plan(ratio=0.2, score="param_second")
         (file,) = (place / "run").iterdir()
         file.write_bytes(b"{")
         assert self.plan(ratio=0.2) == first
@@ -433,7 +440,7 @@ class TestRecord:
         assert (again.calibration, again.calibration_options) == (record.calibration, record.calibration_options)
 
     def test_scores_of_weights_alone(self, place: Path) -> None:
-        record = read_record(prune(cut={"score": "l2"}).out)
+        record = read_record(prune(cut={"score": "l2", "repair": "none"}).out)
         assert record is not None
         assert (record.calibration, record.calibration_options) == (None, None)
 
@@ -533,19 +540,23 @@ class TestPlanModel:
         assert (alone.groups, alone.parameters, alone.macs) == (planned.groups, planned.parameters, planned.macs)
 
     def test_weights_give_units(self, place: Path) -> None:
-        planned = plan_model("in/tiny", cut={"score": "l2"})
+        alike = {"score": "l2", "scope": "local", "shape": "uniform"}
+        planned = plan_model("in/tiny", cut=alike)
         assert planned.decided
         assert planned.scored["score"] == "l2"
-        sizes = plan_model("in/tiny", cut={"score": "l2"}, sizes_only=True)
+        sizes = plan_model("in/tiny", cut=alike, sizes_only=True)
         assert [group.kept for group in sizes.groups] == [group.kept for group in planned.groups]
 
     def test_prune_cuts_what_was_planned(self, place: Path) -> None:
         options = CalibrationOptions("in/text.txt", samples=4, length=16)
         planned = plan_model("in/tiny", calibration=options)
-        assert prune().plan == planned
-        given = prune_model("in/tiny", "here/given", given=planned)
-        assert given.plan == planned
-        assert weights("here/out") == weights("here/given")
+        made = prune().plan
+        assert [(g.name, g.kept) for g in made.groups] == [(g.name, g.kept) for g in planned.groups]
+        assert (planned.options.choose, made.options.choose) == ("obs", "score")  # decided while repairing
+        for number, plan in enumerate((planned, made)):
+            given = prune_model("in/tiny", f"here/{number}", given=plan)
+            assert given.plan == made
+            assert weights("here/out") == weights(f"here/{number}")
 
     def test_quantised_models_have_sizes_but_no_scores(self, place: Path) -> None:
         config = json.loads(Path("in/tiny/config.json").read_text())
@@ -578,7 +589,11 @@ class TestClock:
                 pass
 
         pruned = prune(watch=Bar)
-        assert [stage for stage, _ in stages] == list(pruned.seconds) == ["discover", "load", "score", "cut", "save"]
+        assert (
+            [stage for stage, _ in stages]
+            == list(pruned.seconds)
+            == ["discover", "load", "score", "repair", "cut", "save"]
+        )
         steps: Sequence[tuple[int, int]] = dict(stages)["score"]
         assert steps
         assert steps[-1][0] == steps[-1][1]

@@ -41,8 +41,7 @@ from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_o
 from secateur.models import DEMO, LoadOptions, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile
-from secateur.prune import prune
-from secateur.run import plan_model, prune_model
+from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.tables import binary, demo_tables, discovery_tables, perplexity_tables, plan_tables, profile_tables
 
@@ -140,17 +139,20 @@ RepairOption = Annotated[str | None, typer.Option("--repair", help="none, bias o
 Steps = Annotated[
     int | None, typer.Option("--steps", help="Plan, cut, repair and score again so often.", show_default=False)
 ]
+AtDtype = Annotated[
+    str | None, typer.Option("--at-dtype", help="In which memory is counted: bfloat16, int8.", show_default=False)
+]
 CalibrationText = Annotated[
     str,
     typer.Option("--calibration", help="`demo`, a file, the name of a data set, or `self`: what the model writes."),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Calibration windows: 64, or 10 with llm-pruner.", show_default=False),
+    typer.Option("--samples", help="Calibration windows: 128; fast 32, llm-pruner 10.", show_default=False),
 ]
 Length = Annotated[
     int | None,
-    typer.Option("--length", help="Tokens of a window: 128, or 64 with llm-pruner.", show_default=False),
+    typer.Option("--length", help="Tokens of a window: 256; fast 128, llm-pruner 64.", show_default=False),
 ]
 Column = Annotated[str, typer.Option("--column", help="The field of calibration documents that holds their text.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put calibration documents into the chat template.")]
@@ -268,6 +270,7 @@ def plan_command(
     choose: Choose = None,
     repair: RepairOption = None,
     steps: Steps = None,
+    at_dtype: AtDtype = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
@@ -307,6 +310,7 @@ def plan_command(
             choose=choose,
             repair=repair,
             steps=steps,
+            at_dtype=at_dtype,
         ),
         calibration=calibration_for(
             preset, text=calibration, samples=samples, length=length, seed=seed, column=column, chat=chat
@@ -347,6 +351,7 @@ def prune_command(
     choose: Choose = None,
     repair: RepairOption = None,
     steps: Steps = None,
+    at_dtype: AtDtype = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
     length: Length = None,
@@ -391,6 +396,7 @@ def prune_command(
             choose=choose,
             repair=repair,
             steps=steps,
+            at_dtype=at_dtype,
         ),
         given=read_plan(plan_file) if plan_file is not None else None,
         calibration=calibration_for(
@@ -456,7 +462,9 @@ def evaluate_command(
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         if not quiet:
             _warn_of_overlap(name, tokenizer, texts, planned)
-        variants = {name: model} | ({f"{name} + {plan_file}": prune(model, planned)} if planned else {})
+        variants = {name: model}
+        if planned:
+            variants[f"{name} + {plan_file}"] = cut_as_planned(model, planned, tokenizer, watch=_watch(quiet=quiet))
         for label, variant in variants.items():
             with _watch(quiet=quiet)(f"evaluate {label}") as progress:
                 results[label] = evaluate(
@@ -617,8 +625,9 @@ def _check_files(*files: Path | None, made: Path | None = None) -> None:
 
 def _check_alone(context: typer.Context, plan_file: Path) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
-    cut = "preset ratio of target axes strategy layers score reduce round_to scope shape at_least choose repair steps"
-    for name in f"{cut} calibration samples length column chat".split():
+    cut = "preset ratio of target axes strategy layers score reduce round_to"
+    how = "scope shape at_least choose repair steps at_dtype calibration samples length column chat"
+    for name in f"{cut} {how}".split():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise PlanError(f"--plan {plan_file} says all about the cut: leave out --{name.replace('_', '-')}")

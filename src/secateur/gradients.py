@@ -96,6 +96,7 @@ def stream_masks(
     wanted: Sequence[str] | None = None,
     recomputed: Sequence[str] = (),
     memory: int = 0,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> float:
     """Visit the derivatives by masks over what each weight wanted reads, sample by sample.
@@ -121,7 +122,8 @@ def stream_masks(
     def nothing(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
         del name, rows, weight, gradient, squared
 
-    return _Pass(model, windows, nothing, chosen, True, recomputed, memory, None, progress, masks=visit).run()
+    memory = memory if journal is None else 0
+    return _Pass(model, windows, nothing, chosen, True, recomputed, memory, journal, progress, masks=visit).run()
 
 
 def _check_there(model: PreTrainedModel) -> None:
@@ -353,7 +355,8 @@ class _Pass:
         """A module has been computed again for all samples of a call."""
         self.calls[path] -= 1
         if self.depth == 0 and self.calls[path] == 0:
-            within = [name for name in self.sums if f"{self.layout.homes[name]}.".startswith(f"{path}.")]
+            begun = self.sums if self.masks is None else self.by_mask
+            within = [name for name in begun if f"{self.layout.homes[name]}.".startswith(f"{path}.")]
             for name in within:
                 if name in self.layout.by_autograd - self.layout.uncertain and name not in self.layout.shared:
                     self._finish_sums(name)
@@ -435,7 +438,7 @@ class _Pass:
     def _sum(self, name: str, sample: int, new: Tensor) -> None:
         """Add the gradient of one sample, or where squares are not asked for, of several."""
         if self.masks is not None:
-            if new.dim() > 1:
+            if new.dim() > 1 and not self._is_finished(name):
                 terms = self.parameters[name].detach().float() * new
                 for dim in range(new.dim()):
                     self._add_masks(name, dim, sample, terms.sum([d for d in range(new.dim()) if d != dim])[None])
@@ -472,7 +475,7 @@ class _Pass:
 
     def _finish_sums(self, name: str) -> None:
         if self.masks is not None:
-            self._count(name)
+            self._finish_masks_of(name)
             return
         sums = self.sums.pop(name, _Sums())
         for new in sums.by_sample.values():
@@ -494,9 +497,9 @@ class _Pass:
         given = self.factors.pop(name)
         if self.masks is not None:
             for each in given:
-                if each.left.is_floating_point():
+                if each.left.is_floating_point() and not self._is_finished(name):
                     self._masks_of(name, each)
-            self._count(name)
+            self._finish_masks_of(name)
             return
         if not self._is_finished(name):
             with _exact_products(given):
@@ -516,6 +519,13 @@ class _Pass:
         if dim not in self.by_mask[name]:
             self.by_mask[name][dim] = derivatives.new_zeros(self.samples, derivatives.shape[-1])
         self.by_mask[name][dim][first : first + len(derivatives)] += derivatives
+
+    def _finish_masks_of(self, name: str) -> None:
+        """Visit a weight of which all is known; of several processes, all do so at the end."""
+        self._count(name)
+        if self.masks is not None and processes.count() == 1 and not self._is_finished(name):
+            for dim, derivatives in sorted(self.by_mask.pop(name, {}).items()):
+                self.masks(name, dim, derivatives)
 
     def _finish_masks(self) -> None:
         """Visit what all processes have, in the order of all windows."""

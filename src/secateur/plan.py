@@ -273,6 +273,7 @@ def calibration_for(
     usual = {
         "llm-pruner": CalibrationOptions(samples=10, length=64),
         "fast": CalibrationOptions(samples=32, length=128),
+        "best": CalibrationOptions(samples=128, length=256),
     }.get(name, CalibrationOptions())
     return replace(
         usual,

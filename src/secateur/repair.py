@@ -175,9 +175,12 @@ class _RepairPass:
         self.products = Products(wanted, self._look)
 
     def plan(self) -> Plan:
-        """The plan with the units that stay."""
+        """The plan with the units that stay, for good."""
+        options = replace(self.given.options, choose="score")
         return replace(
-            self.given, groups=tuple(replace(g, keep=self.keep.get(g.name, g.keep)) for g in self.given.groups)
+            self.given,
+            options=options,
+            groups=tuple(replace(g, keep=self.keep.get(g.name, g.keep)) for g in self.given.groups),
         )
 
     def _look(self, product: Product) -> Tensor | None:

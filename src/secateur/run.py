@@ -9,21 +9,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
 from secateur.axes import Discovery, count_parameters, discover
-from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, self_written
+from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
 from secateur.checkpoint import check_stock, check_vacant, make_record, save
 from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.latency import LatencyTable
-from secateur.models import LoadOptions, check_finite, has_weights, load, load_config, load_tokenizer, resolve
+from secateur.models import (
+    LoadOptions,
+    check_finite,
+    free_model_class,
+    has_weights,
+    load,
+    load_config,
+    load_tokenizer,
+    resolve,
+)
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
 from secateur.repair import Repaired, repair
@@ -118,6 +127,8 @@ def plan_model(
                 loaded.append(_load(model, loading))
         return loaded[0]
 
+    if options.shape == "free" and not _may_be_free(config):
+        options = replace(options, shape="uniform")
     table = _latency(loaded_now, discovery, options, clock)
     sizes = plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
     if sizes_only or not has_weights(model):
@@ -130,7 +141,7 @@ def plan_model(
     if options.steps > 1:
         return _in_steps(loaded_now(), discovery, options, windows, calibration, clock)[1]
     scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder)
-    decided = plan(
+    return plan(
         discovery,
         options,
         config=config,
@@ -138,9 +149,6 @@ def plan_model(
         latency=table,
         trust_remote_code=loading.trust_remote_code,
     )
-    if options.choose == "obs":
-        decided = _repaired(loaded_now(), decided, discovery, windows, calibration, clock).plan
-    return decided
 
 
 def prune_model(
@@ -195,6 +203,8 @@ def prune_model(
                 loaded.append(_load(model, loading))
         return loaded[0]
 
+    if given is None and options.shape == "free" and not _may_be_free(config):
+        options = replace(options, shape="uniform")
     table = None if given is not None else _latency(loaded_now, discovery, options, clock)
     sizes = given or plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
     check_stock(sizes, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
@@ -226,25 +236,18 @@ def prune_model(
             latency=table,
             trust_remote_code=loading.trust_remote_code,
         )
-        if announce is not None and given is None and options.scope == "global":
-            announce(decided)  # sizes that depend on the scores
+        if given is None and options.scope == "global":  # sizes that depend on the scores
+            check_stock(decided, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
+            if announce is not None:
+                announce(decided)
         if processes.is_first():
             weights: Mapping[str, Tensor] = {}
-            if options.repair != "none" or (options.choose == "obs" and given is None):
+            if options.repair != "none" or options.choose == "obs":
                 windows = _windows(model, config, options, calibration, loading)
                 repaired = kept_repair(work, decided)
                 resumed = resumed or repaired is not None
                 if repaired is None:
-                    repaired = _repaired(
-                        loaded_now(),
-                        decided,
-                        discovery,
-                        windows,
-                        calibration,
-                        clock,
-                        work=work,
-                        given=given is not None,
-                    )
+                    repaired = _repaired(loaded_now(), decided, discovery, windows, calibration, clock, work=work)
                     keep_repair(work, decided, repaired)
                 decided, weights = repaired.plan, repaired.weights
             _cut_and_save(
@@ -252,6 +255,34 @@ def prune_model(
             )
         processes.wait()
     return Pruned(decided, out, clock.seconds, peak_rss(), resumed)
+
+
+def cut_as_planned(
+    model: PreTrainedModel, given: Plan, tokenizer: PreTrainedTokenizerBase, *, watch: Watch | None = None
+) -> PreTrainedModel:
+    """The model as `prune` with this plan would write it, in memory: cut, and repaired on the plan's calibration text.
+
+    Raises `PlanError` when the plan is of another model.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, discovery = AutoModelForCausalLM.from_config(config), discover(config)
+    >>> from secateur.scores import score
+    >>> options = CutOptions(ratio=0.5, of="units", axes=("mlp",), score="l2")
+    >>> decided = plan(discovery, options, config=config, scores=score(model, discovery=discovery, name="l2"))
+    >>> cut_as_planned(model, decided, None).config.ffn_dim
+    12
+    """
+    discovery = discover(model)
+    check_plan(given, discovery)
+    weights: Mapping[str, Tensor] = {}
+    if given.options.repair != "none" or given.options.choose == "obs":
+        calibration = CalibrationOptions(**(given.scored.get("calibration_options") or {}))
+        windows = None if calibration.text == SELF else calibration_windows(tokenizer, calibration)
+        clock = Clock(watch) if watch else Clock()
+        repaired = _repaired(model, given, discovery, windows, calibration, clock)
+        given, weights = repaired.plan, repaired.weights
+    return prune(model, given, discovery=discovery, weights=weights)
 
 
 def _latency(
@@ -275,21 +306,22 @@ def _repaired(
     clock: Clock,
     *,
     work: Path | None = None,
-    given: bool = False,
 ) -> Repaired:
-    """What is left of the weights, fitted anew as the options say; a plan that was given keeps its units."""
+    """What is left of the weights, fitted anew as the options say."""
     with clock.stage("repair") as progress:
         if windows is None:
             windows = _own_text(model, calibration, work, progress, alone=True)
-        return repair(
+        found = repair(
             model,
             decided,
             discovery,
             windows,
             method=decided.options.repair,
-            choose=decided.options.choose == "obs" and not given,
+            choose=decided.options.choose == "obs",
             progress=progress,
         )
+    text = {"calibration": digest(windows), "calibration_options": asdict(calibration)}
+    return replace(found, plan=replace(found.plan, scored={**found.plan.scored, **text}))
 
 
 def _own_text(
@@ -383,6 +415,12 @@ def _bytes_of(model: PreTrainedModel) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def _may_be_free(config: PreTrainedConfig) -> bool:
+    """Whether a folder can hold layers of different sizes: of custom code, only what its config can say."""
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return not custom or free_model_class(config) is not None
+
+
 def _check_apart(model: str, out: Path) -> None:
     """Raise `CheckpointError` when to write the folder would be to delete the model."""
     path = resolve(model).path
@@ -413,7 +451,13 @@ def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trus
         )
     if given.settings is None:
         return given
-    return replace(given, settings=stock_settings(config, discovery, given.cut, trust_remote_code=trust_remote_code))
+    try:
+        settings = stock_settings(config, discovery, given.cut, trust_remote_code=trust_remote_code)
+    except PlanError as error:
+        if given.options.shape == "free":
+            return replace(given, settings=None, refusal=str(error))
+        raise
+    return replace(given, settings=settings)
 
 
 def _load(model: str, loading: LoadOptions) -> PreTrainedModel:
@@ -426,7 +470,7 @@ def _windows(
     model: str, config: PreTrainedConfig, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions
 ) -> Tensor | None:
     """The calibration tokens that the score needs, if it needs any and the model is not to write them."""
-    if SCORES[options.score].needs == "weights" and options.repair == "none" and options.choose == "score":
+    if options.repair == "none" and options.choose == "score" and SCORES[options.score].needs == "weights":
         return None
     check_positions(config, calibration.length)
     if calibration.text == SELF:

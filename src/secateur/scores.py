@@ -286,7 +286,9 @@ def statistics_for(
             progress=progress,
         )
     elif how.needs == "masks":
-        found = mask_statistics(model, windows, wanted=sorted(wanted), layers=[*layers], progress=progress)
+        found = mask_statistics(
+            model, windows, wanted=sorted(wanted), layers=[*layers], journal=journal, progress=progress
+        )
     else:
         found = gradient_statistics(
             model,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -205,7 +206,7 @@ def gradient_statistics(
     samples, length = windows.shape
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     gathered = _Gathered(saliences)
-    kept = None if journal is None else _Journal(journal, gathered)
+    kept = None if journal is None else _Journal(journal, _HeldSums(gathered))
     some_gradient = kept is not None and bool(kept.finished)
 
     def visit(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
@@ -281,12 +282,13 @@ def mask_statistics(
     *,
     wanted: Sequence[str] | None = None,
     layers: Sequence[str] = (),
+    journal: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """Derivatives by masks over what every weight reads, sample by sample, from one forward and backward pass.
 
-    Windows are int64, samples x length; `wanted` and `layers` are as in `gradient_statistics`, which see for the
-    errors.
+    Windows are int64, samples x length; `wanted`, `layers` and `journal` are as in `gradient_statistics`, which
+    see for the errors.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
@@ -297,6 +299,7 @@ def mask_statistics(
     samples, length = windows.shape
     reads = reading_dims(model, two_samples(windows))
     masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    kept = None if journal is None else _Journal(journal, _HeldMasks(masks))
 
     def visit(name: str, dim: int, derivatives: Tensor) -> None:
         if not torch.isfinite(derivatives).all():
@@ -314,6 +317,7 @@ def mask_statistics(
         wanted=wanted,
         recomputed=layers,
         memory=_spare_memory(model),
+        journal=kept,
         progress=progress,
     )
     if not any(bool(each.any()) for by_dim in masks.values() for each in by_dim.values()):
@@ -556,26 +560,75 @@ def _surgeon(weight: Tensor, features: _Features, dim: int, unit_of: Tensor) -> 
     return total
 
 
-class _Journal:
-    """Layers of a pass that are done, one file each: what goes on to the next, and the sums of its weights."""
+class _Held(Protocol):
+    """What a pass has found of every weight that it is done with."""
 
-    def __init__(self, folder: Path, gathered: _Gathered) -> None:
+    def by_weight(self) -> dict[str, dict[str, Tensor]]:
+        """Weight -> tensors by name."""
+
+    def take(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what was found before."""
+
+
+class _HeldSums:
+    """Sums of saliences."""
+
+    def __init__(self, gathered: _Gathered) -> None:
+        self.sums = gathered.sums
+
+    def by_weight(self) -> dict[str, dict[str, Tensor]]:
+        """Weight -> tensors by name."""
+        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for salience, by_weight in self.sums.items():
+            for name, dims in by_weight.items():
+                found[name] |= {f"{salience}/{dim}": sums for dim, sums in enumerate(dims)}
+        return found
+
+    def take(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what was found before."""
+        dims: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        for key, tensor in tensors.items():
+            salience, _, dim = key.rpartition("/")
+            dims[salience][int(dim)] = tensor
+        for salience, found in dims.items():
+            self.sums[salience][weight] = tuple(found[i] for i in range(len(found)))
+
+
+class _HeldMasks:
+    """Derivatives by masks."""
+
+    def __init__(self, masks: dict[str, dict[int, Tensor]]) -> None:
+        self.masks = masks
+
+    def by_weight(self) -> dict[str, dict[str, Tensor]]:
+        """Weight -> tensors by name."""
+        return {name: {str(dim): found for dim, found in dims.items()} for name, dims in self.masks.items()}
+
+    def take(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what was found before."""
+        self.masks[weight] = {int(dim): found for dim, found in tensors.items()}
+
+
+class _Journal:
+    """Layers of a pass that are done, one file each: what goes on to the next, and what was found of its weights."""
+
+    def __init__(self, folder: Path, held: _Held) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.gathered = folder, gathered
+        self.folder, self.held = folder, held
         for path in sorted(folder.glob("*.safetensors")):
-            found: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
+            found: dict[str, dict[str, Tensor]] = defaultdict(dict)
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in list(file.keys()):
-                        if key.startswith("sums/"):
-                            _, salience, dim, name = key.split("/", 3)
-                            found[salience, name][int(dim)] = file.get_tensor(key).clone()
+                        if key.startswith("found/"):
+                            _, name, what = key.split("/", 2)
+                            found[name][what] = file.get_tensor(key).clone()
             except (OSError, SafetensorError):  # damaged: that layer is computed again
                 path.unlink()
                 continue
-            for (salience, name), dims in found.items():
-                gathered.sums[salience][name] = tuple(dims[i] for i in range(len(dims)))
-        self.finished: set[str] = {name for by_weight in gathered.sums.values() for name in by_weight}
+            for name, tensors in found.items():
+                held.take(name, tensors)
+        self.finished: set[str] = set(held.by_weight())
 
     def read(self, key: str) -> tuple[list[Tensor], str] | None:
         """The tensors written under a key, and what was said of them."""
@@ -589,16 +642,16 @@ class _Journal:
 
     def write(self, key: str, tensors: Sequence[Tensor], about: str) -> None:
         """Write the tensors and all sums that are new, whole or not at all."""
+        found = self.held.by_weight()
         new = {
-            f"sums/{salience}/{dim}/{name}": sums.contiguous()
-            for salience, by_weight in self.gathered.sums.items()
-            for name, dims in by_weight.items()
+            f"found/{name}/{what}": tensor.contiguous()
+            for name, tensors in found.items()
             if name not in self.finished
-            for dim, sums in enumerate(dims)
+            for what, tensor in tensors.items()
         }
         given = {f"given/{i}": tensor.detach().contiguous() for i, tensor in enumerate(tensors)}
         write_tensors(self._path(key), {**new, **given}, {"about": about})
-        self.finished |= {name for by_weight in self.gathered.sums.values() for name in by_weight}
+        self.finished |= set(found)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key.replace('/', '-')}.safetensors"
