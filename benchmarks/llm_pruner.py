@@ -45,9 +45,10 @@ THEIRS: dict[tuple[str, str], tuple[float | None, ...]] = {
     ("block 6:24", "random"): (369.0, 614.0, 211.0, 333.0),
     ("block 6:24", "l2"): (622.0, 1364.0, 441.0, 1159.0),
     ("block 6:24", "l1"): (781.0, 1779.0, None, None),
-    ("best", "param_second"): (None, None, None, None),  # our default: all layers alike, 64 windows of 128 tokens
+    ("all layers", "param_second"): (None, None, None, None),  # alike, 64 windows of 128 tokens
 }
-CUTS: dict[str, Mapping[str, Any]] = {"mlp 3:28": MLP, "block 6:24": BLOCK, "best": {}}
+ALIKE: Mapping[str, Any] = {"ratio": 0.2, "of": "non-embedding", "layers": None}
+CUTS: dict[str, Mapping[str, Any]] = {"mlp 3:28": MLP, "block 6:24": BLOCK, "all layers": ALIKE}
 COLUMNS = ("WT2@128", "PTB@128", "WT2@1024", "PTB@1024")
 
 
@@ -99,10 +100,11 @@ def parsed() -> argparse.Namespace:
 def cut_as(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cut: str, score: str, seed: int, calibration: Path
 ) -> PreTrainedModel:
-    """The model cut by the paper's preset with the options of that row, or by our default."""
+    """The model cut by the paper's preset with the options of that row."""
     discovery = secateur.discover(model)
-    name = "best" if cut == "best" else "llm-pruner"
-    windows = calibration_for(name, text=str(calibration), seed=seed)
+    name = "llm-pruner"
+    more: dict[str, Any] = {"samples": 64, "length": 128} if cut == "all layers" else {}
+    windows = calibration_for(name, text=str(calibration), seed=seed, **more)
     scores = secateur.score(model, tokenizer, discovery=discovery, name=score, calibration=windows)
     options = options_for(name, discovery, {**CUTS[cut], "score": score})
     plan = secateur.plan(discovery, options, scores=scores)

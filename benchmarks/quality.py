@@ -5,8 +5,9 @@
 Every row cuts the demo model by the same share of its non-embedding parameters, then measures the damage on every
 text in windows of 128 and 1024 tokens: ln(perplexity cut / perplexity dense), in nats per token. The calibration text
 must not come from the evaluation's corpora. Results go to a JSON file as they come (`--out`); the same command goes on
-after a stop and measures what is missing. Each row is a process of its own, so that its time and peak memory are its
-own. `--markdown` prints the table as it stands in the documentation.
+after a stop and measures what is missing. Each row is a process of its own, so that its peak memory is its own. Rows
+that look at the same statistics share a file of them, and each counts the seconds that it took to make. `--markdown`
+prints the table as it stands in the documentation.
 
 Peers, as we implement them on our groups:
 magnitude   Torch-Pruning's script for language models: W^2 over the whole group, the same share of every layer
@@ -19,6 +20,7 @@ llm-pruner  its recipe: first-order Taylor scores, 10 windows of 64 tokens, the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import subprocess
@@ -37,7 +39,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.axes import Discovery, discover
-from secateur.calibration import calibration_windows
+from secateur.calibration import calibration_windows, digest
 from secateur.evaluate import evaluate, read_evaluation_text
 from secateur.models import load, load_tokenizer, quiet
 from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset
@@ -45,10 +47,11 @@ from secateur.prune import prune
 from secateur.repair import Repaired, repair
 from secateur.run import peak_rss
 from secateur.scores import Scores, scores_from, statistics_for
+from secateur.statistics import read_statistics, write_statistics
 
 MODEL = "demo"
 LENGTHS = (128, 1024)
-MAX_TOKENS = 40_000
+MAX_TOKENS = 40_000  # by default
 BEST = preset("best", 30)
 PAPER_LAYERS = {0.2: (6, 24), 0.5: (3, 29)}  # of 30, of which the paper's share of units gives the ratio
 
@@ -112,9 +115,7 @@ def rows(ratio: float) -> dict[str, Row]:
 # --- one row, in a process of its own --------------------------------------------------------------------------------
 
 
-def measure(
-    name: str, ratio: float, seed: int, calibration: str, texts: Mapping[str, str], dtype: str
-) -> dict[str, Any]:
+def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Cut as the row says, and measure. `dense` cuts nothing."""
     tokenizer = load_tokenizer(MODEL)
     with quiet():
@@ -122,27 +123,39 @@ def measure(
     found: dict[str, Any] = {"row": name, "ratio": ratio, "seed": seed}
     if name != "dense":
         start = time.perf_counter()
-        model, decided = cut(model, tokenizer, rows(ratio)[name], seed, calibration)
-        found["seconds"], found["peak_rss_bytes"] = time.perf_counter() - start, peak_rss()
+        model, decided, saved = cut(model, tokenizer, rows(ratio)[name], seed, arguments)
+        found["seconds"], found["peak_rss_bytes"] = time.perf_counter() - start + saved, peak_rss()
         found["non_embedding"] = decided.parameters["pruned_non_embedding"]
         found["removed"] = 1 - found["non_embedding"] / decided.parameters["dense_non_embedding"]
         found["groups"] = [[g.name, g.units, g.kept] for g in decided.groups]
-    model = model.to(getattr(torch, dtype))
-    results = evaluate(model, tokenizer, texts, seq_lens=LENGTHS, max_tokens=MAX_TOKENS)
+    model = model.to(getattr(torch, arguments.dtype))
+    texts = {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
+    results = evaluate(model, tokenizer, texts, seq_lens=LENGTHS, max_tokens=arguments.tokens)
     found["nll"] = {f"{result.data}@{result.seq_len}": result.nll for result in results}
     return found
 
 
 def cut(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row, seed: int, calibration: str
-) -> tuple[PreTrainedModel, Plan]:
-    """The model cut as the row says."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row, seed: int, arguments: argparse.Namespace
+) -> tuple[PreTrainedModel, Plan, float]:
+    """The model cut as the row says, the plan, and the seconds that statistics made before have saved."""
     options = row.options
     discovery = discover(model)
-    text = calibration_for(row.preset, text=calibration, seed=seed)
+    text = calibration_for(row.preset, text=arguments.calibration, seed=seed)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    statistics = statistics_for(options.score, model, discovery, windows, groups=groups)
+    about = f"{digest(windows)} {options.score} {' '.join(sorted(group.name for group in groups))}"
+    name = hashlib.sha256(about.encode()).hexdigest()[:16]
+    shared = Path(arguments.shared)
+    saved, file, clock = 0.0, shared / f"{name}.safetensors", shared / f"{name}.seconds"
+    if file.exists() and clock.exists():
+        statistics, saved = read_statistics(file, about=about), float(clock.read_text())
+    else:
+        start = time.perf_counter()
+        statistics = statistics_for(options.score, model, discovery, windows, groups=groups)
+        shared.mkdir(parents=True, exist_ok=True)
+        write_statistics(file, statistics, about=about)
+        clock.write_text(str(time.perf_counter() - start))
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
     if row.standardise:
         scores = standardised(scores, discovery)
@@ -164,7 +177,7 @@ def cut(
         pruned = prune(model, decided, discovery=discovery, weights=None if repaired is None else repaired.weights)
     if row.add_bias and repaired is not None:
         put_biases(pruned, repaired)
-    return pruned, decided
+    return pruned, decided, saved
 
 
 def standardised(scores: Scores, discovery: Discovery) -> Scores:
@@ -210,7 +223,20 @@ def run_all(arguments: argparse.Namespace, console: Console) -> list[dict[str, A
     for name, ratio, seed in wanted:
         if (name, ratio, seed) in done:
             continue
-        command = [sys.executable, __file__, "--one", name, str(ratio), str(seed), "--dtype", arguments.dtype]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            str(ratio),
+            str(seed),
+            "--dtype",
+            arguments.dtype,
+            "--tokens",
+            str(arguments.tokens),
+            "--shared",
+            arguments.shared,
+        ]
         command += ["--calibration", arguments.calibration, *(f"--text={text}" for text in arguments.text)]
         console.print(f"{name}, {ratio:.0%}, seed {seed}")
         finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -253,7 +279,7 @@ def show(results: Sequence[Mapping[str, Any]], console: Console, *, markdown: bo
         for line in lines[1:]:
             print("| " + " | ".join(line) + " |")
         return
-    table = Table(*lines[0], title=f"{MODEL}: damage in nats per token, first {MAX_TOKENS:,} tokens")
+    table = Table(*lines[0], title=f"{MODEL}: damage in nats per token, nats")
     for line in lines[1:]:
         table.add_row(*line)
     console.print(table)
@@ -269,14 +295,15 @@ def main() -> None:
     parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(x) for x in text.split(",")])
     parser.add_argument("--seeded", default=["best", "flap"], type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--dtype", default="float32", help="of the evaluation")
+    parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of each text, the first")
+    parser.add_argument("--shared", default="runs/quality", help="a folder for statistics")
     parser.add_argument("--out", default="quality.json")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("ROW", "RATIO", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, ratio, seed = arguments.one
-        texts = {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
-        print(json.dumps(measure(name, float(ratio), int(seed), arguments.calibration, texts, arguments.dtype)))
+        print(json.dumps(measure(name, float(ratio), int(seed), arguments)))
         return
     console = Console()
     show(run_all(arguments, console), console, markdown=arguments.markdown)

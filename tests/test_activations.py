@@ -14,7 +14,7 @@ from every_type import tiny_type_model
 from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, PlanError, ScoreError, discover, score
 from secateur.models import quiet
-from secateur.obs import DAMPING
+from secateur.obs import DAMPING, removal_costs
 from secateur.plan import check_score
 from secateur.scores import SCORES, register_score, statistics_for, unit_scores
 from secateur.statistics import activation_statistics, gram_matrices
@@ -230,3 +230,27 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = torch.inf
     with pytest.raises(ScoreError, match=r"layers\.0\.mlp\.down_proj\.weight has .* NaN or Inf"):
         score(model, windows=WINDOWS, name="wanda", groups=["layers.0.mlp"], calibration=CalibrationOptions())
+
+
+def test_greedy_costs_rank_units_in_the_order_of_their_removal() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    found = found_scores(model, "obs_greedy")
+    weight, x = model.get_parameter(DOWN).detach(), seen_by_hooks(model)[DOWN]
+    order, costs = removal_costs(weight, x.t().double() @ x.double() / len(x), torch.arange(84))
+    assert found["layers.1.mlp"].argsort(stable=True).tolist()[:40] == order[:40]
+    assert float(found["layers.1.mlp"].max()) == pytest.approx(float(costs.max()), rel=1e-3)
+
+
+def test_layer_loss_is_what_the_loss_gains() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    scores = score(model, name="layer_loss", windows=WINDOWS)
+    with torch.no_grad():
+        dense = model(WINDOWS, labels=WINDOWS).loss
+        layers = model.model.layers
+        for dropped in range(3):
+            model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i != dropped)
+            gained = model(WINDOWS, labels=WINDOWS, use_cache=False).loss - dense
+            assert float(scores.units["layers"][dropped]) == pytest.approx(float(gained), rel=1e-3, abs=1e-5)
+            model.model.layers = layers
+    with pytest.raises(ScoreError, match="compares whole layers"):
+        statistics_for("layer_loss", model, discover(model), WINDOWS, groups=[discover(model).group("layers.0.mlp")])

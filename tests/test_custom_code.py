@@ -324,7 +324,9 @@ def test_custom_code_for_a_model_type_that_transformers_knows(tmp_path: Path) ->
     assert (runs_remote_code(known), runs_remote_code(own)) == (False, True)
     assert torch.equal(logits(own), 3 * logits(known))
     assert discover(own).model == "OwnModel"
-    done = prune_model(str(original), tmp_path / "out", cut={"ratio": 0.3, "score": "l2"}, loading=TRUSTED)
+    done = prune_model(
+        str(original), tmp_path / "out", cut={"ratio": 0.3, "score": "l2", "repair": "none"}, loading=TRUSTED
+    )
     pruned = prune(own, done.plan)
     assert discover(pruned).model == "OwnModel"
     assert {"own_model.py", "own_scale.py"} < {path.name for path in done.out.iterdir()}

@@ -510,7 +510,7 @@ def profile_command(
 def demo_command(
     context: typer.Context,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The run folder.")] = Path("secateur-demo"),
-    preset: Preset = "best",
+    preset: Preset = "fast",
     ratio: Ratio = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.axes import Discovery, discover
-from secateur.calibration import CalibrationOptions, demo_texts
+from secateur.calibration import CalibrationOptions, calibration_windows, demo_texts
 from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, write_json
 from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
@@ -19,6 +20,7 @@ from secateur.models import DEMO, LoadOptions, check_finite, load, load_config, 
 from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
+from secateur.repair import repair
 from secateur.run import Clock, Watch
 from secateur.scores import score, write_scores
 
@@ -56,7 +58,7 @@ class Demonstration:
 def demonstrate(
     out: str | Path,
     *,
-    preset: str = "best",
+    preset: str = "fast",
     cut: Mapping[str, Any] | None = None,
     loading: LoadOptions | None = None,
     seed: int = 0,
@@ -125,9 +127,22 @@ def _run(
     write_scores(folder / "scores.safetensors", scores)
     with clock.stage("plan"):
         decided = plan(discovery, options, config=dense.config, scores=scores)
+    weights: Mapping[str, Tensor] = {}
+    if options.repair != "none" or options.choose == "obs":
+        with clock.stage("repair") as progress:
+            repaired = repair(
+                dense,
+                decided,
+                discovery,
+                calibration_windows(tokenizer, calibration),
+                method=options.repair,
+                choose=options.choose == "obs",
+                progress=progress,
+            )
+        decided, weights = repaired.plan, repaired.weights
     write_json(folder / "plan.json", decided.to_json())
     with clock.stage("cut"):
-        pruned = prune(dense, decided, discovery=discovery)
+        pruned = prune(dense, decided, discovery=discovery, weights=weights)
     with clock.stage("save"):
         record = make_record(
             dense,

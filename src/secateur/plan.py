@@ -132,9 +132,9 @@ def check_score(options: CutOptions) -> None:
         raise ScoreError(
             f"score={options.score!r} is unknown. Known: {', '.join(SCORES)}{_close(options.score, SCORES)}"
         )
-    if SCORES[options.score].needs == "layers" and options.axes != ("layers",):
+    if SCORES[options.score].needs in ("layers", "losses") and options.axes != ("layers",):
         raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
-    if SCORES[options.score].needs == "grams" and options.axes == ("layers",):
+    if SCORES[options.score].needs in ("grams", "masks") and options.axes == ("layers",):
         raise PlanError(f"score={options.score} is not for whole layers: use score=block_influence with axes=layers")
 
 

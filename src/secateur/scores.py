@@ -33,6 +33,7 @@ from secateur.statistics import (
     UnitsOf,
     activation_statistics,
     gradient_statistics,
+    layer_loss_statistics,
     mask_statistics,
     weight_statistics,
     write_tensors,
@@ -49,7 +50,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
 
 
 NEEDS = ("weights", "inputs", "gradient", "second order")  # what a salience may ask for
-Needs = Literal["weights", "inputs", "gradient", "second order", "masks", "grams", "layers"]
+Needs = Literal["weights", "inputs", "gradient", "second order", "masks", "grams", "layers", "losses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ SCORES |= {
         "masks",
         source="nats per token: 1/2 sum over samples of (dL/dm)^2, m a mask over the unit; arXiv 2204.09656, eq. 6-8",
     ),
+    "obs_greedy": Score(None, "grams", source="the same, one unit after the other; ZipLM, arXiv 2302.04089"),
+    "layer_loss": Score(None, "losses", source="loss without the layer - loss, nats per token"),
     "block_influence": Score(None, "layers", source="1 - mean cos(h, layer(h)); ShortGPT, arXiv 2403.03853"),
 }
 
@@ -282,9 +285,12 @@ def statistics_for(
             saliences,
             wanted=wanted,
             gram_units=_units_of(discovery, groups) if how.needs == "grams" else None,
+            gram_score=name,
             layers=layers,
             progress=progress,
         )
+    elif how.needs == "losses":
+        found = layer_loss_statistics(model, windows, layers, progress=progress)
     elif how.needs == "masks":
         found = mask_statistics(
             model, windows, wanted=sorted(wanted), layers=[*layers], journal=journal, progress=progress
@@ -305,7 +311,7 @@ def statistics_for(
 
 def check_kinds(name: str, groups: Iterable[Group]) -> None:
     """Raise `ScoreError` where a score says nothing about groups of such kinds."""
-    whole = SCORES[name].needs == "layers"
+    whole = SCORES[name].needs in ("layers", "losses")
     for group in groups:
         if whole and group.kind != "layer":
             raise ScoreError(f"score {name} compares whole layers, not {group.kind}: cut layers, with --axes layers")

@@ -30,8 +30,8 @@ from secateur.activations import reading_dims, stream_inputs
 from secateur.errors import ScoreError, unwritable
 from secateur.gradients import Progress as Progress
 from secateur.gradients import stream_gradients, stream_masks
-from secateur.obs import unit_costs
-from secateur.probe import two_samples
+from secateur.obs import removal_costs, unit_costs
+from secateur.probe import entrance, two_samples
 
 SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
 LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
@@ -240,6 +240,7 @@ def activation_statistics(
     *,
     wanted: Collection[str] | None = None,
     gram_units: UnitsOf | None = None,
+    gram_score: str = "obs",
     layers: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -248,8 +249,9 @@ def activation_statistics(
     Sums of saliences of what the weights wanted (by default, all) read. With `gram_units`, the score `obs` of its
     units, from the Gram matrices X'X of the inputs: what it costs to leave out a unit's inputs when all other weights
     that read the same features make up for it (optimal brain surgeon, for whole units: ZipLM, arXiv 2302.04089), per
-    token, in squares of the output. With `layers` (path -> number), the score `block_influence` of each: 1 - the mean
-    cosine of a token's hidden states before and after it (ShortGPT, arXiv 2403.03853).
+    token, in squares of the output; as `gram_score` says, of each unit alone (`obs`) or of one after the other, with
+    those before it gone (`obs_greedy`). With `layers` (path -> number), the score `block_influence` of each: 1 - the
+    mean cosine of a token's hidden states before and after it (ShortGPT, arXiv 2403.03853).
 
     Raises `ScoreError` for inputs that are not finite.
 
@@ -264,6 +266,7 @@ def activation_statistics(
         name: p.detach() for name, p in model.named_parameters() if p.dim() > 1 and (wanted is None or name in wanted)
     }
     gathered = _GatheredInputs(model, weights, _Gathered(saliences), gram_units, layers or {})
+    gathered.gram_score = gram_score
     mine = processes.share_of(windows)
     stream_inputs(model, mine, gathered, wanted=weights, layers=[*(layers or {})], progress=progress)
     gathered.finish_all()
@@ -326,6 +329,56 @@ def mask_statistics(
             "calibration text, or use dtype float32 or bfloat16"
         )
     return Statistics({}, masks=dict(masks), reads=reads, loss=loss, samples=samples, tokens=samples * (length - 1))
+
+
+@torch.no_grad()
+def layer_loss_statistics(
+    model: PreTrainedModel, windows: Tensor, layers: Mapping[str, int], *, progress: Progress | None = None
+) -> Statistics:
+    """How much the loss on the windows grows when each layer (path -> number) is left out: nats per token.
+
+    One forward pass for every layer, in which its output is its input.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model, layers = AutoModelForCausalLM.from_config(config), {f"model.decoder.layers.{i}": i for i in range(2)}
+    >>> found = layer_loss_statistics(model, torch.arange(20).reshape(2, 10), layers)
+    >>> found.units["layer_loss"]["layers"]["hidden"].shape
+    torch.Size([2])
+    """
+    mine = processes.share_of(windows).to(entrance(model))
+
+    def left_out(_: object, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
+        before = args[0] if args else kwargs.get("hidden_states")
+        return (before, *output[1:]) if isinstance(output, tuple) else before
+
+    def loss() -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for window in mine:
+            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+            total += functional.cross_entropy(logits.float(), window[1:].to(logits.device), reduction="sum").cpu()
+        processes.add_up(total)
+        return total / (len(windows) * (windows.shape[1] - 1))
+
+    dense = loss()
+    costs = torch.zeros(max(layers.values(), default=-1) + 1)
+    for done, (path, number) in enumerate(layers.items(), 1):
+        handle = model.get_submodule(path).register_forward_hook(left_out, with_kwargs=True)
+        try:
+            costs[number] += float(loss() - dense)
+        finally:
+            handle.remove()
+        if progress is not None:
+            progress(done, len(layers))
+    if not torch.isfinite(costs).all():
+        raise ScoreError("the loss without a layer is NaN or Inf: check the weights, or use dtype float32 or bfloat16")
+    return Statistics(
+        {},
+        units={"layer_loss": {"layers": {"hidden": costs}}},
+        loss=float(dense),
+        samples=len(windows),
+        tokens=windows.numel() - len(windows),
+    )
 
 
 def gram_matrices(model: PreTrainedModel, windows: Tensor, names: Collection[str]) -> dict[str, Tensor]:
@@ -481,7 +534,7 @@ class _GatheredInputs:
         keep_grams: bool = False,
     ) -> None:
         self.weights, self.gathered, self.gram_units, self.layers = weights, gathered, gram_units, layers
-        self.keep_grams = keep_grams
+        self.keep_grams, self.gram_score = keep_grams, "obs"
         names: dict[int, int] = defaultdict(int)
         for _, parameter in model.named_parameters(remove_duplicate=False):
             names[id(parameter)] += 1
@@ -544,10 +597,11 @@ class _GatheredInputs:
         if self.keep_grams:
             self.grams[name] = features.gram.cpu()
         for group, unit_of in self.gram_units(name, dim).items():
-            self.units["obs"][group][name] = _surgeon(weight, features, dim, unit_of).float().cpu()
+            costs = _surgeon(weight, features, dim, unit_of, greedy=self.gram_score == "obs_greedy")
+            self.units[self.gram_score][group][name] = costs.float().cpu()
 
 
-def _surgeon(weight: Tensor, features: _Features, dim: int, unit_of: Tensor) -> Tensor:
+def _surgeon(weight: Tensor, features: _Features, dim: int, unit_of: Tensor, *, greedy: bool) -> Tensor:
     """The optimal brain surgeon's cost of each unit over all matrices of a weight, per token."""
     assert features.gram is not None
     total = torch.zeros(int(unit_of.max()) + 1, dtype=torch.float64, device=weight.device)
@@ -556,7 +610,12 @@ def _surgeon(weight: Tensor, features: _Features, dim: int, unit_of: Tensor) -> 
         along = dim - (weight.dim() - matrix.dim())
         tokens = float(features.tokens[i])
         if tokens:  # else an expert that no token was sent to
-            total += unit_costs(matrix if along == 1 else matrix.t(), gram / tokens, unit_of)
+            columns = matrix if along == 1 else matrix.t()
+            if greedy:
+                order, costs = removal_costs(columns, gram / tokens, unit_of)
+                total[order] += costs.cummax(0).values.to(total.device)  # whoever goes later is worth no less
+            else:
+                total += unit_costs(columns, gram / tokens, unit_of)
     return total
 
 
