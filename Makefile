@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check bench bench-scoring architectures format clean
+.PHONY: help setup demo test slow check bench bench-scoring bench-quality architectures format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner
 
 bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain loop
 	$(BIN)/python benchmarks/scoring.py
+
+bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers' methods, with DATA=FOLDER; goes on after a stop
+	$(if $(DATA),,$(error bench-quality: give the folder of the texts, for example make bench-quality DATA=data))
+	@mkdir -p runs
+	$(BIN)/python benchmarks/quality.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json $(QUALITY)
+	$(BIN)/python benchmarks/second_family.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
 
 architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pruning; writes docs/architectures.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'

@@ -18,6 +18,7 @@ from secateur import CutOptions, Discovery, Plan, PlanError, Scores, discover, p
 from secateur.axes import count_macs, count_parameters
 from secateur.latency import LatencyTable
 from secateur.plan import options_for, preset
+from secateur.statistics import _parts_of
 from secateur.steps import cut_in_steps
 from secateur.timing import latency_table
 
@@ -314,3 +315,25 @@ def test_a_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.write_text("{")
     with pytest.raises(TypeError):  # a damaged file is measured again
         latency_table(model, discovery, groups, seq_len=8, cache=tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_fisher_information_in_parts_is_that_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "mixtral":
+        config = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    else:
+        config = family_config(family)
+    model = family_model(config, dtype=torch.float32)
+    whole = score(model, name="fisher", windows=WINDOWS)
+    monkeypatch.setattr("secateur.statistics._parts_of", lambda model, windows, *_: list(windows.tensor_split(3)))
+    parts = score(model, name="fisher", windows=WINDOWS)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    for group, values in whole.units.items():
+        assert torch.allclose(parts.units[group], values, rtol=1e-3, atol=1e-9 * float(values.max())), group
+
+
+def test_parts_are_as_many_as_fit() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    layers = [f"model.layers.{i}" for i in range(3)]
+    assert len(_parts_of(model, WINDOWS, layers, 2**30)) == 1
+    assert [len(part) for part in _parts_of(model, WINDOWS, layers, 1)] == [1] * 5

@@ -66,7 +66,7 @@ def check_folder(out: Path) -> None:
     assert pruned["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
     stages = "discover load score plan repair cut save reload evaluate_dense evaluate_pruned profile sample"
     assert list(summary["seconds"]) == [stage.replace("_", " ") for stage in stages.split()]
-    loaded: Any = AutoModelForCausalLM.from_pretrained(out / "pruned", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out / "pruned", trust_remote_code=True, output_loading_info=True)
     model, report = loaded
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert sum(weight.numel() for weight in model.parameters()) == pruned["parameters"]

@@ -31,7 +31,7 @@ from secateur.errors import ScoreError, unwritable
 from secateur.gradients import Progress as Progress
 from secateur.gradients import stream_gradients, stream_masks
 from secateur.obs import removal_costs, unit_costs
-from secateur.probe import entrance, two_samples
+from secateur.probe import Remembered, entrance, two_samples
 
 SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
 LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
@@ -313,16 +313,29 @@ def mask_statistics(
         if dim == reads.get(name, dim) or (dim == 0 and model.get_parameter(name).dim() > 2):
             masks[name][dim] = derivatives.cpu()
 
-    loss = stream_masks(
-        model,
-        windows,
-        visit,
-        wanted=wanted,
-        recomputed=layers,
-        memory=_spare_memory(model),
-        journal=kept,
-        progress=progress,
-    )
+    memory = _spare_memory(model)
+    # Samples have nothing to do with each other here, so as many go together as can be remembered.
+    parts = [windows] if kept is not None else _parts_of(model, windows, layers, memory)
+    loss = 0.0
+    for number, part in enumerate(parts):
+        before = {name: dict(dims) for name, dims in masks.items()}
+        masks.clear()
+        loss += (
+            len(part)
+            / samples
+            * stream_masks(
+                model,
+                part,
+                visit,
+                wanted=wanted,
+                recomputed=layers,
+                memory=memory,
+                journal=kept,
+                progress=None if progress is None else _part_of(progress, number, len(parts)),
+            )
+        )
+        if len(parts) > 1:
+            _append(masks, before, done=sum(map(len, parts[:number])), new=len(part), samples=samples)
     if not any(bool(each.any()) for by_dim in masks.values() for each in by_dim.values()):
         raise ScoreError(
             f"all gradients are zero (loss {loss:.4g}): nothing can be told from them. Check the weights and the "
@@ -379,6 +392,41 @@ def layer_loss_statistics(
         samples=len(windows),
         tokens=windows.numel() - len(windows),
     )
+
+
+def _parts_of(model: PreTrainedModel, windows: Tensor, layers: Sequence[str], memory: int) -> list[Tensor]:
+    """The windows, as many at a time as the layers remember within the memory; at least one for each process."""
+    remembered = Remembered(layers, windows)
+    with torch.enable_grad(), remembered.watching(model):
+        model(input_ids=two_samples(windows).to(entrance(model)), use_cache=False)
+    each = max(1, sum(remembered.bytes.values()) // len(windows))
+    at_once = -processes.largest(-max(1, int(memory // each))) * processes.count()
+    return list(windows.tensor_split(max(1, len(windows) // at_once)))
+
+
+def _part_of(progress: Progress, number: int, parts: int) -> Progress:
+    """Progress of one of several passes, as progress of all."""
+    return lambda done, total: progress(number * total + done, parts * total)
+
+
+def _append(
+    masks: dict[str, dict[int, Tensor]],
+    before: Mapping[str, Mapping[int, Tensor]],
+    *,
+    done: int,
+    new: int,
+    samples: int,
+) -> None:
+    """Put the derivatives of some more samples, which are of their own mean loss, after those of the ones before.
+
+    A weight that some samples do not use (an expert) has no derivatives by theirs.
+    """
+    for name in {**before, **masks}:
+        dims = {**before.get(name, {}), **masks[name]}
+        for dim, like in dims.items():
+            old = before.get(name, {}).get(dim, like.new_zeros(done, like.shape[1]))
+            more = masks[name].get(dim, like.new_zeros(new, like.shape[1]))
+            masks[name][dim] = torch.cat([old, more * (new / samples)])
 
 
 def gram_matrices(model: PreTrainedModel, windows: Tensor, names: Collection[str]) -> dict[str, Tensor]:
