@@ -144,7 +144,7 @@ def cut(
     text = calibration_for(row.preset, text=arguments.calibration, seed=seed)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    about = f"{digest(windows)} {options.score} {' '.join(sorted(group.name for group in groups))}"
+    about = f"{digest(windows[: text.for_scores])} {options.score} {' '.join(sorted(group.name for group in groups))}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
     shared = Path(arguments.shared)
     saved, file, clock = 0.0, shared / f"{name}.safetensors", shared / f"{name}.seconds"
@@ -152,7 +152,7 @@ def cut(
         statistics, saved = read_statistics(file, about=about), float(clock.read_text())
     else:
         start = time.perf_counter()
-        statistics = statistics_for(options.score, model, discovery, windows, groups=groups)
+        statistics = statistics_for(options.score, model, discovery, windows[: text.for_scores], groups=groups)
         shared.mkdir(parents=True, exist_ok=True)
         write_statistics(file, statistics, about=about)
         clock.write_text(str(time.perf_counter() - start))

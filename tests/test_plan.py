@@ -194,7 +194,9 @@ def test_presets() -> None:
     assert (best.choose, best.repair) == ("obs", "least-squares")
     assert preset("fast", 32) == best
     assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
-    assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions("a.txt", samples=128, length=256)
+    assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
+        "a.txt", samples=256, length=256, for_scores=64
+    )
     with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):
         preset("bets", 32)
 

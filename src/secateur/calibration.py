@@ -55,6 +55,7 @@ class CalibrationOptions:
     seed: int = 0
     column: str = COLUMN  # the field of a document that holds its text; with chat, `messages` comes before `text`
     chat: bool = False  # put every document into the tokenizer's chat template
+    for_scores: int | None = None  # the first windows, which scores look at; repair takes all (None: both all)
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -71,8 +72,9 @@ class CalibrationOptions:
             ("samples", self.samples, 1, 64),
             ("length", self.length, 2, 128),
             ("seed", self.seed, 0, 0),
+            ("for_scores", self.for_scores, 1, 64),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise DataError(
                     f"{name}={value} is too small. Expected at least {least}: CalibrationOptions({name}={good})."
                 )

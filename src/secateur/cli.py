@@ -148,7 +148,9 @@ CalibrationText = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Calibration windows: 128; fast 32, llm-pruner 10.", show_default=False),
+    typer.Option(
+        "--samples", help="Calibration windows: 256 (64 for scores), fast 32, llm-pruner 10.", show_default=False
+    ),
 ]
 Length = Annotated[
     int | None,

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from secateur.allocation import cheapest, families
 from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
-from secateur.calibration import COLUMN, DEMO, CalibrationOptions
+from secateur.calibration import COLUMN, DEMO, SELF, CalibrationOptions
 from secateur.errors import PlanError, ScoreError
 from secateur.latency import LatencyTable
 from secateur.scores import REDUCTIONS, SCORES, Scores
@@ -268,13 +268,15 @@ def calibration_for(
     """The calibration of a preset, with what is given: the paper's 10 windows of 64 tokens, or ours.
 
     >>> calibration_for("llm-pruner", seed=3)
-    CalibrationOptions(text='demo', samples=10, length=64, seed=3, column='text', chat=False)
+    CalibrationOptions(text='demo', samples=10, length=64, seed=3, column='text', chat=False, for_scores=None)
     """
     usual = {
         "llm-pruner": CalibrationOptions(samples=10, length=64),
         "fast": CalibrationOptions(samples=32, length=128),
-        "best": CalibrationOptions(samples=128, length=256),
+        "best": CalibrationOptions(samples=256, length=256, for_scores=64),
     }.get(name, CalibrationOptions())
+    if text == SELF:  # it takes a model as long to write as everything else together
+        usual = replace(usual, samples=min(usual.samples, 64), length=min(usual.length, 128), for_scores=None)
     return replace(
         usual,
         text=text,

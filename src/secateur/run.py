@@ -502,7 +502,7 @@ def _scores(
                 options.score,
                 model,
                 discovery,
-                windows,
+                None if windows is None else windows[: calibration.for_scores],
                 groups=groups,
                 journal=None if many or work is None else work / PASS_FOLDER,
                 progress=progress,

@@ -56,7 +56,7 @@ def cut_in_steps(
             now.score,
             smaller,
             found,
-            None if SCORES[now.score].needs == "weights" else windows,
+            None if windows is None or SCORES[now.score].needs == "weights" else windows[: calibration.for_scores],
             groups=groups,
             progress=progress(f"score, step {step}") if progress else None,
         )
