@@ -357,7 +357,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     # calibration
     "no calibration file": (r"'no\.txt': no such file", (*PRUNE, "--calibration", "no.txt")),
     "empty calibration": (r"'empty\.txt': there is no text in it", (*PRUNE, "--calibration", "empty.txt")),
-    "tiny calibration": ("has [2-9] tokens, but one window needs 128", (*PRUNE, "--calibration", "short.txt")),
+    "tiny calibration": ("has [2-9] tokens, but one window needs 256", (*PRUNE, "--calibration", "short.txt")),
     "column of a text": (
         "column='body' names a field of documents, and this is one text",
         (*PRUNE, "--calibration", "text.txt", "--column", "body"),
@@ -555,6 +555,7 @@ class TestCalibration:
     def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
         options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
+        options["for_scores"] = 64
         assert self.record()["calibration_options"] == options
 
     def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,11 @@ from secateur.models import load, load_tokenizer
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
+from secateur.repair import Repaired, repair
+from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
+from secateur.steps import cut_in_steps
 
 __all__ = [
     "CalibrationOptions",
@@ -47,18 +50,24 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "Pruned",
+    "Repaired",
     "ScoreError",
     "Scores",
     "SecateurError",
     "Statistics",
+    "cut_in_steps",
     "discover",
     "evaluate",
     "load",
     "load_tokenizer",
     "plan",
+    "plan_model",
     "profile",
     "prune",
+    "prune_model",
     "register_score",
+    "repair",
     "save",
     "score",
 ]
