@@ -604,3 +604,15 @@ def test_the_pruned_folder_is_smaller(capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(weight.numel() for weight in weights.values()) == data["parameters"]["pruned"]
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert set(names(Path("out"))) >= {"config.json", "tokenizer.json", "secateur_plan.json", "secateur_record.json"}
+
+
+def test_a_budget_that_whole_units_cannot_meet_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    said = succeed(capsys, "plan", "tiny", "--sizes-only", "--axes", "layers", "--score", "l2", "--ratio", "0.4")
+    assert "the nearest that whole units allow: 33.33% of non-embedding" in " ".join(said.split())
+    exact = succeed(capsys, "plan", "tiny", "--sizes-only", "--axes", "mlp", "--score", "l2", "--ratio", "0.4")
+    assert "whole units" not in exact
+
+
+def test_layers_of_many_sizes_are_one_row_with_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    said = succeed(capsys, "plan", "tiny", "--axes", "mlp", "--ratio", "0.3", "--score", "random", "--repair", "none")
+    assert "│ mlp " in said

@@ -246,6 +246,8 @@ class _Pass:
                 if chunk is not None:
                     stack.enter_context(replaced_forward(module, self._recomputing(module, path, chunk)))
             loss = torch.tensor(self._passes(), dtype=torch.float64)
+            if self.layout.tail is not None:
+                self.layout.tail.given.clear()  # through which the graph would hold itself
             processes.add_up(loss)
             if self.masks is not None:
                 self._finish_masks()

@@ -28,6 +28,7 @@ from secateur.evaluate import Perplexity
 from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.profile import Profile
 
+NEAR = 0.005  # of a budget: what is farther from it is said
 UNEVEN = 3  # sizes of one kind: more are drawn, not listed
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -172,6 +173,9 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         sizes_table.add_row(label, text(dense), text(pruned), f"{1 - pruned / dense:.2%}")
     yield from _titled(f"{planned.model}: what the cut leaves", table)
     yield sizes_table
+    missed = _missed(planned)
+    if missed is not None:
+        yield missed
     if planned.settings is not None:
         yield "config: " + ", ".join(f"{name} = {_setting(v)}" for name, v in planned.settings.items())
     elif planned.refusal is not None:
@@ -189,6 +193,27 @@ def _uneven(planned: Plan, kind: str, groups: Sequence[PlannedGroup]) -> tuple[s
         f"0-{last} {bars}",
         str(units[0]) if len(units) == 1 else f"{units[0]}-{units[-1]}",
         f"{min(kept)} to {max(kept)} in {len(groups)}",
+    )
+
+
+def _missed(planned: Plan) -> str | None:
+    """What to say where whole units cannot come within half a percent of the share that was asked for."""
+    options = planned.options
+    sizes = {
+        "parameters": (planned.parameters["dense"], planned.parameters["pruned"]),
+        "memory": (planned.parameters["dense"], planned.parameters["pruned"]),
+        "non-embedding": (planned.parameters["dense_non_embedding"], planned.parameters["pruned_non_embedding"]),
+        "macs": (planned.macs["dense"], planned.macs["pruned"]),
+    }
+    if options.ratio is None or options.of not in sizes:
+        return None
+    dense, pruned = sizes[options.of]
+    removed = 1 - pruned / dense
+    if abs(removed - options.ratio) <= NEAR:
+        return None
+    return (
+        f"the nearest that whole units allow: {removed:.2%} of {options.of}, for the {options.ratio:.2%} asked for. "
+        "More axes or layers, or --shape free, may come nearer"
     )
 
 
