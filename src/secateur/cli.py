@@ -149,7 +149,7 @@ CalibrationText = Annotated[
 Samples = Annotated[
     int | None,
     typer.Option(
-        "--samples", help="Calibration windows: 256 (64 for scores), fast 96, llm-pruner 10.", show_default=False
+        "--samples", help="Calibration windows: 256 (64 for scores), fast 40, llm-pruner 10.", show_default=False
     ),
 ]
 Length = Annotated[

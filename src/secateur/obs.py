@@ -113,8 +113,8 @@ def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
     >>> output_error(torch.tensor([[1.0, 0.0]]), torch.eye(2))
     1.0
     """
-    change = change_RC.double()
-    return float(((change @ gram_CC.double()) * change).sum())
+    change = change_RC.to(gram_CC.dtype)
+    return float(((change @ gram_CC) * change).sum())
 
 
 def _places(unit_of: Tensor) -> list[Tensor]:

@@ -280,7 +280,7 @@ def calibration_for(
     """
     usual = {
         "llm-pruner": CalibrationOptions(samples=10, length=64),
-        "fast": CalibrationOptions(samples=96, length=128, for_scores=24),
+        "fast": CalibrationOptions(samples=40, length=128, for_scores=12),
         "best": CalibrationOptions(samples=256, length=256, for_scores=64),
     }.get(name, CalibrationOptions())
     if text == SELF:  # it takes a model as long to write as everything else together

@@ -226,7 +226,8 @@ class _RepairPass:
         at = torch.nonzero(kept).flatten().to(columns.device)
         fitted = torch.zeros_like(old)
         fitted[:, at] = old[:, at]
-        left_out = output_error(fitted - old, inputs.gram_CC)
+        about = inputs.gram_CC.float()  # enough for what is only told
+        left_out = output_error(fitted - old, about)
         shift = None
         if self.method == "least-squares":
             fitted[:, at], shift = _fit(old, inputs, at, self.damping, with_bias=bias is not None)
@@ -239,13 +240,14 @@ class _RepairPass:
         elif bias is not None and shift is not None:
             before = self.weights.get(bias, self.parameters[bias].detach())
             self.weights[bias] = (before.double() + shift).to(before.dtype)
-        self._note(name, index, inputs, old, fitted, shift, left_out)
+        self._note(name, index, inputs, about, old, fitted, shift, left_out)
 
     def _note(
         self,
         name: str,
         index: int | None,
         inputs: _Inputs,
+        gram_CC: Tensor,
         old: Tensor,
         fitted: Tensor,
         shift: Tensor | None,
@@ -253,11 +255,11 @@ class _RepairPass:
     ) -> None:
         """Note the errors, against what the matrix gives for all of its inputs."""
         change = fitted - old
-        repaired = output_error(change, inputs.gram_CC)
+        repaired = output_error(change, gram_CC)
         if shift is not None:
             mean_error = change @ inputs.mean_C
             repaired += inputs.tokens * float((2 * mean_error * shift + shift.square()).sum())
-        whole = max(output_error(old, inputs.gram_CC), 1e-300)
+        whole = max(output_error(old, gram_CC), 1e-30)
         self.errors[name if index is None else f"{name}[{index}]"] = (left_out / whole, repaired / whole)
 
 

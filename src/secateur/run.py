@@ -224,6 +224,7 @@ def prune_model(
     with work_folder(out, run_key(model, options, calibration, loading), resume=resume) as work:
         scores = kept_scores(work) if given is None else None
         resumed = scores is not None or any((work / PASS_FOLDER).glob("*"))
+        windows = None
         if given is None and scores is None:
             windows = _windows(model, config, options, calibration, loading)
             scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder, work=work)
@@ -243,10 +244,11 @@ def prune_model(
         if processes.is_first():
             weights: Mapping[str, Tensor] = {}
             if options.repair != "none" or options.choose == "obs":
-                windows = _windows(model, config, options, calibration, loading)
                 repaired = kept_repair(work, decided)
                 resumed = resumed or repaired is not None
                 if repaired is None:
+                    if windows is None:
+                        windows = _windows(model, config, options, calibration, loading)
                     repaired = _repaired(loaded_now(), decided, discovery, windows, calibration, clock, work=work)
                     keep_repair(work, decided, repaired)
                 decided, weights = repaired.plan, repaired.weights
