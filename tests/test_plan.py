@@ -193,7 +193,7 @@ def test_presets() -> None:
     best = preset("best", 32)
     assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "free")
     assert (best.choose, best.repair) == ("obs", "least-squares")
-    assert preset("fast", 32) == replace(best, choose="score")
+    assert preset("fast", 32) == replace(best, choose="score", repair="none")
     assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
     assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
         "a.txt", samples=256, length=256, for_scores=64

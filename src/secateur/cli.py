@@ -149,12 +149,12 @@ CalibrationText = Annotated[
 Samples = Annotated[
     int | None,
     typer.Option(
-        "--samples", help="Calibration windows: 256 (64 for scores), fast 40, llm-pruner 10.", show_default=False
+        "--samples", help="Calibration windows: 256 (64 for scores), fast 12, llm-pruner 10.", show_default=False
     ),
 ]
 Length = Annotated[
     int | None,
-    typer.Option("--length", help="Tokens of a window: 256; fast 128, llm-pruner 64.", show_default=False),
+    typer.Option("--length", help="Tokens of a window: 256; llm-pruner 64.", show_default=False),
 ]
 Column = Annotated[str, typer.Option("--column", help="The field of calibration documents that holds their text.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put calibration documents into the chat template.")]

@@ -239,9 +239,8 @@ def preset(name: str, layers: int) -> CutOptions:
     `llm-pruner` is the paper's recipe: 25 % of the heads and MLP channels of layers 4 to 30 of 32 (as shares of the
     depth for other models), first-order Taylor scores. `best` cuts 20 % of the non-embedding parameters: how much of
     which layer by one ranking of all units by their Fisher information per parameter, which of a layer's units by
-    optimal brain surgeon, and least squares for what reads them. `fast` is the same on less text, and units go by their
-    Fisher information alone. See `calibration_for`
-    for their text.
+    optimal brain surgeon, and least squares for what reads them. `fast` is the ranking alone, on so little text that
+    nothing could be fitted to it. See `calibration_for` for their text.
 
     >>> preset("llm-pruner", 32).layers, preset("best", 32).repair
     ((4, 30), 'least-squares')
@@ -250,16 +249,8 @@ def preset(name: str, layers: int) -> CutOptions:
         first, last = round(layers * 4 / 32), round(layers * 2 / 32)
         return CutOptions(ratio=0.25, of="units", layers=(first, layers - last), score="param_first")
     if name in ("best", "fast"):
-        choose = "obs" if name == "best" else "score"
-        return CutOptions(
-            ratio=0.2,
-            score="fisher",
-            scope="global",
-            shape="free",
-            choose=choose,
-            repair="least-squares",
-            at_least=0.05,
-        )
+        best = CutOptions(ratio=0.2, score="fisher", scope="global", shape="free", at_least=0.05)
+        return best if name == "fast" else replace(best, choose="obs", repair="least-squares")
     raise PlanError(f"preset {name!r} is unknown. Known: {', '.join(PRESETS)}{_close(name, PRESETS)}")
 
 
@@ -280,7 +271,7 @@ def calibration_for(
     """
     usual = {
         "llm-pruner": CalibrationOptions(samples=10, length=64),
-        "fast": CalibrationOptions(samples=40, length=128, for_scores=12),
+        "fast": CalibrationOptions(samples=12, length=256),
         "best": CalibrationOptions(samples=256, length=256, for_scores=64),
     }.get(name, CalibrationOptions())
     if text == SELF:  # it takes a model as long to write as everything else together
