@@ -64,7 +64,7 @@ def check_folder(out: Path) -> None:
     assert (dense["model"], pruned["model"]) == ("dense", "pruned")
     assert dense["parameters"] == plan.parameters["dense"]
     assert pruned["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
-    stages = "discover load score plan repair cut save reload evaluate_dense evaluate_pruned profile sample"
+    stages = "discover load score plan cut save reload evaluate_dense evaluate_pruned profile sample"
     assert list(summary["seconds"]) == [stage.replace("_", " ") for stage in stages.split()]
     loaded: Any = AutoModelForCausalLM.from_pretrained(out / "pruned", trust_remote_code=True, output_loading_info=True)
     model, report = loaded

@@ -109,11 +109,13 @@ class TestResume:
         assert names(killed) == KEPT
         with monkeypatch.context() as patch:
             patch.setattr("secateur.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
-            resumed = prune(resume=True)
+            resumed = prune(resume=True, calibration=CalibrationOptions("in/text.txt", 4, 16, for_scores=64))
         assert resumed.resumed
         assert resumed.seconds.keys() == {"discover", "load", "cut", "save"}
         assert [name for name in names(killed) if "/" not in name] == ["out"]
-        whole = prune_model("in/tiny", "here/whole", calibration=CalibrationOptions("in/text.txt", 4, 16))
+        whole = prune_model(
+            "in/tiny", "here/whole", calibration=CalibrationOptions("in/text.txt", 4, 16, for_scores=64)
+        )
         assert not whole.resumed
         assert "score" in whole.seconds
         assert weights("here/out") == weights("here/whole")
@@ -366,7 +368,7 @@ class TestRunFolder:
         first = self.plan(ratio=0.2, score="param_second")
         (file,) = (place / "run").iterdir()
         file.write_bytes(b"{")
-        assert self.plan(ratio=0.2) == first
+        assert self.plan(ratio=0.2, score="param_second") == first
         assert file.stat().st_size > 1000
 
     def test_a_file_in_its_place(self, place: Path) -> None:
@@ -446,7 +448,9 @@ class TestRecord:
 
     def test_the_model_writes_the_text_of_a_plan(self, place: Path) -> None:
         options = CalibrationOptions("self", samples=3, length=20)
-        assert plan_model("in/tiny", calibration=options) == prune(calibration=options).plan
+        planned, made = plan_model("in/tiny", calibration=options), prune(calibration=options).plan
+        assert planned.scored == made.scored
+        assert [(g.name, g.kept) for g in planned.groups] == [(g.name, g.kept) for g in made.groups]
 
     def test_what_does_not_fit_is_refused_before_weights_are_read(
         self, place: Path, monkeypatch: pytest.MonkeyPatch

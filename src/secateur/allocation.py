@@ -79,7 +79,7 @@ def cheapest(found: Sequence[Family], count: Count, wanted: int, *, coarse: Call
     then make up the difference.
 
     >>> groups = [Group("a", "mlp", 0, 4, ()), Group("b", "mlp", 1, 4, ())]
-    >>> scores = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([3.0, 8.0, 8.0, 8.0])}
+    >>> scores = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([3.5, 8.0, 8.0, 8.0])}
     >>> def count(kept):
     ...     return sum(kept.get(name, 4) for name in "ab")
     >>> found = families([groups], scores, count, uniform=False, at_least=0.0, round_to=lambda group: 1)

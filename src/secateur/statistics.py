@@ -319,7 +319,8 @@ def mask_statistics(
     loss = 0.0
     for number, part in enumerate(parts):
         before = {name: dict(dims) for name, dims in masks.items()}
-        masks.clear()
+        if len(parts) > 1:
+            masks.clear()
         loss += (
             len(part)
             / samples
