@@ -44,10 +44,13 @@ from secateur.evaluate import evaluate, read_evaluation_text
 from secateur.models import load, load_tokenizer, quiet
 from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset
 from secateur.prune import prune
+from secateur.reconstruct import reconstruct_in_place
 from secateur.repair import Repaired, repair
 from secateur.run import peak_rss
 from secateur.scores import Scores, scores_from, statistics_for
+from secateur.sensitivity import damage_curves
 from secateur.statistics import read_statistics, write_statistics
+from secateur.steps import cut_in_steps
 
 MODEL = "demo"
 LENGTHS = (128, 1024)
@@ -85,6 +88,9 @@ def rows(ratio: float) -> dict[str, Row]:
         ),
         "best, not sequential": Row("ablation: fitted on the dense model's inputs", best, sequential=False),
         "best, dense target": Row("fitted to the dense model's outputs", best, target="dense"),
+        "best, sensitivity": Row("sizes by measured damage instead", replace(best, scope="sensitivity")),
+        "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
+        "best, two steps": Row("plan, cut, repair, score again", replace(best, steps=2)),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
             "its recipe: heads and MLP of the middle layers", replace(paper, score="param_first"), preset="llm-pruner"
@@ -144,6 +150,9 @@ def cut(
     text = calibration_for(row.preset, text=arguments.calibration, seed=seed)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
+    if options.steps > 1:
+        with quiet():
+            return *cut_in_steps(model, discovery, options, windows, calibration=text), 0.0
     about = f"{digest(windows[: text.for_scores])} {options.score} {' '.join(sorted(group.name for group in groups))}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
     shared = Path(arguments.shared)
@@ -159,7 +168,10 @@ def cut(
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
     if row.standardise:
         scores = standardised(scores, discovery)
-    decided = plan(discovery, options, config=model.config, scores=scores)
+    damage = None
+    if options.scope == "sensitivity":
+        damage = damage_curves(model, discovery, groups, scores, windows)
+    decided = plan(discovery, options, config=model.config, scores=scores, damage=damage)
     repaired = None
     if options.repair != "none" or options.choose == "obs":
         repaired = repair(
@@ -167,7 +179,7 @@ def cut(
             decided,
             discovery,
             windows,
-            method=options.repair,
+            method=options.closed_form,
             target=row.target,
             choose=options.choose == "obs",
             sequential=row.sequential,
@@ -175,6 +187,8 @@ def cut(
         decided = repaired.plan
     with quiet():
         pruned = prune(model, decided, discovery=discovery, weights=None if repaired is None else repaired.weights)
+    if options.repair == "reconstruct":
+        reconstruct_in_place(model, pruned, discovery, windows)
     if row.add_bias and repaired is not None:
         put_biases(pruned, repaired)
     return pruned, decided, saved

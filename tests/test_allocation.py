@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -20,6 +22,7 @@ from secateur.latency import LatencyTable
 from secateur.plan import options_for, preset
 from secateur.statistics import _parts_of
 from secateur.steps import cut_in_steps
+from secateur.tables import plan_tables
 from secateur.timing import latency_table
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
@@ -144,6 +147,37 @@ def test_a_uniform_shape_weighs_heads_against_channels(discovery: Discovery) -> 
     assert len(heads) == 4
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_plan_says_what_rounding_costs(discovery: Discovery, scope: str) -> None:
+    scores = drawn(discovery, 4)
+    options = CutOptions(ratio=0.3, axes=("mlp",), **{**GLOBAL, "scope": scope}, round_to=128)
+    assert "rounding" not in plan(discovery, replace(options, round_to=1), scores=scores).scored
+    decided = plan(discovery, options, scores=scores)
+    found = decided.scored["rounding"]
+    whole = sum(float(scores.units[f"layers.{i}.mlp"].sum()) for i in range(4))
+    gone = 0.0
+    for group in decided.groups:
+        assert group.keep is not None
+        gone += float(scores.units[group.name].sum() - scores.units[group.name][list(group.keep)].sum())
+    assert found["planned"] == pytest.approx(gone / whole, rel=1e-5)
+    other = plan(discovery, replace(options, round_to=1), scores=scores)
+    assert found["any_widths"] != found["planned"]
+    kept = {g.name: g.keep for g in other.groups}
+    names = [f"layers.{i}.mlp" for i in range(4)]
+    stays = sum(float(scores.units[name][list(kept.get(name) or range(800))].sum()) for name in names)
+    assert found["any_widths"] == pytest.approx(1 - stays / whole, rel=1e-4)
+    assert "rounded to multiples of 128, the cut takes" in printed(decided)
+
+
+def printed(decided: Plan) -> str:
+    """The table of a plan, as text."""
+    console = Console(width=200, file=io.StringIO())
+    for line in plan_tables(decided):
+        console.print(line)
+    found: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return found
+
+
 def test_without_scores_every_group_gives_the_same_share(discovery: Discovery) -> None:
     sizes = plan(discovery, CutOptions(ratio=0.3, **GLOBAL))
     assert len({group.kept for group in sizes.groups if group.kind == "mlp"}) == 1
@@ -158,12 +192,13 @@ def test_scores_below_zero_have_no_price(discovery: Discovery) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"scope": "globel"}, r"scope='globel' is unknown\. Known: local, global\. Did you mean global\?"),
+        ({"scope": "globel"}, r"scope='globel' is unknown\. Known: local, global, sensitivity\. Did you mean global\?"),
         ({"shape": "round"}, "shape='round'"),
         ({"repair": "glue"}, "repair='glue'"),
         ({"choose": "dice"}, "choose='dice'"),
         ({"at_least": 1.0}, "at_least=1 is outside"),
         ({"scope": "global", "of": "units"}, "use scope=local"),
+        ({"scope": "sensitivity", "axes": ("layers",)}, "axes=layers needs scope=local"),
     ],
 )
 def test_refusals(given: dict[str, Any], said: str) -> None:

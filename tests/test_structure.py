@@ -40,6 +40,8 @@ ORDER = [
     "plan",
     "repair",
     "prune",
+    "reconstruct",
+    "sensitivity",
     "steps",
     "checkpoint.folder",
     "checkpoint.record",

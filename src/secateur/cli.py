@@ -123,7 +123,11 @@ Reduce = Annotated[
 RoundTo = Annotated[int | None, typer.Option("--round-to", help="Widths are multiples of this.", show_default=False)]
 Scope = Annotated[
     str | None,
-    typer.Option("--scope", help="local: the same share everywhere; global: one ranking.", show_default=False),
+    typer.Option(
+        "--scope",
+        help="local: the same share everywhere; global: one ranking; sensitivity: by measured damage.",
+        show_default=False,
+    ),
 ]
 Shape = Annotated[
     str | None, typer.Option("--shape", help="uniform: layers alike; free: each its own.", show_default=False)
@@ -135,7 +139,9 @@ Choose = Annotated[
     str | None,
     typer.Option("--choose", help="Which units go: by score, or by obs while repairing.", show_default=False),
 ]
-RepairOption = Annotated[str | None, typer.Option("--repair", help="none, bias or least-squares.", show_default=False)]
+RepairOption = Annotated[
+    str | None, typer.Option("--repair", help="none, bias, least-squares or reconstruct.", show_default=False)
+]
 Steps = Annotated[
     int | None, typer.Option("--steps", help="Plan, cut, repair and score again so often.", show_default=False)
 ]

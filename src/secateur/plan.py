@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from secateur.allocation import cheapest, families
+from secateur.allocation import Curve, cheapest, damage_at, families, least_damage
 from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
 from secateur.calibration import COLUMN, DEMO, SELF, CalibrationOptions
 from secateur.errors import PlanError, ScoreError
@@ -30,9 +30,9 @@ from secateur.settings import Cut, stock_settings
 
 BUDGETS = ("units", "parameters", "non-embedding", "macs", "memory", "latency")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-SCOPES = ("local", "global")
+SCOPES = ("local", "global", "sensitivity")
 SHAPES = ("uniform", "free")
-REPAIRS = ("none", "bias", "least-squares")
+REPAIRS = ("none", "bias", "least-squares", "reconstruct")
 AXES = {
     "attention": ("attention",),
     "query": ("query",),
@@ -61,9 +61,9 @@ class CutOptions:
     score: str = "param_second"
     reduce: str | None = None
     round_to: int = 1
-    scope: str = "local"  # the same share from every group, or one ranking of all units by score and size
+    scope: str = "local"  # the same share of every group, one ranking of all units, or by the damage that is measured
     shape: str = "uniform"  # layers alike, as stock configs want them, or each with its own sizes
-    at_least: float = 0.0  # the share of a group's units that stays under the global scope
+    at_least: float = 0.0  # the share of a group's units that stays where scopes are not local
     choose: str = "score"  # which units of a group go: by the score, or by optimal brain surgeon while repairing
     repair: str = "none"
     at_dtype: str = "bfloat16"  # in which bytes of memory are counted
@@ -103,14 +103,28 @@ class CutOptions:
         ):
             if value not in known:
                 raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{_close(value, known)}")
-        if self.scope == "global" and self.of == "units":
+        if self.scope != "local" and self.of == "units":
             raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
+        if self.scope == "sensitivity" and {"hidden", "layers"} & set(self.axes):
+            raise PlanError(
+                f"scope=sensitivity weighs groups of single layers: axes={','.join(self.axes)} needs scope=local"
+            )
+        if self.repair == "reconstruct" and {"hidden", "layers"} & set(self.axes):
+            raise PlanError(
+                f"repair=reconstruct fits every layer to the dense model's, which axes={','.join(self.axes)} changes: "
+                "use repair=none"
+            )
         if not 0 <= self.at_least < 1:
             raise PlanError(f"at_least={self.at_least:g} is outside [0, 1): a share of units, for example 0.1")
         if self.steps < 1:
             raise PlanError(f"steps={self.steps} cuts nothing: give 1, or for example 4")
         if self.round_to < 1:
             raise PlanError(f"round_to={self.round_to} is not a width: give 1 for any width, or for example 64")
+
+    @property
+    def closed_form(self) -> str:
+        """The repair that comes first, in closed form."""
+        return "least-squares" if self.repair == "reconstruct" else self.repair
 
     @property
     def item_bytes(self) -> int:
@@ -317,13 +331,15 @@ def plan(
     config: PreTrainedConfig | None = None,
     scores: Scores | None = None,
     latency: LatencyTable | None = None,
+    damage: Mapping[str, Curve] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Decide how many units each group keeps and, with scores, which.
 
     With a config, the settings that describe the result are found as well; where none can, the plan carries the
     reason. The custom code that a config names runs only with `trust_remote_code`. A budget of latency needs the table
-    of what sizes take. Raises `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
+    of what sizes take, and with scores, the scope `sensitivity` needs the damage that was measured (see
+    `sensitivity`). Raises `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
 
     >>> from transformers import AutoConfig
     >>> from secateur.axes import discover_groups
@@ -338,7 +354,7 @@ def plan(
     chosen = groups_to_cut(discovery, options)
     drafts: list[Plan] = []  # the first is nearest to what was asked
     settings = None
-    for kept in _candidates(discovery, chosen, options, scores, latency):
+    for kept in _candidates(discovery, chosen, options, scores, latency, damage):
         groups = _planned(chosen, kept, scores, options)
         if not groups:
             continue
@@ -360,7 +376,7 @@ def plan(
             draft,
             refusal=draft.refusal + _accepted_widths(config, discovery, draft, trust_remote_code=trust_remote_code),
         )
-    sizes, dropped = draft.cut.sizes, draft.cut.dropped_layers
+    sizes, dropped = dict(draft.cut.sizes), draft.cut.dropped_layers
     return replace(
         draft,
         parameters={
@@ -383,8 +399,39 @@ def plan(
             "calibration": scores.calibration,
             "calibration_options": None if scores.options is None else asdict(scores.options),
             "loss": scores.loss,
+            **_rounding(discovery, chosen, options, scores, latency, damage, sizes),
         },
     )
+
+
+def _rounding(
+    discovery: Discovery,
+    chosen: Mapping[str, Sequence[Group]],
+    options: CutOptions,
+    scores: Scores,
+    latency: LatencyTable | None,
+    damage: Mapping[str, Curve] | None,
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """What widths that are multiples cost, beside any widths: in nats where damage was measured, else in scores."""
+    if options.round_to == 1:
+        return {}
+    free = next(iter(_candidates(discovery, chosen, replace(options, round_to=1), scores, latency, damage)), {})
+    groups = [group for family in chosen.values() for group in family]
+
+    def harm(kept: Mapping[str, int]) -> float:
+        left = [(group, kept.get(group.name, group.units)) for group in groups]
+        if damage is not None:
+            return sum(damage_at(damage[group.name], units) for group, units in left)
+        whole = sum(float(scores.units[group.name].double().abs().sum()) for group in groups)
+        gone = sum(
+            float(scores.units[group.name].double().abs().sort().values[: group.units - units].sum())
+            for group, units in left
+        )
+        return gone / max(whole, 1e-30)
+
+    measure = "share of all scores" if damage is None else "nats per token"
+    return {"rounding": {"measure": measure, "planned": harm(sizes), "any_widths": harm(free)}}
 
 
 def _planned(
@@ -507,6 +554,7 @@ def _candidates(
     options: CutOptions,
     scores: Scores | None,
     latency: LatencyTable | None,
+    damage: Mapping[str, Curve] | None,
 ) -> Iterator[dict[str, int]]:
     """Units kept by group, the nearest to the budget first.
 
@@ -531,8 +579,8 @@ def _candidates(
         )
     few = [g for g in groups if g.units < MANY_UNITS and g.kind not in WIDE]
     many = [g for g in groups if g not in few]
-    if options.scope == "global" and scores is not None:
-        yield _ranked(chosen, count, wanted, options, scores, few)
+    if options.scope != "local" and scores is not None:
+        yield _allocated(chosen, count, wanted, options, scores, damage, few)
         if options.shape == "free":
             return
     if not many:
@@ -546,24 +594,28 @@ def _candidates(
             yield kept | _nearest_many(many, kept, count, wanted, options)
 
 
-def _ranked(
+def _allocated(
     chosen: Mapping[str, Sequence[Group]],
     count: Callable[[dict[str, int]], int],
     wanted: int,
     options: CutOptions,
     scores: Scores,
+    damage: Mapping[str, Curve] | None,
     few: Sequence[Group],
 ) -> dict[str, int]:
-    """Units kept by one ranking of all."""
+    """Units kept by one ranking of all, or by the damage that was measured."""
     coarse = {group.name for group in few}
-    found = families(
-        [*chosen.values()],
-        scores.units,
-        count,
-        uniform=options.shape == "uniform",
-        at_least=options.at_least,
-        round_to=lambda group: 1 if group.name in coarse else options.round_to,
-    )
+    uniform, at_least = options.shape == "uniform", options.at_least
+
+    def round_to(group: Group) -> int:
+        return 1 if group.name in coarse else options.round_to
+
+    if options.scope == "sensitivity":
+        if damage is None:
+            raise PlanError("scope=sensitivity needs the damage of cuts: see secateur.sensitivity.damage_curves")
+        axes = [*chosen.values()]
+        return least_damage(axes, damage, count, wanted, uniform=uniform, at_least=at_least, round_to=round_to)
+    found = families([*chosen.values()], scores.units, count, uniform=uniform, at_least=at_least, round_to=round_to)
     return cheapest(found, count, wanted, coarse=lambda group: group.name in coarse)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
+from secateur.allocation import Curve
 from secateur.axes import Discovery, count_parameters, discover
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
 from secateur.checkpoint import check_stock, check_vacant, make_record, save
@@ -35,8 +36,10 @@ from secateur.models import (
 )
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
+from secateur.reconstruct import reconstruct_in_place
 from secateur.repair import Repaired, repair
 from secateur.scores import SCORES, Scores, holds, scores_from, statistics_for
+from secateur.sensitivity import damage_curves
 from secateur.settings import stock_settings
 from secateur.statistics import Progress
 from secateur.steps import cut_in_steps
@@ -44,9 +47,11 @@ from secateur.timing import latency_table
 from secateur.work import (
     PASS_FOLDER,
     RunFolder,
+    keep_damage,
     keep_repair,
     keep_scores,
     keep_windows,
+    kept_damage,
     kept_repair,
     kept_scores,
     kept_windows,
@@ -147,6 +152,7 @@ def plan_model(
         config=config,
         scores=scores,
         latency=table,
+        damage=_damage(loaded_now, discovery, options, scores, windows, calibration, clock),
         trust_remote_code=loading.trust_remote_code,
     )
 
@@ -215,7 +221,7 @@ def prune_model(
     if given is None and options.steps > 1:
         windows = _windows(model, config, options, calibration, loading)
         smaller, decided = _in_steps(loaded_now(), discovery, options, windows, calibration, clock)
-        if announce is not None and options.scope == "global":
+        if announce is not None and options.scope != "local":
             announce(decided)
         if processes.is_first():
             _save(loaded_now(), smaller, decided, out, model, calibration, loading, overwrite, command, clock)
@@ -229,15 +235,21 @@ def prune_model(
             windows = _windows(model, config, options, calibration, loading)
             scores = _scores(loaded_now, discovery, options, calibration, windows, clock, folder=folder, work=work)
             keep_scores(work, scores)
+        damage = None
+        if given is None and options.scope == "sensitivity" and scores is not None:
+            if windows is None:
+                windows = _windows(model, config, options, calibration, loading)
+            damage = _damage(loaded_now, discovery, options, scores, windows, calibration, clock, work=work)
         decided = given or plan(
             discovery,
             options,
             config=config,
             scores=scores,
             latency=table,
+            damage=damage,
             trust_remote_code=loading.trust_remote_code,
         )
-        if given is None and options.scope == "global":  # sizes that depend on the scores
+        if given is None and options.scope != "local":  # sizes that depend on the scores
             check_stock(decided, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
             if announce is not None:
                 announce(decided)
@@ -252,9 +264,15 @@ def prune_model(
                     repaired = _repaired(loaded_now(), decided, discovery, windows, calibration, clock, work=work)
                     keep_repair(work, decided, repaired)
                 decided, weights = repaired.plan, repaired.weights
-            _cut_and_save(
-                loaded_now(), decided, weights, discovery, out, model, calibration, loading, overwrite, command, clock
-            )
+            with clock.stage("cut"):
+                large = _bytes_of(loaded_now()) > IN_MEMORY * psutil.virtual_memory().available
+                room = out.absolute().parent if large else None
+                pruned = prune(loaded_now(), decided, discovery=discovery, weights=weights, room=room)
+            if options.repair == "reconstruct":
+                if windows is None:
+                    windows = _windows(model, config, options, calibration, loading)
+                _reconstruct_in_place(loaded_now(), pruned, discovery, windows, calibration, clock, work=work)
+            _save(loaded_now(), pruned, decided, out, model, calibration, loading, overwrite, command, clock)
         processes.wait()
     return Pruned(decided, out, clock.seconds, peak_rss(), resumed)
 
@@ -277,14 +295,19 @@ def cut_as_planned(
     """
     discovery = discover(model)
     check_plan(given, discovery)
-    weights: Mapping[str, Tensor] = {}
     if given.options.repair != "none" or given.options.choose == "obs":
         calibration = CalibrationOptions(**(given.scored.get("calibration_options") or {}))
         windows = None if calibration.text == SELF else calibration_windows(tokenizer, calibration)
         clock = Clock(watch) if watch else Clock()
+        if windows is None:
+            with clock.stage("write") as progress:
+                windows = _own_text(model, calibration, None, progress, alone=True)
         repaired = _repaired(model, given, discovery, windows, calibration, clock)
-        given, weights = repaired.plan, repaired.weights
-    return prune(model, given, discovery=discovery, weights=weights)
+        pruned = prune(model, repaired.plan, discovery=discovery, weights=repaired.weights)
+        if given.options.repair == "reconstruct":
+            _reconstruct_in_place(model, pruned, discovery, windows, calibration, clock)
+        return pruned
+    return prune(model, given, discovery=discovery)
 
 
 def _latency(
@@ -297,6 +320,32 @@ def _latency(
     model = loaded_now()
     with clock.stage("measure") as progress:
         return latency_table(model, discovery, groups, progress=progress)
+
+
+def _damage(
+    loaded_now: Callable[[], PreTrainedModel],
+    discovery: Discovery,
+    options: CutOptions,
+    scores: Scores,
+    windows: Tensor | None,
+    calibration: CalibrationOptions,
+    clock: Clock,
+    *,
+    work: Path | None = None,
+) -> dict[str, Curve] | None:
+    """The damage of cutting each group to a few sizes, where the sizes are to be found by it."""
+    if options.scope != "sensitivity":
+        return None
+    found = kept_damage(work, scores)
+    if found is None:
+        model = loaded_now()
+        groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
+        with clock.stage("measure damage") as progress:
+            if windows is None:
+                windows = _own_text(model, calibration, work, progress)
+            found = damage_curves(model, discovery, groups, scores, windows, progress=progress)
+        keep_damage(work, scores, found)
+    return found
 
 
 def _repaired(
@@ -318,7 +367,7 @@ def _repaired(
             decided,
             discovery,
             windows,
-            method=decided.options.repair,
+            method=decided.options.closed_form,
             choose=decided.options.choose == "obs",
             progress=progress,
         )
@@ -343,25 +392,21 @@ def _own_text(
     return windows
 
 
-def _cut_and_save(
-    loaded: PreTrainedModel,
-    decided: Plan,
-    weights: Mapping[str, Tensor],
+def _reconstruct_in_place(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
     discovery: Discovery,
-    out: Path,
-    name: str,
+    windows: Tensor | None,
     calibration: CalibrationOptions,
-    loading: LoadOptions,
-    overwrite: bool,
-    command: str | None,
     clock: Clock,
+    *,
+    work: Path | None = None,
 ) -> None:
-    with clock.stage("cut"):
-        large = _bytes_of(loaded) > IN_MEMORY * psutil.virtual_memory().available
-        pruned = prune(
-            loaded, decided, discovery=discovery, weights=weights, room=out.absolute().parent if large else None
-        )
-    _save(loaded, pruned, decided, out, name, calibration, loading, overwrite, command, clock)
+    """Train every layer of the pruned model to give what the dense model's gives."""
+    with clock.stage("reconstruct") as progress:
+        if windows is None:
+            windows = _own_text(model, calibration, work, progress, alone=True)
+        reconstruct_in_place(model, pruned, discovery, windows, progress=progress)
 
 
 def _in_steps(
@@ -472,7 +517,8 @@ def _windows(
     model: str, config: PreTrainedConfig, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions
 ) -> Tensor | None:
     """The calibration tokens that the score needs, if it needs any and the model is not to write them."""
-    if options.repair == "none" and options.choose == "score" and SCORES[options.score].needs == "weights":
+    alone = options.repair == "none" and options.choose == "score" and options.scope != "sensitivity"
+    if alone and SCORES[options.score].needs == "weights":
         return None
     check_positions(config, calibration.length)
     if calibration.text == SELF:

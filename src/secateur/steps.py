@@ -18,8 +18,10 @@ from secateur.gradients import Progress
 from secateur.models import runs_remote_code
 from secateur.plan import CutOptions, Plan, PlannedGroup, groups_to_cut, plan
 from secateur.prune import prune
+from secateur.reconstruct import reconstruct_in_place
 from secateur.repair import repair
 from secateur.scores import SCORES, scores_from, statistics_for
+from secateur.sensitivity import damage_curves
 from secateur.settings import Cut, stock_settings
 
 
@@ -61,7 +63,18 @@ def cut_in_steps(
             progress=progress(f"score, step {step}") if progress else None,
         )
         scores = scores_from(found, statistics, groups=groups, name=now.score, reduce=now.reduce, options=calibration)
-        decided = plan(found, now, config=smaller.config, scores=scores, trust_remote_code=runs_remote_code(smaller))
+        damage = None
+        if now.scope == "sensitivity" and windows is not None:
+            bar = progress(f"measure damage, step {step}") if progress else None
+            damage = damage_curves(smaller, found, groups, scores, windows, progress=bar)
+        decided = plan(
+            found,
+            now,
+            config=smaller.config,
+            scores=scores,
+            damage=damage,
+            trust_remote_code=runs_remote_code(smaller),
+        )
         weights: Mapping[str, Tensor] = {}
         if windows is not None and (now.repair != "none" or now.choose == "obs"):
             repaired = repair(
@@ -69,7 +82,7 @@ def cut_in_steps(
                 decided,
                 found,
                 windows,
-                method=now.repair,
+                method=now.closed_form,
                 choose=now.choose == "obs",
                 progress=progress(f"repair, step {step}") if progress else None,
             )
@@ -79,6 +92,9 @@ def cut_in_steps(
         if step < options.steps:
             found = discover(smaller)
     assert whole is not None
+    if options.repair == "reconstruct" and windows is not None:
+        bar = progress("reconstruct") if progress else None
+        reconstruct_in_place(model, smaller, discovery, windows, progress=bar)
     return smaller, _as_of_dense(whole, options, discovery, model)
 
 

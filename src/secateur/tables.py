@@ -176,6 +176,12 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
     missed = _missed(planned)
     if missed is not None:
         yield missed
+    rounding = planned.scored.get("rounding")
+    if rounding is not None:
+        yield (
+            f"rounded to multiples of {planned.options.round_to}, the cut takes {rounding['planned']:.4g} "
+            f"{rounding['measure']}; with any widths, {rounding['any_widths']:.4g}"
+        )
     if planned.settings is not None:
         yield "config: " + ", ".join(f"{name} = {_setting(v)}" for name, v in planned.settings.items())
     elif planned.refusal is not None:

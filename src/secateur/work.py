@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur import __version__, processes
+from secateur.allocation import Curve
 from secateur.calibration import CalibrationOptions
 from secateur.checkpoint import atomic_folder, write_json
 from secateur.errors import CheckpointError, PlanError, ScoreError, SecateurError, unwritable
@@ -31,6 +32,7 @@ from secateur.scores import SCORES, Scores, read_scores, write_scores
 from secateur.statistics import Statistics, read_statistics, write_statistics, write_tensors
 
 SCORES_FILE = "scores.safetensors"
+DAMAGE_FILE = "damage.json"
 REPAIRED_FILE = "repaired.safetensors"
 PASS_FOLDER = "pass"
 WINDOWS_FILE = "windows.safetensors"
@@ -81,6 +83,32 @@ def keep_scores(work: Path, scores: Scores) -> None:
     if processes.is_first():
         write_scores(work / SCORES_FILE, scores)
         shutil.rmtree(work / PASS_FOLDER, ignore_errors=True)
+
+
+def kept_damage(work: Path | None, scores: Scores) -> dict[str, Curve] | None:
+    """The damage that an earlier run measured with these scores, if it can be read; by all processes or none."""
+    found = None
+    if work is not None:
+        try:
+            data = json.loads((work / DAMAGE_FILE).read_text(encoding="utf-8"))
+            if data["scores"] == _scores_hash(scores):
+                found = {
+                    str(name): tuple((int(kept), float(damage)) for kept, damage in points)
+                    for name, points in data["damage"].items()
+                }
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            pass  # there is none, or it is damaged
+    return None if processes.largest(int(found is None)) else found
+
+
+def keep_damage(work: Path | None, scores: Scores, damage: Mapping[str, Curve]) -> None:
+    """Leave the damage that was measured for a run that goes on."""
+    if work is not None and processes.is_first():
+        write_json(work / DAMAGE_FILE, {"scores": _scores_hash(scores), "damage": dict(damage)})
+
+
+def _scores_hash(scores: Scores) -> str:
+    return _hash([scores.score, scores.calibration, [[n, x.tolist()] for n, x in sorted(scores.units.items())]])
 
 
 def kept_repair(work: Path, decided: Plan) -> Repaired | None:
