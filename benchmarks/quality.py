@@ -90,6 +90,7 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, dense target": Row("fitted to the dense model's outputs", best, target="dense"),
         "best, sensitivity": Row("sizes by measured damage instead", replace(best, scope="sensitivity")),
         "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
+        "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two steps": Row("plan, cut, repair, score again", replace(best, steps=2)),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(

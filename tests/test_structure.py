@@ -28,6 +28,7 @@ ORDER = [
     "axes",
     "settings",
     "attributes",
+    "sublayers",
     "calibration",
     "probe",
     "gradients",

@@ -214,7 +214,8 @@ def _alike(axis: Sequence[Group], *, uniform: bool) -> list[list[Group]]:
 
 
 def _fewest(members: Sequence[Group], at_least: float) -> int:
-    return min(max(*(g.least for g in members), math.ceil(at_least * members[0].units), 1), members[0].units)
+    most = max(g.least for g in members)  # 0: all may go, and a share that stays is not asked for
+    return min(max(most, math.ceil(at_least * members[0].units)), members[0].units) if most else 0
 
 
 def _choice(

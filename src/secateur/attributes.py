@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.axes.algebra import Expression, variables_in
 from secateur.axes.groups import Discovery, layer_of
 from secateur.errors import DiscoveryError
+from secateur.modeling_free import skip_in_place
 from secateur.models import runs_remote_code, skeleton
 from secateur.settings import (
     Cut,
@@ -50,14 +51,21 @@ class Attribute:
 
 
 def attributes_after(
-    config: PreTrainedConfig, discovery: Discovery, cut: Cut, *, trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    discovery: Discovery,
+    cut: Cut,
+    *,
+    skipped: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Attribute, ...]:
     """The module attributes to change so that the model runs with the shapes that `cut` leaves.
 
-    Layers are not dropped here (a config can always say how many there are). Raises `DiscoveryError` when no
+    Layers are not dropped here (a config can always say how many there are). `skipped` lists sub-layers that the model
+    to be cut has lost already, of which its config does not say (see `sublayers`). Raises `DiscoveryError` when no
     combination of values lets the model run.
     """
     dense = skeleton(config, trust_remote_code=trust_remote_code)
+    skip_in_place(dense, skipped or {})
     laws = _laws(dense)
     wanted = structure_after(discovery, cut)
     tried: set[str] = set()
@@ -65,6 +73,7 @@ def attributes_after(
         tried |= {each.name for each in attributes}
         # Running is not enough: with a wrong head size a reshape may succeed and mix the heads.
         model = skeleton(config, trust_remote_code=trust_remote_code)
+        skip_in_place(model, skipped or {})
         apply_shapes_and_attributes_in_place(model, discovery, cut, attributes)
         if has_structure(model, wanted):
             return attributes
@@ -250,7 +259,7 @@ def _nearest(
     best: tuple[int, dict[str, Any], PreTrainedModel] | None = None
     for changes, twin in twins(config, discovery, everywhere, [], trust_remote_code=trust_remote_code):
         shapes = shapes_of(twin)
-        if shapes.keys() != wanted.keys() or any(shapes[w][d] != wanted[w][d] for w, d in touched):
+        if not shapes.keys() >= wanted.keys() or any(shapes[w][d] != wanted[w][d] for w, d in touched):
             continue
         misses = sum(shapes[name] != wanted[name] for name in wanted)
         if misses == 0:

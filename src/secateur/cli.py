@@ -145,6 +145,10 @@ RepairOption = Annotated[
 Steps = Annotated[
     int | None, typer.Option("--steps", help="Plan, cut, repair and score again so often.", show_default=False)
 ]
+Sublayers = Annotated[
+    bool | None,
+    typer.Option("--sublayers/--no-sublayers", help="An attention or MLP may go as a whole.", show_default=False),
+]
 AtDtype = Annotated[
     str | None, typer.Option("--at-dtype", help="In which memory is counted: bfloat16, int8.", show_default=False)
 ]
@@ -278,6 +282,7 @@ def plan_command(
     choose: Choose = None,
     repair: RepairOption = None,
     steps: Steps = None,
+    sublayers: Sublayers = None,
     at_dtype: AtDtype = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
@@ -318,6 +323,7 @@ def plan_command(
             choose=choose,
             repair=repair,
             steps=steps,
+            sublayers=sublayers,
             at_dtype=at_dtype,
         ),
         calibration=calibration_for(
@@ -359,6 +365,7 @@ def prune_command(
     choose: Choose = None,
     repair: RepairOption = None,
     steps: Steps = None,
+    sublayers: Sublayers = None,
     at_dtype: AtDtype = None,
     calibration: CalibrationText = DEMO,
     samples: Samples = None,
@@ -404,6 +411,7 @@ def prune_command(
             choose=choose,
             repair=repair,
             steps=steps,
+            sublayers=sublayers,
             at_dtype=at_dtype,
         ),
         given=read_plan(plan_file) if plan_file is not None else None,
@@ -634,7 +642,7 @@ def _check_files(*files: Path | None, made: Path | None = None) -> None:
 def _check_alone(context: typer.Context, plan_file: Path) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
     cut = "preset ratio of target axes strategy layers score reduce round_to"
-    how = "scope shape at_least choose repair steps at_dtype calibration samples length column chat"
+    how = "scope shape at_least choose repair steps sublayers at_dtype calibration samples length column chat"
     for name in f"{cut} {how}".split():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

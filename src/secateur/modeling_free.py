@@ -6,7 +6,8 @@ This file lies beside the weights of such a model and needs torch and transforme
 
 For a stock class X of transformers, `FreeX` is made when it is first asked for. The config holds the settings of the
 dense model, and under `secateur_free` what is different: the `shapes` of parameters and buffers by name, the
-`attributes` of modules by path, and for modules that read sizes from a config of their own, its settings (`configs`).
+`attributes` of modules by path, for modules that read sizes from a config of their own, its settings (`configs`), and
+blocks that compute nothing (`skipped`).
 A shape is never larger than the dense one, and an attribute never of another type.
 """
 
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -106,6 +109,7 @@ def apply_in_place(model: nn.Module, free: Settings) -> None:
     Traceback (most recent call last):
     ValueError: secateur_free, shapes: bias cannot be [1000000000], the dense model has [2]
     """
+    skip_in_place(model, _section(free, "skipped"))
     _reshape_in_place(model, _section(free, "shapes"))
     for path, values in _section(free, "attributes").items():
         module = _module(model, path, "attributes")
@@ -114,6 +118,49 @@ def apply_in_place(model: nn.Module, free: Settings) -> None:
     for path, values in _section(free, "configs").items():
         module = _module(model, path, "configs")
         module.config = _own_config(getattr(module, "config", None), path, _mapping(values, f"configs of {path}"))
+
+
+class Skipped(nn.Module):
+    """A block that reads hidden states and gives zeros, or its last bias; other parameters only lie in it.
+
+    >>> block = Skipped(nn.ModuleDict({"out": nn.Linear(2, 2)}), outputs=2, kept=["out.bias"], bias="out.bias")
+    >>> block(torch.ones(1, 3, 2))[0].shape, [name for name, _ in block.named_parameters()]
+    (torch.Size([1, 3, 2]), ['out.bias'])
+    """
+
+    def __init__(self, block: nn.Module, *, outputs: int, kept: Sequence[str], bias: str | None) -> None:
+        super().__init__()
+        self.outputs, self.kept, self.bias = outputs, tuple(kept), bias
+        for name in kept:
+            *holders, last = name.split(".")
+            holder: nn.Module = self
+            for piece in holders:
+                if piece not in dict(holder.named_children()):
+                    holder.add_module(piece, nn.Module())
+                holder = holder.get_submodule(piece)
+            holder.register_parameter(last, block.get_parameter(name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros like the hidden states, or the bias; `outputs` things, of which the others are None."""
+        hidden = torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        if self.bias is not None:
+            hidden = hidden + attrgetter(self.bias)(self)
+        return (hidden, *[None] * (self.outputs - 1)) if self.outputs else hidden
+
+
+def skip_in_place(model: nn.Module, skipped: Settings) -> None:
+    """Replace blocks by such as compute nothing: by path, how many `outputs` (0 for a bare one), `kept` and `bias`."""
+    for path, about in skipped.items():
+        block = _module(model, path, "skipped")
+        about = _mapping(about, f"skipped, {path}")
+        outputs, kept, bias = about.get("outputs"), about.get("kept"), about.get("bias")
+        known = {name for name, _ in block.named_parameters()}
+        if not path or type(outputs) is not int or not isinstance(kept, Sequence) or not known.issuperset(kept):
+            raise ValueError(f"{FREE}, skipped: {path!r} cannot be {about!r:.80}")
+        if bias is not None and bias not in kept:
+            raise ValueError(f"{FREE}, skipped: {path} has no {bias!r:.60} to add")
+        holder, _, name = path.rpartition(".")
+        setattr(model.get_submodule(holder), name, Skipped(block, outputs=outputs, kept=kept, bias=bias))
 
 
 def _reshape_in_place(model: nn.Module, shapes: Settings) -> None:

@@ -27,6 +27,7 @@ from secateur.errors import PlanError, ScoreError
 from secateur.latency import LatencyTable
 from secateur.scores import REDUCTIONS, SCORES, Scores
 from secateur.settings import Cut, stock_settings
+from secateur.sublayers import may_go
 
 BUDGETS = ("units", "parameters", "non-embedding", "macs", "memory", "latency")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -68,6 +69,7 @@ class CutOptions:
     repair: str = "none"
     at_dtype: str = "bfloat16"  # in which bytes of memory are counted
     steps: int = 1  # of plan, cut, repair and scoring anew
+    sublayers: bool = False  # whether the attention or MLP of a layer may go as a whole
 
     def __post_init__(self) -> None:
         """Check every value on its own; what depends on the model is checked by `plan`."""
@@ -116,6 +118,8 @@ class CutOptions:
             )
         if not 0 <= self.at_least < 1:
             raise PlanError(f"at_least={self.at_least:g} is outside [0, 1): a share of units, for example 0.1")
+        if self.sublayers and (self.scope == "local" or self.shape != "free"):
+            raise PlanError("sublayers=True lets single layers lose one: use shape=free and scope=global with it")
         if self.steps < 1:
             raise PlanError(f"steps={self.steps} cuts nothing: give 1, or for example 4")
         if self.round_to < 1:
@@ -501,6 +505,8 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
             layers = {group.layer for group in groups}
             groups += [g for g in discovery.groups if g.kind == "query" and g.layer not in layers]
         found[axis] = [g for g in groups if g.layer is None or first <= g.layer < last]
+        if options.sublayers:
+            found[axis] = [replace(g, least=0) if may_go(discovery, g) else g for g in found[axis]]
         if not found[axis]:
             kinds = ", ".join(sorted({group.kind for group in discovery.groups}))
             raise PlanError(

@@ -22,6 +22,7 @@ from secateur.errors import CheckpointError, PlanError
 from secateur.models import quiet, runs_remote_code
 from secateur.plan import Plan
 from secateur.settings import Cut, renamed, with_settings
+from secateur.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 
 
 def prune(
@@ -80,7 +81,9 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         if units != planned.units:
             raise PlanError(f"the plan counts {planned.units} units of {planned.name}, the model has {units}")
         keep = planned.keep or ()
-        if list(keep) != sorted(set(keep)) or not keep or keep[0] < 0 or keep[-1] >= units or len(keep) != planned.kept:
+        empty = planned.kept == 0 and not keep and sublayer_of(discovery, discovery.group(planned.name)) is not None
+        ascending = list(keep) == sorted(set(keep)) and keep and keep[0] >= 0 and keep[-1] < units
+        if not empty and (not ascending or len(keep) != planned.kept):
             raise PlanError(
                 f"{planned.name}: keep must be {planned.kept} ascending indices below {units}, not {keep!r:.60}"
             )
@@ -99,7 +102,7 @@ def cut_weights(
             continue
         tensor = tensors[weight.name].detach()
         indices = {
-            dim: torch.tensor(kept, device=tensor.device)
+            dim: torch.tensor(kept, device=tensor.device, dtype=torch.long)
             for dim, expression in enumerate(weight.dims)
             if len(kept := kept_along(expression, keep)) < expression.size
         }
@@ -169,7 +172,10 @@ def _from_parts(
     model: PreTrainedModel, cut: Cut, weights: Mapping[str, Tensor], discovery: Discovery
 ) -> PreTrainedModel:
     """The dense model's modules with cut weights, and the attributes that go with them."""
-    attributes = attributes_after(model.config, discovery, cut, trust_remote_code=runs_remote_code(model))
+    trusted = runs_remote_code(model)
+    attributes = attributes_after(
+        model.config, discovery, cut.narrowed, skipped=skipped_in(model), trust_remote_code=trusted
+    )
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
     parameters = {
@@ -188,4 +194,6 @@ def _from_parts(
         if isinstance(attribute.value, PreTrainedConfig):
             attribute.value._attn_implementation = model.config._attn_implementation
     set_attributes_in_place(pruned, attributes)
+    paths = [path for name in cut.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
+    skip_sublayers_in_place(pruned, model, paths)
     return pruned

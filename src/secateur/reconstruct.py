@@ -106,8 +106,8 @@ class _Pass:
         self.layers = [path for path in paths if path in modules]
         if not self.layers or any(path not in others for path in self.layers):
             raise PlanError("reconstruction needs all layers of the dense model: use another repair where layers go")
-        shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
-        changed = {name for name, parameter in cut.named_parameters() if parameter.shape != shapes.get(name)}
+        shapes = {name: parameter.shape for name, parameter in cut.named_parameters()}
+        changed = {name for name, parameter in dense.named_parameters() if parameter.shape != shapes.get(name)}
         within = tuple(f"{path}." for path in self.layers)
         if any(not name.startswith(within) for name in changed):
             raise PlanError("reconstruction needs the dense model's hidden width: use another repair where it goes")

@@ -85,7 +85,8 @@ def _sizes(group: Group) -> list[int]:
     """Sizes to cut to, ascending; of few units, all."""
     if group.units <= len(SHARES) + 1:
         return [*range(group.least, group.units)]
-    return sorted({max(group.least, round(group.units * share)) for share in SHARES})
+    whole = {0} if group.least == 0 else set()
+    return sorted(whole | {max(group.least, round(group.units * share)) for share in SHARES})
 
 
 class _Dense:

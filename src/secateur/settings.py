@@ -61,6 +61,16 @@ class Cut:
         """Units kept by group name."""
         return dict(self.kept)
 
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """The groups that lose all of their units."""
+        return tuple(name for name, units in self.kept if units == 0)
+
+    @property
+    def narrowed(self) -> Cut:
+        """The same without the groups that are emptied, as if those were left whole."""
+        return Cut(tuple((name, units) for name, units in self.kept if units), self.dropped_layers)
+
 
 def stock_settings(
     config: PreTrainedConfig, discovery: Discovery, cut: Cut, *, trust_remote_code: bool = False
@@ -77,6 +87,8 @@ def stock_settings(
     >>> stock_settings(config, discovery, Cut(tuple((f"layers.{i}.mlp", 36) for i in range(12))))
     {'ffn_dim': 36}
     """
+    if cut.emptied:
+        raise PlanError(f"{cut.emptied[0]} goes as a whole, which no stock config says")
     uneven = _uneven(discovery, cut)
     if uneven is not None:
         raise PlanError(uneven)

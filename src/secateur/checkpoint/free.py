@@ -17,8 +17,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from secateur.attributes import plain_attributes
 from secateur.errors import CheckpointError, ModelError
-from secateur.modeling_free import FREE, free_class
+from secateur.modeling_free import FREE, free_class, skip_in_place
 from secateur.models import quiet, runs_remote_code, skeleton
+from secateur.sublayers import skipped_in
 
 # What a config says beside its settings: where it comes from, and how to compute.
 NO_SETTINGS = {FREE, "architectures", "auto_map", "dtype", "model_type", "transformers_version"}
@@ -41,7 +42,10 @@ def as_free(model: PreTrainedModel) -> PreTrainedModel:
     config = _dense_config(model)
     try:
         dense = skeleton(config)
-        setattr(config, FREE, {**getattr(config, FREE), **differences(model, dense)})
+        skipped = skipped_in(model)
+        skip_in_place(dense, skipped)
+        about = {"skipped": skipped} if skipped else {}
+        setattr(config, FREE, {**getattr(config, FREE), **about, **differences(model, dense)})
         free = skeleton(config)
     except ModelError as error:
         raise CheckpointError(f"no folder can hold the model: {error}") from error

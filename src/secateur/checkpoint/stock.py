@@ -47,7 +47,7 @@ def check_stock(
             "(secateur.prune, or `secateur evaluate MODEL --plan plan.json`)"
         )
     try:
-        attributes_after(config, discovery, plan.cut, trust_remote_code=trust_remote_code)
+        attributes_after(config, discovery, plan.cut.narrowed, trust_remote_code=trust_remote_code)
     except DiscoveryError as error:
         raise CheckpointError(f"no model can be made of what the plan leaves: {reason}, and {error}") from error
 
