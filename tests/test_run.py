@@ -25,9 +25,10 @@ from secateur import CalibrationOptions, CheckpointError, DataError, PlanError, 
 from secateur.calibration import calibration_windows, digest, self_written
 from secateur.checkpoint import read_record
 from secateur.gradients import _Call
-from secateur.models import LoadOptions, load, load_tokenizer
+from secateur.models import LoadOptions, load, load_tokenizer, quiet
 from secateur.plan import Plan, read_plan
-from secateur.run import Clock, Pruned, peak_rss, plan_model, prune_model
+from secateur.repair import repair
+from secateur.run import Clock, Pruned, cut_as_planned, peak_rss, plan_model, prune_model
 from secateur.scores import SCORES, Score, Scores, read_scores
 from secateur.statistics import _Journal
 from tiny import names, write_tiny
@@ -120,6 +121,80 @@ class TestResume:
         assert "score" in whole.seconds
         assert weights("here/out") == weights("here/whole")
         assert read_plan(Path("here/out/secateur_plan.json")) == read_plan(Path("here/whole/secateur_plan.json"))
+
+    @pytest.mark.parametrize("shape", ["uniform", "free"])
+    def test_a_run_in_steps_goes_on_after_its_last_step(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+    ) -> None:
+        text = CalibrationOptions("in/text.txt", 4, 16)
+        cut = {"steps": 3, "shape": shape, "ratio": 0.4}
+        real = repair
+        rounds: list[int] = []
+
+        def third_time_interrupted(*given: Any, **options: Any) -> Any:
+            rounds.append(1)
+            if len(rounds) == 3:
+                raise KeyboardInterrupt
+            return real(*given, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("secateur.steps.repair", third_time_interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                prune(calibration=text, cut=cut)
+        assert ".out.secateur/step.safetensors" in names(place)
+        assert not prune_model("in/tiny", "here/whole", calibration=text, cut=cut).resumed
+        rounds[:] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("secateur.steps.repair", lambda *a, **o: rounds.append(1) or real(*a, **o))
+            assert prune(calibration=text, cut=cut, resume=True).resumed
+        assert len(rounds) == 1
+        assert weights("here/out") == weights("here/whole")
+        assert read_plan(Path("here/out/secateur_plan.json")) == read_plan(Path("here/whole/secateur_plan.json"))
+        assert not any(name.startswith(".out") for name in names(place))
+
+    def test_measured_damage_is_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        options: dict[str, Any] = {
+            "calibration": CalibrationOptions("in/text.txt", 4, 16),
+            "cut": {"scope": "sensitivity", "ratio": 0.3},
+        }
+        with monkeypatch.context() as patch:
+            patch.setattr("secateur.run.save", raiser(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                prune(**options)
+        with monkeypatch.context() as patch:
+            patch.setattr("secateur.run.damage_curves", lambda *_, **__: pytest.fail("measured again"))
+            resumed = prune(resume=True, **options)
+        assert "measure damage" not in resumed.seconds
+        whole = prune_model("in/tiny", "here/whole", **options)
+        assert "measure damage" in whole.seconds
+        assert weights("here/out") == weights("here/whole")
+        planned = plan_model("in/tiny", **options)
+        assert [(group.name, group.kept) for group in planned.groups] == [
+            (group.name, group.kept) for group in whole.plan.groups
+        ]
+
+    def test_reconstruction_is_a_stage_and_plans_repeat_it(self, place: Path) -> None:
+        text = CalibrationOptions("in/text.txt", 8, 16)
+        made = prune(calibration=text, cut={"repair": "reconstruct", "ratio": 0.3})
+        assert [*made.seconds][-3:] == ["cut", "reconstruct", "save"]
+        by_plan = prune_model("in/tiny", "here/again", given=read_plan(Path("here/out/secateur_plan.json")))
+        assert "reconstruct" in by_plan.seconds
+        assert weights("here/out") == weights("here/again")
+        with quiet():
+            model = load("in/tiny", dtype="float32")
+        cut = cut_as_planned(model, read_plan(Path("here/out/secateur_plan.json")), load_tokenizer("in/tiny"))
+        other = load("here/out", dtype="float32")
+        for name, parameter in cut.named_parameters():
+            assert torch.allclose(parameter, other.get_parameter(name), atol=1e-3)
+
+    def test_steps_for_other_options_are_not_gone_on_from(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = CalibrationOptions("in/text.txt", 4, 16)
+        with monkeypatch.context() as patch:
+            patch.setattr("secateur.run.save", raiser(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                prune(calibration=text, cut={"steps": 2, "ratio": 0.4})
+        assert ".out.secateur/step.safetensors" in names(place)
+        assert not prune(calibration=text, cut={"steps": 2, "ratio": 0.3}, resume=True).resumed
 
     def test_an_interrupted_run_keeps_its_scores(self, interrupted: Path) -> None:
         assert names(interrupted) == KEPT

@@ -6,6 +6,7 @@ launch`), all of them score, each its share of the samples, and the first cuts a
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -42,7 +43,7 @@ from secateur.scores import SCORES, Scores, holds, scores_from, statistics_for
 from secateur.sensitivity import damage_curves
 from secateur.settings import stock_settings
 from secateur.statistics import Progress
-from secateur.steps import cut_in_steps
+from secateur.steps import Step, cut_in_steps
 from secateur.timing import latency_table
 from secateur.work import (
     PASS_FOLDER,
@@ -50,10 +51,12 @@ from secateur.work import (
     keep_damage,
     keep_repair,
     keep_scores,
+    keep_step,
     keep_windows,
     kept_damage,
     kept_repair,
     kept_scores,
+    kept_step,
     kept_windows,
     run_key,
     work_folder,
@@ -220,13 +223,17 @@ def prune_model(
     folder = None if run is None else RunFolder(Path(run), model, calibration, loading)
     if given is None and options.steps > 1:
         windows = _windows(model, config, options, calibration, loading)
-        smaller, decided = _in_steps(loaded_now(), discovery, options, windows, calibration, clock)
-        if announce is not None and options.scope != "local":
-            announce(decided)
-        if processes.is_first():
-            _save(loaded_now(), smaller, decided, out, model, calibration, loading, overwrite, command, clock)
-        processes.wait()
-        return Pruned(decided, out, clock.seconds, peak_rss())
+        with work_folder(out, run_key(model, options, calibration, loading), resume=resume) as work:
+            begun = kept_step(work, options)
+            smaller, decided = _in_steps(
+                loaded_now(), discovery, options, windows, calibration, clock, work=work, begun=begun
+            )
+            if announce is not None and options.scope != "local":
+                announce(decided)
+            if processes.is_first():
+                _save(loaded_now(), smaller, decided, out, model, calibration, loading, overwrite, command, clock)
+            processes.wait()
+        return Pruned(decided, out, clock.seconds, peak_rss(), begun is not None)
     with work_folder(out, run_key(model, options, calibration, loading), resume=resume) as work:
         scores = kept_scores(work) if given is None else None
         resumed = scores is not None or any((work / PASS_FOLDER).glob("*"))
@@ -416,11 +423,15 @@ def _in_steps(
     windows: Tensor | None,
     calibration: CalibrationOptions,
     clock: Clock,
+    *,
+    work: Path | None = None,
+    begun: Step | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
-    """The model cut in steps; one bar after the other."""
+    """The model cut in steps, each kept in the folder `work`; one bar after the other."""
+    keep = None if work is None else functools.partial(keep_step, work, options)
     if windows is None and calibration.text == SELF:
         with clock.stage("write") as progress:
-            windows = _own_text(model, calibration, None, progress)
+            windows = _own_text(model, calibration, work, progress)
     with clock.stage("cut in steps"), ExitStack() as stack:
         current: list[ExitStack] = []
 
@@ -430,7 +441,9 @@ def _in_steps(
             current.append(stack.enter_context(ExitStack()))
             return current[0].enter_context(clock.watch(stage))
 
-        return cut_in_steps(model, discovery, options, windows, calibration=calibration, progress=bar)
+        return cut_in_steps(
+            model, discovery, options, windows, calibration=calibration, begun=begun, keep=keep, progress=bar
+        )
 
 
 def _save(

@@ -6,7 +6,7 @@ What a unit is worth changes when others are gone, and more so the more go, so l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,6 +25,15 @@ from secateur.sensitivity import damage_curves
 from secateur.settings import Cut, stock_settings
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step has left: the plan of the dense model so far, and the weights of the smaller one by name."""
+
+    number: int
+    plan: Plan
+    weights: Mapping[str, Tensor]
+
+
 def cut_in_steps(
     model: PreTrainedModel,
     discovery: Discovery,
@@ -32,12 +41,15 @@ def cut_in_steps(
     windows: Tensor | None,
     *,
     calibration: CalibrationOptions | None = None,
+    begun: Step | None = None,
+    keep: Callable[[Step], None] | None = None,
     progress: Callable[[str], Progress | None] | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
     """Cut `options.steps` times, each step by the same share of the whole cut; the plan is of the dense model.
 
     Every step sees the same windows (int64, samples x length; None where neither the score nor the repair needs any).
-    `progress` gives the callback of a stage, by its name. Raises `PlanError` where the budget cannot be cut in steps,
+    `keep` is given what every step leaves, and `begun` is what an earlier run of the very same has left. `progress`
+    gives the callback of a stage, by its name. Raises `PlanError` where the budget cannot be cut in steps,
     and what `plan`, `repair` and the scores raise.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,8 +62,14 @@ def cut_in_steps(
     """
     calibration = calibration or CalibrationOptions()
     whole: Plan | None = None
-    smaller, found = model, discovery
-    for step in range(1, options.steps + 1):
+    smaller, found, done = model, discovery, 0
+    if begun is not None:
+        whole, done = begun.plan, begun.number
+        smaller = prune(model, begun.plan, discovery=discovery)
+        for name, parameter in smaller.named_parameters():
+            parameter.data = begun.weights[name].to(parameter.device)
+        found = discover(smaller)
+    for step in range(done + 1, options.steps + 1):
         now = _share(options, discovery, step)
         groups = [group for each in groups_to_cut(found, now).values() for group in each]
         statistics = statistics_for(
@@ -89,6 +107,8 @@ def cut_in_steps(
             decided, weights = repaired.plan, repaired.weights
         smaller = prune(smaller, decided, discovery=found, weights=weights)
         whole = decided if whole is None else composed(whole, decided, discovery)
+        if keep is not None:
+            keep(Step(step, _as_of_dense(whole, options, discovery, model), dict(smaller.named_parameters())))
         if step < options.steps:
             found = discover(smaller)
     assert whole is not None

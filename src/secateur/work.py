@@ -30,8 +30,10 @@ from secateur.plan import CutOptions, Plan, plan_from_json
 from secateur.repair import Repaired
 from secateur.scores import SCORES, Scores, read_scores, write_scores
 from secateur.statistics import Statistics, read_statistics, write_statistics, write_tensors
+from secateur.steps import Step
 
 SCORES_FILE = "scores.safetensors"
+STEP_FILE = "step.safetensors"
 DAMAGE_FILE = "damage.json"
 REPAIRED_FILE = "repaired.safetensors"
 PASS_FOLDER = "pass"
@@ -56,7 +58,8 @@ def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
     try:
         yield work
     except BaseException as error:
-        worth_keeping = (work / SCORES_FILE).exists() or any((work / PASS_FOLDER).glob("*.safetensors"))
+        files = [work / SCORES_FILE, work / STEP_FILE]
+        worth_keeping = any(file.exists() for file in files) or any((work / PASS_FOLDER).glob("*.safetensors"))
         if processes.is_first() and (isinstance(error, SecateurError) or not worth_keeping):
             shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
         raise
@@ -129,6 +132,28 @@ def keep_repair(work: Path, decided: Plan, repaired: Repaired) -> None:
     """Leave the repaired weights for a run that goes on."""
     about = {"decided": _hash(decided.to_json()), "plan": repaired.plan.to_json(), "errors": dict(repaired.errors)}
     write_tensors(work / REPAIRED_FILE, repaired.weights, {"secateur": json.dumps(about)})
+
+
+def kept_step(work: Path, options: CutOptions) -> Step | None:
+    """The last step that an earlier run with these options has done, if it can be read; by all processes or none."""
+    found = None
+    try:
+        with safe_open(work / STEP_FILE, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["secateur"])
+            if about["options"] == _hash(asdict(options)):
+                weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
+                found = Step(int(about["number"]), plan_from_json(about["plan"]), weights)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, PlanError):
+        pass  # there is none, or it is damaged
+    return None if processes.largest(int(found is None)) else found
+
+
+def keep_step(work: Path, options: CutOptions, step: Step) -> None:
+    """Leave a step for a run that goes on."""
+    if processes.is_first():
+        about = {"options": _hash(asdict(options)), "number": step.number, "plan": step.plan.to_json()}
+        weights = {name: weight.detach() for name, weight in step.weights.items()}
+        write_tensors(work / STEP_FILE, weights, {"secateur": json.dumps(about)})
 
 
 def kept_windows(work: Path | None) -> Tensor | None:
