@@ -212,7 +212,8 @@ def test_the_best_preset_yields_to_what_is_given(discovery: Discovery) -> None:
     units = options_for("best", discovery, {"of": "units"})
     assert (units.scope, units.shape, units.repair) == ("local", "uniform", "least-squares")
     hidden = options_for("best", discovery, {"axes": ("hidden",)})
-    assert (hidden.scope, hidden.repair, hidden.choose) == ("local", "none", "score")
+    assert (hidden.scope, hidden.repair, hidden.choose) == ("local", "least-squares", "score")
+    assert options_for("best", discovery, {"axes": ("layers",), "score": "layer_loss"}).repair == "none"
 
 
 # --- the Fisher information of masks ----------------------------------------------------------------------------------

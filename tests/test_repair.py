@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
 from secateur import CutOptions, Discovery, PlanError, Scores, discover, plan, prune, score
 from secateur.plan import Plan
-from secateur.repair import Repaired, repair
+from secateur.repair import Repaired, _narrowed, _scaled_weight, repair
 
 GENERATOR = torch.Generator().manual_seed(0)
 WINDOWS = torch.randint(3, 97, (24, 16), generator=GENERATOR)
@@ -171,3 +171,68 @@ def test_unknown_names(given: dict[str, str], said: str) -> None:
     model, discovery, decided = planned("llama")
     with pytest.raises(PlanError, match=said):
         repair(model, decided, discovery, WINDOWS, **given)  # type: ignore[arg-type]
+
+
+# --- the hidden width -------------------------------------------------------------------------------------------------
+
+
+class OneMore(nn.Module):
+    """A norm that multiplies by one more than its weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x / x.square().mean(-1, keepdim=True).sqrt() * (1 + self.weight)
+        return found
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer", "one more"])
+def test_the_weight_of_a_norm_is_scaled_to_what_it_gave(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.rand(12, generator=generator), torch.randn(3, 50, 12, generator=generator)
+    x[..., 5:] *= 3  # features that go are larger than those that stay
+    norm: Any = OneMore(weight)
+    if kind != "one more":
+        norm = nn.RMSNorm(12, eps=1e-6) if kind == "rms" else nn.LayerNorm(12)
+        norm.weight.data = weight
+    if kind == "layer":
+        norm.bias.data = torch.randn(12, generator=generator)
+    at = torch.arange(5)
+    wanted = norm(x)[..., at].detach()
+    smaller = _narrowed(norm, at)
+    before = (smaller(x[..., at]) - wanted).square().sum()
+    found = _scaled_weight(smaller, x[..., at], wanted)
+    assert found is not None
+    errors = []
+    for factor in (1.0, 0.98, 1.02):
+        other = (1 + found) * factor - 1 if kind == "one more" else found * factor
+        smaller.weight = nn.Parameter(other)
+        errors.append((smaller(x[..., at]) - wanted).square().sum().item())
+    assert errors[0] == min(errors)
+    assert errors[0] < before
+    assert torch.equal(norm.weight, weight)
+
+
+def test_what_no_weight_scales_is_left() -> None:
+    class Clamped(OneMore):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    norm = Clamped(torch.rand(4))
+    assert _scaled_weight(norm, torch.randn(2, 3, 4), 5 * torch.ones(2, 3, 4)) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_a_hidden_cut_comes_nearer_to_the_dense_model(family: str) -> None:
+    model, discovery, decided = planned(family, axes=("hidden",), ratio=0.2)
+    found = repair(model, decided, discovery, WINDOWS)
+    assert any("norm" in name or "ln_" in name for name in found.weights)
+    assert all(after <= left_out for left_out, after in found.errors.values())
+    dense = logits(model, WINDOWS)
+    errors = []
+    for weights in ({}, found.weights):
+        cut = prune(model, found.plan, discovery=discovery, weights=weights)
+        errors.append(float((logits(cut, WINDOWS) - dense).square().sum()))
+    assert errors[1] < errors[0]

@@ -316,7 +316,9 @@ def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> Cu
         changes.setdefault("axes", STRATEGIES[strategy])
     base = preset(name, discovery.depth)
     if {"hidden", "layers"} & set(changes.get("axes", ())):
-        base = replace(CutOptions(ratio=base.ratio, of=base.of), axes=changes.pop("axes"))
+        axes = changes.pop("axes")
+        repair = base.repair if axes == ("hidden",) else "none"
+        base = replace(CutOptions(ratio=base.ratio, of=base.of), axes=axes, repair=repair)
     if changes.get("of") == "units":  # a share of each group's units
         changes = {"scope": "local", "shape": "uniform", **changes}
     if "score" in changes:  # then it decides

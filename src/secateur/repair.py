@@ -7,19 +7,22 @@ part of the model before it gives, so errors are not carried on unseen. Which un
 optimal brain surgeon on these very inputs.
 
 `bias` puts the mean of what is lost into the matrix's bias (FLAP, arXiv 2312.11983), where the architecture has one.
-`least-squares` fits the columns that stay (see `obs`), and the bias too where there is one.
+`least-squares` fits the columns that stay (see `obs`), and the bias too where there is one. Where the hidden width is
+cut, a norm takes its statistic over fewer features, which changes the size of what it gives: its weight is scaled so
+that this comes nearest to what it was, and what reads it is fitted to the scaled one.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.activations import Product, Products, experts_one_by_one, reading_dims
@@ -111,6 +114,8 @@ def repair(
             for path in layers:
                 if path in modules:
                     stack.callback(modules[path].register_forward_hook(passed).remove)
+            for path in pass_.norms:
+                stack.callback(modules[path].register_forward_hook(pass_.scaled(path)).remove)
             stack.enter_context(pass_.products)
             if tail is None:
                 model(input_ids=ids, use_cache=False)
@@ -166,6 +171,7 @@ class _RepairPass:
             for group in groups
             if choose and len(groups) == 1 and readers[group] == 1 and self.parameters[name].dim() == 2
         }
+        self.norms = _norms(model, discovery, self.keep, reads) if method == "least-squares" else {}
         self.weights: dict[str, Tensor] = {}
         self.errors: dict[str, tuple[float, float]] = {}
         self.shifts: dict[str, Tensor] = {}
@@ -182,6 +188,30 @@ class _RepairPass:
             options=options,
             groups=tuple(replace(g, keep=self.keep.get(g.name, g.keep)) for g in self.given.groups),
         )
+
+    def scaled(self, path: str) -> Callable[..., Tensor | None]:
+        """A hook on a norm: what it gives when it only sees the features that stay, scaled to what it gave."""
+        kept = torch.tensor(self.keep[self.norms[path]] or ())
+
+        def hook(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+            if not args or not isinstance(output, Tensor) or args[0].shape != output.shape:
+                return None
+            at = kept.to(output.device)
+            smaller = _narrowed(norm, at)
+            name = f"{path}.weight"
+            before = self.weights.get(name)
+            if before is None:
+                weight = _scaled_weight(smaller, args[0][..., at], output[..., at])
+                if weight is None:
+                    return None
+                self.weights[name] = norm.get_parameter("weight").detach().clone()
+                self.weights[name][at] = weight
+            if not self.sequential:
+                return None
+            smaller.weight = nn.Parameter(self.weights[name][at])
+            return output.index_copy(-1, at, smaller(args[0][..., at]))
+
+        return hook
 
     def _look(self, product: Product) -> Tensor | None:
         weight = self.parameters[product.weight]
@@ -261,6 +291,53 @@ class _RepairPass:
             repaired += inputs.tokens * float((2 * mean_error * shift + shift.square()).sum())
         whole = max(output_error(old, gram_CC), 1e-30)
         self.errors[name if index is None else f"{name}[{index}]"] = (left_out / whole, repaired / whole)
+
+
+def _norms(
+    model: PreTrainedModel, discovery: Discovery, keep: Mapping[str, Any], reads: Mapping[str, int]
+) -> dict[str, str]:
+    """Modules with a weight for each unit of a group that is cut, and no matrix: path -> group."""
+    found = {}
+    for weight in discovery.weights:
+        path, _, last = weight.name.rpartition(".")
+        groups = [v.name for v in variables_in(weight.dims[0])] if len(weight.dims) == 1 else []
+        if last == "weight" and weight.parameter and len(groups) == 1 and groups[0] in keep:
+            module = model.get_submodule(path)
+            group = discovery.group(groups[0])
+            if group.normed and group.units == weight.shape[0] and not any(p.dim() > 1 for p in module.parameters()):
+                found[path] = group.name
+    return found
+
+
+def _narrowed(norm: nn.Module, at: Tensor) -> Any:
+    """The norm over some of its features."""
+    smaller: Any = copy.deepcopy(norm)
+    smaller._forward_hooks.clear()
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(smaller, name, nn.Parameter(parameter.detach()[at], requires_grad=False))
+    if isinstance(getattr(norm, "normalized_shape", None), tuple):
+        smaller.normalized_shape = (len(at),)
+    return smaller
+
+
+def _scaled_weight(smaller: Any, x: Tensor, wanted: Tensor) -> Tensor | None:
+    """The weight with which the smaller norm's output comes nearest to what is wanted; None where none scales it.
+
+    Some norms multiply by their weight, some by one more than it.
+    """
+    weight = smaller.weight.detach()
+    bias = getattr(smaller, "bias", None)
+    shift = torch.zeros_like(weight) if bias is None else bias.detach()
+    given, target = (smaller(x) - shift).double(), (wanted - shift).double()
+    scale = float((given * target).sum() / given.square().sum().clamp_min(1e-30))
+    few, expected = x[:1], given[:1] * scale
+    near = 1e-2 * float(expected.abs().max())
+    candidates: tuple[Tensor, ...] = (weight * scale, (weight + 1) * scale - 1)
+    for scaled in candidates:
+        smaller.weight = nn.Parameter(scaled)
+        if torch.allclose((smaller(few) - shift).double(), expected, rtol=1e-2, atol=near):
+            return scaled
+    return None
 
 
 def _inputs(x: Tensor, dense: Tensor | None) -> _Inputs:
