@@ -148,7 +148,7 @@ def cut(
     """The model cut as the row says, the plan, and the seconds that statistics made before have saved."""
     options = row.options
     discovery = discover(model)
-    text = calibration_for(row.preset, text=arguments.calibration, seed=seed)
+    text = calibration_for(row.preset, text=arguments.calibration, seed=seed, samples=arguments.samples)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
     if options.steps > 1:
@@ -252,6 +252,7 @@ def run_all(arguments: argparse.Namespace, console: Console) -> list[dict[str, A
             "--shared",
             arguments.shared,
         ]
+        command += ["--samples", str(arguments.samples)] if arguments.samples else []
         command += ["--calibration", arguments.calibration, *(f"--text={text}" for text in arguments.text)]
         console.print(f"{name}, {ratio:.0%}, seed {seed}")
         finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -308,9 +309,10 @@ def main() -> None:
     parser.add_argument("--ratios", default=[0.2, 0.5], type=lambda text: [float(x) for x in text.split(",")])
     parser.add_argument("--rows", default=None, type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(x) for x in text.split(",")])
-    parser.add_argument("--seeded", default=["best", "flap"], type=lambda text: [x.strip() for x in text.split(";")])
+    parser.add_argument("--seeded", default=["best", "llm-pruner, MLP", "wanda-sp"], type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--dtype", default="float32", help="of the evaluation")
     parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of each text, the first")
+    parser.add_argument("--samples", type=int, help="calibration windows, by default each preset's own number")
     parser.add_argument("--shared", default="runs/quality", help="a folder for statistics")
     parser.add_argument("--out", default="quality.json")
     parser.add_argument("--markdown", action="store_true")
