@@ -56,6 +56,7 @@ MODEL = "demo"
 LENGTHS = (128, 1024)
 MAX_TOKENS = 40_000  # by default
 BEST = preset("best", 30)
+SEEDED = ["best", "llm-pruner, MLP", "wanda-sp"]  # rows that are measured with every seed
 PAPER_LAYERS = {0.2: (6, 24), 0.5: (3, 29)}  # of 30, of which the paper's share of units gives the ratio
 
 
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--ratios", default=[0.2, 0.5], type=lambda text: [float(x) for x in text.split(",")])
     parser.add_argument("--rows", default=None, type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(x) for x in text.split(",")])
-    parser.add_argument("--seeded", default=["best", "llm-pruner, MLP", "wanda-sp"], type=lambda text: [x.strip() for x in text.split(";")])
+    parser.add_argument("--seeded", default=SEEDED, type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--dtype", default="float32", help="of the evaluation")
     parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of each text, the first")
     parser.add_argument("--samples", type=int, help="calibration windows, by default each preset's own number")
