@@ -131,6 +131,10 @@ class TestResume:
         real = repair
         rounds: list[int] = []
 
+        def counted(*given: Any, **options: Any) -> Any:
+            rounds.append(1)
+            return real(*given, **options)
+
         def third_time_interrupted(*given: Any, **options: Any) -> Any:
             rounds.append(1)
             if len(rounds) == 3:
@@ -145,7 +149,7 @@ class TestResume:
         assert not prune_model("in/tiny", "here/whole", calibration=text, cut=cut).resumed
         rounds[:] = []
         with monkeypatch.context() as patch:
-            patch.setattr("secateur.steps.repair", lambda *a, **o: rounds.append(1) or real(*a, **o))
+            patch.setattr("secateur.steps.repair", counted)
             assert prune(calibration=text, cut=cut, resume=True).resumed
         assert len(rounds) == 1
         assert weights("here/out") == weights("here/whole")

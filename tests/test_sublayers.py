@@ -55,7 +55,7 @@ def masked(model: PreTrainedModel, discovery: Discovery, names: list[str]) -> Te
         assert path is not None
         module = model.get_submodule(path)
         # The last matrix is the one with as many outputs as there are hidden features.
-        last = [m for m in module.modules() if hasattr(m, "weight") and m.weight.dim() == 2][-1]
+        last = [m for m in module.modules() if getattr(m, "weight", torch.empty(0)).dim() == 2][-1]
         handles.append(last.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),)))
     found = logits(model)
     for handle in handles:
@@ -93,9 +93,10 @@ def test_a_sublayer_goes_as_a_whole(family: str, tmp_path: Path) -> None:
         again.set_attn_implementation("eager")
         close = 1e-3 if family == "gemma2" else 1e-6  # its embedding is scaled by a number in half precision
         assert torch.allclose(logits(again), logits(smaller), atol=close)
+        written: list[Any] = [again, smaller]
         tokens = [
-            model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=cache)
-            for model in (again, smaller)
+            each.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=cache)
+            for each in written
             for cache in (True, False)
         ]
         assert all(torch.equal(tokens[0], other) for other in tokens)
@@ -168,7 +169,8 @@ def test_repair_curves_and_reconstruction_of_emptied_groups() -> None:
     for left_out, after in found.errors.values():
         assert after < left_out
     smaller = prune(model, found.plan, discovery=discovery, weights=found.weights)
-    hidden = smaller.transformer.h[1].attn(torch.ones(1, 3, model.config.n_embd))[0]
+    attention: Any = smaller.get_submodule("transformer.h.1.attn")
+    hidden = attention(torch.ones(1, 3, model.config.n_embd))[0]
     assert torch.equal(hidden, found.weights["transformer.h.1.attn.c_proj.bias"].expand(1, 3, -1))
     errors = reconstruct_in_place(model, smaller, discovery, WINDOWS, training=Training(steps=5))
     assert len(errors) == 3
@@ -201,7 +203,8 @@ def test_a_hostile_config(about: Any, said: str) -> None:
 
 
 def test_uniform_shapes_and_local_scopes_are_refused() -> None:
-    for other in ({"shape": "uniform", "scope": "global"}, {"shape": "free", "scope": "local"}):
+    others: list[dict[str, Any]] = [{"shape": "uniform", "scope": "global"}, {"shape": "free", "scope": "local"}]
+    for other in others:
         with pytest.raises(PlanError, match="use shape=free and scope=global"):
             CutOptions(ratio=0.2, sublayers=True, **other)
 
