@@ -215,6 +215,7 @@ def test_the_weight_of_a_norm_is_scaled_to_what_it_gave(kind: str) -> None:
     assert torch.equal(norm.weight, weight)
 
 
+@torch.no_grad()
 def test_what_no_weight_scales_is_left() -> None:
     class Clamped(OneMore):
         def forward(self, x: Tensor) -> Tensor:
