@@ -225,11 +225,12 @@ def test_what_no_weight_scales_is_left() -> None:
     assert _scaled_weight(norm, torch.randn(2, 3, 4), 5 * torch.ones(2, 3, 4)) is None
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "opt"])
 def test_a_hidden_cut_comes_nearer_to_the_dense_model(family: str) -> None:
     model, discovery, decided = planned(family, axes=("hidden",), ratio=0.2)
     found = repair(model, decided, discovery, WINDOWS)
     assert any("norm" in name or "ln_" in name for name in found.weights)
+    assert not any(weight.name in found.weights for weight in discovery.weights if weight.embedding)
     assert all(after <= left_out for left_out, after in found.errors.values())
     dense = logits(model, WINDOWS)
     errors = []

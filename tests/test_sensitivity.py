@@ -158,7 +158,7 @@ CURVE = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(
 
 
 @given(st.lists(CURVE, min_size=1, max_size=4), st.lists(st.integers(1, 5), min_size=4, max_size=4), st.floats(0, 1))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 def test_no_other_sizes_do_less_damage(curves: list[Curve], sizes: list[int], share: float) -> None:
     groups = [Group(str(i), "mlp", i, 8, ()) for i in range(len(curves))]
     by_name = {str(i): curve for i, curve in enumerate(curves)}

@@ -248,11 +248,14 @@ def _settled(
     at_least: float,
     round_to: Callable[[Group], int],
 ) -> dict[str, int]:
-    """The same sizes, with single units added or taken until none brings the count nearer to what is wanted."""
+    """The same sizes, with single units added or taken as long as that brings the count nearer to what is wanted.
+
+    A unit that would go past it comes last: what goes beyond is not made up for by another's damage.
+    """
     while True:
         now = count(kept)
         gap = wanted - now  # above zero: units can come back
-        candidates: list[tuple[float, int, dict[str, int]]] = []
+        candidates: list[tuple[bool, float, int, dict[str, int]]] = []
         for choice in choices:
             size = kept[choice.groups[0].name]
             multiple = round_to(choice.groups[0])
@@ -265,7 +268,9 @@ def _settled(
             change = count(moved) - now
             if change and abs(gap - change) < abs(gap):
                 harm = sum(damage_at(curves[g.name], other) - damage_at(curves[g.name], size) for g in choice.groups)
-                candidates.append((harm / abs(change), len(candidates), moved))
+                candidates.append((abs(change) > abs(gap), harm / abs(change), len(candidates), moved))
         if not candidates:
             return kept
-        kept = min(candidates)[2]
+        past, _, _, kept = min(candidates)
+        if past:
+            return kept

@@ -34,7 +34,7 @@ from secateur.obs import DAMPING, least_squares, output_error, removal_costs
 from secateur.plan import Plan
 from secateur.probe import entrance, split_before_head, two_samples
 
-REPAIRS = ("none", "bias", "least-squares")
+METHODS = ("none", "bias", "least-squares")
 TARGETS = ("prefix", "dense")
 GRAM_TOKENS = 2048  # that are multiplied at once in float32, and added up in float64
 
@@ -87,8 +87,8 @@ def repair(
     >>> after < before
     True
     """
-    if method not in REPAIRS:
-        raise PlanError(f"repair={method!r} is unknown. Known: {', '.join(REPAIRS)}")
+    if method not in METHODS:
+        raise PlanError(f"repair={method!r} is unknown. Known: {', '.join(METHODS)}")
     if target not in TARGETS:
         raise PlanError(f"repair target {target!r} is unknown. Known: {', '.join(TARGETS)}")
     reads = reading_dims(model, two_samples(windows))
@@ -159,7 +159,7 @@ class _RepairPass:
         self.name_of = {id(parameter): name for name, parameter in self.parameters.items()}
         self.units: dict[str, dict[str, Tensor]] = {}  # weight -> group -> the unit of every column that it reads
         for weight in discovery.weights:
-            if weight.name in reads and weight.parameter:
+            if weight.name in reads and weight.parameter and not weight.embedding:  # tables may be looked up as well
                 expression = weight.dims[reads[weight.name]]
                 groups = dict.fromkeys(v.name for v in variables_in(expression) if v.name in self.keep)
                 if groups:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from secateur.allocation import Curve
@@ -112,7 +113,7 @@ class _Dense:
 
     def _keep(self, path: str) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            self.outputs[path] = output
+            self.outputs[path] = _copied(output)
 
         return hook
 
@@ -130,7 +131,9 @@ class _Dense:
     def _replace(self, model: PreTrainedModel, paths: Sequence[str], stack: ExitStack) -> None:
         for path in paths:
             given = self.outputs[path]
-            stack.enter_context(replaced_forward(model.get_submodule(path), lambda *_, given=given, **__: given))
+            stack.enter_context(
+                replaced_forward(model.get_submodule(path), lambda *_, given=given, **__: _copied(given))
+            )
 
     def divergence(self, cut: PreTrainedModel, layer: int) -> float:
         """KL(dense, cut), nats per token, of a model that is cut from this layer on."""
@@ -157,6 +160,11 @@ class _Dense:
     def _logits(self, model: PreTrainedModel) -> Iterator[Tensor]:
         for few in self._chunks():
             yield model(input_ids=self.ids[few], use_cache=False).logits
+
+
+def _copied(output: Any) -> Any:
+    """A copy, since what comes after may change it in place."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
 
 def _divergence(wanted: Tensor, logits: Tensor) -> float:

@@ -20,7 +20,7 @@ from secateur.modeling_free import Skipped, skip_in_place
 from secateur.models import quiet
 
 KINDS = ("attention", "mlp")  # of groups that can go as a whole
-TOKENS = 7  # of the sample that shows what a block gives
+TOKENS = 7  # of the sample that shows what a sub-layer gives
 
 
 def sublayer_of(discovery: Discovery, group: Group) -> str | None:
