@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from every_type import initial_model, tiny_config, tiny_inputs, tiny_type_model
+from secateur.axes import discover
 from secateur.axes.algebra import kept_along, variables_in
 from secateur.axes.groups import Discovery, Group, group_axes
 from secateur.axes.rules import Inference, infer
@@ -240,10 +241,22 @@ def planned(tested: Subject, groups: Sequence[Group], *, seed: int = 0) -> Plan:
     chooser = random.Random(seed)
     found = []
     for group in groups:
-        kept = max(kept_of(group.units), group.least)
+        kept = max(kept_of(group.units) // group.multiple * group.multiple, group.least)
         keep = tuple(sorted(chooser.sample(range(group.units), kept)))
         found.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
     return _with_settings(tested, tuple(found))
+
+
+def uneven(model: PreTrainedModel, kinds: tuple[str, ...], *, discovery: Discovery | None = None) -> Plan:
+    """A plan that leaves every layer other sizes."""
+    groups = []
+    for group in (discovery or discover(model)).groups:
+        if group.kind in kinds and group.layer is not None and group.units > 1:
+            drop = 1 + group.layer % 2 if group.units < 10 else 7 + 5 * group.layer
+            kept = max((group.units - drop) // group.multiple * group.multiple, group.least or 1)
+            keep = tuple(range(group.units))[group.units - kept :] if group.layer % 2 else tuple(range(kept))
+            groups.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
+    return Plan("tiny", CutOptions(ratio=0.3, of="units"), tuple(g for g in groups if g.kept < g.units), {}, {})
 
 
 def kept_of(units: int) -> int:
@@ -423,8 +436,8 @@ def _uniform_first(kind: str) -> int:
 # --- a stock folder ---------------------------------------------------------------------------------------------
 
 
-def check_folder(tested: Subject, report: Report) -> None:
-    """Cut every kind that a config can say, write the folder, load it with the ordinary loader, generate the same."""
+def uniform_plan(tested: Subject) -> tuple[Plan, tuple[str, ...]]:
+    """A plan that cuts every kind of group that the stock config can say, and these kinds."""
     refusals = []
     groups: list[Group] = []
     kinds: dict[str, None] = {}
@@ -441,8 +454,12 @@ def check_folder(tested: Subject, report: Report) -> None:
         else:
             refusals.append(plan.refusal or "")
     assert kinds, f"no kind of group can be cut uniformly: {'; '.join(refusals)[:300]}"
-    report.uniform = tuple(kinds)
-    plan = planned(tested, groups)
+    return planned(tested, groups), tuple(kinds)
+
+
+def check_folder(tested: Subject, report: Report) -> None:
+    """Cut every kind that a config can say, write the folder, load it with the ordinary loader, generate the same."""
+    plan, report.uniform = uniform_plan(tested)
     with quiet(), tempfile.TemporaryDirectory() as folder:
         model = tiny_type_model(tested.model_type, dtype=torch.float32)
         pruned: Any = prune(model, plan, discovery=tested.discovery)

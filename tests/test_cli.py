@@ -395,6 +395,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "layers outside": (r"layers=4:30 is outside the model: it has layers 0:3", (*PRUNE, "--layers", "4:30")),
     "layers backwards": ("layers=2:1 is outside the model", (*PRUNE, "--layers", "2:1")),
     "layers malformed": ("--layers 4-30: expected first:last", (*PRUNE, "--layers", "4-30")),
+    "schedule malformed": ("--schedule 0.5-1.5: expected two numbers", (*PRUNE, "--schedule", "0.5-1.5")),
     "round_to 0": ("round_to=0 is not a width", (*PRUNE, "--round-to", "0")),
     # names
     "score": ("score='parm_first' is unknown.* Did you mean param_first?", (*PRUNE, "--score", "parm_first")),

@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from contract import uneven
 from every_type import tiny_type_model
 from families import FAMILIES, family_config, family_model
 from secateur import (
     CheckpointError,
     CutOptions,
-    Discovery,
     ModelError,
     Plan,
     PlanError,
@@ -109,18 +109,6 @@ for folder in sys.argv[2:]:
         assert merged < 1e-6 or before.dtype != torch.float64, (folder, merged)  # bfloat16 rounds the merged weights
 save_file(found, sys.argv[1])
 """
-
-
-def uneven(model: PreTrainedModel, kinds: tuple[str, ...], *, discovery: Discovery | None = None) -> Plan:
-    """A plan that leaves every layer other sizes."""
-    groups = []
-    for group in (discovery or discover(model)).groups:
-        if group.kind in kinds and group.layer is not None and group.units > 1:
-            drop = 1 + group.layer % 2 if group.units < 10 else 7 + 5 * group.layer
-            kept = max(group.units - drop, group.least or 1)
-            keep = tuple(range(group.units))[group.units - kept :] if group.layer % 2 else tuple(range(kept))
-            groups.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
-    return Plan("tiny", CutOptions(ratio=0.3, of="units"), tuple(g for g in groups if g.kept < g.units), {}, {})
 
 
 def _family(family: str) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from every_type import tiny_config
 from families import family_config, family_model
 from secateur import (
     CalibrationOptions,
@@ -28,6 +29,7 @@ from secateur import (
     prune,
     score,
 )
+from secateur.axes.groups import from_json
 from secateur.plan import (
     calibration_for,
     check_score,
@@ -167,6 +169,50 @@ def test_widths_are_multiples(discovery: Discovery, multiple: int) -> None:
     assert {size % multiple for name, size in kept(decided).items() if name.endswith("mlp")} == {0}
 
 
+def test_stacked_experts_keep_to_widths_that_grouped_products_take() -> None:
+    """Rows of a multiple of 16 bytes, in 16 bits a number; what is asked for is a multiple of that too."""
+    config = tiny_config("mixtral")
+    found = discover(config)
+    experts = [group for group in found.groups if group.kind == "expert_mlp"]
+    assert {(group.units, group.multiple) for group in experts} == {(84, 4)}
+    assert found.group("hidden").multiple == 8
+    assert {group.multiple for group in found.groups if group.kind == "attention"} == {1}
+    assert from_json(json.loads(json.dumps(found.to_json()))).groups == found.groups
+    for ratio in (0.1, 0.25, 0.4):
+        for of in ("units", "non-embedding"):
+            for multiple, each in ((1, 4), (3, 12)):
+                decided = plan(found, CutOptions(ratio=ratio, of=of, axes=("mlp",), round_to=multiple))
+                assert {group.kept % each for group in decided.groups} == {0}
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.5, 1.5), (1.5, 0.5), (0.0, 2.0), (1.0, 1.0)])
+def test_a_schedule_gives_layers_shares_on_a_line(discovery: Discovery, first: float, last: float) -> None:
+    options = CutOptions(ratio=0.3, shape="free", schedule=(first, last))
+    decided = plan(discovery, options)
+    assert plan_from_json(json.loads(json.dumps(decided.to_json()))) == decided
+    left = decided.parameters["pruned_non_embedding"] / decided.parameters["dense_non_embedding"]
+    assert left == pytest.approx(0.7, abs=0.005)
+    removed = [800 - kept(decided).get(f"layers.{i}.mlp", 800) for i in range(4)]
+    mean = sum(removed) / 4
+    expected = [mean * 2 * (first + (last - first) * i / 3) / (first + last) for i in range(4)]
+    assert removed == pytest.approx(expected, abs=2)
+    units = plan(discovery, replace(options, of="units", axes=("mlp",)))
+    removed = [800 - kept(units).get(f"layers.{i}.mlp", 800) for i in range(4)]
+    assert removed == pytest.approx(
+        [240 * 2 * (first + (last - first) * i / 3) / (first + last) for i in range(4)], abs=1
+    )
+
+
+def test_a_schedule_never_empties_a_layer(discovery: Discovery) -> None:
+    for of in ("units", "non-embedding"):
+        decided = plan(discovery, CutOptions(ratio=0.6, of=of, axes=("mlp",), shape="free", schedule=(0, 1)))
+        assert min(kept(decided).values()) >= 1
+    one = plan(
+        discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",), layers=(1, 2), shape="free", schedule=(0, 1))
+    )
+    assert kept(one) == {"layers.1.mlp": 400}
+
+
 def test_heads_that_the_config_refuses_are_left_whole() -> None:
     """The config wants the hidden width to divide by the heads; what no number of heads can give, the MLP gives."""
     config = family_config("llama", hidden_size=112, num_attention_heads=7, num_key_value_heads=7, head_dim=16)
@@ -188,7 +234,7 @@ def test_a_plan_survives_json(discovery: Discovery, scores: Scores, tmp_path: Pa
     assert plan_from_json(json.loads(json.dumps(sizes.to_json()))) == sizes
 
 
-def test_presets() -> None:
+def test_presets(discovery: Discovery) -> None:
     assert preset("llm-pruner", 32) == CutOptions(ratio=0.25, of="units", layers=(4, 30), score="param_first")
     best = preset("best", 32)
     assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "free")
@@ -198,6 +244,8 @@ def test_presets() -> None:
     assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
         "a.txt", samples=256, length=256, for_scores=64
     )
+    scheduled = options_for("best", discovery, {"schedule": (0.5, 1.5)})
+    assert (scheduled.scope, scheduled.shape, scheduled.repair) == ("local", "free", "least-squares")
     with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):
         preset("bets", 32)
 
@@ -219,6 +267,11 @@ def test_a_ratio_outside_is_refused(ratio: float) -> None:
         ({"ratio": 0.2, "axes": ()}, "axes is empty"),
         ({"ratio": 0.2, "axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),
         ({"ratio": 0.2, "round_to": 0}, "round_to=0 is not a width"),
+        ({"ratio": 0.2, "shape": "free", "schedule": (-1, 1)}, "schedule=-1:1: expected shares in proportion"),
+        ({"ratio": 0.2, "shape": "free", "schedule": (0, 0)}, "schedule=0:0: expected shares in proportion"),
+        ({"ratio": 0.2, "schedule": (1, 2)}, "schedule=1:2 gives every layer its share .* scope=local and shape=free"),
+        ({"ratio": 0.2, "shape": "free", "scope": "global", "schedule": (1, 2)}, "scope=local and shape=free"),
+        ({"ratio": 0.2, "shape": "free", "axes": ("hidden",), "schedule": (1, 2)}, "axes inside layers"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

@@ -132,6 +132,15 @@ Scope = Annotated[
 Shape = Annotated[
     str | None, typer.Option("--shape", help="uniform: layers alike; free: each its own.", show_default=False)
 ]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        metavar="A:B",
+        help="Shares of the first and the last layer, in proportion: 0.5:1.5.",
+        show_default=False,
+    ),
+]
 AtLeast = Annotated[
     float | None, typer.Option("--at-least", help="The share of each group that stays.", show_default=False)
 ]
@@ -278,6 +287,7 @@ def plan_command(
     round_to: RoundTo = None,
     scope: Scope = None,
     shape: Shape = None,
+    schedule: Schedule = None,
     at_least: AtLeast = None,
     choose: Choose = None,
     repair: RepairOption = None,
@@ -317,6 +327,7 @@ def plan_command(
             score,
             reduce,
             round_to,
+            schedule,
             scope=scope,
             shape=shape,
             at_least=at_least,
@@ -361,6 +372,7 @@ def prune_command(
     round_to: RoundTo = None,
     scope: Scope = None,
     shape: Shape = None,
+    schedule: Schedule = None,
     at_least: AtLeast = None,
     choose: Choose = None,
     repair: RepairOption = None,
@@ -405,6 +417,7 @@ def prune_command(
             score,
             reduce,
             round_to,
+            schedule,
             scope=scope,
             shape=shape,
             at_least=at_least,
@@ -568,6 +581,7 @@ def _cut_options(
     score: str | None,
     reduce: str | None,
     round_to: int | None,
+    schedule: str | None,
     **others: Any,
 ) -> dict[str, Any]:
     """The options that were given, in the form that `CutOptions` takes."""
@@ -581,6 +595,7 @@ def _cut_options(
         "score": score,
         "reduce": reduce,
         "round_to": round_to,
+        "schedule": None if schedule is None else _proportion(schedule),
         **others,
     }
     return {name: value for name, value in given.items() if value is not None}
@@ -602,6 +617,14 @@ def _range(text: str) -> tuple[int, int]:
     if not colon or not first.strip().isdigit() or not last.strip().isdigit():
         raise PlanError(f"--layers {text}: expected first:last with the last left out, for example 4:30")
     return int(first), int(last)
+
+
+def _proportion(text: str) -> tuple[float, float]:
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last)
+    except ValueError:
+        raise PlanError(f"--schedule {text}: expected two numbers, for example 0.5:1.5") from None
 
 
 def _texts(named: Sequence[str]) -> dict[str, str]:
@@ -642,7 +665,7 @@ def _check_files(*files: Path | None, made: Path | None = None) -> None:
 def _check_alone(context: typer.Context, plan_file: Path) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
     cut = "preset ratio of target axes strategy layers score reduce round_to"
-    how = "scope shape at_least choose repair steps sublayers at_dtype calibration samples length column chat"
+    how = "scope shape schedule at_least choose repair steps sublayers at_dtype calibration samples length column chat"
     for name in f"{cut} {how}".split():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

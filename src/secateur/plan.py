@@ -70,6 +70,7 @@ class CutOptions:
     at_dtype: str = "bfloat16"  # in which bytes of memory are counted
     steps: int = 1  # of plan, cut, repair and scoring anew
     sublayers: bool = False  # whether the attention or MLP of a layer may go as a whole
+    schedule: tuple[float, float] | None = None  # the shares of the first and last layer, in proportion; linear between
 
     def __post_init__(self) -> None:
         """Check every value on its own; what depends on the model is checked by `plan`."""
@@ -120,6 +121,15 @@ class CutOptions:
             raise PlanError(f"at_least={self.at_least:g} is outside [0, 1): a share of units, for example 0.1")
         if self.sublayers and (self.scope == "local" or self.shape != "free"):
             raise PlanError("sublayers=True lets single layers lose one: use shape=free and scope=global with it")
+        if self.schedule is not None:
+            first, last = self.schedule
+            if not (0 <= first < math.inf and 0 <= last < math.inf and first + last > 0):
+                raise PlanError(f"schedule={first:g}:{last:g}: expected shares in proportion, for example 0.5:1.5")
+            if self.scope != "local" or self.shape != "free" or {"hidden", "layers"} & set(self.axes):
+                raise PlanError(
+                    f"schedule={first:g}:{last:g} gives every layer its share of units: use scope=local and shape=free "
+                    "with it, and axes inside layers"
+                )
         if self.steps < 1:
             raise PlanError(f"steps={self.steps} cuts nothing: give 1, or for example 4")
         if self.round_to < 1:
@@ -215,7 +225,8 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
     try:
         options = dict(data["options"])
         options["axes"] = tuple(options["axes"])
-        options["layers"] = tuple(options["layers"]) if options["layers"] is not None else None
+        for pair in ("layers", "schedule"):
+            options[pair] = tuple(options[pair]) if options.get(pair) is not None else None
         groups = tuple(_planned_group(group) for group in data["groups"])
         for name in ("parameters", "macs", "scored"):
             dict(data[name])
@@ -321,6 +332,8 @@ def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> Cu
         base = replace(CutOptions(ratio=base.ratio, of=base.of), axes=axes, repair=repair)
     if changes.get("of") == "units":  # a share of each group's units
         changes = {"scope": "local", "shape": "uniform", **changes}
+    if "schedule" in changes:
+        changes = {"scope": "local", "shape": "free", **changes}
     if "score" in changes:  # then it decides
         changes.setdefault("choose", "score")
     if "target" in changes and changes["target"] is not None:
@@ -530,21 +543,48 @@ def removed_units(units: int, ratio: float) -> int:
     return math.floor(exact + 1e-9) if units < MANY_UNITS else math.ceil(exact - 1e-9)
 
 
-def _kept_of_units(chosen: Mapping[str, Sequence[Group]], options: CutOptions) -> dict[str, int]:
+def _weights(chosen: Mapping[str, Sequence[Group]], options: CutOptions) -> Callable[[Group], float]:
+    """Each group's share in proportion to the mean of all: by a schedule a line over the layers, else 1."""
+    if options.schedule is None:
+        return lambda group: 1.0
+    layers = [group.layer or 0 for family in chosen.values() for group in family]
+    first, (low, high) = min(layers), options.schedule
+    depth = max(max(layers) - first, 1)
+    by_layer = {layer: low + (high - low) * (layer - first) / depth for layer in layers}
+    mean = sum(by_layer[layer] for layer in layers) / len(layers)
+    if mean == 0:  # one layer, whose share is the first of the two
+        return lambda group: 1.0
+    return lambda group: by_layer[group.layer or 0] / mean
+
+
+def _kept_of_units(
+    chosen: Mapping[str, Sequence[Group]], options: CutOptions, weigh: Callable[[Group], float]
+) -> dict[str, int]:
     assert options.ratio is not None
     return {
-        group.name: _rounded(group, group.units - removed_units(group.units, options.ratio), options)
+        group.name: _rounded(
+            group,
+            max(group.least, group.units - removed_units(group.units, options.ratio * weigh(group)))
+            if options.schedule is not None
+            else group.units - removed_units(group.units, options.ratio),
+            options,
+        )
         for family in chosen.values()
         for group in family
     }
 
 
+def _multiple(group: Group, options: CutOptions) -> int:
+    """What the widths of a group are multiples of: as asked for, and as the kernels that read them need."""
+    return math.lcm(options.round_to, group.multiple)
+
+
 def _rounded(group: Group, kept: int, options: CutOptions) -> int:
-    """The nearest width that is a multiple of `round_to`; heads and layers are not rounded."""
-    multiple = options.round_to
+    """The nearest width that is a multiple; heads and layers are not rounded."""
+    multiple = _multiple(group, options)
     if group.units >= MANY_UNITS or group.kind in WIDE:
         if multiple > group.units:
-            raise PlanError(f"round_to={multiple} is more than the {group.units} units of {group.name}")
+            raise PlanError(f"round_to={options.round_to} is more than the {group.units} units of {group.name}")
         if multiple > 1 and kept < group.units:
             kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
     if kept < group.least:
@@ -570,8 +610,9 @@ def _candidates(
     noticeable size, so they are rounded down and the wide groups settle the difference. What follows the first
     candidate has other numbers of heads, for configs that refuse some.
     """
+    weigh = _weights(chosen, options)
     if options.of == "units":
-        yield _kept_of_units(chosen, options)
+        yield _kept_of_units(chosen, options, weigh)
         return
     groups = [group for family in chosen.values() for group in family]
     count = _counter(discovery, options, latency)
@@ -592,14 +633,19 @@ def _candidates(
         if options.shape == "free":
             return
     if not many:
-        yield _nearest_few(few, count, wanted)
+        yield _nearest_few(few, count, wanted, weigh)
         return
     share = (dense - wanted) / max(1, dense - least)
     most = max((g.units for g in few), default=1)
     for removed in sorted(range(most), key=lambda n: (abs(n - math.floor(most * share + 1e-9)), n)):
-        kept = {g.name: max(g.least, g.units - removed * g.units // most) for g in few}
+        kept = {g.name: _without(g, removed / most * weigh(g)) for g in few}
         if count({**kept, **{g.name: g.least for g in many}}) <= wanted <= count(kept):
-            yield kept | _nearest_many(many, kept, count, wanted, options)
+            yield kept | _nearest_many(many, kept, count, wanted, options, weigh)
+
+
+def _without(group: Group, share: float) -> int:
+    """Units that are left without a share of them, rounded down; no fewer than the model needs."""
+    return max(group.least, group.units - math.floor(group.units * share + 1e-9))
 
 
 def _allocated(
@@ -616,7 +662,7 @@ def _allocated(
     uniform, at_least = options.shape == "uniform", options.at_least
 
     def round_to(group: Group) -> int:
-        return 1 if group.name in coarse else options.round_to
+        return 1 if group.name in coarse else _multiple(group, options)
 
     if options.scope == "sensitivity":
         if damage is None:
@@ -655,15 +701,16 @@ def _nearest_many(
     count: Callable[[dict[str, int]], int],
     wanted: int,
     options: CutOptions,
+    weigh: Callable[[Group], float],
 ) -> dict[str, int]:
     """The one share of units, over all these groups, that comes nearest to the budget."""
     widest = max(group.units for group in groups)
+    lightest = min((weigh(group) for group in groups if weigh(group) > 0), default=1.0)
 
     def at(step: int) -> dict[str, int]:
-        exact = {g.name: max(g.least, g.units - math.floor(g.units * step / widest + 1e-9)) for g in groups}
-        return {g.name: _rounded(g, exact[g.name], options) for g in groups}
+        return {g.name: _rounded(g, _without(g, step / widest * weigh(g)), options) for g in groups}
 
-    low, high = 0, widest - 1  # the fewest steps that leave no more than is wanted
+    low, high = 0, math.ceil((widest - 1) / min(lightest, 1.0))  # the fewest steps that leave no more than is wanted
     while low < high:
         middle = (low + high) // 2
         if count({**kept, **at(middle)}) <= wanted:
@@ -673,9 +720,14 @@ def _nearest_many(
     return min((at(step) for step in (low, max(0, low - 1))), key=lambda k: abs(count({**kept, **k}) - wanted))
 
 
-def _nearest_few(groups: Sequence[Group], count: Callable[[dict[str, int]], int], wanted: int) -> dict[str, int]:
+def _nearest_few(
+    groups: Sequence[Group],
+    count: Callable[[dict[str, int]], int],
+    wanted: int,
+    weigh: Callable[[Group], float],
+) -> dict[str, int]:
     fewest = max(group.units for group in groups)
-    options = [{g.name: max(g.least, g.units - step * g.units // fewest) for g in groups} for step in range(fewest)]
+    options = [{g.name: _without(g, step / fewest * weigh(g)) for g in groups} for step in range(fewest)]
     return min(options, key=lambda kept: abs(count(kept) - wanted))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 from secateur.axes.algebra import (
@@ -22,6 +22,9 @@ from secateur.axes.algebra import (
 )
 from secateur.axes.rules import Inference, Operation
 from secateur.graph import Graph, Ref
+
+# Grouped products of stacked matrices (experts) want rows of a multiple of 16 bytes: so many numbers of 16 bits.
+STACKED_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Group:
     normed: bool = False  # a norm takes its mean or variance across it: cutting it changes the statistic
     chosen: bool = False  # the model chooses among its units (a router does): the choice is then among those that stay
     least: int = 1  # units that the model's code needs
+    multiple: int = 1  # of which its widths are: kernels that read it run on no others
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class Discovery:
                     "normed": group.normed,
                     "chosen": group.chosen,
                     "least": group.least,
+                    "multiple": group.multiple,
                     "axes": [{"weight": a.weight, "dim": a.dim, "expression": show(a.expression)} for a in group.axes],
                 }
                 for group in self.groups
@@ -160,6 +165,7 @@ def from_json(data: Mapping[str, Any]) -> Discovery:
                 normed=group["normed"],
                 chosen=group["chosen"],
                 least=group["least"],
+                multiple=group.get("multiple", 1),
                 axes=tuple(Axis(a["weight"], a["dim"], read(a["expression"])) for a in group["axes"]),
             )
             for group in data["groups"]
@@ -268,6 +274,8 @@ def group_axes(state: Inference, model: str) -> Discovery:
     rename_work = _renaming(names, also=(BATCH, SEQUENCE))
     normed = _across(state, "statistic")
     chosen = _across(state, "choice")
+    inside = [at for v, at in where.items() if kinds[v] == "expert_mlp"]
+    stacks = {weight for at in inside for weight, dim in at if dim > 0 and len(found[weight]) == 3}
     groups = [
         Group(
             name=names[v],
@@ -278,6 +286,7 @@ def group_axes(state: Inference, model: str) -> Discovery:
             normed=v in normed,
             chosen=v in chosen,
             least=max(1, chosen.get(v, 1)),
+            multiple=gcd(STACKED_MULTIPLE, sizes[v]) if stacks & {w for w, dim in where[v] if dim > 0} else 1,
         )
         for v in order
     ]
