@@ -437,17 +437,37 @@ class TestRecord:
         assert (record.calibration, record.dtype) == ("hash", "float32")
         assert record.calibration_options == options
 
-    @pytest.mark.parametrize("content", ["{", "[]", '{"colour": "green"}', None])
-    def test_what_is_no_record(self, content: str | None, tmp_path: Path) -> None:
-        if content is not None:
-            (tmp_path / RECORD_FILE).write_text(content)
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            ("{", "cannot be read; Expecting property name"),
+            ("[" * 100_000, "cannot be read; maximum recursion depth"),
+            ("[]", "is damaged: weights cannot be missing"),
+            ('{"colour": "green"}', "is damaged: model cannot be missing"),
+            ('{"model": 3}', "is damaged: model cannot be 3"),
+        ],
+    )
+    def test_a_damaged_record(self, content: str, match: str, tmp_path: Path) -> None:
+        (tmp_path / RECORD_FILE).write_text(content)
+        with pytest.raises(CheckpointError, match=rf"^[^\n]*{tmp_path.name}: {RECORD_FILE} {match}[^\n]*$"):
+            read_record(tmp_path)
+
+    def test_no_record(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").touch()
         assert read_record(tmp_path) is None
-        assert read_record(tmp_path / RECORD_FILE) is None
+        assert read_record(tmp_path / "config.json") is None
 
     def test_a_record_of_an_earlier_version(self, tmp_path: Path) -> None:
         data = make_record(nn.Linear(2, 2), name="x").to_json()
-        del data["calibration_options"]
+        del data["calibration_options"], data["tensors"]
         (tmp_path / RECORD_FILE).write_text(json.dumps(data))
         record = read_record(tmp_path)
         assert record is not None
-        assert (record.model, record.calibration_options) == ("x", None)
+        assert (record.model, record.calibration_options, record.tensors) == ("x", None, None)
+
+    def test_a_record_of_a_later_version(self, tmp_path: Path) -> None:
+        data = make_record(nn.Linear(2, 2), name="x").to_json()
+        (tmp_path / RECORD_FILE).write_text(json.dumps({**data, "mood": "good"}))
+        record = read_record(tmp_path)
+        assert record is not None
+        assert record.to_json() == data
