@@ -411,7 +411,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     if source.kind == "config":
         raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
     location, options = _location(source)
-    _check_as_written(source, _is_text_file)
+    _check_as_written(source, lambda name: name == "config.json" or _is_text_file(name))  # the config names a class
     with quiet(), _told_by(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location, trust_remote_code=trust_remote_code, **options
