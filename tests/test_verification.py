@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import secateur.checkpoint.stock
-from secateur import SecateurError, prune_model, verify
-from secateur.checkpoint import PLAN_FILE, RECORD_FILE, read_record
+from secateur import CheckpointError, ModelError, SecateurError, prune_model, verify
+from secateur.checkpoint import PLAN_FILE, RECORD_FILE, read_record, write_json, write_manifest
+from secateur.cli import run
 from secateur.manifest import MANIFEST_FILE
 from secateur.models import load, load_config, load_tokenizer
 from secateur.plan import Plan, read_plan
@@ -426,3 +428,128 @@ def test_anybodys_folder_fails_in_one_line(mutation: str, wholes: dict[str, Whol
         if (tmp_path / "x" / MANIFEST_FILE).is_file():
             (tmp_path / "x" / MANIFEST_FILE).unlink()
             check_anybodys(tmp_path / "x")
+
+
+# --- what verify says -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(wholes: dict[str, Whole], tmp_path: Path) -> Path:
+    return shutil.copytree(wholes["uniform"].folder, tmp_path / "out")
+
+
+def rewrite(file: Path, change: Callable[[Any], object]) -> None:
+    """Change a file of JSON, and the manifest with it, as if that were what was written."""
+    data = json.loads(file.read_text())
+    change(data)
+    write_json(file, data)
+    write_manifest(file.parent)
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_a_whole_folder(kind: str, wholes: dict[str, Whole]) -> None:
+    found = verify(wholes[kind].folder)
+    assert found.problems == ()
+    assert found.built
+    assert {file.name for file in found.files} == {path.name for path in wholes[kind].folder.iterdir()} - {
+        MANIFEST_FILE
+    }
+    assert found.tensors == sum(len(load_file(path)) for path in wholes[kind].folder.glob("*.safetensors"))
+    assert all(file.bytes == (wholes[kind].folder / file.name).stat().st_size for file in found.files)
+    json.dumps(found.to_json())
+
+
+def test_files_that_no_loader_reads_may_be_added(folder: Path) -> None:
+    (folder / "README.md").write_text("a card")
+    (folder / ".gitattributes").touch()
+    (folder / "results.json").write_text("{}")
+    assert verify(folder).problems == ()
+
+
+def test_parts_that_do_not_fit_together(folder: Path, wholes: dict[str, Whole]) -> None:
+    """A manifest that fits the files does not help files that do not fit each other."""
+    rewrite(folder / PLAN_FILE, lambda data: data["settings"].update(intermediate_size=1))
+    (problem,) = verify(folder).problems
+    assert re.fullmatch(r"secateur_plan\.json says intermediate_size=1, config\.json \d+", problem)
+    shutil.copy(wholes["uniform"].folder / PLAN_FILE, folder)
+    rewrite(folder / PLAN_FILE, lambda data: data["parameters"].update(pruned=7))
+    (problem,) = verify(folder).problems
+    assert re.fullmatch(r"secateur_plan\.json says 7 parameters, the weights have \d+", problem)
+    rewrite(folder / PLAN_FILE, lambda data: data.update(settings=None, refusal="no"))
+    assert "says that no stock config holds the cut (no), config.json is one" in verify(folder).problems[0]
+    rewrite(folder / PLAN_FILE, lambda data: data.update(format=99))
+    assert "secateur_plan.json: the plan has format 99" in verify(folder).problems[0]
+    shutil.copy(wholes["uniform"].folder / PLAN_FILE, folder)
+    rewrite(folder / RECORD_FILE, lambda data: data.update(seed="x"))
+    assert "secateur_record.json is damaged: seed cannot be 'x'" in verify(folder).problems[0]
+    shutil.copy(wholes["uniform"].folder / RECORD_FILE, folder)
+    rewrite(folder / "config.json", lambda data: data.update(num_hidden_layers=2))
+    assert any("config.json describes a model without model.layers.2" in problem for problem in verify(folder).problems)
+    rewrite(folder / "config.json", lambda data: data.update(num_hidden_layers=3, intermediate_size=30))
+    assert "the checkpoint has another shape for" in verify(folder).problems[0]
+
+
+def test_custom_code_is_hashed_and_not_run(folder: Path) -> None:
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    rewrite(folder / "config.json", lambda data: data.update(model_type="own", auto_map={"AutoConfig": "own.Config"}))
+    found = verify(folder)
+    assert (found.problems, found.built) == ((), False)
+    (folder / "own.py").write_text("raise SystemExit('RUN')")
+    assert verify(folder).problems[0].startswith("own.py has other bytes than were written")
+    with pytest.raises(ModelError, match=r"own\.py has other bytes|custom code"):
+        load(str(folder), device="cpu", trust_remote_code=False)
+
+
+def test_code_is_compared_before_it_runs(wholes: dict[str, Whole], tmp_path: Path) -> None:
+    folder = shutil.copytree(wholes["uniform"].folder, tmp_path / "own")
+    (folder / "own.py").write_text("from transformers import LlamaForCausalLM as Own")
+    rewrite(folder / "config.json", lambda data: data.update(auto_map={"AutoModelForCausalLM": "own.Own"}))
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ModelError, match=r"own\.py has \d+ bytes"):
+        load(str(folder), device="cpu", trust_remote_code=True)
+
+
+def test_what_cannot_be_verified(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere is no folder; name one that `secateur prune MODEL OUT` wrote"):
+        verify(tmp_path / "nowhere")
+    (folder / MANIFEST_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match=rf"out: {MANIFEST_FILE} cannot be read"):
+        verify(folder)
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"out has no {MANIFEST_FILE}, so there is nothing to compare it with"):
+        verify(folder)
+    write_json(folder / MANIFEST_FILE, {"format": 1, "files": {}})
+    assert f"{MANIFEST_FILE} lists no weights" in verify(folder).problems
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def place(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(folder.parent)
+
+    def test_a_whole_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["verify", "out", "--json", "v.json"]) == 0
+        shown = capsys.readouterr()
+        assert shown.err == ""
+        assert "whole: 30 tensors in 8 files, and the model of its config has these tensors and the plan's" in shown.out
+        found = json.loads(Path("v.json").read_text())
+        assert (found["problems"], found["built"], len(found["files"])) == ([], True, 8)
+        assert run(["verify", "out", "--quiet"]) == 0
+        assert capsys.readouterr() == ("", "")
+
+    def test_a_damaged_one(self, capsys: pytest.CaptureFixture[str]) -> None:
+        os.truncate("out/tokenizer.json", 7)
+        os.truncate("out/model.safetensors", 1000)
+        assert run(["verify", "out", "--json", "v.json"]) == 2
+        shown = capsys.readouterr()
+        assert "no: is truncated or not a safetensors file" in shown.out
+        assert "no: has 7 bytes" in shown.out
+        assert re.fullmatch(
+            r"secateur: error: out: model\.safetensors is truncated .* \(and 1 more\); copy it again, or prune again\n",
+            shown.err,
+        )
+        assert len(json.loads(Path("v.json").read_text())["problems"]) == 2
+
+    def test_none(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["verify", "nowhere"]) == 2
+        assert capsys.readouterr().err.startswith("secateur: error: nowhere is no folder")

@@ -667,7 +667,7 @@ def _check_weight_files(source: Source) -> None:
         )
     named = _named_by_config(folder)
     if named is not None:
-        _check_plain(source, "config.json, transformers_weights", named)
+        _check_plain(source, "config.json, transformers_weights", named, (WEIGHTS, f"{WEIGHTS}.index.json"))
     if (folder / (named or _WEIGHTS)).is_file() and (named or _WEIGHTS).endswith(WEIGHTS):
         files = [named or _WEIGHTS]
     elif (folder / (named or _INDEX)).is_file():
@@ -717,17 +717,17 @@ def _shards(source: Source, index: Path) -> list[str]:
             f"{source.argument!r}: {index.name} cannot be read; {_in_one_line(error)} {expected}"
         ) from error
     for name in weight_map.values():
-        _check_plain(source, index.name, name)
+        _check_plain(source, index.name, name, (WEIGHTS,))
     return sorted(shards)
 
 
-def _check_plain(source: Source, where: str, name: Any) -> None:
+def _check_plain(source: Source, where: str, name: Any, kinds: tuple[str, ...]) -> None:
     """Raise `ModelError` for a name that leads out of the folder, or to another kind of file.
 
     A link in the folder may lead anywhere: the hub's cache is made of such.
     """
     plain = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
-    if not plain or not name.endswith((WEIGHTS, ".safetensors.index.json" if "config" in where else WEIGHTS)):
+    if not plain or not name.endswith(kinds):
         raise ModelError(
             f"{source.argument!r}: {where} names {name!r:.80} as a file of weights; expected the name of a "
             f"{WEIGHTS} file that lies in the folder, not a path"
