@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import secateur.checkpoint.folder
 from secateur import CheckpointError, CutOptions, Plan, discover, plan, prune, save, score
 from secateur.checkpoint import (
     PLAN_FILE,
@@ -288,12 +289,49 @@ class TestAtomicFolder:
             return rename(self, target)
 
         monkeypatch.setattr(Path, "rename", fail)
+        monkeypatch.setattr(secateur.checkpoint.folder, "_exchanged", lambda *_: False)
         with (
             pytest.raises(CheckpointError, match="Input/output error"),
             atomic_folder(tmp_path / "out", overwrite=True),
         ):
             pass
         assert names(tmp_path) == ["out", "out/config.json"]
+
+    @pytest.mark.parametrize("exchange", [True, False])
+    def test_the_old_is_replaced_in_one_step(
+        self, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the system can exchange two folders, there is always one of that name; elsewhere in two steps."""
+        if not exchange:
+            monkeypatch.setattr(secateur.checkpoint.folder, "_exchanged", lambda *_: False)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/config.json").write_text("old")
+        renames: list[str] = []
+        rename = Path.rename
+
+        def noted(self: Path, target: Path) -> Path:
+            renames.append(self.name)
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", noted)
+        with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "config.json").write_text("new")
+        assert (tmp_path / "out/config.json").read_text() == "new"
+        assert names(tmp_path) == ["out", "out/config.json"]
+        assert len(renames) == (0 if exchange and sys.platform == "linux" else 2)
+
+    def test_what_was_moved_away_by_a_dead_process(self, tmp_path: Path) -> None:
+        """It is all there is until there is an output again."""
+        with subprocess.Popen([sys.executable, "-c", ""]) as process:
+            process.wait()
+        old = tmp_path / f".out.{process.pid}.old"
+        old.mkdir()
+        with pytest.raises(ValueError, match="no"):
+            write_half(tmp_path / "out", ValueError("no"))
+        assert names(tmp_path) == [old.name]
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "a").touch()
+        assert names(tmp_path) == ["out", "out/a"]
 
     def test_a_link_stays_a_link(self, tmp_path: Path) -> None:
         (tmp_path / "far").mkdir()
@@ -369,6 +407,14 @@ class TestJson:
         assert names(tmp_path) == ["x.json"]
         assert (tmp_path / "x.json").read_text() == "1\n"
 
+    def test_what_a_dead_process_left_is_removed(self, tmp_path: Path) -> None:
+        with subprocess.Popen([sys.executable, "-c", ""]) as process:
+            process.wait()
+        (tmp_path / f".x.json.{process.pid}.partial").touch()
+        (tmp_path / f".x.json.{os.getppid()}.partial").touch()
+        write_json(tmp_path / "x.json", 1)
+        assert names(tmp_path) == [f".x.json.{os.getppid()}.partial", "x.json"]
+
     def test_what_json_cannot_say(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError):
             write_json(tmp_path / "x.json", {"a": object()})
@@ -437,17 +483,37 @@ class TestRecord:
         assert (record.calibration, record.dtype) == ("hash", "float32")
         assert record.calibration_options == options
 
-    @pytest.mark.parametrize("content", ["{", "[]", '{"colour": "green"}', None])
-    def test_what_is_no_record(self, content: str | None, tmp_path: Path) -> None:
-        if content is not None:
-            (tmp_path / RECORD_FILE).write_text(content)
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            ("{", "cannot be read; Expecting property name"),
+            ("[" * 100_000, "cannot be read; maximum recursion depth"),
+            ("[]", "is damaged: weights cannot be missing"),
+            ('{"colour": "green"}', "is damaged: model cannot be missing"),
+            ('{"model": 3}', "is damaged: model cannot be 3"),
+        ],
+    )
+    def test_a_damaged_record(self, content: str, match: str, tmp_path: Path) -> None:
+        (tmp_path / RECORD_FILE).write_text(content)
+        with pytest.raises(CheckpointError, match=rf"^[^\n]*{tmp_path.name}: {RECORD_FILE} {match}[^\n]*$"):
+            read_record(tmp_path)
+
+    def test_no_record(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").touch()
         assert read_record(tmp_path) is None
-        assert read_record(tmp_path / RECORD_FILE) is None
+        assert read_record(tmp_path / "config.json") is None
 
     def test_a_record_of_an_earlier_version(self, tmp_path: Path) -> None:
         data = make_record(nn.Linear(2, 2), name="x").to_json()
-        del data["calibration_options"]
+        del data["calibration_options"], data["tensors"]
         (tmp_path / RECORD_FILE).write_text(json.dumps(data))
         record = read_record(tmp_path)
         assert record is not None
-        assert (record.model, record.calibration_options) == ("x", None)
+        assert (record.model, record.calibration_options, record.tensors) == ("x", None, None)
+
+    def test_a_record_of_a_later_version(self, tmp_path: Path) -> None:
+        data = make_record(nn.Linear(2, 2), name="x").to_json()
+        (tmp_path / RECORD_FILE).write_text(json.dumps({**data, "mood": "good"}))
+        record = read_record(tmp_path)
+        assert record is not None
+        assert record.to_json() == data

@@ -30,7 +30,7 @@ from secateur.run import plan_model
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "demo")
+COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "verify", "demo")
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 
 

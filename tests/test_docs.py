@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from secateur import CutOptions, Plan
+from secateur.checkpoint import PLAN_FILE, RECORD_FILE, Record
+from secateur.manifest import MANIFEST_FILE, Entry
+from secateur.models import _TEXT_FILES
+from secateur.plan import PlannedGroup
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -48,6 +55,15 @@ def test_links_are_found_outside_code() -> None:
 
 def test_python_blocks_are_found_with_their_place() -> None:
     assert python_blocks("one\n```bash\nls\n```\n```python\nx = 1\n```\n") == [(5, "x = 1\n")]
+
+
+def test_the_page_on_the_format_has_every_file_and_key() -> None:
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    keys = {f.name for kind in (Plan, CutOptions, PlannedGroup, Record, Entry) for f in fields(kind)}
+    assert sorted(key for key in keys if f"`{key}`" not in page) == []
+    assert (
+        sorted(name for name in (*_TEXT_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE) if f"`{name}`" not in page) == []
+    )
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import socket
 import urllib.request
@@ -37,7 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import secateur.models
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UntrustedCodeError
 from secateur.models import (
     DTYPES,
     Source,
@@ -239,8 +240,9 @@ class TestConfig:
         auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
         edit_config(folder, model_type="own", auto_map=auto_map)
         for model in (folder, folder / "config.json"):
-            with fails("custom code"):
+            with fails("custom code") as caught:
                 load_config(str(model))
+            assert type(caught.value) is UntrustedCodeError
             config = load_config(str(model), trust_remote_code=True)
             assert type(config).__name__ == "OwnConfig"
             assert type(skeleton(config, trust_remote_code=True)).__name__ == "OwnModel"
@@ -387,6 +389,78 @@ class TestLoad:
         (sharded / "model.safetensors.index.json").write_text(text)
         with fails("model.safetensors.index.json cannot be read; "):
             load(str(sharded))
+
+    @pytest.mark.parametrize(
+        "name",
+        ["../x.safetensors", "/tmp/x.safetensors", "a/x.safetensors", "..\\x.safetensors", "config.json", "", ".."],
+    )
+    def test_an_index_that_leads_elsewhere(self, name: str, sharded: Path) -> None:
+        index = sharded / "model.safetensors.index.json"
+        data = json.loads(index.read_text())
+        shutil.copy(sorted(sharded.glob("*.safetensors"))[0], sharded.parent / "x.safetensors")
+        data["weight_map"]["lm_head.weight"] = name
+        index.write_text(json.dumps(data))
+        with fails(
+            f"index.json names {name!r} as a file of weights; expected the name of a .safetensors file that lies"
+        ):
+            load(str(sharded), device="cpu")
+
+    @pytest.mark.parametrize("name", ["../x.safetensors", "adapter_model.bin", "pytorch_model.bin", 3, ["x"]])
+    def test_a_config_that_leads_elsewhere(self, name: Any, folder: Path) -> None:
+        shutil.copy(folder / "model.safetensors", folder.parent / "x.safetensors")
+        edit_config(folder, transformers_weights=name)
+        with fails("config.json, transformers_weights names "):
+            load(str(folder), device="cpu")
+
+    def test_a_config_that_names_its_weights(self, folder: Path, dense: PreTrainedModel) -> None:
+        (folder / "model.safetensors").rename(folder / "own.safetensors")
+        edit_config(folder, transformers_weights="own.safetensors")
+        assert torch.equal(logits(load(str(folder), device="cpu")), logits(dense))
+
+    def test_links_are_followed(self, sharded: Path, dense: PreTrainedModel) -> None:
+        """The cache of the hub is made of links out of the folder."""
+        blobs = sharded.parent / "blobs"
+        blobs.mkdir()
+        for number, path in enumerate(sorted(sharded.iterdir())):
+            path.rename(blobs / str(number))
+            path.symlink_to(blobs / str(number))
+        assert torch.equal(logits(load(str(sharded), device="cpu")), logits(dense))
+
+    def test_a_tensor_in_two_shards(self, sharded: Path) -> None:
+        first, second = sorted(sharded.glob("*.safetensors"))[:2]
+        weights = {**load_file(first), **load_file(second)}
+        save_file(weights, second, {"format": "pt"})
+        with fails(f" lies in {first.name} and in {second.name}; expected one of it"):
+            load(str(sharded), device="cpu")
+
+    def test_an_entry_that_stands_twice(self, sharded: Path) -> None:
+        index = sharded / "model.safetensors.index.json"
+        index.write_text(
+            index.read_text().replace('"lm_head.weight"', '"lm_head.weight": "x.safetensors", "lm_head.weight"')
+        )
+        with fails("index.json cannot be read; the key 'lm_head.weight' stands twice in one object."):
+            load(str(sharded), device="cpu")
+
+    def test_an_adapter_beside_the_config(self, folder: Path) -> None:
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "../../other"}')
+        with fails("adapter_config.json lies beside the config, and loaders would read an adapter, too, or the model"):
+            load(str(folder), device="cpu")
+
+    @pytest.mark.parametrize("settings", [{"vocab_size": 10**9}, {"intermediate_size": 10**10}, {"hidden_size": 10**8}])
+    def test_sizes_for_which_no_memory_is_enough(self, settings: dict[str, int], folder: Path) -> None:
+        """What the weights lack is told before any memory is asked for."""
+        edit_config(folder, **settings)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with fails("the checkpoint has another shape for "):
+            load(str(folder), device="cpu")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+    @pytest.mark.parametrize("name", ["num_hidden_layers", "num_local_experts", "n_layers"])
+    def test_more_layers_than_any_model_has(self, name: str, folder: Path) -> None:
+        edit_config(folder, **{name: 10**9})
+        for function in (load_config, load):
+            with fails(f"its config cannot be read; ValueError: {name}=1000000000, and no model has more than 10000"):
+                function(str(folder))
 
     @pytest.mark.parametrize("kind", ["folder", "sharded"])
     @pytest.mark.parametrize("size", [0, 4, 20, -1])

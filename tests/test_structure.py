@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "secateur"
 # The data flow, top to bottom. A module imports only modules above it; a package stands after its parts.
 ORDER = [
     "errors",
+    "manifest",
     "modeling_free",
     "models",
     "processes",
@@ -46,8 +47,10 @@ ORDER = [
     "steps",
     "checkpoint.folder",
     "checkpoint.record",
+    "checkpoint.accounts",
     "checkpoint.free",
     "checkpoint.stock",
+    "checkpoint.verification",
     "checkpoint",
     "evaluate",
     "profile",

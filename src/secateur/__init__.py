@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 from secateur.axes import Discovery, discover
 from secateur.calibration import CalibrationOptions
-from secateur.checkpoint import save
+from secateur.checkpoint import Verified, save, verify
 from secateur.errors import (
     CheckpointError,
     DataError,
@@ -25,6 +25,7 @@ from secateur.errors import (
     PlanError,
     ScoreError,
     SecateurError,
+    UntrustedCodeError,
 )
 from secateur.evaluate import Perplexity, evaluate
 from secateur.models import load, load_tokenizer
@@ -56,6 +57,8 @@ __all__ = [
     "Scores",
     "SecateurError",
     "Statistics",
+    "UntrustedCodeError",
+    "Verified",
     "cut_in_steps",
     "discover",
     "evaluate",
@@ -70,4 +73,5 @@ __all__ = [
     "repair",
     "save",
     "score",
+    "verify",
 ]

@@ -34,16 +34,24 @@ from secateur import __version__, processes
 from secateur.anatomy import reach_as_json
 from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
-from secateur.checkpoint import check_writable, read_record, write_json
+from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.demo import TEXT, demonstrate
-from secateur.errors import DataError, PlanError, ScoreError, SecateurError
+from secateur.errors import CheckpointError, DataError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.models import DEMO, LoadOptions, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
-from secateur.tables import binary, demo_tables, discovery_tables, perplexity_tables, plan_tables, profile_tables
+from secateur.tables import (
+    binary,
+    demo_tables,
+    discovery_tables,
+    perplexity_tables,
+    plan_tables,
+    profile_tables,
+    verify_tables,
+)
 
 app = typer.Typer(
     name="secateur",
@@ -533,6 +541,28 @@ def profile_command(
     _finish({"results": [asdict(row) for row in rows]}, json_file)
     if not quiet:
         _print(profile_tables(rows))
+
+
+@app.command("verify", cls=_Command)
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="One that `prune` wrote.", show_default=False)],
+    quiet: Quiet = False,
+    json_file: Json = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Check that a folder is as it was written, byte by byte.
+
+    Hashes every file, looks at every tensor, and compares the plan, the config and the weights with each other.
+    """
+    _check_files(json_file)
+    with _watch(quiet=quiet)(f"verify {folder}"):
+        found = verify(folder, trust_remote_code=trust_remote_code)
+    _finish(found.to_json(), json_file)
+    if not quiet:
+        _print(verify_tables(found))
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
+        raise CheckpointError(f"{folder}: {found.problems[0]}{more}; copy it again, or prune again")
 
 
 @app.command("demo", cls=_Command)

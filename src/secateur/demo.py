@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.axes import Discovery, discover
 from secateur.calibration import CalibrationOptions, calibration_windows, demo_texts
-from secateur.checkpoint import atomic_folder, check_stock, check_vacant, make_record, save, write_json
+from secateur.checkpoint import account, atomic_folder, check_stock, check_vacant, make_record, save, write_json
 from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
 from secateur.models import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
@@ -151,6 +151,7 @@ def _run(
             calibration_options=decided.scored["calibration_options"],
             seed=calibration.seed,
             command=command,
+            tensors=account(dense, pruned, decided, discovery),
         )
         save(pruned, folder / "pruned", plan=decided, tokenizer=tokenizer, record=record)
     with clock.stage("reload"):

@@ -21,6 +21,10 @@ class ModelError(SecateurError):
     """A MODEL argument that cannot be found, read, or used as a causal language model."""
 
 
+class UntrustedCodeError(ModelError):
+    """A model that comes with custom code, which may not run unless the user says so."""
+
+
 class DataError(SecateurError):
     """Calibration or evaluation text that is missing, empty, too short or of an unknown format."""
 

@@ -12,15 +12,16 @@ import copy
 import functools
 import importlib
 import importlib.util
-import json
 import logging
 import os
+import re
 import socket
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
@@ -30,7 +31,6 @@ import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -43,9 +43,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
-from secateur.errors import ModelError
+from secateur.errors import CheckpointError, ModelError, UntrustedCodeError
+from secateur.manifest import WEIGHTS, check_as_written, read_json, tensors_in
 from secateur.modeling_free import CLASS_PREFIX, FREE, free_class
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,16 @@ _EXPECTED = (
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+_ADAPTER = "adapter_config.json"
+_MOST_BLOCKS = 10_000  # layers or experts that a config may name: each costs milliseconds to build, on `meta` too
+_BLOCKS = re.compile(r"n(um)?_\w*(layer|expert|block)s?")
+# What tokenizers and processors are made of, whichever class reads it; a tokenizer's class may name more.
+_TEXT_FILES = frozenset(
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
+    "vocab.txt merges.txt spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
+    "processor_config.json preprocessor_config.json video_preprocessor_config.json audio_tokenizer_config.json".split()
+)
+_TEMPLATES = "additional_chat_templates/"  # a folder of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +146,10 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
 def _config_as_written(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     source = resolve(model)
     location, options = _location(source)
+    _check_as_written(source, lambda name: name == "config.json")
     with quiet(), _told_by(source, "its config cannot be read", trust_remote_code=trust_remote_code):
         written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
+        _check_blocks(written)
         if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{FREE}_"):
             return _free_config(written)
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
@@ -147,6 +160,26 @@ def _config_as_written(model: str, *, trust_remote_code: bool) -> PreTrainedConf
             f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
         )
     return config
+
+
+def _check_blocks(written: Any, prefix: str = "") -> None:
+    """Raise ValueError for more layers or experts than any model has: to build them would take hours."""
+    for name, value in written.items() if isinstance(written, dict) else ():
+        if isinstance(value, dict) and not prefix:
+            _check_blocks(value, f"{name}.")
+        elif type(value) is int and value > _MOST_BLOCKS and _BLOCKS.fullmatch(str(name)):
+            raise ValueError(f"{prefix}{name}={value}, and no model has more than {_MOST_BLOCKS}")
+
+
+def _check_as_written(source: Source, reads: Callable[[str], bool]) -> None:
+    """Raise `ModelError` where a file of a folder that we wrote is not as it was."""
+    if source.path is None or source.kind == "gguf":
+        return
+    folder = source.path if source.kind == "folder" else source.path.parent
+    try:
+        check_as_written(folder, reads)
+    except CheckpointError as error:
+        raise ModelError(f"{source.argument!r}: {error}") from error
 
 
 def _free_config(written: dict[str, Any]) -> PreTrainedConfig:
@@ -230,7 +263,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
             )
     except Exception as error:  # any model code may raise anything
         if not trust_remote_code and _wants_trust(error):
-            raise ModelError(_untrusted(config.name_or_path or config.model_type)) from error
+            raise UntrustedCodeError(_untrusted(config.name_or_path or config.model_type)) from error
         raise ModelError(
             f"model type {config.model_type!r}: no model can be built from this config; {_in_one_line(error)}"
         ) from error
@@ -298,15 +331,32 @@ def load(
         )
     if source.kind == "folder":
         _check_weight_files(source)
+        _check_as_written(source, _is_model_file)
     # Without this the weights of a GGUF may stay packed, the model refuses to be saved, and its config says quantised.
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = _config_as_written(model, trust_remote_code=trust_remote_code)
+    if source.kind == "folder" and getattr(config, "quantization_config", None) is None:
+        # What the weights do not have is made up at random, in whatever size the config asks for: tell it first.
+        _check_report(source, _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)[1])
+    loaded, report = _loaded(source, config, options, trust_remote_code)
+    _check_report(source, report)
+    if leftover := sorted(report["unexpected_keys"]):
+        logger.warning("%r: the model has no place for %s of its checkpoint", source.argument, _some(leftover))
+    return loaded  # from_pretrained has set evaluation mode
+
+
+def _loaded(
+    source: Source, config: PreTrainedConfig, options: dict[str, Any], trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model by the loader of its kind, and what that loader reports."""
     location, location_options = _location(source)
     loader: Any = free_model_class(config)
     if loader is None:
         loader = AutoModelForCausalLM
         location_options = {**location_options, "trust_remote_code": trust_remote_code}
+        if trust_remote_code:
+            _check_as_written(source, lambda name: name.endswith(".py"))
     with (
         quiet(),
         _without_gguf_bar(),
@@ -314,16 +364,35 @@ def load(
     ):
         result: Any = loader.from_pretrained(
             location,
-            config=config,
+            config=copy.deepcopy(config),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, from which we make a better error
             **location_options,
             **options,
         )
-    loaded, report = cast(tuple[PreTrainedModel, dict[str, Any]], result)
+    return cast(tuple[PreTrainedModel, dict[str, Any]], result)
+
+
+def load_on_meta(model: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load the model of a folder without memory: its shapes and ties, and the tensors that it has no place for.
+
+    Raises `ModelError` as `load` does.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, num_hidden_layers=1)
+    ...     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    ...     load_on_meta(folder)[0].device.type
+    'meta'
+    """
+    source = resolve(model)
+    if source.kind == "folder":
+        _check_weight_files(source)
+    config = _config_as_written(model, trust_remote_code=trust_remote_code)
+    loaded, report = _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)
     _check_report(source, report)
-    return loaded  # from_pretrained has set evaluation mode
+    return loaded, tuple(sorted(report["unexpected_keys"]))
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -342,6 +411,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     if source.kind == "config":
         raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
     location, options = _location(source)
+    _check_as_written(source, lambda name: name == "config.json" or _is_text_file(name))  # the config names a class
     with quiet(), _told_by(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location, trust_remote_code=trust_remote_code, **options
@@ -352,6 +422,60 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
             "files of the model's family; copy them from the model that this one was made from."
         )
     return tokenizer
+
+
+def text_files(model: str, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Path]:
+    """The files of MODEL that its tokenizer, chat template and processors are read from, by name; a GGUF has none.
+
+    With its tokenizer, those that its class names, too.
+
+    >>> text_files("demo")
+    {}
+    """
+    source = resolve(model)
+    own = {name for name in getattr(tokenizer, "vocab_files_names", {}).values() if isinstance(name, str)}
+    if source.kind == "hub":
+        found = {name: _cached(model, name) for name in sorted(_TEXT_FILES | own)}
+        return {name: path for name, path in found.items() if path is not None}
+    if source.kind != "folder" or source.path is None:
+        return {}
+    names = [*sorted(_TEXT_FILES | own), *(f"{_TEMPLATES}{path.name}" for path in source.path.glob(f"{_TEMPLATES}*"))]
+    return {name: source.path / name for name in names if (source.path / name).is_file()}
+
+
+def _cached(model: str, name: str) -> Path | None:
+    """A file of a model of the hub, where it has one."""
+    options = {} if _hub_is_reachable() else {"local_files_only": True}
+    with quiet():
+        path = cached_file(
+            model,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+            **options,
+        )
+    return None if path is None else Path(path)
+
+
+def is_read(name: str) -> bool:
+    """Whether a loader reads, or may run, a file of that name in the folder of a model.
+
+    >>> is_read("model.safetensors"), is_read("README.md")
+    (True, False)
+    """
+    other = name == _ADAPTER or any(fnmatch(name, pattern) for pattern in (*_PICKLES, "*.py", "adapter_model.*"))
+    return other or _is_text_file(name) or _is_model_file(name)
+
+
+def _is_text_file(name: str) -> bool:
+    """Whether a tokenizer or processor may be read from a file of that name, of those that we write."""
+    return name in _TEXT_FILES or name.startswith(_TEMPLATES)
+
+
+def _is_model_file(name: str) -> bool:
+    """Whether a model is read from a file of that name."""
+    return name in ("config.json", "generation_config.json", _INDEX) or name.endswith(WEIGHTS)
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -436,7 +560,7 @@ def _told_by(source: Source, failure: str, *, trust_remote_code: bool) -> Iterat
         yield
     except Exception as error:
         if not trust_remote_code and _wants_trust(error):
-            raise ModelError(_untrusted(source.argument)) from error
+            raise UntrustedCodeError(_untrusted(source.argument)) from error
         told = f"{source.argument!r}: {failure}; {_in_one_line(error)}"
         if source.kind == "hub":
             told += f" Check the name and the network, or use a local folder or {DEMO!r}."
@@ -536,14 +660,23 @@ def _check_weight_files(source: Source) -> None:
     """Raise `ModelError` unless the folder's safetensors files are all there and have whole headers."""
     folder = source.path
     assert folder is not None
-    if (folder / _WEIGHTS).is_file():
-        files = [_WEIGHTS]
-    elif (folder / _INDEX).is_file():
-        files = _shards(source, folder / _INDEX)
-    elif any(folder.glob("*.safetensors")):
-        return  # a name of its own, which the config may give
+    if (folder / _ADAPTER).exists():
+        raise ModelError(
+            f"{source.argument!r}: {_ADAPTER} lies beside the config, and loaders would read an adapter, too, or the "
+            "model that it names. Merge the adapter into the model (peft: merge_and_unload), or move the file away"
+        )
+    named = _named_by_config(folder)
+    if named is not None:
+        _check_plain(source, "config.json, transformers_weights", named, (WEIGHTS, f"{WEIGHTS}.index.json"))
+    if (folder / (named or _WEIGHTS)).is_file() and (named or _WEIGHTS).endswith(WEIGHTS):
+        files = [named or _WEIGHTS]
+    elif (folder / (named or _INDEX)).is_file():
+        files = _shards(source, folder / (named or _INDEX))
+    elif any(folder.glob(f"*{WEIGHTS}")):
+        return  # a name of its own, which nothing gives: the loader will say so
     else:
         raise ModelError(f"{source.argument!r}: {_why_no_weights(folder)}")
+    holder: dict[str, str] = {}
     for name in files:
         if not (folder / name).is_file():
             raise ModelError(
@@ -551,23 +684,54 @@ def _check_weight_files(source: Source) -> None:
                 "Copy it into the folder."
             )
         try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{source.argument!r}: {name} is truncated or not a safetensors file ({error}). Copy it again; the "
-                "placeholder of a Git checkout becomes the file with: git lfs pull"
-            ) from error
+            tensors = tensors_in(folder / name)
+        except CheckpointError as error:
+            raise ModelError(f"{source.argument!r}: {error}") from error
+        for tensor in tensors:
+            if tensor in holder:
+                raise ModelError(
+                    f"{source.argument!r}: {tensor} lies in {holder[tensor]} and in {name}; expected one of it. Copy "
+                    "the folder again"
+                )
+            holder[tensor] = name
+
+
+def _named_by_config(folder: Path) -> Any:
+    """The file of weights that a config names, if it does."""
+    try:
+        written = read_json(folder / "config.json")
+    except CheckpointError:
+        return None  # whoever reads the config says what is wrong
+    return written.get("transformers_weights") if isinstance(written, dict) else None
 
 
 def _shards(source: Source, index: Path) -> list[str]:
+    expected = 'Expected JSON with a "weight_map" from each tensor to its file; copy it again.'
     try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = read_json(index)["weight_map"]
+        shards = set(weight_map.values())
+    except CheckpointError as error:
+        raise ModelError(f"{source.argument!r}: {error}. {expected}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{source.argument!r}: {index.name} cannot be read; {_in_one_line(error)} Expected JSON with a "
-            '"weight_map" from each tensor to its file; copy it again.'
+            f"{source.argument!r}: {index.name} cannot be read; {_in_one_line(error)} {expected}"
         ) from error
+    for name in weight_map.values():
+        _check_plain(source, index.name, name, (WEIGHTS,))
+    return sorted(shards)
+
+
+def _check_plain(source: Source, where: str, name: Any, kinds: tuple[str, ...]) -> None:
+    """Raise `ModelError` for a name that leads out of the folder, or to another kind of file.
+
+    A link in the folder may lead anywhere: the hub's cache is made of such.
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+    if not plain or not name.endswith(kinds):
+        raise ModelError(
+            f"{source.argument!r}: {where} names {name!r:.80} as a file of weights; expected the name of a "
+            f"{WEIGHTS} file that lies in the folder, not a path"
+        )
 
 
 def _why_no_weights(folder: Path) -> str:
@@ -585,7 +749,7 @@ def _why_no_weights(folder: Path) -> str:
 
 
 def _check_report(source: Source, report: dict[str, Any]) -> None:
-    """Raise `ModelError` for weights that the checkpoint lacks or has in another shape; warn of leftover ones."""
+    """Raise `ModelError` for weights that the checkpoint lacks or has in another shape."""
     remedy = "Expected every weight of the model; use the config.json that belongs to these weights, or copy both anew."
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source.argument!r}: the checkpoint lacks {_some(missing)}. {remedy}")
@@ -595,8 +759,6 @@ def _check_report(source: Source, report: dict[str, Any]) -> None:
     if report.get("error_msgs"):
         problems = [str(message) for message in report["error_msgs"]]
         raise ModelError(f"{source.argument!r}: the checkpoint cannot be converted: {_some(problems)}. {remedy}")
-    if leftover := sorted(report["unexpected_keys"]):
-        logger.warning("%r: the model has no place for %s of its checkpoint", source.argument, _some(leftover))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +22,9 @@ from transformers import PreTrainedConfig
 from secateur.allocation import Curve, cheapest, damage_at, families, least_damage
 from secateur.axes.groups import Discovery, Group, count_macs, count_parameters
 from secateur.calibration import COLUMN, DEMO, SELF, CalibrationOptions
-from secateur.errors import PlanError, ScoreError
+from secateur.errors import CheckpointError, PlanError, ScoreError
 from secateur.latency import LatencyTable
+from secateur.manifest import check_as_written, read_json
 from secateur.scores import REDUCTIONS, SCORES, Scores
 from secateur.settings import Cut, stock_settings
 from secateur.sublayers import may_go
@@ -244,13 +244,14 @@ def _planned_group(data: Mapping[str, Any]) -> PlannedGroup:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan file. Raises `PlanError` when there is none or it is not one."""
+    """Read a plan file. Raises `PlanError` when there is none, it is not one, or not as `save` wrote it."""
+    if not path.exists():
+        raise PlanError(f"no plan at {path}: write one with `secateur plan MODEL --out {path}`")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"no plan at {path}: write one with `secateur plan MODEL --out {path}`") from None
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{path} is not a plan: {error}") from None
+        check_as_written(path.parent, lambda name: name == path.name)
+        data = read_json(path)
+    except CheckpointError as error:
+        raise PlanError(f"{path} is not a plan: {error}") from error
     if not isinstance(data, dict):
         raise PlanError(f"{path} is not a plan: expected a JSON object, found {type(data).__name__}")
     try:

@@ -124,6 +124,8 @@ def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     try:
         descriptor, path = tempfile.mkstemp(dir=folder, prefix=".cut.")
         try:
+            Path(path).unlink()  # at once: a process that is killed leaves nothing
+            path = f"/proc/self/fd/{descriptor}" if Path("/proc/self/fd").is_dir() else f"/dev/fd/{descriptor}"
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, size)  # a full disk is an error now, not a crash later
             else:
@@ -131,7 +133,6 @@ def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
         finally:
             os.close(descriptor)
-            Path(path).unlink()
     except OSError as error:
         raise CheckpointError(f"{folder} has no room for the cut weights: {error.strerror or error}") from error
     steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]

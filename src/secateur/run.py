@@ -22,7 +22,7 @@ from secateur import processes
 from secateur.allocation import Curve
 from secateur.axes import Discovery, count_parameters, discover
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
-from secateur.checkpoint import check_stock, check_vacant, make_record, save
+from secateur.checkpoint import account, check_stock, check_vacant, make_record, save
 from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.latency import LatencyTable
 from secateur.models import (
@@ -32,8 +32,10 @@ from secateur.models import (
     has_weights,
     load,
     load_config,
+    load_on_meta,
     load_tokenizer,
     resolve,
+    text_files,
 )
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
@@ -231,7 +233,19 @@ def prune_model(
             if announce is not None and options.scope != "local":
                 announce(decided)
             if processes.is_first():
-                _save(loaded_now(), smaller, decided, out, model, calibration, loading, overwrite, command, clock)
+                _save(
+                    loaded_now(),
+                    smaller,
+                    decided,
+                    discovery,
+                    out,
+                    model,
+                    calibration,
+                    loading,
+                    overwrite,
+                    command,
+                    clock,
+                )
             processes.wait()
         return Pruned(decided, out, clock.seconds, peak_rss(), begun is not None)
     with work_folder(out, run_key(model, options, calibration, loading), resume=resume) as work:
@@ -279,7 +293,7 @@ def prune_model(
                 if windows is None:
                     windows = _windows(model, config, options, calibration, loading)
                 _reconstruct_in_place(loaded_now(), pruned, discovery, windows, calibration, clock, work=work)
-            _save(loaded_now(), pruned, decided, out, model, calibration, loading, overwrite, command, clock)
+            _save(loaded_now(), pruned, decided, discovery, out, model, calibration, loading, overwrite, command, clock)
         processes.wait()
     return Pruned(decided, out, clock.seconds, peak_rss(), resumed)
 
@@ -450,6 +464,7 @@ def _save(
     loaded: PreTrainedModel,
     pruned: PreTrainedModel,
     decided: Plan,
+    discovery: Discovery,
     out: Path,
     name: str,
     calibration: CalibrationOptions,
@@ -467,8 +482,17 @@ def _save(
             calibration_options=decided.scored.get("calibration_options"),
             seed=decided.scored.get("seed", calibration.seed),
             command=command,
+            tensors=account(loaded, pruned, decided, discovery, unplaced=_unplaced(name, loading)),
         )
-        save(pruned, out, plan=decided, tokenizer=tokenizer, record=record, overwrite=overwrite)
+        files = text_files(name, tokenizer)
+        save(pruned, out, plan=decided, tokenizer=tokenizer, record=record, files=files, overwrite=overwrite)
+
+
+def _unplaced(name: str, loading: LoadOptions) -> tuple[str, ...]:
+    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names."""
+    if resolve(name).kind == "gguf":
+        return ()
+    return load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]
 
 
 def _bytes_of(model: PreTrainedModel) -> int:

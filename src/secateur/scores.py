@@ -490,7 +490,7 @@ def read_scores(path: Path) -> Scores:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["secateur"])
             units = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        options = about.pop("options")
+        return Scores(units=units, options=None if options is None else CalibrationOptions(**options), **about)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ScoreError(f"{path} holds no scores ({error}); expected what write_scores writes") from error
-    options = about.pop("options")
-    return Scores(units=units, options=None if options is None else CalibrationOptions(**options), **about)

@@ -23,6 +23,7 @@ from secateur.anatomy import (
     spans,
 )
 from secateur.axes.groups import Discovery, count_parameters
+from secateur.checkpoint import Verified
 from secateur.demo import PROMPT, Demonstration
 from secateur.evaluate import Perplexity
 from secateur.plan import Plan, PlannedGroup, by_kind
@@ -236,6 +237,23 @@ def perplexity_tables(results: Mapping[str, Sequence[Perplexity]]) -> Iterator[R
         for p in found:
             table.add_row(name, p.data, str(p.seq_len), f"{p.tokens:,}", f"{p.nll:.4f}", f"{p.ppl:.2f}")
     yield from _titled("Perplexity", table)
+
+
+def verify_tables(found: Verified) -> Iterator[RenderableType]:
+    """A row for every file, and what does not fit together."""
+    table = Table()
+    for column in ("file", "bytes", "sha256", "as it was written"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    for file in found.files:
+        digest = "" if file.sha256 is None else file.sha256[:12]
+        table.add_row(file.name, f"{file.bytes:,}", digest, "yes" if file.problem is None else f"no: {file.problem}")
+    yield from _titled(found.folder, table)
+    between = [problem for problem in found.problems if not any(problem.startswith(f"{f.name} ") for f in found.files)]
+    yield from (Text(problem) for problem in between)
+    if not found.problems:
+        built = "and the model of its config has these tensors and the plan's sizes"
+        unbuilt = "and its custom code was not run: --trust-remote-code compares the model of its config, too"
+        yield Text(f"whole: {found.tensors:,} tensors in {len(found.files)} files, {built if found.built else unbuilt}")
 
 
 def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:

@@ -157,12 +157,15 @@ def keep_step(work: Path, options: CutOptions, step: Step) -> None:
 
 
 def kept_windows(work: Path | None) -> Tensor | None:
-    """The tokens that the model wrote for a run that was killed, if there are any."""
-    if work is None or not (work / WINDOWS_FILE).exists():
+    """The tokens that the model wrote for a run that was killed, if they can be read."""
+    if work is None:
         return None
-    with safe_open(work / WINDOWS_FILE, framework="pt") as file:
-        windows: Tensor = file.get_tensor("windows").clone()
-        return windows
+    try:
+        with safe_open(work / WINDOWS_FILE, framework="pt") as file:
+            windows: Tensor = file.get_tensor("windows").clone()
+            return windows
+    except (OSError, SafetensorError):
+        return None  # there are none, or they are damaged
 
 
 def keep_windows(work: Path | None, windows: Tensor) -> None:

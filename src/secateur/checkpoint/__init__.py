@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, write_json
+from secateur.checkpoint.accounts import account
+from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, write_json, write_manifest
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
 from secateur.checkpoint.stock import check_stock, save
+from secateur.checkpoint.verification import Verified, VerifiedFile, verify
 
 __all__ = [
     "PLAN_FILE",
     "RECORD_FILE",
     "Record",
+    "Verified",
+    "VerifiedFile",
+    "account",
     "atomic_folder",
     "check_stock",
     "check_vacant",
@@ -17,5 +22,7 @@ __all__ = [
     "make_record",
     "read_record",
     "save",
+    "verify",
     "write_json",
+    "write_manifest",
 ]

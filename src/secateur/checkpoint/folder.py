@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ import psutil
 from safetensors import SafetensorError
 
 from secateur.errors import CheckpointError, unwritable
+from secateur.manifest import FORMAT, MANIFEST_FILE, entry, files_in
 
 MODEL_MARK = "config.json"  # what a folder of a model holds
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) -> None:
@@ -95,6 +99,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK)
         _flush(temporary)
         _replace(out, temporary)
         _flush(out.parent)
+        _remove_stale(out)  # now that there is one, what an earlier process had moved away
     except (OSError, SafetensorError) as error:
         raise unwritable(out, error) from error
     finally:
@@ -106,14 +111,21 @@ def _beside(out: Path, kind: str) -> Path:
 
 
 def _remove_stale(out: Path) -> None:
-    """Remove the temporary folders of processes that are gone; this one's own number is a dead one's, used again."""
+    """Remove what processes that are gone have left; this one's own number is a dead one's, used again."""
     ours = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(partial|old)")
     for path in out.parent.iterdir():
         match = ours.fullmatch(path.name)
         if match is None or (int(match[1]) != os.getpid() and psutil.pid_exists(int(match[1]))):
             continue
         if match[2] == "partial" or out.exists():  # without `out`, the one that was moved away is all there is
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _replace(out: Path, new: Path) -> None:
@@ -121,6 +133,8 @@ def _replace(out: Path, new: Path) -> None:
     if not out.exists():
         new.rename(out)
         return
+    if _exchanged(out, new):
+        return  # what `new` is now is removed with it
     old = _beside(out, "old")
     out.rename(old)
     try:
@@ -129,6 +143,35 @@ def _replace(out: Path, new: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Let two folders change their names in one step, so that no moment is without either, where the system can."""
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old one
+        return False
+    return bool(exchange(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write down every file of a folder, its size and hash, and the tensors of weights; the last thing to be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "a").write_text("1")
+    ...     write_manifest(Path(folder))
+    ...     list(json.loads((Path(folder) / MANIFEST_FILE).read_text())["files"])
+    ['a']
+    """
+    names = list(files_in(folder))
+    try:
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            entries = list(pool.map(entry, (folder / name for name in names)))
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    files = {name: each.to_json() for name, each in zip(names, entries, strict=True)}
+    write_json(folder / MANIFEST_FILE, {"format": FORMAT, "files": files})
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -148,6 +191,7 @@ def write_json(path: Path, data: Any) -> None:
             path.write_text(text, encoding="utf-8")
             return
         path = path.resolve()  # a link stays a link
+        _remove_stale(path)
         temporary = _beside(path, "partial")
         try:
             with temporary.open("w", encoding="utf-8") as file:

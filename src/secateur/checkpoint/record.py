@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,20 @@ import transformers
 from torch import nn
 
 from secateur import __version__
+from secateur.errors import CheckpointError
+from secateur.manifest import check_as_written, read_json
 
 PLAN_FILE = "secateur_plan.json"
 RECORD_FILE = "secateur_record.json"
+_NONE = type(None)
+_TYPES: dict[str, tuple[type, ...]] = {  # of the values of a record; all others are texts
+    "calibration": (str, _NONE),
+    "seed": (int,),
+    "versions": (dict,),
+    "command": (str, _NONE),
+    "calibration_options": (dict, _NONE),
+    "tensors": (dict, _NONE),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,7 @@ class Record:
     versions: Mapping[str, str]
     command: str | None  # as typed; None from Python
     calibration_options: Mapping[str, Any] | None = None  # text, samples, length, seed, column, chat; None if not known
+    tensors: Mapping[str, str] | None = None  # what became of every dense tensor (see `account`); None if not known
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -46,6 +57,7 @@ def make_record(
     calibration_options: Mapping[str, Any] | None = None,
     seed: int = 0,
     command: str | None = None,
+    tensors: Mapping[str, str] | None = None,
 ) -> Record:
     """The record of a cut of `model`, the dense one.
 
@@ -59,19 +71,35 @@ def make_record(
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return Record(name, weights_digest(model), calibration, seed, dtype, versions, command, calibration_options)
+    return Record(
+        name, weights_digest(model), calibration, seed, dtype, versions, command, calibration_options, tensors
+    )
 
 
 def read_record(folder: Path) -> Record | None:
-    """Read the record of a folder that `save` wrote; None where there is none, or none that can be read.
+    """Read the record of a folder that `save` wrote; None where there is none.
+
+    What a later version has added to it is passed over. Raises `CheckpointError` when it is damaged, or not as it was
+    written.
 
     >>> read_record(Path("no-such-folder")) is None
     True
     """
-    try:
-        return Record(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    if not (folder / RECORD_FILE).exists():
         return None
+    try:
+        check_as_written(folder, lambda name: name == RECORD_FILE)
+        data = read_json(folder / RECORD_FILE)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    values = {f.name: data.get(f.name, f.default) for f in fields(Record)} if isinstance(data, dict) else {}
+    for name, value in values.items() or [("weights", MISSING)]:
+        if not isinstance(value, _TYPES.get(name, (str,))):
+            raise CheckpointError(
+                f"{folder}: {RECORD_FILE} is damaged: {name} cannot be {'missing' if value is MISSING else repr(value)}"
+                ". Copy it again, or remove it: models load without one"
+            )
+    return Record(**values)
 
 
 def weights_digest(model: nn.Module) -> str:

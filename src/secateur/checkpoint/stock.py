@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.attributes import attributes_after
 from secateur.axes import Discovery
-from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json
+from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json, write_manifest
 from secateur.checkpoint.free import as_free, check_same, is_free
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.errors import CheckpointError, DiscoveryError
+from secateur.manifest import WEIGHTS, tensors_in
 from secateur.models import free_model_class, quiet, runs_remote_code
 from secateur.plan import Plan
 
 SHARD = "2GB"  # of a file of weights
+DTYPE_CODES = {  # as files of weights name them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 def check_stock(
@@ -59,14 +69,16 @@ def save(
     plan: Plan,
     tokenizer: PreTrainedTokenizerBase | None = None,
     record: Record | None = None,
+    files: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a pruned model as a folder: safetensors, config, tokenizer, the plan and the record.
+    """Write a pruned model as a folder: safetensors, config, tokenizer, the plan, the record and the manifest.
 
     It is a stock folder where a stock config can say the cut. Else the config lists the shapes, and a file of code
     beside it builds the stock class in them (see `modeling_free`). The folder appears whole or not at all. What was
-    written is read back by name and shape and must be exactly what a model built from the written config has. Raises
-    `CheckpointError`.
+    written is read back by name, shape and dtype and must be exactly what a model built from the written config has.
+    `files` are carried over as they are, by name: those of the dense model's tokenizer and processors (`text_files`).
+    Raises `CheckpointError`.
 
     >>> import tempfile
     >>> from secateur.axes import discover
@@ -94,12 +106,16 @@ def save(
             model.save_pretrained(folder, max_shard_size=SHARD)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+        for name, path in (files or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
         loaded = _check_accounts(folder, model)
         if is_free(model):
             check_same(model, loaded)
         write_json(folder / PLAN_FILE, plan.to_json())
         if record is not None:
             write_json(folder / RECORD_FILE, record.to_json())
+        write_manifest(folder)
     return out
 
 
@@ -122,5 +138,17 @@ def _check_accounts(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
         names = sorted(name if isinstance(name, str) else name[0] for name in report[key])
         if names:
             raise CheckpointError(f"the folder {what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+    _check_dtypes(folder, model)
     model_read: PreTrainedModel = loaded[0]
     return model_read
+
+
+def _check_dtypes(folder: Path, model: PreTrainedModel) -> None:
+    """Raise `CheckpointError` unless every tensor lies there in its own dtype; stacked ones have names of their own."""
+    written = {
+        name: about.split()[0] for path in folder.glob(f"*{WEIGHTS}") for name, about in tensors_in(path).items()
+    }
+    for name, tensor in model.state_dict().items():
+        code = DTYPE_CODES.get(tensor.dtype)
+        if name in written and code is not None and written[name] != code:
+            raise CheckpointError(f"the folder has {name} as {written[name]}, the model as {code}")

@@ -1,0 +1,96 @@
+"""What became of every tensor of the dense checkpoint, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from secateur.axes.groups import Discovery, layer_of
+from secateur.errors import CheckpointError
+from secateur.plan import Plan
+from secateur.settings import renamed
+from secateur.sublayers import skipped_in
+
+BYTES_AT_ONCE = 2**26  # of two tensors that are compared
+
+
+def account(
+    dense: nn.Module, pruned: nn.Module, plan: Plan, discovery: Discovery, *, unplaced: Iterable[str] = ()
+) -> dict[str, str]:
+    """Name of a dense tensor -> its fate, dtype and shape, and its name in the pruned model where that is another.
+
+    `kept`: as it was, bit by bit. `fitted`: of the same shape, with other values. `cut`: smaller. `tied`: the same
+    tensor as another one, in both models. `dropped`: gone with its layer or sub-layer. `unplaced`: in the files, but
+    not in the dense model, which has no place for it (given by `load_on_meta`). Raises `CheckpointError` for a tensor
+    that has no such fate: lost, grown, of another dtype, no longer tied, or one that no dense tensor became.
+
+    >>> from secateur.axes import discover
+    >>> from secateur.plan import CutOptions, plan
+    >>> from secateur.prune import prune
+    >>> from secateur.scores import score
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> options = CutOptions(ratio=0.5, of="units", axes=("layers",), score="l2")
+    >>> decided = plan(discover(config), options, config=config, scores=score(model, name="l2"))
+    >>> fates = account(model, prune(model, decided), decided, discover(config))
+    >>> sorted({fate.split()[0] for fate in fates.values()}), fates["lm_head.weight"]
+    (['dropped', 'kept', 'tied'], 'tied to model.decoder.embed_tokens.weight')
+    """
+    cut = plan.cut
+    before, after = _state(dense), _state(pruned)
+    skipped = tuple(f"{path}." for path in skipped_in(pruned))
+    fates: dict[str, str] = {}
+    holders: dict[tuple[int, ...], tuple[str, str]] = {}  # of storage: the first name, before and after
+    left = set(after)
+    for name, tensor in before.items():
+        about = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        if layer_of(name, discovery.layer_lists) in cut.dropped_layers:
+            fates[name] = f"dropped {about}"
+            continue
+        new = renamed(name, discovery, cut)
+        if new not in after:
+            if not new.startswith(skipped):
+                raise CheckpointError(f"the pruned model lacks {new}, and the plan drops no block around it")
+            fates[name] = f"dropped {about}"
+            continue
+        left.discard(new)
+        first, first_new = holders.setdefault(_storage(tensor), (name, new))
+        if first != name:
+            if _storage(after[new]) != _storage(after[first_new]):
+                raise CheckpointError(f"the pruned model has {new} apart from {first_new}, to which it was tied")
+            fates[name] = f"tied to {first}"
+            continue
+        fates[name] = _fate(name, about, tensor, after[new]) + (f" as {new}" if new != name else "")
+    if left:
+        raise CheckpointError(f"the pruned model has {min(left)}, which no tensor of the dense model became")
+    return {**fates, **dict.fromkeys(sorted(set(unplaced) - fates.keys()), "unplaced")}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _storage(tensor: Tensor) -> tuple[int, ...]:
+    """What two names of one tensor have in common; an empty tensor has nothing, and no storage to tell it by."""
+    return (tensor.data_ptr(), *tensor.shape) if tensor.data_ptr() else (id(tensor),)
+
+
+def _fate(name: str, about: str, before: Tensor, after: Tensor) -> str:
+    if after.dtype != before.dtype:
+        raise CheckpointError(f"the pruned model has {name} in {after.dtype}, the dense one in {before.dtype}")
+    if after.shape == before.shape:
+        return f"{'kept' if _same(before, after) else 'fitted'} {about}"
+    if after.dim() != before.dim() or any(a > b for a, b in zip(after.shape, before.shape, strict=True)):
+        raise CheckpointError(f"the pruned model has {name} as {list(after.shape)}, the dense one {list(before.shape)}")
+    return f"cut {about} -> {list(after.shape)}"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits, compared a part at a time."""
+    if a.data_ptr() == b.data_ptr():
+        return True
+    a, b = (x.detach().contiguous().view(-1).view(torch.uint8) for x in (a, b.to(a.device)))
+    return all(torch.equal(x, y) for x, y in zip(a.split(BYTES_AT_ONCE), b.split(BYTES_AT_ONCE), strict=True))

@@ -1,0 +1,111 @@
+"""A folder that we wrote -> what of it is not as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint.record import PLAN_FILE, read_record
+from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
+from secateur.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
+from secateur.modeling_free import FREE
+from secateur.models import is_read, load_config, load_on_meta
+from secateur.plan import read_plan
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedFile:
+    """One file: its size and hash as written (0 and None where it was not), and what is wrong with it."""
+
+    name: str
+    bytes: int
+    sha256: str | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What `verify` found: every file, and what does not fit together; no problems, and it is as it was written."""
+
+    folder: str
+    files: tuple[VerifiedFile, ...]
+    problems: tuple[str, ...]  # one line each, which begins with the name of a file
+    tensors: int
+    built: bool  # whether the shapes were also compared with a model built from the config
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `secateur verify --json` writes it."""
+        return asdict(self)
+
+
+def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
+    """Compare a folder that `save` wrote with its manifest, byte by byte, and its parts with each other.
+
+    Every file has its size and hash, and every tensor its dtype and shape; no file that a loader would read has been
+    added. Then a model is built from the config, without memory: it has exactly the tensors that are there, and the
+    sizes that the plan says. Of a model with custom code this is left out, unless `trust_remote_code` lets it run.
+    Raises `CheckpointError` when there is no such folder, or no manifest in it that can be read.
+
+    >>> import tempfile
+    >>> verify(tempfile.gettempdir())
+    Traceback (most recent call last):
+    secateur.errors.CheckpointError: ... has no secateur_manifest.json, so there is nothing to compare it with; ...
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name one that `secateur prune MODEL OUT` wrote")
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if manifest is None:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_FILE}, so there is nothing to compare it with; `secateur prune` writes one "
+            "with every folder"
+        )
+    files = tuple(_files(folder, manifest))
+    problems = [f"{file.name} {file.problem}" for file in files if file.problem is not None]
+    built = False
+    if not problems:
+        try:
+            problems += _disagreements(folder, trust_remote_code=trust_remote_code)
+            built = True
+        except UntrustedCodeError:
+            pass  # the files are as they were written, which is what can be said before any of them runs
+        except SecateurError as error:
+            problems.append(str(error))
+    tensors = sum(len(entry.tensors or ()) for entry in manifest.values())
+    return Verified(str(folder), files, tuple(problems), tensors, built)
+
+
+def _files(folder: Path, manifest: Mapping[str, Entry]) -> Iterator[VerifiedFile]:
+    for name, written in manifest.items():
+        yield VerifiedFile(name, written.bytes, written.sha256, changes(folder, name, written, hashed=True))
+    for name in files_in(folder):
+        if name not in manifest and is_read(name):
+            yield VerifiedFile(name, 0, None, "was not written with the rest, and loaders would read it")
+    if MANIFEST_FILE not in manifest and not any(name.endswith(WEIGHTS) for name in manifest):
+        yield VerifiedFile(MANIFEST_FILE, 0, None, "lists no weights")
+
+
+def _disagreements(folder: Path, *, trust_remote_code: bool) -> Iterator[str]:
+    """What the plan, the config, the record and the tensors say differently."""
+    model, leftover = load_on_meta(str(folder), trust_remote_code=trust_remote_code)
+    for name in leftover:
+        yield f"config.json describes a model without {name}, which lies in the weights"
+    read_record(folder)
+    plan = read_plan(folder / PLAN_FILE)
+    config = load_config(str(folder), trust_remote_code=trust_remote_code).to_dict()
+    for name, value in (plan.settings or {}).items():
+        found: Any = config
+        for key in name.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if found != value:
+            yield f"{PLAN_FILE} says {name}={value!r:.60}, config.json {found!r:.60}"
+    if plan.settings is None and FREE not in config:
+        yield f"{PLAN_FILE} says that no stock config holds the cut ({plan.refusal}), config.json is one"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if plan.parameters.get("pruned", parameters) != parameters:
+        yield f"{PLAN_FILE} says {plan.parameters['pruned']} parameters, the weights have {parameters}"

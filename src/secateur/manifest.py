@@ -1,0 +1,197 @@
+"""What a folder that we wrote holds: the size and hash of every file, the dtype and shape of every tensor.
+
+The manifest is the last file of a folder that `save` writes. Whoever reads a file of the folder compares it first; the
+bytes of weights, which may be many, are hashed by `verify` alone. A folder without a manifest is anybody's, and nothing
+is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from secateur.errors import CheckpointError
+
+MANIFEST_FILE = "secateur_manifest.json"
+FORMAT = 1
+WEIGHTS = ".safetensors"
+MOST_JSON = 2**28  # bytes of a JSON file that are read: an index of a million tensors has a third of that
+REMEDY = f"Copy it again; if it was changed on purpose, remove {MANIFEST_FILE}, and nothing is compared"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file as it was written; of weights, each tensor's dtype and shape: "BF16 [48, 84]"."""
+
+    bytes: int
+    sha256: str
+    tensors: Mapping[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        about: dict[str, Any] = {"bytes": self.bytes, "sha256": self.sha256}
+        return about if self.tensors is None else {**about, "tensors": dict(self.tensors)}
+
+
+def entry(path: Path) -> Entry:
+    """What the manifest says of a file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "a").write_text("1")
+    ...     entry(Path(folder) / "a").bytes
+    1
+    """
+    return Entry(path.stat().st_size, file_digest(path), tensors_in(path) if path.suffix == WEIGHTS else None)
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_in(path: Path) -> dict[str, str]:
+    """Dtype and shape of each tensor of a safetensors file, from its header alone.
+
+    Raises `CheckpointError` when it is truncated or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+            return {name: f"{each.get_dtype()} {list(each.get_shape())}" for name, each in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} is truncated or not a safetensors file ({error}). Copy it again; the placeholder of a Git "
+            "checkout becomes the file with: git lfs pull"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON from a file that may be anything. Raises `CheckpointError`, which names the file.
+
+    A key that stands twice is an error: which of the two is meant?
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "a.json"
+    ...     _ = file.write_text('{"a": 1, "a": 2}')
+    ...     read_json(file)
+    Traceback (most recent call last):
+    secateur.errors.CheckpointError: a.json cannot be read; the key 'a' stands twice in one object
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file" if path.exists() else "there is no such file")
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes; at most {MOST_JSON} are read")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+    except (OSError, ValueError, RecursionError) as error:  # the last for nesting that no one writes
+        told = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise CheckpointError(f"{path.name} cannot be read; {told[:200]}") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Entry] | None:
+    """What lies in a folder, by file; None where there is no manifest. Raises `CheckpointError` when it is damaged.
+
+    >>> read_manifest(Path("no-such-folder")) is None
+    True
+    """
+    path = folder / MANIFEST_FILE
+    if not path.exists() and not path.is_symlink():
+        return None
+    data = read_json(path)
+    try:
+        if data["format"] != FORMAT:
+            raise ValueError(f"it has format {data['format']!r:.40}, this version reads {FORMAT}")
+        return {_plain(name): _entry(name, about) for name, about in data["files"].items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        told = f"{type(error).__name__}: {error}" if type(error) is not ValueError else str(error)
+        raise CheckpointError(f"{MANIFEST_FILE} is damaged ({told[:200]}). {REMEDY}") from error
+
+
+def _plain(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == ".":
+        raise ValueError(f"{name!r:.80} is no path within the folder")
+    return name
+
+
+def _entry(name: str, about: Any) -> Entry:
+    size, digest, tensors = about["bytes"], about["sha256"], about.get("tensors")
+    texts = [digest] if tensors is None else [digest, *tensors.keys(), *tensors.values()]
+    if type(size) is not int or not all(type(text) is str for text in texts):
+        raise ValueError(f"expected bytes, sha256 and tensors of {name}")
+    return Entry(size, digest, tensors)
+
+
+def changes(folder: Path, name: str, written: Entry, *, hashed: bool) -> str | None:
+    """What of a file is not as it was written, in words that follow its name; None where nothing is.
+
+    With `hashed`, the bytes of weights are read, too.
+    """
+    path = folder / name
+    if not path.is_file():
+        return "is no regular file" if path.exists() else "is missing"
+    size = path.stat().st_size
+    if written.tensors is not None and (told := _tensor_changes(path, written.tensors)) is not None:
+        return told
+    if size != written.bytes:
+        return f"has {size} bytes, {written.bytes} were written"
+    if (hashed or written.tensors is None) and (found := file_digest(path)) != written.sha256:
+        return f"has other bytes than were written (sha256 {found[:12]}..., expected {written.sha256[:12]}...)"
+    return None
+
+
+def _tensor_changes(path: Path, written: Mapping[str, str]) -> str | None:
+    try:
+        found = tensors_in(path)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path.name} ").split(". ")[0]
+    for name in sorted(found.keys() | written.keys()):
+        if name not in found:
+            return f"lacks the tensor {name}"
+        if name not in written:
+            return f"holds {name}, which was not written"
+        if found[name] != written[name]:
+            return f"holds {name} as {found[name]}, {written[name]} was written"
+    return None
+
+
+def check_as_written(folder: Path, reads: Callable[[str], bool]) -> None:
+    """Raise `CheckpointError` where a file that is to be read is not as it was written, or was not written at all.
+
+    `reads` tells of a name whether it is one. Nothing is checked in a folder without a manifest.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    for name in sorted({name for name in (*manifest, *files_in(folder)) if reads(name)}):
+        told = (
+            changes(folder, name, manifest[name], hashed=False) if name in manifest else "was not written with the rest"
+        )
+        if told is not None:
+            raise CheckpointError(f"{name} {told}. {REMEDY}")
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Every file of a folder but the manifest and hidden ones, by its path within."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if not path.is_dir() and not any(part.startswith(".") for part in parts) and parts != (MANIFEST_FILE,):
+            yield "/".join(parts)

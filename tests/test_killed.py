@@ -1,0 +1,182 @@
+"""Commands that are killed with kill -9 or meet a full disk: nothing half-written has the name of an output."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kills import Command, Moment, after, contents, partial, while_writing
+from secateur import verify
+from secateur.models import load, load_tokenizer
+from tiny import names, write_tiny
+
+TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
+CUT = "--calibration in/text.txt --samples 4 --length 16 --resume --quiet"
+
+# Many small shards, so that there is time between the first file and the last.
+SHARDED = """
+import sys
+import secateur.checkpoint.stock
+secateur.checkpoint.stock.SHARD = "20KB"
+import secateur.cli
+sys.exit(secateur.cli.run(sys.argv[1:]))
+"""
+# Every limit of the size of a file, one after the other: the kernel refuses to let a file grow beyond it.
+LIMITED = """
+import resource, signal, sys
+import secateur.cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for limit in sys.argv[1].split(","):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))
+    print(secateur.cli.run(sys.argv[2:]))
+"""
+FULL = """
+set -e
+mount -t tmpfs -o size=$1 tmpfs here
+cp -r in/old here/out
+shift
+"$@" || status=$?
+echo "status $status"
+rm -f here/out/.keep
+diff -r in/old here/out && echo unchanged
+ls -A here
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to write in, with the model and the text elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "in" / "tiny")
+    (tmp_path / "in" / "text.txt").write_text(TEXT)
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+def pruning(*more: str) -> Command:
+    arguments = ["prune", "in/tiny", "here/out", *CUT.split(), *more]
+    return Command([sys.executable, "-c", SHARDED, *arguments], Path("here/out"))
+
+
+def check_whole(command: Command, whole: dict[str, bytes]) -> None:
+    """What has the name of the output is the output."""
+    found = contents(command.out)
+    assert found is None or found == whole
+    if found is not None and command.out.is_dir():
+        assert verify(command.out).problems == ()
+        load(str(command.out), device="cpu")
+        load_tokenizer(str(command.out))
+
+
+def check_kills(command: Command, moments: list[Moment]) -> int:
+    """Kill the command at each moment, and go on with the same command; how often it was killed while it wrote."""
+    command.run()
+    whole = contents(command.out)
+    assert whole is not None
+    beside = names(command.out.parent)
+    writing = 0
+    for moment in moments:
+        shutil.rmtree(command.out) if command.out.is_dir() else command.out.unlink()
+        command.killed(moment)
+        writing += bool(partial(command.out))
+        check_whole(command, whole)
+        if not command.out.exists():
+            command.run()
+        assert contents(command.out) == whole
+        assert names(command.out.parent) == beside
+    return writing
+
+
+@pytest.mark.slow
+def test_twenty_random_moments_of_pruning(place: Path) -> None:
+    command, chance = pruning(), random.Random(0)
+    seconds = command.run()
+    files = len(contents(command.out) or {})
+    shutil.rmtree(command.out)
+    moments = [after(seconds * chance.uniform(0.3, 1.0)) for _ in range(12)]
+    moments += [while_writing(command.out, chance.randint(0, files - 1)) for _ in range(8)]
+    assert check_kills(command, moments) >= 5
+
+
+@pytest.mark.slow
+def test_what_is_to_be_replaced_is_never_missing(place: Path) -> None:
+    """Until the new folder is whole the old one is there, and then the new one is."""
+    command = pruning("--overwrite")
+    command.run("--ratio", "0.1")
+    old = contents(command.out)
+    shutil.move(command.out, "in/old")
+    command.run()
+    new = contents(command.out)
+    assert old is not None
+    assert new is not None
+    writing = 0
+    for files in (0, 3, len(new) // 2, len(new) - 2, len(new) - 1, len(new)):
+        shutil.rmtree(command.out)
+        shutil.copytree("in/old", command.out)
+        command.killed(while_writing(command.out, files))
+        writing += bool(partial(command.out))
+        assert contents(command.out) in (old, new)
+        command.run()
+        assert contents(command.out) == new
+        assert [name for name in names(place) if "/" not in name] == ["out"]
+    assert writing >= 4
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_grow_leaves_the_old_state(place: Path) -> None:
+    pruning().run("--ratio", "0.1")
+    old = contents(Path("here/out"))
+    assert old is not None
+    sizes = sorted({len(content) for content in old.values()})
+    limits = [0, *(size - 1 for size in sizes[::3]), sizes[-1] - 1]
+    arguments = ["prune", "in/tiny", "here/out", *CUT.split(), "--overwrite", "--ratio", "0.12"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, ",".join(map(str, limits)), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    codes = done.stdout.split()
+    assert len(codes) == len(limits)
+    assert set(codes) <= {"0", "2"}
+    assert codes.count("2") >= len(limits) - 2
+    errors = done.stderr.splitlines()
+    assert len(errors) == codes.count("2")
+    for error in errors:
+        assert error.startswith("secateur: error: ")
+        assert "cannot be written" in error or "cannot be kept" in error
+    found = contents(Path("here/out"))
+    assert found == old if "0" not in codes else verify("here/out").problems == ()
+    assert [name for name in names(place) if "/" not in name] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [40_000, 250_000])
+def test_a_full_disk_leaves_the_old_state(room: int, place: Path) -> None:
+    """A file system with that much room beside the old folder, in a namespace of its own."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False).returncode:
+        pytest.skip("this system lets no one mount a file system of his own")
+    pruning().run("--ratio", "0.1")
+    shutil.move("here/out", "in/old")
+    pages = sum(-(-path.stat().st_size // 4096) + 1 for path in Path("in/old").iterdir())
+    command = [sys.executable, "-m", "secateur", "prune", "in/tiny", "here/out", *CUT.split(), "--overwrite"]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", FULL, "sh", str(pages * 4096 + room), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TMPDIR": str(place.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["status 2", "unchanged", "out"]
+    assert done.stderr.startswith("secateur: error: ")
+    assert done.stderr.rstrip().endswith("No space left on device") or "os error 28" in done.stderr
+    assert done.stderr.count("\n") == 1
