@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "secateur"
 # The data flow, top to bottom. A module imports only modules above it; a package stands after its parts.
 ORDER = [
     "errors",
+    "hushed",
     "modeling_free",
     "models",
     "processes",
@@ -51,6 +52,7 @@ ORDER = [
     "checkpoint",
     "evaluate",
     "profile",
+    "quantize",
     "timing",
     "work",
     "run",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+import secateur.hushed  # noqa: F401 - before all that imports transformers
 from secateur.axes import Discovery, discover
 from secateur.calibration import CalibrationOptions
 from secateur.checkpoint import save

@@ -28,6 +28,7 @@ from secateur.latency import LatencyTable
 from secateur.models import (
     LoadOptions,
     check_finite,
+    check_unpacked,
     free_model_class,
     has_weights,
     load,
@@ -141,7 +142,7 @@ def plan_model(
     sizes = plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
     if sizes_only or not has_weights(model):
         return sizes
-    _check_unpacked(model, config)
+    check_unpacked(config, name=model)
     calibration = calibration or CalibrationOptions()
     windows = _windows(model, config, options, calibration, loading)
 
@@ -194,7 +195,7 @@ def prune_model(
         raise ModelError(
             f"{model!r} has a config and no weights to cut; `secateur plan {model}` says what a cut leaves"
         )
-    _check_unpacked(model, config)
+    check_unpacked(config, name=model)
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     if given is not None:
@@ -486,18 +487,6 @@ def _check_apart(model: str, out: Path) -> None:
     path = resolve(model).path
     if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
         raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
-
-
-def _check_unpacked(model: str, config: PreTrainedConfig) -> None:
-    """Raise `ModelError` for a quantised model: the packed weights of most formats cannot be cut."""
-    about = getattr(config, "quantization_config", None)
-    if about is not None:
-        method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
-        raise ModelError(
-            f"{model!r} is quantised ({getattr(method, 'value', method)}), and packed weights cannot be scored or cut. "
-            f"Prune the model that it was made from and quantise the result; `secateur plan {model} --sizes-only` "
-            "says what a cut leaves"
-        )
 
 
 def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:
