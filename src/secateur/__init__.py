@@ -32,6 +32,7 @@ from secateur.models import load, load_tokenizer
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
+from secateur.quantize import Quantised, export_int8
 from secateur.repair import Repaired, repair
 from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
@@ -52,6 +53,7 @@ __all__ = [
     "PlanError",
     "Profile",
     "Pruned",
+    "Quantised",
     "Repaired",
     "ScoreError",
     "Scores",
@@ -60,6 +62,7 @@ __all__ = [
     "cut_in_steps",
     "discover",
     "evaluate",
+    "export_int8",
     "load",
     "load_tokenizer",
     "plan",

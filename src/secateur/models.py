@@ -263,6 +263,19 @@ def has_weights(model: str) -> bool:
     return source.kind != "config"
 
 
+def file_bytes(model: str) -> int | None:
+    """Bytes of the files that hold MODEL's weights; None for a hub name, and where there are none.
+
+    >>> file_bytes("organisation/model") is None
+    True
+    """
+    source = resolve(model)
+    if source.kind == "gguf" and source.path is not None:
+        return source.path.stat().st_size
+    files = source.path.glob("*.safetensors") if source.kind == "folder" and source.path is not None else ()
+    return sum(path.stat().st_size for path in files) or None
+
+
 def load(
     model: str, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:

@@ -22,14 +22,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from secateur.checkpoint.folder import atomic_folder, check_vacant
+from secateur.checkpoint.folder import atomic_folder, check_apart, check_vacant
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.checkpoint.stock import SHARD
 from secateur.errors import CheckpointError, ModelError
 from secateur.evaluate import evaluation_mode, input_device, vocabulary_size
-from secateur.models import check_unpacked, quiet, runs_remote_code, skeleton
+from secateur.models import (
+    LoadOptions,
+    check_unpacked,
+    load,
+    load_config,
+    load_tokenizer,
+    plain_tensors,
+    quiet,
+    resolve,
+    runs_remote_code,
+    skeleton,
+)
 from secateur.profile import weight_bytes
 
 SCHEMES = ("weight-only", "dynamic")
@@ -95,18 +105,9 @@ def export_int8(
     >>> len(done.layers), [name for name in done.left if "embed_tokens" in name]
     (6, ['model.decoder.embed_tokens.weight'])
     """
-    check_torchao()
-    check_unpacked(model.config)
     out = Path(out)
     check_vacant(out, overwrite=overwrite)
-    _check_holdable(model)
-    layers, left = _sorted_out(model)
-    if not layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
-        raise ModelError(
-            f"{type(model).__name__}: no weight can be int8, since torchao takes those of linear layers ({reasons})"
-        )
-    packed = _packed(model, layers, left, dynamic=dynamic)
+    packed, layers, left = int8_copy(model, dynamic=dynamic)
     with atomic_folder(out, overwrite=overwrite) as folder:
         with quiet():
             packed.save_pretrained(folder, max_shard_size=SHARD)
@@ -121,12 +122,85 @@ def export_int8(
     return Quantised(
         out=out,
         scheme=SCHEMES[dynamic],
-        layers=tuple(layers),
+        layers=layers,
         left=left,
         weight_bytes={"before": weight_bytes(model), "after": weight_bytes(packed)},
         file_bytes=file_bytes,
         unaligned=tuple(path for path, shape in sizes.items() if any(size % ALIGNED for size in shape)),
     )
+
+
+def int8_copy(
+    model: PreTrainedModel, *, dynamic: bool = False
+) -> tuple[PreTrainedModel, tuple[str, ...], dict[str, str]]:
+    """The model with int8 weights in its linear layers, as transformers quantises; its other weights are shared.
+
+    Also the layers whose weights are int8 now, and the weights of two and more dimensions that are not, each with the
+    reason. Raises as `export_int8` does.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> packed, layers, left = int8_copy(AutoModelForCausalLM.from_config(config))
+    >>> layers[-1], left["model.decoder.embed_tokens.weight"]
+    ('model.decoder.layers.0.fc2', 'it is lm_head.weight, too')
+    """
+    check_torchao()
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        MappingType,
+        quantize_,
+    )
+
+    check_unpacked(model.config)
+    _check_holdable(model)
+    layers, left = _sorted_out(model)
+    if not layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
+        raise ModelError(
+            f"{type(model).__name__}: no weight can be int8, since torchao takes those of linear layers ({reasons})"
+        )
+    shared = [*model.parameters(), *model.buffers()]
+    packed: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
+    # set_inductor_config would change settings of torch that belong to the process, its precision among them.
+    how: Any = Int8WeightOnlyConfig(set_inductor_config=False)
+    if dynamic:  # activations lie to one side of zero in many layers: symmetric ranges do twice the damage
+        how = Int8DynamicActivationInt8WeightConfig(act_mapping_type=MappingType.ASYMMETRIC, set_inductor_config=False)
+    kept = sorted({name.removesuffix(".weight") for name in left})
+    quantizer = AutoHfQuantizer.from_config(TorchAoConfig(how, modules_to_not_convert=kept), pre_quantized=False)
+    quantizer.preprocess_model(packed)
+    chosen = set(layers)
+    quantize_(packed, how, filter_fn=lambda _, path: path in chosen)
+    packed.hf_quantizer = quantizer
+    quantizer.postprocess_model(packed)
+    packed.eval()
+    return packed, tuple(layers), left
+
+
+def export_int8_of(
+    model: str,
+    out: str | Path,
+    *,
+    dynamic: bool = False,
+    loading: LoadOptions | None = None,
+    overwrite: bool = False,
+) -> Quantised:
+    """Load a MODEL argument and its tokenizer, and write it as `export_int8` does. Raises `SecateurError`.
+
+    >>> export_int8_of("no/such/model", "out")
+    Traceback (most recent call last):
+    secateur.errors.ModelError: 'no/such/model': no such file or folder. ...
+    """
+    loading, out = loading or LoadOptions(), Path(out)
+    check_torchao()
+    check_vacant(out, overwrite=overwrite)
+    check_apart(model, out)
+    source = resolve(model)
+    check_unpacked(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
+    folder = source.path if source.kind == "folder" else None
+    loaded = load(model, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
+    return export_int8(loaded, out, tokenizer=tokenizer, dynamic=dynamic, source=folder, overwrite=overwrite)
 
 
 def check_torchao() -> None:
@@ -173,7 +247,7 @@ def _sorted_out(model: PreTrainedModel) -> tuple[list[str], dict[str, str]]:
             left[name] = "it gives the logits"
         elif not isinstance(module, nn.Linear) or last != "weight":
             left[name] = f"{type(module).__name__} is no linear layer"
-        elif not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
+        elif any(f".{kept}." in f".{name}." for kept in model._keep_in_fp32_modules or ()):
             left[name] = "the model's code keeps it in float32"
         elif id(weight) in elsewhere:
             left[name] = "more than a linear product is computed with it"
@@ -219,36 +293,8 @@ def _logits(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def _packed(
-    model: PreTrainedModel, layers: Sequence[str], left: Mapping[str, str], *, dynamic: bool
-) -> PreTrainedModel:
-    """The model with int8 weights in these layers, as if transformers had quantised it; all else is shared with it."""
-    from torchao.quantization import (
-        Int8DynamicActivationInt8WeightConfig,
-        Int8WeightOnlyConfig,
-        MappingType,
-        quantize_,
-    )
-
-    shared = [*model.parameters(), *model.buffers()]
-    packed: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
-    # set_inductor_config would change settings of torch that belong to the process, its precision among them.
-    how: Any = Int8WeightOnlyConfig(set_inductor_config=False)
-    if dynamic:  # activations lie to one side of zero in many layers: symmetric ranges do twice the damage
-        how = Int8DynamicActivationInt8WeightConfig(act_mapping_type=MappingType.ASYMMETRIC, set_inductor_config=False)
-    kept = sorted({name.removesuffix(".weight") for name in left})
-    quantizer = AutoHfQuantizer.from_config(TorchAoConfig(how, modules_to_not_convert=kept), pre_quantized=False)
-    quantizer.preprocess_model(packed)
-    chosen = set(layers)
-    quantize_(packed, how, filter_fn=lambda _, path: path in chosen)
-    packed.hf_quantizer = quantizer
-    quantizer.postprocess_model(packed)
-    packed.eval()
-    return packed
-
-
 def _check_loads(folder: Path, packed: PreTrainedModel) -> None:
-    """Load the folder as anyone would: every weight is there, and the logits are those of the model in memory."""
+    """Load the folder as anyone would: every weight is there and is what it is in memory, and the model computes."""
     options: dict[str, Any] = {"attn_implementation": packed.config._attn_implementation}
     if getattr(packed.config, "_experts_implementation", None) is not None:
         options["experts_implementation"] = packed.config._experts_implementation
@@ -262,11 +308,17 @@ def _check_loads(folder: Path, packed: PreTrainedModel) -> None:
         loaded, report = read
         if odd := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]:
             raise ValueError(f"{', '.join(map(str, odd[:3]))} would not be what it is")
-        expected, found = _logits(packed), _logits(loaded)
-        if not torch.allclose(found, expected, rtol=0, atol=0 if packed.device.type == "cpu" else 1e-2):
-            raise ValueError("its logits would be others")
+        found = loaded.state_dict()
+        if odd := [name for name, tensor in packed.state_dict().items() if not _same(tensor, found[name])]:
+            raise ValueError(f"{', '.join(odd[:3])} would have other values")
+        _logits(loaded)  # it must compute
     except Exception as error:  # whatever the code of models and of torchao raises
         raise CheckpointError(
             f"{type(packed).__name__}: transformers cannot load it with int8 weights; {type(error).__name__}: "
             f"{' '.join(str(error).split()):.200}"
         ) from error
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    pairs = zip(plain_tensors(tensor), plain_tensors(other), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs)

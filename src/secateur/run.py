@@ -22,8 +22,8 @@ from secateur import processes
 from secateur.allocation import Curve
 from secateur.axes import Discovery, count_parameters, discover
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
-from secateur.checkpoint import check_stock, check_vacant, make_record, save
-from secateur.errors import CheckpointError, ModelError, PlanError
+from secateur.checkpoint import check_apart, check_stock, check_vacant, make_record, save
+from secateur.errors import ModelError, PlanError
 from secateur.latency import LatencyTable
 from secateur.models import (
     LoadOptions,
@@ -34,7 +34,6 @@ from secateur.models import (
     load,
     load_config,
     load_tokenizer,
-    resolve,
 )
 from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
@@ -189,7 +188,7 @@ def prune_model(
     calibration = calibration or CalibrationOptions()
     clock = Clock(watch) if watch else Clock()
     check_vacant(out, overwrite=overwrite)
-    _check_apart(model, out)
+    check_apart(model, out)
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
     if not has_weights(model):
         raise ModelError(
@@ -480,13 +479,6 @@ def _may_be_free(config: PreTrainedConfig) -> bool:
     """Whether a folder can hold layers of different sizes: of custom code, only what its config can say."""
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return not custom or free_model_class(config) is not None
-
-
-def _check_apart(model: str, out: Path) -> None:
-    """Raise `CheckpointError` when to write the folder would be to delete the model."""
-    path = resolve(model).path
-    if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
-        raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
 
 
 def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:

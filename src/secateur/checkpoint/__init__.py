@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, write_json
+from secateur.checkpoint.folder import atomic_folder, check_apart, check_vacant, check_writable, write_json
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
 from secateur.checkpoint.stock import check_stock, save
 
@@ -11,6 +11,7 @@ __all__ = [
     "RECORD_FILE",
     "Record",
     "atomic_folder",
+    "check_apart",
     "check_stock",
     "check_vacant",
     "check_writable",

@@ -16,6 +16,7 @@ import psutil
 from safetensors import SafetensorError
 
 from secateur.errors import CheckpointError, unwritable
+from secateur.models import resolve
 
 MODEL_MARK = "config.json"  # what a folder of a model holds
 
@@ -44,6 +45,16 @@ def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) 
             "or remove it yourself"
         )
     _check_parent(out)
+
+
+def check_apart(model: str, out: Path) -> None:
+    """Raise `CheckpointError` when to write the folder would be to delete the MODEL that it is made from.
+
+    >>> check_apart("organisation/model", Path("out"))
+    """
+    path = resolve(model).path
+    if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
+        raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
 
 
 def check_writable(path: Path) -> None:
