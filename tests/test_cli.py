@@ -30,7 +30,7 @@ from secateur.run import plan_model
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "verify", "demo")
+COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "verify", "export", "demo")
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 
 
@@ -171,6 +171,9 @@ class TestGolden:
         arguments = ("tiny", "--plan", "uneven.json", "--ppl", "cats=text.txt", "--seq-len", "32", "--seq-len", "64")
         check_golden("evaluate", loose(succeed(capsys, "evaluate", *arguments)))
 
+    def test_export_int8(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("export_int8", steady(succeed(capsys, "export", "tiny", "out", "--int8", "dynamic")))
+
     def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
         check_golden(
             "profile", loose(succeed(capsys, "profile", "tiny", "deep", "--seq-len", "8", "--new-tokens", "2"))
@@ -186,6 +189,7 @@ class TestOutput:
             ("prune", "tiny", "out", "--score", "l1"),
             ("evaluate", "tiny", "--ppl", "cats=text.txt"),
             ("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"),
+            ("export", "tiny", "out", "--int8", "weight-only"),
         ],
     )
     def test_quiet_prints_nothing(self, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,6 +304,33 @@ class TestJson:
             [row] = result["perplexity"]
             assert row.keys() >= {"data", "seq_len", "tokens", "ppl", "nll"}
             assert (row["data"], row["seq_len"], row["tokens"]) == ("cats", 16, 6 * 15)
+            assert is_whole(result["weight_bytes"], result["file_bytes"])
+            assert result["weight_bytes"] <= result["file_bytes"]
+
+    def test_evaluate_what_a_plan_says(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "evaluate", "tiny", "--plan", "plan.json", "--ppl", "cats=text.txt")
+        dense, pruned = data["results"]
+        assert pruned["weight_bytes"] < dense["weight_bytes"]
+        assert pruned["file_bytes"] is None
+
+    def test_export_int8(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--layers", "1:3")
+        data = written(capsys, "export", "out", "int8", "--int8", "weight-only")
+        assert data["scheme"] == "weight-only"
+        assert len(data["layers"]) == 21
+        assert data["left"] == {
+            "model.embed_tokens.weight": "Embedding is no linear layer",
+            "lm_head.weight": "it gives the logits",
+        }
+        assert Path("int8/secateur_plan.json").read_bytes() == Path("out/secateur_plan.json").read_bytes()
+        measured = written(capsys, "evaluate", "tiny", "out", "int8", "--ppl", "cats=text.txt")["results"]
+        assert [row["weight_bytes"] for row in measured][1:] == [
+            data["weight_bytes"]["before"],
+            measured[2]["weight_bytes"],
+        ]
+        assert measured[2]["weight_bytes"] == data["weight_bytes"]["after"] < measured[1]["weight_bytes"]
+        assert measured[2]["file_bytes"] == data["file_bytes"]
+        succeed(capsys, "profile", "out", "int8", "--seq-len", "4", "--new-tokens", "1")
 
     def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
         [row] = written(capsys, "profile", "tiny", "--seq-len", "4", "--new-tokens", "2")["results"]
@@ -457,6 +488,18 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "JSON is a folder": ("tiny is a folder, and a file is to be written", (*PRUNE, "--json", "tiny")),
     "plan without a parent": ("no/p.json: the folder .*/no does not exist", ("plan", "tiny", "--out", "no/p.json")),
     "demo exists": ("tiny exists", ("demo", "--out", "tiny")),
+    "export to nothing": ("--int8 None: expected one of weight-only, dynamic", ("export", "tiny", "out")),
+    "export to int4": ("--int8 int4: expected one of weight-only", ("export", "tiny", "out", "--int8", "int4")),
+    "export what is packed": (
+        r"'packed' is quantised \(gptq\), and packed weights cannot be scored, cut or packed again",
+        ("export", "packed", "out", "--int8", "dynamic"),
+    ),
+    "export onto the model": (
+        "tiny holds the MODEL itself",
+        ("export", "tiny", "tiny", "--int8", "dynamic", "--overwrite"),
+    ),
+    "export over others": ("deep exists", ("export", "tiny", "deep", "--int8", "dynamic")),
+    "export nothing": ("'./no-such': no such file", ("export", "./no-such", "out", "--int8", "dynamic")),
     # evaluation
     "ppl malformed": ("--ppl text.txt: expected NAME=FILE, for example", ("evaluate", "tiny", "--ppl", "text.txt")),
     "ppl without a name": ("--ppl =text.txt: expected NAME=FILE", ("evaluate", "tiny", "--ppl", "=text.txt")),

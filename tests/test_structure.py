@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "secateur"
 ORDER = [
     "errors",
     "manifest",
+    "hushed",
     "modeling_free",
     "models",
     "processes",
@@ -54,6 +55,7 @@ ORDER = [
     "checkpoint",
     "evaluate",
     "profile",
+    "quantize",
     "timing",
     "work",
     "run",

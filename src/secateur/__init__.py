@@ -14,6 +14,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+import secateur.hushed  # noqa: F401 - before all that imports transformers
 from secateur.axes import Discovery, discover
 from secateur.calibration import CalibrationOptions
 from secateur.checkpoint import Verified, save, verify
@@ -32,6 +33,7 @@ from secateur.models import load, load_tokenizer
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
+from secateur.quantize import Quantised, export_int8
 from secateur.repair import Repaired, repair
 from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
@@ -52,6 +54,7 @@ __all__ = [
     "PlanError",
     "Profile",
     "Pruned",
+    "Quantised",
     "Repaired",
     "ScoreError",
     "Scores",
@@ -62,6 +65,7 @@ __all__ = [
     "cut_in_steps",
     "discover",
     "evaluate",
+    "export_int8",
     "load",
     "load_tokenizer",
     "plan",

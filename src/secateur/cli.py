@@ -38,15 +38,17 @@ from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.demo import TEXT, demonstrate
 from secateur.errors import CheckpointError, DataError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
-from secateur.models import DEMO, LoadOptions, load, load_config, load_tokenizer
+from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
-from secateur.profile import profile
+from secateur.profile import profile, weight_bytes
+from secateur.quantize import SCHEMES, export_int8_of
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.tables import (
     binary,
     demo_tables,
     discovery_tables,
+    int8_tables,
     perplexity_tables,
     plan_tables,
     profile_tables,
@@ -493,6 +495,7 @@ def evaluate_command(
     _check_models(models, trust_remote_code=trust_remote_code)
     planned = read_plan(plan_file) if plan_file is not None else None
     results: dict[str, list[Perplexity]] = {}
+    weights: dict[str, int] = {}
     for name in models:
         with _watch(quiet=quiet)(f"load {name}"):
             model = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -503,14 +506,25 @@ def evaluate_command(
         if planned:
             variants[f"{name} + {plan_file}"] = cut_as_planned(model, planned, tokenizer, watch=_watch(quiet=quiet))
         for label, variant in variants.items():
+            weights[label] = weight_bytes(variant)
             with _watch(quiet=quiet)(f"evaluate {label}") as progress:
                 results[label] = evaluate(
                     variant, tokenizer, texts, seq_lens=seq_len or [128], max_tokens=max_tokens, progress=progress
                 )
-    rows = [{"model": name, "perplexity": [asdict(p) for p in found], "tasks": {}} for name, found in results.items()]
+    files = {name: file_bytes(name) for name in models}
+    rows: list[dict[str, Any]] = [
+        {
+            "model": name,
+            "perplexity": [asdict(p) for p in found],
+            "tasks": {},
+            "weight_bytes": weights[name],
+            "file_bytes": files.get(name),
+        }
+        for name, found in results.items()
+    ]
     _finish({"results": rows}, json_file)
     if not quiet:
-        _print(perplexity_tables(results))
+        _print(perplexity_tables(results, weights=weights, files=files))
 
 
 @app.command("profile", cls=_Command)
@@ -563,6 +577,42 @@ def verify_command(
     if found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         raise CheckpointError(f"{folder}: {found.problems[0]}{more}; copy it again, or prune again")
+
+
+@app.command("export", cls=_Command)
+def export_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    int8: Annotated[
+        str | None,
+        typer.Option("--int8", help="weight-only, or dynamic: activations as well.", show_default=False),
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a pruned model in another form.
+
+    --int8 packs the weights of its linear layers: a folder that transformers reads where torchao is installed.
+    """
+    _check_files(json_file, made=out)
+    if int8 not in SCHEMES:
+        raise CheckpointError(f"--int8 {int8}: expected one of {', '.join(SCHEMES)}, for example --int8 {SCHEMES[0]}")
+    with _watch(quiet=quiet)("pack"):
+        done = export_int8_of(
+            model,
+            out,
+            dynamic=int8 == "dynamic",
+            loading=LoadOptions(dtype, device, trust_remote_code),
+            overwrite=overwrite,
+        )
+    _finish(done.to_json(), json_file)
+    if not quiet:
+        _print(int8_tables(done))
 
 
 @app.command("demo", cls=_Command)

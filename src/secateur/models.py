@@ -31,6 +31,8 @@ import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -294,6 +296,19 @@ def has_weights(model: str) -> bool:
     return source.kind != "config"
 
 
+def file_bytes(model: str) -> int | None:
+    """Bytes of the files that hold MODEL's weights; None for a hub name, and where there are none.
+
+    >>> file_bytes("organisation/model") is None
+    True
+    """
+    source = resolve(model)
+    if source.kind == "gguf" and source.path is not None:
+        return source.path.stat().st_size
+    files = source.path.glob("*.safetensors") if source.kind == "folder" and source.path is not None else ()
+    return sum(path.stat().st_size for path in files) or None
+
+
 def load(
     model: str, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -336,7 +351,11 @@ def load(
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = _config_as_written(model, trust_remote_code=trust_remote_code)
-    if source.kind == "folder" and getattr(config, "quantization_config", None) is None:
+    if quantisation(config) == "torchao" and importlib.util.find_spec("torchao") is None:
+        raise ModelError(
+            f"{model!r}: its weights are packed by torchao, which is not installed: pip install 'secateur[int8]'"
+        )
+    if source.kind == "folder" and quantisation(config) is None:
         # What the weights do not have is made up at random, in whatever size the config asks for: tell it first.
         _check_report(source, _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)[1])
     loaded, report = _loaded(source, config, options, trust_remote_code)
@@ -494,6 +513,46 @@ def check_finite(model: torch.nn.Module) -> None:
                 f"{name}: {bad} of {weight.numel()} values are NaN or Inf. Expected finite weights; load the "
                 'checkpoint again with dtype="float32" or "bfloat16" (float16 overflows), or download it anew.'
             )
+
+
+def check_unpacked(config: PreTrainedConfig, *, name: str | None = None) -> None:
+    """Raise `ModelError` for the config of a quantised model: the packed weights of most formats cannot be cut.
+
+    >>> check_unpacked(AutoConfig.for_model("opt"))
+    """
+    method = quantisation(config)
+    if method is not None:
+        name = name or config.name_or_path or config.model_type
+        raise ModelError(
+            f"{name!r} is quantised ({method}), and packed weights cannot be scored, cut or packed again. "
+            f"Prune the model that it was made from and quantise the result; `secateur plan {name} --sizes-only` "
+            "says what a cut leaves"
+        )
+
+
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """How the weights of a model with this config are packed, as its quantiser is called; None where they are not.
+
+    >>> quantisation(AutoConfig.for_model("opt", quantization_config={"quant_method": "gptq"}))
+    'gptq'
+    """
+    about = getattr(config, "quantization_config", None)
+    if about is None:
+        return None
+    method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor consists of: packed ones hold numbers and scales, any other is itself all there is.
+
+    >>> [part.shape for part in plain_tensors(torch.zeros(2, 3))]
+    [torch.Size([2, 3])]
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    parts, _ = tensor.__tensor_flatten__()
+    return [plain for part in parts for plain in plain_tensors(getattr(tensor, part))]
 
 
 @contextmanager

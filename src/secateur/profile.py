@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from secateur.axes import count_macs, count_parameters, discover
 from secateur.errors import DataError
 from secateur.evaluate import evaluation_mode, greedy_steps, input_device, known_positions, vocabulary_size
+from secateur.models import plain_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def profile(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and persistent buffers; a tied weight counts once.
+    """Return the bytes of all parameters and persistent buffers; a tied weight counts once, a packed one as packed.
 
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     >>> weight_bytes(model)  # 2 x 16 float32
@@ -101,7 +102,8 @@ def weight_bytes(model: nn.Module) -> int:
     >>> weight_bytes(model)
     64
     """
-    tensors = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
+    state = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
+    tensors = [plain for tensor in state for plain in plain_tensors(tensor)]
     # Two parameters may share memory without being one object; on `meta` there is no address, and the object counts.
     sizes = {(tensor.device, tensor.data_ptr() or id(tensor), tensor.shape): tensor.nbytes for tensor in tensors}
     return sum(sizes.values())
@@ -210,8 +212,9 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 def _copy_weights_in_place(model: nn.Module) -> None:
     """Give every weight on the CPU memory of its own; a tied weight is one tensor and stays one."""
     for weight in model.parameters():
-        if weight.device.type == "cpu":
-            weight.data = weight.data.clone()
+        for plain in plain_tensors(weight):
+            if plain.device.type == "cpu":
+                plain.data = plain.data.clone()
 
 
 def _random_prompt(models: Mapping[str, PreTrainedModel], *, seq_len: int, vocabulary: int | None, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from secateur.axes import discover
 from secateur.axes.algebra import kept_along
 from secateur.axes.groups import Discovery, names_left
 from secateur.errors import CheckpointError, PlanError
-from secateur.models import quiet, runs_remote_code
+from secateur.models import check_unpacked, quiet, runs_remote_code
 from secateur.plan import Plan
 from secateur.settings import Cut, renamed, with_settings
 from secateur.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
@@ -53,6 +53,7 @@ def prune(
     >>> prune(model, decided).config.ffn_dim
     12
     """
+    check_unpacked(model.config)
     discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

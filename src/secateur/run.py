@@ -22,12 +22,13 @@ from secateur import processes
 from secateur.allocation import Curve
 from secateur.axes import Discovery, count_parameters, discover
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
-from secateur.checkpoint import account, check_stock, check_vacant, make_record, save
-from secateur.errors import CheckpointError, ModelError, PlanError
+from secateur.checkpoint import account, check_apart, check_stock, check_vacant, make_record, save
+from secateur.errors import ModelError, PlanError
 from secateur.latency import LatencyTable
 from secateur.models import (
     LoadOptions,
     check_finite,
+    check_unpacked,
     free_model_class,
     has_weights,
     load,
@@ -143,7 +144,7 @@ def plan_model(
     sizes = plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
     if sizes_only or not has_weights(model):
         return sizes
-    _check_unpacked(model, config)
+    check_unpacked(config, name=model)
     calibration = calibration or CalibrationOptions()
     windows = _windows(model, config, options, calibration, loading)
 
@@ -190,13 +191,13 @@ def prune_model(
     calibration = calibration or CalibrationOptions()
     clock = Clock(watch) if watch else Clock()
     check_vacant(out, overwrite=overwrite)
-    _check_apart(model, out)
+    check_apart(model, out)
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
     if not has_weights(model):
         raise ModelError(
             f"{model!r} has a config and no weights to cut; `secateur plan {model}` says what a cut leaves"
         )
-    _check_unpacked(model, config)
+    check_unpacked(config, name=model)
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     if given is not None:
@@ -503,25 +504,6 @@ def _may_be_free(config: PreTrainedConfig) -> bool:
     """Whether a folder can hold layers of different sizes: of custom code, only what its config can say."""
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return not custom or free_model_class(config) is not None
-
-
-def _check_apart(model: str, out: Path) -> None:
-    """Raise `CheckpointError` when to write the folder would be to delete the model."""
-    path = resolve(model).path
-    if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
-        raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
-
-
-def _check_unpacked(model: str, config: PreTrainedConfig) -> None:
-    """Raise `ModelError` for a quantised model: the packed weights of most formats cannot be cut."""
-    about = getattr(config, "quantization_config", None)
-    if about is not None:
-        method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
-        raise ModelError(
-            f"{model!r} is quantised ({getattr(method, 'value', method)}), and packed weights cannot be scored or cut. "
-            f"Prune the model that it was made from and quantise the result; `secateur plan {model} --sizes-only` "
-            "says what a cut leaves"
-        )
 
 
 def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:

@@ -26,6 +26,7 @@ from secateur.axes.algebra import units_along, variables_in
 from secateur.axes.groups import Discovery, Group
 from secateur.calibration import SELF, CalibrationOptions, calibration_windows, check_positions, digest, self_written
 from secateur.errors import ScoreError
+from secateur.models import check_unpacked
 from secateur.statistics import (
     Progress,
     Salience,
@@ -188,6 +189,7 @@ def score(
     torch.Size([24])
     """
     known(name, SCORES, "score")
+    check_unpacked(model.config)
     discovery = discovery or discover(model)
     reduce = reduce or SCORES[name].reduce
     known(reduce, REDUCTIONS, "reduction")

@@ -28,10 +28,15 @@ from secateur.demo import PROMPT, Demonstration
 from secateur.evaluate import Perplexity
 from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.profile import Profile
+from secateur.quantize import Quantised
 
 NEAR = 0.005  # of a budget: what is farther from it is said
 UNEVEN = 3  # sizes of one kind: more are drawn, not listed
 BARS = "▁▂▃▄▅▆▇█"
+SCHEME_IN_WORDS = {
+    "weight-only": "products in the model's dtype",
+    "dynamic": "products in int8, activations rounded token by token",
+}
 
 
 def _titled(title: str, table: Table) -> Iterator[RenderableType]:
@@ -228,14 +233,19 @@ def _setting(value: Any) -> str:
     return f"({len(value)} entries)" if isinstance(value, list) else str(value)
 
 
-def perplexity_tables(results: Mapping[str, Sequence[Perplexity]]) -> Iterator[RenderableType]:
-    """A row for every model, text and window."""
+def perplexity_tables(
+    results: Mapping[str, Sequence[Perplexity]], *, weights: Mapping[str, int], files: Mapping[str, int | None]
+) -> Iterator[RenderableType]:
+    """A row for every model, text and window, with the bytes of the model's weights in memory and of their files."""
     table = Table()
-    for column in ("model", "text", "window", "tokens scored", "nats/token", "perplexity"):
+    for column in ("model", "weights", "files", "text", "window", "tokens scored", "nats/token", "perplexity"):
         table.add_column(column, justify="left" if column in ("model", "text") else "right")
     for name, found in results.items():
+        on_disk = files.get(name)
+        sizes = (binary(weights[name]), "" if on_disk is None else binary(on_disk))
         for p in found:
-            table.add_row(name, p.data, str(p.seq_len), f"{p.tokens:,}", f"{p.nll:.4f}", f"{p.ppl:.2f}")
+            scored = (p.data, str(p.seq_len), f"{p.tokens:,}", f"{p.nll:.4f}", f"{p.ppl:.2f}")
+            table.add_row(name, *sizes, *scored)
     yield from _titled("Perplexity", table)
 
 
@@ -252,8 +262,32 @@ def verify_tables(found: Verified) -> Iterator[RenderableType]:
     yield from (Text(problem) for problem in between)
     if not found.problems:
         built = "and the model of its config has these tensors and the plan's sizes"
-        unbuilt = "and its custom code was not run: --trust-remote-code compares the model of its config, too"
+        unbuilt = "no model was built of its config: the weights are packed, or custom code needs --trust-remote-code"
         yield Text(f"whole: {found.tensors:,} tensors in {len(found.files)} files, {built if found.built else unbuilt}")
+
+
+def int8_tables(done: Quantised) -> Iterator[RenderableType]:
+    """How many layers are int8, what was left as it is and why, and the bytes before and after."""
+    table = Table()
+    for column in ("weights", "tensors", "why"):
+        table.add_column(column, justify="right" if column == "tensors" else "left")
+    table.add_row("int8", str(len(done.layers)), f"linear layers; {SCHEME_IN_WORDS[done.scheme]}")
+    reasons: dict[str, list[str]] = {}
+    for name, why in done.left.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        table.add_row(names[0] + (" ..." if len(names) > 1 else ""), str(len(names)), f"as they were: {why}")
+    yield from _titled("What is int8", table)
+    before, after = done.weight_bytes["before"], done.weight_bytes["after"]
+    yield (
+        f"weights: {binary(before)} before, {binary(after)} after ({after / before:.2f}); "
+        f"files: {binary(done.file_bytes)} in {done.out}"
+    )
+    if done.unaligned and done.scheme == "dynamic":
+        yield (
+            f"{len(done.unaligned)} layers have sizes that are not multiples of 8 ({done.unaligned[0]}): on CUDA, "
+            "torchao computes their dynamic products on the CPU. Prune with --round-to 8, or use weight-only"
+        )
 
 
 def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:

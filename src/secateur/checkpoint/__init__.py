@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from secateur.checkpoint.accounts import account
-from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, write_json, write_manifest
+from secateur.checkpoint.folder import (
+    atomic_folder,
+    check_apart,
+    check_vacant,
+    check_writable,
+    copy_in,
+    write_json,
+    write_manifest,
+)
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
 from secateur.checkpoint.stock import check_stock, save
 from secateur.checkpoint.verification import Verified, VerifiedFile, verify
@@ -16,9 +24,11 @@ __all__ = [
     "VerifiedFile",
     "account",
     "atomic_folder",
+    "check_apart",
     "check_stock",
     "check_vacant",
     "check_writable",
+    "copy_in",
     "make_record",
     "read_record",
     "save",

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from secateur.errors import CheckpointError, unwritable
 from secateur.manifest import FORMAT, MANIFEST_FILE, entry, files_in
+from secateur.models import resolve
 
 MODEL_MARK = "config.json"  # what a folder of a model holds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
@@ -48,6 +49,16 @@ def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) 
             "or remove it yourself"
         )
     _check_parent(out)
+
+
+def check_apart(model: str, out: Path) -> None:
+    """Raise `CheckpointError` when to write the folder would be to delete the MODEL that it is made from.
+
+    >>> check_apart("organisation/model", Path("out"))
+    """
+    path = resolve(model).path
+    if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
+        raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
 
 
 def check_writable(path: Path) -> None:
@@ -152,6 +163,16 @@ def _exchanged(a: Path, b: Path) -> bool:
     except (AttributeError, OSError, TypeError):  # not Linux, or an old one
         return False
     return bool(exchange(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0)
+
+
+def copy_in(folder: Path, files: Mapping[str, Path]) -> None:
+    """Copy files into a folder under the names given, which may lie in a folder of their own.
+
+    >>> copy_in(Path("/nonexistent"), {})
+    """
+    for name, path in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
 def write_manifest(folder: Path) -> None:

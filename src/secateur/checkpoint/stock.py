@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur.attributes import attributes_after
 from secateur.axes import Discovery
-from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json, write_manifest
+from secateur.checkpoint.folder import atomic_folder, check_vacant, copy_in, write_json, write_manifest
 from secateur.checkpoint.free import as_free, check_same, is_free
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.errors import CheckpointError, DiscoveryError
@@ -106,9 +105,7 @@ def save(
             model.save_pretrained(folder, max_shard_size=SHARD)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        for name, path in (files or {}).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
+        copy_in(folder, files or {})
         loaded = _check_accounts(folder, model)
         if is_free(model):
             check_same(model, loaded)

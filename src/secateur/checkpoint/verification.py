@@ -11,7 +11,7 @@ from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
 from secateur.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
 from secateur.modeling_free import FREE
-from secateur.models import is_read, load_config, load_on_meta
+from secateur.models import is_read, load_config, load_on_meta, quantisation
 from secateur.plan import read_plan
 
 
@@ -45,7 +45,8 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
 
     Every file has its size and hash, and every tensor its dtype and shape; no file that a loader would read has been
     added. Then a model is built from the config, without memory: it has exactly the tensors that are there, and the
-    sizes that the plan says. Of a model with custom code this is left out, unless `trust_remote_code` lets it run.
+    sizes that the plan says. Of a model with custom code this is left out, unless `trust_remote_code` lets it run, and of
+    one with packed weights, whose tensors have other shapes.
     Raises `CheckpointError` when there is no such folder, or no manifest in it that can be read.
 
     >>> import tempfile
@@ -70,8 +71,9 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
     built = False
     if not problems:
         try:
-            problems += _disagreements(folder, trust_remote_code=trust_remote_code)
-            built = True
+            if quantisation(load_config(str(folder), trust_remote_code=trust_remote_code)) is None:
+                problems += _disagreements(folder, trust_remote_code=trust_remote_code)
+                built = True
         except UntrustedCodeError:
             pass  # the files are as they were written, which is what can be said before any of them runs
         except SecateurError as error:
