@@ -21,12 +21,14 @@ from secateur.errors import (
     CheckpointError,
     DataError,
     DiscoveryError,
+    ExportError,
     ModelError,
     PlanError,
     ScoreError,
     SecateurError,
 )
 from secateur.evaluate import Perplexity, evaluate
+from secateur.export import Exported, export_gguf
 from secateur.models import load, load_tokenizer
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
@@ -45,6 +47,8 @@ __all__ = [
     "Discovery",
     "DiscoveryError",
     "Evidence",
+    "ExportError",
+    "Exported",
     "ModelError",
     "Perplexity",
     "Plan",
@@ -59,6 +63,7 @@ __all__ = [
     "cut_in_steps",
     "discover",
     "evaluate",
+    "export_gguf",
     "load",
     "load_tokenizer",
     "plan",

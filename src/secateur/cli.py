@@ -36,14 +36,23 @@ from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, write_json
 from secateur.demo import TEXT, demonstrate
-from secateur.errors import DataError, PlanError, ScoreError, SecateurError
+from secateur.errors import DataError, ExportError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
+from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.models import DEMO, LoadOptions, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
-from secateur.tables import binary, demo_tables, discovery_tables, perplexity_tables, plan_tables, profile_tables
+from secateur.tables import (
+    binary,
+    demo_tables,
+    discovery_tables,
+    export_tables,
+    perplexity_tables,
+    plan_tables,
+    profile_tables,
+)
 
 app = typer.Typer(
     name="secateur",
@@ -520,6 +529,64 @@ def profile_command(
     _finish({"results": [asdict(row) for row in rows]}, json_file)
     if not quiet:
         _print(profile_tables(rows))
+
+
+@app.command("export", cls=_Command)
+def export_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, FILE.gguf.", show_default=False)],
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf",
+            metavar="TYPE",
+            help=f"A GGUF file for llama.cpp: {', '.join(TYPES)}. [default: {DEFAULT_TYPE}]",
+            show_default=False,
+        ),
+    ] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Fill layers up with zeros where llama.cpp wants all alike.")
+    ] = False,
+    pre: Annotated[
+        str | None,
+        typer.Option("--pre", metavar="NAME", help="llama.cpp's way to split words.", show_default=False),
+    ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare the file with torch in llama.cpp. [default: where llama-cpp-python is installed]",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a model for other programs.
+
+    OUT.gguf is a file that llama.cpp and what is built on it run; layers of different sizes go into it too.
+    """
+    _check_files(json_file)
+    if gguf is None and out.suffix != SUFFIX:
+        raise ExportError(f"{out}: say what to write, --gguf TYPE, or name the file {out}{SUFFIX}")
+    wanted = gguf or DEFAULT_TYPE
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    check_gguf(config, out, dtype=wanted, check=check, overwrite=overwrite)
+    with _watch(quiet=quiet)("load"):
+        loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    with _watch(quiet=quiet)("write") as progress:
+        written = export_gguf(
+            loaded, tokenizer, out, dtype=wanted, pad=pad, pre=pre, check=check, overwrite=overwrite, progress=progress
+        )
+    _finish(written.to_json(), json_file)
+    if not quiet:
+        _print(export_tables(written))
 
 
 @app.command("demo", cls=_Command)

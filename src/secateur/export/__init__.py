@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from secateur.export.check import Checked
-from secateur.export.gguf_file import DEFAULT_TYPE, TYPES, Exported, check_type, export_gguf
+from secateur.export.gguf_file import DEFAULT_TYPE, SUFFIX, TYPES, Exported, check_gguf, export_gguf
 
-__all__ = ["DEFAULT_TYPE", "TYPES", "Checked", "Exported", "check_type", "export_gguf"]
+__all__ = ["DEFAULT_TYPE", "SUFFIX", "TYPES", "Checked", "Exported", "check_gguf", "export_gguf"]

@@ -26,7 +26,9 @@ class Architecture:
     """One of llama.cpp's architectures: what its code reads from a file."""
 
     name: str
-    rotary: str  # which numbers of a head are rotated together: "halves" (i and i + n/2), "pairs" (2i and 2i + 1), "none"
+    rotary: (
+        str  # which numbers of a head are rotated together: "halves" (i and i + n/2), "pairs" (2i and 2i + 1), "none"
+    )
     biases: tuple[str, ...] | str  # the tensors that may have a bias, or "all", where each must have one
     per_layer: bool = False  # every layer may have sizes of its own
     skips_attention: bool = False  # a layer may have no attention, with no tensors for it
@@ -106,8 +108,8 @@ def type_of(config: PreTrainedConfig) -> ModelType:
     found: ModelType | None = _table()["types"].get(name)
     if found is None:
         raise ExportError(
-            f"model type {name!r} cannot be written as GGUF: llama.cpp may know it, but we have not seen it give torch's "
-            f"logits there. Written are {', '.join(known_types())}; for another, llama.cpp's own "
+            f"model type {name!r} cannot be written as GGUF: llama.cpp may know it, but we have not seen it "
+            f"give torch's logits there. Written are {', '.join(known_types())}; for another, llama.cpp's own "
             "convert_hf_to_gguf.py reads a folder of uniform shapes (secateur prune --shape uniform)"
         )
     return found

@@ -50,8 +50,8 @@ HARD = (
 )
 NEW_TOKENS = 16
 ELEMENTWISE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# llama.cpp rounds what it multiplies with a matrix to the matrix's own type: logits may differ from torch's by a few times
-# what rounding the weights makes. A file that is wrong (heads rotated wrongly, a norm left out) differs by about 1.
+# llama.cpp rounds what it multiplies with a matrix to the matrix's own type: logits may differ from torch's by a few
+# times what rounding the weights makes. A wrong file (heads rotated wrongly, a norm left out) differs by about 1.
 SLACK, TIMES = 0.01, 4.0
 
 
@@ -75,7 +75,9 @@ def runs_here(*, needed: bool) -> bool:
     """Whether llama-cpp-python is installed; raises `ExportError` when it is needed and is not."""
     found = importlib.util.find_spec("llama_cpp") is not None
     if needed and not found:
-        raise ExportError(f"--check runs the file in llama.cpp, which is not installed: pip install 'secateur[{EXTRA}]'")
+        raise ExportError(
+            f"--check runs the file in llama.cpp, which is not installed: pip install 'secateur[{EXTRA}]'"
+        )
     return found
 
 
@@ -157,8 +159,8 @@ def check_file(
         engine.close()
     if wrong := [text for text in others if text in PROMPTS]:
         raise ExportError(
-            f"llama.cpp splits {wrong[0]!r} into other tokens than the tokenizer does; another way to split words may be "
-            "right: --pre NAME (pre=NAME)"
+            f"llama.cpp splits {wrong[0]!r} into other tokens than the tokenizer does; another way to split words may "
+            "be right: --pre NAME (pre=NAME)"
         )
     texts = [[*ids, *new[:-1]] for ids, (new, _) in zip(prompts, written, strict=True)]
     with _in_float32(model, dtype, exact):
@@ -173,8 +175,8 @@ def check_file(
     if not difference <= min(SLACK + TIMES * rounding, 1.0):
         raise ExportError(
             f"llama.cpp computes something else from the file than torch does from the model: logits differ by "
-            f"{difference:.3g} of their spread, and rounding weights to {dtype} alone makes {rounding:.3g}. Nothing was "
-            "written; try --gguf f32, and report it with config.json if that differs, too"
+            f"{difference:.3g} of their spread, and rounding weights to {dtype} alone makes {rounding:.3g}. Nothing "
+            "was written; try --gguf f32, and report it with config.json if that differs, too"
         )
     same, ties = 0, 0
     for ids, (new, _), torch_s, off in zip(prompts, written, rounded, apart, strict=True):
@@ -184,7 +186,16 @@ def check_file(
     total = sum(len(new) for new, _ in written)
     largest = max(float(np.abs(each).max()) for each in apart)
     return Checked(
-        llama_cpp.__version__, len(PROMPTS + HARD), others, len(prompts), difference, rounding, largest, total, same, ties
+        llama_cpp.__version__,
+        len(PROMPTS + HARD),
+        others,
+        len(prompts),
+        difference,
+        rounding,
+        largest,
+        total,
+        same,
+        ties,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.checkpoint import atomic_file, check_file_vacant
 from secateur.errors import ExportError
@@ -25,6 +25,7 @@ from secateur.export.tensors import (
     Fetch,
     Parts,
     Recipe,
+    Recipes,
     hard_misfits,
     misfits,
     put_together,
@@ -37,8 +38,8 @@ from secateur.export.vocabulary import Vocabulary, vocabulary
 
 Progress = Callable[[int, int], None]
 
-# Name -> how numbers are stored, and what the file says of itself. All that the gguf package can quantise, but for those
-# that suit only models trained for them.
+# Name -> how numbers are stored, and what the file says of itself. All that the gguf package can quantise, but for
+# those that suit only models trained for them.
 TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -50,6 +51,7 @@ TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 DEFAULT_TYPE = "f16"
+SUFFIX = ".gguf"
 ROUTER = ".ffn_gate_inp."  # chooses experts, so it stays exact
 LARGEST = {"f16": float(np.finfo(np.float16).max)}
 
@@ -103,10 +105,8 @@ def export_gguf(
     270888480
     """
     out = Path(out)
-    check_type(dtype)
-    check_file_vacant(out, overwrite=overwrite)
-    if check or check is None:
-        check = runs_here(needed=bool(check))
+    check_gguf(model.config, out, dtype=dtype, check=check, overwrite=overwrite)
+    check = runs_here(needed=False) if check is None else check
     model_type = type_of(model.config)
     parts, wanted, where, added = _fit(model, model_type, dtype=dtype, pad=pad)
     said = metadata(model.config, model_type, parts, where)
@@ -119,8 +119,8 @@ def export_gguf(
     plain = tuple(name for name, kind in kinds.items() if dtype not in ("f32", "f16", "bf16") and kind == "f16")
     if plain and len(plain) == sum(kind != "f32" for kind in kinds.values()):
         raise ExportError(
-            f"{dtype} wants rows of multiples of {_block(dtype)} numbers, and no matrix of the model has them (the hidden "
-            f"width is {parts.hidden}); write --gguf f16 (dtype='f16'), or plan the cut with --round-to {_block(dtype)}"
+            f"{dtype} wants rows of multiples of {_block(dtype)} numbers, and no matrix of the model has them (the "
+            f"hidden width is {parts.hidden}); write --gguf f16 (dtype='f16')"
         )
     with atomic_file(out, overwrite=overwrite) as file:
         writer = GGUFWriter(file, wanted.name)
@@ -129,7 +129,9 @@ def export_gguf(
             _write(writer, tensors, shapes, kinds, parts.fetch, progress)
         finally:
             writer.close()
-        exact = {name for tensor, kind in kinds.items() if kind == "f32" for name in weights_of(tensors[tensor], parts.fetch)}
+        exact = {
+            name for tensor, kind in kinds.items() if kind == "f32" for name in weights_of(tensors[tensor], parts.fetch)
+        }
         checked = check_file(file, model, tokenizer, dtype=dtype, exact=exact) if check else None
         size = file.stat().st_size
     notes = (*where.notes, *words.notes, *_told(parts, added, plain, dtype))
@@ -137,18 +139,31 @@ def export_gguf(
     return Exported(out, wanted.name, dtype, size, total, added, plain, words.pre, notes, checked)
 
 
-def check_type(dtype: str) -> None:
-    """Raise `ExportError` for a name that is no type of `TYPES`.
+def check_gguf(
+    config: PreTrainedConfig, out: Path, *, dtype: str, check: bool | None = None, overwrite: bool = False
+) -> None:
+    """Raise what `export_gguf` would, for all that shows without the weights.
 
-    >>> check_type("q4_k_m")
+    >>> from transformers import AutoConfig
+    >>> check_gguf(AutoConfig.for_model("granite"), Path("out.gguf"), dtype="q4_k_m")
     Traceback (most recent call last):
-    secateur.errors.ExportError: --gguf q4_k_m: no such type. Expected f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; ...
+    secateur.errors.ExportError: --gguf q4_k_m: no such type. Expected f32, f16, bf16, q8_0, ...
     """
+    _check_type(dtype)
+    if out.suffix != SUFFIX:
+        raise ExportError(f"{out} is not named as a GGUF file is; name it {out}{SUFFIX}")
+    check_file_vacant(out, overwrite=overwrite)
+    if check:
+        runs_here(needed=True)
+    type_of(config)
+
+
+def _check_type(dtype: str) -> None:
     if dtype not in TYPES:
         *others, last = TYPES
         raise ExportError(
-            f"--gguf {dtype}: no such type. Expected {', '.join(others)} or {last}; for another write f16 and convert it "
-            "with llama.cpp's own tool: llama-quantize OUT.gguf SMALLER.gguf TYPE"
+            f"--gguf {dtype}: no such type. Expected {', '.join(others)} or {last}; for another write f16 and convert "
+            "it with llama.cpp's own tool: llama-quantize OUT.gguf SMALLER.gguf TYPE"
         )
 
 
@@ -176,21 +191,33 @@ def _fit(
         chosen = next((each for each in candidates if not hard_misfits(parts, each, in_part=in_part)), None)
     if chosen is None:
         told = "; ".join(f"{name}: {', and '.join(why)}" for name, why in reasons.items())
-        paddable = any(not hard_misfits(parts, each, in_part=in_part) for each in candidates)
-        remedy = "Cut all layers alike (secateur prune --shape uniform), and the MLP alone if heads do not fit (--axes mlp)"
+        paddable = not parts.sizes[0].experts and any(
+            not hard_misfits(parts, each, in_part=in_part) for each in candidates
+        )
+        remedy = (
+            "Cut all layers alike (secateur prune --shape uniform), and the MLP alone if heads do not fit (--axes mlp)"
+        )
         if paddable:
-            remedy += ", or fill up with zeros, which makes the file as large as that of the widest layers: --pad (pad=True)"
+            remedy += (
+                ", or fill up with zeros, which makes the file as large as that of the widest layers: --pad (pad=True)"
+            )
         raise ExportError(f"no architecture of llama.cpp holds this model. {told}. {remedy}")
     where = positions(model, model.config, chosen, parts)
     resized = resize(parts, chosen, multiple=multiple)
-    return resized, chosen, where, _weights_in(resized) - _weights_in(parts)
+    return resized, chosen, where, _added(parts, resized)
 
 
-def _weights_in(parts: Parts) -> int:
+def _added(before: Parts, after: Parts) -> int:
+    """The zeros by which parts have grown."""
+
+    def size(layer: Recipes, name: str) -> int:
+        return int(np.prod(shape_of(layer[name], before.fetch))) if name in layer else 0
+
     return sum(
-        int(np.prod(shape_of(recipe, parts.fetch)))
-        for each in (parts.whole, *parts.layers)
-        for recipe in each.values()
+        size(new, name) - size(old, name)
+        for old, new in zip(before.layers, after.layers, strict=True)
+        for name in new
+        if old.get(name) is not new[name]
     )
 
 
@@ -199,7 +226,7 @@ def _block(dtype: str) -> int:
 
 
 def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    """As what a tensor is stored: vectors and routers in float32, and rows that do not divide into blocks in float16."""
+    """As what a tensor is stored: vectors and routers in float32, rows that do not divide into blocks in float16."""
     if len(shape) < 2 or ROUTER in name:
         return "f32"
     return dtype if shape[-1] % _block(dtype) == 0 else "f16"

@@ -71,7 +71,9 @@ def rotated_numbers(model: nn.Module) -> int:
     """How many numbers of a head are rotated, by the frequencies that the model holds; 0 where none are."""
     found = {2 * b.numel() for name, b in model.named_buffers() if name.endswith("inv_freq") and "original" not in name}
     if len(found) > 1:
-        raise ExportError(f"the heads of a GGUF file are all rotated alike, and the model's differ: {sorted(found)} numbers")
+        raise ExportError(
+            f"the heads of a GGUF file are all rotated alike, and the model's differ: {sorted(found)} numbers"
+        )
     return found.pop() if found else 0
 
 
@@ -119,7 +121,8 @@ def _rope(
             plain = base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
             return said, (plain / frequencies.double()).float()
     raise ExportError(
-        f"{where} cannot be said in a GGUF file for the architecture {wanted.name!r}; take a model with the default rotation"
+        f"{where} cannot be said in a GGUF file for the architecture {wanted.name!r}; "
+        "take a model with the default rotation"
     )
 
 
@@ -180,7 +183,11 @@ def check_settings(config: PreTrainedConfig, model_type: ModelType, size: LayerS
             )
     aliases = stock.attribute_map
     for name, value in _set(settings):
-        if name in said or name not in usual or any(is_neutral(n, model_type) for n in (name, *_names_of(name, aliases))):
+        if (
+            name in said
+            or name not in usual
+            or any(is_neutral(n, model_type) for n in (name, *_names_of(name, aliases)))
+        ):
             continue
         allowed = model_type.fixed.get(name, (usual[name],))
         if value not in allowed:
@@ -199,4 +206,6 @@ def _names_of(name: str, aliases: Mapping[str, str]) -> list[str]:
 
 
 def _refused(setting: str, value: Any, why: str) -> ExportError:
-    return ExportError(f"{setting} = {value!r:.80} cannot be said in a GGUF file: {why}; other values are another model")
+    return ExportError(
+        f"{setting} = {value!r:.80} cannot be said in a GGUF file: {why}; other values are another model"
+    )

@@ -168,8 +168,8 @@ def _head_dim(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
             found.add(size)
     if len(found) != 1:
         raise ExportError(
-            f"a GGUF file gives the heads of all layers one size, and this model has {sorted(found) or 'none to be found'}"
-            "; plan the cut without the axis head_dim"
+            f"a GGUF file gives the heads of all layers one size, and this model has "
+            f"{sorted(found) or 'none to be found'}; plan the cut without the axis head_dim"
         )
     return found.pop()
 
@@ -182,15 +182,13 @@ def _sizes(
         width = shape_of(layer[f"{OUTPUT}.weight"], fetch)[-1]
         three = next((recipe for (parts, kind), recipe in fused.items() if QUERIES in parts and kind == "weight"), None)
         kv_width = (
-            shape_of(layer[f"{KEYS}.weight"], fetch)[0]
-            if three is None
-            else (shape_of(three, fetch)[0] - width) // 2
+            shape_of(layer[f"{KEYS}.weight"], fetch)[0] if three is None else (shape_of(three, fetch)[0] - width) // 2
         )
         heads, kv_heads = width // head_dim, kv_width // head_dim
         if width % head_dim or kv_width % head_dim or not kv_heads or heads % kv_heads:
             raise ExportError(
-                f"layer {index}: {width} numbers of queries and {kv_width} of keys are no heads of {head_dim} in groups "
-                "of one size, which is all that a GGUF file can say"
+                f"layer {index}: {width} numbers of queries and {kv_width} of keys are no heads of {head_dim} in "
+                "groups of one size, which is all that a GGUF file can say"
             )
     if f"{DOWN}.weight" in layer:
         mlp = shape_of(layer[f"{DOWN}.weight"], fetch)[-1]
@@ -203,24 +201,21 @@ def _apart(
     parts: tuple[str, ...], kind: str, recipe: Recipe, size: LayerSizes, head_dim: int, *, by_head: bool
 ) -> dict[str, Recipe]:
     """Cut a weight or a bias that holds several parts."""
-    if QUERIES in parts and by_head:
-        return {
-            f"{part}.{kind}": lambda fetch, at=at: recipe(fetch)  # type: ignore[misc]
-            .unflatten(0, (size.heads, len(parts), head_dim))[:, at]
-            .flatten(0, 1)
-            for at, part in enumerate(parts)
-        }
-    if QUERIES in parts:
-        widths = [size.heads * head_dim, size.kv_heads * head_dim, size.kv_heads * head_dim]
-        return {
-            f"{part}.{kind}": lambda fetch, at=at: recipe(fetch).split(widths)[at]  # type: ignore[misc]
-            for at, part in enumerate(parts)
-        }
-    rows = -2 if kind == "weight" else -1
-    return {
-        f"{part}.{kind}": lambda fetch, at=at: recipe(fetch).chunk(len(parts), dim=rows)[at]  # type: ignore[misc]
-        for at, part in enumerate(parts)
-    }
+    widths = [size.heads * head_dim, size.kv_heads * head_dim, size.kv_heads * head_dim]
+
+    def piece(at: int) -> Recipe:
+        def cut(fetch: Fetch) -> Tensor:
+            values = recipe(fetch)
+            if QUERIES not in parts:
+                return values.chunk(len(parts), dim=-2 if kind == "weight" else -1)[at]
+            if by_head:
+                each: Tensor = values.unflatten(0, (size.heads, len(parts), head_dim))[:, at]
+                return each.flatten(0, 1)
+            return values.split(widths)[at]
+
+        return cut
+
+    return {f"{part}.{kind}": piece(at) for at, part in enumerate(parts)}
 
 
 def _check_values(layer: Recipes, size: LayerSizes, head_dim: int, fetch: Fetch, index: int) -> None:
@@ -230,8 +225,8 @@ def _check_values(layer: Recipes, size: LayerSizes, head_dim: int, fetch: Fetch,
         rows = shape_of(layer[f"{part}.weight"], fetch)[0]
         if rows != heads * head_dim:
             raise ExportError(
-                f"layer {index}: {part} has {rows} rows for {heads} heads of {head_dim}; llama.cpp wants values as wide as "
-                "keys: plan the cut without the axis head_dim"
+                f"layer {index}: {part} has {rows} rows for {heads} heads of {head_dim}; llama.cpp wants values as wide "
+                "as keys: plan the cut without the axis head_dim"
             )
 
 
@@ -269,12 +264,16 @@ def hard_misfits(parts: Parts, wanted: Architecture, *, in_part: bool) -> list[s
         reasons.append("its output matrix is the embedding, and the model has one of its own")
     if in_part and not wanted.part_rotary:
         reasons.append("it rotates whole heads, and the model a part of each")
-    biased = {name.removesuffix(".bias") for each in (parts.whole, *parts.layers) for name in each if name.endswith(".bias")}
+    biased = {
+        name.removesuffix(".bias") for each in (parts.whole, *parts.layers) for name in each if name.endswith(".bias")
+    }
     if wanted.biases != "all" and (odd := sorted(biased - set(wanted.biases))):
         reasons.append(f"it has no bias for {', '.join(odd)}")
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[architecture_number(wanted.name)]}
-    known = {name.removeprefix("blk.{bid}.") for name in known} | {part for parts in wanted.joins.values() for part in parts}
-    here = {name.rpartition(".")[0] for each in (parts.whole, *parts.layers) for name in each}
+    known = {name.removeprefix("blk.{bid}.") for name in known} | {
+        part for parts in wanted.joins.values() for part in parts
+    }
+    here = {name.rpartition(".")[0] for each in (parts.whole, *parts.layers) for name in each if name != HEAD}
     if odd := sorted(here - known):
         reasons.append(f"it has no {', '.join(odd)}")
     return reasons
@@ -305,7 +304,8 @@ def _targets(parts: Parts, wanted: Architecture, multiple: int) -> list[LayerSiz
     if any(size.experts for size in parts.sizes):
         if not parts.uniform:
             raise ExportError(
-                "a GGUF file gives every layer the same number of experts, of one size; cut all layers alike: --shape uniform"
+                "a GGUF file gives every layer the same number of experts, of one size; cut all layers alike: "
+                "--shape uniform"
             )
         return list(parts.sizes)
     if wanted.per_layer:
@@ -330,8 +330,8 @@ def _grouping(parts: Parts, kv_heads: int, group: int) -> tuple[int, int]:
     fitting = [n for n in range(kv_heads, heads + 1) if heads % n == 0 and heads // n >= group]
     if rest or not fitting:
         raise ExportError(
-            f"{kv_heads} KV heads with {group} query heads each, of {parts.head_dim} numbers, cannot be filled up to the "
-            f"hidden width of {parts.hidden}; cut the MLP alone: --axes mlp"
+            f"{kv_heads} KV heads with {group} query heads each, of {parts.head_dim} numbers, cannot be filled up to "
+            f"the hidden width of {parts.hidden}; cut the MLP alone: --axes mlp"
         )
     return fitting[0], heads // fitting[0]
 
@@ -344,8 +344,8 @@ def _padded(layer: Recipes, before: LayerSizes, after: LayerSizes, parts: Parts,
             name = f"{norm}.weight"
             if name in layer and shape_of(layer[name], parts.fetch) != (parts.head_dim,):
                 raise ExportError(
-                    f"layer {index}: {norm} is taken over all heads at once, so heads of zeros would change it; cut all "
-                    "layers alike (--shape uniform) or the MLP alone (--axes mlp)"
+                    f"layer {index}: {norm} is taken over all heads at once, so heads of zeros would change it; cut "
+                    "all layers alike (--shape uniform) or the MLP alone (--axes mlp)"
                 )
         found |= _heads(layer, before, after, parts)
     if before.mlp != after.mlp:
@@ -362,7 +362,8 @@ def _heads(layer: Recipes, before: LayerSizes, after: LayerSizes, parts: Parts) 
             f"{VALUES}.weight": _zeros(after.kv_heads * size, parts.hidden),
             f"{OUTPUT}.weight": _zeros(parts.hidden, after.heads * size),
         }
-        found |= {f"{n}.weight": _zeros(size) for n in (QUERY_NORM, KEY_NORM) if f"{n}.weight" in reference}
+        norms = [f"{norm}.weight" for norm in (QUERY_NORM, KEY_NORM) if f"{norm}.weight" in reference]
+        found |= {name: _zeros(*shape_of(reference[name], parts.fetch)) for name in norms}
         widths = {QUERIES: after.heads, KEYS: after.kv_heads, VALUES: after.kv_heads}
         found |= {f"{n}.bias": _zeros(heads * size) for n, heads in widths.items() if f"{n}.bias" in reference}
         if f"{OUTPUT}.bias" in reference and f"{OUTPUT}.bias" not in layer:
@@ -410,9 +411,9 @@ def _grown(recipe: Recipe, dim: int, grid: tuple[int, ...], wide: tuple[int, ...
     """A recipe whose dimension, seen as a grid, is put into the first corner of a wider grid of zeros."""
 
     def grow(fetch: Fetch) -> Tensor:
-        values = recipe(fetch).unflatten(dim, grid)
+        values: Tensor = recipe(fetch).unflatten(dim, grid)
         shape = (*values.shape[:dim], *wide, *values.shape[dim + len(grid) :])
-        grown = values.new_zeros(shape)
+        grown: Tensor = values.new_zeros(shape)
         corner = (slice(None),) * dim + tuple(slice(n) for n in grid)
         grown[corner] = values
         return grown.flatten(dim, dim + len(grid) - 1)

@@ -64,14 +64,15 @@ def vocabulary(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(
-            f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json, which is what a GGUF file's vocabulary is "
-            "made from; save the fast tokenizer of the model's family beside it"
+            f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json, which is what a GGUF file's vocabulary "
+            "is made from; save the fast tokenizer of the model's family beside it"
         )
     spec = json.loads(backend.to_str())
     model = spec["model"]
     if model["type"] != "BPE":
         raise ExportError(
-            f"a tokenizer of the kind {model['type']} cannot be written; byte-level pairs (BPE) and sentencepiece's pairs can"
+            f"a tokenizer of the kind {model['type']} cannot be written; byte-level pairs (BPE) and sentencepiece's "
+            "pairs can"
         )
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ExportError("a tokenizer whose tokens carry a prefix or suffix within words cannot be written")
@@ -207,8 +208,8 @@ def _pre_name(spec: Mapping[str, Any]) -> str:
         told = " then ".join(repr(each)[:60] for each in splits) or "nothing"
         first = "" if normal else f"normalises text ({spec['normalizer']['type']}), "
         raise ExportError(
-            f"how the tokenizer splits words is not known to us: it {first}splits by {told}. Say which of llama.cpp's it is "
-            f"with --pre NAME (pre=NAME); found by themselves are {', '.join(known_pre_tokenizers())}"
+            f"the tokenizer splits words in a way that we do not know: it {first}splits by {told}. Say which of "
+            f"llama.cpp's it is with --pre NAME (pre=NAME); found by themselves are {', '.join(known_pre_tokenizers())}"
         )
     return name
 
@@ -271,7 +272,7 @@ def _with_bytes(tokens: Sequence[str], types: Sequence[int], unknown: str | None
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[str]) -> tuple[float, ...]:
-    """The earlier a token comes out of a merge, the higher its score: llama.cpp merges the pair of the highest first."""
+    """The earlier a token comes out of a merge, the higher: llama.cpp merges the pair of the highest score first."""
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault("".join(merge.split(" ")), index)
