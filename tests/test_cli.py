@@ -30,7 +30,7 @@ from secateur.run import plan_model
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "demo")
+COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "export", "demo")
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 
 
@@ -176,11 +176,15 @@ class TestGolden:
             "profile", loose(succeed(capsys, "profile", "tiny", "deep", "--seq-len", "8", "--new-tokens", "2"))
         )
 
+    def test_export(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("export", succeed(capsys, "export", "tiny", "out.gguf", "--gguf", "bf16", "--no-check"))
+
 
 class TestOutput:
     @pytest.mark.parametrize(
         "arguments",
         [
+            ("export", "tiny", "out.gguf", "--no-check"),
             ("discover", "tiny"),
             ("plan", "tiny", "--score", "l1"),
             ("prune", "tiny", "out", "--score", "l1"),

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.errors import ExportError
 from secateur.modeling_free import FREE
+from secateur.models import free_model_class
 
 TABLE = Path(__file__).with_name("architectures.json")
 
@@ -98,7 +99,7 @@ def known_types() -> tuple[str, ...]:
 def type_of(config: PreTrainedConfig) -> ModelType:
     """The entry of a config's model type; a model of free shapes has that of its dense model.
 
-    Raises `ExportError` when there is none.
+    Raises `ExportError` when there is none, and when the code is not transformers' own.
 
     >>> from transformers import AutoConfig
     >>> type_of(AutoConfig.for_model("granite")).architectures
@@ -108,9 +109,18 @@ def type_of(config: PreTrainedConfig) -> ModelType:
     found: ModelType | None = _table()["types"].get(name)
     if found is None:
         raise ExportError(
-            f"model type {name!r} cannot be written as GGUF: llama.cpp may know it, but we have not seen it "
-            f"give torch's logits there. Written are {', '.join(known_types())}; for another, llama.cpp's own "
+            f"model type {name!r} cannot be written as GGUF: we have not seen llama.cpp give torch's "
+            f"logits for it. Written are {', '.join(known_types())}; for another, llama.cpp's own "
             "convert_hf_to_gguf.py reads a folder of uniform shapes (secateur prune --shape uniform)"
+        )
+    if type(config) is not CONFIG_MAPPING[name] and free_model_class(config) is None:
+        raise ExportError(
+            f"the model's code is its own, {type(config).__name__}, and no architecture of llama.cpp is known to "
+            f"compute the same; transformers' {name} can be written"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ExportError(
+            "the model is quantised already; export the one that it was made from, and choose how with --gguf TYPE"
         )
     return found
 

@@ -117,10 +117,10 @@ def export_gguf(
     shapes = {name: shape_of(recipe, parts.fetch) for name, recipe in tensors.items()}
     kinds = {name: _kind(name, shape, dtype) for name, shape in shapes.items()}
     plain = tuple(name for name, kind in kinds.items() if dtype not in ("f32", "f16", "bf16") and kind == "f16")
-    if plain and len(plain) == sum(kind != "f32" for kind in kinds.values()):
+    if EMBEDDING in plain:
         raise ExportError(
-            f"{dtype} wants rows of multiples of {_block(dtype)} numbers, and no matrix of the model has them (the "
-            f"hidden width is {parts.hidden}); write --gguf f16 (dtype='f16')"
+            f"{dtype} wants rows of multiples of {_block(dtype)} numbers, and the hidden width is {parts.hidden}, so "
+            "nearly all of the model would stay in f16; write --gguf f16 (dtype='f16')"
         )
     with atomic_file(out, overwrite=overwrite) as file:
         writer = GGUFWriter(file, wanted.name)

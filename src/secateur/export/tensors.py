@@ -74,6 +74,7 @@ def take_apart(model: PreTrainedModel, model_type: ModelType) -> Parts:
     (LayerSizes(heads=4, kv_heads=2, mlp=20), 3)
     """
     weights = dict(model.named_parameters())
+    head = getattr(model.get_output_embeddings(), "weight", None)
 
     def fetch(name: str) -> Tensor:
         return weights[name].detach()
@@ -90,6 +91,8 @@ def take_apart(model: PreTrainedModel, model_type: ModelType) -> Parts:
             joined[number][key] = recipe
             continue
         called = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if called is None and weights[name] is head:
+            called = HEAD  # which not every architecture has
         if called is None:
             raise ExportError(f"GGUF has no name for the weight {name} of a model of type {model_type.name}")
         if not called.endswith((".weight", ".bias")):
@@ -211,7 +214,8 @@ def _apart(
             if by_head:
                 each: Tensor = values.unflatten(0, (size.heads, len(parts), head_dim))[:, at]
                 return each.flatten(0, 1)
-            return values.split(widths)[at]
+            rows: Tensor = values.split(widths)[at]
+            return rows
 
         return cut
 
@@ -225,8 +229,8 @@ def _check_values(layer: Recipes, size: LayerSizes, head_dim: int, fetch: Fetch,
         rows = shape_of(layer[f"{part}.weight"], fetch)[0]
         if rows != heads * head_dim:
             raise ExportError(
-                f"layer {index}: {part} has {rows} rows for {heads} heads of {head_dim}; llama.cpp wants values as wide "
-                "as keys: plan the cut without the axis head_dim"
+                f"layer {index}: {part} has {rows} rows for {heads} heads of {head_dim}; llama.cpp wants values as "
+                "wide as keys: plan the cut without the axis head_dim"
             )
 
 
