@@ -87,6 +87,7 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "mistral window": ("llama", "deci", {**WIDE, "sliding_window": 64}),
     "qwen2": ("qwen2", "deci", EVEN),
     "qwen2 wide": ("deci", "deci", WIDE),
+    "qwen2 rope llama3": ("deci", "deci", {**EVEN, **LLAMA3}),
     "qwen3": ("qwen3", None, WIDE),
     "qwen3 tied": ("qwen3", "openelm", {**WIDE, "tie_word_embeddings": True}),
     "phi3": ("phi3", "deci", EVEN),

@@ -179,32 +179,42 @@ def _fit(
     rotated = rotated_numbers(model)
     in_part = 0 < rotated < parts.head_dim
     multiple = _block(dtype)
-    reasons = {}
+    reasons: dict[str, list[str]] = {}
     chosen: Architecture | None = None
+    where: Positions | None = None
+    unsaid: ExportError | None = None
     for candidate in candidates:
-        why = misfits(parts, candidate, in_part=in_part)
-        if not why:
-            chosen = candidate
-            break
-        reasons[candidate.name] = why
-    if chosen is None and pad:
-        chosen = next((each for each in candidates if not hard_misfits(parts, each, in_part=in_part)), None)
+        if why := misfits(parts, candidate, in_part=in_part):
+            reasons[candidate.name] = why
+            continue
+        try:
+            where = positions(model, model.config, candidate, parts)
+        except ExportError as error:
+            unsaid = unsaid or error
+            continue
+        chosen = candidate
+        break
+    if chosen is None and unsaid is not None:
+        raise unsaid
+    paddable = [each for each in candidates if not hard_misfits(parts, each, in_part=in_part)]
+    if chosen is None and pad and paddable:
+        chosen = paddable[0]
     if chosen is None:
-        told = "; ".join(f"{name}: {', and '.join(why)}" for name, why in reasons.items())
-        paddable = not parts.sizes[0].experts and any(
-            not hard_misfits(parts, each, in_part=in_part) for each in candidates
-        )
-        remedy = (
-            "Cut all layers alike (secateur prune --shape uniform), and the MLP alone if heads do not fit (--axes mlp)"
-        )
-        if paddable:
-            remedy += (
-                ", or fill up with zeros, which makes the file as large as that of the widest layers: --pad (pad=True)"
-            )
-        raise ExportError(f"no architecture of llama.cpp holds this model. {told}. {remedy}")
-    where = positions(model, model.config, chosen, parts)
+        raise _unfit(reasons, paddable=bool(paddable) and not parts.sizes[0].experts)
+    if where is None:
+        where = positions(model, model.config, chosen, parts)
     resized = resize(parts, chosen, multiple=multiple)
     return resized, chosen, where, _added(parts, resized)
+
+
+def _unfit(reasons: Mapping[str, list[str]], *, paddable: bool) -> ExportError:
+    told = "; ".join(f"{name}: {', and '.join(why)}" for name, why in reasons.items())
+    remedy = "Cut all layers alike (secateur prune --shape uniform), and the MLP alone if heads do not fit (--axes mlp)"
+    if paddable:
+        remedy += (
+            ", or fill up with zeros, which makes the file as large as that of the widest layers: --pad (pad=True)"
+        )
+    return ExportError(f"no architecture of llama.cpp holds this model. {told}. {remedy}")
 
 
 def _added(before: Parts, after: Parts) -> int:

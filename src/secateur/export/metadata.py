@@ -22,6 +22,7 @@ from secateur.export.tensors import LayerSizes, Parts
 from secateur.modeling_free import FREE
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+GROWING = ("dynamic", "longrope")  # rotations that change with the length of the text
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp takes where the file says nothing
 
 
@@ -115,11 +116,11 @@ def _rope(
             said[Keys.Rope.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
             return said, None
         where += f" that sets {', '.join(odd) or 'no factor'}"
-    elif how in ("linear", "llama3") and kind is None and wanted.rope_factors:  # a factor for every frequency
+    elif how in ROPE_INIT_FUNCTIONS and how not in GROWING and kind is None and wanted.rope_factors:
         frequencies, scale = ROPE_INIT_FUNCTIONS[how](config, torch.device("cpu"))
-        if scale == 1.0:
-            plain = base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
-            return said, (plain / frequencies.double()).float()
+        plain = base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+        if scale == 1.0 and frequencies.shape == plain.shape and bool((frequencies > 0).all()):
+            return said, (plain / frequencies.double()).float()  # a factor for every frequency
     raise ExportError(
         f"{where} cannot be said in a GGUF file for the architecture {wanted.name!r}; "
         "take a model with the default rotation"

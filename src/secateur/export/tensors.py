@@ -70,8 +70,8 @@ def take_apart(model: PreTrainedModel, model_type: ModelType) -> Parts:
     >>> config = AutoConfig.for_model("granite", hidden_size=12, num_attention_heads=4, num_key_value_heads=2,
     ...     intermediate_size=20, num_hidden_layers=2, vocab_size=8)
     >>> parts = take_apart(AutoModelForCausalLM.from_config(config), type_of(config))
-    >>> parts.sizes[0], parts.head_dim
-    (LayerSizes(heads=4, kv_heads=2, mlp=20), 3)
+    >>> parts.sizes[0].kv_heads, parts.head_dim
+    (2, 3)
     """
     weights = dict(model.named_parameters())
     head = getattr(model.get_output_embeddings(), "weight", None)
