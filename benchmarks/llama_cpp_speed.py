@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,15 @@ def write_files(model: str, types: list[str], folder: Path, label: str) -> dict[
     }
 
 
-def measure(engine: Any, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+def measure(engine: Any, prompt: list[int], new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Tokens per second of reading the prompt and of writing after it."""
     engine.reset()
-    start = time.perf_counter()
+    start = clock()
     engine.eval(prompt)
-    read = time.perf_counter()
+    read = clock()
     for token in prompt[:new_tokens]:  # which ones does not matter to the speed, and so all files write the same
         engine.eval([token])
-    end = time.perf_counter()
+    end = clock()
     return len(prompt) / (read - start), new_tokens / (end - read)
 
 
@@ -59,9 +60,17 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens that are written (64)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every file (7)")
     parser.add_argument("--threads", type=int, default=1, help="of llama.cpp (1)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the processor's time and not the clock's: for one thread, where others use the machine, too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the prompt's tokens (0)")
     parser.add_argument("--out", type=Path, help="write the numbers here, too, as JSON")
     options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time adds up the time of all threads; use it with --threads 1")
+    clock = time.process_time if options.cpu_time else time.perf_counter
     types = options.types.split(",")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -79,6 +88,7 @@ def main() -> None:
                 n_threads=options.threads,
                 n_threads_batch=options.threads,
                 n_gpu_layers=0,
+                flash_attn=True,  # as llama.cpp's own programs do where they can
                 verbose=False,
             )
             for key in keys
@@ -88,7 +98,7 @@ def main() -> None:
         speeds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in keys}
         for number in range(options.rounds + 1):
             for key in keys if number % 2 else reversed(keys):
-                speed = measure(engines[key], prompt, options.new_tokens)
+                speed = measure(engines[key], prompt, options.new_tokens, clock)
                 if number:  # the first round reads the files from the disk
                     speeds[key].append(speed)
         for dtype, label in keys:
@@ -133,7 +143,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             cell("prompt_tokens_per_second", f"{row['prompt_tokens_per_second']:.1f}"),
             cell("new_tokens_per_second", f"{row['new_tokens_per_second']:.1f}"),
         )
-    Console().print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

