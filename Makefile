@@ -10,12 +10,15 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check bench bench-scoring bench-quality architectures format clean
+.PHONY: help setup gguf demo test slow check bench bench-scoring bench-quality bench-gguf architectures format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Make .venv and install Secateur, its development tools and the demo model
+
+gguf: $(STAMP)  ## Install llama.cpp, too, for the tests that run exported files in it; compiles it, which takes a while
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[gguf]'
 
 demo: $(STAMP)  ## Prune the demo model into runs/demo
 	@mkdir -p runs
@@ -46,6 +49,11 @@ bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers' methods, w
 	@mkdir -p runs
 	$(BIN)/python benchmarks/quality.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json $(QUALITY)
 	$(BIN)/python benchmarks/second_family.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
+
+bench-gguf: gguf  ## Measure llama.cpp's speed, dense and pruned
+	@mkdir -p runs
+	test -d runs/gguf || $(BIN)/secateur prune demo runs/gguf --preset fast --shape free
+	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --out runs/llama_cpp_speed.json
 
 architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pruning; writes docs/architectures.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'

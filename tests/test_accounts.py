@@ -17,13 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import secateur.checkpoint.stock
+from contract import uneven
 from every_type import tiny_type_model
 from families import family_config, family_model
 from secateur import CheckpointError, CutOptions, Plan, discover, plan, prune, prune_model, save, score, verify
 from secateur.checkpoint import account, read_record
 from secateur.manifest import read_manifest
 from secateur.models import load, quiet, text_files
-from test_free_shapes import uneven
 from tiny import tiny_model, tiny_tokenizer, write_tiny
 
 UNIFORM = {"score": "l2", "scope": "local", "shape": "uniform", "repair": "none", "choose": "score"}

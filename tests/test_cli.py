@@ -172,24 +172,28 @@ class TestGolden:
         check_golden("evaluate", loose(succeed(capsys, "evaluate", *arguments)))
 
     def test_export_int8(self, capsys: pytest.CaptureFixture[str]) -> None:
-        check_golden("export_int8", steady(succeed(capsys, "export", "tiny", "out", "--int8", "dynamic")))
+        check_golden("export_int8", steady(succeed(capsys, "export", "tiny", "out", "--int8", "--dynamic")))
 
     def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
         check_golden(
             "profile", loose(succeed(capsys, "profile", "tiny", "deep", "--seq-len", "8", "--new-tokens", "2"))
         )
 
+    def test_export(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("export", succeed(capsys, "export", "tiny", "out.gguf", "--gguf", "bf16", "--no-check"))
+
 
 class TestOutput:
     @pytest.mark.parametrize(
         "arguments",
         [
+            ("export", "tiny", "out.gguf", "--no-check"),
             ("discover", "tiny"),
             ("plan", "tiny", "--score", "l1"),
             ("prune", "tiny", "out", "--score", "l1"),
             ("evaluate", "tiny", "--ppl", "cats=text.txt"),
             ("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"),
-            ("export", "tiny", "out", "--int8", "weight-only"),
+            ("export", "tiny", "out", "--int8"),
         ],
     )
     def test_quiet_prints_nothing(self, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +319,7 @@ class TestJson:
 
     def test_export_int8(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--layers", "1:3")
-        data = written(capsys, "export", "out", "int8", "--int8", "weight-only")
+        data = written(capsys, "export", "out", "int8", "--int8")
         assert data["scheme"] == "weight-only"
         assert len(data["layers"]) == 21
         assert data["left"] == {
@@ -488,18 +492,20 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "JSON is a folder": ("tiny is a folder, and a file is to be written", (*PRUNE, "--json", "tiny")),
     "plan without a parent": ("no/p.json: the folder .*/no does not exist", ("plan", "tiny", "--out", "no/p.json")),
     "demo exists": ("tiny exists", ("demo", "--out", "tiny")),
-    "export to nothing": ("--int8 None: expected one of weight-only, dynamic", ("export", "tiny", "out")),
-    "export to int4": ("--int8 int4: expected one of weight-only", ("export", "tiny", "out", "--int8", "int4")),
+    "export to nothing": ("out: say what to write, --gguf TYPE or --int8", ("export", "tiny", "out")),
+    "export dynamic what": ("--dynamic is how int8 products are computed", ("export", "tiny", "out", "--dynamic")),
+    "export both": ("--int8 writes a folder, and", ("export", "tiny", "out", "--int8", "--gguf", "f16")),
+    "export int8 to a file": ("--int8 writes a folder, and", ("export", "tiny", "out.gguf", "--int8")),
     "export what is packed": (
         r"'packed' is quantised \(gptq\), and packed weights cannot be scored, cut or packed again",
-        ("export", "packed", "out", "--int8", "dynamic"),
+        ("export", "packed", "out", "--int8", "--dynamic"),
     ),
     "export onto the model": (
         "tiny holds the MODEL itself",
-        ("export", "tiny", "tiny", "--int8", "dynamic", "--overwrite"),
+        ("export", "tiny", "tiny", "--int8", "--dynamic", "--overwrite"),
     ),
-    "export over others": ("deep exists", ("export", "tiny", "deep", "--int8", "dynamic")),
-    "export nothing": ("'./no-such': no such file", ("export", "./no-such", "out", "--int8", "dynamic")),
+    "export over others": ("deep exists", ("export", "tiny", "deep", "--int8", "--dynamic")),
+    "export nothing": ("'./no-such': no such file", ("export", "./no-such", "out", "--int8", "--dynamic")),
     # evaluation
     "ppl malformed": ("--ppl text.txt: expected NAME=FILE, for example", ("evaluate", "tiny", "--ppl", "text.txt")),
     "ppl without a name": ("--ppl =text.txt: expected NAME=FILE", ("evaluate", "tiny", "--ppl", "=text.txt")),

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,8 @@ def test_transformers_serves_it(shape: str, tmp_path: Path) -> None:
         finally:
             server.terminate()
     log.close()
-    model, tokenizer = load(str(folder), device="cpu"), load_tokenizer(str(folder))
+    model: Any = load(str(folder), device="cpu")
+    tokenizer = load_tokenizer(str(folder))
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)

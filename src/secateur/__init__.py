@@ -22,6 +22,7 @@ from secateur.errors import (
     CheckpointError,
     DataError,
     DiscoveryError,
+    ExportError,
     ModelError,
     PlanError,
     ScoreError,
@@ -29,6 +30,7 @@ from secateur.errors import (
     UntrustedCodeError,
 )
 from secateur.evaluate import Perplexity, evaluate
+from secateur.export import Exported, export_gguf
 from secateur.models import load, load_tokenizer
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
@@ -48,6 +50,8 @@ __all__ = [
     "Discovery",
     "DiscoveryError",
     "Evidence",
+    "ExportError",
+    "Exported",
     "ModelError",
     "Perplexity",
     "Plan",
@@ -65,6 +69,7 @@ __all__ = [
     "cut_in_steps",
     "discover",
     "evaluate",
+    "export_gguf",
     "export_int8",
     "load",
     "load_tokenizer",

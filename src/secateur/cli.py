@@ -36,18 +36,20 @@ from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.demo import TEXT, demonstrate
-from secateur.errors import CheckpointError, DataError, PlanError, ScoreError, SecateurError
+from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
+from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile, weight_bytes
-from secateur.quantize import SCHEMES, export_int8_of
+from secateur.quantize import export_int8_of
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.tables import (
     binary,
     demo_tables,
     discovery_tables,
+    export_tables,
     int8_tables,
     perplexity_tables,
     plan_tables,
@@ -562,6 +564,9 @@ def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="One that `prune` wrote.", show_default=False)],
     quiet: Quiet = False,
     json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Check that a folder is as it was written, byte by byte.
@@ -582,12 +587,37 @@ def verify_command(
 @app.command("export", cls=_Command)
 def export_command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
-    int8: Annotated[
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The file to write, FILE.gguf; a folder with --int8.", show_default=False),
+    ],
+    gguf: Annotated[
         str | None,
-        typer.Option("--int8", help="weight-only, or dynamic: activations as well.", show_default=False),
+        typer.Option(
+            "--gguf",
+            metavar="TYPE",
+            help=f"A GGUF file for llama.cpp: {', '.join(TYPES)}. [default: {DEFAULT_TYPE}]",
+            show_default=False,
+        ),
     ] = None,
-    overwrite: Overwrite = False,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Fill layers up with zeros where llama.cpp wants all alike.")
+    ] = False,
+    pre: Annotated[
+        str | None,
+        typer.Option("--pre", metavar="NAME", help="llama.cpp's way to split words.", show_default=False),
+    ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare the file with torch in llama.cpp. [default: where llama-cpp-python is installed]",
+            show_default=False,
+        ),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="A folder with int8 weights, packed by torchao.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="With --int8: products in int8, activations too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -595,24 +625,41 @@ def export_command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a pruned model in another form.
+    """Write a model for other programs, or packed.
 
-    --int8 packs the weights of its linear layers: a folder that transformers reads where torchao is installed.
+    OUT.gguf is a file that llama.cpp and what is built on it run; layers of different sizes go into it too.
+    --int8 writes a folder that transformers reads where torchao is installed.
     """
-    _check_files(json_file, made=out)
-    if int8 not in SCHEMES:
-        raise CheckpointError(f"--int8 {int8}: expected one of {', '.join(SCHEMES)}, for example --int8 {SCHEMES[0]}")
-    with _watch(quiet=quiet)("pack"):
-        done = export_int8_of(
-            model,
-            out,
-            dynamic=int8 == "dynamic",
-            loading=LoadOptions(dtype, device, trust_remote_code),
-            overwrite=overwrite,
+    _check_files(json_file, made=out if int8 else None)
+    loading = LoadOptions(dtype, device, trust_remote_code)
+    if int8:
+        if gguf is not None or pad or pre is not None or check is not None or out.suffix == SUFFIX:
+            raise ExportError(
+                f"--int8 writes a folder, and {SUFFIX} files are something else: export twice, to two OUTs"
+            )
+        with _watch(quiet=quiet)("pack"):
+            packed = export_int8_of(model, out, dynamic=dynamic, loading=loading, overwrite=overwrite)
+        _finish(packed.to_json(), json_file)
+        if not quiet:
+            _print(int8_tables(packed))
+        return
+    if dynamic:
+        raise ExportError("--dynamic is how int8 products are computed: use it with --int8")
+    if gguf is None and out.suffix != SUFFIX:
+        raise ExportError(f"{out}: say what to write, --gguf TYPE or --int8, or name the file {out}{SUFFIX}")
+    wanted = gguf or DEFAULT_TYPE
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    check_gguf(config, out, dtype=wanted, check=check, overwrite=overwrite)
+    with _watch(quiet=quiet)("load"):
+        loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    with _watch(quiet=quiet)("write") as progress:
+        written = export_gguf(
+            loaded, tokenizer, out, dtype=wanted, pad=pad, pre=pre, check=check, overwrite=overwrite, progress=progress
         )
-    _finish(done.to_json(), json_file)
+    _finish(written.to_json(), json_file)
     if not quiet:
-        _print(int8_tables(done))
+        _print(export_tables(written))
 
 
 @app.command("demo", cls=_Command)

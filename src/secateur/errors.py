@@ -45,6 +45,10 @@ class CheckpointError(SecateurError):
     """A folder that cannot be written or read: it exists, it is incomplete, or nothing it could hold describes it."""
 
 
+class ExportError(SecateurError):
+    """A model, a setting or a tokenizer that the format of a file cannot hold, or a file that computes otherwise."""
+
+
 def unwritable(path: Path, error: Exception) -> CheckpointError:
     """The error of a file or folder that cannot be written, for example because the disk is full.
 

@@ -26,6 +26,7 @@ from secateur.axes.groups import Discovery, count_parameters
 from secateur.checkpoint import Verified
 from secateur.demo import PROMPT, Demonstration
 from secateur.evaluate import Perplexity
+from secateur.export import Exported
 from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.profile import Profile
 from secateur.quantize import Quantised
@@ -307,6 +308,33 @@ def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
             f"{row.decode_tokens_per_second:.1f} tokens/s",
         )
     yield from _titled("Size and speed", table)
+
+
+def export_tables(written: Exported) -> Iterator[RenderableType]:
+    """What a file holds, and what llama.cpp computed from it beside torch."""
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column()
+    table.add_row("file", str(written.out))
+    table.add_row("architecture", written.architecture)
+    table.add_row("numbers", f"{written.dtype}, {short(written.parameters)} parameters, {binary(written.bytes)}")
+    table.add_row("words split as", written.pre)
+    checked = written.checked
+    if checked is not None:
+        table.add_row("checked in", f"llama.cpp, by llama-cpp-python {checked.version}")
+        table.add_row("texts split alike", f"{checked.texts - len(checked.other_tokens)} of {checked.texts}")
+        table.add_row("greedy tokens as torch's", f"{checked.same_tokens} of {checked.new_tokens}")
+        table.add_row(
+            "logits differ by",
+            f"{checked.difference:.2g} of their spread ({checked.rounding:.2g} from rounding weights alone)",
+        )
+    yield from _titled("Written", table)
+    for note in written.notes:
+        yield f"note: {note}"
+    if checked is None:
+        yield "not compared with torch: pip install 'secateur[gguf]', and export with --check"
+    elif checked.other_tokens:
+        yield f"note: llama.cpp makes other tokens of {', '.join(repr(text) for text in checked.other_tokens[:3])}"
 
 
 def demo_tables(shown: Demonstration) -> Iterator[RenderableType]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from secateur.checkpoint.accounts import account
 from secateur.checkpoint.folder import (
+    atomic_file,
     atomic_folder,
     check_apart,
+    check_file_vacant,
     check_vacant,
     check_writable,
     copy_in,
@@ -23,8 +25,10 @@ __all__ = [
     "Verified",
     "VerifiedFile",
     "account",
+    "atomic_file",
     "atomic_folder",
     "check_apart",
+    "check_file_vacant",
     "check_stock",
     "check_vacant",
     "check_writable",

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,54 @@ def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_file_vacant(out: Path, *, overwrite: bool = False) -> None:
+    """Raise `CheckpointError` when the file `out` exists and may not be replaced, or cannot be written.
+
+    >>> check_file_vacant(Path("/dev/null"))
+    Traceback (most recent call last):
+    secateur.errors.CheckpointError: /dev/null exists; name another file, or replace it with --overwrite ...
+    """
+    try:
+        exists = out.exists()
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"{out!s:.60}... cannot be written: {error.strerror}") from error
+    check_writable(out)
+    if exists and not overwrite:
+        raise CheckpointError(f"{out} exists; name another file, or replace it with --overwrite (overwrite=True)")
+    if exists and not out.is_file():
+        raise CheckpointError(f"{out} is no ordinary file, so it is not replaced; name another")
+
+
+@contextmanager
+def atomic_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a path beside `out` to write a file to; when the block ends well, it becomes `out`, else it is removed.
+
+    The file is flushed to the disk before it gets its name, so `out` is never half-written. What a killed process has
+    left of the same `out` is removed. Raises `CheckpointError` as `check_file_vacant` does, and when something cannot
+    be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     with atomic_file(Path(parent) / "out") as file:
+    ...         _ = file.write_text("1")
+    ...     [(path.name, path.read_text()) for path in Path(parent).iterdir()]
+    [('out', '1')]
+    """
+    check_file_vacant(out, overwrite=overwrite)
+    out = out.resolve()  # a link to a file stays a link
+    temporary = _beside(out, "partial")
+    try:
+        _remove_stale(out)
+        yield temporary
+        _flush(temporary)
+        temporary.replace(out)
+        _flush(out.parent)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _beside(out: Path, kind: str) -> Path:
     return out.with_name(f".{out.name}.{os.getpid()}.{kind}")
 
@@ -136,7 +184,8 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _replace(out: Path, new: Path) -> None:

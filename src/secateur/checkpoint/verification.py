@@ -45,9 +45,9 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
 
     Every file has its size and hash, and every tensor its dtype and shape; no file that a loader would read has been
     added. Then a model is built from the config, without memory: it has exactly the tensors that are there, and the
-    sizes that the plan says. Of a model with custom code this is left out, unless `trust_remote_code` lets it run, and of
-    one with packed weights, whose tensors have other shapes.
-    Raises `CheckpointError` when there is no such folder, or no manifest in it that can be read.
+    sizes that the plan says. This is left out of a model with packed weights, whose tensors have other shapes, and of
+    one with custom code, unless `trust_remote_code` lets it run. Raises `CheckpointError` when there is no such folder,
+    or no manifest in it that can be read.
 
     >>> import tempfile
     >>> verify(tempfile.gettempdir())
