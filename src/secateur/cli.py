@@ -535,6 +535,9 @@ def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="One that `prune` wrote.", show_default=False)],
     quiet: Quiet = False,
     json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Check that a folder is as it was written, byte by byte.
