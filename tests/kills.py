@@ -1,40 +1,94 @@
-"""Real commands, killed with SIGKILL at chosen moments; what they leave is compared with an undisturbed run's."""
+"""Commands that are killed with SIGKILL at chosen moments, to compare what they leave with an undisturbed run's.
+
+Each command is a process of its own. It is forked from one that has imported everything, so that moments fall into its
+work and not into imports.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 Moment = Callable[[float], bool]  # seconds since the start -> whether to kill now
 
+# Reads the arguments of a command from each line, and tells the number of its process and, at its end, its status.
+SERVER = """
+import json, os, sys, traceback
+import secateur.checkpoint.stock
+import secateur.cli
+import transformers.models.llama.modeling_llama
+for line in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 70
+        try:
+            secateur.checkpoint.stock.SHARD = "20KB"  # many files, and time between the first and the last
+            status = secateur.cli.run(json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    print(process, flush=True)
+    print(os.waitpid(process, 0)[1], flush=True)
+"""
+
 
 @dataclass(frozen=True)
-class Command:
-    """A command that writes `out`, a file or a folder, and the command that goes on after a kill."""
+class Commands:
+    """A process that starts commands."""
 
-    arguments: Sequence[str]
-    out: Path
+    server: subprocess.Popen[str]
 
-    def run(self, *more: str) -> float:
-        """Run it to its end; how many seconds it took."""
+    def run(self, arguments: Sequence[str]) -> float:
+        """Run a command to its end, which must be a good one; how many seconds it took."""
         start = time.monotonic()
-        done = subprocess.run([*self.arguments, *more], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        self._start(arguments)
+        assert self._read() == 0, arguments
         return time.monotonic() - start
 
-    def killed(self, moment: Moment, *more: str) -> bool:
-        """Run it until the moment; whether it was still running then."""
+    def kill(self, arguments: Sequence[str], moment: Moment) -> bool:
+        """Run a command until the moment, and kill it; whether it was still running then."""
+        process = self._start(arguments)
         start = time.monotonic()
-        process = subprocess.Popen([*self.arguments, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not moment(time.monotonic() - start):
-            time.sleep(0.0002)
-        process.kill()
-        return process.wait() == -signal.SIGKILL
+        assert self.server.stdout is not None
+        while not moment(time.monotonic() - start):
+            if select.select([self.server.stdout], [], [], 0.0002)[0]:
+                break  # it has come to its end
+        else:
+            os.kill(process, signal.SIGKILL)
+        status = self._read()
+        assert status in (0, signal.SIGKILL), arguments
+        return status == signal.SIGKILL
+
+    def _start(self, arguments: Sequence[str]) -> int:
+        assert self.server.stdin is not None
+        print(json.dumps(arguments), file=self.server.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> int:
+        assert self.server.stdout is not None
+        return int(self.server.stdout.readline())
+
+
+@contextmanager
+def commands() -> Iterator[Commands]:
+    """Start and stop such a process, in the current folder."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as server:
+        yield Commands(server)
+        assert server.stdin is not None
+        server.stdin.close()
 
 
 def contents(path: Path) -> dict[str, bytes] | None:

@@ -282,6 +282,29 @@ class TestCarriedOver:
         }
         assert found["processor_config.json"].read_text() == CARRIED["processor_config.json"]
 
+    def test_links_out_of_the_folder_are_not_published(
+        self, dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "secret").write_text("a key")
+        (dense / "merges.txt").unlink()
+        (dense / "merges.txt").symlink_to(tmp_path / "secret")
+        (dense / "vocab.txt").symlink_to("vocab.json")
+        (dense / "vocab.json").write_text("{}")
+        with caplog.at_level("WARNING", logger="secateur"):
+            found = text_files(str(dense))
+        assert "merges.txt is a link out of its folder, and is not carried over: put a copy in its place" in caplog.text
+        assert "merges.txt" not in found
+        assert "vocab.txt" in found
+
+    def test_links_of_the_hubs_cache_are(self, dense: Path, tmp_path: Path) -> None:
+        blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0"
+        snapshot.mkdir(parents=True)
+        blobs.mkdir()
+        for number, name in enumerate(("config.json", "merges.txt")):
+            shutil.copy(dense / name, blobs / str(number))
+            (snapshot / name).symlink_to(f"../../blobs/{number}")
+        assert text_files(str(snapshot)).keys() == {"merges.txt"}
+
     def test_a_name_that_only_its_class_knows(self, dense: Path) -> None:
         (dense / "own.vocabulary").write_text("x")
         tokenizer = copy.copy(tiny_tokenizer())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kills import Command, Moment, after, contents, partial, while_writing
+from kills import Commands, Moment, after, commands, contents, partial, while_writing
 from secateur import verify
 from secateur.models import load, load_tokenizer
 from tiny import names, write_tiny
@@ -19,14 +21,6 @@ from tiny import names, write_tiny
 TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
 CUT = "--calibration in/text.txt --samples 4 --length 16 --resume --quiet"
 
-# Many small shards, so that there is time between the first file and the last.
-SHARDED = """
-import sys
-import secateur.checkpoint.stock
-secateur.checkpoint.stock.SHARD = "20KB"
-import secateur.cli
-sys.exit(secateur.cli.run(sys.argv[1:]))
-"""
 # Every limit of the size of a file, one after the other: the kernel refuses to let a file grow beyond it.
 LIMITED = """
 import resource, signal, sys
@@ -60,78 +54,87 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-def pruning(*more: str) -> Command:
-    arguments = ["prune", "in/tiny", "here/out", *CUT.split(), *more]
-    return Command([sys.executable, "-c", SHARDED, *arguments], Path("here/out"))
+def prune(*more: str) -> list[str]:
+    return ["prune", "in/tiny", "here/out", *CUT.split(), *more]
 
 
-def check_whole(command: Command, whole: dict[str, bytes]) -> None:
+def check_whole(out: Path, whole: dict[str, bytes]) -> None:
     """What has the name of the output is the output."""
-    found = contents(command.out)
+    found = contents(out)
     assert found is None or found == whole
-    if found is not None and command.out.is_dir():
-        assert verify(command.out).problems == ()
-        load(str(command.out), device="cpu")
-        load_tokenizer(str(command.out))
+    if found is not None and out.is_dir():
+        assert verify(out).problems == ()
+        load(str(out), device="cpu")
+        load_tokenizer(str(out))
 
 
-def check_kills(command: Command, moments: list[Moment]) -> int:
-    """Kill the command at each moment, and go on with the same command; how often it was killed while it wrote."""
-    command.run()
-    whole = contents(command.out)
+def check_kills(run: Commands, arguments: list[str], out: Path, moments: Iterator[Moment], kills: int) -> int:
+    """Kill a command so often, and run the same again each time; how often it was killed while it wrote."""
+    whole = contents(out)
     assert whole is not None
-    beside = names(command.out.parent)
-    writing = 0
-    for moment in moments:
-        shutil.rmtree(command.out) if command.out.is_dir() else command.out.unlink()
-        command.killed(moment)
-        writing += bool(partial(command.out))
-        check_whole(command, whole)
-        if not command.out.exists():
-            command.run()
-        assert contents(command.out) == whole
-        assert names(command.out.parent) == beside
-    return writing
+    beside = names(out.parent)
+    killed = writing = 0
+    for moment in itertools.islice(moments, 3 * kills):  # some come to their end before their moment
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        hit = run.kill(arguments, moment)
+        killed += hit
+        writing += hit and bool(partial(out))
+        check_whole(out, whole)
+        if not out.exists():
+            run.run(arguments)
+        assert contents(out) == whole
+        assert names(out.parent) == beside
+        if killed == kills:
+            return writing
+    pytest.fail(f"only {killed} of {kills} kills came in time")
 
 
 @pytest.mark.slow
 def test_twenty_random_moments_of_pruning(place: Path) -> None:
-    command, chance = pruning(), random.Random(0)
-    seconds = command.run()
-    files = len(contents(command.out) or {})
-    shutil.rmtree(command.out)
-    moments = [after(seconds * chance.uniform(0.3, 1.0)) for _ in range(12)]
-    moments += [while_writing(command.out, chance.randint(0, files - 1)) for _ in range(8)]
-    assert check_kills(command, moments) >= 5
+    """Whenever in the run, and after so many files of the output."""
+    out, chance = Path("here/out"), random.Random(0)
+    with commands() as run:
+        run.run(prune())
+        seconds = run.run(prune("--overwrite"))
+        shutil.rmtree(out)
+        run.run(prune())
+        files = len(contents(out) or {})
+        anywhere = (after(seconds * chance.uniform(0, 1)) for _ in itertools.count())
+        writing = (while_writing(out, chance.randint(0, files - 1)) for _ in itertools.count())
+        check_kills(run, prune(), out, anywhere, 10)
+        assert check_kills(run, prune(), out, writing, 10) >= 5
 
 
 @pytest.mark.slow
 def test_what_is_to_be_replaced_is_never_missing(place: Path) -> None:
     """Until the new folder is whole the old one is there, and then the new one is."""
-    command = pruning("--overwrite")
-    command.run("--ratio", "0.1")
-    old = contents(command.out)
-    shutil.move(command.out, "in/old")
-    command.run()
-    new = contents(command.out)
-    assert old is not None
-    assert new is not None
-    writing = 0
-    for files in (0, 3, len(new) // 2, len(new) - 2, len(new) - 1, len(new)):
-        shutil.rmtree(command.out)
-        shutil.copytree("in/old", command.out)
-        command.killed(while_writing(command.out, files))
-        writing += bool(partial(command.out))
-        assert contents(command.out) in (old, new)
-        command.run()
-        assert contents(command.out) == new
-        assert [name for name in names(place) if "/" not in name] == ["out"]
+    out = Path("here/out")
+    with commands() as run:
+        run.run(prune("--ratio", "0.1"))
+        old = contents(out)
+        shutil.move(out, "in/old")
+        shutil.copytree("in/old", out)
+        run.run(prune("--overwrite"))
+        new = contents(out)
+        assert old is not None
+        assert new is not None
+        writing = 0
+        for files in (0, 3, len(new) // 2, len(new) - 2, len(new) - 1, len(new)):
+            shutil.rmtree(out)
+            shutil.copytree("in/old", out)
+            run.kill(prune("--overwrite"), while_writing(out, files))
+            writing += bool(partial(out))
+            assert contents(out) in (old, new)
+            run.run(prune("--overwrite"))
+            assert contents(out) == new
+            assert [name for name in names(place) if "/" not in name] == ["out"]
     assert writing >= 4
 
 
 @pytest.mark.slow
 def test_a_file_that_cannot_grow_leaves_the_old_state(place: Path) -> None:
-    pruning().run("--ratio", "0.1")
+    with commands() as run:
+        run.run(prune("--ratio", "0.1"))
     old = contents(Path("here/out"))
     assert old is not None
     sizes = sorted({len(content) for content in old.values()})
@@ -162,9 +165,11 @@ def test_a_file_that_cannot_grow_leaves_the_old_state(place: Path) -> None:
 @pytest.mark.parametrize("room", [40_000, 250_000])
 def test_a_full_disk_leaves_the_old_state(room: int, place: Path) -> None:
     """A file system with that much room beside the old folder, in a namespace of its own."""
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False).returncode:
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    if shutil.which("unshare") is None or subprocess.run(mount, check=False).returncode:
         pytest.skip("this system lets no one mount a file system of his own")
-    pruning().run("--ratio", "0.1")
+    with commands() as run:
+        run.run(prune("--ratio", "0.1"))
     shutil.move("here/out", "in/old")
     pages = sum(-(-path.stat().st_size // 4096) + 1 for path in Path("in/old").iterdir())
     command = [sys.executable, "-m", "secateur", "prune", "in/tiny", "here/out", *CUT.split(), "--overwrite"]

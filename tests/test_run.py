@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,6 +31,7 @@ from secateur.repair import repair
 from secateur.run import Clock, Pruned, cut_as_planned, peak_rss, plan_model, prune_model
 from secateur.scores import SCORES, Score, Scores, read_scores
 from secateur.statistics import _Journal
+from secateur.work import kept_scores, kept_windows
 from tiny import names, write_tiny
 
 TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
@@ -267,6 +268,13 @@ class TestResume:
         (interrupted / ".out.secateur" / file).write_bytes(b"{")
         assert "score" in prune(resume=True).seconds
         assert names(interrupted)[0] == "out"
+
+    def test_leftovers_of_another_form(self, tmp_path: Path) -> None:
+        (tmp_path / "windows.safetensors").write_bytes(b"{")
+        assert kept_windows(tmp_path) is None
+        for about in ("[]", "{}", '{"options": 3}', '{"options": {"colour": 1}}', "{"):
+            save_file({"hidden": torch.ones(2)}, tmp_path / "scores.safetensors", {"secateur": about})
+            assert kept_scores(tmp_path) is None
 
     def test_nothing_to_resume(self, place: Path) -> None:
         assert not prune(resume=True).resumed

@@ -459,7 +459,22 @@ def text_files(model: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     if source.kind != "folder" or source.path is None:
         return {}
     names = [*sorted(_TEXT_FILES | own), *(f"{_TEMPLATES}{path.name}" for path in source.path.glob(f"{_TEMPLATES}*"))]
-    return {name: source.path / name for name in names if (source.path / name).is_file()}
+    return {name: source.path / name for name in names if _is_of(source.path, name)}
+
+
+def _is_of(folder: Path, name: str) -> bool:
+    """Whether a file lies in a folder, or is a link to where the cache of the hub keeps what is in its folders.
+
+    A copy of what any other link leads to may be published with a model, and be a secret.
+    """
+    path = folder / name
+    homes = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        homes.append(folder.resolve().parent.parent / "blobs")
+    inside = any(path.resolve().is_relative_to(home) for home in homes)
+    if path.is_file() and not inside:
+        logger.warning("%s is a link out of its folder, and is not carried over: put a copy in its place", path)
+    return path.is_file() and inside
 
 
 def _cached(model: str, name: str) -> Path | None:
