@@ -26,7 +26,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from secateur.checkpoint.folder import atomic_folder, check_apart, check_vacant
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.checkpoint.stock import SHARD
-from secateur.errors import CheckpointError, ModelError
+from secateur.errors import CheckpointError, ModelError, SecateurError
 from secateur.evaluate import evaluation_mode, input_device, vocabulary_size
 from secateur.models import (
     LoadOptions,
@@ -280,8 +280,16 @@ class _Uses(TorchFunctionMode):
 def _used_elsewhere(model: PreTrainedModel) -> set[int]:
     """Ids of the weights that anything but a linear product uses, in a pass over a few tokens."""
     uses = _Uses(model.parameters())
-    with uses:
-        _logits(model)
+    try:
+        with uses:
+            _logits(model)
+    except SecateurError:
+        raise
+    except Exception as error:  # the code of models raises anything
+        raise ModelError(
+            f"{type(model).__name__}: how it uses its weights shows when it reads a line of tokens, and it cannot; "
+            f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        ) from error
     return uses.elsewhere
 
 
