@@ -322,7 +322,7 @@ class TestRefused:
         with quiet():
             model = tiny_type_model("musicgen").float()
         with pytest.raises(
-            ModelError, match="MusicgenForCausalLM: how it uses its weights shows .* cannot; RuntimeErr"
+            ModelError, match=r"MusicgenForCausalLM: how it uses its weights shows .* cannot; RuntimeErr"
         ):
             export_int8(model, tmp_path / "out")
 
