@@ -44,7 +44,7 @@ from secateur.profile import weight_bytes
 
 SCHEMES = ("weight-only", "dynamic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = 8  # of the forward passes that show how weights are used, and that the folder computes the same
+TOKENS = 8  # of the forward passes that show how weights are used, and that what was written computes
 ALIGNED = 8  # sizes of an int8 product on CUDA; torchao computes others on the CPU
 _EXTRA = "pip install 'secateur[int8]'"
 
@@ -92,9 +92,8 @@ def export_int8(
 
     The folder loads with `AutoModelForCausalLM.from_pretrained` where torchao is installed (with
     `trust_remote_code=True` where layers differ in size), and appears whole or not at all: before that it is loaded,
-    and must give the very logits of the quantised model in memory. Raises `ModelError` for a model that is quantised
-    already, is of another dtype or has no such layer, and `CheckpointError` where torchao is missing or no folder can
-    hold the model.
+    and its weights must be those in memory. Raises `ModelError` for a model that is quantised already, is of another
+    dtype or has no such layer, and `CheckpointError` where torchao is missing or no folder can hold the model.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
