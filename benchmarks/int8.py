@@ -72,7 +72,12 @@ def main() -> None:
         for scheme in SCHEMES:
             out = folder / f"int8-{scheme}"
             export_int8(
-                load(str(pruned), device="cpu"), out, tokenizer=tokenizer, dynamic=scheme == "dynamic", source=pruned
+                load(str(pruned), device="cpu"),
+                out,
+                tokenizer=tokenizer,
+                dynamic=scheme == "dynamic",
+                source=pruned,
+                overwrite=True,
             )
             folders[f"pruned, int8 {scheme}"] = str(out)
         models = {name: load(path, device="cpu") for name, path in folders.items()}

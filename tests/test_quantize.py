@@ -318,6 +318,14 @@ class TestRefused:
         with pytest.raises(ModelError, match="weights of float64 are not packed; expected float32, bfloat16, float16"):
             export_int8(tiny_model(dtype=torch.float64), tmp_path / "out")
 
+    def test_a_model_that_reads_no_line_of_tokens(self, tmp_path: Path) -> None:
+        with quiet():
+            model = tiny_type_model("musicgen").float()
+        with pytest.raises(
+            ModelError, match=r"MusicgenForCausalLM: how it uses its weights shows .* cannot; RuntimeErr"
+        ):
+            export_int8(model, tmp_path / "out")
+
     def test_cut_in_memory(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"LlamaForCausalLM: its config does not say its sizes, .* folder"):
             export_int8(free_family("llama"), tmp_path / "out")

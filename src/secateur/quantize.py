@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from secateur.checkpoint.folder import atomic_folder, check_apart, check_vacant, copy_in, write_manifest
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.checkpoint.stock import SHARD
-from secateur.errors import CheckpointError, ModelError
+from secateur.errors import CheckpointError, ModelError, SecateurError
 from secateur.evaluate import evaluation_mode, input_device, vocabulary_size
 from secateur.models import (
     LoadOptions,
@@ -44,7 +44,7 @@ from secateur.profile import weight_bytes
 
 SCHEMES = ("weight-only", "dynamic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = 8  # of the forward passes that show how weights are used, and that the folder computes the same
+TOKENS = 8  # of the forward passes that show how weights are used, and that what was written computes
 ALIGNED = 8  # sizes of an int8 product on CUDA; torchao computes others on the CPU
 _EXTRA = "pip install 'secateur[int8]'"
 
@@ -94,9 +94,8 @@ def export_int8(
 
     The folder loads with `AutoModelForCausalLM.from_pretrained` where torchao is installed (with
     `trust_remote_code=True` where layers differ in size), and appears whole or not at all: before that it is loaded,
-    and must give the very logits of the quantised model in memory. Raises `ModelError` for a model that is quantised
-    already, is of another dtype or has no such layer, and `CheckpointError` where torchao is missing or no folder can
-    hold the model.
+    and its weights must be those in memory. Raises `ModelError` for a model that is quantised already, is of another
+    dtype or has no such layer, and `CheckpointError` where torchao is missing or no folder can hold the model.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -292,8 +291,16 @@ class _Uses(TorchFunctionMode):
 def _used_elsewhere(model: PreTrainedModel) -> set[int]:
     """Ids of the weights that anything but a linear product uses, in a pass over a few tokens."""
     uses = _Uses(model.parameters())
-    with uses:
-        _logits(model)
+    try:
+        with uses:
+            _logits(model)
+    except SecateurError:
+        raise
+    except Exception as error:  # the code of models raises anything
+        raise ModelError(
+            f"{type(model).__name__}: how it uses its weights shows when it reads a line of tokens, and it cannot; "
+            f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        ) from error
     return uses.elsewhere
 
 
