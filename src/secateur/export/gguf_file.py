@@ -262,7 +262,7 @@ def _name_of(model: PreTrainedModel, out: Path) -> str:
 def _told(parts: Parts, added: int, plain: tuple[str, ...], dtype: str) -> list[str]:
     notes = []
     if added:
-        notes.append(f"{added:,} zeros fill layers up to sizes that llama.cpp reads")
+        notes.append(f"{added:,} zeros fill layers up to sizes that llama.cpp wants")
     if plain:
         notes.append(
             f"{len(plain)} matrices stay in f16, since their rows are no multiples of {_block(dtype)}: {plain[0]}"
