@@ -48,6 +48,7 @@ from secateur.calibration import demo_texts
 from secateur.cli import run
 from secateur.export import TYPES
 from secateur.export.architectures import TABLE, architecture, known_types, type_of
+from secateur.export.tensors import resize, take_apart
 from secateur.export.vocabulary import known_pre_tokenizers, vocabulary
 from secateur.models import quiet
 from secateur.plan import PlannedGroup
@@ -536,6 +537,36 @@ class TestRefused:
         model.get_submodule("model.layers.0.self_attn").head_dim = 8  # type: ignore[assignment]
         with pytest.raises(ExportError, match=r"the heads of all layers one size, and this model has \[8, 16\]"):
             write(model, tmp_path / "m.gguf")
+
+    def test_query_heads_that_do_not_divide(self, tmp_path: Path) -> None:
+        model = tiny_model()
+        attention: Any = model.get_submodule("model.layers.2.self_attn")
+        attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :80])
+        with pytest.raises(
+            ExportError, match="layer 2: 80 numbers of queries and 48 of keys are no heads of 16 in groups"
+        ):
+            write(model, tmp_path / "m.gguf")
+
+    def test_layers_of_another_kind(self, tmp_path: Path) -> None:
+        config = AutoConfig.for_model("qwen2", **EVEN)
+        model = family_model(config, dtype=torch.float32)
+        model.config.sliding_window, model.config.layer_types = 8, ["full_attention", "chunked_attention"] * 2
+        with pytest.raises(ExportError, match="no word for layers of the kind chunked_attention"):
+            write(model, tmp_path / "m.gguf")
+
+    def test_heads_rotated_by_two_tables(self, tmp_path: Path) -> None:
+        model = tiny_model()
+        model.get_submodule("model.layers.0").register_buffer("inv_freq", torch.ones(3))
+        with pytest.raises(ExportError, match=r"all rotated alike, and the model's differ: \[6, 16\] numbers"):
+            write(model, tmp_path / "m.gguf")
+
+    def test_heads_that_never_fill_the_hidden_width(self) -> None:
+        parts = take_apart(case_model("starcoder2"), type_of(case_model("starcoder2").config))
+        narrow = dataclasses.replace(parts, head_dim=25)
+        with pytest.raises(
+            ExportError, match=r"of 25 numbers, cannot be filled up to the hidden width of 96; .*--axes mlp"
+        ):
+            resize(narrow, architecture("starcoder2"))
 
 
 class TestFile:
