@@ -114,7 +114,7 @@ def export_gguf(
     check_gguf(model.config, out, dtype=dtype, check=check, overwrite=overwrite)
     check = runs_here(needed=False) if check is None else check
     model_type = type_of(model.config)
-    parts, wanted, where, added = _fit(model, model_type, dtype=dtype, pad=pad)
+    parts, wanted, where, added = _fit(model, model_type, pad=pad)
     said = metadata(model.config, model_type, parts, where)
     words = vocabulary(tokenizer, shape_of(parts.whole[EMBEDDING], parts.fetch)[0], pre=pre, stops=_stops(model))
     tensors = put_together(parts, wanted, model_type)
@@ -176,15 +176,12 @@ def _check_type(dtype: str) -> None:
 # --- the architecture -------------------------------------------------------------------------------------------
 
 
-def _fit(
-    model: PreTrainedModel, model_type: ModelType, *, dtype: str, pad: bool
-) -> tuple[Parts, Architecture, Positions, int]:
+def _fit(model: PreTrainedModel, model_type: ModelType, *, pad: bool) -> tuple[Parts, Architecture, Positions, int]:
     """The parts of the model, in sizes that an architecture can hold; how many zeros that took."""
     parts = take_apart(model, model_type)
     candidates = [architecture(name) for name in model_type.architectures]
     rotated = rotated_numbers(model)
     in_part = 0 < rotated < parts.head_dim
-    multiple = _block(dtype)
     reasons: dict[str, list[str]] = {}
     chosen: Architecture | None = None
     where: Positions | None = None
@@ -209,7 +206,7 @@ def _fit(
         raise _unfit(reasons, paddable=bool(paddable) and not parts.sizes[0].experts)
     if where is None:
         where = positions(model, model.config, chosen, parts)
-    resized = resize(parts, chosen, multiple=multiple)
+    resized = resize(parts, chosen)
     return resized, chosen, where, _added(parts, resized)
 
 
@@ -265,7 +262,7 @@ def _name_of(model: PreTrainedModel, out: Path) -> str:
 def _told(parts: Parts, added: int, plain: tuple[str, ...], dtype: str) -> list[str]:
     notes = []
     if added:
-        notes.append(f"{added:,} zeros fill layers up to sizes that llama.cpp reads")
+        notes.append(f"{added:,} zeros fill layers up to sizes that llama.cpp wants")
     if plain:
         notes.append(
             f"{len(plain)} matrices stay in f16, since their rows are no multiples of {_block(dtype)}: {plain[0]}"

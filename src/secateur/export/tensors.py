@@ -30,7 +30,7 @@ QUERIES, KEYS, VALUES, OUTPUT = "attn_q", "attn_k", "attn_v", "attn_output"
 QUERY_NORM, KEY_NORM = "attn_q_norm", "attn_k_norm"
 GATE, UP, DOWN = "ffn_gate", "ffn_up", "ffn_down"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-LEAST = 32  # channels of an MLP of zeros: whole blocks of every quantised type
+BLOCK = 32  # channels by which MLPs grow: whole blocks of every quantised type, and what llama.cpp's fast products take
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,14 +283,14 @@ def hard_misfits(parts: Parts, wanted: Architecture, *, in_part: bool) -> list[s
     return reasons
 
 
-def resize(parts: Parts, wanted: Architecture, *, multiple: int = 1) -> Parts:
+def resize(parts: Parts, wanted: Architecture) -> Parts:
     """Add zeros until the architecture can hold the model: heads, channels and whole sub-layers that give nothing.
 
-    What the model computes stays the same. MLP widths become multiples of `multiple`. An attention or MLP that is
+    What the model computes stays the same. MLP widths become multiples of `BLOCK`. An attention or MLP that is
     skipped becomes one of zeros, unless the architecture knows layers without attention. Raises `ExportError` where
     zeros would change the result.
     """
-    targets = _targets(parts, wanted, multiple)
+    targets = _targets(parts, wanted)
     layers = []
     for index, (layer, before, after) in enumerate(zip(parts.layers, parts.sizes, targets, strict=True)):
         if before != after:
@@ -301,9 +301,9 @@ def resize(parts: Parts, wanted: Architecture, *, multiple: int = 1) -> Parts:
     return replace(parts, layers=tuple(layers), sizes=tuple(targets))
 
 
-def _targets(parts: Parts, wanted: Architecture, multiple: int) -> list[LayerSizes]:
+def _targets(parts: Parts, wanted: Architecture) -> list[LayerSizes]:
     def up(n: int) -> int:
-        return -(-n // multiple) * multiple
+        return -(-n // BLOCK) * BLOCK
 
     if any(size.experts for size in parts.sizes):
         if not parts.uniform:
@@ -318,7 +318,7 @@ def _targets(parts: Parts, wanted: Architecture, multiple: int) -> list[LayerSiz
             heads = (size.heads, size.kv_heads)
             if not size.heads and not (wanted.skips_attention and index and f"{OUTPUT}.bias" not in layer):
                 heads = (1, 1)  # the first layer's are what the file is known to have attention by
-            targets.append(LayerSizes(*heads, up(size.mlp) or LEAST))
+            targets.append(LayerSizes(*heads, up(size.mlp) or BLOCK))
         return targets
     kv_heads = max(size.kv_heads for size in parts.sizes)
     group = max(size.heads // size.kv_heads for size in parts.sizes if size.kv_heads)
