@@ -253,7 +253,8 @@ def uneven(model: PreTrainedModel, kinds: tuple[str, ...], *, discovery: Discove
     for group in (discovery or discover(model)).groups:
         if group.kind in kinds and group.layer is not None and group.units > 1:
             drop = 1 + group.layer % 2 if group.units < 10 else 7 + 5 * group.layer
-            kept = max((group.units - drop) // group.multiple * group.multiple, group.least or 1)
+            least = -(-max(group.least, 1) // group.multiple) * group.multiple
+            kept = max((group.units - drop) // group.multiple * group.multiple, least)
             keep = tuple(range(group.units))[group.units - kept :] if group.layer % 2 else tuple(range(kept))
             groups.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
     return Plan("tiny", CutOptions(ratio=0.3, of="units"), tuple(g for g in groups if g.kept < g.units), {}, {})
