@@ -25,23 +25,27 @@ from secateur.errors import (
     PlanError,
     ScoreError,
     SecateurError,
+    TrainingError,
 )
 from secateur.evaluate import Perplexity, evaluate
 from secateur.models import load, load_tokenizer
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
+from secateur.recover import Recovered, RecoverOptions, recover
 from secateur.repair import Repaired, repair
 from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
 from secateur.steps import cut_in_steps
+from secateur.tuning_data import DataOptions
 
 __all__ = [
     "CalibrationOptions",
     "CheckpointError",
     "CutOptions",
     "DataError",
+    "DataOptions",
     "Discovery",
     "DiscoveryError",
     "Evidence",
@@ -51,11 +55,14 @@ __all__ = [
     "PlanError",
     "Profile",
     "Pruned",
+    "RecoverOptions",
+    "Recovered",
     "Repaired",
     "ScoreError",
     "Scores",
     "SecateurError",
     "Statistics",
+    "TrainingError",
     "cut_in_steps",
     "discover",
     "evaluate",
@@ -66,6 +73,7 @@ __all__ = [
     "profile",
     "prune",
     "prune_model",
+    "recover",
     "register_score",
     "repair",
     "save",

@@ -141,7 +141,7 @@ def plan_model(
     sizes = plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
     if sizes_only or not has_weights(model):
         return sizes
-    _check_unpacked(model, config)
+    check_unpacked(model, config)
     calibration = calibration or CalibrationOptions()
     windows = _windows(model, config, options, calibration, loading)
 
@@ -188,13 +188,13 @@ def prune_model(
     calibration = calibration or CalibrationOptions()
     clock = Clock(watch) if watch else Clock()
     check_vacant(out, overwrite=overwrite)
-    _check_apart(model, out)
+    check_apart(model, out)
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
     if not has_weights(model):
         raise ModelError(
             f"{model!r} has a config and no weights to cut; `secateur plan {model}` says what a cut leaves"
         )
-    _check_unpacked(model, config)
+    check_unpacked(model, config)
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     if given is not None:
@@ -481,15 +481,22 @@ def _may_be_free(config: PreTrainedConfig) -> bool:
     return not custom or free_model_class(config) is not None
 
 
-def _check_apart(model: str, out: Path) -> None:
-    """Raise `CheckpointError` when to write the folder would be to delete the model."""
+def check_apart(model: str, out: Path) -> None:
+    """Raise `CheckpointError` when to write the folder would be to delete the model.
+
+    >>> check_apart("organisation/model", Path("out"))
+    """
     path = resolve(model).path
     if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
         raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
 
 
-def _check_unpacked(model: str, config: PreTrainedConfig) -> None:
-    """Raise `ModelError` for a quantised model: the packed weights of most formats cannot be cut."""
+def check_unpacked(model: str, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a quantised model: the packed weights of most formats cannot be cut.
+
+    >>> from transformers import AutoConfig
+    >>> check_unpacked("tiny", AutoConfig.for_model("opt"))
+    """
     about = getattr(config, "quantization_config", None)
     if about is not None:
         method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, write_json
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
-from secateur.checkpoint.stock import check_stock, save
+from secateur.checkpoint.stock import check_stock, save, save_again
 
 __all__ = [
     "PLAN_FILE",
@@ -17,5 +17,6 @@ __all__ = [
     "make_record",
     "read_record",
     "save",
+    "save_again",
     "write_json",
 ]

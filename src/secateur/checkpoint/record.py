@@ -32,6 +32,7 @@ class Record:
     versions: Mapping[str, str]
     command: str | None  # as typed; None from Python
     calibration_options: Mapping[str, Any] | None = None  # text, samples, length, seed, column, chat; None if not known
+    recovery: Mapping[str, Any] | None = None  # how it was trained after the cut; None where it was not
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
