@@ -240,7 +240,7 @@ def recover(
     )
     with work_folder(out, key, resume=resume, worth=WORTH_KEEPING) as work:
         resumed = any(any(work.glob(pattern)) for pattern in WORTH_KEEPING)
-        trained, parameters = _train(stage, work, data.group_by_length, clock)
+        trained, parameters = _train(stage, out, work, data.group_by_length, clock)
         tokens = int(read.train.lengths[_order(stage, data.group_by_length)[: trained.steps]].sum())
         found = Recovered(
             out,
@@ -279,7 +279,7 @@ class _Stage:
     tokenizer: PreTrainedTokenizerBase
 
 
-def _train(stage: _Stage, work: Path, group_by_length: bool, clock: Clock) -> tuple[Trained, int]:
+def _train(stage: _Stage, out: Path, work: Path, group_by_length: bool, clock: Clock) -> tuple[Trained, int]:
     """Let the teacher read, then train; returns what came of it, and how many parameters were trained."""
     from secateur.training import Course, train  # Trainer takes a second to import, which other commands need not wait
 
@@ -323,7 +323,9 @@ def _train(stage: _Stage, work: Path, group_by_length: bool, clock: Clock) -> tu
         pad=stage.tokenizer.pad_token_id or 0,
     )
     with clock.stage("train") as report:
-        trained = train(model, course, stage.settings, work / TRAINING_FOLDER, report=report)  # type: ignore[arg-type]
+        told: Any = report  # it takes a line beside the numbers, where `watch` is one of ours
+        logs = out.absolute().parent / "runs" / out.name
+        trained = train(model, course, stage.settings, work / TRAINING_FOLDER, logs=logs, report=told)
     return trained, parameters
 
 

@@ -47,6 +47,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 ABOUT_FILE = "optimizer.json"  # what of the optimizer and the schedule is no tensor
 TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # name -> the package it needs
 EVALUATION_TOKENS = 1024  # of a batch of validation rows
+PACKED_NEAR = 0.02  # by what share of the largest logit a text may differ from itself alone: rounding in bfloat16
 SCORE = "eval_score"  # what the best checkpoint has least of
 
 
@@ -109,18 +110,22 @@ def train(
     settings: Settings,
     folder: Path,
     *,
+    logs: Path | None = None,
     report: Report | None = None,
 ) -> Trained:
     """Train those weights of the model that ask for a gradient; goes on from the last checkpoint in the folder.
 
-    The model is left in whatever state it is when the training ends; what counts are the checkpoints. Raises
+    The model is left in whatever state it is when the training ends; what counts are the checkpoints. TensorBoard
+    writes into the folder `logs`. Raises
     `TrainingError` for a loss or gradient that is NaN or Inf, a tracker whose package is missing, and a model that
     cannot be trained so.
     """
     last = last_checkpoint(folder)
     if last is not None and _over(state := _read_state(last), settings):
         return _trained(folder, state)
-    with quiet(), _tracked(settings.track, folder):
+    if course.rows.positions_T is not None:
+        _check_packing(model, course.rows)
+    with quiet(), _tracked(settings.track, logs or folder / "runs"):
         trainer = _RecoveryTrainer(model, course, settings, folder, report)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return _trained(folder, trainer.state)
@@ -415,6 +420,34 @@ class _Shown(TrainerCallback):
         self.report(state.global_step, self.settings.steps, "  ".join(said))
 
 
+@torch.no_grad()
+def _check_packing(model: nn.Module, rows: Rows) -> None:
+    """Raise `TrainingError` where texts in one row see each other, or do not count their positions anew.
+
+    Whether they do is up to the model's code, so it is tried: the second text of a row must give what it gives alone.
+    """
+    assert rows.positions_T is not None
+    for row in range(len(rows)):
+        place = rows.slice_of(row)
+        begins = torch.nonzero(rows.positions_T[place] == 0).flatten().tolist()
+        if len(begins) < 2:
+            continue
+        first, last = begins[1], [*begins, place.stop - place.start][2]
+        ids = rows.ids_T[place].long()[None]
+        device = next(model.parameters()).device
+        with evaluation_mode(model):
+            together = model(
+                input_ids=ids.to(device), position_ids=rows.positions_T[place].long()[None].to(device), use_cache=False
+            ).logits[0, first:last]
+            alone = model(input_ids=ids[:, first:last].to(device), use_cache=False).logits[0]
+        if float((together - alone).abs().max()) > PACKED_NEAR * float(alone.abs().max()):
+            raise TrainingError(
+                f"packing: {type(model).__name__} lets the texts of a row see each other. Leave out --packing; "
+                "--group-by-length keeps padding small"
+            )
+        return
+
+
 def _with_teacher(rows: Rows, numbers: Sequence[int], teacher: KeptTeacher | None, pad: int) -> dict[str, Tensor]:
     batch = collate(rows, numbers, pad=pad)
     # Under this name, too, which tells Trainer that they stand where they are predicted.
@@ -458,8 +491,8 @@ def _recompute_in_place(model: nn.Module) -> None:
 
 
 @contextmanager
-def _tracked(track: str | None, folder: Path) -> Iterator[None]:
-    """Check that a tracker is there; and let TensorBoard write where it is found after the training."""
+def _tracked(track: str | None, logs: Path) -> Iterator[None]:
+    """Check that a tracker is there, and tell TensorBoard where to write: it asks the environment."""
     if track is None:
         yield
         return
@@ -469,7 +502,7 @@ def _tracked(track: str | None, folder: Path) -> Iterator[None]:
         raise TrainingError(f"track={track!r} needs the package {TRACKERS[track]}. Run: pip install {TRACKERS[track]}")
     variable = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(variable)
-    os.environ.setdefault(variable, str(folder.parent.parent / "runs" / folder.parent.name.strip(".")))
+    os.environ.setdefault(variable, str(logs))
     try:
         yield
     finally:
