@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -39,12 +36,13 @@ from secateur import (
 from secateur.adapters import AdapterOptions, with_adapter
 from secateur.calibration import demo_texts
 from secateur.checkpoint import read_record
-from secateur.evaluate import encode, perplexity
+from secateur.evaluate import encode, perplexity, read_evaluation_text
 from secateur.models import LoadOptions, load, load_tokenizer, quiet
 from secateur.plan import read_plan
 from secateur.recover import METHODS, PRESETS, options_for
 from secateur.run import prune_model
 from secateur.training import last_checkpoint
+from test_processes import ROOT, launch
 from tiny import names, write_tiny
 
 RECOVER = sys.modules["secateur.recover"]  # by its own name the package has the function
@@ -54,6 +52,53 @@ EXACT = LoadOptions(dtype="float32", device="cpu")
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 OURS = ["secateur_curves.json", "secateur_plan.json", "secateur_record.json"]
 ROWS = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(2, 42)]
+
+
+# Forks a run from one process that has imported everything, and kills it, again and again; then lets it end.
+KILLING = """
+import os, random, signal, sys, time
+import peft, secateur.cli, secateur.training
+kills, longest, arguments = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+chooser, killed = random.Random(0), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        os._exit(secateur.cli.run([*arguments, *(["--resume"] if killed else [])]))
+    if killed < kills:
+        time.sleep(chooser.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status):
+        print(killed)
+        sys.exit(os.WEXITSTATUS(status))
+    killed += 1
+"""
+# Stops all processes as a step begins. accelerate shards weights over GPUs alone; told that CPUs are some, it does.
+STOPPING = """
+import os, signal, sys
+from accelerate.state import DistributedType, PartialState
+config, stop, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+made = PartialState.__init__
+def initialise(self, *given, **options):
+    made(self, *given, **options)
+    if config == "fsdp2" and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = initialise
+import secateur.cli
+from secateur import processes, training
+from torch.distributed.tensor import DTensor
+begin, save = training._Steady.on_step_begin, training._RecoveryTrainer._save_checkpoint
+def on_step_begin(self, args, state, control, **others):
+    if state.global_step == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin(self, args, state, control, **others)
+def on_save(self, model, trial):
+    if processes.is_first() and any(isinstance(weight, DTensor) for weight in model.parameters()):
+        print("sharded")
+    save(self, model, trial)
+training._Steady.on_step_begin, training._RecoveryTrainer._save_checkpoint = on_step_begin, on_save
+sys.exit(secateur.cli.run(arguments))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -416,35 +461,80 @@ class TestResume:
 
     @pytest.mark.slow
     def test_killed_at_random_moments_it_ends_at_the_same_weights(self, place: Path) -> None:
-        arguments = "recover free here/out --data rows.json --method lora+distill --length 128 --max-steps 30 --batch 8"
+        arguments = "recover free here/out --data rows.json --method lora+distill --length 128 --max-steps 60 --batch 8"
         arguments += " --eval-every 3 --rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50"
-        command = [sys.executable, "-m", "secateur", *arguments.split(), "--eval", "reference=held.txt"]
+        arguments += " --eval reference=held.txt --quiet --micro-batch 8"
         Path("held.txt").write_text(HELD_OUT)
-        assert (
-            subprocess.run([*command[:5], "here/whole", *command[6:]], check=False, capture_output=True).returncode == 0
+        whole = arguments.replace("here/out", "here/whole").split()
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-c", KILLING, "0", "1", *whole], check=True, capture_output=True)
+        longest = (time.monotonic() - begin) / 6
+        done = subprocess.run(
+            [sys.executable, "-c", KILLING, "20", str(longest), *arguments.split()],
+            check=False,
+            capture_output=True,
+            text=True,
         )
-        chooser = random.Random(0)
-        killed, resume = 0, []
-        work = Path("here/.out.secateur")
-        for _ in range(60):
-            process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            begun = len(list(work.glob("training/checkpoint-*")))
-            # From when it is at work: to import everything takes longer than to train.
-            while process.poll() is None and not work.exists() and not begun:
-                time.sleep(0.05)
-            time.sleep(chooser.uniform(0.0, 12.0))
-            if process.poll() is not None:
-                assert process.stderr is not None
-                assert process.returncode == 0, process.stderr.read()
-                break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-            resume = ["--resume"]
-        assert not Path("here/out").is_symlink()
-        assert killed >= 3
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) >= 10
         assert farthest("here/out", "here/whole") <= 1e-6
-        assert [name for name in os.listdir("here") if name.startswith(".")] == []  # noqa: PTH208
+        assert [name for name in names(place) if "/" not in name] == ["out", "whole"]
+
+
+class TestProcesses:
+    """Two real processes that speak gloo."""
+
+    COMMAND = "recover free here/out --data rows.json --length 128 --max-steps 6 --batch 8 --rate 3e-3 --eval-every 2"
+
+    def train_alone(self, method: str) -> Recovered:
+        Path("held.txt").write_text(HELD_OUT)
+        texts = {"reference": read_evaluation_text("held.txt")}
+        return train(out="here/alone", method=method, max_steps=6, evaluate_every=2, texts=texts)
+
+    def command(self, method: str) -> list[str]:
+        options = ["--dtype", "float32", "--eval", "reference=held.txt", "--json", "here.json"]
+        return [*self.COMMAND.split(), "--method", method, *options]
+
+    def check(self, alone: Recovered) -> None:
+        data = json.loads(Path("here.json").read_text())
+        assert [step for step, _ in data["loss"]] == [step for step, _ in alone.loss]
+        for (_, one), (_, other) in zip(data["loss"], alone.loss, strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+        for entry, expected in zip(data["evaluation"], alone.evaluation, strict=True):
+            assert entry["score"] == pytest.approx(expected["score"], rel=1e-4)
+        assert farthest("here/out", "here/alone") < 1e-4
+
+    def test_they_train_as_one_does(self, place: Path) -> None:
+        alone = self.train_alone("lora+distill")
+        done = launch("-m", "secateur", *self.command("lora+distill"))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote here/out") == 1
+        self.check(alone)
+
+    def test_a_step_that_cannot_be_shared(self, place: Path) -> None:
+        done = launch("-m", "secateur", *self.command("lora"), "--batch", "7")
+        assert done.returncode != 0
+        assert "a step of 7 rows cannot be shared by 2 processes. Expected a multiple: --batch 8" in done.stderr
+        assert names(place) == []
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+    @pytest.mark.parametrize("method", ["full", "lora+distill"])
+    def test_a_stopped_run_goes_on_with_the_configs_that_we_ship(
+        self, config: str, method: str, place: Path, tmp_path: Path
+    ) -> None:
+        alone = self.train_alone(method)
+        (tmp_path / "stopping.py").write_text(STOPPING)
+        script = [str(tmp_path / "stopping.py"), config]
+        file = ROOT / "docs" / "accelerate" / f"{config}.yaml"
+        stopped = launch(*script, "5", *self.command(method), config=file)
+        assert stopped.returncode != 0
+        assert last_checkpoint(Path("here/.out.secateur/training")).name == "checkpoint-4"  # type: ignore[union-attr]
+        done = launch(*script, "-1", *self.command(method), "--resume", config=file)
+        assert done.returncode == 0, done.stderr
+        assert "went on from what was kept" in done.stdout
+        assert ("sharded" in done.stdout) == (config == "fsdp2")
+        self.check(alone)
 
 
 class TestRefused:
@@ -495,6 +585,12 @@ class TestRefused:
     def test_a_loss_that_becomes_nan(self, method: str, place: Path) -> None:
         with pytest.raises(TrainingError, match=r"the (loss|gradient) is (nan|inf) at step \d+\. .* smaller rate"):
             train(method=method, rate=1e30, max_steps=20, evaluate_every=50, data={"validation": 0.0})
+        assert names(place) == []
+
+    def test_deepspeed(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(TrainingError, match="DeepSpeed keeps its state in pickles"):
+            train()
         assert names(place) == []
 
     def test_a_missing_package(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

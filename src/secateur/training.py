@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -117,12 +118,17 @@ def train(
 
     The model is left in whatever state it is when the training ends; what counts are the checkpoints. TensorBoard
     writes into the folder `logs`. Raises
-    `TrainingError` for a loss or gradient that is NaN or Inf, a tracker whose package is missing, and a model that
-    cannot be trained so.
+    `TrainingError` for a loss or gradient that is NaN or Inf, a tracker whose package is missing, DeepSpeed, and a
+    model that cannot be trained so.
     """
     last = last_checkpoint(folder)
     if last is not None and _over(state := _read_state(last), settings):
         return _trained(folder, state)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise TrainingError(
+            "DeepSpeed keeps its state in pickles, which are neither written nor read here. Expected FSDP2, which "
+            "shards the same: accelerate launch --config_file docs/accelerate/fsdp2.yaml"
+        )
     if course.rows.positions_T is not None:
         _check_packing(model, course.rows)
     with quiet(), _tracked(settings.track, logs or folder / "runs"):
@@ -288,6 +294,9 @@ class _RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         own = self.accelerator.unwrap_model(model)
+        for module in own.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves some weights whole, which the optimizer does not know as such
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wraps torch's
         schedule: Any = self.lr_scheduler
         names = {id(parameter): name for name, parameter in own.named_parameters()}
