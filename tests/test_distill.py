@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from families import family_config, family_model
 from secateur import ModelError, TrainingError
-from secateur.distill import SHARD_ROWS, KeptTeacher, check_teacher, keep_teacher, learning_loss
+from secateur.distill import SHARD_ROWS, KeptTeacher, check_packing, check_teacher, keep_teacher, learning_loss
 from secateur.tuning_data import IGNORED, Rows, collate, packed
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -154,6 +157,15 @@ class TestKept:
             for first, last in itertools.pairwise(begins):
                 alone = teacher(input_ids=one.ids_T[None, first:last].long(), use_cache=False).logits[0]
                 assert torch.allclose(together[first:last], alone, atol=1e-5)
+
+    @pytest.mark.parametrize(("family", "apart"), [("gemma2", True), ("gpt_neox", True), ("opt", False)])
+    def test_whether_a_model_keeps_packed_texts_apart_is_tried(self, family: str, apart: bool) -> None:
+        rows = some_rows(6)
+        rows = replace(rows, ids_T=rows.ids_T % 100)
+        model = family_model(family_config(family), dtype=torch.float32)
+        check_packing(model, rows)
+        with nullcontext() if apart else pytest.raises(TrainingError, match="packing: OPTForCausalLM lets the texts"):
+            check_packing(model, packed(rows, 60))
 
     def test_a_teacher_that_gives_nan(self, tmp_path: Path) -> None:
         broken = tiny_model(3)

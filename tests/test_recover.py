@@ -492,6 +492,7 @@ class TestProcesses:
         return train(out="here/alone", method=method, max_steps=6, evaluate_every=2, texts=texts)
 
     def command(self, method: str) -> list[str]:
+        Path("held.txt").write_text(HELD_OUT)
         options = ["--dtype", "float32", "--eval", "reference=held.txt", "--json", "here.json"]
         return [*self.COMMAND.split(), "--method", method, *options]
 

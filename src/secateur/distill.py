@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +26,7 @@ from secateur.statistics import write_tensors
 from secateur.tuning_data import IGNORED, Rows, collate
 
 SHARD_ROWS = 256  # of a file; a run that was killed goes on after the last whole one
+PACKED_NEAR = 0.02  # by what share of the largest logit a text may differ from itself alone: rounding in bfloat16
 LEAST_REST = 1e-6  # of the mass of a bucket, in which float32 cannot tell it from 0
 
 
@@ -112,6 +113,41 @@ def check_teacher(
         )
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module, rows: Rows) -> None:
+    """Raise `TrainingError` where texts in one row see each other, or do not count their positions anew.
+
+    Whether they do is up to the model's code, so it is tried: the second text of a row must give what it gives alone.
+    Rows that are not packed pass.
+
+    >>> ids = torch.arange(9, dtype=torch.int32)
+    >>> check_packing(nn.Identity(), Rows(ids, ids > 0, torch.tensor([0, 9]), torch.zeros(1, dtype=torch.int32)))
+    """
+    for row in range(len(rows) if rows.positions_T is not None else 0):
+        assert rows.positions_T is not None
+        place = rows.slice_of(row)
+        positions = rows.positions_T[place].long()
+        begins = torch.nonzero(positions == 0).flatten().tolist()
+        if len(begins) < 2:
+            continue
+        first, last = begins[1], [*begins, len(positions)][2]
+        device = input_device(model)
+        ids = rows.ids_T[place].long().to(device)[None]
+        try:
+            with evaluation_mode(model):
+                together = model(input_ids=ids, position_ids=positions.to(device)[None], use_cache=False).logits
+                alone = model(input_ids=ids[:, first:last], use_cache=False).logits
+            apart = float((together[:, first:last] - alone).abs().max()) <= PACKED_NEAR * float(alone.abs().max())
+        except TypeError:
+            apart = False  # it takes no positions
+        if not apart:
+            raise TrainingError(
+                f"packing: {type(model).__name__} lets the texts of a row see each other. Leave out --packing; "
+                "--group-by-length keeps padding small"
+            )
+        return
+
+
 def keep_teacher(
     teacher: Callable[[], PreTrainedModel],
     rows: Rows,
@@ -141,6 +177,8 @@ def keep_teacher(
     shards = range(processes.rank(), -(-len(rows) // SHARD_ROWS), processes.count())
     missing = [shard for shard in shards if not _readable(_file(folder, shard))]
     model = teacher() if missing else None
+    if model is not None:
+        check_packing(model, rows)
     for done, shard in enumerate(missing):
         assert model is not None
         numbers = range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(rows)))

@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from secateur import processes
 from secateur.checkpoint import atomic_folder, write_json
-from secateur.distill import KeptTeacher, learning_loss
+from secateur.distill import KeptTeacher, check_packing, learning_loss
 from secateur.errors import CheckpointError, TrainingError
 from secateur.evaluate import evaluation_mode, perplexity
 from secateur.models import quiet
@@ -48,7 +48,6 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 ABOUT_FILE = "optimizer.json"  # what of the optimizer and the schedule is no tensor
 TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # name -> the package it needs
 EVALUATION_TOKENS = 1024  # of a batch of validation rows
-PACKED_NEAR = 0.02  # by what share of the largest logit a text may differ from itself alone: rounding in bfloat16
 SCORE = "eval_score"  # what the best checkpoint has least of
 
 
@@ -129,8 +128,7 @@ def train(
             "DeepSpeed keeps its state in pickles, which are neither written nor read here. Expected FSDP2, which "
             "shards the same: accelerate launch --config_file docs/accelerate/fsdp2.yaml"
         )
-    if course.rows.positions_T is not None:
-        _check_packing(model, course.rows)
+    check_packing(model, course.rows)
     with quiet(), _tracked(settings.track, logs or folder / "runs"):
         trainer = _RecoveryTrainer(model, course, settings, folder, report)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -427,34 +425,6 @@ class _Shown(TrainerCallback):
         if "eval_validation" in latest:
             said.append(f"validation {latest['eval_validation']:.3f}")
         self.report(state.global_step, self.settings.steps, "  ".join(said))
-
-
-@torch.no_grad()
-def _check_packing(model: nn.Module, rows: Rows) -> None:
-    """Raise `TrainingError` where texts in one row see each other, or do not count their positions anew.
-
-    Whether they do is up to the model's code, so it is tried: the second text of a row must give what it gives alone.
-    """
-    assert rows.positions_T is not None
-    for row in range(len(rows)):
-        place = rows.slice_of(row)
-        begins = torch.nonzero(rows.positions_T[place] == 0).flatten().tolist()
-        if len(begins) < 2:
-            continue
-        first, last = begins[1], [*begins, place.stop - place.start][2]
-        ids = rows.ids_T[place].long()[None]
-        device = next(model.parameters()).device
-        with evaluation_mode(model):
-            together = model(
-                input_ids=ids.to(device), position_ids=rows.positions_T[place].long()[None].to(device), use_cache=False
-            ).logits[0, first:last]
-            alone = model(input_ids=ids[:, first:last].to(device), use_cache=False).logits[0]
-        if float((together - alone).abs().max()) > PACKED_NEAR * float(alone.abs().max()):
-            raise TrainingError(
-                f"packing: {type(model).__name__} lets the texts of a row see each other. Leave out --packing; "
-                "--group-by-length keeps padding small"
-            )
-        return
 
 
 def _with_teacher(rows: Rows, numbers: Sequence[int], teacher: KeptTeacher | None, pad: int) -> dict[str, Tensor]:
