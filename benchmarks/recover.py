@@ -261,6 +261,10 @@ def _speed_table(speed: dict[str, Any]) -> Table:
     return table
 
 
+def _rows(text: str) -> list[str]:
+    return [] if text == "none" else text.split(",")
+
+
 def _named(text: str) -> tuple[str, Path]:
     name, _, file = text.partition("=")
     return name, Path(file)
@@ -278,7 +282,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=40_000, help="of each text that are scored")
-    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
+    parser.add_argument("--rows", type=_rows, default=list(ROWS), help="none for the speed alone")
     parser.add_argument("--recover", action="append", default=[], help="one more option of `secateur recover`")
     parser.add_argument("--speed-steps", type=int, default=4, help="0 leaves the speed out")
     parser.add_argument("--turns", type=int, default=2)

@@ -364,7 +364,7 @@ class TestTraining:
 
     def test_fewer_rows_than_a_step_takes(self, place: Path) -> None:
         found = train(method="lora", batch=64, data={"samples": 12, "validation": 0.0}, max_steps=2)
-        assert any("a step takes 12 rows" in note for note in found.notes)
+        assert any("a step takes 12 of the 12 rows" in note for note in found.notes)
         assert found.evaluation == ()
         assert found.best_step == 2
 
@@ -588,11 +588,26 @@ class TestRefused:
             train(method=method, rate=1e30, max_steps=20, evaluate_every=50, data={"validation": 0.0})
         assert names(place) == []
 
-    def test_deepspeed(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        with pytest.raises(TrainingError, match="DeepSpeed keeps its state in pickles"):
+    @pytest.mark.parametrize(
+        ("variable", "value", "match"),
+        [
+            ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed keeps its state in pickles"),
+            ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate is told to compute in fp16, which overflows"),
+        ],
+    )
+    def test_what_a_launcher_says(
+        self, variable: str, value: str, match: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(TrainingError, match=match):
             train()
         assert names(place) == []
+
+    def test_a_launcher_has_no_say_in_the_precision(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        train(out="here/alone", max_steps=3)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        train(max_steps=3)
+        assert farthest("here/out", "here/alone") == 0
 
     def test_a_missing_package(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import importlib.util

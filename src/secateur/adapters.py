@@ -81,6 +81,12 @@ def merged(adapted: Any) -> PreTrainedModel:
     """The ordinary model that computes what model and adapter compute together; its weights are changed in place.
 
     Raises `TrainingError` where a weight would be NaN or Inf.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> type(merged(with_adapter(model, AdapterOptions(rank=2)))).__name__
+    'OPTForCausalLM'
     """
     with _unwarned():
         try:

@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur import __version__, processes
 from secateur.adapters import FOLDER, AdapterOptions, check_peft, merged, save_adapter, with_adapter
-from secateur.calibration import check_positions
 from secateur.checkpoint import check_vacant, make_record, read_record, save_again, write_json
 from secateur.distill import KeptTeacher, check_teacher, keep_teacher
 from secateur.errors import DataError, ModelError, TrainingError
@@ -210,6 +209,8 @@ def recover(
     is by default the dense model that the folder's record names. With `resume`, a run that was killed goes on from its
     last checkpoint, to the same weights. Raises `SecateurError`.
     """
+    from secateur.training import check_surroundings  # Trainer takes a second to import: other commands need not wait
+
     processes.join()
     out, options, loading = Path(out), options or RecoverOptions(), loading or LoadOptions()
     clock = Clock(watch) if watch else Clock()
@@ -221,9 +222,10 @@ def recover(
         raise TrainingError(f"method={options.method!r} has no adapter to keep; leave out --keep-adapter")
     if plot:
         _check_plot()
+    check_surroundings(options.track)
     config = load_config(pruned, trust_remote_code=loading.trust_remote_code)
     check_unpacked(pruned, config)
-    check_positions(config, max(data.length, WINDOW if texts else 0))
+    _check_positions(config, data.length)
     tokenizer = load_tokenizer(pruned, trust_remote_code=loading.trust_remote_code)
     teacher = _teacher(pruned, teacher, tokenizer, config, loading) if options.taught else None
     with clock.stage("read"):
@@ -281,7 +283,7 @@ class _Stage:
 
 def _train(stage: _Stage, out: Path, work: Path, group_by_length: bool, clock: Clock) -> tuple[Trained, int]:
     """Let the teacher read, then train; returns what came of it, and how many parameters were trained."""
-    from secateur.training import Course, train  # Trainer takes a second to import, which other commands need not wait
+    from secateur.training import Course, train
 
     read, options = stage.read, stage.options
     parts = {"train": read.train, "validation": read.validation}
@@ -421,14 +423,14 @@ def _settings(options: RecoverOptions, data: DataOptions, read: TuningData, bf16
     from secateur.training import Settings
 
     notes = []
-    rows = len(read.train)
-    batch = min(options.batch, rows)
-    count = processes.count()
-    if batch < options.batch:
-        notes.append(f"a step takes {batch} rows, all that there are, and not {options.batch}")
-    if batch % count:
+    rows, batch, count = len(read.train), options.batch, processes.count()
+    if batch > rows:
+        part = options.micro_batch * count
+        batch = rows // part * part or rows // count * count or count
+        notes.append(f"a step takes {batch} of the {rows} rows that there are, not {options.batch}")
+    if batch % count or batch > rows:
         raise TrainingError(
-            f"a step of {batch} rows cannot be shared by {count} processes. Expected a multiple: --batch "
+            f"a step of {min(batch, rows)} rows cannot be shared by {count} processes. Expected a multiple: --batch "
             f"{-(-batch // count) * count}"
         )
     micro_batch = max(size for size in range(1, options.micro_batch + 1) if batch % (size * count) == 0)
@@ -510,6 +512,15 @@ def _load(name: str, loading: LoadOptions) -> PreTrainedModel:
         model = load(name, dtype="float32", device=loading.device, trust_remote_code=loading.trust_remote_code)
     check_finite(model)
     return model
+
+
+def _check_positions(config: PreTrainedConfig, length: int) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < length:  # -1 and the like: there is no limit
+        raise DataError(
+            f"length={length} is longer than the model's {positions} positions. Expected at most as many "
+            f"tokens in a row: --length {positions}"
+        )
 
 
 def _enough(name: str, ids: Tensor) -> Tensor:

@@ -116,23 +116,55 @@ def train(
     """Train those weights of the model that ask for a gradient; goes on from the last checkpoint in the folder.
 
     The model is left in whatever state it is when the training ends; what counts are the checkpoints. TensorBoard
-    writes into the folder `logs`. Raises
-    `TrainingError` for a loss or gradient that is NaN or Inf, a tracker whose package is missing, DeepSpeed, and a
-    model that cannot be trained so.
+    writes into the folder `logs`. Raises `TrainingError` for a loss or gradient that is NaN or Inf, for a model that
+    cannot be trained so, and as `check_surroundings` does.
+
+    >>> import tempfile
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, ids = AutoModelForCausalLM.from_config(config), torch.arange(8, dtype=torch.int32)
+    >>> rows = Rows(ids, ids % 4 > 0, torch.tensor([0, 4, 8]), torch.zeros(2, dtype=torch.int32))
+    >>> course = Course(rows, torch.tensor([[0, 1], [1, 0]]), validation=rows, texts={})
+    >>> settings = Settings(steps=2, batch=2, micro_batch=1, rate=1e-2, warmup=0, evaluate_every=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trained = train(model, course, settings, Path(folder))
+    ...     weights = read_weights(trained.checkpoint)
+    ...     put_weights_in_place(model, weights)
+    >>> trained.steps, [entry["step"] for entry in trained.evaluations], len(weights) == len([*model.parameters()])
+    (2, [0, 1, 2], True)
     """
+    check_surroundings(settings.track)
     last = last_checkpoint(folder)
     if last is not None and _over(state := _read_state(last), settings):
         return _trained(folder, state)
+    check_packing(model, course.rows)
+    with quiet(), _told(settings, logs or folder / "runs"):
+        trainer = _RecoveryTrainer(model, course, settings, folder, report)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return _trained(folder, trainer.state)
+
+
+def check_surroundings(track: str | None = None) -> None:
+    """Raise `TrainingError` for a tracker that is unknown or not installed, for DeepSpeed, and for float16.
+
+    >>> check_surroundings("paper")
+    Traceback (most recent call last):
+    secateur.errors.TrainingError: track='paper' is unknown. Expected one of tensorboard, trackio, wandb: ...
+    """
+    if track is not None and track not in TRACKERS:
+        raise TrainingError(f"track={track!r} is unknown. Expected one of {', '.join(TRACKERS)}: --track tensorboard")
+    if track is not None and importlib.util.find_spec(TRACKERS[track]) is None:
+        raise TrainingError(f"track={track!r} needs the package {TRACKERS[track]}. Run: pip install {TRACKERS[track]}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise TrainingError(
             "DeepSpeed keeps its state in pickles, which are neither written nor read here. Expected FSDP2, which "
             "shards the same: accelerate launch --config_file docs/accelerate/fsdp2.yaml"
         )
-    check_packing(model, course.rows)
-    with quiet(), _tracked(settings.track, logs or folder / "runs"):
-        trainer = _RecoveryTrainer(model, course, settings, folder, report)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    return _trained(folder, trainer.state)
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise TrainingError(
+            "accelerate is told to compute in fp16, which overflows in training. Expected no word on it, since "
+            "secateur says: accelerate launch --mixed_precision no ... (--dtype)"
+        )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -147,7 +179,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint, by their names in the model that was trained."""
+    """The trained weights of a checkpoint, by their names in the model that was trained.
+
+    Raises `CheckpointError` where they cannot be read. `train` shows a run.
+    """
     try:
         return load_file(checkpoint / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
@@ -470,23 +505,22 @@ def _recompute_in_place(model: nn.Module) -> None:
 
 
 @contextmanager
-def _tracked(track: str | None, logs: Path) -> Iterator[None]:
-    """Check that a tracker is there, and tell TensorBoard where to write: it asks the environment."""
-    if track is None:
-        yield
-        return
-    if track not in TRACKERS:
-        raise TrainingError(f"track={track!r} is unknown. Expected one of {', '.join(TRACKERS)}: --track tensorboard")
-    if importlib.util.find_spec(TRACKERS[track]) is None:
-        raise TrainingError(f"track={track!r} needs the package {TRACKERS[track]}. Run: pip install {TRACKERS[track]}")
-    variable = "TENSORBOARD_LOGGING_DIR"
-    before = os.environ.get(variable)
-    os.environ.setdefault(variable, str(logs))
+def _told(settings: Settings, logs: Path) -> Iterator[None]:
+    """Tell by the environment what TensorBoard and Trainer ask it for; a launcher may have said otherwise."""
+    said = {
+        "TENSORBOARD_LOGGING_DIR": os.environ.get("TENSORBOARD_LOGGING_DIR", str(logs)),
+        "ACCELERATE_MIXED_PRECISION": "bf16" if settings.bf16 else "no",
+    }
+    before = {name: os.environ.get(name) for name in said}
+    os.environ.update(said)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(variable, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _whole(tensor: Tensor) -> Tensor:
