@@ -360,6 +360,7 @@ def _save(
     from secateur.training import put_weights_in_place, read_weights
 
     options = stage.options
+    gc.collect()  # the trained model is in cycles with its Trainer
     model = load(stage.pruned, device="cpu", trust_remote_code=stage.loading.trust_remote_code)
     folder = resolve(stage.pruned).path
     before = read_record(folder) if folder is not None else None
@@ -435,7 +436,7 @@ def _settings(options: RecoverOptions, data: DataOptions, read: TuningData, bf16
         )
     micro_batch = max(size for size in range(1, options.micro_batch + 1) if batch % (size * count) == 0)
     steps = options.max_steps or whole_steps(rows, options.epochs, batch)
-    warmup = round(WARM * steps)
+    warmup = int(WARM * steps)  # of which the first is at a rate of 0: none where there are few
     if options.warmup is not None and options.warmup * ENOUGH <= steps:
         warmup = options.warmup
     elif options.warmup is not None:

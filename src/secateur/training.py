@@ -438,16 +438,18 @@ class _Shown(TrainerCallback):
         self.tokens = [0, *lengths.cumsum(0).tolist()]  # that are read before each step
         self.settings, self.report = settings, report
         self.began, self.first = 0.0, 0
+        self.latest: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began, self.first = time.perf_counter(), state.global_step
+        for entry in state.log_history:  # of a training that goes on
+            self.latest.update(entry)
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if self.report is None:
             return
-        latest: dict[str, float] = {}
-        for entry in state.log_history:
-            latest.update(entry)
+        latest = self.latest
+        latest.update(logs or {})
         said = []
         if "loss" in latest:
             rate = (self.tokens[state.global_step] - self.tokens[self.first]) / (time.perf_counter() - self.began)
