@@ -30,7 +30,8 @@ from secateur.run import plan_model
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("discover", "plan", "prune", "evaluate", "profile", "verify", "export", "demo")
+COMMANDS = ("discover", "plan", "prune", "recover", "evaluate", "profile", "verify", "export", "demo")
+RECOVER = "recover tiny out --data alpaca.json --length 128 --max-steps 4 --eval-every 4 --seed 1".split()
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 
 
@@ -63,6 +64,8 @@ def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("a cat")
     (folder / "rows.jsonl").write_text(json.dumps({"body": TEXT}))
+    rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(2, 18)]
+    (folder / "alpaca.json").write_text(json.dumps([*rows, {"instruction": "Say nothing.", "output": ""}]))
     cut = {"score": "l2"}
     decided = plan_model(str(folder / "tiny"), cut=cut).to_json()
     write_json(folder / "plan.json", decided)
@@ -167,6 +170,10 @@ class TestGolden:
     def test_prune(self, capsys: pytest.CaptureFixture[str]) -> None:
         check_golden("prune", steady(succeed(capsys, "prune", "tiny", "out", "--strategy", "layer", "--ratio", "0.4")))
 
+    def test_recover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = (*RECOVER, "--eval", "cats=text.txt", "--warmup", "100")
+        check_golden("recover", loose(succeed(capsys, *arguments)))
+
     def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("tiny", "--plan", "uneven.json", "--ppl", "cats=text.txt", "--seq-len", "32", "--seq-len", "64")
         check_golden("evaluate", loose(succeed(capsys, "evaluate", *arguments)))
@@ -191,6 +198,7 @@ class TestOutput:
             ("discover", "tiny"),
             ("plan", "tiny", "--score", "l1"),
             ("prune", "tiny", "out", "--score", "l1"),
+            ("recover", "tiny", "out", "--data", "alpaca.json", "--max-steps", "1", "--length", "128"),
             ("evaluate", "tiny", "--ppl", "cats=text.txt"),
             ("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"),
             ("export", "tiny", "out", "--int8"),
@@ -226,9 +234,9 @@ class TestProgress:
         monkeypatch.setattr(sys, "stderr", terminal)
         with _watch(quiet=False)("score") as progress:
             assert progress is not None
-            progress(3, 10)
+            progress(3, 10, "loss 2.500")
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-        assert re.search(r"score ━+.* 30% +(-:--:--|\d:\d\d:\d\d) +[\d.]+ (MiB|GiB)", shown)
+        assert re.search(r"score ━+.* 30% +loss 2.500 +(-:--:--|\d:\d\d:\d\d) +[\d.]+ (MiB|GiB)", shown)
         assert terminal.getvalue().endswith("\x1b[2K")  # the bar is gone
 
     @pytest.mark.parametrize(("stream", "quiet"), [(Terminal(), True), (io.StringIO(), False)])
@@ -298,6 +306,18 @@ class TestJson:
     def test_prune_with_its_json_in_the_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--json", "out/prune.json")
         assert Path("out/prune.json").is_file()
+
+    def test_recover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, *RECOVER, "--method", "lora", "--eval", "cats=text.txt", "--rank", "2")
+        assert data["out"] == "out"
+        assert is_whole(data["steps"], data["tokens"], data["best_step"], data["peak_rss_bytes"])
+        assert [step for step, _ in data["loss"]] == [1, 2, 3, 4]
+        assert data["seconds"].keys() == {"read", "load", "train", "save"}
+        assert [entry["step"] for entry in data["evaluation"]] == [0, 4]
+        assert all(entry["perplexity"].keys() == {"cats"} for entry in data["evaluation"])
+        record = json.loads(Path("out/secateur_record.json").read_text())
+        assert record["recovery"]["command"].startswith("secateur recover tiny out --data alpaca.json")
+        assert record["recovery"]["options"]["adapter"]["rank"] == 2
 
     def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("tiny", "deep", "--ppl", "cats=text.txt", "--seq-len", "16", "--max-tokens", "100")
@@ -531,6 +551,36 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "missing models": (r"Missing argument 'MODEL'\. See: secateur evaluate --help", ("evaluate",)),
     "missing value": ("Option '--ratio' requires an argument", (*PRUNE, "--ratio")),
     "too many arguments": (r"unexpected extra argument.* \(c\)", (*PRUNE, "c")),
+    "recover without data": ("Missing option '--data'", ("recover", "tiny", "out")),
+    "recover, no file": (r"'nothing.json': no such file", ("recover", "tiny", "out", "--data", "nothing.json")),
+    "recover, columns": (
+        r"no fields to train on among \['body'\]. .*--column NAME",
+        ("recover", "tiny", "out", "--data", "rows.jsonl"),
+    ),
+    "recover, length": (
+        "nothing is left of its 17 rows .* --length 16",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--length", "8"),
+    ),
+    "recover, float16": (
+        "dtype='float16' overflows in training",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--dtype", "float16"),
+    ),
+    "recover, teacher": (
+        "teacher 'wordy' has a vocabulary of 310 tokens, and 'tiny' one of 300",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "distill", "--teacher", "wordy"),
+    ),
+    "recover, no record": (
+        "'tiny' has no record .* --teacher MODEL",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "distill"),
+    ),
+    "recover, text": (
+        "--eval cats: expected NAME=FILE, for example --eval",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--eval", "cats"),
+    ),
+    "recover, method": (
+        "method='magic' is unknown",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "magic"),
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from secateur.plan import read_plan
 from secateur.scores import SCORES
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 TYPES = ("llama", "mixtral", "gpt2")
 WINDOWS = torch.randint(
     3, 100, (5, 12), generator=torch.Generator().manual_seed(3)
@@ -54,10 +55,13 @@ def all_scores() -> dict[str, Tensor]:
     return found
 
 
-def launch(*arguments: str, processes: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program as two processes, as a user would."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+def launch(
+    *arguments: str, processes: int = 2, config: Path | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program as two processes, as a user would; with a config file of accelerate's, as that says."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    how = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 --multi_gpu --num_processes"
+    command += [*how.split(), str(processes)] if config is None else ["--config_file", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_DISABLE_RICH": "1"}
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=300, **options

@@ -27,6 +27,7 @@ from secateur.errors import (
     PlanError,
     ScoreError,
     SecateurError,
+    TrainingError,
     UntrustedCodeError,
 )
 from secateur.evaluate import Perplexity, evaluate
@@ -36,17 +37,20 @@ from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.quantize import Quantised, export_int8
+from secateur.recover import Recovered, RecoverOptions, recover
 from secateur.repair import Repaired, repair
 from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
 from secateur.steps import cut_in_steps
+from secateur.tuning_data import DataOptions
 
 __all__ = [
     "CalibrationOptions",
     "CheckpointError",
     "CutOptions",
     "DataError",
+    "DataOptions",
     "Discovery",
     "DiscoveryError",
     "Evidence",
@@ -59,11 +63,14 @@ __all__ = [
     "Profile",
     "Pruned",
     "Quantised",
+    "RecoverOptions",
+    "Recovered",
     "Repaired",
     "ScoreError",
     "Scores",
     "SecateurError",
     "Statistics",
+    "TrainingError",
     "UntrustedCodeError",
     "Verified",
     "cut_in_steps",
@@ -78,6 +85,7 @@ __all__ = [
     "profile",
     "prune",
     "prune_model",
+    "recover",
     "register_score",
     "repair",
     "save",

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,40 @@ def read_calibration(
             "or give a .jsonl, .json or .parquet file."
         )
     return found if chat is None else _in_template(found, repr(str(name_or_path)), chat)
+
+
+def read_documents(name_or_path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a `.jsonl`, `.json` or `.parquet` file or of a data set, each with the place where it stands.
+
+    A data set is named as for `read_calibration`, and its split `train` is streamed. Raises `DataError` as
+    `read_calibration` does, and for a row that is no object.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "rows.jsonl"
+    ...     _ = file.write_text('{"question": "Why?"}', encoding="utf-8")
+    ...     [row for _, row in read_documents(file)]
+    [{'question': 'Why?'}]
+    """
+    if isinstance(name_or_path, str) and _is_data_set_name(name_or_path):
+        rows = _data_set_rows(name_or_path)
+    else:
+        path = _existing(name_or_path)
+        rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_items(path)
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a JSON {type(row).__name__} is no row. Expected an object with named fields.")
+        yield where, row
+
+
+def holds_documents(name_or_path: str | Path) -> bool:
+    """Tell whether `read_documents` reads it; anything else is a file of plain text.
+
+    >>> holds_documents("rows.jsonl"), holds_documents("book.txt"), holds_documents("organisation/set")
+    (True, False, True)
+    """
+    named = isinstance(name_or_path, str) and _is_data_set_name(name_or_path)
+    return named or _holds_documents(Path(name_or_path))
 
 
 def read_text(name_or_path: str | Path) -> str:
@@ -443,6 +478,11 @@ def _text_rows(text: str) -> list[str]:
 def _documents(path: Path, wanted: _Wanted) -> list[str]:
     if path.suffix.lower() == ".parquet":
         return _parquet_texts(path, wanted)
+    return [_text_of(item, where, wanted) for where, item in _json_items(path)]
+
+
+def _json_items(path: Path) -> Iterator[tuple[str, object]]:
+    """What a `.json` or `.jsonl` file holds, one after the other, each with the place where it stands."""
     text = _decoded(path)
     if path.suffix.lower() == ".json":
         try:
@@ -451,8 +491,8 @@ def _documents(path: Path, wanted: _Wanted) -> list[str]:
             pass  # one object a line, as in .jsonl
         else:
             items = whole if isinstance(whole, list) else [whole]
-            return [_text_of(item, f"{str(path)!r}, item {i}", wanted) for i, item in enumerate(items, start=1)]
-    documents = []
+            yield from ((f"{str(path)!r}, item {i}", item) for i, item in enumerate(items, start=1))
+            return
     for number, line in enumerate(io.StringIO(text), start=1):
         where = f"{str(path)!r}, line {number}"
         if not line.strip():
@@ -461,8 +501,7 @@ def _documents(path: Path, wanted: _Wanted) -> list[str]:
             item = json.loads(line)
         except ValueError as error:
             raise DataError(f'{where}: not JSON ({error}). Expected one object a line: {{"text": "..."}}.') from error
-        documents.append(_text_of(item, where, wanted))
-    return documents
+        yield where, item
 
 
 def _text_of(item: object, where: str, wanted: _Wanted) -> str:
@@ -530,11 +569,7 @@ def _in_template(value: Any, where: str, chat: PreTrainedTokenizerBase) -> str:
 
 
 def _parquet_texts(path: Path, wanted: _Wanted) -> list[str]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise DataError(f"{str(path)!r}: reading Parquet needs pyarrow. Run: {_EXTRA}")
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = _parquet_reader(path)
     try:
         schema = pyarrow.parquet.read_schema(path)
         column = wanted.among(schema.names)
@@ -545,6 +580,24 @@ def _parquet_texts(path: Path, wanted: _Wanted) -> list[str]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{str(path)!r}: not a readable Parquet file ({_in_one_line(error)}).") from error
     return [_text_of({column: value}, f"{str(path)!r}, row {i}", wanted) for i, value in enumerate(values, start=1)]
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    pyarrow = _parquet_reader(path)
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{str(path)!r}: not a readable Parquet file ({_in_one_line(error)}).") from error
+    yield from ((f"{str(path)!r}, row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+def _parquet_reader(path: Path) -> Any:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise DataError(f"{str(path)!r}: reading Parquet needs pyarrow. Run: {_EXTRA}")
+    import pyarrow
+    import pyarrow.parquet
+
+    return pyarrow
 
 
 def _is_data_set_name(name: str) -> bool:
@@ -559,6 +612,18 @@ def _has_file_suffix(path: Path) -> bool:
 
 
 def _data_set(name: str, wanted: _Wanted) -> list[str]:
+    documents: list[str] = []
+    size = 0
+    for where, item in _data_set_rows(name):
+        documents.append(_text_of(item, where, wanted))
+        size += len(documents[-1])
+        if size >= MAX_CHARACTERS:
+            break
+    return documents
+
+
+def _data_set_rows(name: str) -> Iterator[tuple[str, object]]:
+    """The rows of a data set's split `train`, streamed: a window or two do not need a whole corpus on disk."""
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"{name!r}: no such file, and the name of a data set needs the package datasets. Run: {_EXTRA}, or give a "
@@ -566,25 +631,19 @@ def _data_set(name: str, wanted: _Wanted) -> list[str]:
         )
     import datasets
 
-    documents: list[str] = []
     try:
-        size = 0
-        # Streamed, since a window or two do not need a whole corpus on disk.
         repository, _, config = name.partition(":")
-        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-        for number, item in enumerate(rows, start=1):
-            documents.append(_text_of(item, f"{name!r}, row {number}", wanted))
-            size += len(documents[-1])
-            if size >= MAX_CHARACTERS:
-                break
-    except DataError:
-        raise
+        rows = iter(datasets.load_dataset(repository, config or None, split="train", streaming=True))
+        for number in itertools.count(1):
+            row = next(rows, None)
+            if row is None:
+                return
+            yield f"{name!r}, row {number}", row
     except Exception as error:  # whatever the hub, the network or the data set's format makes of it
         raise DataError(
             f"{name!r}: no such file, and no data set of that name can be read ({_in_one_line(error)}). Check the name "
             f"and the network, or give a text file or {DEMO!r}."
         ) from error
-    return documents
 
 
 def _first_characters(documents: Iterable[str]) -> list[str]:

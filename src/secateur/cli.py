@@ -43,6 +43,8 @@ from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, lo
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile, weight_bytes
 from secateur.quantize import export_int8_of
+from secateur.recover import options_for as recovery_options
+from secateur.recover import recover
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.tables import (
@@ -54,6 +56,7 @@ from secateur.tables import (
     perplexity_tables,
     plan_tables,
     profile_tables,
+    recovery_tables,
     verify_tables,
 )
 
@@ -237,7 +240,8 @@ def _fail(message: str) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> int:
-    resume = "; the same command with --resume goes on where it can" if "prune" in arguments[:1] else ""
+    resumable = arguments[:1] and arguments[0] in ("prune", "recover")
+    resume = "; the same command with --resume goes on where it can" if resumable else ""
     print(f"secateur: interrupted{resume}", file=sys.stderr)
     return INTERRUPTED
 
@@ -457,6 +461,174 @@ def prune_command(
         if resume:
             print("went on from what was kept" if pruned.resumed else "nothing was kept of this cut: started anew")
         print(f"wrote {pruned.out} ({stages}; peak memory {binary(pruned.peak_rss_bytes)})")
+
+
+@app.command("recover", cls=_Command)
+def recover_command(
+    context: typer.Context,
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A pruned folder, or any model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="FILE_OR_NAME",
+            help="A file, a data set, or `demo`; may be repeated; FILE@2 weighs it.",
+            show_default=False,
+        ),
+    ],
+    preset: Annotated[str, typer.Option("--preset", help="default, or llm-pruner (the paper's settings).")] = "default",
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="lora, full, distill or lora+distill. [default: lora]", show_default=False),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", metavar="MODEL", help="Instead of the dense model of the record.", show_default=False
+        ),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="auto, alpaca or chat.", show_default=False)
+    ] = None,
+    loss_on: Annotated[
+        str | None, typer.Option("--loss-on", help="answers, or all: the prompts, too.", show_default=False)
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Tokens to which rows are cut: 256.", show_default=False)
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Rows of each source, from its start.", show_default=False)
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option("--column", help="The field that holds text or messages.", show_default=False)
+    ] = None,
+    packing: Annotated[bool, typer.Option("--packing", help="Several short rows in one.")] = False,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Rows of like length into the same step.")
+    ] = False,
+    validation: Annotated[
+        float | None, typer.Option("--validation", help="The share of rows left out: 0.02.", show_default=False)
+    ] = None,
+    eval_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval",
+            metavar="NAME=FILE",
+            help="Held-out text that picks the best checkpoint; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    eval_tokens: Annotated[
+        int | None, typer.Option("--eval-tokens", help="Of each such text: 4096.", show_default=False)
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option("--eval-every", help="Steps between evaluations.", show_default=False)
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option("--patience", help="Stop after so many without a better one: 3.", show_default=False)
+    ] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="1; llm-pruner 2.", show_default=False)] = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Instead of epochs.", show_default=False)] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Rows of a step.", show_default=False)] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", help="Rows computed at once: 4.", show_default=False)
+    ] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="The highest learning rate.", show_default=False)] = None,
+    warmup: Annotated[
+        int | None, typer.Option("--warmup", help="Steps over which it rises.", show_default=False)
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of LoRA.", show_default=False)] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="Of LoRA.", show_default=False)] = None,
+    dropout: Annotated[float | None, typer.Option("--dropout", help="Of LoRA.", show_default=False)] = None,
+    share: Annotated[
+        float | None, typer.Option("--share", help="Of the teacher in the loss: 1.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Of teacher and student: 1.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Tokens of the teacher that are kept: 64.", show_default=False)
+    ] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Layers again, for less memory.")] = False,
+    keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Put LoRA alone into OUT, too.")] = False,
+    track: Annotated[
+        str | None, typer.Option("--track", help="tensorboard, trackio or wandb.", show_default=False)
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Put the curves into OUT as a picture, too.")] = False,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of rows, and of what is random in a step.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (bfloat16 where it exists), float32 or bfloat16.")
+    ] = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train a pruned model, with LoRA or from the dense one.
+
+    Writes one ordinary folder; LoRA is merged into the weights. A run that was killed goes on with --resume.
+    """
+    _check_files(json_file, made=out)
+    adapter = _given(rank=rank, alpha=alpha, dropout=dropout)
+    options, reading = recovery_options(
+        preset,
+        _given(
+            method=method,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch=batch,
+            micro_batch=micro_batch,
+            rate=rate,
+            warmup=warmup,
+            adapter=adapter or None,
+            share=share,
+            temperature=temperature,
+            top_k=top_k,
+            evaluate_every=eval_every,
+            evaluation_tokens=eval_tokens,
+            patience=patience,
+            recompute=recompute,
+            track=track,
+            seed=seed,
+        ),
+        _given(
+            sources=tuple(data),
+            template=template,
+            loss_on=loss_on,
+            length=length,
+            samples=samples,
+            column=column,
+            packing=packing,
+            validation=validation,
+            group_by_length=group_by_length,
+            seed=seed,
+        ),
+    )
+    recovered = recover(
+        pruned,
+        out,
+        data=reading,
+        options=options,
+        texts=_texts(eval_text, option="--eval") if eval_text else {},
+        teacher=teacher,
+        loading=LoadOptions(dtype, device, trust_remote_code),
+        keep_adapter=keep_adapter,
+        plot=plot,
+        overwrite=overwrite,
+        resume=resume,
+        command=context.obj,
+        watch=_watch(quiet=quiet),
+    )
+    _finish(recovered.to_json(), json_file)
+    if not quiet:
+        if resume:
+            print("went on from what was kept" if recovered.resumed else "nothing was kept of this: started anew")
+        _print(recovery_tables(recovered))
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in recovered.seconds.items())
+        print(f"wrote {recovered.out} ({stages}; peak memory {binary(recovered.peak_rss_bytes)})")
 
 
 @app.command("evaluate", cls=_Command)
@@ -754,7 +926,12 @@ def _proportion(text: str) -> tuple[float, float]:
         raise PlanError(f"--schedule {text}: expected two numbers, for example 0.5:1.5") from None
 
 
-def _texts(named: Sequence[str]) -> dict[str, str]:
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _texts(named: Sequence[str], *, option: str = "--ppl") -> dict[str, str]:
     """Name -> text; without any, the half of the Python reference that calibration does not see."""
     if not named:
         return {TEXT: demo_texts()[1]}
@@ -762,9 +939,9 @@ def _texts(named: Sequence[str]) -> dict[str, str]:
     for item in named:
         name, equals, file = item.partition("=")
         if not equals or not name or not file:
-            raise DataError(f"--ppl {item}: expected NAME=FILE, for example --ppl wikitext2=wiki.test.raw")
+            raise DataError(f"{option} {item}: expected NAME=FILE, for example {option} wikitext2=wiki.test.raw")
         if name in texts:
-            raise DataError(f"--ppl {item}: {name} is the name of another text already; give each its own")
+            raise DataError(f"{option} {item}: {name} is the name of another text already; give each its own")
         texts[name] = read_evaluation_text(file)
     return texts
 
@@ -853,10 +1030,10 @@ class _MemoryColumn(ProgressColumn):
 
 
 def _watch(*, quiet: bool) -> Callable[[str], Any]:
-    """One progress bar on stderr at a time: what is done, how far, the time left, the memory held."""
+    """One progress bar on stderr at a time: what is done, how far, what is measured, the time left, the memory held."""
 
     @contextmanager
-    def watch(stage: str) -> Iterator[Callable[[int, int], None] | None]:
+    def watch(stage: str) -> Iterator[Callable[..., None] | None]:
         if quiet or not sys.stderr.isatty() or not processes.is_first():
             yield None
             return
@@ -865,16 +1042,17 @@ def _watch(*, quiet: bool) -> Callable[[str], Any]:
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
+            TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(),
             _MemoryColumn(),
             console=Console(stderr=True),
             transient=True,
         )
         with bar:
-            task = bar.add_task(stage, total=None)
+            task = bar.add_task(stage, total=None, said="")
 
-            def progress(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
+            def progress(done: int, total: int, said: str = "") -> None:
+                bar.update(task, completed=done, total=total, said=said)
 
             yield progress
 

@@ -41,6 +41,10 @@ class PlanError(SecateurError):
     """A cut that cannot be done: a budget, a layer range, a width or a kind of group that does not exist."""
 
 
+class TrainingError(SecateurError):
+    """A training that cannot be done or has gone wrong: odd options, a package that is missing, a loss that is NaN."""
+
+
 class CheckpointError(SecateurError):
     """A folder that cannot be written or read: it exists, it is incomplete, or nothing it could hold describes it."""
 

@@ -30,6 +30,7 @@ from secateur.export import Exported
 from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.profile import Profile
 from secateur.quantize import Quantised
+from secateur.recover import Recovered
 
 NEAR = 0.005  # of a budget: what is farther from it is said
 UNEVEN = 3  # sizes of one kind: more are drawn, not listed
@@ -410,3 +411,23 @@ def binary(count: int) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def recovery_tables(recovered: Recovered) -> Iterator[RenderableType]:
+    """What was measured while a model was trained, first and last and best; what was left out and done otherwise."""
+    measured = recovered.evaluation
+    best = next((entry for entry in measured if entry["step"] == recovered.best_step), None)
+    if best is not None:
+        table = Table()
+        for column in ("", "before", f"best, step {recovered.best_step}", f"last, step {measured[-1]['step']}"):
+            table.add_column(column, justify="left" if not column else "right")
+        shown = (measured[0], best, measured[-1])
+        if best["validation"] is not None:
+            table.add_row("validation, nats", *(f"{entry['validation']:.3f}" for entry in shown))
+        for name in best["perplexity"]:
+            table.add_row(f"perplexity, {name}", *(f"{entry['perplexity'][name]:.2f}" for entry in shown))
+        yield from _titled(f"{recovered.method}, {short(recovered.trained_parameters)} parameters trained", table)
+    yield f"{recovered.steps} steps, {recovered.tokens:,} tokens of {recovered.rows:,} rows"
+    for why, count in recovered.dropped.items():
+        yield f"left out: {count:,} rows {why}"
+    yield from recovered.notes

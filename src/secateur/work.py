@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,16 +38,18 @@ DAMAGE_FILE = "damage.json"
 REPAIRED_FILE = "repaired.safetensors"
 PASS_FOLDER = "pass"
 WINDOWS_FILE = "windows.safetensors"
+WORTH_KEEPING = (SCORES_FILE, STEP_FILE, f"{PASS_FOLDER}/*.safetensors")  # of a run that is stopped
 
 
 # --- while a run works ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
+def work_folder(out: Path, key: str, *, resume: bool, worth: Sequence[str] = WORTH_KEEPING) -> Iterator[Path]:
     """The folder of a run's values: emptied unless it is to be resumed and was made for the same key.
 
-    Of several processes, the first prepares and removes it.
+    A run that is stopped leaves it where it holds something that a file name in `worth` matches. Of several processes,
+    the first prepares and removes it.
     """
     work = out.absolute().with_name(f".{out.absolute().name}.secateur")
     if processes.is_first() and not (resume and _read_key(work) == key):
@@ -58,8 +60,7 @@ def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
     try:
         yield work
     except BaseException as error:
-        files = [work / SCORES_FILE, work / STEP_FILE]
-        worth_keeping = any(file.exists() for file in files) or any((work / PASS_FOLDER).glob("*.safetensors"))
+        worth_keeping = any(any(work.glob(pattern)) for pattern in worth)
         if processes.is_first() and (isinstance(error, SecateurError) or not worth_keeping):
             shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
         raise
@@ -70,6 +71,15 @@ def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
 def run_key(model: str, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions) -> str:
     """What scores depend on, as a hash: a run may only go on from scores made for the same."""
     return _hash([_about(model, calibration, loading), options.score, options.reduce, options.axes, options.layers])
+
+
+def recovery_key(paths: Sequence[str], about: Any) -> str:
+    """What a training depends on, as a hash: the state of the files and folders named, and plain data.
+
+    >>> recovery_key(["organisation/model"], {"steps": 3}) == recovery_key(["organisation/model"], {"steps": 4})
+    False
+    """
+    return _hash([[_stamp(path) for path in paths], about, __version__, torch.__version__])
 
 
 def kept_scores(work: Path) -> Scores | None:

@@ -15,7 +15,7 @@ from secateur.checkpoint.folder import (
     write_manifest,
 )
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
-from secateur.checkpoint.stock import check_stock, save
+from secateur.checkpoint.stock import check_stock, save, save_again
 from secateur.checkpoint.verification import Verified, VerifiedFile, verify
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "make_record",
     "read_record",
     "save",
+    "save_again",
     "verify",
     "write_json",
     "write_manifest",

@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {  # of the values of a record; all others
     "command": (str, _NONE),
     "calibration_options": (dict, _NONE),
     "tensors": (dict, _NONE),
+    "recovery": (dict, _NONE),
 }
 
 
@@ -43,6 +44,7 @@ class Record:
     command: str | None  # as typed; None from Python
     calibration_options: Mapping[str, Any] | None = None  # text, samples, length, seed, column, chat; None if not known
     tensors: Mapping[str, str] | None = None  # what became of every dense tensor (see `account`); None if not known
+    recovery: Mapping[str, Any] | None = None  # how it was trained after the cut; None where it was not
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +102,63 @@ def save(
         check_vacant(out, overwrite=overwrite)
         model = as_free(model)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        with quiet():
-            model.save_pretrained(folder, max_shard_size=SHARD)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        copy_in(folder, files or {})
-        loaded = _check_accounts(folder, model)
-        if is_free(model):
-            check_same(model, loaded)
+        _write(model, folder, tokenizer, files or {})
         write_json(folder / PLAN_FILE, plan.to_json())
         if record is not None:
             write_json(folder / RECORD_FILE, record.to_json())
         write_manifest(folder)
     return out
+
+
+@contextmanager
+def save_again(
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    source: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    record: Record | None = None,
+    files: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+) -> Iterator[Path]:
+    """Write a model of which only the values of its weights have changed since it was loaded, as `save` does.
+
+    The plan that lies in `source`, the folder that it was loaded from, goes along as it is. Gives the folder before it
+    appears, so that more can be put into it. Raises `CheckpointError`.
+
+    >>> import tempfile
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with save_again(AutoModelForCausalLM.from_config(config), Path(folder) / "out") as unfinished:
+    ...         _ = (unfinished / "notes.txt").write_text("trained")
+    ...     AutoModelForCausalLM.from_pretrained(Path(folder) / "out").config.ffn_dim
+    24
+    """
+    check_vacant(Path(out), overwrite=overwrite)
+    model = as_free(model) if is_free(model) else model
+    with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        _write(model, folder, tokenizer, files or {})
+        if source is not None and (source / PLAN_FILE).is_file():
+            copy_in(folder, {PLAN_FILE: source / PLAN_FILE})
+        if record is not None:
+            write_json(folder / RECORD_FILE, record.to_json())
+        yield folder
+        write_manifest(folder)
+
+
+def _write(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, files: Mapping[str, Path]
+) -> None:
+    """Weights, config, tokenizer and what is carried over; read back by name, shape and dtype."""
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=SHARD)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    copy_in(folder, files)
+    loaded = _check_accounts(folder, model)
+    if is_free(model):
+        check_same(model, loaded)
 
 
 def _check_accounts(folder: Path, model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,115 @@
+"""A model -> the same with a small trainable adapter (LoRA) at every linear layer, and back to an ordinary model."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from secateur.errors import TrainingError
+from secateur.models import quiet
+
+EVERYWHERE = "all-linear"  # peft's word for every linear layer but the one that gives the logits
+FOLDER = "adapter"  # in a model's folder, where the adapter is kept
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """The size of an adapter: W becomes W + alpha / rank * B A, of which A has `rank` rows (LoRA, arXiv 2106.09685).
+
+    >>> AdapterOptions(rank=0)
+    Traceback (most recent call last):
+    secateur.errors.TrainingError: rank=0 is too small. Expected at least 1: --rank 8
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise TrainingError(f"rank={self.rank} is too small. Expected at least 1: --rank 8")
+        if self.alpha <= 0:
+            raise TrainingError(f"alpha={self.alpha} gives the adapter no weight. Expected more than 0: --alpha 16")
+        if not 0 <= self.dropout < 1:
+            raise TrainingError(f"dropout={self.dropout} is no share. Expected 0 up to 1: --dropout 0.05")
+
+
+def check_peft() -> None:
+    """Raise `TrainingError` where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise TrainingError("LoRA needs the package peft. Run: pip install 'secateur[recover]'")
+
+
+def with_adapter(model: PreTrainedModel, options: AdapterOptions) -> Any:
+    """Give the model an adapter, which starts as nothing; its own weights are frozen. Returns peft's model around it.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> adapted = with_adapter(AutoModelForCausalLM.from_config(config), AdapterOptions(rank=2))
+    >>> sorted({name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad})
+    ['fc1', 'fc2', 'k_proj', 'out_proj', 'q_proj', 'v_proj']
+    """
+    check_peft()
+    import peft
+
+    alpha: Any = options.alpha  # declared as a whole number, of which only a quotient is used
+    settings = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=alpha,
+        lora_dropout=options.dropout,
+        target_modules=EVERYWHERE,
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    with _unwarned():
+        try:
+            return peft.get_peft_model(model, settings)
+        except ValueError as error:
+            told = " ".join(str(error).split())[:300].rstrip(".")
+            raise TrainingError(
+                f"{type(model).__name__} takes no LoRA ({told}). Train all weights: --method full or distill"
+            ) from error
+
+
+def merged(adapted: Any) -> PreTrainedModel:
+    """The ordinary model that computes what model and adapter compute together; its weights are changed in place.
+
+    Raises `TrainingError` where a weight would be NaN or Inf.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> type(merged(with_adapter(model, AdapterOptions(rank=2)))).__name__
+    'OPTForCausalLM'
+    """
+    with _unwarned():
+        try:
+            model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise TrainingError(
+                f"the adapter cannot be merged ({' '.join(str(error).split())}). Train with a smaller rate: --rate 1e-4"
+            ) from error
+    return model
+
+
+def save_adapter(adapted: Any, folder: Path, *, base: str) -> None:
+    """Write the adapter alone, as peft reads it; `base` names the model that it belongs to."""
+    for settings in adapted.peft_config.values():
+        settings.base_model_name_or_path = base
+    with _unwarned():
+        adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    # peft asks models for attributes by names that newer versions of transformers have given up.
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

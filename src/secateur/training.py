@@ -1,0 +1,581 @@
+"""A model, rows and settings -> trained weights, by transformers' Trainer; checkpoints from which it goes on.
+
+Trainer runs the loop, the optimizer, the schedule, the processes and the trackers. What differs here: the order of the
+rows is given, the loss may have a teacher, and a checkpoint is a folder of safetensors and JSON that appears whole or
+not at all, with no pickle in it. Whatever is random in a step is seeded by the number of the step, so no state of a
+generator has to be kept for a training to go on as if it had not been stopped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from secateur import processes
+from secateur.checkpoint import atomic_folder, write_json
+from secateur.distill import KeptTeacher, check_packing, learning_loss
+from secateur.errors import CheckpointError, TrainingError
+from secateur.evaluate import evaluation_mode, perplexity
+from secateur.models import quiet
+from secateur.tuning_data import IGNORED, Rows, collate
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"  # Trainer's own: steps done, what was logged
+WEIGHTS_FILE = "trained.safetensors"  # the weights that are trained, by name
+OPTIMIZER_FILE = "optimizer.safetensors"
+ABOUT_FILE = "optimizer.json"  # what of the optimizer and the schedule is no tensor
+TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # name -> the package it needs
+EVALUATION_TOKENS = 1024  # of a batch of validation rows
+SCORE = "eval_score"  # what the best checkpoint has least of
+
+
+class Report(Protocol):
+    """Shows how far a training is: steps done, steps in all, and a line of what was measured."""
+
+    def __call__(self, done: int, total: int, said: str = "") -> None:
+        """Show it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train."""
+
+    steps: int
+    batch: int  # rows of a step, over all processes
+    micro_batch: int  # rows that one process computes at once
+    rate: float  # the highest
+    warmup: int  # steps over which the rate rises
+    decay: str = "cosine"  # how it falls afterwards: cosine or linear, to 0
+    weight_decay: float = 0.0
+    evaluate_every: int = 10  # steps between evaluations, which are also checkpoints
+    patience: int | None = 3  # evaluations without a better one, after which it stops; None: it does not
+    bf16: bool = False  # products in bfloat16, everything that adds up in float32
+    recompute: bool = False  # layers once more in the backward pass, for less memory
+    share: float = 1.0  # of the teacher in the loss, where there is one
+    temperature: float = 1.0
+    seed: int = 0
+    track: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Course:
+    """What is read in a training: rows in their order, rows and texts that judge it, and what a teacher gave."""
+
+    rows: Rows
+    order: Tensor  # steps x batch, numbers of rows
+    validation: Rows
+    texts: Mapping[str, Tensor]  # name -> token ids of a held-out text
+    window: int = 128  # tokens, of a text's windows
+    teacher: KeptTeacher | None = None
+    validation_teacher: KeptTeacher | None = None
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training came to."""
+
+    checkpoint: Path  # the best, by held-out text or validation; the last where nothing was measured
+    best_step: int
+    steps: int  # that were done, fewer than planned where it stopped early
+    loss: tuple[tuple[int, float], ...]  # after every step
+    evaluations: tuple[Mapping[str, Any], ...]  # step, validation, perplexity by text, score
+
+
+def train(
+    model: nn.Module,
+    course: Course,
+    settings: Settings,
+    folder: Path,
+    *,
+    logs: Path | None = None,
+    report: Report | None = None,
+) -> Trained:
+    """Train those weights of the model that ask for a gradient; goes on from the last checkpoint in the folder.
+
+    The model is left in whatever state it is when the training ends; what counts are the checkpoints. TensorBoard
+    writes into the folder `logs`. Raises `TrainingError` for a loss or gradient that is NaN or Inf, for a model that
+    cannot be trained so, and as `check_surroundings` does.
+
+    >>> import tempfile
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, ids = AutoModelForCausalLM.from_config(config), torch.arange(8, dtype=torch.int32)
+    >>> rows = Rows(ids, ids % 4 > 0, torch.tensor([0, 4, 8]), torch.zeros(2, dtype=torch.int32))
+    >>> course = Course(rows, torch.tensor([[0, 1], [1, 0]]), validation=rows, texts={})
+    >>> settings = Settings(steps=2, batch=2, micro_batch=1, rate=1e-2, warmup=0, evaluate_every=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trained = train(model, course, settings, Path(folder))
+    ...     weights = read_weights(trained.checkpoint)
+    ...     put_weights_in_place(model, weights)
+    >>> trained.steps, [entry["step"] for entry in trained.evaluations], len(weights) == len([*model.parameters()])
+    (2, [0, 1, 2], True)
+    """
+    check_surroundings(settings.track)
+    last = last_checkpoint(folder)
+    if last is not None and _over(state := _read_state(last), settings):
+        return _trained(folder, state)
+    check_packing(model, course.rows)
+    with quiet(), _told(settings, logs or folder / "runs"):
+        trainer = _RecoveryTrainer(model, course, settings, folder, report)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return _trained(folder, trainer.state)
+
+
+def check_surroundings(track: str | None = None) -> None:
+    """Raise `TrainingError` for a tracker that is unknown or not installed, for DeepSpeed, and for float16.
+
+    >>> check_surroundings("paper")
+    Traceback (most recent call last):
+    secateur.errors.TrainingError: track='paper' is unknown. Expected one of tensorboard, trackio, wandb: ...
+    """
+    if track is not None and track not in TRACKERS:
+        raise TrainingError(f"track={track!r} is unknown. Expected one of {', '.join(TRACKERS)}: --track tensorboard")
+    if track is not None and importlib.util.find_spec(TRACKERS[track]) is None:
+        raise TrainingError(f"track={track!r} needs the package {TRACKERS[track]}. Run: pip install {TRACKERS[track]}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise TrainingError(
+            "DeepSpeed keeps its state in pickles, which are neither written nor read here. Expected FSDP2, which "
+            "shards the same: accelerate launch --config_file docs/accelerate/fsdp2.yaml"
+        )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise TrainingError(
+            "accelerate is told to compute in fp16, which overflows in training. Expected no word on it, since "
+            "secateur says: accelerate launch --mixed_precision no ... (--dtype)"
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest step in a folder; None where there is none.
+
+    >>> last_checkpoint(Path("no-such-folder")) is None
+    True
+    """
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    whole = [path for path in found if (path / STATE_FILE).is_file()]
+    return max(whole, key=_step_of, default=None)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint, by their names in the model that was trained.
+
+    Raises `CheckpointError` where they cannot be read. `train` shows a run.
+    """
+    try:
+        return load_file(checkpoint / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{checkpoint / WEIGHTS_FILE} cannot be read ({error}); start without --resume"
+        ) from error
+
+
+def put_weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the model these weights. Raises `CheckpointError` for one that it does not have, or not in that shape."""
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        own = parameters.get(name)
+        if own is None or own.shape != value.shape:
+            raise CheckpointError(
+                f"the checkpoint has {name} of shape {tuple(value.shape)}, which the model has not: it is of another "
+                "training; start without --resume"
+            )
+        with torch.no_grad():
+            own.copy_(_as_part(value, own))
+
+
+class _RecoveryTrainer(Trainer):
+    """Trainer with an order of rows that is given, a loss that may have a teacher, and checkpoints without pickles."""
+
+    def __init__(
+        self, model: nn.Module, course: Course, settings: Settings, folder: Path, report: Report | None
+    ) -> None:
+        self.course, self.settings, self.folder = course, settings, folder
+        self._names_of_logits = _logits_argument(model)
+        measured = bool(len(course.validation) or course.texts)
+        if settings.recompute:
+            _recompute_in_place(model)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.micro_batch,
+            gradient_accumulation_steps=settings.batch // (settings.micro_batch * processes.count()),
+            learning_rate=settings.rate,
+            warmup_steps=settings.warmup,
+            lr_scheduler_type=settings.decay,
+            weight_decay=settings.weight_decay,
+            bf16=settings.bf16,
+            eval_strategy="steps" if measured else "no",
+            eval_steps=settings.evaluate_every,
+            eval_on_start=measured and last_checkpoint(folder) is None,
+            save_strategy="steps",
+            save_steps=settings.evaluate_every,
+            metric_for_best_model=SCORE if measured else None,
+            greater_is_better=False if measured else None,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=settings.track or "none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=settings.seed,
+        )
+        flat = course.order.flatten().tolist()
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=_Order(flat),
+            eval_dataset=_Order(list(range(len(course.validation)))),
+            data_collator=self._batch,
+            callbacks=[_Steady(settings), _Shown(course, settings, report)],
+        )
+        self.remove_callback(PrinterCallback)
+        # The loss below is a sum, divided by the tokens of the whole step: Trainer must count them, and not divide.
+        self.model_accepts_loss_kwargs = True
+
+    def _batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        return _with_teacher(self.course.rows, numbers, self.course.teacher, self.course.pad)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        total = self._summed_loss(model, inputs)
+        # The gradients of the processes are averaged, and the tokens were counted over all of them.
+        loss = total * self.accelerator.num_processes / max(float(num_items_in_batch), 1.0)
+        return (loss, None) if return_outputs else loss
+
+    def _summed_loss(self, model: nn.Module, inputs: Any) -> Tensor:
+        inputs = dict(inputs)
+        inputs.pop("shift_labels")
+        labels = inputs.pop("labels")
+        teacher = {name: inputs.pop(name) for name in ("kept", "logp", "rest") if name in inputs}
+        if self._names_of_logits is not None:
+            # What comes before the first label of all rows needs no logits: of prompts, most of the vocabulary's work.
+            places = torch.nonzero((labels != IGNORED).any(dim=0))
+            first = int(places[0]) if len(places) else labels.shape[1] - 1
+            labels = labels[:, first:]
+            inputs[self._names_of_logits] = labels.shape[1]
+        logits = model(**inputs, use_cache=False).logits
+        return learning_loss(
+            logits,
+            labels,
+            teacher or None,
+            share=self.settings.share,
+            temperature=self.settings.temperature,
+        )
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Measure the loss on validation rows and the perplexity of held-out texts; every process measures all."""
+        course = self.course
+        model: Any = self.model
+        metrics: dict[str, float] = {}
+        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast():
+            if len(course.validation):
+                metrics["eval_validation"] = self._validation_loss(model)
+            logs = {}
+            for name, ids in course.texts.items():
+                found = perplexity(model, ids, data=name, seq_len=course.window)
+                metrics[f"eval_perplexity_{name}"], logs[name] = found.ppl, found.nll
+        # Held-out text tells of overfitting to the rows what rows of the same kind cannot.
+        metrics[SCORE] = sum(logs.values()) / len(logs) if logs else metrics["eval_validation"]
+        if not math.isfinite(metrics[SCORE]):
+            raise TrainingError(
+                f"the loss on validation rows is {metrics[SCORE]} after step {self.state.global_step}. Expected a "
+                "finite one; train with a smaller rate (--rate), or with --dtype float32"
+            )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validation_loss(self, model: nn.Module) -> float:
+        """In nats per token that is learned."""
+        course, device = self.course, self.args.device
+        total, count = 0.0, 0
+        for numbers in _of_size(course.validation, EVALUATION_TOKENS):
+            batch = _with_teacher(course.validation, numbers, course.validation_teacher, course.pad)
+            count += int((batch["labels"] != IGNORED).sum())
+            total += float(self._summed_loss(model, {name: x.to(device) for name, x in batch.items()}))
+        return total / max(count, 1)
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        own = self.accelerator.unwrap_model(model)
+        for module in own.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves some weights whole, which the optimizer does not know as such
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wraps torch's
+        schedule: Any = self.lr_scheduler
+        names = {id(parameter): name for name, parameter in own.named_parameters()}
+        # Every process takes part in gathering what is spread over them; the first writes.
+        weights = {name: _whole(p) for name, p in own.named_parameters() if p.requires_grad}
+        moments = {
+            f"{names[id(parameter)]}/{key}": _whole(value)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            for key, value in optimizer.state[parameter].items()
+        }
+        if processes.is_first():
+            path = self.folder / f"checkpoint-{self.state.global_step}"
+            with atomic_folder(path, overwrite=True, mark=STATE_FILE) as folder:
+                save_file(weights, folder / WEIGHTS_FILE)
+                save_file(moments, folder / OPTIMIZER_FILE)
+                groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+                write_json(folder / ABOUT_FILE, {"groups": groups, "schedule": schedule.state_dict()})
+                self.state.save_to_json(str(folder / STATE_FILE))
+            needed = {self.state.global_step, self.state.best_global_step}
+            for other in self.folder.glob("checkpoint-*"):
+                if _step_of(other) not in needed:
+                    shutil.rmtree(other, ignore_errors=True)
+        processes.wait()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        own = self.accelerator.unwrap_model(self.model if model is None else model)
+        put_weights_in_place(own, read_weights(Path(resume_from_checkpoint)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wraps torch's
+        schedule: Any = self.lr_scheduler
+        names = {
+            id(parameter): name for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
+        }
+        try:
+            moments = load_file(Path(checkpoint) / OPTIMIZER_FILE)
+            about = json.loads((Path(checkpoint) / ABOUT_FILE).read_text(encoding="utf-8"))
+            state = optimizer.state_dict()
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state["state"] = {
+                number: {
+                    key.rpartition("/")[2]: _as_part(value, parameter)
+                    for key, value in moments.items()
+                    if key.rpartition("/")[0] == names[id(parameter)]
+                }
+                for number, parameter in enumerate(parameters)
+            }
+            for group, kept in zip(state["param_groups"], about["groups"], strict=True):
+                group.update(kept, betas=tuple(kept["betas"]))
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint} cannot be read ({error}); start without --resume") from error
+        optimizer.load_state_dict(state)
+        schedule.load_state_dict(about["schedule"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """There is nothing to load: every step is seeded by its number."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: bfloat16 needs no scaling, and float16 is refused."""
+
+
+class _Order(Dataset[int]):
+    """Numbers of rows, one after the other."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> int:
+        return self.numbers[place]
+
+
+class _Steady(TrainerCallback):
+    """Seeds every step, and stops where the loss is no number or nothing gets better."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        torch.manual_seed((self.settings.seed * 1_000_003 + state.global_step) * 1009 + processes.rank())
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        for name, called in (("loss", "loss"), ("grad_norm", "gradient")):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise TrainingError(
+                    f"the {called} is {value} at step {state.global_step}. Expected a finite one; train with a smaller "
+                    f"rate (--rate {self.settings.rate / 3:.1g}), or with --dtype float32"
+                )
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if _got_stuck(state, self.settings.patience):
+            control.should_training_stop = True
+
+
+class _Shown(TrainerCallback):
+    """Says after every step how it goes."""
+
+    def __init__(self, course: Course, settings: Settings, report: Report | None) -> None:
+        lengths = course.rows.lengths[course.order].sum(dim=1)
+        self.tokens = [0, *lengths.cumsum(0).tolist()]  # that are read before each step
+        self.settings, self.report = settings, report
+        self.began, self.first = 0.0, 0
+        self.latest: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began, self.first = time.perf_counter(), state.global_step
+        for entry in state.log_history:  # of a training that goes on
+            self.latest.update(entry)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if self.report is None:
+            return
+        latest = self.latest
+        latest.update(logs or {})
+        said = []
+        if "loss" in latest:
+            rate = (self.tokens[state.global_step] - self.tokens[self.first]) / (time.perf_counter() - self.began)
+            said += [f"loss {latest['loss']:.3f}", f"{rate:,.0f} tokens/s"]
+        said += [
+            f"{name.removeprefix('eval_perplexity_')} {value:.1f}"
+            for name, value in latest.items()
+            if name.startswith("eval_perplexity_")
+        ]
+        if "eval_validation" in latest:
+            said.append(f"validation {latest['eval_validation']:.3f}")
+        self.report(state.global_step, self.settings.steps, "  ".join(said))
+
+
+def _with_teacher(rows: Rows, numbers: Sequence[int], teacher: KeptTeacher | None, pad: int) -> dict[str, Tensor]:
+    batch = collate(rows, numbers, pad=pad)
+    # Under this name, too, which tells Trainer that they stand where they are predicted.
+    batch["shift_labels"] = batch["labels"]
+    return batch if teacher is None else batch | teacher.of(numbers)
+
+
+def _of_size(rows: Rows, tokens: int) -> Iterator[list[int]]:
+    """All rows, the longest first, in batches of at most so many tokens with the padding, or of one row."""
+    lengths = rows.lengths.tolist()
+    batch: list[int] = []
+    for row in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _logits_argument(model: nn.Module) -> str | None:
+    """By which argument a model computes the logits of the last places only; None where it has none."""
+    import inspect
+
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    known = inspect.signature(base.forward).parameters
+    return "logits_to_keep" if "logits_to_keep" in known else None
+
+
+def _recompute_in_place(model: nn.Module) -> None:
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    enable: Callable[[], None] = getattr(base, "activation_checkpointing_enable", None) or (
+        lambda: base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    )
+    try:
+        enable()
+    except ValueError as error:
+        raise TrainingError(f"{type(base).__name__} cannot compute layers again; leave out --recompute") from error
+
+
+@contextmanager
+def _told(settings: Settings, logs: Path) -> Iterator[None]:
+    """Tell by the environment what TensorBoard and Trainer ask it for; a launcher may have said otherwise."""
+    said = {
+        "TENSORBOARD_LOGGING_DIR": os.environ.get("TENSORBOARD_LOGGING_DIR", str(logs)),
+        "ACCELERATE_MIXED_PRECISION": "bf16" if settings.bf16 else "no",
+    }
+    before = {name: os.environ.get(name) for name in said}
+    os.environ.update(said)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU of a tensor that may be spread over processes."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", copy=True).contiguous()
+
+
+def _as_part(value: Tensor, like: Tensor) -> Tensor:
+    """The value as this process holds it, where the tensor that it is for is spread over processes."""
+    if isinstance(like, DTensor) and value.dim():
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _read_state(checkpoint: Path) -> TrainerState:
+    try:
+        state: TrainerState = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE_FILE} cannot be read ({error}); start without --resume") from error
+    return state
+
+
+def _over(state: TrainerState, settings: Settings) -> bool:
+    """Whether a training was done when its last checkpoint was written."""
+    return state.global_step >= settings.steps or _got_stuck(state, settings.patience)
+
+
+def _got_stuck(state: TrainerState, patience: int | None) -> bool:
+    """Whether so many evaluations came after the best one; the one before the first step counts."""
+    scores = [entry[SCORE] for entry in state.log_history if SCORE in entry]
+    return patience is not None and len(scores) - 1 - scores.index(min(scores)) >= patience if scores else False
+
+
+def _trained(folder: Path, state: TrainerState) -> Trained:
+    best = state.best_global_step or state.global_step
+    evaluations = tuple(
+        {
+            "step": entry["step"],
+            "validation": entry.get("eval_validation"),
+            "perplexity": {
+                name.removeprefix("eval_perplexity_"): value
+                for name, value in entry.items()
+                if name.startswith("eval_perplexity_")
+            },
+            "score": entry[SCORE],
+        }
+        for entry in state.log_history
+        if SCORE in entry
+    )
+    loss = tuple((int(entry["step"]), entry["loss"]) for entry in state.log_history if "loss" in entry)
+    return Trained(folder / f"checkpoint-{best}", best, state.global_step, loss, evaluations)
