@@ -4,10 +4,11 @@ This file lies beside the weights of such a model and needs torch and transforme
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-For a stock class X of transformers, `FreeX` is made when it is first asked for. The config holds the settings of the
-dense model, and under `secateur_free` what is different: the `shapes` of parameters and buffers by name, the
-`attributes` of modules by path, for modules that read sizes from a config of their own, its settings (`configs`), and
-blocks that compute nothing (`skipped`).
+For a stock class X of transformers, `FreeX` is made when it is first asked for; `FreeXOfY` for a model class X with
+the config class Y, where that is not its own. The config holds the settings of the dense model, and under
+`secateur_free` what is different: the `shapes` of parameters and buffers by name, the `attributes` of modules by path,
+for modules that read sizes from a config of their own, its settings (`configs`), and blocks that compute nothing
+(`skipped`).
 A shape is never larger than the dense one, and an attribute never of another type.
 """
 
@@ -25,29 +26,39 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 FREE = "secateur_free"  # the key in config.json, and how the model type begins
 CLASS_PREFIX = "Free"
+OF_CONFIG = "Of"
 Settings = Mapping[str, Any]
 
 
 def __getattr__(name: str) -> Any:
-    """Find `FreeX`, for a configuration or model class X of transformers."""
-    stock = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    """Find `FreeX`, for a configuration or model class X of transformers, or `FreeXOfY`, for a configuration Y."""
+    wanted, _, settings = name.removeprefix(CLASS_PREFIX).partition(OF_CONFIG)
+    stock = getattr(transformers, wanted, None) if name.startswith(CLASS_PREFIX) else None
+    config = getattr(transformers, settings, None) if settings else None
     if not isinstance(stock, type) or not issubclass(stock, (PreTrainedConfig, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return free_class(stock)
+    if settings and not (isinstance(config, type) and issubclass(config, PreTrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return free_class(stock, config)
 
 
-def free_class(stock: type) -> Any:
+def free_class(stock: Any, config: Any = None) -> Any:
     """Make the class of free shapes of a configuration or model class of transformers; the same one every time.
+
+    A model class that is also that of other configs than its own is made anew for each, when given.
 
     >>> free_class(transformers.OPTConfig).model_type
     'secateur_free_opt'
     >>> free_class(transformers.OPTForCausalLM).config_class is free_class(transformers.OPTConfig)
     True
     """
-    name = f"{CLASS_PREFIX}{stock.__name__}"
+    own = config is None or issubclass(stock, PreTrainedConfig) or config is stock.config_class
+    name = f"{CLASS_PREFIX}{stock.__name__}" + ("" if own else f"{OF_CONFIG}{config.__name__}")
     if name not in globals():
-        made = _config_class(name, stock) if issubclass(stock, PreTrainedConfig) else _model_class(name, stock)
-        globals()[name] = made
+        if issubclass(stock, PreTrainedConfig):
+            globals()[name] = _config_class(name, stock)
+        else:
+            globals()[name] = _model_class(name, stock, stock.config_class if own else config)
     return globals()[name]
 
 
@@ -68,7 +79,7 @@ def _config_class(name: str, stock: Any) -> type:
     return type(name, (stock,), members)
 
 
-def _model_class(name: str, stock: Any) -> type:
+def _model_class(name: str, stock: Any, config: Any) -> type:
     def initialise(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stock.__init__(self, config, *args, **options)
         apply_in_place(self, getattr(config, FREE, {}))
@@ -85,7 +96,7 @@ def _model_class(name: str, stock: Any) -> type:
         "__init__": initialise,
         "__module__": __name__,
         "__doc__": f"A {stock.__name__} in the shapes that its config lists.",
-        "config_class": free_class(stock.config_class),
+        "config_class": free_class(config),
         "_auto_class": "AutoModelForCausalLM",  # a saved model takes this file along
         # The code is transformers' own, so what it computes when weights are loaded is computed as for a stock class.
         "is_custom_code": classmethod(lambda cls: False),

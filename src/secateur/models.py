@@ -49,7 +49,7 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
 from secateur.errors import CheckpointError, ModelError, UntrustedCodeError
 from secateur.manifest import WEIGHTS, check_as_written, read_json, tensors_in
-from secateur.modeling_free import CLASS_PREFIX, FREE, free_class
+from secateur.modeling_free import FREE, free_class
 
 logger = logging.getLogger(__name__)
 
@@ -194,12 +194,12 @@ def _free_config(written: dict[str, Any]) -> PreTrainedConfig:
     free = getattr(config, FREE)
     architecture = free.get("architecture") if isinstance(free, dict) else None
     model_class = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
-    if getattr(model_class, "config_class", None) is not stock:
+    if model_class is None or not takes(model_class, stock):
         raise ValueError(f"{FREE}, architecture: {architecture!r:.60} is no model class of transformers for it")
     module = free_class.__module__.rpartition(".")[2]
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
-        "AutoModelForCausalLM": f"{module}.{CLASS_PREFIX}{architecture}",
+        "AutoModelForCausalLM": f"{module}.{free_class(model_class, stock).__name__}",
     }
     return config
 
@@ -212,7 +212,22 @@ def free_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """
     if type(config).__module__ != free_class.__module__:
         return None
-    return cast(type[PreTrainedModel], free_class(getattr(transformers, getattr(config, FREE)["architecture"])))
+    stock = type(config).__mro__[1]
+    return cast(type[PreTrainedModel], free_class(getattr(transformers, getattr(config, FREE)["architecture"]), stock))
+
+
+def takes(model_class: Any, config_class: Any) -> bool:
+    """Whether a model class of transformers is made from such configs: its own, or those that the auto class gives it.
+
+    >>> takes(transformers.OPTForCausalLM, transformers.OPTConfig)
+    True
+    >>> takes(transformers.OPTForCausalLM, transformers.BertConfig)
+    False
+    """
+    if getattr(model_class, "config_class", None) is config_class:
+        return True
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return config_class in mapping and mapping[config_class] is model_class
 
 
 def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:

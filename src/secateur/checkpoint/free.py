@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from secateur.attributes import plain_attributes
 from secateur.errors import CheckpointError, ModelError
 from secateur.modeling_free import FREE, free_class, skip_in_place
-from secateur.models import quiet, runs_remote_code, skeleton
+from secateur.models import quiet, runs_remote_code, skeleton, takes
 from secateur.sublayers import skipped_in
 
 # What a config says beside its settings: where it comes from, and how to compute.
@@ -182,7 +182,7 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     stock_type = config.model_type.removeprefix(f"{FREE}_")
     architecture = getattr(config, FREE)["architecture"] if again else type(model).__name__
     stock: Any = CONFIG_MAPPING[stock_type] if stock_type in CONFIG_MAPPING else None  # noqa: SIM401 - `get` is not lazy
-    known = stock is not None and getattr(getattr(transformers, architecture, None), "config_class", None) is stock
+    known = stock is not None and takes(getattr(transformers, architecture, None), stock)
     if not known or not (again or (type(config) is stock and not runs_remote_code(model))):
         raise CheckpointError(
             f"no folder can hold the model: no stock config says its sizes, and {type(model).__name__} with a "
