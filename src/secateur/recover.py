@@ -50,7 +50,7 @@ DECAYS = ("cosine", "linear")
 CURVES_FILE = "secateur_curves.json"
 PLOT_FILE = "secateur_curves.png"
 TRAINING_FOLDER = "training"
-WORTH_KEEPING = (f"{TRAINING_FOLDER}/checkpoint-*", "teacher/*.safetensors")
+TEACHER_FOLDER = "teacher"
 WARM = 0.06  # the share of the steps over which the rate rises
 ENOUGH = 4  # times its length a training has, at least, that is given a fixed warm-up
 EVALUATIONS = 10  # of a training, by default
@@ -249,8 +249,8 @@ def recover(
         [pruned, *(weighted(source)[0] for source in data.sources), *([teacher] if teacher else [])],
         [asdict(options), asdict(data), asdict(loading), asdict(settings), sorted(texts.items()) if texts else []],
     )
-    with work_folder(out, key, resume=resume, worth=WORTH_KEEPING) as work:
-        resumed = any(any(work.glob(pattern)) for pattern in WORTH_KEEPING)
+    with work_folder(out, key, resume=resume, worth_keeping=_has_begun) as work:
+        resumed = _has_begun(work)
         trained, parameters = _train(stage, out, work, data.group_by_length, clock)
         tokens = int(read.train.lengths[_order(stage, data.group_by_length)[: trained.steps]].sum())
         found = Recovered(
@@ -290,6 +290,12 @@ class _Stage:
     tokenizer: PreTrainedTokenizerBase
 
 
+def _has_begun(work: Path) -> bool:
+    """Whether a run that was stopped has left a checkpoint, or some of what the teacher gave."""
+    patterns = (f"{TRAINING_FOLDER}/checkpoint-*", f"{TEACHER_FOLDER}/*/*.safetensors")
+    return any(any(work.glob(pattern)) for pattern in patterns)
+
+
 def _train(stage: _Stage, out: Path, work: Path, group_by_length: bool, clock: Clock) -> tuple[Trained, int]:
     """Let the teacher read, then train; returns what came of it, and how many parameters were trained."""
     from secateur.training import Course, train
@@ -308,7 +314,7 @@ def _train(stage: _Stage, out: Path, work: Path, group_by_length: bool, clock: C
                 return loaded[0]
 
             for name, rows in parts.items():
-                folder = work / "teacher" / name
+                folder = work / TEACHER_FOLDER / name
                 keep_teacher(
                     teacher,
                     rows,

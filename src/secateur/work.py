@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,18 +38,28 @@ DAMAGE_FILE = "damage.json"
 REPAIRED_FILE = "repaired.safetensors"
 PASS_FOLDER = "pass"
 WINDOWS_FILE = "windows.safetensors"
-WORTH_KEEPING = (SCORES_FILE, STEP_FILE, f"{PASS_FOLDER}/*.safetensors")  # of a run that is stopped
 
 
 # --- while a run works ------------------------------------------------------------------------------------------------
 
 
+def has_scored(work: Path) -> bool:
+    """Whether a cut that is stopped leaves something to go on from: scores, a step, a layer that has been scored.
+
+    >>> has_scored(Path("no-such-folder"))
+    False
+    """
+    files = [work / SCORES_FILE, work / STEP_FILE]
+    return any(file.exists() for file in files) or any((work / PASS_FOLDER).glob("*.safetensors"))
+
+
 @contextmanager
-def work_folder(out: Path, key: str, *, resume: bool, worth: Sequence[str] = WORTH_KEEPING) -> Iterator[Path]:
+def work_folder(
+    out: Path, key: str, *, resume: bool, worth_keeping: Callable[[Path], bool] = has_scored
+) -> Iterator[Path]:
     """The folder of a run's values: emptied unless it is to be resumed and was made for the same key.
 
-    A run that is stopped leaves it where it holds something that a file name in `worth` matches. Of several processes,
-    the first prepares and removes it.
+    A run that is stopped leaves it where it is worth keeping. Of several processes, the first prepares and removes it.
     """
     work = out.absolute().with_name(f".{out.absolute().name}.secateur")
     if processes.is_first() and not (resume and _read_key(work) == key):
@@ -60,8 +70,7 @@ def work_folder(out: Path, key: str, *, resume: bool, worth: Sequence[str] = WOR
     try:
         yield work
     except BaseException as error:
-        worth_keeping = any(any(work.glob(pattern)) for pattern in worth)
-        if processes.is_first() and (isinstance(error, SecateurError) or not worth_keeping):
+        if processes.is_first() and (isinstance(error, SecateurError) or not worth_keeping(work)):
             shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
         raise
     if processes.is_first():
