@@ -27,9 +27,10 @@ demo: $(STAMP)  ## Prune the demo model into runs/demo
 test: $(STAMP)  ## Run the fast tests and the docstring examples
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS)
 
-slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
-	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) tests/test_contract.py
-	$(PYTEST) -m slow --ignore tests/test_contract.py
+slow: gguf  ## Run the slow tests, the README's and docs' examples among them; installs llama.cpp
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) tests/test_contract.py tests/test_every_folder.py
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) --dist loadfile \
+		--ignore tests/test_contract.py --ignore tests/test_every_folder.py
 
 check: $(STAMP)  ## Check format, lint, types and the links in the docs
 	$(BIN)/ruff format --check
