@@ -45,7 +45,7 @@ from secateur.checkpoint.free import as_free, differences, is_free
 from secateur.cli import run
 from secateur.manifest import MANIFEST_FILE
 from secateur.modeling_free import FREE, apply_in_place, free_class
-from secateur.models import load, load_config, load_tokenizer, quiet, runs_remote_code, skeleton
+from secateur.models import load, load_config, load_tokenizer, quiet, register, runs_remote_code, skeleton
 from secateur.plan import PlannedGroup
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
 
@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], tuple[str, ...]]] = {
     "gpt2-head_dim": (lambda: family_model(family_config("gpt2")), ("head_dim",)),
     "llama-query": (lambda: family_model(family_config("llama")), ("query",)),
     "bloom-mlp": (lambda: tiny_type_model("bloom"), MLP),
+    "exaone-both": (lambda: tiny_type_model("exaone"), BOTH),  # another family's model class takes its config
     "falcon-both": (lambda: tiny_type_model("falcon"), BOTH),
     "falcon_h1-mlp": (lambda: tiny_type_model("falcon_h1"), MLP),  # computes a buffer of layers in the module around
     "mixtral-both": (lambda: tiny_type_model("mixtral"), BOTH),
@@ -226,8 +227,10 @@ class TestFolder:
         assert (folder / CODE.name).read_bytes() == CODE.read_bytes()
         config = json.loads((folder / "config.json").read_text())
         stock: Any = type(written[name].model)
-        assert config["model_type"] == f"{FREE}_{stock.config_class.model_type}"
-        assert config["auto_map"]["AutoModelForCausalLM"] == f"{CODE.stem}.Free{stock.__name__}"
+        settings = type(written[name].model.config)
+        assert config["model_type"] == f"{FREE}_{settings.model_type}"
+        own = "" if settings is stock.config_class else f"Of{settings.__name__}"
+        assert config["auto_map"]["AutoModelForCausalLM"] == f"{CODE.stem}.Free{stock.__name__}{own}"
         assert config[FREE]["architecture"] == stock.__name__
         shapes = config[FREE]["shapes"]
         tensors = {**dict(written[name].model.named_parameters()), **dict(written[name].model.named_buffers())}
@@ -451,6 +454,39 @@ def test_parameters_that_are_one_stay_one() -> None:
     apply_in_place(pair, {"shapes": {"0.weight": [1, 3]}})
     assert pair[1].weight is pair[0].weight
     assert pair[1].weight.shape == (1, 3)
+
+
+REGISTERED = """
+import sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+import secateur
+
+secateur.register(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager")
+assert type(model).__module__ == "secateur.modeling_free", type(model)
+assert type(AutoConfig.from_pretrained(sys.argv[1])) is type(model.config)
+assert not any(name.startswith("transformers_modules") for name in sys.modules)
+ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    save_file({"logits": model(ids).logits.contiguous()}, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["llama-both", "exaone-both"])
+def test_registered_the_auto_classes_need_no_flag(written: dict[str, Written], name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", REGISTERED, str(written[name].folder), str(tmp_path / "logits.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    torch.testing.assert_close(found, logits_of(written[name].model), atol=tolerance(name), rtol=0)
+
+
+def test_what_needs_no_registering_is_told(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "stock")
+    with pytest.raises(ModelError, match=r"has a stock config: AutoModelForCausalLM\.from_pretrained reads it"):
+        register(str(tmp_path / "stock"))
 
 
 def test_a_folder_needs_the_flag_elsewhere(written: dict[str, Written]) -> None:

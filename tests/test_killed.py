@@ -106,6 +106,26 @@ def test_twenty_random_moments_of_pruning(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [("out.gguf", "--gguf f16 --no-check"), ("out", "--int8"), ("out", "--int8 --dynamic")]
+)
+def test_twenty_random_moments_of_exporting(name: str, options: str, place: Path) -> None:
+    """Whenever in the run, and once something is there under a temporary name."""
+    if "--int8" in options:
+        pytest.importorskip("torchao", reason="int8 folders need torchao")
+    write_tiny("in/deep", num_hidden_layers=24)
+    out, chance = place.relative_to(Path.cwd()) / name, random.Random(0)
+    arguments = ["export", "in/deep", str(out), *options.split(), "--quiet"]
+    with commands() as run:
+        run.run(arguments)
+        seconds = run.run([*arguments, "--overwrite"])
+        anywhere = (after(seconds * chance.uniform(0, 1)) for _ in itertools.count())
+        writing = (while_writing(out, 0) for _ in itertools.count())
+        check_kills(run, arguments, out, anywhere, 10)
+        assert check_kills(run, arguments, out, writing, 10) >= 5
+
+
+@pytest.mark.slow
 def test_what_is_to_be_replaced_is_never_missing(place: Path) -> None:
     """Until the new folder is whole the old one is there, and then the new one is."""
     out = Path("here/out")

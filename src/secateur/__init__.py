@@ -32,7 +32,7 @@ from secateur.errors import (
 )
 from secateur.evaluate import Perplexity, evaluate
 from secateur.export import Exported, export_gguf
-from secateur.models import load, load_tokenizer
+from secateur.models import load, load_tokenizer, register
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
@@ -86,6 +86,7 @@ __all__ = [
     "prune",
     "prune_model",
     "recover",
+    "register",
     "register_score",
     "repair",
     "save",

@@ -216,6 +216,24 @@ def free_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return cast(type[PreTrainedModel], free_class(getattr(transformers, getattr(config, FREE)["architecture"]), stock))
 
 
+def register(model: str) -> None:
+    """Let the Auto classes of transformers read models of MODEL's free shapes without remote code, in this process.
+
+    For programs that load by `AutoModelForCausalLM` themselves: afterwards it builds such models with the classes that
+    we have, and runs nothing that lies in a folder. Raises `ModelError` for a model that needs nothing of the kind.
+
+    >>> register("demo")
+    Traceback (most recent call last):
+    secateur.errors.ModelError: 'demo' has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is
+    """
+    config = load_config(model)
+    model_class = free_model_class(config)
+    if model_class is None:
+        raise ModelError(f"{model!r} has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is")
+    AutoConfig.register(config.model_type, type(config), exist_ok=True)
+    AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
+
+
 def takes(model_class: Any, config_class: Any) -> bool:
     """Whether a model class of transformers is made from such configs: its own, or those that the auto class gives it.
 
