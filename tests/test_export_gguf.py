@@ -904,7 +904,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            (("out.bin",), r"out\.bin: say what to write, --gguf TYPE, or name the file out\.bin\.gguf"),
+            (("out.bin",), r"out\.bin: say what to write, --gguf TYPE or --int8, or name the file out\.bin\.gguf"),
             (("out.bin", "--gguf", "f16"), r"out\.bin is not named as a GGUF file is"),
             (("out.gguf", "--gguf", "f17"), "--gguf f17: no such type"),
             (("no/out.gguf",), "does not exist; make it first: mkdir -p"),

@@ -50,7 +50,7 @@ TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
 HELD_OUT = demo_texts()[1][:3000]
 EXACT = LoadOptions(dtype="float32", device="cpu")
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-OURS = ["secateur_curves.json", "secateur_plan.json", "secateur_record.json"]
+OURS = ["secateur_curves.json", "secateur_manifest.json", "secateur_plan.json", "secateur_record.json"]
 ROWS = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(2, 42)]
 
 
