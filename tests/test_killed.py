@@ -113,7 +113,7 @@ def test_twenty_random_moments_of_exporting(name: str, options: str, place: Path
     """Whenever in the run, and once something is there under a temporary name."""
     if "--int8" in options:
         pytest.importorskip("torchao", reason="int8 folders need torchao")
-    write_tiny("in/deep", num_hidden_layers=24)
+    write_tiny(Path("in/deep"), num_hidden_layers=24)
     out, chance = place.relative_to(Path.cwd()) / name, random.Random(0)
     arguments = ["export", "in/deep", str(out), *options.split(), "--quiet"]
     with commands() as run:
