@@ -28,7 +28,7 @@ from secateur.models import load, quiet
 from secateur.plan import Plan
 from secateur.prune import prune
 from stranger import NEW_TOKENS, Stranger, stranger
-from test_contract import BUILT, verdict
+from test_contract import BUILT, check_reasons, known_failures, verdict
 
 pytest.importorskip("peft", reason="LoRA on pruned folders needs peft")
 
@@ -36,13 +36,6 @@ KNOWN = Path(__file__).with_name("known_folder_failures.json")  # check -> [{"re
 QUICK = ("llama", "gpt2", "mixtral")
 KINDS = {"free mlp": ("mlp", "expert_mlp", "shared_mlp"), "free attention": ("attention",), "free expert": ("expert",)}
 UNIFORM, FREE = "uniform folder", "free folder"
-
-
-def known_failures(model_type: str) -> dict[str, str]:
-    listed = json.loads(KNOWN.read_text(encoding="utf-8"))
-    return {
-        check: entry["reason"] for check, entries in listed.items() for entry in entries if model_type in entry["types"]
-    }
 
 
 def check_type(model_type: str, folder: Path) -> Report:
@@ -140,7 +133,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 def check(model_type: str, folder: Path) -> None:
-    problems = verdict(check_type(model_type, folder), known_failures(model_type))
+    problems = verdict(check_type(model_type, folder), known_failures(model_type, KNOWN))
     assert not problems, "\n".join(problems)
 
 
@@ -175,8 +168,4 @@ def test_a_stranger_that_ends_is_told() -> None:
 
 
 def test_every_known_failure_names_types_and_a_reason() -> None:
-    for check_, entries in json.loads(KNOWN.read_text(encoding="utf-8")).items():
-        listed = [model_type for entry in entries for model_type in entry["types"]]
-        assert set(listed) <= set(BUILT)
-        assert len(listed) == len(set(listed)), f"{check_} lists a type twice"
-        assert all(entry["reason"].strip() and entry["types"] == sorted(entry["types"]) for entry in entries)
+    check_reasons(KNOWN)
