@@ -27,8 +27,10 @@ from transformers import PreTrainedModel
 
 from families import family_config, family_model
 from secateur import CutOptions, discover, plan, prune, save, score
+from secateur.cli import run
 from secateur.models import load, load_tokenizer
-from tiny import tiny_model, tiny_tokenizer
+from secateur.serving import tensor_parallel_sizes
+from tiny import tiny_model, tiny_tokenizer, write_tiny
 
 FAMILIES = ("llama", "qwen2", "gpt_neox")
 START = "import sys\nsys.modules['secateur'] = None\n"
@@ -167,6 +169,45 @@ needs_server = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "openai", "pydantic")),
     reason="transformers serve is not installed: pip install 'secateur[serve]'",
 )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "expected"),
+    [
+        (12, 12, 120, (1, 2, 3, 4, 6)),
+        (12, 2, 120, (1, 2, 4, 6)),  # KV heads are repeated, two or three times
+        (9, 3, 1536, (1, 3)),
+        (8, 8, 86, (1, 2)),
+        (7, 7, 85, (1,)),
+    ],
+)
+def test_over_how_many_gpus(heads: int, kv_heads: int, width: int, expected: tuple[int, ...]) -> None:
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = family_config("llama", intermediate_size=width, **sizes)
+    assert tensor_parallel_sizes(config) == expected
+
+
+def test_what_can_be_split_no_more_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny(tmp_path / "tiny", num_attention_heads=4, num_key_value_heads=4, intermediate_size=80)
+    cut = [
+        "prune",
+        str(tmp_path / "tiny"),
+        "--score",
+        "l1",
+        "--shape",
+        "uniform",
+        "--scope",
+        "local",
+        "--repair",
+        "none",
+    ]
+    arguments = [*cut, "--of", "units", "--ratio", "0.25", "--json", str(tmp_path / "x.json")]
+    assert run([*arguments, str(tmp_path / "out")]) == 0
+    assert "serving: vLLM splits it over 1 or 3 GPUs (the dense model: 1, 2 or 4)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text())["tensor_parallel_sizes"] == [1, 3]
+    assert run([*arguments, str(tmp_path / "mlp"), "--axes", "mlp", "--round-to", "20"]) == 0
+    assert "serving:" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text())["tensor_parallel_sizes"] == [1, 2, 4]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "secateur"
 ORDER = [
     "errors",
     "manifest",
+    "serving",
     "hushed",
     "modeling_free",
     "models",

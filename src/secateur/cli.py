@@ -47,6 +47,7 @@ from secateur.recover import options_for as recovery_options
 from secateur.recover import recover
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
+from secateur.serving import serving_note, tensor_parallel_sizes
 from secateur.tables import (
     binary,
     demo_tables,
@@ -455,8 +456,15 @@ def prune_command(
         watch=_watch(quiet=quiet),
         announce=None if quiet else lambda sizes: _print(plan_tables(sizes)),
     )
-    _finish(pruned.to_json(), json_file)
+    result, note = pruned.to_json(), None
+    if pruned.plan.settings is not None:
+        dense_and_pruned = [load_config(name, trust_remote_code=trust_remote_code) for name in (model, str(out))]
+        result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(dense_and_pruned[1]))
+        note = serving_note(*dense_and_pruned)
+    _finish(result, json_file)
     if not quiet:
+        if note is not None:
+            print(note)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
         if resume:
             print("went on from what was kept" if pruned.resumed else "nothing was kept of this cut: started anew")
