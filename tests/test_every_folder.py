@@ -35,6 +35,7 @@ pytest.importorskip("peft", reason="LoRA on pruned folders needs peft")
 KNOWN = Path(__file__).with_name("known_folder_failures.json")  # check -> [{"reason": ..., "types": [...]}]
 QUICK = ("llama", "gpt2", "mixtral")
 KINDS = {"free mlp": ("mlp", "expert_mlp", "shared_mlp"), "free attention": ("attention",), "free expert": ("expert",)}
+ELSE = {"free state": ("state",)}  # of types that have nothing of the others
 UNIFORM, FREE = "uniform folder", "free folder"
 
 
@@ -63,7 +64,8 @@ def check_type(model_type: str, folder: Path) -> Report:
     if uniform is not None:
         hold(UNIFORM, partial(check_stranger, tested, uniform, folder / "uniform", report))
     passing: list[str] = []
-    for name, kinds in KINDS.items():
+    present = {group.kind for group in tested.discovery.groups}
+    for name, kinds in (KINDS if present & {kind for each in KINDS.values() for kind in each} else ELSE).items():
         plan = uneven(dense, kinds, discovery=tested.discovery)
         if plan.groups:
             hold(name, partial(written, dense, plan, tested, folder / name))
