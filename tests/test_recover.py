@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import secateur.training
 from secateur import (
     CalibrationOptions,
     CheckpointError,
@@ -42,6 +41,7 @@ from secateur.plan import read_plan
 from secateur.recover import METHODS, PRESETS, options_for
 from secateur.run import prune_model
 from secateur.training import last_checkpoint
+from secateur.training.callbacks import Steady
 from test_processes import ROOT, launch
 from tiny import names, write_tiny
 
@@ -85,9 +85,11 @@ def initialise(self, *given, **options):
         self.distributed_type = DistributedType.MULTI_GPU
 PartialState.__init__ = initialise
 import secateur.cli
-from secateur import processes, training
+from secateur import processes
+from secateur.training.callbacks import Steady
+from secateur.training.loop import RecoveryTrainer
 from torch.distributed.tensor import DTensor
-begin, save = training._Steady.on_step_begin, training._RecoveryTrainer._save_checkpoint
+begin, save = Steady.on_step_begin, RecoveryTrainer._save_checkpoint
 def on_step_begin(self, args, state, control, **others):
     if state.global_step == stop:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -96,7 +98,7 @@ def on_save(self, model, trial):
     if processes.is_first() and any(isinstance(weight, DTensor) for weight in model.parameters()):
         print("sharded")
     save(self, model, trial)
-training._Steady.on_step_begin, training._RecoveryTrainer._save_checkpoint = on_step_begin, on_save
+Steady.on_step_begin, RecoveryTrainer._save_checkpoint = on_step_begin, on_save
 sys.exit(secateur.cli.run(arguments))
 """
 
@@ -171,7 +173,7 @@ def digest(folder: Path) -> dict[str, str]:
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
     """Ctrl-C as step `step` begins."""
-    real = secateur.training._Steady.on_step_begin
+    real = Steady.on_step_begin
 
     def stop(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step == step:
@@ -179,7 +181,7 @@ def stopped_at(step: int) -> Iterator[None]:
         real(self, args, state, control, **others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.training._Steady.on_step_begin", stop)
+        patch.setattr("secateur.training.callbacks.Steady.on_step_begin", stop)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -416,7 +418,7 @@ class TestResume:
             patch.setattr(RECOVER, "_save", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 train()
-        monkeypatch.setattr("secateur.training._RecoveryTrainer", lambda *_: pytest.fail("trained again"))
+        monkeypatch.setattr("secateur.training.loop.RecoveryTrainer", lambda *_: pytest.fail("trained again"))
         assert train(resume=True).steps == 8
 
     def test_one_that_stopped_early_is_over(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +434,7 @@ class TestResume:
             patch.setattr(RECOVER, "_save", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 train(**options)
-        monkeypatch.setattr("secateur.training._RecoveryTrainer", lambda *_: pytest.fail("trained again"))
+        monkeypatch.setattr("secateur.training.loop.RecoveryTrainer", lambda *_: pytest.fail("trained again"))
         assert train(resume=True, **options).steps < 60
 
     def test_another_training_is_not_gone_on_with(self, place: Path) -> None:

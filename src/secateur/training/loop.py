@@ -1,107 +1,41 @@
-"""A model, rows and settings -> trained weights, by transformers' Trainer; checkpoints from which it goes on.
-
-Trainer runs the loop, the optimizer, the schedule, the processes and the trackers. What differs here: the order of the
-rows is given, the loss may have a teacher, and a checkpoint is a folder of safetensors and JSON that appears whole or
-not at all, with no pickle in it. Whatever is random in a step is seeded by the number of the step, so no state of a
-generator has to be kept for a training to go on as if it had not been stopped.
-"""
+"""The loop is transformers' Trainer's; the order of the rows is given, and the loss may have a teacher."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
+import inspect
 import math
 import os
-import re
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from secateur import processes
-from secateur.checkpoint import atomic_folder, write_json
 from secateur.distill import KeptTeacher, check_packing, learning_loss
-from secateur.errors import CheckpointError, TrainingError
+from secateur.errors import TrainingError
 from secateur.evaluate import evaluation_mode, perplexity
 from secateur.models import quiet
+from secateur.training.callbacks import SCORE, Shown, Steady, got_stuck
+from secateur.training.checkpoints import (
+    last_checkpoint,
+    put_weights_in_place,
+    read_optimizer_in_place,
+    read_state,
+    read_weights,
+    write_checkpoint,
+)
+from secateur.training.course import Course, Report, Settings, Trained
 from secateur.tuning_data import IGNORED, Rows, collate
 
-logger = logging.getLogger(__name__)
-
-STATE_FILE = "trainer_state.json"  # Trainer's own: steps done, what was logged
-WEIGHTS_FILE = "trained.safetensors"  # the weights that are trained, by name
-OPTIMIZER_FILE = "optimizer.safetensors"
-ABOUT_FILE = "optimizer.json"  # what of the optimizer and the schedule is no tensor
 TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # name -> the package it needs
 EVALUATION_TOKENS = 1024  # of a batch of validation rows
-SCORE = "eval_score"  # what the best checkpoint has least of
-
-
-class Report(Protocol):
-    """Shows how far a training is: steps done, steps in all, and a line of what was measured."""
-
-    def __call__(self, done: int, total: int, said: str = "") -> None:
-        """Show it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to train."""
-
-    steps: int
-    batch: int  # rows of a step, over all processes
-    micro_batch: int  # rows that one process computes at once
-    rate: float  # the highest
-    warmup: int  # steps over which the rate rises
-    decay: str = "cosine"  # how it falls afterwards: cosine or linear, to 0
-    weight_decay: float = 0.0
-    evaluate_every: int = 10  # steps between evaluations, which are also checkpoints
-    patience: int | None = 3  # evaluations without a better one, after which it stops; None: it does not
-    bf16: bool = False  # products in bfloat16, everything that adds up in float32
-    recompute: bool = False  # layers once more in the backward pass, for less memory
-    share: float = 1.0  # of the teacher in the loss, where there is one
-    temperature: float = 1.0
-    seed: int = 0
-    track: str | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Course:
-    """What is read in a training: rows in their order, rows and texts that judge it, and what a teacher gave."""
-
-    rows: Rows
-    order: Tensor  # steps x batch, numbers of rows
-    validation: Rows
-    texts: Mapping[str, Tensor]  # name -> token ids of a held-out text
-    window: int = 128  # tokens, of a text's windows
-    teacher: KeptTeacher | None = None
-    validation_teacher: KeptTeacher | None = None
-    pad: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a training came to."""
-
-    checkpoint: Path  # the best, by held-out text or validation; the last where nothing was measured
-    best_step: int
-    steps: int  # that were done, fewer than planned where it stopped early
-    loss: tuple[tuple[int, float], ...]  # after every step
-    evaluations: tuple[Mapping[str, Any], ...]  # step, validation, perplexity by text, score
 
 
 def train(
@@ -135,11 +69,11 @@ def train(
     """
     check_surroundings(settings.track)
     last = last_checkpoint(folder)
-    if last is not None and _over(state := _read_state(last), settings):
+    if last is not None and _over(state := read_state(last), settings):
         return _trained(folder, state)
     check_packing(model, course.rows)
     with quiet(), _told(settings, logs or folder / "runs"):
-        trainer = _RecoveryTrainer(model, course, settings, folder, report)
+        trainer = RecoveryTrainer(model, course, settings, folder, report)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return _trained(folder, trainer.state)
 
@@ -167,45 +101,7 @@ def check_surroundings(track: str | None = None) -> None:
         )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the latest step in a folder; None where there is none.
-
-    >>> last_checkpoint(Path("no-such-folder")) is None
-    True
-    """
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [path for path in found if (path / STATE_FILE).is_file()]
-    return max(whole, key=_step_of, default=None)
-
-
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint, by their names in the model that was trained.
-
-    Raises `CheckpointError` where they cannot be read. `train` shows a run.
-    """
-    try:
-        return load_file(checkpoint / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{checkpoint / WEIGHTS_FILE} cannot be read ({error}); start without --resume"
-        ) from error
-
-
-def put_weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the model these weights. Raises `CheckpointError` for one that it does not have, or not in that shape."""
-    parameters = dict(model.named_parameters())
-    for name, value in weights.items():
-        own = parameters.get(name)
-        if own is None or own.shape != value.shape:
-            raise CheckpointError(
-                f"the checkpoint has {name} of shape {tuple(value.shape)}, which the model has not: it is of another "
-                "training; start without --resume"
-            )
-        with torch.no_grad():
-            own.copy_(_as_part(value, own))
-
-
-class _RecoveryTrainer(Trainer):
+class RecoveryTrainer(Trainer):
     """Trainer with an order of rows that is given, a loss that may have a teacher, and checkpoints without pickles."""
 
     def __init__(
@@ -249,7 +145,7 @@ class _RecoveryTrainer(Trainer):
             train_dataset=_Order(flat),
             eval_dataset=_Order(list(range(len(course.validation)))),
             data_collator=self._batch,
-            callbacks=[_Steady(settings), _Shown(course, settings, report)],
+            callbacks=[Steady(settings), Shown(course, settings, report)],
         )
         self.remove_callback(PrinterCallback)
         # The loss below is a sum, divided by the tokens of the whole step: Trainer must count them, and not divide.
@@ -265,6 +161,7 @@ class _RecoveryTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The loss of a micro-batch, per token of the whole step."""
         total = self._summed_loss(model, inputs)
         # The gradients of the processes are averaged, and the tokens were counted over all of them.
         loss = total * self.accelerator.num_processes / max(float(num_items_in_batch), 1.0)
@@ -327,65 +224,16 @@ class _RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         own = self.accelerator.unwrap_model(model)
-        for module in own.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # an evaluation leaves some weights whole, which the optimizer does not know as such
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wraps torch's
-        schedule: Any = self.lr_scheduler
-        names = {id(parameter): name for name, parameter in own.named_parameters()}
-        # Every process takes part in gathering what is spread over them; the first writes.
-        weights = {name: _whole(p) for name, p in own.named_parameters() if p.requires_grad}
-        moments = {
-            f"{names[id(parameter)]}/{key}": _whole(value)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            for key, value in optimizer.state[parameter].items()
-        }
-        if processes.is_first():
-            path = self.folder / f"checkpoint-{self.state.global_step}"
-            with atomic_folder(path, overwrite=True, mark=STATE_FILE) as folder:
-                save_file(weights, folder / WEIGHTS_FILE)
-                save_file(moments, folder / OPTIMIZER_FILE)
-                groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-                write_json(folder / ABOUT_FILE, {"groups": groups, "schedule": schedule.state_dict()})
-                self.state.save_to_json(str(folder / STATE_FILE))
-            needed = {self.state.global_step, self.state.best_global_step}
-            for other in self.folder.glob("checkpoint-*"):
-                if _step_of(other) not in needed:
-                    shutil.rmtree(other, ignore_errors=True)
-        processes.wait()
+        write_checkpoint(self.folder, own, self.optimizer, self.lr_scheduler, self.state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = self.accelerator.unwrap_model(self.model if model is None else model)
         put_weights_in_place(own, read_weights(Path(resume_from_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wraps torch's
-        schedule: Any = self.lr_scheduler
-        names = {
-            id(parameter): name for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
-        }
-        try:
-            moments = load_file(Path(checkpoint) / OPTIMIZER_FILE)
-            about = json.loads((Path(checkpoint) / ABOUT_FILE).read_text(encoding="utf-8"))
-            state = optimizer.state_dict()
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            state["state"] = {
-                number: {
-                    key.rpartition("/")[2]: _as_part(value, parameter)
-                    for key, value in moments.items()
-                    if key.rpartition("/")[0] == names[id(parameter)]
-                }
-                for number, parameter in enumerate(parameters)
-            }
-            for group, kept in zip(state["param_groups"], about["groups"], strict=True):
-                group.update(kept, betas=tuple(kept["betas"]))
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint} cannot be read ({error}); start without --resume") from error
-        optimizer.load_state_dict(state)
-        schedule.load_state_dict(about["schedule"])
+        if checkpoint is not None:
+            own = self.accelerator.unwrap_model(self.model)
+            read_optimizer_in_place(Path(checkpoint), own, self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """There is nothing to load: every step is seeded by its number."""
@@ -405,63 +253,6 @@ class _Order(Dataset[int]):
 
     def __getitem__(self, place: int) -> int:
         return self.numbers[place]
-
-
-class _Steady(TrainerCallback):
-    """Seeds every step, and stops where the loss is no number or nothing gets better."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        torch.manual_seed((self.settings.seed * 1_000_003 + state.global_step) * 1009 + processes.rank())
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        for name, called in (("loss", "loss"), ("grad_norm", "gradient")):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                raise TrainingError(
-                    f"the {called} is {value} at step {state.global_step}. Expected a finite one; train with a smaller "
-                    f"rate (--rate {self.settings.rate / 3:.1g}), or with --dtype float32"
-                )
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if _got_stuck(state, self.settings.patience):
-            control.should_training_stop = True
-
-
-class _Shown(TrainerCallback):
-    """Says after every step how it goes."""
-
-    def __init__(self, course: Course, settings: Settings, report: Report | None) -> None:
-        lengths = course.rows.lengths[course.order].sum(dim=1)
-        self.tokens = [0, *lengths.cumsum(0).tolist()]  # that are read before each step
-        self.settings, self.report = settings, report
-        self.began, self.first = 0.0, 0
-        self.latest: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.began, self.first = time.perf_counter(), state.global_step
-        for entry in state.log_history:  # of a training that goes on
-            self.latest.update(entry)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        if self.report is None:
-            return
-        latest = self.latest
-        latest.update(logs or {})
-        said = []
-        if "loss" in latest:
-            rate = (self.tokens[state.global_step] - self.tokens[self.first]) / (time.perf_counter() - self.began)
-            said += [f"loss {latest['loss']:.3f}", f"{rate:,.0f} tokens/s"]
-        said += [
-            f"{name.removeprefix('eval_perplexity_')} {value:.1f}"
-            for name, value in latest.items()
-            if name.startswith("eval_perplexity_")
-        ]
-        if "eval_validation" in latest:
-            said.append(f"validation {latest['eval_validation']:.3f}")
-        self.report(state.global_step, self.settings.steps, "  ".join(said))
 
 
 def _with_teacher(rows: Rows, numbers: Sequence[int], teacher: KeptTeacher | None, pad: int) -> dict[str, Tensor]:
@@ -486,8 +277,6 @@ def _of_size(rows: Rows, tokens: int) -> Iterator[list[int]]:
 
 def _logits_argument(model: nn.Module) -> str | None:
     """By which argument a model computes the logits of the last places only; None where it has none."""
-    import inspect
-
     base: Any = model
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     known = inspect.signature(base.forward).parameters
@@ -525,40 +314,9 @@ def _told(settings: Settings, logs: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of a tensor that may be spread over processes."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).contiguous()
-
-
-def _as_part(value: Tensor, like: Tensor) -> Tensor:
-    """The value as this process holds it, where the tensor that it is for is spread over processes."""
-    if isinstance(like, DTensor) and value.dim():
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-    return value
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _read_state(checkpoint: Path) -> TrainerState:
-    try:
-        state: TrainerState = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE_FILE} cannot be read ({error}); start without --resume") from error
-    return state
-
-
 def _over(state: TrainerState, settings: Settings) -> bool:
     """Whether a training was done when its last checkpoint was written."""
-    return state.global_step >= settings.steps or _got_stuck(state, settings.patience)
-
-
-def _got_stuck(state: TrainerState, patience: int | None) -> bool:
-    """Whether so many evaluations came after the best one; the one before the first step counts."""
-    scores = [entry[SCORE] for entry in state.log_history if SCORE in entry]
-    return patience is not None and len(scores) - 1 - scores.index(min(scores)) >= patience if scores else False
+    return state.global_step >= settings.steps or got_stuck(state, settings.patience)
 
 
 def _trained(folder: Path, state: TrainerState) -> Trained:
