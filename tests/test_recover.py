@@ -45,7 +45,7 @@ from secateur.training.callbacks import Steady
 from test_processes import ROOT, launch
 from tiny import names, write_tiny
 
-RECOVER = sys.modules["secateur.recover"]  # by its own name the package has the function
+ONCE = sys.modules["secateur.recover.once"]  # `secateur.recover` is the function
 TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
 HELD_OUT = demo_texts()[1][:3000]
 EXACT = LoadOptions(dtype="float32", device="cpu")
@@ -415,7 +415,7 @@ class TestResume:
 
     def test_a_run_stopped_while_saving_trains_no_more(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(RECOVER, "_save", interrupt)
+            patch.setattr(ONCE, "_save", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 train()
         monkeypatch.setattr("secateur.training.loop.RecoveryTrainer", lambda *_: pytest.fail("trained again"))
@@ -431,7 +431,7 @@ class TestResume:
             "texts": {"reference": HELD_OUT},
         }
         with monkeypatch.context() as patch:
-            patch.setattr(RECOVER, "_save", interrupt)
+            patch.setattr(ONCE, "_save", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 train(**options)
         monkeypatch.setattr("secateur.training.loop.RecoveryTrainer", lambda *_: pytest.fail("trained again"))

@@ -37,7 +37,7 @@ from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.quantize import Quantised, export_int8
-from secateur.recover import Recovered, RecoverOptions, recover
+from secateur.recover import Recovered, RecoverOptions, prune_and_recover, recover
 from secateur.repair import Repaired, repair
 from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
@@ -84,6 +84,7 @@ __all__ = [
     "plan_model",
     "profile",
     "prune",
+    "prune_and_recover",
     "prune_model",
     "recover",
     "register",

@@ -359,8 +359,8 @@ def check_positions(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-def overlap(windows: Sequence[str], text: str, *, words: int = OVERLAP_WORDS) -> float:
-    """Return the share of the windows that have `words` words in a row in common with the text, 0 to 1.
+def overlap(windows: Sequence[str], text: str | Iterable[str], *, words: int = OVERLAP_WORDS) -> float:
+    """Return the share of the windows that have `words` words in a row in common with the text or texts, 0 to 1.
 
     Calibration on what is evaluated flatters the result. Words are runs of letters and digits, in lower case; 13 of
     them in a row are GPT-3's rule (arXiv 2005.14165, appendix C). A window of fewer words is not counted.
@@ -372,7 +372,8 @@ def overlap(windows: Sequence[str], text: str, *, words: int = OVERLAP_WORDS) ->
     for number, window in enumerate(windows):
         for run in _runs(window, words):
             holders[run].append(number)
-    found = {number for run in _runs(text, words) if run in holders for number in holders[run]}
+    texts = [text] if isinstance(text, str) else text
+    found = {number for each in texts for run in _runs(each, words) if run in holders for number in holders[run]}
     return len(found) / max(len(windows), 1)
 
 

@@ -36,7 +36,7 @@ from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.demo import TEXT, demonstrate
-from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError
+from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError, TrainingError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
@@ -44,7 +44,7 @@ from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile, weight_bytes
 from secateur.quantize import export_int8_of
 from secateur.recover import options_for as recovery_options
-from secateur.recover import recover
+from secateur.recover import prune_and_recover, recover
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.serving import serving_note, tensor_parallel_sizes
@@ -558,6 +558,26 @@ def recover_command(
     top_k: Annotated[
         int | None, typer.Option("--top-k", help="Tokens of the teacher that are kept: 64.", show_default=False)
     ] = None,
+    hidden_states: Annotated[
+        float | None,
+        typer.Option("--hidden-states", help="The weight of the teacher's hidden states: 0.", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Cut PRUNED and train, in turns, so often; with --ratio.", show_default=False),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="The share that all turns remove.", show_default=False)
+    ] = None,
+    cut: Annotated[
+        str | None,
+        typer.Option(
+            "--cut",
+            metavar="OPTIONS",
+            help='More of how to cut, as `prune` takes it: "--axes mlp --round-to 8".',
+            show_default=False,
+        ),
+    ] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Layers again, for less memory.")] = False,
     keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Put LoRA alone into OUT, too.")] = False,
     track: Annotated[
@@ -578,6 +598,7 @@ def recover_command(
     """Train a pruned model, with LoRA or from the dense one.
 
     Writes one ordinary folder; LoRA is merged into the weights. A run that was killed goes on with --resume.
+    With --steps N --ratio R, a dense model is cut and trained N times in turns, until R of it is gone.
     """
     _check_files(json_file, made=out)
     adapter = _given(rank=rank, alpha=alpha, dropout=dropout)
@@ -595,6 +616,7 @@ def recover_command(
             share=share,
             temperature=temperature,
             top_k=top_k,
+            hidden_states=hidden_states,
             evaluate_every=eval_every,
             evaluation_tokens=eval_tokens,
             patience=patience,
@@ -615,21 +637,25 @@ def recover_command(
             seed=seed,
         ),
     )
-    recovered = recover(
-        pruned,
-        out,
-        data=reading,
-        options=options,
-        texts=_texts(eval_text, option="--eval") if eval_text else {},
-        teacher=teacher,
-        loading=LoadOptions(dtype, device, trust_remote_code),
-        keep_adapter=keep_adapter,
-        plot=plot,
-        overwrite=overwrite,
-        resume=resume,
-        command=context.obj,
-        watch=_watch(quiet=quiet),
-    )
+    how: dict[str, Any] = {
+        "data": reading,
+        "options": options,
+        "texts": _texts(eval_text, option="--eval") if eval_text else {},
+        "teacher": teacher,
+        "loading": LoadOptions(dtype, device, trust_remote_code),
+        "plot": plot,
+        "overwrite": overwrite,
+        "resume": resume,
+        "command": context.obj,
+        "watch": _watch(quiet=quiet),
+    }
+    if (steps, ratio, cut) == (None, None, None):
+        recovered = recover(pruned, out, keep_adapter=keep_adapter, **how)
+    elif keep_adapter:
+        raise TrainingError("--keep-adapter: in turns, the model that an adapter belongs to is cut again; leave it out")
+    else:
+        turns = 1 if steps is None else steps
+        recovered = prune_and_recover(pruned, out, steps=turns, **_cutting(cut, ratio, steps, seed), **how)
     _finish(recovered.to_json(), json_file)
     if not quiet:
         if resume:
@@ -908,6 +934,37 @@ def _cut_options(
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _cutting(text: str | None, ratio: float | None, steps: int | None, seed: int) -> dict[str, Any]:
+    """The cut of a model that is trained in turns: options as `prune` takes them, read as it reads them."""
+    try:
+        words = shlex.split(text or "")
+    except ValueError as error:
+        raise PlanError(f"--cut {text}: {error}; expected options of `prune`, for example '--axes mlp'") from error
+    command: Any = typer.main.get_command(app)
+    told = command.commands["prune"].make_context("secateur prune", ["MODEL", "OUT", *words])
+    given = {
+        name: value
+        for name, value in told.params.items()
+        if (source := told.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+    for name in given.keys() - {*CUT_PARAMETERS, *TEXT_PARAMETERS, "own_scores", "model", "out"}:
+        raise PlanError(f"--cut: --{name.replace('_', '-')} says nothing of the cut; give it to `recover` itself")
+    for name, own in (("ratio", ratio), ("steps", steps)):
+        if name in given and (name == "steps" or own is not None):
+            raise PlanError(f"--cut: --{name} is an option of `recover` itself; leave it out of --cut")
+    if ratio is None and not {"ratio", "target"} & given.keys():
+        raise PlanError("cutting in turns: say how much is to go in all, for example --steps 3 --ratio 0.5")
+    _run_own(given.get("own_scores"))
+    chosen = {name: given.get(name) for name in CUT_PARAMETERS if name not in ("preset", "steps")}
+    preset = given.get("preset", "best")
+    about = {name: given[name] for name in ("samples", "length", "column", "chat") if name in given}
+    return {
+        "preset": preset,
+        "cut": _cut_options(**{**chosen, "ratio": given.get("ratio", ratio)}),
+        "calibration": calibration_for(preset, text=given.get("calibration", DEMO), seed=seed, **about),
+    }
+
+
 def _count(text: str) -> int:
     factors = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
     number, factor = text.strip().upper(), 1
@@ -974,11 +1031,17 @@ def _check_files(*files: Path | None, made: Path | None = None) -> None:
             check_writable(file)
 
 
+# What `prune` can be told of a cut, and of the text that it looks at.
+CUT_PARAMETERS = (
+    "preset ratio of target axes strategy layers score reduce round_to scope shape schedule at_least choose repair "
+    "steps sublayers at_dtype"
+).split()
+TEXT_PARAMETERS = "calibration samples length column chat".split()
+
+
 def _check_alone(context: typer.Context, plan_file: Path) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
-    cut = "preset ratio of target axes strategy layers score reduce round_to"
-    how = "scope shape schedule at_least choose repair steps sublayers at_dtype calibration samples length column chat"
-    for name in f"{cut} {how}".split():
+    for name in (*CUT_PARAMETERS, *TEXT_PARAMETERS):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise PlanError(f"--plan {plan_file} says all about the cut: leave out --{name.replace('_', '-')}")

@@ -2,13 +2,16 @@
 
 The teacher reads every row once, before the training. Of its distribution at each place that is learned, the `top_k`
 likeliest tokens are kept with their log-probabilities, and what all others have together; so it need not be in memory
-while the smaller model trains, and rows that are read again cost nothing.
+while the smaller model trains, and rows that are read again cost nothing. Hidden states of a few layers go along where
+they are asked for.
 
-Tensor names end in their axes: M place that is learned, K kept token, V vocabulary, B row of a batch, T token.
+Tensor names end in their axes: M place that is learned, K kept token, V vocabulary, B row of a batch, T token, L layer
+that is compared, D channel.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur import processes
 from secateur.errors import CheckpointError, ModelError, TrainingError
 from secateur.evaluate import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
+from secateur.hidden_states import Counterparts, gathered, states_at
 from secateur.statistics import write_tensors
 from secateur.tuning_data import IGNORED, Rows, collate
 
@@ -155,12 +159,14 @@ def keep_teacher(
     *,
     top_k: int,
     temperature: float = 1.0,
+    states: Counterparts | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Let the teacher read the rows, and write what it gives into files in the folder.
 
     A file that is there is not made again, and where all are there, the teacher is not loaded. Several processes share
-    the files among them. `progress` counts rows. Raises `TrainingError` where the logits hold NaN.
+    the files among them. `states` says of which layers hidden states are kept, too, in bfloat16. `progress` counts
+    rows. Raises `TrainingError` where the logits hold NaN, and where the disk has no room for the states.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -176,13 +182,17 @@ def keep_teacher(
     folder.mkdir(parents=True, exist_ok=True)
     shards = range(processes.rank(), -(-len(rows) // SHARD_ROWS), processes.count())
     missing = [shard for shard in shards if not _readable(_file(folder, shard))]
+    if states is not None:
+        all_shards = range(-(-len(rows) // SHARD_ROWS))
+        _check_room(folder, rows, [n for n in all_shards if not _file(folder, n).exists()], states)
+        processes.wait()  # or the room would be counted while others write
     model = teacher() if missing else None
     if model is not None:
         check_packing(model, rows)
     for done, shard in enumerate(missing):
         assert model is not None
         numbers = range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(rows)))
-        write_tensors(_file(folder, shard), _likeliest(model, rows, numbers, top_k, temperature), {})
+        write_tensors(_file(folder, shard), _likeliest(model, rows, numbers, top_k, temperature, states), {})
         if progress is not None:
             progress(done + 1, len(missing))
     processes.wait()
@@ -200,9 +210,9 @@ class KeptTeacher:
         self._count = learned.diff().tolist()
 
     def of(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The likeliest tokens, their log-probabilities, and the rest, at every place of these rows."""
+        """The likeliest tokens, their log-probabilities, and the rest, at every place of these rows; states if kept."""
         parts = [self._of(row) for row in rows]
-        return {name: torch.cat([part[name] for part in parts]) for name in ("kept", "logp", "rest")}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _of(self, row: int) -> dict[str, Tensor]:
         shard = row // SHARD_ROWS
@@ -216,25 +226,33 @@ class KeptTeacher:
                 ) from error
         file, first = self._files[shard], self._first[row]
         places = slice(first, first + self._count[row])
-        found = {name: file.get_slice(name)[places] for name in ("kept", "logp", "rest")}
+        found = {name: file.get_slice(name)[places] for name in file.keys()}  # noqa: SIM118 - it is no mapping
         return found | {"logp": found["logp"].float()}
 
 
 @torch.no_grad()
 def _likeliest(
-    model: PreTrainedModel, rows: Rows, numbers: Sequence[int], top_k: int, temperature: float
+    model: PreTrainedModel,
+    rows: Rows,
+    numbers: Sequence[int],
+    top_k: int,
+    temperature: float,
+    states: Counterparts | None,
 ) -> dict[str, Tensor]:
-    """The teacher's distribution at all places of some rows, in their order."""
+    """The teacher's distribution at all places of some rows, in their order; and its hidden states."""
     vocabulary = vocabulary_size(model)
     top_k = min(top_k, vocabulary)
     tokens = max(1, LOGITS_BYTES // (4 * vocabulary))  # of a batch, whose logits are in memory
     device = input_device(model)
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    names = ("kept", "logp", "rest", *(("states",) if states is not None else ()))
+    paths = states.dense_layers if states is not None else ()
+    found: dict[int, list[Tensor]] = {}
     with evaluation_mode(model):
         for some in _of_like_length(rows, numbers, tokens):
             batch = {name: tensor.to(device) for name, tensor in collate(rows, some, pad=0).items()}
             labels = batch.pop("labels")
-            logits_MV = model(**batch, use_cache=False).logits[labels != IGNORED].float() / temperature
+            with gathered(model, paths) as given:
+                logits_MV = model(**batch, use_cache=False).logits[labels != IGNORED].float() / temperature
             if not torch.isfinite(logits_MV).all():
                 raise TrainingError(
                     f"the teacher {type(model).__name__} gives logits with NaN or Inf. Expected finite ones: load it "
@@ -243,10 +261,29 @@ def _likeliest(
             logp_MK, kept_MK = logits_MV.log_softmax(dim=-1).topk(top_k, dim=-1)
             rest_M = 1.0 - logp_MK.exp().sum(dim=-1)
             counts = (labels != IGNORED).sum(dim=1).tolist()
-            parts = (kept_MK.int().cpu(), logp_MK.half().cpu(), rest_M.float().cpu())
+            parts = [kept_MK.int().cpu(), logp_MK.half().cpu(), rest_M.float().cpu()]
+            if states is not None:
+                states_MLD = states_at(given, paths, labels != IGNORED)
+                if states.channels is not None:
+                    states_MLD = states_MLD[..., list(states.channels)]
+                parts.append(states_MLD.bfloat16().cpu())
             for row, *of_row in zip(some, *(part.split(counts) for part in parts), strict=True):
-                found[row] = (of_row[0], of_row[1], of_row[2])
-    return {name: torch.cat([found[row][i] for row in numbers]) for i, name in enumerate(("kept", "logp", "rest"))}
+                found[row] = of_row
+    return {name: torch.cat([found[row][i] for row in numbers]) for i, name in enumerate(names)}
+
+
+def _check_room(folder: Path, rows: Rows, shards: Sequence[int], states: Counterparts) -> None:
+    """Raise `TrainingError` where the disk has no room for the hidden states that these files are to hold."""
+    starts = [int(rows.starts[min(shard * SHARD_ROWS + end, len(rows))]) for shard in shards for end in (0, SHARD_ROWS)]
+    places = sum(int(rows.learned_T[a:b].sum()) for a, b in zip(starts[::2], starts[1::2], strict=True))
+    needed, free = states.bytes_for(places), shutil.disk_usage(folder).free
+    if needed > free:
+        raise TrainingError(
+            f"the teacher's hidden states at {places:,} places take {needed / 2**30:.1f} GiB ({len(states.layers)} "
+            f"layers, {states.width} channels in bfloat16), and the disk of OUT has {free / 2**30:.1f} GiB free. "
+            "Expected room for them: train on fewer rows (--samples), write to another disk, or leave out "
+            "--hidden-states"
+        )
 
 
 def _of_like_length(rows: Rows, numbers: Sequence[int], tokens: int) -> list[list[int]]:

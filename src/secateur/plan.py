@@ -352,6 +352,7 @@ def plan(
     scores: Scores | None = None,
     latency: LatencyTable | None = None,
     damage: Mapping[str, Curve] | None = None,
+    kept: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Decide how many units each group keeps and, with scores, which.
@@ -359,7 +360,8 @@ def plan(
     With a config, the settings that describe the result are found as well; where none can, the plan carries the
     reason. The custom code that a config names runs only with `trust_remote_code`. A budget of latency needs the table
     of what sizes take, and with scores, the scope `sensitivity` needs the damage that was measured (see
-    `sensitivity`). Raises `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
+    `sensitivity`). `kept` says how many units of each group stay, where that was decided before. Raises `PlanError`
+    when the budget cannot be met: nothing would be cut, or a group emptied.
 
     >>> from transformers import AutoConfig
     >>> from secateur.axes import discover_groups
@@ -374,8 +376,11 @@ def plan(
     chosen = groups_to_cut(discovery, options)
     drafts: list[Plan] = []  # the first is nearest to what was asked
     settings = None
-    for kept in _candidates(discovery, chosen, options, scores, latency, damage):
-        groups = _planned(chosen, kept, scores, options)
+    candidates: Iterable[Mapping[str, int]] = _candidates(discovery, chosen, options, scores, latency, damage)
+    if kept is not None:
+        candidates = [{group.name: kept.get(group.name, group.units) for each in chosen.values() for group in each}]
+    for sizes_left in candidates:
+        groups = _planned(chosen, sizes_left, scores, options)
         if not groups:
             continue
         drafts.append(Plan(discovery.model, options, groups, {}, {}))
@@ -638,10 +643,17 @@ def _candidates(
         return
     share = (dense - wanted) / max(1, dense - least)
     most = max((g.units for g in few), default=1)
+    fewest = {g.name: g.least for g in many}
+    met, ends = False, []  # of what the wide groups can settle: nothing of them gone, or all that can go
     for removed in sorted(range(most), key=lambda n: (abs(n - math.floor(most * share + 1e-9)), n)):
         kept = {g.name: _without(g, removed / most * weigh(g)) for g in few}
-        if count({**kept, **{g.name: g.least for g in many}}) <= wanted <= count(kept):
+        ends += [kept, kept | fewest]
+        if count(kept | fewest) <= wanted <= count(kept):
+            met = True
             yield kept | _nearest_many(many, kept, count, wanted, options, weigh)
+    if not met:  # a head weighs more than all that the wide groups can give
+        nearest = min(ends, key=lambda kept: abs(count(kept) - wanted))
+        yield {g.name: nearest.get(g.name, g.units) for g in groups}
 
 
 def _without(group: Group, share: float) -> int:

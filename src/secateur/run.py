@@ -138,7 +138,7 @@ def plan_model(
                 loaded.append(_load(model, loading))
         return loaded[0]
 
-    if options.shape == "free" and not _may_be_free(config):
+    if options.shape == "free" and not may_be_free(config):
         options = replace(options, shape="uniform")
     table = _latency(loaded_now, discovery, options, clock)
     sizes = plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
@@ -170,6 +170,7 @@ def prune_model(
     preset: str = "best",
     cut: Mapping[str, Any] | None = None,
     given: Plan | None = None,
+    kept: Mapping[str, int] | None = None,
     calibration: CalibrationOptions | None = None,
     loading: LoadOptions | None = None,
     overwrite: bool = False,
@@ -183,7 +184,8 @@ def prune_model(
 
     With `resume`, what a run that was killed has kept is used if it was made for the very same: its scores, or the
     layers that it had scored. `run` is a folder that keeps the statistics for other plans. `announce` is called with
-    the sizes that the cut will leave, when all is read and before it is scored. Raises `SecateurError`.
+    the sizes that the cut will leave, when all is read and before it is scored. `kept` says how many units of each
+    group stay, where that was decided before. Raises `SecateurError`.
     """
     processes.join()
     out = Path(out)
@@ -215,10 +217,12 @@ def prune_model(
                 loaded.append(_load(model, loading))
         return loaded[0]
 
-    if given is None and options.shape == "free" and not _may_be_free(config):
+    if given is None and options.shape == "free" and not may_be_free(config):
         options = replace(options, shape="uniform")
     table = None if given is not None else _latency(loaded_now, discovery, options, clock)
-    sizes = given or plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
+    sizes = given or plan(
+        discovery, options, config=config, latency=table, kept=kept, trust_remote_code=loading.trust_remote_code
+    )
     check_stock(sizes, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
     if announce is not None and (given is not None or options.scope == "local"):
         announce(sizes)
@@ -269,6 +273,7 @@ def prune_model(
             scores=scores,
             latency=table,
             damage=damage,
+            kept=kept,
             trust_remote_code=loading.trust_remote_code,
         )
         if given is None and options.scope != "local":  # sizes that depend on the scores
@@ -483,14 +488,19 @@ def _save(
             calibration_options=decided.scored.get("calibration_options"),
             seed=decided.scored.get("seed", calibration.seed),
             command=command,
-            tensors=account(loaded, pruned, decided, discovery, unplaced=_unplaced(name, loading)),
+            tensors=account(loaded, pruned, decided, discovery, unplaced=unplaced_in(name, loading)),
         )
         files = text_files(name, tokenizer)
         save(pruned, out, plan=decided, tokenizer=tokenizer, record=record, files=files, overwrite=overwrite)
 
 
-def _unplaced(name: str, loading: LoadOptions) -> tuple[str, ...]:
-    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names."""
+def unplaced_in(name: str, loading: LoadOptions) -> tuple[str, ...]:
+    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names.
+
+    >>> unplaced_in("model.gguf", LoadOptions())
+    Traceback (most recent call last):
+    secateur.errors.ModelError: 'model.gguf': no such file or folder. ...
+    """
     if resolve(name).kind == "gguf":
         return ()
     return load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]
@@ -500,8 +510,12 @@ def _bytes_of(model: PreTrainedModel) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _may_be_free(config: PreTrainedConfig) -> bool:
-    """Whether a folder can hold layers of different sizes: of custom code, only what its config can say."""
+def may_be_free(config: PreTrainedConfig) -> bool:
+    """Whether a folder can hold layers of different sizes: of custom code, only what its config can say.
+
+    >>> may_be_free(PreTrainedConfig())
+    True
+    """
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return not custom or free_model_class(config) is not None
 

@@ -70,7 +70,8 @@ def cut_in_steps(
             parameter.data = begun.weights[name].to(parameter.device)
         found = discover(smaller)
     for step in range(done + 1, options.steps + 1):
-        now = _share(options, discovery, step)
+        now = share_of_step(options, discovery, step)
+        kept = units_after_step(options, discovery, step)
         groups = [group for each in groups_to_cut(found, now).values() for group in each]
         statistics = statistics_for(
             now.score,
@@ -91,6 +92,7 @@ def cut_in_steps(
             config=smaller.config,
             scores=scores,
             damage=damage,
+            kept=kept,
             trust_remote_code=runs_remote_code(smaller),
         )
         weights: Mapping[str, Tensor] = {}
@@ -108,14 +110,14 @@ def cut_in_steps(
         smaller = prune(smaller, decided, discovery=found, weights=weights)
         whole = decided if whole is None else composed(whole, decided, discovery)
         if keep is not None:
-            keep(Step(step, _as_of_dense(whole, options, discovery, model), dict(smaller.named_parameters())))
+            keep(Step(step, as_of_dense(whole, options, discovery, model), dict(smaller.named_parameters())))
         if step < options.steps:
             found = discover(smaller)
     assert whole is not None
     if options.repair == "reconstruct" and windows is not None:
         bar = progress("reconstruct") if progress else None
         reconstruct_in_place(model, smaller, discovery, windows, progress=bar)
-    return smaller, _as_of_dense(whole, options, discovery, model)
+    return smaller, as_of_dense(whole, options, discovery, model)
 
 
 def composed(first: Plan, second: Plan, dense: Discovery) -> Plan:
@@ -132,11 +134,23 @@ def composed(first: Plan, second: Plan, dense: Discovery) -> Plan:
         units = dense.group(group.name).units
         groups[group.name] = PlannedGroup(group.name, group.kind, group.layer, units, group.kept, keep)
     order = {group.name: i for i, group in enumerate(dense.groups)}
-    return replace(second, groups=tuple(sorted(groups.values(), key=lambda group: order[group.name])))
+    return replace(
+        second,
+        model=first.model,
+        groups=tuple(sorted(groups.values(), key=lambda group: order[group.name])),
+        parameters={**second.parameters, **{k: v for k, v in first.parameters.items() if k.startswith("dense")}},
+        macs={**second.macs, **{k: v for k, v in first.macs.items() if k.startswith("dense")}},
+    )
 
 
-def _share(options: CutOptions, dense: Discovery, step: int) -> CutOptions:
-    """The options of a step, as they are for what the step before it leaves."""
+def share_of_step(options: CutOptions, dense: Discovery, step: int) -> CutOptions:
+    """The options of a step, as they are for what the step before it leaves.
+
+    Raises `PlanError` for a budget of latency.
+
+    >>> share_of_step(CutOptions(ratio=0.5, of="units", steps=2), Discovery("none", (), (), (), ()), 2).ratio
+    0.33333333333333337
+    """
     if options.of == "latency":
         raise PlanError("steps with a budget of latency are not there: use steps=1, or of=macs")
     if options.of == "units":
@@ -154,8 +168,27 @@ def _share(options: CutOptions, dense: Discovery, step: int) -> CutOptions:
     return replace(options, ratio=None, target=wanted, steps=1)
 
 
-def _as_of_dense(whole: Plan, options: CutOptions, dense: Discovery, model: PreTrainedModel) -> Plan:
-    """The sizes and settings that go with a plan of the dense model."""
+def units_after_step(options: CutOptions, dense: Discovery, step: int) -> dict[str, int] | None:
+    """How many units of each group are left after a step, where the budget is a share of the units; else None.
+
+    Shares of what the step before has left are rounded in every step, and would not come to the share of the whole.
+
+    >>> from transformers import AutoConfig
+    >>> from secateur.axes import discover
+    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
+    >>> dense = discover(AutoConfig.for_model("opt", num_hidden_layers=1, **sizes))
+    >>> options = CutOptions(ratio=0.5, of="units", axes=("mlp",), steps=4)
+    >>> [units_after_step(options, dense, step) for step in (1, 4)]
+    [{'layers.0.mlp': 21}, {'layers.0.mlp': 12}]
+    """
+    if options.of != "units" or options.ratio is None:
+        return None
+    so_far = plan(dense, replace(options, ratio=options.ratio * step / options.steps, steps=1))
+    return {group.name: group.kept for group in so_far.groups}
+
+
+def as_of_dense(whole: Plan, options: CutOptions, dense: Discovery, model: PreTrainedModel) -> Plan:
+    """The sizes and settings that go with a plan of the dense model; `cut_in_steps` shows a run."""
     cut: Cut = whole.cut
     settings, refusal = None, None
     try:
@@ -165,7 +198,7 @@ def _as_of_dense(whole: Plan, options: CutOptions, dense: Discovery, model: PreT
     return replace(
         whole,
         model=dense.model,
-        options=options,
+        options=replace(options, choose=whole.options.choose),  # where repair has chosen, a repetition chooses no more
         parameters={
             **whole.parameters,
             "dense": count_parameters(dense),

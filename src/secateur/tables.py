@@ -413,11 +413,32 @@ def binary(count: int) -> str:
     return f"{value:.2f} GiB"
 
 
+def _round_tables(recovered: Recovered) -> Iterator[RenderableType]:
+    """Of every round the size, and what was measured after the cut and after the training."""
+    texts = [] if recovered.rounds[-1]["best"] is None else [*recovered.rounds[-1]["best"]["perplexity"]]
+    table = Table()
+    for column in ("round", "parameters", "steps", "validation, nats", *(f"perplexity, {name}" for name in texts)):
+        table.add_column(column, justify="right")
+    for each in recovered.rounds:
+        pairs = []
+        if each["before"] is not None and each["best"] is not None:
+            validation = [entry["validation"] for entry in (each["before"], each["best"])]
+            pairs.append("" if None in validation else "{:.3f} -> {:.3f}".format(*validation))
+            for name in texts:
+                pairs.append(
+                    "{:.2f} -> {:.2f}".format(*(each[when]["perplexity"][name] for when in ("before", "best")))
+                )
+        table.add_row(str(each["round"]), short(each["parameters"]), str(each["steps"]), *pairs)
+    yield from _titled(f"{recovered.method}, after the cut -> after the training", table)
+
+
 def recovery_tables(recovered: Recovered) -> Iterator[RenderableType]:
     """What was measured while a model was trained, first and last and best; what was left out and done otherwise."""
     measured = recovered.evaluation
-    best = next((entry for entry in measured if entry["step"] == recovered.best_step), None)
-    if best is not None:
+    best = next((entry for entry in reversed(measured) if entry["step"] == recovered.best_step), None)
+    if len(recovered.rounds) > 1:
+        yield from _round_tables(recovered)
+    elif best is not None:
         table = Table()
         for column in ("", "before", f"best, step {recovered.best_step}", f"last, step {measured[-1]['step']}"):
             table.add_column(column, justify="left" if not column else "right")

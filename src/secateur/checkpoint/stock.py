@@ -116,6 +116,7 @@ def save_again(
     out: str | Path,
     *,
     source: Path | None = None,
+    plan: Plan | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     record: Record | None = None,
     files: Mapping[str, Path] | None = None,
@@ -123,8 +124,8 @@ def save_again(
 ) -> Iterator[Path]:
     """Write a model of which only the values of its weights have changed since it was loaded, as `save` does.
 
-    The plan that lies in `source`, the folder that it was loaded from, goes along as it is. Gives the folder before it
-    appears, so that more can be put into it. Raises `CheckpointError`.
+    The plan that lies in `source`, the folder that it was loaded from, goes along as it is; `plan` is one of a model
+    that was cut since. Gives the folder before it appears, so that more can be put into it. Raises `CheckpointError`.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -136,11 +137,13 @@ def save_again(
     24
     """
     check_vacant(Path(out), overwrite=overwrite)
-    model = as_free(model) if is_free(model) else model
+    model = as_free(model) if is_free(model) or (plan is not None and plan.settings is None) else model
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         _write(model, folder, tokenizer, files or {})
         if source is not None and (source / PLAN_FILE).is_file():
             copy_in(folder, {PLAN_FILE: source / PLAN_FILE})
+        if plan is not None:
+            write_json(folder / PLAN_FILE, plan.to_json())
         if record is not None:
             write_json(folder / RECORD_FILE, record.to_json())
         yield folder

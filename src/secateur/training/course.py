@@ -37,6 +37,7 @@ class Settings:
     recompute: bool = False  # layers once more in the backward pass, for less memory
     share: float = 1.0  # of the teacher in the loss, where there is one
     temperature: float = 1.0
+    hidden_states: float = 0.0  # the weight of the teacher's hidden states in the loss
     seed: int = 0
     track: str | None = None
 
@@ -52,6 +53,7 @@ class Course:
     window: int = 128  # tokens, of a text's windows
     teacher: KeptTeacher | None = None
     validation_teacher: KeptTeacher | None = None
+    compared: tuple[str, ...] = ()  # layers whose hidden states are to be the teacher's, which has kept them
     pad: int = 0
 
 

@@ -21,6 +21,7 @@ from secateur import processes
 from secateur.distill import KeptTeacher, check_packing, learning_loss
 from secateur.errors import TrainingError
 from secateur.evaluate import evaluation_mode, perplexity
+from secateur.hidden_states import gathered, states_at, states_loss
 from secateur.models import quiet
 from secateur.training.callbacks import SCORE, Shown, Steady, got_stuck
 from secateur.training.checkpoints import (
@@ -108,7 +109,8 @@ class RecoveryTrainer(Trainer):
         self, model: nn.Module, course: Course, settings: Settings, folder: Path, report: Report | None
     ) -> None:
         self.course, self.settings, self.folder = course, settings, folder
-        self._names_of_logits = _logits_argument(model)
+        self._base = _base_of(model)
+        self._names_of_logits = _logits_argument(self._base)
         measured = bool(len(course.validation) or course.texts)
         if settings.recompute:
             _recompute_in_place(model)
@@ -171,21 +173,27 @@ class RecoveryTrainer(Trainer):
         inputs = dict(inputs)
         inputs.pop("shift_labels")
         labels = inputs.pop("labels")
-        teacher = {name: inputs.pop(name) for name in ("kept", "logp", "rest") if name in inputs}
+        teacher = {name: inputs.pop(name) for name in ("kept", "logp", "rest", "states") if name in inputs}
+        states, learned = teacher.pop("states", None), labels != IGNORED
         if self._names_of_logits is not None:
             # What comes before the first label of all rows needs no logits: of prompts, most of the vocabulary's work.
             places = torch.nonzero((labels != IGNORED).any(dim=0))
             first = int(places[0]) if len(places) else labels.shape[1] - 1
             labels = labels[:, first:]
             inputs[self._names_of_logits] = labels.shape[1]
-        logits = model(**inputs, use_cache=False).logits
-        return learning_loss(
+        compared = () if states is None else self.course.compared
+        with gathered(self._base, compared) as given:
+            logits = model(**inputs, use_cache=False).logits
+        loss = learning_loss(
             logits,
             labels,
             teacher or None,
             share=self.settings.share,
             temperature=self.settings.temperature,
         )
+        if states is None or not learned.any():
+            return loss
+        return loss + self.settings.hidden_states * states_loss(states_at(given, compared, learned), states)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure the loss on validation rows and the perplexity of held-out texts; every process measures all."""
@@ -275,17 +283,20 @@ def _of_size(rows: Rows, tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def _base_of(model: nn.Module) -> Any:
+    """The model itself, without what an adapter puts around it."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+
+
 def _logits_argument(model: nn.Module) -> str | None:
     """By which argument a model computes the logits of the last places only; None where it has none."""
-    base: Any = model
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    known = inspect.signature(base.forward).parameters
+    known = inspect.signature(model.forward).parameters
     return "logits_to_keep" if "logits_to_keep" in known else None
 
 
 def _recompute_in_place(model: nn.Module) -> None:
-    base: Any = model
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    base = _base_of(model)
     enable: Callable[[], None] = getattr(base, "activation_checkpointing_enable", None) or (
         lambda: base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     )
