@@ -77,6 +77,7 @@ ORDER = [
     "training",
     "profile",
     "quantize",
+    "merge",
     "timing",
     "work",
     "run",

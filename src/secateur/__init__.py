@@ -32,6 +32,7 @@ from secateur.errors import (
 )
 from secateur.evaluate import Perplexity, evaluate
 from secateur.export import Exported, export_gguf
+from secateur.merge import Merged, merge_adapter
 from secateur.models import load, load_tokenizer, register
 from secateur.plan import CutOptions, Plan, plan
 from secateur.profile import Profile, profile
@@ -56,6 +57,7 @@ __all__ = [
     "Evidence",
     "ExportError",
     "Exported",
+    "Merged",
     "ModelError",
     "Perplexity",
     "Plan",
@@ -80,6 +82,7 @@ __all__ = [
     "export_int8",
     "load",
     "load_tokenizer",
+    "merge_adapter",
     "plan",
     "plan_model",
     "profile",

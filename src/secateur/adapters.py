@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import TrainingError
@@ -96,6 +97,27 @@ def merged(adapted: Any) -> PreTrainedModel:
                 f"the adapter cannot be merged ({' '.join(str(error).split())}). Train with a smaller rate: --rate 1e-4"
             ) from error
     return model
+
+
+def loaded_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
+    """Peft's model around a model, with the adapter of a folder; and what of its weights has no place, or is missing.
+
+    `weights` are what the folder's file holds. Raises `TrainingError` for an adapter that the model does not take.
+    """
+    import peft
+
+    with _unwarned(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of keys that are missing: they are returned
+        try:
+            adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
+            held = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            told = " ".join(str(error).split())[:300].rstrip(".")
+            raise TrainingError(
+                f"{type(model).__name__} does not take the adapter {folder} ({told}). Name the model that it was "
+                "trained for: secateur export MODEL OUT --adapter FOLDER"
+            ) from error
+    return adapted, sorted(held.keys() ^ weights.keys())
 
 
 def save_adapter(adapted: Any, folder: Path, *, base: str) -> None:

@@ -39,6 +39,7 @@ from secateur.demo import TEXT, demonstrate
 from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError, TrainingError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
+from secateur.merge import merge_adapter
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile, weight_bytes
@@ -54,6 +55,7 @@ from secateur.tables import (
     discovery_tables,
     export_tables,
     int8_tables,
+    merge_lines,
     perplexity_tables,
     plan_tables,
     profile_tables,
@@ -792,10 +794,11 @@ def verify_command(
 
 @app.command("export", cls=_Command)
 def export_command(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="The file to write, FILE.gguf; a folder with --int8.", show_default=False),
+        typer.Argument(metavar="OUT", help="The file to write, FILE.gguf; else a folder.", show_default=False),
     ],
     gguf: Annotated[
         str | None,
@@ -823,6 +826,13 @@ def export_command(
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="A folder with int8 weights, packed by torchao.")] = False,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="With --int8: products in int8, activations too.")] = False,
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora", help="A folder; MODEL is a LoRA adapter, or has one by --adapter.")
+    ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", metavar="FOLDER", help="The adapter to merge into MODEL.", show_default=False),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     quiet: Quiet = False,
     json_file: Json = None,
@@ -834,10 +844,21 @@ def export_command(
     """Write a model for other programs, or packed.
 
     OUT.gguf is a file that llama.cpp and what is built on it run; layers of different sizes go into it too.
-    --int8 writes a folder that transformers reads where torchao is installed.
+    --int8 writes a folder that transformers reads where torchao is installed. --merge-lora writes an ordinary folder
+    with a LoRA adapter merged into the weights.
     """
-    _check_files(json_file, made=out if int8 else None)
+    merging = merge_lora or adapter is not None
+    _check_files(json_file, made=out if int8 or merging else None)
     loading = LoadOptions(dtype, device, trust_remote_code)
+    if merging:
+        if int8 or gguf is not None or pad or pre is not None or check is not None or out.suffix == SUFFIX:
+            raise ExportError("--merge-lora writes an ordinary folder: merge first, then export that folder")
+        with _watch(quiet=quiet)("merge"):
+            one = merge_adapter(model, out, adapter=adapter, loading=loading, overwrite=overwrite, command=context.obj)
+        _finish(one.to_json(), json_file)
+        if not quiet:
+            _print(merge_lines(one))
+        return
     if int8:
         if gguf is not None or pad or pre is not None or check is not None or out.suffix == SUFFIX:
             raise ExportError(

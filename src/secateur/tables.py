@@ -27,6 +27,7 @@ from secateur.checkpoint import Verified
 from secateur.demo import PROMPT, Demonstration
 from secateur.evaluate import Perplexity
 from secateur.export import Exported
+from secateur.merge import Merged
 from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.profile import Profile
 from secateur.quantize import Quantised
@@ -411,6 +412,13 @@ def binary(count: int) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def merge_lines(merged: Merged) -> Iterator[RenderableType]:
+    """What an adapter has changed."""
+    yield f"merged {merged.adapter} (rank {merged.rank}) into {merged.base}"
+    yield f"{len(merged.changed)} weights changed, by {100 * merged.largest:.3g} % of their norm at most"
+    yield f"wrote {merged.out}"
 
 
 def _round_tables(recovered: Recovered) -> Iterator[RenderableType]:
