@@ -66,6 +66,7 @@ ORDER = [
     "distill",
     "adapters",
     "training",
+    "costs",
     "profile",
     "quantize",
     "timing",
@@ -75,6 +76,7 @@ ORDER = [
     "demo",
     "anatomy",
     "tables",
+    "efficiency",
     "cli",
 ]
 ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather what is below, so may import all of it

@@ -36,12 +36,13 @@ from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.demo import TEXT, demonstrate
+from secateur.efficiency import profile_tables
 from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
-from secateur.profile import profile, weight_bytes
+from secateur.profile import profile_models, weight_bytes
 from secateur.quantize import export_int8_of
 from secateur.recover import options_for as recovery_options
 from secateur.recover import recover
@@ -56,7 +57,6 @@ from secateur.tables import (
     int8_tables,
     perplexity_tables,
     plan_tables,
-    profile_tables,
     recovery_tables,
     verify_tables,
 )
@@ -712,8 +712,24 @@ def evaluate_command(
 @app.command("profile", cls=_Command)
 def profile_command(
     models: ModelArguments,
-    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of the prompt.")] = 64,
+    seq_len: Annotated[
+        str, typer.Option("--seq-len", metavar="N,...", help="Tokens of the prompt; several make a grid.")
+    ] = "64",
+    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Prompts at once; several make a grid.")] = "1",
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds that are timed; the median counts.")] = 5,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="plan.json",
+            help="Each MODEL as this plan cuts it, too, in memory.",
+            show_default=False,
+        ),
+    ] = None,
+    sizes_only: Annotated[
+        bool, typer.Option("--sizes-only", help="Count and do not measure; reads no weights.")
+    ] = False,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -723,18 +739,26 @@ def profile_command(
 ) -> None:
     """Measure parameters, MACs, memory and speed.
 
-    All models take turns in one run, so that a busy machine slows all of them alike.
+    All models take turns in one run, so that a busy machine slows all of them alike. Without weights, a config.json
+    gives the sizes.
     """
     _check_files(json_file)
     _check_models(models, trust_remote_code=trust_remote_code)
-    with _watch(quiet=quiet)("load"):
-        loaded = {
-            name: load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-            for name in dict.fromkeys(models)
-        }
-    with _watch(quiet=quiet)("profile"):
-        rows = profile(loaded, seq_len=seq_len, new_tokens=new_tokens, seed=seed)
-    _finish({"results": [asdict(row) for row in rows]}, json_file)
+    with _watch(quiet=quiet)("profile") as progress:
+        rows = profile_models(
+            models,
+            plan=None if plan_file is None else read_plan(plan_file),
+            plan_name=str(plan_file),
+            sizes_only=sizes_only,
+            seq_len=_counts(seq_len, option="--seq-len"),
+            batch=_counts(batch, option="--batch"),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            seed=seed,
+            loading=LoadOptions(dtype, device, trust_remote_code),
+            progress=progress,
+        )
+    _finish({"results": [row.to_json() for row in rows]}, json_file)
     if not quiet:
         _print(profile_tables(rows))
 
@@ -917,6 +941,15 @@ def _count(text: str) -> int:
         return round(float(number) * factor)
     except (ValueError, OverflowError):
         raise PlanError(f"--target {text}: expected a number such as 100M, 1.5B or 100000000") from None
+
+
+def _counts(text: str, *, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise DataError(
+            f"{option} {text}: expected whole numbers, for example {option} 64 or {option} 64,512"
+        ) from None
 
 
 def _range(text: str) -> tuple[int, int]:
