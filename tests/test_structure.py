@@ -72,6 +72,7 @@ ORDER = [
     "timing",
     "work",
     "run",
+    "sweep",
     "recover",
     "demo",
     "anatomy",

@@ -36,7 +36,7 @@ from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.demo import TEXT, demonstrate
-from secateur.efficiency import profile_tables
+from secateur.efficiency import profile_tables, sweep_tables
 from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
@@ -49,6 +49,7 @@ from secateur.recover import recover
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.serving import serving_note, tensor_parallel_sizes
+from secateur.sweep import ratios_in, sweep
 from secateur.tables import (
     binary,
     demo_tables,
@@ -241,7 +242,7 @@ def _fail(message: str) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> int:
-    resumable = arguments[:1] and arguments[0] in ("prune", "recover")
+    resumable = arguments[:1] and arguments[0] in ("prune", "recover", "sweep")
     resume = "; the same command with --resume goes on where it can" if resumable else ""
     print(f"secateur: interrupted{resume}", file=sys.stderr)
     return INTERRUPTED
@@ -761,6 +762,121 @@ def profile_command(
     _finish({"results": [row.to_json() for row in rows]}, json_file)
     if not quiet:
         _print(profile_tables(rows))
+
+
+@app.command("sweep", cls=_Command)
+def sweep_command(
+    model: ModelArgument,
+    ratios: Annotated[
+        str,
+        typer.Option("--ratios", metavar="A:B:STEP", help="From A to B, or numbers with commas.", show_default=False),
+    ],
+    scores: Annotated[
+        str | None,
+        typer.Option("--scores", metavar="a,b", help="Scores to compare. [default: the preset's]", show_default=False),
+    ] = None,
+    presets: Annotated[str, typer.Option("--presets", metavar="a,b", help="Presets to compare.")] = "best",
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option("--ppl", metavar="NAME=FILE", help="A text to score; may be repeated.", show_default=False),
+    ] = None,
+    seq_len: Annotated[
+        list[int] | None,
+        typer.Option("--seq-len", metavar="N", help="Tokens of a window; may be repeated. [default: 128]"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Score the first N tokens only.")] = None,
+    of: Of = None,
+    axes: Axes = None,
+    strategy: Strategy = None,
+    layers: Layers = None,
+    own_scores: OwnScores = None,
+    reduce: Reduce = None,
+    round_to: RoundTo = None,
+    scope: Scope = None,
+    shape: Shape = None,
+    schedule: Schedule = None,
+    at_least: AtLeast = None,
+    choose: Choose = None,
+    repair: RepairOption = None,
+    steps: Steps = None,
+    sublayers: Sublayers = None,
+    at_dtype: AtDtype = None,
+    calibration: CalibrationText = DEMO,
+    samples: Samples = None,
+    length: Length = None,
+    column: Column = COLUMN,
+    chat: Chat = False,
+    run_folder: Annotated[
+        Path, typer.Option("--run", metavar="FOLDER", help="Keep statistics, points and the picture here.")
+    ] = Path("secateur-sweep"),
+    plot: Annotated[
+        bool | None,
+        typer.Option(
+            "--plot/--no-plot",
+            help="Draw the frontier. [default: where matplotlib is installed]",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the points that are done.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Cut by several ratios and scores; show what each costs.
+
+    Every cut is made and repaired in memory, and its perplexity measured. What no other cut beats in both size and
+    perplexity is marked, and drawn.
+    """
+    _check_files(json_file)
+    _run_own(own_scores)
+    found = sweep(
+        model,
+        ratios=ratios_in(ratios),
+        scores=() if scores is None else [name.strip() for name in scores.split(",")],
+        presets=[name.strip() for name in presets.split(",")],
+        cut=_cut_options(
+            None,
+            of,
+            None,
+            axes,
+            strategy,
+            layers,
+            None,
+            reduce,
+            round_to,
+            schedule,
+            scope=scope,
+            shape=shape,
+            at_least=at_least,
+            choose=choose,
+            repair=repair,
+            steps=steps,
+            sublayers=sublayers,
+            at_dtype=at_dtype,
+        ),
+        calibration={
+            "text": calibration,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "column": column,
+            "chat": chat,
+        },
+        texts=_texts(ppl or []),
+        seq_lens=seq_len or [128],
+        max_tokens=max_tokens,
+        run=run_folder,
+        loading=LoadOptions(dtype, device, trust_remote_code),
+        resume=resume,
+        plot=plot,
+        watch=_watch(quiet=quiet),
+    )
+    _finish(found.to_json(), json_file)
+    if not quiet:
+        _print(sweep_tables(found))
 
 
 @app.command("verify", cls=_Command)

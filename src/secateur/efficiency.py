@@ -10,6 +10,7 @@ from rich.text import Text
 
 from secateur.costs import Cell, Sizes
 from secateur.profile import Profile
+from secateur.sweep import Sweep
 from secateur.tables import binary, giga, percent, short
 
 PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
@@ -149,3 +150,34 @@ def pays_little(macs_ratio: float, speedup: float) -> bool:
     (True, False, False)
     """
     return macs_ratio < SMALL and speedup < 1 + PAYS * (1 / macs_ratio - 1)
+
+
+def sweep_tables(found: Sweep) -> Iterator[RenderableType]:
+    """A row for every cut, the largest model first; what nothing beats is marked, what cannot be done is told."""
+    table = Table()
+    panels = [f"{entry['data']} @{entry['seq_len']}" for entry in found.rows[0].perplexity]
+    columns = ["", "ratio", "parameters", "left", "MACs", *panels, "nats/token", "frontier"]
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    dense = found.rows[0]
+    for row in found.rows:
+        table.add_row(
+            row.label,
+            f"{row.ratio:g}",
+            short(row.parameters),
+            f"{row.parameters / dense.parameters:.1%}",
+            giga(row.macs),
+            *("inf" if entry["ppl"] is None else f"{entry['ppl']:.2f}" for entry in row.perplexity),
+            f"{row.nll:.4f}",
+            "*" if row.frontier else "",
+        )
+    if found.refused:
+        table.add_section()
+    for refused in found.refused:
+        table.add_row(refused.label, f"{refused.ratio:g}", *[""] * (len(panels) + 4), "refused")
+    yield from _titled(f"{found.model}: quality against size", table)
+    yield f"*: no other cut has as few {'MACs' if found.size == 'macs' else found.size} and as few nats per token"
+    for refused in found.refused:
+        yield Text(f"{refused.label} {refused.ratio:g} refused: {refused.why}")
+    for path in found.pictures:
+        yield Text(f"drawn: {path}")
