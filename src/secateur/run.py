@@ -355,7 +355,7 @@ def cut_loaded(
         options = replace(options, shape="uniform")
     table = _latency(lambda: model, discovery, options, clock)
     trust = loading.trust_remote_code
-    plan(discovery, options, config=model.config, latency=table, trust_remote_code=trust)  # refused before any pass
+    plan(discovery, options, latency=table, trust_remote_code=trust)  # a budget that cannot be met, before any pass
     windows = _windows(name, model.config, options, calibration, loading)
     if options.steps > 1:
         return _in_steps(model, discovery, options, windows, calibration, clock, work=work)

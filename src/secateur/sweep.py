@@ -85,8 +85,8 @@ class Refused:
 class Sweep:
     """All points of one model, the dense one first; `size` names what the frontier weighs perplexity against.
 
-    >>> Sweep("demo", "parameters", (), ()).to_json()["rows"]
-    []
+    >>> Sweep("demo", "parameters", (), ()).to_json()["size"]
+    'parameters'
     """
 
     model: str
@@ -177,7 +177,7 @@ def ratios_in(text: str) -> list[float]:
             first, last, step = (Decimal(part) for part in text.split(":"))
             if step <= 0 or not (last - first).is_finite() or (last - first) / step >= MOST_RATIOS:
                 raise ValueError
-            found = [float(first + i * step) for i in range(int((last - first) / step) + 1)]
+            found = [float(first + i * step) for i in range(math.floor((last - first) / step) + 1)]
         else:
             found = [float(Decimal(part)) for part in text.split(",")]
     except (ValueError, InvalidOperation):
