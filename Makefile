@@ -46,10 +46,10 @@ bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner
 bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain loop
 	$(BIN)/python benchmarks/scoring.py
 
-bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers' methods, with DATA=FOLDER; goes on after a stop
+bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=FOLDER; writes README's and docs' table; goes on after a stop
 	$(if $(DATA),,$(error bench-quality: give the folder of the texts, for example make bench-quality DATA=data))
 	@mkdir -p runs
-	$(BIN)/python benchmarks/quality.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json $(QUALITY)
+	$(BIN)/python benchmarks/quality.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json --write $(QUALITY)
 	$(BIN)/python benchmarks/second_family.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
 
 bench-gguf: gguf  ## Measure llama.cpp's speed, dense and pruned

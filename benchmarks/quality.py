@@ -6,8 +6,9 @@ Every row cuts the demo model by the same share of its non-embedding parameters,
 text in windows of 128 and 1024 tokens: ln(perplexity cut / perplexity dense), in nats per token. The calibration text
 must not come from the evaluation's corpora. Results go to a JSON file as they come (`--out`); the same command goes on
 after a stop and measures what is missing. Each row is a process of its own, so that its peak memory is its own. Rows
-that look at the same statistics share a file of them, and each counts the seconds that it took to make. `--markdown`
-prints the table as it stands in the documentation.
+that look at the same statistics share a file of them, and each counts the seconds that it took to make. When all rows
+are there, `--write` puts the tables into README.md and docs/choosing.md (see quality_table.py); `--table` writes them
+from the JSON file alone, with `--rows` those rows only.
 
 Peers, as we implement them on our groups:
 magnitude   Torch-Pruning's script for language models: W^2 over the whole group, the same share of every layer
@@ -23,21 +24,26 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quality_table import DENSE, SETTINGS, Key, TableError, missing, write_tables
+from secateur import __version__
 from secateur.axes import Discovery, discover
 from secateur.calibration import calibration_windows, digest
 from secateur.evaluate import evaluate, read_evaluation_text
@@ -71,7 +77,6 @@ class Row:
     add_bias: bool = False  # FLAP's bias, which the architecture may not have
     sequential: bool = True
     target: str = "prefix"
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def rows(ratio: float) -> dict[str, Row]:
@@ -128,7 +133,14 @@ def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -
     tokenizer = load_tokenizer(MODEL)
     with quiet():
         model = load(MODEL, dtype="float32")
-    found: dict[str, Any] = {"row": name, "ratio": ratio, "seed": seed}
+    found: dict[str, Any] = {"row": name, "ratio": ratio, "seed": seed, **settings(arguments)}
+    found["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
+    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found["versions"] = {
+        "Secateur": __version__,
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+    }
     if name != "dense":
         start = time.perf_counter()
         model, decided, saved = cut(model, tokenizer, rows(ratio)[name], seed, arguments)
@@ -141,6 +153,17 @@ def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -
     results = evaluate(model, tokenizer, texts, seq_lens=LENGTHS, max_tokens=arguments.tokens)
     found["nll"] = {f"{result.data}@{result.seq_len}": result.nll for result in results}
     return found
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What results have in common that may stand in one table."""
+    return {
+        "tokens": arguments.tokens,
+        "dtype": arguments.dtype,
+        "samples": arguments.samples,
+        "calibration": Path(arguments.calibration).name,
+        "texts": [text.partition("=")[0] for text in arguments.text],
+    }
 
 
 def cut(
@@ -221,24 +244,25 @@ def put_biases(model: PreTrainedModel, repaired: Repaired) -> None:
 # --- all rows --------------------------------------------------------------------------------------------------------
 
 
-def key_of(result: Mapping[str, Any]) -> tuple[str, float, int]:
-    """What tells one result from another."""
-    return result["row"], result["ratio"], result["seed"]
+def wanted(arguments: argparse.Namespace) -> list[Key]:
+    """All that the arguments ask for, the dense model aside."""
+    found: list[Key] = []
+    for ratio in arguments.ratios:
+        for name in arguments.rows or rows(ratio):
+            seeds = arguments.seeds if name in arguments.seeded else arguments.seeds[:1]
+            found += [(name, ratio, seed) for seed in seeds]
+    return found
 
 
 def run_all(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Measure what is missing; results are on the disk after every row."""
     out = Path(arguments.out)
     results: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
-    done = {key_of(result) for result in results}
-    wanted: list[tuple[str, float, int]] = [("dense", 0.0, 0)]
-    for ratio in arguments.ratios:
-        for name in arguments.rows or rows(ratio):
-            seeds = arguments.seeds if name in arguments.seeded else arguments.seeds[:1]
-            wanted += [(name, ratio, seed) for seed in seeds]
-    for name, ratio, seed in wanted:
-        if (name, ratio, seed) in done:
-            continue
+    for result in results:
+        if any(result.get(name) != value for name, value in settings(arguments).items()):
+            other = " ".join(f"{name}={result.get(name)}" for name in SETTINGS)
+            raise TableError(f"{out} holds results with {other}; no table has both: name another file with --out")
+    for name, ratio, seed in missing(results, [DENSE, *wanted(arguments)]):
         command = [
             sys.executable,
             __file__,
@@ -275,12 +299,12 @@ def damages(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], dic
     return found
 
 
-def show(results: Sequence[Mapping[str, Any]], console: Console, *, markdown: bool) -> None:
+def show(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The table: damage, seconds and memory of every row."""
     dense = next(result["nll"] for result in results if result["row"] == "dense")
     texts = [*dense]
-    lines = [["", "removed", *texts, "seconds", "peak GiB"]]
-    lines.append(["dense, nats per token", "", *(f"{dense[text]:.3f}" for text in texts), "", ""])
+    table = Table("", "removed", *texts, "seconds", "peak GiB", title=f"{MODEL}: damage in nats per token, nats")
+    table.add_row("dense, nats per token", "", *(f"{dense[text]:.3f}" for text in texts), "", "")
     for (name, ratio), by_text in damages(results).items():
         mine = [result for result in results if result["row"] == name and result["ratio"] == ratio]
         cells = []
@@ -290,23 +314,15 @@ def show(results: Sequence[Mapping[str, Any]], console: Console, *, markdown: bo
             cells.append(f"{sum(values) / len(values):.3f}{spread}")
         seconds = sum(result["seconds"] for result in mine) / len(mine)
         memory = max(result["peak_rss_bytes"] for result in mine) / 2**30
-        lines.append([name, f"{mine[0]['removed']:.1%}", *cells, f"{seconds:.0f}", f"{memory:.1f}"])
-    if markdown:
-        print("| " + " | ".join(lines[0]) + " |\n|" + "---|" * len(lines[0]))
-        for line in lines[1:]:
-            print("| " + " | ".join(line) + " |")
-        return
-    table = Table(*lines[0], title=f"{MODEL}: damage in nats per token, nats")
-    for line in lines[1:]:
-        table.add_row(*line)
+        table.add_row(name, f"{mine[0]['removed']:.1%}", *cells, f"{seconds:.0f}", f"{memory:.1f}")
     console.print(table)
 
 
 def main() -> None:
-    """Measure one row, or all that are missing."""
+    """Measure one row, or all that are missing; write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--calibration", required=True, help="a text file, jsonl or parquet")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--calibration", help="a text file, jsonl or parquet")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--ratios", default=[0.2, 0.5], type=lambda text: [float(x) for x in text.split(",")])
     parser.add_argument("--rows", default=None, type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(x) for x in text.split(",")])
@@ -316,7 +332,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="calibration windows, by default each preset's own number")
     parser.add_argument("--shared", default="runs/quality", help="a folder for statistics")
     parser.add_argument("--out", default="quality.json")
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--write", action="store_true", help="the tables of README.md and docs/choosing.md")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the tables from --out")
     parser.add_argument("--one", nargs=3, metavar=("ROW", "RATIO", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -324,7 +341,19 @@ def main() -> None:
         print(json.dumps(measure(name, float(ratio), int(seed), arguments)))
         return
     console = Console()
-    show(run_all(arguments, console), console, markdown=arguments.markdown)
+    try:
+        if arguments.table:
+            results = json.loads(Path(arguments.out).read_text())
+        elif not arguments.calibration or not arguments.text:
+            parser.error("expected --calibration FILE and --text NAME=FILE, or --table with --out FILE")
+        else:
+            results = run_all(arguments, console)
+            show(results, console)
+        if arguments.table or (arguments.write and not arguments.rows):
+            for path in write_tables(results, wanted(arguments)):
+                console.print(f"wrote the table of {path}")
+    except (TableError, OSError, ValueError) as error:
+        sys.exit(f"quality.py: {error}")
 
 
 if __name__ == "__main__":

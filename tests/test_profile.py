@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from secateur.errors import DataError, ModelError
-from secateur.profile import LiveBytes, Speed, _random_prompt, measure_speed, weight_bytes
+from secateur.profile import LiveBytes, Speed, _random_prompts, measure_speed, weight_bytes
 
 VOCABULARY = 97
 
@@ -150,7 +150,7 @@ def test_models_are_timed_in_turns_on_one_prompt(small: LlamaForCausalLM, large:
 
 def test_the_prompt_follows_the_seed_and_the_smallest_vocabulary() -> None:
     models = {"wide": tiny(8), "narrow": tiny(8, vocabulary=11)}
-    draw = [_random_prompt(models, seq_len=200, vocabulary=None, seed=seed).tolist() for seed in (0, 0, 1)]
+    draw = [_random_prompts(models, seq_len=200, batch=1, vocabulary=None, seed=seed).tolist() for seed in (0, 0, 1)]
     assert draw[0] == draw[1] != draw[2]
     assert set(draw[0][0]) == set(range(11))
 
@@ -159,7 +159,7 @@ def test_medians_are_reported(small: LlamaForCausalLM, monkeypatch: pytest.Monke
     seconds = iter([[9.0, 9.0, 9.0], [1.0, 0.5, 0.25], [3.0, 0.5, 4.0], [2.0, 0.5, 0.125]])
     monkeypatch.setattr(sys.modules["secateur.profile"], "_time_steps", lambda *_, **__: next(seconds))
     speed = measure_speed({"m": small}, seq_len=4, new_tokens=2, repeats=3)["m"]
-    assert speed == Speed(prefill_seconds=2.0, decode_tokens_per_second=2.0, peak_bytes=speed.peak_bytes)
+    assert speed == Speed(2.0, 2.0, speed.peak_bytes, (1.5, 2.5))
 
 
 def test_training_mode_comes_back(small: LlamaForCausalLM) -> None:
@@ -172,7 +172,9 @@ def test_training_mode_comes_back(small: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize("name", ["seq_len", "new_tokens", "repeats"])
 def test_errors_of_counts(small: LlamaForCausalLM, name: str) -> None:
     arguments: dict[str, Any] = {name: 0}
-    with pytest.raises(DataError, match=rf"{name}=0: expected at least 1\. seq_len=64, new_tokens=16, repeats=5"):
+    with pytest.raises(
+        DataError, match=rf"{name}=0: expected at least 1\. seq_len=64, batch=1, new_tokens=16, repeats=5"
+    ):
         measure_speed({"m": small}, **arguments)
 
 

@@ -75,6 +75,7 @@ ORDER = [
     "training.callbacks",
     "training.loop",
     "training",
+    "costs",
     "profile",
     "quantize",
     "merge",
@@ -87,9 +88,11 @@ ORDER = [
     "recover.once",
     "recover.rounds",
     "recover",
+    "sweep",
     "demo",
     "anatomy",
     "tables",
+    "efficiency",
     "cli",
 ]
 ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather what is below, so may import all of it

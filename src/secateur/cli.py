@@ -36,19 +36,21 @@ from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.demo import TEXT, demonstrate
+from secateur.efficiency import profile_tables, sweep_tables
 from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError, TrainingError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.merge import merge_adapter
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
-from secateur.profile import profile, weight_bytes
+from secateur.profile import profile_models, weight_bytes
 from secateur.quantize import export_int8_of
 from secateur.recover import options_for as recovery_options
 from secateur.recover import prune_and_recover, recover
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.serving import serving_note, tensor_parallel_sizes
+from secateur.sweep import ratios_in, sweep
 from secateur.tables import (
     binary,
     demo_tables,
@@ -58,7 +60,6 @@ from secateur.tables import (
     merge_lines,
     perplexity_tables,
     plan_tables,
-    profile_tables,
     recovery_tables,
     verify_tables,
 )
@@ -243,7 +244,7 @@ def _fail(message: str) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> int:
-    resumable = arguments[:1] and arguments[0] in ("prune", "recover")
+    resumable = arguments[:1] and arguments[0] in ("prune", "recover", "sweep")
     resume = "; the same command with --resume goes on where it can" if resumable else ""
     print(f"secateur: interrupted{resume}", file=sys.stderr)
     return INTERRUPTED
@@ -740,8 +741,24 @@ def evaluate_command(
 @app.command("profile", cls=_Command)
 def profile_command(
     models: ModelArguments,
-    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of the prompt.")] = 64,
+    seq_len: Annotated[
+        str, typer.Option("--seq-len", metavar="N,...", help="Tokens of the prompt; several make a grid.")
+    ] = "64",
+    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Prompts at once; several make a grid.")] = "1",
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds that are timed; the median counts.")] = 5,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="plan.json",
+            help="Each MODEL as this plan cuts it, too, in memory.",
+            show_default=False,
+        ),
+    ] = None,
+    sizes_only: Annotated[
+        bool, typer.Option("--sizes-only", help="Count and do not measure; reads no weights.")
+    ] = False,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -751,20 +768,143 @@ def profile_command(
 ) -> None:
     """Measure parameters, MACs, memory and speed.
 
-    All models take turns in one run, so that a busy machine slows all of them alike.
+    All models take turns in one run, so that a busy machine slows all of them alike. Without weights, a config.json
+    gives the sizes.
     """
     _check_files(json_file)
     _check_models(models, trust_remote_code=trust_remote_code)
-    with _watch(quiet=quiet)("load"):
-        loaded = {
-            name: load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-            for name in dict.fromkeys(models)
-        }
-    with _watch(quiet=quiet)("profile"):
-        rows = profile(loaded, seq_len=seq_len, new_tokens=new_tokens, seed=seed)
-    _finish({"results": [asdict(row) for row in rows]}, json_file)
+    with _watch(quiet=quiet)("profile") as progress:
+        rows = profile_models(
+            models,
+            plan=None if plan_file is None else read_plan(plan_file),
+            plan_name=str(plan_file),
+            sizes_only=sizes_only,
+            seq_len=_counts(seq_len, option="--seq-len"),
+            batch=_counts(batch, option="--batch"),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            seed=seed,
+            loading=LoadOptions(dtype, device, trust_remote_code),
+            progress=progress,
+        )
+    _finish({"results": [row.to_json() for row in rows]}, json_file)
     if not quiet:
         _print(profile_tables(rows))
+
+
+@app.command("sweep", cls=_Command)
+def sweep_command(
+    model: ModelArgument,
+    ratios: Annotated[
+        str,
+        typer.Option("--ratios", metavar="A:B:STEP", help="From A to B, or numbers with commas.", show_default=False),
+    ],
+    scores: Annotated[
+        str | None,
+        typer.Option("--scores", metavar="a,b", help="Scores to compare. [default: the preset's]", show_default=False),
+    ] = None,
+    presets: Annotated[str, typer.Option("--presets", metavar="a,b", help="Presets to compare.")] = "best",
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option("--ppl", metavar="NAME=FILE", help="A text to score; may be repeated.", show_default=False),
+    ] = None,
+    seq_len: Annotated[
+        list[int] | None,
+        typer.Option("--seq-len", metavar="N", help="Tokens of a window; may be repeated. [default: 128]"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Score the first N tokens only.")] = None,
+    of: Of = None,
+    axes: Axes = None,
+    strategy: Strategy = None,
+    layers: Layers = None,
+    own_scores: OwnScores = None,
+    reduce: Reduce = None,
+    round_to: RoundTo = None,
+    scope: Scope = None,
+    shape: Shape = None,
+    schedule: Schedule = None,
+    at_least: AtLeast = None,
+    choose: Choose = None,
+    repair: RepairOption = None,
+    steps: Steps = None,
+    sublayers: Sublayers = None,
+    at_dtype: AtDtype = None,
+    calibration: CalibrationText = DEMO,
+    samples: Samples = None,
+    length: Length = None,
+    column: Column = COLUMN,
+    chat: Chat = False,
+    run_folder: Annotated[
+        Path, typer.Option("--run", metavar="FOLDER", help="Keep statistics, points and the picture here.")
+    ] = Path("secateur-sweep"),
+    plot: Annotated[
+        bool | None,
+        typer.Option(
+            "--plot/--no-plot",
+            help="Draw the frontier. [default: where matplotlib is installed]",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the points that are done.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Cut by several ratios and scores; show what each costs.
+
+    Every cut is made and repaired in memory, and its perplexity measured. What no other cut beats in both size and
+    perplexity is marked, and drawn.
+    """
+    _check_files(json_file)
+    _run_own(own_scores)
+    found = sweep(
+        model,
+        ratios=ratios_in(ratios),
+        scores=() if scores is None else [name.strip() for name in scores.split(",")],
+        presets=[name.strip() for name in presets.split(",")],
+        cut=_cut_options(
+            None,
+            of,
+            None,
+            axes,
+            strategy,
+            layers,
+            None,
+            reduce,
+            round_to,
+            schedule,
+            scope=scope,
+            shape=shape,
+            at_least=at_least,
+            choose=choose,
+            repair=repair,
+            steps=steps,
+            sublayers=sublayers,
+            at_dtype=at_dtype,
+        ),
+        calibration={
+            "text": calibration,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "column": column,
+            "chat": chat,
+        },
+        texts=_texts(ppl or []),
+        seq_lens=seq_len or [128],
+        max_tokens=max_tokens,
+        run=run_folder,
+        loading=LoadOptions(dtype, device, trust_remote_code),
+        resume=resume,
+        plot=plot,
+        watch=_watch(quiet=quiet),
+    )
+    _finish(found.to_json(), json_file)
+    if not quiet:
+        _print(sweep_tables(found))
 
 
 @app.command("verify", cls=_Command)
@@ -995,6 +1135,15 @@ def _count(text: str) -> int:
         return round(float(number) * factor)
     except (ValueError, OverflowError):
         raise PlanError(f"--target {text}: expected a number such as 100M, 1.5B or 100000000") from None
+
+
+def _counts(text: str, *, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise DataError(
+            f"{option} {text}: expected whole numbers, for example {option} 64 or {option} 64,512"
+        ) from None
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -48,7 +48,7 @@ class Demonstration:
             "out": str(self.out),
             "plan": self.plan.to_json(),
             "perplexity": {name: [asdict(p) for p in results] for name, results in self.perplexity.items()},
-            "profiles": [asdict(row) for row in self.profiles],
+            "profiles": [row.to_json() for row in self.profiles],
             "prompt": PROMPT,
             "samples": dict(self.samples),
             "seconds": dict(self.seconds),
@@ -166,7 +166,7 @@ def _run(
     write_json(folder / "evaluation.json", {name: [asdict(p) for p in found] for name, found in perplexity.items()})
     with clock.stage("profile"):
         profiles = tuple(profile(models))
-    write_json(folder / "profile.json", [asdict(row) for row in profiles])
+    write_json(folder / "profile.json", [row.to_json() for row in profiles])
     with clock.stage("sample"):
         samples = {name: sample_text(each, tokenizer, PROMPT, new_tokens=32) for name, each in models.items()}
     write_json(folder / "samples.json", {"prompt": PROMPT, **samples})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -93,6 +93,39 @@ def trace(model: nn.Module) -> Graph:
     except ON_DATA as error:  # slower, but for the few models whose code looks at numbers
         logger.debug("%s branches on data (%s); following values", type(model).__name__, error)
     return _trace(model, ValueRecorder())
+
+
+def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> Any:
+    """Return what one forward pass over a row of `sequence` tokens gives; its tensors are fake: shapes, no storage.
+
+    The model's weights may be on `meta`; `options` go to its forward. Raises `DiscoveryError` when the pass fails.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=9)
+    >>> with torch.device("meta"):
+    ...     model = AutoModelForCausalLM.from_config(config).eval()
+    >>> tuple(run_without_memory(model, sequence=3, use_cache=False).logits.shape)
+    (1, 3, 9)
+    """
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for recorder in (None, ValueRecorder()):  # the second for code that looks at numbers
+        fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake_mode:
+            fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in named.items()}
+            input_ids = torch.zeros(1, sequence, dtype=torch.long)
+        if recorder is not None:
+            recorder.knows(input_ids, torch.arange(sequence)[None] % max(_least_rows(model), 1))
+        with torch.no_grad(), fake_mode, recorder if recorder is not None else nullcontext():
+            try:
+                return functional_call(model, fakes, (), {"input_ids": input_ids, **options}, tie_weights=True)
+            except Exception as error:  # any model code may raise anything
+                if isinstance(error, ON_DATA) and recorder is None:
+                    continue
+                raise DiscoveryError(
+                    f"{type(model).__name__}: the forward pass cannot be run without weights; it failed with "
+                    f"{type(error).__name__}: {_first_line(error)}"
+                ) from error
+    raise AssertionError("unreachable: the second pass returns or raises")
 
 
 def _trace(model: nn.Module, recorder: Recorder) -> Graph:

@@ -1,4 +1,4 @@
-"""Models -> bytes of weights, peak memory, and the speed of reading and of writing.
+"""Models -> what they cost, counted (see `costs`) and measured: peak memory, the speed of reading and of writing.
 
 Speeds are only comparable when they were measured side by side, so all models are timed in one call, in turns
 (A B A B ...), and the median is reported.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from statistics import median
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import median, quantiles
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,109 +22,280 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from secateur.axes import count_macs, count_parameters, discover
+from secateur.axes import Discovery, discover
+from secateur.costs import Cell, Sizes, cut_to_sizes, sizes_of, sizes_of_model
+from secateur.costs import weight_bytes as weight_bytes
 from secateur.errors import DataError
 from secateur.evaluate import evaluation_mode, greedy_steps, input_device, known_positions, vocabulary_size
-from secateur.models import plain_tensors
+from secateur.models import DTYPES, LoadOptions, has_weights, load, load_config, plain_tensors
+from secateur.plan import Plan
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """A model beside the first one of the same run; ratios are this model's share, speed-ups how many times as fast.
+
+    >>> Against("dense", macs_ratio=0.8, weight_bytes_ratio=0.81, prefill_speedup=1.21, decode_speedup=1.15).model
+    'dense'
+    """
+
+    model: str
+    macs_ratio: float
+    weight_bytes_ratio: float
+    prefill_speedup: float
+    decode_speedup: float
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What one model costs: the row that `secateur profile` prints.
+    """What one model costs: the row that `secateur profile` prints; single numbers are of the grid's first cell.
 
-    >>> Profile("demo", 134515008, 106203456, 8607793152, 538060032, 560000000, 0.03, 25.0).weight_bytes
-    538060032
+    >>> sizes = Sizes("demo", 134515008, 106203456, 64, 860, {"matmul": 860}, {"mlp": 860}, 538060032, 9, (9,), ())
+    >>> Profile.of(sizes, (Cell(1, 64, 860, 9, 0.03, (0.03, 0.04), 25.0, 560000000),)).peak_bytes
+    560000000
     """
 
     model: str  # the name the caller gave it
     parameters: int
     non_embedding_parameters: int
+    seq_len: int
     macs: int  # of one forward pass over `seq_len` tokens
+    macs_by_operator: Mapping[str, int]
+    macs_by_kind: Mapping[str, int]
     weight_bytes: int
-    peak_bytes: int  # weights + the most that one forward pass over `seq_len` tokens holds besides
+    kv_cache_bytes: int | None  # of one sequence of `seq_len` tokens
+    kv_cache_bytes_by_layer: tuple[int, ...]
+    grid: tuple[Cell, ...]
+    peak_bytes: int  # weights + the most that one forward pass over the batch holds besides
     prefill_seconds: float
     decode_tokens_per_second: float
+    against: Against | None = None  # None for the first model
+
+    @staticmethod
+    def of(sizes: Sizes, grid: Sequence[Cell], against: Against | None = None) -> Profile:
+        """A model's sizes with the cells that were measured."""
+        first = grid[0]
+        assert first.peak_bytes is not None
+        assert first.prefill_seconds is not None
+        assert first.decode_tokens_per_second is not None
+        known = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
+        return Profile(
+            **{**known, "grid": tuple(grid)},
+            peak_bytes=first.peak_bytes,
+            prefill_seconds=first.prefill_seconds,
+            decode_tokens_per_second=first.decode_tokens_per_second,
+            against=against,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `secateur profile --json` writes it."""
+        data = {**asdict(self), "grid": [cell.to_json() for cell in self.grid]}
+        return {name: value for name, value in data.items() if name != "against" or value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The measured part of a profile, at batch size 1.
+    """The measured part of a profile, of one batch of prompts.
 
     >>> Speed(prefill_seconds=0.03, decode_tokens_per_second=25.0, peak_bytes=560000000).peak_bytes
     560000000
     """
 
-    prefill_seconds: float  # median of one forward pass over the prompt
-    decode_tokens_per_second: float  # 1 / median of one greedy step with the cache
+    prefill_seconds: float  # median of one forward pass over the prompts
+    decode_tokens_per_second: float  # rows of the batch / median of one greedy step with the cache
     peak_bytes: int
+    prefill_quartiles: tuple[float, float] = (0.0, 0.0)
 
 
 def profile(
     models: Mapping[str, PreTrainedModel],
     *,
-    seq_len: int = 64,
+    seq_len: int | Sequence[int] = 64,
+    batch: int | Sequence[int] = 1,
     new_tokens: int = 16,
+    repeats: int = 5,
     seed: int = 0,
+    discoveries: Mapping[str, Discovery] | None = None,
+    progress: Progress | None = None,
 ) -> list[Profile]:
     """Count and measure all models side by side; sizes and MACs come from the discovery of each model's config.
 
-    Raises as `measure_speed` does.
+    Every `seq_len` is measured with every `batch`: the grid. A model's discovery is taken from `discoveries`, if it is
+    there. `progress` counts the grid's cells. Raises as `measure_speed` does.
 
     >>> profile({})
     []
     """
-    speeds = measure_speed(models, seq_len=seq_len, new_tokens=new_tokens, seed=seed)
-    rows = []
+    seq_lens, batches = _several(seq_len), _several(batch)
+    for name, values in {"seq_len": seq_lens, "batch": batches}.items():
+        _check_counts({name: min(values, default=0)})
+    _check_counts({"new_tokens": new_tokens, "repeats": repeats})
+    for model in models.values():
+        input_device(model)  # weights on `meta` are refused before anything is measured
+        _copy_weights_in_place(model)
+    work = [(n, b) for n in seq_lens for b in batches]
+    speeds: dict[tuple[int, int], dict[str, Speed]] = {}
+    for done, (n, b) in enumerate(work):
+        speeds[n, b] = _measured(models, seq_len=n, batch=b, new_tokens=new_tokens, repeats=repeats, seed=seed)
+        if progress is not None:
+            progress(done + 1, len(work))
+    rows: list[Profile] = []
     for name, model in models.items():
-        discovery = discover(model, name=name)
-        rows.append(
-            Profile(
-                model=name,
-                parameters=count_parameters(discovery),
-                non_embedding_parameters=count_parameters(discovery, embeddings=False),
-                macs=sum(count_macs(discovery, tokens=seq_len).values()),
-                weight_bytes=weight_bytes(model),
-                peak_bytes=speeds[name].peak_bytes,
-                prefill_seconds=speeds[name].prefill_seconds,
-                decode_tokens_per_second=speeds[name].decode_tokens_per_second,
-            )
-        )
+        discovery = (discoveries or {}).get(name) or discover(model, name=name)
+        sizes = sizes_of_model(model, discovery, name=name, seq_lens=seq_lens, batches=batches)
+        cells = [_with_speed(cell, speeds[cell.seq_len, cell.batch][name]) for cell in sizes.grid]
+        if not rows:
+            rows.append(Profile.of(sizes, cells))
+            continue
+        cells = [_beside(cell, dense) for cell, dense in zip(cells, rows[0].grid, strict=True)]
+        rows.append(Profile.of(sizes, cells, _against(cells[0], rows[0], sizes)))
     return rows
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and persistent buffers; a tied weight counts once, a packed one as packed.
+def profile_models(
+    models: Sequence[str],
+    *,
+    plan: Plan | None = None,
+    plan_name: str = "plan",
+    sizes_only: bool = False,
+    seq_len: int | Sequence[int] = 64,
+    batch: int | Sequence[int] = 1,
+    new_tokens: int = 16,
+    repeats: int = 5,
+    seed: int = 0,
+    loading: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> list[Profile] | list[Sizes]:
+    """Profile MODEL arguments, each as it is and, with a plan, as the plan cuts it; `MODEL + plan_name` is its name.
 
-    >>> model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    >>> weight_bytes(model)  # 2 x 16 float32
-    128
-    >>> model[1].weight = model[0].weight
-    >>> weight_bytes(model)
-    64
+    What is measured depends on sizes alone, so a plan that does not say which units stay will do, and nothing is
+    repaired. With `sizes_only`, or where one of the models has no weights, everything is counted and nothing measured:
+    weights are not read. Raises `SecateurError`.
+
+    >>> import tempfile
+    >>> from transformers import AutoConfig
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     config = AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=2, vocab_size=9)
+    ...     config.save_pretrained(folder)
+    ...     [row] = profile_models([f"{folder}/config.json"])
+    >>> row.kv_cache_bytes  # 2 layers x 2 x 8 x 64 tokens, float32
+    8192
     """
-    state = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
-    tensors = [plain for tensor in state for plain in plain_tensors(tensor)]
-    # Two parameters may share memory without being one object; on `meta` there is no address, and the object counts.
-    sizes = {(tensor.device, tensor.data_ptr() or id(tensor), tensor.shape): tensor.nbytes for tensor in tensors}
-    return sum(sizes.values())
+    loading = loading or LoadOptions()
+    trust, names = loading.trust_remote_code, list(dict.fromkeys(models))
+    configs = {name: load_config(name, trust_remote_code=trust) for name in names}
+    if plan is None and not sizes_only and all(has_weights(name) for name in names):
+        loaded = {
+            name: load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=trust) for name in names
+        }
+        return profile(
+            loaded, seq_len=seq_len, batch=batch, new_tokens=new_tokens, repeats=repeats, seed=seed, progress=progress
+        )
+    found = {name: discover(name, trust_remote_code=trust) for name in names}
+    if sizes_only or not all(has_weights(name) for name in names):
+        seq_lens, batches = _several(seq_len), _several(batch)
+        _check_counts({"seq_len": min(seq_lens, default=0), "batch": min(batches, default=0)})
+        dtype = None if loading.dtype == "auto" else DTYPES[loading.dtype]
+        return [
+            sizes_of(
+                configs[name],
+                found[name],
+                name=label,
+                plan=cut,
+                seq_lens=seq_lens,
+                batches=batches,
+                dtype=dtype,
+                trust_remote_code=trust,
+            )
+            for name in names
+            for label, cut in [(name, None), *([(f"{name} + {plan_name}", plan)] if plan is not None else [])]
+        ]
+    variants: dict[str, PreTrainedModel] = {}
+    for name in names:
+        variants[name] = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=trust)
+        if plan is not None:
+            variants[f"{name} + {plan_name}"] = cut_to_sizes(variants[name], plan, found[name])
+    return profile(
+        variants,
+        seq_len=seq_len,
+        batch=batch,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        seed=seed,
+        discoveries=found,
+        progress=progress,
+    )
+
+
+def _several(values: int | Sequence[int]) -> list[int]:
+    return [values] if isinstance(values, int) else list(dict.fromkeys(values))
+
+
+def _check_counts(counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise DataError(
+                f"{name}={count}: expected at least 1. seq_len=64, batch=1, new_tokens=16, repeats=5 are the defaults."
+            )
+
+
+def _with_speed(cell: Cell, speed: Speed) -> Cell:
+    return replace(
+        cell,
+        prefill_seconds=speed.prefill_seconds,
+        prefill_quartiles=speed.prefill_quartiles,
+        decode_tokens_per_second=speed.decode_tokens_per_second,
+        peak_bytes=speed.peak_bytes,
+    )
+
+
+def _beside(cell: Cell, first: Cell) -> Cell:
+    """A cell with what it is in proportion to the first model's."""
+    assert cell.prefill_seconds is not None
+    assert first.prefill_seconds is not None
+    assert cell.decode_tokens_per_second is not None
+    assert first.decode_tokens_per_second is not None
+    return replace(
+        cell,
+        macs_ratio=cell.macs / first.macs,
+        prefill_speedup=first.prefill_seconds / cell.prefill_seconds,
+        decode_speedup=cell.decode_tokens_per_second / first.decode_tokens_per_second,
+    )
+
+
+def _against(cell: Cell, first: Profile, sizes: Sizes) -> Against:
+    assert cell.macs_ratio is not None
+    assert cell.prefill_speedup is not None
+    assert cell.decode_speedup is not None
+    return Against(
+        first.model,
+        cell.macs_ratio,
+        sizes.weight_bytes / first.weight_bytes,
+        cell.prefill_speedup,
+        cell.decode_speedup,
+    )
 
 
 def measure_speed(
     models: Mapping[str, PreTrainedModel],
     *,
     seq_len: int = 64,
+    batch: int = 1,
     new_tokens: int = 16,
     repeats: int = 5,
     vocabulary: int | None = None,
     seed: int = 0,
 ) -> dict[str, Speed]:
-    """Time reading a prompt of `seq_len` random tokens and writing `new_tokens` after it, for all models in turns.
+    """Time reading `batch` prompts of `seq_len` random tokens and writing `new_tokens` after them, all models in turns.
 
-    Every model reads the same prompt, drawn with `seed` from the first `vocabulary` ids (None: those that all models
+    Every model reads the same prompts, drawn with `seed` from the first `vocabulary` ids (None: those that all models
     have). Each model runs once to warm up and once to measure memory; then `repeats` rounds over all models are
-    timed. Prefill is one forward pass over the prompt, with all its logits; decode is one greedy token per forward
-    pass with the keys and values kept. A model is on its own device; timers wait for the device to finish. Weights on
-    the CPU are copied first: mapped from a file, as loaders leave them, they lie unaligned and are slower to read.
+    timed. Prefill is one forward pass over the prompts, with all its logits; decode is one greedy token for each
+    prompt per forward pass, with the keys and values kept. A model is on its own device. On an accelerator, events on
+    its stream mark the time between steps, so that they are not held up to be timed; elsewhere a clock is read. Weights
+    on the CPU are copied first: mapped from a file, as loaders leave them, they lie unaligned and are slower to read.
 
     `peak_bytes` = weights + the most that the prefill holds besides. On CUDA the allocator counts it. Elsewhere we
     count the bytes of all live tensors after each operator, which gives the same number each time; what an operator
@@ -142,30 +313,53 @@ def measure_speed(
     >>> speeds["uniform"].peak_bytes  # no weights; 64 x 8 float32 logits, then one int64 token and 4 bytes
     2056
     """
-    for name, count in {"seq_len": seq_len, "new_tokens": new_tokens, "repeats": repeats}.items():
-        if count < 1:
-            raise DataError(
-                f"{name}={count}: expected at least 1. seq_len=64, new_tokens=16, repeats=5 are the defaults."
-            )
+    _check_counts({"seq_len": seq_len, "batch": batch, "new_tokens": new_tokens, "repeats": repeats})
+    for model in models.values():
+        _copy_weights_in_place(model)
+    return _measured(
+        models, seq_len=seq_len, batch=batch, new_tokens=new_tokens, repeats=repeats, vocabulary=vocabulary, seed=seed
+    )
+
+
+def _measured(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    seq_len: int,
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    vocabulary: int | None = None,
+    seed: int = 0,
+) -> dict[str, Speed]:
+    """One cell of the grid; weights have been copied."""
     if not models:
         return {}
-    prompt_BT = _random_prompt(models, seq_len=seq_len, vocabulary=vocabulary, seed=seed)
+    prompts_BT = _random_prompts(models, seq_len=seq_len, batch=batch, vocabulary=vocabulary, seed=seed)
     prefills: dict[str, list[float]] = {name: [] for name in models}
     decodes: dict[str, list[float]] = {name: [] for name in models}
     peaks: dict[str, int] = {}
     with ExitStack() as stack:
         for name, model in models.items():
-            _copy_weights_in_place(model)
             stack.enter_context(evaluation_mode(model))
             with known_positions(model, seq_len + new_tokens, flag="--seq-len plus --new-tokens"):
-                _time_steps(model, prompt_BT, new_tokens=new_tokens)
-            peaks[name] = weight_bytes(model) + _prefill_bytes(model, prompt_BT)
+                _time_steps(model, prompts_BT, new_tokens=new_tokens)
+            peaks[name] = weight_bytes(model) + _prefill_bytes(model, prompts_BT)
         for _ in range(repeats):
             for name, model in models.items():
-                prefill, *steps = _time_steps(model, prompt_BT, new_tokens=new_tokens)
+                prefill, *steps = _time_steps(model, prompts_BT, new_tokens=new_tokens)
                 prefills[name].append(prefill)
                 decodes[name].extend(steps)
-    return {name: Speed(median(prefills[name]), 1 / median(decodes[name]), peaks[name]) for name in models}
+    return {
+        name: Speed(median(prefills[name]), batch / median(decodes[name]), peaks[name], _quartiles(prefills[name]))
+        for name in models
+    }
+
+
+def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
+    if len(seconds) < 2:
+        return seconds[0], seconds[0]
+    low, _, high = quantiles(seconds, n=4, method="inclusive")
+    return low, high
 
 
 class LiveBytes(TorchDispatchMode):
@@ -217,8 +411,10 @@ def _copy_weights_in_place(model: nn.Module) -> None:
                 plain.data = plain.data.clone()
 
 
-def _random_prompt(models: Mapping[str, PreTrainedModel], *, seq_len: int, vocabulary: int | None, seed: int) -> Tensor:
-    """Draw one prompt for all models; returns ids_BT (1 x seq_len), int64, on the CPU."""
+def _random_prompts(
+    models: Mapping[str, PreTrainedModel], *, seq_len: int, batch: int, vocabulary: int | None, seed: int
+) -> Tensor:
+    """Draw the prompts of all models; returns ids_BT (batch x seq_len), int64, on the CPU."""
     smallest = min(models, key=lambda name: vocabulary_size(models[name]))
     known = vocabulary_size(models[smallest])
     if vocabulary is None:
@@ -227,42 +423,98 @@ def _random_prompt(models: Mapping[str, PreTrainedModel], *, seq_len: int, vocab
         raise DataError(
             f"vocabulary={vocabulary}: {smallest} has {known} token ids; vocabulary={known} takes them all."
         )
-    return torch.randint(vocabulary, (1, seq_len), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocabulary, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
 
 
-def _time_steps(model: PreTrainedModel, prompt_BT: Tensor, *, new_tokens: int) -> list[float]:
+def _time_steps(model: PreTrainedModel, prompts_BT: Tensor, *, new_tokens: int) -> list[float]:
     """Return the seconds of the prefill, then of each of `new_tokens` greedy steps."""
-    device = input_device(model)
-    seconds = []
     with torch.inference_mode():
-        steps = greedy_steps(model, prompt_BT.to(device))
+        steps = greedy_steps(model, prompts_BT.to(input_device(model)))
+        timer = _timer(model)
+        timer.mark()
         for _ in range(1 + new_tokens):
-            _wait(device)
-            start = time.perf_counter()
             next(steps)
-            _wait(device)
-            seconds.append(time.perf_counter() - start)
-    return seconds
+            timer.mark()
+    return timer.seconds()
 
 
-def _prefill_bytes(model: PreTrainedModel, prompt_BT: Tensor) -> int:
-    """Return the most bytes that one forward pass over the prompt holds besides the weights."""
-    device = input_device(model)
-    steps = greedy_steps(model, prompt_BT.to(device))
+class _Timer(Protocol):
+    """What takes the time between marks."""
+
+    def mark(self) -> None:
+        """The end of a step, and the start of the next."""
+
+    def seconds(self) -> list[float]:
+        """The seconds from each mark to the next."""
+
+
+class _Clock:
+    """Marks by the computer's clock, when all of the accelerators named have done what they were given."""
+
+    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
+        self.devices = devices
+        self.at: list[float] = []
+
+    def mark(self) -> None:
+        for device in self.devices:
+            torch.accelerator.synchronize(device)
+        self.at.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.at[:-1], self.at[1:], strict=True)]
+
+
+class _Events:
+    """Marks as events on an accelerator's stream: nobody waits for the device before the last has been recorded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.at: list[Any] = []
+        torch.accelerator.synchronize(device)  # what came before is not to count
+
+    def mark(self) -> None:
+        event, stream = _event_and_stream(self.device)
+        event.record(stream)
+        self.at.append(event)
+
+    def seconds(self) -> list[float]:
+        self.at[-1].synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in zip(self.at[:-1], self.at[1:], strict=True)]
+
+
+def _event_and_stream(device: torch.device) -> tuple[Any, Any]:
+    """An event that takes the time, and the stream of the device's work."""
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.Event(enable_timing=True), torch.cuda.current_stream(device)
+    return torch.Event(device, enable_timing=True), torch.accelerator.current_stream(device)
+
+
+def _timer(model: nn.Module) -> _Timer:
+    """Events where all weights are on one accelerator; the clock on a CPU, over several devices, and where they move.
+
+    Weights that accelerate moves in and out lie on `meta` between layers; what they wait for is not on the stream.
+    """
+    devices = {weight.device for weight in model.parameters()}
+    accelerators = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
+    if len(devices) == 1 and accelerators:
+        return _Events(accelerators[0])
+    return _Clock(accelerators)
+
+
+def _prefill_bytes(model: PreTrainedModel, prompts_BT: Tensor) -> int:
+    """Return the most bytes that one forward pass over the prompts holds besides the weights."""
+    devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
+    steps = greedy_steps(model, prompts_BT.to(input_device(model)))
+    if devices:
+        before = {device: torch.cuda.memory_allocated(device) for device in devices}
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         with torch.inference_mode():
             next(steps)
-        _wait(device)
-        return int(torch.cuda.max_memory_allocated(device)) - int(before)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return sum(int(torch.cuda.max_memory_allocated(device)) - before[device] for device in devices)
     memory = LiveBytes()
     with torch.no_grad(), memory:
         next(steps)
     return memory.peak
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until an accelerator has done all it was given; the CPU already has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

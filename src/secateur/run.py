@@ -7,6 +7,7 @@ launch`), all of them score, each its share of the samples, and the first cuts a
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -335,6 +336,57 @@ def cut_as_planned(
             _reconstruct_in_place(model, pruned, discovery, windows, calibration, clock)
         return pruned
     return prune(model, given, discovery=discovery)
+
+
+def cut_loaded(
+    model: PreTrainedModel,
+    name: str,
+    options: CutOptions,
+    *,
+    discovery: Discovery,
+    calibration: CalibrationOptions,
+    loading: LoadOptions,
+    run: Path | None = None,
+    work: Path | None = None,
+    clock: Clock | None = None,
+) -> tuple[PreTrainedModel, Plan]:
+    """A model that is loaded, cut in memory as `prune_model` would cut the MODEL argument `name`, and the plan.
+
+    The model stays as it is. `run` is a folder that keeps its statistics, for other options; `work` one that keeps the
+    damage that was measured, layers of a pass that is stopped, and what the model wrote itself. Raises `SecateurError`.
+    """
+    clock = clock or Clock()
+    if options.shape == "free" and not _may_be_free(model.config):
+        options = replace(options, shape="uniform")
+    table = _latency(lambda: model, discovery, options, clock)
+    trust = loading.trust_remote_code
+    plan(discovery, options, latency=table, trust_remote_code=trust)  # a budget that cannot be met, before any pass
+    windows = _windows(name, model.config, options, calibration, loading)
+    if options.steps > 1:
+        return _in_steps(model, discovery, options, windows, calibration, clock, work=work)
+    folder = None if run is None else RunFolder(run, name, calibration, loading)
+    scores = _scores(lambda: model, discovery, options, calibration, windows, clock, folder=folder, work=work)
+    if work is not None:
+        shutil.rmtree(work / PASS_FOLDER, ignore_errors=True)  # of layers that led to these scores
+    damage = _damage(lambda: model, discovery, options, scores, windows, calibration, clock, work=work)
+    decided = plan(
+        discovery,
+        options,
+        config=model.config,
+        scores=scores,
+        latency=table,
+        damage=damage,
+        trust_remote_code=trust,
+    )
+    weights: Mapping[str, Tensor] = {}
+    if options.repair != "none" or options.choose == "obs":
+        repaired = _repaired(model, decided, discovery, windows, calibration, clock, work=work)
+        decided, weights = repaired.plan, repaired.weights
+    with clock.stage("cut"):
+        pruned = prune(model, decided, discovery=discovery, weights=weights)
+    if options.repair == "reconstruct":
+        _reconstruct_in_place(model, pruned, discovery, windows, calibration, clock, work=work)
+    return pruned, decided
 
 
 def _latency(

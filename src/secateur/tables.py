@@ -29,7 +29,6 @@ from secateur.evaluate import Perplexity
 from secateur.export import Exported
 from secateur.merge import Merged
 from secateur.plan import Plan, PlannedGroup, by_kind
-from secateur.profile import Profile
 from secateur.quantize import Quantised
 from secateur.recover import Recovered
 
@@ -291,25 +290,6 @@ def int8_tables(done: Quantised) -> Iterator[RenderableType]:
             f"{len(done.unaligned)} layers have sizes that are not multiples of 8 ({done.unaligned[0]}): on CUDA, "
             "torchao computes their dynamic products on the CPU. Prune with --round-to 8, or use weight-only"
         )
-
-
-def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
-    """A row for every model."""
-    table = Table()
-    for column in ("model", "parameters", "non-embedding", "MACs", "weights", "peak memory", "prefill", "decode"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(
-            row.model,
-            short(row.parameters),
-            short(row.non_embedding_parameters),
-            giga(row.macs),
-            binary(row.weight_bytes),
-            binary(row.peak_bytes),
-            f"{row.prefill_seconds * 1000:.1f} ms",
-            f"{row.decode_tokens_per_second:.1f} tokens/s",
-        )
-    yield from _titled("Size and speed", table)
 
 
 def export_tables(written: Exported) -> Iterator[RenderableType]:

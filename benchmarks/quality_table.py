@@ -1,0 +1,230 @@
+"""The results of quality.py -> the tables of README.md and docs/choosing.md, between two marks in each page.
+
+A page is written only when every row that its table is to have has been measured with every seed, and all with the same
+settings, so that what has been measured before is never replaced by less.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+Key = tuple[str, float, int]  # row, ratio, seed
+DENSE: Key = ("dense", 0.0, 0)
+SETTINGS = ("tokens", "dtype", "samples", "calibration", "texts")  # what all rows of a table have in common
+
+LABELS = {
+    "best": "`--preset best`",
+    "best, uniform": "`best --shape uniform`",
+    "fast": "`--preset fast`",
+    "best, no repair": "`best`, ranking alone (no repair)",
+    "best, no allocation": "`best`, the same share of every layer (no allocation)",
+    "best, score chooses": "`best`, units by score (no choice while repairing)",
+    "best, not sequential": "`best`, repaired on the dense model's inputs",
+    "best, dense target": "`best`, repaired to the dense model's outputs",
+    "best, sensitivity": "`best --scope sensitivity`",
+    "best, reconstruct": "`best --repair reconstruct`",
+    "best, sublayers": "`best --sublayers`",
+    "best, two steps": "`best --steps 2`",
+    "llm-pruner, MLP": "LLM-Pruner's recipe, MLP of layers 3-27",
+    "llm-pruner": "LLM-Pruner's recipe, heads and MLP",
+    "wanda-sp": "Wanda-sp",
+    "shortgpt": "ShortGPT, whole layers",
+    "flap": "FLAP with its bias",
+    "magnitude": "magnitude, as Torch-Pruning's script",
+}
+README_ROWS = ("best", "best, uniform", "fast", "llm-pruner, MLP", "llm-pruner", "wanda-sp", "shortgpt")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+class TableError(Exception):
+    """Why a table cannot be written."""
+
+
+def key_of(result: Mapping[str, Any]) -> Key:
+    """What tells one result from another.
+
+    >>> key_of({"row": "best", "ratio": 0.2, "seed": 1, "nll": {}})
+    ('best', 0.2, 1)
+    """
+    return str(result["row"]), float(result["ratio"]), int(result["seed"])
+
+
+def label_of(row: str) -> str:
+    """A row's name as the tables have it; scores alone are named after the score.
+
+    >>> label_of("fast"), label_of("score fisher, global")
+    ('`--preset fast`', '`fisher` alone, global')
+    """
+    if row.startswith("score "):
+        name, _, scope = row.removeprefix("score ").partition(", ")
+        return f"`{name}` alone, {scope}"
+    return LABELS[row]
+
+
+def missing(results: Sequence[Mapping[str, Any]], wanted: Iterable[Key]) -> list[Key]:
+    """What has not been measured yet, in order.
+
+    >>> missing([{"row": "dense", "ratio": 0, "seed": 0}], [DENSE, ("fast", 0.2, 0)])
+    [('fast', 0.2, 0)]
+    """
+    done = {key_of(result) for result in results}
+    return [key for key in wanted if key not in done]
+
+
+def table(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *, costs: bool) -> str:
+    """The Markdown table of the rows wanted: damage in nats per token, with `costs` the seconds and memory of the cut.
+
+    With several seeds, the mean and half the range. Raises `TableError` when a result is missing, or was measured with
+    other settings than the rest.
+    """
+    gone = missing(results, [DENSE, *wanted])
+    if gone:
+        raise TableError(f"{len(gone)} of {len(set(wanted)) + 1} measurements are missing: {in_words(gone)}")
+    found = {key_of(result): result for result in results}
+    for setting in SETTINGS:
+        different = {str(found[key].get(setting)) for key in [DENSE, *wanted]}
+        if len(different) > 1:
+            raise TableError(f"rows were measured with different {setting}: {', '.join(sorted(different))}")
+    dense = found[DENSE]["nll"]
+    lines = [["removed", "", *dense, *(["seconds", "peak GiB"] if costs else [])]]
+    lines.append(["---"] * len(lines[0]))
+    for (row, _), keys in groupby(wanted, key=lambda key: key[:2]):
+        mine = [found[key] for key in keys]
+        seeds = f" ({NUMBERS[len(mine)]} seeds)" if len(mine) > 1 else ""
+        cells = [f"{mine[0]['removed']:.1%}", label_of(row) + seeds]
+        for text in dense:
+            values = [result["nll"][text] - dense[text] for result in mine]
+            spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.3f}{spread}")
+        if costs:
+            seconds = sorted({f"{result['seconds']:.0f}" for result in mine}, key=int)
+            cells.append(seconds[0] if len(seconds) == 1 else f"{seconds[0]} to {seconds[-1]}")
+            cells.append(f"{max(result['peak_rss_bytes'] for result in mine) / 2**30:.1f}")
+        lines.append(cells)
+    return "\n".join(("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_words(keys: Sequence[Key], most: int = 6) -> str:
+    """Some measurements, named.
+
+    >>> in_words([("best", 0.2, 1), ("dense", 0.0, 0)])
+    'best at 20% (seed 1); dense'
+    """
+    named = ["dense" if row == "dense" else f"{row} at {ratio:.0%} (seed {seed})" for row, ratio, seed in keys[:most]]
+    return "; ".join([*named, *([f"and {len(keys) - most} more"] if len(keys) > most else [])])
+
+
+def conditions(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
+    """When and with what the rows were measured, as a sentence."""
+    mine = [result for result in results if key_of(result) in {DENSE, *wanted}]
+    dates = sorted({str(result["date"]) for result in mine})
+    versions = {name: sorted({result["versions"][name] for result in mine}) for name in mine[0]["versions"]}
+    cores = sorted({int(result["cores"]) for result in mine})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    with_what = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
+    return f"Measured {when}; {with_what}; {' or '.join(map(str, cores))} cores, {mine[0]['dtype']}."
+
+
+def readme_block(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
+    """What README.md says between the marks."""
+    rows = [key for key in wanted if key[0] in README_ROWS]
+    rows.sort(key=lambda key: (key[1], README_ROWS.index(key[0]), key[2]))
+    absent = [(row, ratio, 0) for row in README_ROWS for ratio in sorted({key[1] for key in wanted})]
+    absent = [key for key in absent if key[:2] not in {(row, ratio) for row, ratio, _ in rows}]
+    if absent:
+        raise TableError(f"the README's table has rows that were not asked for: {in_words(absent)}")
+    body = table(results, rows, costs=False)
+    return "\n".join(
+        [
+            f"**Damage without training** (`{_command(results)}`): the rise of the loss in",
+            f"nats per token on the first {_tokens(results)} tokens of each text, of the same model, calibrated on "
+            f"`{_of_dense(results)['calibration']}`;",
+            f"the peers are our implementations of their methods. {_seeds(rows)}",
+            f"{conditions(results, rows)} All rows and how to read them: [docs/choosing.md](docs/choosing.md).",
+            "",
+            body,
+        ]
+    )
+
+
+def choosing_block(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
+    """What docs/choosing.md says between the marks."""
+    body = table(results, wanted, costs=True)
+    dense = ", ".join(f"{nll:.3f} ({text})" for text, nll in _of_dense(results)["nll"].items())
+    return "\n".join(
+        [
+            f"`{_command(results)}` measures on SmolLM2-135M-Instruct: damage is the rise of the loss in nats",
+            "per token, in windows of 128 and 1024 tokens of WikiText-2's and PTB's test text, without any training.",
+            f"Calibration is on `{_of_dense(results)['calibration']}` for every row; the table is of the first "
+            f"{_tokens(results)} tokens of each text.",
+            f"The dense model has {dense}. {_seeds(wanted)}",
+            f"{conditions(results, wanted)} Seconds and memory are of the cut, evaluation left out; statistics that",
+            "rows share count in each.",
+            "",
+            body,
+        ]
+    )
+
+
+def _of_dense(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(result for result in results if key_of(result) == DENSE)
+
+
+def _tokens(results: Sequence[Mapping[str, Any]]) -> str:
+    return f"{_of_dense(results)['tokens']:,}"
+
+
+def _command(results: Sequence[Mapping[str, Any]]) -> str:
+    tokens = _of_dense(results)["tokens"]
+    return "make bench-quality DATA=FOLDER" + ("" if tokens == 40_000 else f' QUALITY="--tokens {tokens}"')
+
+
+def _seeds(wanted: Sequence[Key]) -> str:
+    seeds = sorted({seed for _, _, seed in wanted})
+    if len(seeds) == 1:
+        return f"One seed ({seeds[0]})."
+    named = ", ".join(map(str, seeds))
+    return f"Where there are several seeds of the calibration windows ({named}), the mean and half the range."
+
+
+def between_marks(page: str, block: str) -> str:
+    r"""A page with what lies between its marks replaced.
+
+    Raises `TableError` unless it has each mark once, in order.
+
+    >>> between_marks(f"a\n{BEGIN}\nold\n{END}\nb", "new")
+    'a\n<!-- quality:begin -->\nnew\n<!-- quality:end -->\nb'
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise TableError(f"expected {BEGIN} once, and {END} once after it")
+    before, after = page[: page.index(BEGIN)], page[page.index(END) + len(END) :]
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def write_tables(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *, root: Path = ROOT) -> list[Path]:
+    """Write both tables, or neither; returns the pages.
+
+    Raises `TableError` when a measurement is missing, rows were measured with different settings, or a page lacks its
+    marks.
+    """
+    pages = {root / "README.md": readme_block, root / "docs" / "choosing.md": choosing_block}
+    made = {}
+    for path, block in pages.items():
+        try:
+            made[path] = between_marks(path.read_text(encoding="utf-8"), block(results, wanted))
+        except TableError as error:
+            raise TableError(f"{path.name}: {error}") from error
+    for path, text in made.items():
+        temporary = path.with_suffix(".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return [*made]

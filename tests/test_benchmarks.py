@@ -1,0 +1,156 @@
+"""The tables that benchmarks write into the docs: from whole results alone, and nothing else of a page changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quality
+from quality_table import (
+    BEGIN,
+    DENSE,
+    END,
+    LABELS,
+    README_ROWS,
+    Key,
+    TableError,
+    between_marks,
+    choosing_block,
+    label_of,
+    readme_block,
+    table,
+    write_tables,
+)
+
+ROOT = Path(__file__).parent.parent
+TEXTS = ("WT2@128", "WT2@1024")
+OTHER = {
+    "tokens": 10_000,
+    "dtype": "float32",
+    "samples": None,
+    "calibration": "c4.jsonl",
+    "texts": ["WT2"],
+    "date": "2026-01-02",
+    "cores": 2,
+    "versions": {"Secateur": "0.1.0", "torch": "2.13.0"},
+}
+
+
+def result(row: str, ratio: float, seed: int, *damage: float, **changes: Any) -> dict[str, Any]:
+    nll = {text: 4.0 + (damage[i] if damage else 0.0) for i, text in enumerate(TEXTS)}
+    cut = {} if row == "dense" else {"removed": ratio + 0.0004, "seconds": 100.4 + seed, "peak_rss_bytes": 3 * 2**30}
+    return {"row": row, "ratio": ratio, "seed": seed, "nll": nll, **cut, **OTHER, **changes}
+
+
+WANTED: list[Key] = [
+    (row, ratio, seed) for ratio in (0.2, 0.5) for row in README_ROWS for seed in (range(3) if row == "best" else (0,))
+]
+RESULTS = [result(*DENSE), *(result(*key, 0.4 + 0.01 * key[2], 0.575) for key in WANTED)]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    for path in ("README.md", "docs/choosing.md"):
+        (tmp_path / path).write_text(f"# A page\n\n{BEGIN}\nwhat was\n{END}\n\nMore.\n")
+    return tmp_path
+
+
+def test_a_row_of_one_seed_and_one_of_three() -> None:
+    keys: list[Key] = [("best, uniform", 0.2, 0), *[("best", 0.2, seed) for seed in range(3)]]
+    assert table(RESULTS, keys, costs=False) == (
+        "| removed |  | WT2@128 | WT2@1024 |\n"
+        "|---|---|---|---|\n"
+        "| 20.0% | `best --shape uniform` | 0.400 | 0.575 |\n"
+        "| 20.0% | `--preset best` (three seeds) | 0.410 ± 0.010 | 0.575 ± 0.000 |"
+    )
+    assert table(RESULTS, keys, costs=True).splitlines()[2:] == [
+        "| 20.0% | `best --shape uniform` | 0.400 | 0.575 | 100 | 3.0 |",
+        "| 20.0% | `--preset best` (three seeds) | 0.410 ± 0.010 | 0.575 ± 0.000 | 100 to 102 | 3.0 |",
+    ]
+
+
+def test_both_pages_are_written_and_nothing_else_of_them_changes(root: Path) -> None:
+    assert [path.name for path in write_tables(RESULTS, WANTED, root=root)] == ["README.md", "choosing.md"]
+    for path, block in (("README.md", readme_block), ("docs/choosing.md", choosing_block)):
+        text = (root / path).read_text()
+        assert text == f"# A page\n\n{BEGIN}\n{block(RESULTS, WANTED)}\n{END}\n\nMore.\n"
+        assert "first 10,000 tokens" in text
+        assert "`c4.jsonl`" in text
+        assert "(0, 1, 2)" in text
+        assert "Measured 2026-01-02; Secateur 0.1.0, torch 2.13.0; 2 cores, float32." in text
+        assert 'QUALITY="--tokens 10000"' in text
+    assert len([line for line in (root / "README.md").read_text().splitlines() if line.startswith("|")]) == 2 + 14
+    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == ["README.md", "choosing.md"]
+
+
+@pytest.mark.parametrize("gone", [DENSE, ("fast", 0.5, 0), ("best", 0.2, 2)])
+def test_a_table_is_not_replaced_by_less(gone: Key, root: Path) -> None:
+    partial = [each for each in RESULTS if (each["row"], each["ratio"], each["seed"]) != gone]
+    before = {path: path.read_text() for path in root.rglob("*.md")}
+    with pytest.raises(TableError, match=rf"README.md: 1 of \d+ measurements are missing: {gone[0]}"):
+        write_tables(partial, WANTED, root=root)
+    assert {path: path.read_text() for path in root.rglob("*.md")} == before
+
+
+def test_rows_measured_otherwise_go_into_no_table(root: Path) -> None:
+    mixed = [*RESULTS[:-1], {**RESULTS[-1], "tokens": 40_000}]
+    with pytest.raises(TableError, match="rows were measured with different tokens: 10000, 40000"):
+        write_tables(mixed, WANTED, root=root)
+
+
+def test_the_readme_has_all_its_rows_or_stays(root: Path) -> None:
+    few = [key for key in WANTED if key[0] != "fast"]
+    with pytest.raises(TableError, match=r"rows that were not asked for: fast at 20% \(seed 0\); fast at 50%"):
+        write_tables(RESULTS, few, root=root)
+
+
+def test_one_page_without_marks_and_none_is_written(root: Path) -> None:
+    (root / "docs" / "choosing.md").write_text("no marks")
+    with pytest.raises(TableError, match=r"choosing.md: expected <!-- quality:begin --> once"):
+        write_tables(RESULTS, WANTED, root=root)
+    assert "what was" in (root / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", [END + BEGIN, BEGIN, f"{BEGIN}{BEGIN}{END}"])
+def test_odd_marks_are_refused(page: str) -> None:
+    with pytest.raises(TableError, match="once after it"):
+        between_marks(page, "new")
+
+
+def test_our_pages_have_the_marks_around_a_table() -> None:
+    for path in ("README.md", "docs/choosing.md"):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        inside = text[text.index(BEGIN) : text.index(END)]
+        assert "| 20.0% | `--preset best` (three seeds) |" in inside
+        assert BEGIN in between_marks(text, "new")
+
+
+def test_every_row_has_a_label() -> None:
+    names = set(quality.rows(0.2))
+    assert [label_of(name) for name in names]
+    assert set(LABELS) <= names
+    assert set(README_ROWS) <= names
+
+
+def test_the_command_writes_from_the_file_alone(root: Path) -> None:
+    """In a copy of the benchmark, whose pages are the ones above."""
+    (root / "benchmarks").mkdir()
+    for name in ("quality.py", "quality_table.py"):
+        (root / "benchmarks" / name).write_bytes((ROOT / "benchmarks" / name).read_bytes())
+    line = [sys.executable, "benchmarks/quality.py", "--table", "--out", "r.json", "--rows", ";".join(README_ROWS)]
+    line += ["--seeded", "best"]
+    (root / "r.json").write_text(json.dumps(RESULTS[:-1]))
+    failed = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert failed.returncode == 1
+    assert "quality.py: README.md: 1 of 19 measurements are missing: shortgpt at 50% (seed 0)" in failed.stderr
+    assert "what was" in (root / "README.md").read_text()
+    (root / "r.json").write_text(json.dumps(RESULTS))
+    subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    assert readme_block(RESULTS, WANTED) in (root / "README.md").read_text()
+    assert choosing_block(RESULTS, WANTED) in (root / "docs" / "choosing.md").read_text()
