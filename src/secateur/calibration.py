@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -359,7 +358,7 @@ def check_positions(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-def overlap(windows: Sequence[str], text: str, *, words: int = OVERLAP_WORDS) -> float:
+def overlap(windows: Iterable[str], text: str, *, words: int = OVERLAP_WORDS) -> float:
     """Return the share of the windows that have `words` words in a row in common with the text, 0 to 1.
 
     Calibration on what is evaluated flatters the result. Words are runs of letters and digits, in lower case; 13 of
@@ -368,12 +367,12 @@ def overlap(windows: Sequence[str], text: str, *, words: int = OVERLAP_WORDS) ->
     >>> overlap(["and a cat sat on", "and a dog lay on"], "A cat sat, a dog sat.", words=3)
     0.5
     """
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for number, window in enumerate(windows):
-        for run in _runs(window, words):
-            holders[run].append(number)
-    found = {number for run in _runs(text, words) if run in holders for number in holders[run]}
-    return len(found) / max(len(windows), 1)
+    tested = set(map(hash, _runs(text, words)))  # of a long text, the runs themselves would fill gigabytes
+    windows_seen = found = 0
+    for window in windows:
+        windows_seen += 1
+        found += any(hash(run) in tested for run in _runs(window, words))
+    return found / max(windows_seen, 1)
 
 
 def digest(tokens: Tensor) -> str:
