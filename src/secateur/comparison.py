@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.errors import TaskError
 from secateur.evaluate import Perplexity, ScoredText, sample_text, score_texts, wanted_protocols
 from secateur.protocols import Protocol
 from secateur.significance import Difference, paired_ratio
@@ -86,6 +87,10 @@ def plan_measures(
     ['llm-pruner@64', 'gptq@2048']
     """
     check_limit(limit)
+    if tasks is None:
+        for option, value in (("tasks-data", folder), ("limit", limit), ("batch-size", batch_size)):
+            if value is not None:
+                raise TaskError(f"--{option} {value} is about tasks, and none is named. Expected --tasks zero-shot")
     return Measures(
         texts,
         wanted_protocols(seq_lens, protocols),

@@ -28,7 +28,9 @@ Document = dict[str, Any]
 LABELS = "ABCDEFGHIJ"
 UNTITLED = "its passages have no titles, so prompts are shorter than lm-eval's"
 TRIMMED = "its solutions have lost spaces at their ends, so some scores differ from lm-eval's"
-HELLASWAG_SUBSET = "1,000 of the 10,042 questions, nine in ten of them on videos: not a uniform sample"
+HELLASWAG_SUBSET = (
+    "a subset in the original form, nine in ten of it on videos: no uniform sample of the 10,042 questions"
+)
 HELLASWAG_STRIPPED = (
     "a preprocessed copy: endings of WikiHow questions have lost a space at their start, so some scores differ from "
     "lm-eval's"
