@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import secateur
+from question_files import write_questions
 from secateur import SecateurError
 from secateur.checkpoint import write_json
 from secateur.cli import _watch, run
@@ -60,6 +61,7 @@ def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         AutoConfig.for_model(kind).save_pretrained(folder / kind)
     shutil.copytree(tiny, folder / "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "pickle" / "pytorch_model.bin").touch()
+    write_questions(folder / "questions")
     (folder / "text.txt").write_text(TEXT)
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("a cat")
@@ -177,6 +179,12 @@ class TestGolden:
     def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("tiny", "--plan", "uneven.json", "--ppl", "cats=text.txt", "--seq-len", "32", "--seq-len", "64")
         check_golden("evaluate", loose(succeed(capsys, "evaluate", *arguments)))
+
+    def test_evaluate_tasks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        tasks = ("--tasks", "zero-shot", "--tasks-data", "questions", "--limit", "2")
+        texts = ("--ppl", "cats=text.txt", "--protocol", "gptq@64", "--protocol", "sliding@32/16")
+        text = succeed(capsys, "evaluate", "tiny", "--plan", "uneven.json", *tasks, *texts)
+        check_golden("evaluate_tasks", loose(re.sub(r"p < [\d.]+", "p #", text)))
 
     def test_export_int8(self, capsys: pytest.CaptureFixture[str]) -> None:
         check_golden("export_int8", steady(succeed(capsys, "export", "tiny", "out", "--int8", "--dynamic")))
@@ -330,6 +338,69 @@ class TestJson:
             assert (row["data"], row["seq_len"], row["tokens"]) == ("cats", 16, 6 * 15)
             assert is_whole(result["weight_bytes"], result["file_bytes"])
             assert result["weight_bytes"] <= result["file_bytes"]
+
+    def test_evaluate_by_protocols(self, capsys: pytest.CaptureFixture[str]) -> None:
+        protocols = ["--protocol", "gptq@64", "--protocol", "sliding@64/16", "--seq-len", "32"]
+        data = written(capsys, "evaluate", "tiny", "deep", "tiny", "--ppl", "cats=text.txt", *protocols)
+        first, second, again = (result["perplexity"] for result in data["results"])
+        assert [row["protocol"] for row in first] == ["llm-pruner@32", "gptq@64", "sliding@64/16"]
+        assert [row["stride"] for row in first] == [32, 64, 16]
+        for row in first:
+            assert row["ppl_low"] < row["ppl"] < row["ppl_high"]
+            assert row["bits_per_byte"] > 0
+            assert row["nll_stderr"] > 0
+            assert "against" not in row
+        for row, other in zip(second, first, strict=True):
+            assert row["against"]["model"] == "tiny"
+            assert row["against"]["difference"] == pytest.approx(row["nll"] - other["nll"])
+            assert row["against"].keys() == {"model", "difference", "stderr", "p"}
+        assert [row["against"]["p"] for row in again] == [1.0] * 3
+
+    def test_evaluate_tasks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "evaluate", "tiny", "deep", "--tasks", "all", "--tasks-data", "questions")
+        first, second = data["results"]
+        assert first["perplexity"] == []
+        seven = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+        assert list(first["tasks"]) == list(second["tasks"]) == seven
+        for name, row in second["tasks"].items():
+            keys = {"acc", "acc_stderr", "documents", "metric", "value", "stderr", "data", "against"}
+            assert row.keys() - {"acc_norm", "acc_norm_stderr", "note"} == keys
+            assert row["metric"] == ("acc" if name in ("boolq", "winogrande") else "acc_norm")
+            assert (row["value"], row["stderr"]) == (row[row["metric"]], row[f"{row['metric']}_stderr"])
+            assert row["against"].keys() == {"model", "difference", "stderr", "p"}
+            assert row["against"]["difference"] == pytest.approx(row["value"] - first["tasks"][name]["value"])
+            assert "against" not in first["tasks"][name]
+        assert first["tasks_mean"]["value"] == pytest.approx(sum(row["value"] for row in first["tasks"].values()) / 7)
+        assert first["tasks_mean"].keys() == {"value", "stderr", "tasks"}
+        assert second["tasks_mean"].keys() == {"value", "stderr", "tasks", "difference", "difference_stderr", "p"}
+
+    def test_evaluate_writes_samples(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prompts = ["--prompt", "the cat", "--prompt", "a dog", "--new-tokens", "4"]
+        data = written(capsys, "evaluate", "tiny", "--plan", "plan.json", *prompts)
+        for result in data["results"]:
+            assert [sample["prompt"] for sample in result["samples"]] == ["the cat", "a dog"]
+            assert (result["perplexity"], result["tasks"]) == ([], {})
+        shown = succeed(capsys, "evaluate", "tiny", *prompts)
+        assert [line[: line.index(":")] for line in shown.splitlines() if ": " in line] == ["tiny", "tiny"]
+
+    def test_evaluate_a_free_folder_in_bfloat16(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--layers", "0:1")
+        tasks = ["--tasks", "boolq,arc_easy", "--tasks-data", "questions", "--limit", "2", "--dtype", "bfloat16"]
+        data = written(capsys, "evaluate", "tiny", "out", *tasks, "--trust-remote-code")
+        assert [row["tasks"]["boolq"]["documents"] for row in data["results"]] == [2, 2]
+        assert data["results"][1]["tasks"]["arc_easy"]["against"]["model"] == "tiny"
+
+    def test_evaluate_warns_of_what_a_model_was_trained_on(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        succeed(capsys, *RECOVER)
+        prompt = "Below is an instruction that describes a task. Write a response that appropriately completes it."
+        Path("seen.txt").write_text(f"{prompt.replace('it.', 'the request.')}{' And more.' * 60}")
+        caplog.clear()
+        assert run(["evaluate", "out", "--ppl", "seen=seen.txt", "--ppl", "cats=text.txt", "--seq-len", "16"]) == 0
+        [message] = [message for message in caplog.messages if "share" in message]
+        assert re.match(r"out: [\d.]+ % of the rows it was trained on, from alpaca\.json, share 13 words ", message)
+        assert "evaluation text seen" in message
 
     def test_evaluate_what_a_plan_says(self, capsys: pytest.CaptureFixture[str]) -> None:
         data = written(capsys, "evaluate", "tiny", "--plan", "plan.json", "--ppl", "cats=text.txt")
@@ -540,7 +611,29 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "second model missing": ("'./no-such': no such file", ("evaluate", "tiny", "./no-such")),
     "second profile missing": ("'./no-such': no such file", ("profile", "tiny", "./no-such")),
-    "windows of one": ("seq_len=1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
+    "unknown protocol": (
+        "protocol='gtpq' is unknown. Expected llm-pruner@128, gptq@2048 or sliding@1024/512",
+        ("evaluate", "tiny", "--protocol", "gtpq@9"),
+    ),
+    "unknown local task": (
+        "task 'arc_hard' has no local files; did you mean arc_easy",
+        ("evaluate", "tiny", "--tasks", "boolq,arc_hard", "--tasks-data", "questions"),
+    ),
+    "no questions": (
+        "piqa: its questions are not in 'tiny'. Expected there: piqa_original/valid.jsonl with",
+        ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "tiny"),
+    ),
+    "no limit": (
+        "limit=0 leaves no question",
+        ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "questions", "--limit", "0"),
+    ),
+    "questions of no task": (
+        "--tasks-data questions is about tasks",
+        ("evaluate", "tiny", "--tasks-data", "questions"),
+    ),
+    "no task": ("tasks=',' names no task", ("evaluate", "tiny", "--tasks", ",")),
+    "an empty prompt": ("prompt='' has no tokens", ("evaluate", "tiny", "--prompt", "")),
+    "windows of one": ("llm-pruner@1: a window of 1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
     "no tokens": ("max_tokens=0 leaves nothing to score", ("evaluate", "tiny", "--max-tokens", "0")),
     "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
     # the parser

@@ -30,19 +30,25 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from secateur.calibration import CalibrationOptions, calibration_windows, digest
+from secateur.contamination import warn_of_overlap
 from secateur.errors import DataError, ModelError, SecateurError
 from secateur.evaluate import (
     BATCH_TOKENS,
-    _fitting_batch,
     encode,
+    encode_text,
+    evaluate,
     evaluation_mode,
+    fitting_batch,
     greedy_steps,
     join_rows,
     perplexity,
     read_evaluation_text,
     sample_text,
-    warn_of_overlap,
+    wanted_protocols,
 )
+from secateur.protocols import Protocol, read_protocol, windows
+from tiny import VOCABULARY as VOCABULARY_OF_PAIRS
+from tiny import tiny_tokenizer
 
 VOCABULARY = 97
 
@@ -162,10 +168,149 @@ def test_counts_of_windows_tokens_and_progress(length: int, seq_len: int, batch_
     assert seen == [(min(done, windows), windows) for done in range(batch_size, windows + batch_size, batch_size)]
 
 
+def brute_force(model: PreTrainedModel, tokens: Tensor, window: int, stride: int) -> list[float]:
+    """Score every token alone, with what the window that reads it first has before it."""
+    scores = []
+    for place in range(1, len(tokens)):
+        start = 0 if place < window else -(-(place + 1 - window) // stride) * stride
+        if start == place:
+            continue  # the first of a window
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None, start:place]).logits[0, -1]
+        scores.append(-logits.log_softmax(0)[tokens[place]].item())
+    return scores
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 5), (16, 1), (16, 16), (95, 40), (200, 100)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_sliding_equals_brute_force(
+    model: LlamaForCausalLM, tokens: Tensor, window: int, stride: int, batch_size: int
+) -> None:
+    expected = brute_force(model, tokens, window, stride)
+    protocol = Protocol("sliding", window, stride)
+    result = perplexity(model, tokens, data="random", protocol=protocol, batch_size=batch_size)
+    assert (result.protocol, result.seq_len, result.stride) == (f"sliding@{window}/{stride}", window, stride)
+    assert result.tokens == len(expected)
+    assert result.nll == pytest.approx(sum(expected) / len(expected), rel=1e-10)
+
+
+def test_gptq_is_the_mean_of_window_means_times_and_over_the_length(model: LlamaForCausalLM, tokens: Tensor) -> None:
+    length, nlls = 16, []
+    for start in range(0, len(tokens) - length + 1, length):
+        ids = tokens[None, start : start + length]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        mean = torch.nn.CrossEntropyLoss()(logits[0, :-1], ids[0, 1:])
+        nlls.append(mean * length)
+    expected = torch.exp(torch.stack(nlls).sum() / (len(nlls) * length)).item()
+    result = perplexity(model, tokens, data="random", protocol=Protocol("gptq", length, length))
+    assert result.ppl == pytest.approx(expected, rel=1e-10)
+    same = perplexity(model, tokens, data="random", seq_len=length)
+    assert (result.nll, result.protocol, same.protocol) == (same.nll, "gptq@16", "llm-pruner@16")
+
+
+def test_the_interval_is_that_of_the_means_of_windows(model: LlamaForCausalLM, tokens: Tensor) -> None:
+    scores = plain_nll(model, tokens, 8)
+    means = [sum(scores[i : i + 7]) / 7 for i in range(0, len(scores), 7)]
+    result = perplexity(model, tokens, data="random", seq_len=8)
+    assert result.windows == len(means) == 11
+    center = sum(means) / 11
+    stderr = math.sqrt(sum((mean - center) ** 2 for mean in means) / 10 / 11)
+    assert result.nll_stderr == pytest.approx(stderr, rel=1e-9)
+    assert result.ppl_low == pytest.approx(math.exp(center - 1.959964 * stderr), rel=1e-6)
+    assert result.ppl_high == pytest.approx(math.exp(center + 1.959964 * stderr), rel=1e-6)
+    alone = perplexity(model, tokens, data="random", seq_len=95)
+    assert (alone.windows, alone.nll_stderr, alone.ppl_low, alone.ppl_high) == (1, None, None, None)
+
+
+class TestBitsPerByte:
+    @pytest.fixture
+    def pairs(self) -> PreTrainedTokenizerFast:
+        return tiny_tokenizer()
+
+    @pytest.mark.parametrize("protocol", ["llm-pruner@16", "sliding@16/4", "sliding@10/10"])
+    @pytest.mark.parametrize("text", ["An ordinary text, of letters. " * 9, "Ünïcödé, 漢字 🙂 und mehr! " * 9])
+    def test_bits_of_uniform_logits_over_the_bytes_that_were_scored(
+        self, pairs: PreTrainedTokenizerFast, protocol: str, text: str
+    ) -> None:
+        uniform = FixedLogits(torch.zeros(VOCABULARY_OF_PAIRS))
+        encoded = encode_text(pairs, text)
+        cut = windows(read_protocol(protocol), len(encoded.ids_T))
+        # A token of bytes stands for whole characters: decode up to each end, and drop what is cut in the middle.
+        lengths = [
+            len(pairs.decode(encoded.ids_T[:place]).encode().removesuffix("\ufffd".encode()))
+            for place in range(len(encoded.ids_T) + 1)
+        ]
+        bytes_scored = sum(lengths[each.end] - lengths[each.scored] for each in cut)
+        [result] = evaluate(uniform, pairs, {"a": text}, protocols=[protocol])
+        assert result.bytes is not None
+        assert abs(result.bytes - bytes_scored) <= (0 if text.isascii() else 6 * len(cut))
+        bits = result.tokens * math.log2(VOCABULARY_OF_PAIRS)
+        assert result.bits_per_byte == pytest.approx(bits / result.bytes, rel=1e-6)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+    def test_all_tokens_together_are_the_whole_text(self, text: str) -> None:
+        encoded = encode_text(tiny_tokenizer(), text)
+        assert encoded.byte_ends_T.tolist() == sorted(encoded.byte_ends_T.tolist())
+        assert int(encoded.byte_ends_T[-1]) == len(text.encode())
+
+    def test_models_with_other_tokenizers_compare(
+        self, pairs: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        text = " ".join(f"w{i}" for i in range(90))
+        cost = 16 * math.log(2)  # nats of a byte, whatever the token is
+        words = Costly(tokenizer, cost, between=1)  # the space before a word belongs to it
+        [by_words] = evaluate(words, tokenizer, {"a": text}, protocols=["sliding@64/32"])
+        [by_pairs] = evaluate(Costly(pairs, cost, between=0), pairs, {"a": text}, protocols=["sliding@64/32"])
+        assert by_words.ppl > 2 * by_pairs.ppl
+        assert by_words.bits_per_byte == pytest.approx(16, rel=0.01)
+        assert by_pairs.bits_per_byte == pytest.approx(16, rel=0.01)
+
+    def test_a_tokenizer_that_does_not_tell_shares_the_bytes_out(self) -> None:
+        def letters(text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": list(range(len(text)))}
+
+        encoded = encode_text(letters, "äöü!")  # type: ignore[arg-type]
+        assert encoded.byte_ends_T.tolist() == [1, 3, 5, 7]
+
+    def test_ids_alone_have_no_bytes(self, model: LlamaForCausalLM, tokens: Tensor) -> None:
+        result = perplexity(model, tokens, data="random", seq_len=8)
+        assert (result.bytes, result.bits_per_byte) == (None, None)
+
+    def test_only_the_first_tokens(self, pairs: PreTrainedTokenizerFast) -> None:
+        some = encode_text(pairs, "An ordinary text.", max_tokens=4)
+        assert len(some.ids_T) == len(some.byte_ends_T) == 4
+        with pytest.raises(DataError, match=r"max_tokens=0 leaves nothing to score"):
+            encode_text(pairs, "a", max_tokens=0)
+
+
+class Costly(FixedLogits):
+    """Gives every token the likelihood that its bytes, at so many nats each, should have."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, cost: float, *, between: int) -> None:
+        vocabulary = len(tokenizer)
+        super().__init__(torch.zeros(vocabulary + 1, dtype=torch.float64))
+        sizes = torch.ones(vocabulary, dtype=torch.float64)
+        for token, number in tokenizer.get_vocab().items():
+            sizes[number] = len(token) + between
+        self.likelihood = torch.cat([-cost * sizes, torch.zeros(1, dtype=torch.float64)])
+
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.likelihood.expand(*input_ids.shape, -1))
+
+
+def test_every_protocol_once_with_seq_lens_first() -> None:
+    found = wanted_protocols([64, 128], ["gptq@64", "llm-pruner@64"])
+    assert [str(each) for each in found] == ["llm-pruner@64", "llm-pruner@128", "gptq@64"]
+    assert [str(each) for each in wanted_protocols(None, ["sliding@8/2"])] == ["sliding@8/2"]
+    assert [str(each) for each in wanted_protocols()] == ["llm-pruner@128"]
+
+
 def test_a_batch_keeps_the_logits_under_the_limit() -> None:
-    assert _fitting_batch(128, 49152) == 10  # 10 x 128 x 49152 x 4 bytes = 252 MB
-    assert _fitting_batch(2048, 150_000) == 1
-    assert _fitting_batch(128, 100) == BATCH_TOKENS // 128
+    assert fitting_batch(128, 49152) == 10  # 10 x 128 x 49152 x 4 bytes = 252 MB
+    assert fitting_batch(2048, 150_000) == 1
+    assert fitting_batch(128, 100) == BATCH_TOKENS // 128
 
 
 def test_an_impossible_token_gives_infinity_and_a_huge_nll_overflows_to_it() -> None:
@@ -284,16 +429,19 @@ def test_sample_text_ends_at_the_end_of_text(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seq_len": 1}, r"wiki: seq_len=1 scores nothing, .* expected at least 2\. --seq-len 128"),
+        (
+            {"seq_len": 1},
+            r"llm-pruner@1: a window of 1 scores nothing, .* expected at least 2\. --protocol llm-pruner@128",
+        ),
         ({"seq_len": 2048}, r"wiki: 95 tokens are fewer than one window of 2048\. .* --seq-len 95 or less"),
         ({"batch_size": 0}, r"batch_size=0 scores nothing; expected at least 1, or None"),
-        ({"token_ids": torch.zeros(1, 95).long()}, r"wiki: token_ids has shape \(1, 95\); expected one dimension\."),
-        ({"token_ids": torch.arange(98)}, r"wiki: token 97 is outside the model's vocabulary of 97\."),
-        ({"token_ids": torch.arange(-1, 97)}, r"wiki: token -1 is outside the model's vocabulary of 97\."),
+        ({"text": torch.zeros(1, 95).long()}, r"wiki: token_ids has shape \(1, 95\); expected one dimension\."),
+        ({"text": torch.arange(98)}, r"wiki: token 97 is outside the model's vocabulary of 97\."),
+        ({"text": torch.arange(-1, 97)}, r"wiki: token -1 is outside the model's vocabulary of 97\."),
     ],
 )
 def test_errors_of_perplexity(model: LlamaForCausalLM, tokens: Tensor, arguments: dict[str, Any], message: str) -> None:
-    keywords: dict[str, Any] = {"token_ids": tokens, "data": "wiki", "seq_len": 49} | arguments
+    keywords: dict[str, Any] = {"text": tokens, "data": "wiki", "seq_len": 49} | arguments
     with pytest.raises(DataError, match=message):
         perplexity(model, **keywords)
 

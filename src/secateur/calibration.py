@@ -359,7 +359,7 @@ def check_positions(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-def overlap(windows: Sequence[str], text: str | Iterable[str], *, words: int = OVERLAP_WORDS) -> float:
+def overlap(windows: Iterable[str], text: str | Iterable[str], *, words: int = OVERLAP_WORDS) -> float:
     """Return the share of the windows that have `words` words in a row in common with the text or texts, 0 to 1.
 
     Calibration on what is evaluated flatters the result. Words are runs of letters and digits, in lower case; 13 of
@@ -368,13 +368,19 @@ def overlap(windows: Sequence[str], text: str | Iterable[str], *, words: int = O
     >>> overlap(["and a cat sat on", "and a dog lay on"], "A cat sat, a dog sat.", words=3)
     0.5
     """
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for number, window in enumerate(windows):
+    # Of long texts the runs themselves would fill gigabytes: hashes are kept, and of many texts those of the windows.
+    if isinstance(text, str):
+        tested = set(map(hash, _runs(text, words)))
+        hits = [any(hash(run) in tested for run in _runs(window, words)) for window in windows]
+        return sum(hits) / max(len(hits), 1)
+    holders: dict[int, list[int]] = defaultdict(list)
+    count = 0
+    for window in windows:
         for run in _runs(window, words):
-            holders[run].append(number)
-    texts = [text] if isinstance(text, str) else text
-    found = {number for each in texts for run in _runs(each, words) if run in holders for number in holders[run]}
-    return len(found) / max(len(windows), 1)
+            holders[hash(run)].append(count)
+        count += 1
+    found = {number for each in text for run in _runs(each, words) for number in holders.get(hash(run), ())}
+    return len(found) / max(count, 1)
 
 
 def digest(tokens: Tensor) -> str:

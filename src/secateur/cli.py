@@ -35,10 +35,12 @@ from secateur.anatomy import reach_as_json
 from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
+from secateur.comparison import Measured, as_json, measure, plan_measures
+from secateur.contamination import warn_of_overlap
 from secateur.demo import TEXT, demonstrate
 from secateur.efficiency import profile_tables, sweep_tables
 from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError, TrainingError
-from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
+from secateur.evaluate import read_evaluation_text
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.merge import merge_adapter
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
@@ -55,10 +57,10 @@ from secateur.tables import (
     binary,
     demo_tables,
     discovery_tables,
+    evaluation_tables,
     export_tables,
     int8_tables,
     merge_lines,
-    perplexity_tables,
     plan_tables,
     recovery_tables,
     verify_tables,
@@ -675,11 +677,42 @@ def evaluate_command(
         list[str] | None,
         typer.Option("--ppl", metavar="NAME=FILE", help="A text to score; may be repeated.", show_default=False),
     ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol",
+            metavar="NAME",
+            help="llm-pruner@N, gptq@N or sliding@N/STRIDE; may be repeated. [default: llm-pruner@128]",
+        ),
+    ] = None,
     seq_len: Annotated[
         list[int] | None,
-        typer.Option("--seq-len", metavar="N", help="Tokens of a window; may be repeated. [default: 128]"),
+        typer.Option("--seq-len", metavar="N", help="Short for --protocol llm-pruner@N; may be repeated."),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Score the first N tokens only.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="A,B,...", help="Tasks of lm-eval; zero-shot is LLM-Pruner's seven.", show_default=False
+        ),
+    ] = None,
+    tasks_data: Annotated[
+        Path | None,
+        typer.Option(
+            "--tasks-data", metavar="FOLDER", help="Local files with the questions, not the hub.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Only the first N questions of each task.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Choices at once; what fits.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="A text to continue; may be repeated.", show_default=False),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to continue it by.")] = 48,
     plan_file: Annotated[
         Path | None,
         typer.Option(
@@ -696,17 +729,29 @@ def evaluate_command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure perplexity.
+    """Measure perplexity, accuracy in tasks, and see samples of text.
 
-    By LLM-Pruner's protocol: rows joined by a blank line, windows that do not overlap, their first token unscored.
-    Without --ppl the text is the half of Python's language reference that calibration does not see.
+    Every model stands beside the first one given, window by window and question by question. Without --ppl, --tasks or
+    --prompt the text is the half of Python's language reference that calibration does not see.
     """
     _check_files(json_file)
-    texts = _texts(ppl or [])
+    others = (tasks is not None or bool(prompt)) and not (protocol or seq_len or max_tokens)
+    texts = {} if others and not ppl else _texts(ppl or [])
     _check_models(models, trust_remote_code=trust_remote_code)
     planned = read_plan(plan_file) if plan_file is not None else None
-    results: dict[str, list[Perplexity]] = {}
-    weights: dict[str, int] = {}
+    measures = plan_measures(
+        texts,
+        seq_lens=seq_len or None,
+        protocols=protocol or (),
+        max_tokens=max_tokens,
+        tasks=tasks,
+        folder=tasks_data,
+        limit=limit,
+        batch_size=batch_size,
+        prompts=prompt or (),
+        new_tokens=new_tokens,
+    )
+    results: list[Measured] = []
     for name in models:
         with _watch(quiet=quiet)(f"load {name}"):
             model = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -716,26 +761,12 @@ def evaluate_command(
         variants = {name: model}
         if planned:
             variants[f"{name} + {plan_file}"] = cut_as_planned(model, planned, tokenizer, watch=_watch(quiet=quiet))
-        for label, variant in variants.items():
-            weights[label] = weight_bytes(variant)
-            with _watch(quiet=quiet)(f"evaluate {label}") as progress:
-                results[label] = evaluate(
-                    variant, tokenizer, texts, seq_lens=seq_len or [128], max_tokens=max_tokens, progress=progress
-                )
-    files = {name: file_bytes(name) for name in models}
-    rows: list[dict[str, Any]] = [
-        {
-            "model": name,
-            "perplexity": [asdict(p) for p in found],
-            "tasks": {},
-            "weight_bytes": weights[name],
-            "file_bytes": files.get(name),
-        }
-        for name, found in results.items()
-    ]
-    _finish({"results": rows}, json_file)
+        for label, each in variants.items():
+            measured = measure(label, each, tokenizer, measures, watch=_watch(quiet=quiet))
+            results.append(measured.with_sizes(weight_bytes(each), file_bytes(name) if label == name else None))
+    _finish(as_json(results), json_file)
     if not quiet:
-        _print(perplexity_tables(results, weights=weights, files=files))
+        _print(evaluation_tables(results))
 
 
 @app.command("profile", cls=_Command)

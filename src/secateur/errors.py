@@ -45,6 +45,10 @@ class TrainingError(SecateurError):
     """A training that cannot be done or has gone wrong: odd options, a package that is missing, a loss that is NaN."""
 
 
+class TaskError(SecateurError):
+    """A task that is unknown or cannot be had; a file of questions, or a package, that is missing."""
+
+
 class CheckpointError(SecateurError):
     """A folder that cannot be written or read: it exists, it is incomplete, or nothing it could hold describes it."""
 

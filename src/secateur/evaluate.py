@@ -1,14 +1,14 @@
-"""Model + text -> perplexity, and a greedy continuation to read.
+"""Model + text -> perplexity by a named protocol, bits per byte, how sure both are; a greedy continuation to read.
 
-The windows are LLM-Pruner's (arXiv 2305.11627, `LLMPruner/evaluator/ppl.py`): rows joined by a blank line, one
-tokenizer call over all of it, windows that do not overlap, the tail dropped, the first token of a window unscored.
+A text is the rows of a data set joined by a blank line, tokenized in one call; `protocols.py` says how it is cut into
+windows. Bits per byte are the negative log-likelihood of the scored tokens in bits, over the UTF-8 bytes of exactly
+the text that these tokens stand for, so that models with other tokenizers compare.
 
 Tensor names end in their axes: B batch, N window, T token, V vocabulary.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,18 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibration import (
-    DEMO,
-    OVERLAP_WORDS,
-    CalibrationOptions,
-    calibration_windows,
-    digest,
-    overlap,
-    read_rows,
-)
+from secateur.calibration import read_rows
 from secateur.errors import DataError, ModelError, SecateurError
-
-logger = logging.getLogger(__name__)
+from secateur.protocols import LLM_PRUNER, Protocol, Window, read_protocol, windows
+from secateur.significance import interval, ratio_and_error
 
 LOGITS_BYTES = 256 * 2**20  # of one batch; a single window may need more
 SOFTMAX_BYTES = 64 * 2**20  # of one float32 or float64 piece of the logits
@@ -53,9 +45,42 @@ class Perplexity:
 
     data: str  # the name the caller gave the text
     seq_len: int  # tokens in a window
-    tokens: int  # scored tokens: windows x (seq_len - 1)
+    tokens: int  # scored tokens
     ppl: float  # exp(nll); inf where that overflows
     nll: float  # mean negative log-likelihood of a scored token, nats
+    protocol: str = ""  # such as llm-pruner@128
+    stride: int = 0  # tokens from one window's start to the next's
+    windows: int = 0
+    bytes: int | None = None  # of UTF-8, that the scored tokens stand for; None where the text was not given
+    bits_per_byte: float | None = None
+    nll_stderr: float | None = None  # over the windows; None for a single one
+    ppl_low: float | None = None  # the 95 % interval that follows from it
+    ppl_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """A perplexity, and what it is made of: the nats and the scored tokens of every window.
+
+    >>> ScoredText(Perplexity("a", 3, 2, 1.0, 0.0), (0.0,), (2,)).tokens
+    (2,)
+    """
+
+    perplexity: Perplexity
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedText:
+    """A text as tokens, and how many of its UTF-8 bytes are behind one when its first so many tokens are read.
+
+    >>> EncodedText(torch.tensor([5, 7]), torch.tensor([3, 4])).ids_T
+    tensor([5, 7])
+    """
+
+    ids_T: Tensor  # int64
+    byte_ends_T: Tensor  # int64, never falling
 
 
 def join_rows(rows: Sequence[str]) -> str:
@@ -92,11 +117,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: int | N
     >>> encode(bytes_tokenizer, "prune", max_tokens=3)
     tensor([112, 114, 117])
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise DataError(f"max_tokens={max_tokens} leaves nothing to score. --max-tokens 40000 scores the first 40,000.")
+    _check_max_tokens(max_tokens)
     # verbose=False: a text is longer than the model reads at once, and we cut it into windows ourselves
     ids = tokenizer(text, verbose=False)["input_ids"]
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: int | None = None) -> EncodedText:
+    """Tokenize as `encode` does, and find where in the text's UTF-8 bytes every token ends.
+
+    What no token covers (white space, with some tokenizers) belongs to the next token, and a character that is split
+    over several tokens to the first of them. A tokenizer written in Python does not tell: its tokens then stand for as
+    many bytes each as the text has per token.
+
+    >>> from types import SimpleNamespace
+    >>> def words(text, **_):
+    ...     return {"input_ids": [1, 2], "offset_mapping": [(0, 3), (4, 8)]}
+    >>> words.is_fast = True
+    >>> encode_text(words, "one d\u00e9ux").byte_ends_T
+    tensor([3, 9])
+    """
+    _check_max_tokens(max_tokens)
+    whole = len(text.encode(errors="surrogatepass"))
+    if not getattr(tokenizer, "is_fast", False):
+        ids_T = encode(tokenizer, text)
+        ends_T = torch.arange(1, len(ids_T) + 1, dtype=torch.int64) * whole // max(len(ids_T), 1)
+    else:
+        encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        ids_T = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+        ends_T = _byte_ends(text, [end for _, end in encoding["offset_mapping"]])
+    return EncodedText(ids_T[:max_tokens], ends_T[:max_tokens])
 
 
 def evaluate(
@@ -104,88 +154,85 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, str],
     *,
-    seq_lens: Sequence[int] = (128,),
+    seq_lens: Sequence[int] | None = None,
+    protocols: Sequence[str | Protocol] = (),
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Perplexity]:
-    """Score every text (name -> text) in windows of every length, the first `max_tokens` tokens of each.
+    """Score every text (name -> text) by every protocol, the first `max_tokens` tokens of each.
 
-    Each text is tokenized once. `progress` counts windows over all texts and lengths. Raises as `perplexity` does,
-    before any text is scored where a text is too short.
+    `seq_lens` are short for LLM-Pruner's protocol: 128 is `llm-pruner@128`, which is also what is done where neither is
+    given. Each text is tokenized once. `progress` counts windows over all texts and protocols. Raises as `perplexity`
+    does, before any text is scored where a text is too short.
 
     >>> evaluate(None, None, {})
     []
     """
-    encoded = {name: encode(tokenizer, text, max_tokens=max_tokens) for name, text in texts.items()}
-    work = [(name, seq_len) for name in encoded for seq_len in seq_lens]
-    counts = [len(_windows(encoded[name], data=name, seq_len=seq_len)) for name, seq_len in work]
+    wanted = wanted_protocols(seq_lens, protocols)
+    found = score_texts(model, tokenizer, texts, protocols=wanted, max_tokens=max_tokens, progress=progress)
+    return [each.perplexity for each in found]
+
+
+def score_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    *,
+    protocols: Sequence[Protocol],
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ScoredText]:
+    """As `evaluate` does, with what every window came to, for a comparison window by window.
+
+    >>> score_texts(None, None, {}, protocols=[])
+    []
+    """
+    encoded = {name: encode_text(tokenizer, text, max_tokens=max_tokens) for name, text in texts.items()}
+    work = [(name, protocol) for name in encoded for protocol in protocols]
+    counts = [len(windows(protocol, len(encoded[name].ids_T), data=name)) for name, protocol in work]
     results = []
-    for i, (name, seq_len) in enumerate(work):
+    for i, (name, protocol) in enumerate(work):
         before = sum(counts[:i])
 
         def counted(done: int, _: int, before: int = before) -> None:
             if progress is not None:
                 progress(before + done, sum(counts))
 
-        results.append(perplexity(model, encoded[name], data=name, seq_len=seq_len, progress=counted))
+        results.append(score_text(model, encoded[name], data=name, protocol=protocol, progress=counted))
     return results
 
 
-def warn_of_overlap(
-    name: str, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], calibrated: Mapping[str, Any]
-) -> None:
-    """Log a warning for every text (name -> text) that holds calibration text of the model called `name`.
+def wanted_protocols(
+    seq_lens: Sequence[int] | None = None, protocols: Sequence[str | Protocol] = ()
+) -> tuple[Protocol, ...]:
+    """The protocols that lengths of windows and names of protocols stand for, each once.
 
-    `calibrated` says how it was calibrated: the record of its folder, or what its plan was scored with, as plain data.
-    Its windows are drawn again from the file, or `demo`, that it names. Where they cannot be, or turn out to be others
-    (the file is gone or has changed, the text is a data set's or the model's own), nothing is known and nothing said.
-
-    >>> warn_of_overlap("pruned", None, {"wikitext2": "A text."}, {"calibration": None})
+    >>> [str(protocol) for protocol in wanted_protocols([128], ["gptq@2048", "llm-pruner@128"])]
+    ['llm-pruner@128', 'gptq@2048']
     """
-    about = calibrated.get("calibration_options")
-    if about is None or not (about["text"] == DEMO or Path(about["text"]).expanduser().is_file()):
-        return
-    try:
-        options = CalibrationOptions(**about)
-        windows = calibration_windows(tokenizer, options)
-    except (DataError, TypeError) as error:
-        logger.debug("the calibration of %s cannot be drawn again: %s", name, error)
-        return
-    if calibrated["calibration"] == digest(windows[: options.for_scores]):
-        windows = windows[: options.for_scores]  # nothing was repaired
-    elif calibrated["calibration"] != digest(windows):
-        logger.debug("the calibration of %s cannot be drawn again: %s gives other tokens", name, about["text"])
-        return
-    decoded = [_decode(tokenizer, ids) for ids in windows.tolist()]
-    for data, text in texts.items():
-        if share := overlap(decoded, text):
-            logger.warning(
-                "%s: %.3g %% of its calibration windows, from %s, share %d words in a row with the evaluation text %s; "
-                "this flatters the result, so calibrate on another text",
-                name,
-                100 * share,
-                about["text"],
-                OVERLAP_WORDS,
-                data,
-            )
+    if not protocols and seq_lens is None:
+        seq_lens = (128,)
+    named = [each if isinstance(each, Protocol) else read_protocol(each) for each in protocols]
+    return tuple(dict.fromkeys([*(Protocol(LLM_PRUNER, length, length) for length in seq_lens or ()), *named]))
 
 
 def perplexity(
     model: PreTrainedModel,
-    token_ids: Tensor,
+    text: Tensor | EncodedText,
     *,
     data: str,
-    seq_len: int,
+    seq_len: int | None = None,
+    protocol: Protocol | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Score `token_ids` (T, integers, on any device) in windows of `seq_len` tokens that do not overlap.
+    """Score a text in the windows of a protocol; `seq_len` is short for LLM-Pruner's with windows of that length.
 
-    The tail that fills no window is dropped and the first token of a window is unscored, so the result counts
-    floor(T / seq_len) * (seq_len - 1) tokens. The log-softmax is taken in float32, or in float64 if the logits are,
-    and summed in float64. `data` names the text in the result and in errors. `batch_size` counts windows per forward
-    pass; None takes as many as keep the logits under 256 MB. `progress` is called after each batch with the windows
-    done and all windows.
+    `text` is what `encode_text` returns, or token ids alone (T, integers, on any device), of which no bits per byte
+    are known. The log-softmax is taken in float32, or in float64 if the logits are, and summed in float64. The
+    standard error is that of a mean over windows (`ratio_and_error`). `data` names the text in the result and in
+    errors. `batch_size` counts windows per forward pass; None takes as many as keep the logits under 256 MB.
+    `progress` is called after each batch with the windows done and all windows.
 
     Raises DataError if there is no window, a token the model does not know, or a window longer than its table of
     positions; ModelError if the weights are not loaded; SecateurError if the model answers NaN.
@@ -200,35 +247,89 @@ def perplexity(
     >>> result.tokens, round(result.ppl, 4)  # 6 windows of 5; the last 2 tokens are dropped
     (24, 8.0)
     """
-    windows_NT = _windows(token_ids, data=data, seq_len=seq_len)
-    vocabulary = vocabulary_size(model)
-    if (largest := int(windows_NT.max())) >= vocabulary or int(windows_NT.min()) < 0:
+    protocol = protocol or Protocol(LLM_PRUNER, seq_len or 0, seq_len or 0)
+    found = score_text(model, text, data=data, protocol=protocol, batch_size=batch_size, progress=progress)
+    return found.perplexity
+
+
+def score_text(
+    model: PreTrainedModel,
+    text: Tensor | EncodedText,
+    *,
+    data: str,
+    protocol: Protocol,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ScoredText:
+    """As `perplexity` does, with what every window came to.
+
+    >>> score_text(None, torch.arange(3), data="three", protocol=read_protocol("gptq@4"))
+    Traceback (most recent call last):
+    secateur.errors.DataError: three: 3 tokens are fewer than one window of 4. ...
+    """
+    ids_T = text.ids_T if isinstance(text, EncodedText) else text
+    if ids_T.dim() != 1:
         raise DataError(
-            f"{data}: token {largest if largest >= vocabulary else int(windows_NT.min())} is outside the model's "
+            f"{data}: token_ids has shape {tuple(ids_T.shape)}; expected one dimension. "
+            "encode(tokenizer, text) returns it."
+        )
+    cut = windows(protocol, len(ids_T), data=data)
+    vocabulary = vocabulary_size(model)
+    read_T = ids_T[: cut[-1].end]
+    if (largest := int(read_T.max())) >= vocabulary or int(read_T.min()) < 0:
+        raise DataError(
+            f"{data}: token {largest if largest >= vocabulary else int(read_T.min())} is outside the model's "
             f"vocabulary of {vocabulary}. Encode the text with the tokenizer that belongs to this model."
         )
     if batch_size is None:
-        batch_size = _fitting_batch(seq_len, vocabulary)
+        batch_size = fitting_batch(protocol.window, vocabulary)
     elif batch_size < 1:
         raise DataError(f"batch_size={batch_size} scores nothing; expected at least 1, or None to choose it.")
 
+    flag = "--seq-len" if protocol.name == LLM_PRUNER else f"the window of --protocol {protocol}"
     device = input_device(model)
-    total, done = 0.0, 0
-    with evaluation_mode(model), torch.inference_mode(), known_positions(model, seq_len, flag="--seq-len"):
-        for ids_BT in windows_NT.split(batch_size):
-            ids_BT = ids_BT.to(device)
-            total += _summed_nll(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-            done += len(ids_BT)
+    sums: list[float] = []  # nats, of every window
+    with evaluation_mode(model), torch.inference_mode(), known_positions(model, protocol.window, flag=flag):
+        for batch in _batches(cut, batch_size):
+            ids_BT = torch.stack([ids_T[window.start : window.end] for window in batch]).long().to(device)
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+            for logits_TV, window_T, window in zip(logits_BTV, ids_BT, batch, strict=True):
+                sums.append(_summed_nll(logits_TV, window_T, window.scored - window.start))
             if progress is not None:
-                progress(done, len(windows_NT))
-    tokens = len(windows_NT) * (seq_len - 1)
-    if math.isnan(total):
+                progress(len(sums), len(cut))
+    tokens = sum(window.tokens for window in cut)
+    if any(map(math.isnan, sums)):
         raise SecateurError(
-            f"{data}: the model's negative log-likelihood is NaN over {tokens} tokens (seq_len={seq_len}); expected "
-            "finite logits. float16 often overflows: try --dtype bfloat16 or --dtype float32."
+            f"{data}: the model's negative log-likelihood is NaN over {tokens} tokens (seq_len={protocol.window}); "
+            "expected finite logits. float16 often overflows: try --dtype bfloat16 or --dtype float32."
         )
-    nll = total / tokens
-    return Perplexity(data=data, seq_len=seq_len, tokens=tokens, ppl=_exp(nll), nll=nll)
+    scored_bytes = _bytes(text.byte_ends_T, cut) if isinstance(text, EncodedText) else None
+    return ScoredText(
+        _summary(data, protocol, sums, cut, scored_bytes), tuple(sums), tuple(window.tokens for window in cut)
+    )
+
+
+def _summary(
+    data: str, protocol: Protocol, sums: Sequence[float], cut: Sequence[Window], scored_bytes: int | None
+) -> Perplexity:
+    counts = [window.tokens for window in cut]
+    nll, stderr = ratio_and_error(sums, counts)
+    ends = interval(nll, stderr)
+    return Perplexity(
+        data=data,
+        seq_len=protocol.window,
+        tokens=sum(counts),
+        ppl=_exp(nll),
+        nll=nll,
+        protocol=str(protocol),
+        stride=protocol.stride,
+        windows=len(cut),
+        bytes=scored_bytes,
+        bits_per_byte=math.fsum(sums) / math.log(2) / scored_bytes if scored_bytes else None,
+        nll_stderr=stderr,
+        ppl_low=_exp(ends[0]) if ends else None,
+        ppl_high=_exp(ends[1]) if ends else None,
+    )
 
 
 def sample_text(
@@ -264,9 +365,9 @@ def sample_text(
         while len(written) < new_tokens and (token := int(next(steps))) not in ends:
             written.append(token)
     # Some tokenizers drop the space before the first word they decode: decode with the prompt, then cut it off.
-    before = _decode(tokenizer, prompt_ids.tolist())
-    whole = _decode(tokenizer, prompt_ids.tolist() + written)
-    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, written)
+    before = decode(tokenizer, prompt_ids.tolist())
+    whole = decode(tokenizer, prompt_ids.tolist() + written)
+    return whole[len(before) :] if whole.startswith(before) else decode(tokenizer, written)
 
 
 def greedy_steps(model: PreTrainedModel, prompt_BT: Tensor) -> Iterator[Tensor]:
@@ -369,40 +470,56 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _windows(token_ids: Tensor, *, data: str, seq_len: int) -> Tensor:
-    """Cut ids_T into windows_NT of `seq_len` tokens; the tail is dropped."""
-    if seq_len < 2:
-        raise DataError(
-            f"{data}: seq_len={seq_len} scores nothing, because the first token of a window is unscored; expected at "
-            "least 2. --seq-len 128 is the paper's."
-        )
-    if token_ids.dim() != 1:
-        raise DataError(
-            f"{data}: token_ids has shape {tuple(token_ids.shape)}; expected one dimension. "
-            "encode(tokenizer, text) returns it."
-        )
-    if len(token_ids) < seq_len:
-        raise DataError(
-            f"{data}: {len(token_ids)} tokens are fewer than one window of {seq_len}. "
-            f"Give a longer text, or --seq-len {max(len(token_ids), 2)} or less."
-        )
-    return token_ids[: len(token_ids) // seq_len * seq_len].reshape(-1, seq_len).long()
+def fitting_batch(length: int, vocabulary: int, *, limit: int = LOGITS_BYTES) -> int:
+    """How many rows of `length` tokens keep their float32 logits under `limit` bytes, and their tokens under 8192.
+
+    >>> fitting_batch(128, 49152)
+    10
+    """
+    return max(1, min(limit // (4 * vocabulary * length), BATCH_TOKENS // length))
 
 
-def _fitting_batch(seq_len: int, vocabulary: int) -> int:
-    """Return how many windows keep the logits, at 4 bytes each, and the tokens of one batch within their limits."""
-    return max(1, min(LOGITS_BYTES // (4 * vocabulary * seq_len), BATCH_TOKENS // seq_len))
+def _check_max_tokens(max_tokens: int | None) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(f"max_tokens={max_tokens} leaves nothing to score. --max-tokens 40000 scores the first 40,000.")
 
 
-def _summed_nll(logits_BTV: Tensor, ids_BT: Tensor) -> float:
-    """Sum the negative log-likelihood of tokens 1, 2, ... of each window, nats, in pieces of at most 64 MB."""
-    dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
-    piece = max(1, SOFTMAX_BYTES // (dtype.itemsize * logits_BTV.shape[-1]))
+def _byte_ends(text: str, ends: Sequence[int]) -> Tensor:
+    """Places in characters -> the largest so far, in UTF-8 bytes."""
+    found, place, size = [], 0, 0
+    for end in ends:
+        if end > place:
+            size += len(text[place:end].encode(errors="surrogatepass"))
+            place = end
+        found.append(size)
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _bytes(byte_ends_T: Tensor, cut: Sequence[Window]) -> int:
+    """The bytes of the scored tokens; the first token of a text is never scored."""
+    return sum(int(byte_ends_T[window.end - 1] - byte_ends_T[window.scored - 1]) for window in cut)
+
+
+def _batches(cut: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
+    """Windows one after the other, as many at once as are asked for; a shorter one, at the end of a text, alone."""
+    first = 0
+    while first < len(cut):
+        length = cut[first].end - cut[first].start
+        last = first + 1
+        while last < min(first + batch_size, len(cut)) and cut[last].end - cut[last].start == length:
+            last += 1
+        yield cut[first:last]
+        first = last
+
+
+def _summed_nll(logits_TV: Tensor, ids_T: Tensor, first: int) -> float:
+    """Sum the negative log-likelihood of the tokens from `first` (1 or more) on, nats, in pieces of at most 64 MB."""
+    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    piece = max(1, SOFTMAX_BYTES // (dtype.itemsize * logits_TV.shape[-1]))
     total = 0.0
-    for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True):
-        for some_TV, targets_T in zip(logits_TV[:-1].split(piece), ids_T[1:].split(piece), strict=True):
-            nll_T = functional.cross_entropy(some_TV.to(dtype), targets_T.to(some_TV.device), reduction="none")
-            total += nll_T.cpu().double().sum().item()  # on the CPU: some accelerators have no float64
+    for some_TV, targets_T in zip(logits_TV[first - 1 : -1].split(piece), ids_T[first:].split(piece), strict=True):
+        nll_T = functional.cross_entropy(some_TV.to(dtype), targets_T.to(some_TV.device), reduction="none")
+        total += nll_T.cpu().double().sum().item()  # on the CPU: some accelerators have no float64
     return total
 
 
@@ -418,5 +535,11 @@ def _end_tokens(model: PreTrainedModel) -> set[int | None]:
     return set(end) if isinstance(end, list | tuple) else {end}
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Tokens as the text that they stand for, without special tokens.
+
+    >>> from types import SimpleNamespace
+    >>> decode(SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode()), [112, 114])
+    'pr'
+    """
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

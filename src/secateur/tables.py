@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from rich.console import RenderableType
@@ -24,13 +24,15 @@ from secateur.anatomy import (
 )
 from secateur.axes.groups import Discovery, count_parameters
 from secateur.checkpoint import Verified
+from secateur.comparison import Measured, differences
 from secateur.demo import PROMPT, Demonstration
-from secateur.evaluate import Perplexity
 from secateur.export import Exported
 from secateur.merge import Merged
 from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.quantize import Quantised
 from secateur.recover import Recovered
+from secateur.significance import Difference
+from secateur.zero_shot import HEADLINES, TaskResult, compare, mean_of
 
 NEAR = 0.005  # of a budget: what is farther from it is said
 UNEVEN = 3  # sizes of one kind: more are drawn, not listed
@@ -235,20 +237,109 @@ def _setting(value: Any) -> str:
     return f"({len(value)} entries)" if isinstance(value, list) else str(value)
 
 
-def perplexity_tables(
-    results: Mapping[str, Sequence[Perplexity]], *, weights: Mapping[str, int], files: Mapping[str, int | None]
-) -> Iterator[RenderableType]:
-    """A row for every model, text and window, with the bytes of the model's weights in memory and of their files."""
+def evaluation_tables(results: Sequence[Measured]) -> Iterator[RenderableType]:
+    """What was measured of every model: a row for each text and protocol, a row for each task, samples of text."""
+    if any(measured.texts for measured in results):
+        yield from _titled("Perplexity", _perplexity_table(results))
+    if any(measured.tasks for measured in results):
+        yield from _titled("Accuracy in tasks, %", _task_table(results))
+        notes = {result.task: result.note for measured in results for result in measured.tasks.values() if result.note}
+        yield from (f"{task}: {note}" for task, note in notes.items())
+        if len(results) > 1:
+            yield f"in brackets: beside {results[0].model}, question by question, and how likely so much is by chance"
+    for measured in results:
+        for prompt, text in measured.samples.items():
+            yield Text.assemble(f"{measured.model}: {prompt}", (" ".join(["", *text.split()]), "bold"))
+
+
+def _perplexity_table(results: Sequence[Measured]) -> Table:
+    """With the bytes of the model's weights in memory and of their files, and the nats that it is worse by."""
     table = Table()
-    for column in ("model", "weights", "files", "text", "window", "tokens scored", "nats/token", "perplexity"):
-        table.add_column(column, justify="left" if column in ("model", "text") else "right")
-    for name, found in results.items():
-        on_disk = files.get(name)
-        sizes = (binary(weights[name]), "" if on_disk is None else binary(on_disk))
-        for p in found:
-            scored = (p.data, str(p.seq_len), f"{p.tokens:,}", f"{p.nll:.4f}", f"{p.ppl:.2f}")
-            table.add_row(name, *sizes, *scored)
-    yield from _titled("Perplexity", table)
+    columns = (
+        "model",
+        "weights",
+        "files",
+        "text",
+        "protocol",
+        "tokens scored",
+        "nats/token",
+        "bits/byte",
+        "perplexity",
+    )
+    beside = ("beside the first",) * (len(results) > 1)
+    for column in (*columns, "95 % interval", *beside):
+        table.add_column(column, justify="left" if column in ("model", "text", "protocol") else "right")
+    for measured in results:
+        sizes = ["" if size is None else binary(size) for size in (measured.weight_bytes, measured.file_bytes)]
+        for p, worse in zip(measured.perplexity, differences(measured, results[0]), strict=True):
+            ends = "" if p.ppl_low is None or p.ppl_high is None else f"{p.ppl_low:.2f} to {p.ppl_high:.2f}"
+            bits = "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}"
+            scored = (p.data, p.protocol, f"{p.tokens:,}", f"{p.nll:.4f}", bits, f"{p.ppl:.2f}", ends)
+            shown = (
+                "" if worse is None or measured is results[0] else with_error(worse.difference, worse.stderr, "+.4f")
+            )
+            table.add_row(measured.model, *sizes, *scored, *((shown,) if beside else ()))
+    return table
+
+
+def _task_table(results: Sequence[Measured]) -> Table:
+    """A row for every task and one for their mean, a column for every model."""
+    table = Table()
+    for column in ("task", "metric", "questions", *(measured.model for measured in results)):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    first = results[0]
+    for name in dict.fromkeys(name for measured in results for name in measured.tasks):
+        found = [measured.tasks.get(name) for measured in results]
+        shown = next(result for result in found if result is not None)
+        cells = []
+        for result in found:
+            beside = compare(result, first.tasks[name]) if result is not None and name in first.tasks else None
+            cells.append("" if result is None else _accuracy(result, None if result is found[0] else beside))
+        table.add_row(name, shown.metric, f"{shown.documents:,}", *cells)
+    means = [mean_of(measured.tasks, first.tasks) for measured in results]
+    if means[0] is not None and len(means[0]["tasks"]) > 1:
+        table.add_section()
+        cells = []
+        for number, mean in enumerate(means):
+            text = "" if mean is None else with_error(100 * mean["value"], _hundred(mean["stderr"]), ".2f")
+            if number and mean is not None and "difference" in mean:
+                error = _hundred(mean["difference_stderr"])
+                text += f" ({with_error(100 * mean['difference'], error, '+.2f')}, p {chance(mean['p'])})"
+            cells.append(text)
+        table.add_row("mean", f"of {len(means[0]['tasks'])}", "", *cells)
+    return table
+
+
+def _accuracy(result: TaskResult, beside: Difference | None) -> str:
+    """A value in per cent where it is an accuracy, and its difference to the first model's."""
+    scale = 100.0 if result.metric in HEADLINES else 1.0
+    text = with_error(scale * result.value, None if result.stderr is None else scale * result.stderr, ".2f")
+    if beside is None:
+        return text
+    error = None if beside.stderr is None else scale * beside.stderr
+    return f"{text} ({with_error(scale * beside.difference, error, '+.2f')}, p {chance(beside.p)})"
+
+
+def _hundred(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    """A value and its standard error.
+
+    >>> with_error(0.25, 0.01, "+.2f"), with_error(0.25, None, ".1f")
+    ('+0.25 ± 0.01', '0.2')
+    """
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
+def chance(p: float) -> str:
+    """A p-value; what is below a thousandth is said to be.
+
+    >>> chance(0.0312), chance(1e-9)
+    ('0.031', '< 0.001')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def verify_tables(found: Verified) -> Iterator[RenderableType]:
