@@ -55,6 +55,7 @@ ORDER = [
     "checkpoint.stock",
     "checkpoint.verification",
     "checkpoint",
+    "journal",
     "evaluate",
     "export.architectures",
     "export.tensors",

@@ -39,6 +39,7 @@ from secateur.demo import TEXT, demonstrate
 from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError
 from secateur.evaluate import Perplexity, evaluate, read_evaluation_text, warn_of_overlap
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
+from secateur.journal import append, check_run_folder
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
 from secateur.profile import profile, weight_bytes
@@ -130,7 +131,16 @@ OwnScores = Annotated[
 ]
 RunFolderOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="FOLDER", help="Keep statistics here, for other plans.", show_default=False),
+    typer.Option(
+        "--run",
+        metavar="FOLDER",
+        help="Keep statistics here, for other plans, and the result, for `report`.",
+        show_default=False,
+    ),
+]
+JournalOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="FOLDER", help="Keep the result here, for `report`.", show_default=False),
 ]
 Reduce = Annotated[
     str | None,
@@ -289,6 +299,7 @@ def discover_command(
 
 @app.command("plan", cls=_Command)
 def plan_command(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path | None, typer.Option("--out", metavar="plan.json", help="Write the plan here.")] = None,
     preset: Preset = "best",
@@ -329,7 +340,7 @@ def plan_command(
 
     A config without weights is enough for the sizes; with weights, the plan says which units stay.
     """
-    _check_files(json_file, out)
+    _check_files(json_file, out, run=run_folder)
     _run_own(own_scores)
     planned = plan_model(
         model,
@@ -362,7 +373,7 @@ def plan_command(
         run=run_folder,
         watch=_watch(quiet=quiet),
     )
-    _finish(planned.to_json(), json_file)
+    _finish(planned.to_json(), json_file, context, [model])
     _finish(planned.to_json(), out)
     if not quiet:
         _print(plan_tables(planned))
@@ -416,7 +427,7 @@ def prune_command(
     Scores every unit, plans the cut, cuts, and writes a folder with the plan and a record of the run beside the
     weights.
     """
-    _check_files(json_file, made=out)
+    _check_files(json_file, made=out, run=run_folder)
     _run_own(own_scores)
     if plan_file is not None:
         _check_alone(context, plan_file)
@@ -461,7 +472,7 @@ def prune_command(
         dense_and_pruned = [load_config(name, trust_remote_code=trust_remote_code) for name in (model, str(out))]
         result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(dense_and_pruned[1]))
         note = serving_note(*dense_and_pruned)
-    _finish(result, json_file)
+    _finish(result, json_file, context, [model, str(out)])
     if not quiet:
         if note is not None:
             print(note)
@@ -564,6 +575,7 @@ def recover_command(
         str | None, typer.Option("--track", help="tensorboard, trackio or wandb.", show_default=False)
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Put the curves into OUT as a picture, too.")] = False,
+    run_folder: JournalOption = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     quiet: Quiet = False,
@@ -579,7 +591,7 @@ def recover_command(
 
     Writes one ordinary folder; LoRA is merged into the weights. A run that was killed goes on with --resume.
     """
-    _check_files(json_file, made=out)
+    _check_files(json_file, made=out, run=run_folder)
     adapter = _given(rank=rank, alpha=alpha, dropout=dropout)
     options, reading = recovery_options(
         preset,
@@ -630,7 +642,7 @@ def recover_command(
         command=context.obj,
         watch=_watch(quiet=quiet),
     )
-    _finish(recovered.to_json(), json_file)
+    _finish(recovered.to_json(), json_file, context, [pruned, str(out)])
     if not quiet:
         if resume:
             print("went on from what was kept" if recovered.resumed else "nothing was kept of this: started anew")
@@ -641,6 +653,7 @@ def recover_command(
 
 @app.command("evaluate", cls=_Command)
 def evaluate_command(
+    context: typer.Context,
     models: ModelArguments,
     ppl: Annotated[
         list[str] | None,
@@ -660,6 +673,7 @@ def evaluate_command(
             show_default=False,
         ),
     ] = None,
+    run_folder: JournalOption = None,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -672,7 +686,7 @@ def evaluate_command(
     By LLM-Pruner's protocol: rows joined by a blank line, windows that do not overlap, their first token unscored.
     Without --ppl the text is the half of Python's language reference that calibration does not see.
     """
-    _check_files(json_file)
+    _check_files(json_file, run=run_folder)
     texts = _texts(ppl or [])
     _check_models(models, trust_remote_code=trust_remote_code)
     planned = read_plan(plan_file) if plan_file is not None else None
@@ -704,16 +718,18 @@ def evaluate_command(
         }
         for name, found in results.items()
     ]
-    _finish({"results": rows}, json_file)
+    _finish({"results": rows}, json_file, context, models)
     if not quiet:
         _print(perplexity_tables(results, weights=weights, files=files))
 
 
 @app.command("profile", cls=_Command)
 def profile_command(
+    context: typer.Context,
     models: ModelArguments,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of the prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after it.")] = 16,
+    run_folder: JournalOption = None,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -725,7 +741,7 @@ def profile_command(
 
     All models take turns in one run, so that a busy machine slows all of them alike.
     """
-    _check_files(json_file)
+    _check_files(json_file, run=run_folder)
     _check_models(models, trust_remote_code=trust_remote_code)
     with _watch(quiet=quiet)("load"):
         loaded = {
@@ -734,7 +750,7 @@ def profile_command(
         }
     with _watch(quiet=quiet)("profile"):
         rows = profile(loaded, seq_len=seq_len, new_tokens=new_tokens, seed=seed)
-    _finish({"results": [asdict(row) for row in rows]}, json_file)
+    _finish({"results": [asdict(row) for row in rows]}, json_file, context, models)
     if not quiet:
         _print(profile_tables(rows))
 
@@ -766,6 +782,7 @@ def verify_command(
 
 @app.command("export", cls=_Command)
 def export_command(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[
         Path,
@@ -798,6 +815,7 @@ def export_command(
     int8: Annotated[bool, typer.Option("--int8", help="A folder with int8 weights, packed by torchao.")] = False,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="With --int8: products in int8, activations too.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    run_folder: JournalOption = None,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -810,7 +828,7 @@ def export_command(
     OUT.gguf is a file that llama.cpp and what is built on it run; layers of different sizes go into it too.
     --int8 writes a folder that transformers reads where torchao is installed.
     """
-    _check_files(json_file, made=out if int8 else None)
+    _check_files(json_file, made=out if int8 else None, run=run_folder)
     loading = LoadOptions(dtype, device, trust_remote_code)
     if int8:
         if gguf is not None or pad or pre is not None or check is not None or out.suffix == SUFFIX:
@@ -819,7 +837,7 @@ def export_command(
             )
         with _watch(quiet=quiet)("pack"):
             packed = export_int8_of(model, out, dynamic=dynamic, loading=loading, overwrite=overwrite)
-        _finish(packed.to_json(), json_file)
+        _finish(packed.to_json(), json_file, context, [model, str(out)])
         if not quiet:
             _print(int8_tables(packed))
         return
@@ -837,7 +855,7 @@ def export_command(
         written = export_gguf(
             loaded, tokenizer, out, dtype=wanted, pad=pad, pre=pre, check=check, overwrite=overwrite, progress=progress
         )
-    _finish(written.to_json(), json_file)
+    _finish(written.to_json(), json_file, context, [model, str(out)])
     if not quiet:
         _print(export_tables(written))
 
@@ -967,8 +985,13 @@ def _warn_of_overlap(
 # --- checking before work begins --------------------------------------------------------------------------------
 
 
-def _check_files(*files: Path | None, made: Path | None = None) -> None:
-    """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet."""
+def _check_files(*files: Path | None, made: Path | None = None, run: Path | None = None) -> None:
+    """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet.
+
+    Nor can the journal of the run folder `run` be kept in what is no folder.
+    """
+    if run is not None:
+        check_run_folder(run)
     for file in files:
         if file is not None and (made is None or made.absolute() not in file.absolute().parents):
             check_writable(file)
@@ -990,9 +1013,14 @@ def _check_models(models: Sequence[str], *, trust_remote_code: bool) -> None:
         load_config(name, trust_remote_code=trust_remote_code)
 
 
-def _finish(result: Any, file: Path | None) -> None:
-    if file is not None and processes.is_first():
+def _finish(result: Any, file: Path | None, context: typer.Context | None = None, models: Sequence[str] = ()) -> None:
+    """Write a result as JSON where that was asked for, and into the journal of the command's run folder."""
+    if not processes.is_first():
+        return
+    if file is not None:
         write_json(file, result)
+    if context is not None and (run := context.params["run_folder"]) is not None:
+        append(run, context.obj, str(context.info_name), result, seed=context.params["seed"], models=models)
 
 
 def _run_own(file: Path | None) -> None:
