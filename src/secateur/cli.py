@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from typer.core import TyperCommand
 
 from secateur import __version__, processes
+from secateur.amounts import binary
 from secateur.anatomy import reach_as_json
 from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
@@ -46,11 +47,11 @@ from secateur.profile import profile, weight_bytes
 from secateur.quantize import export_int8_of
 from secateur.recover import options_for as recovery_options
 from secateur.recover import recover
+from secateur.report import write_report
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.serving import serving_note, tensor_parallel_sizes
 from secateur.tables import (
-    binary,
     demo_tables,
     discovery_tables,
     export_tables,
@@ -858,6 +859,28 @@ def export_command(
     _finish(written.to_json(), json_file, context, [model, str(out)])
     if not quiet:
         _print(export_tables(written))
+
+
+@app.command("report", cls=_Command)
+def report_command(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that --run named.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Make one page of all that was measured in a run.
+
+    One HTML file with charts, tables, commands, versions and hashes; it needs no network and no scripts.
+    """
+    _check_files(json_file)
+    written = write_report(run_folder, out, overwrite=overwrite)
+    _finish(written.to_json(), json_file)
+    if not quiet:
+        _print([*written.sentences, f"report: {written.out}"])
 
 
 @app.command("demo", cls=_Command)
