@@ -77,9 +77,9 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """Command lines in the order in which they ended: time, kind, line, seed."""
+    """Command lines in the order in which they ended: time, line, seed."""
 
-    lines: tuple[tuple[str, str, str, int], ...]
+    lines: tuple[tuple[str, str, int], ...]
     kind: str = "commands"
 
 

@@ -120,7 +120,8 @@ def _speed(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] |
         return None
     times = before.prefill_seconds / after.prefill_seconds
     told = f"{TIMES} {times:.2f}"
-    how = "is as fast as the dense model" if abs(times - 1) <= ALIKE else f"reads a prompt {times:.2f} times as fast"
+    alike = abs(times - 1) <= ALIKE
+    how = "reads a prompt as fast as the dense model" if alike else f"reads a prompt {times:.2f} times as fast"
     sentence = f"It {how} ({seconds_text(before.prefill_seconds)} {ARROW} {seconds_text(after.prefill_seconds)})"
     if before.decode_tokens_per_second and after.decode_tokens_per_second:
         rate = after.decode_tokens_per_second / before.decode_tokens_per_second
@@ -131,7 +132,7 @@ def _speed(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] |
     if before.macs and after.macs:
         sentence += f"; the arithmetic of a pass is {after.macs / before.macs:.2f} of the dense model's"
     detail = f"{seconds_text(before.prefill_seconds)} {ARROW} {seconds_text(after.prefill_seconds)} for a prompt"
-    return KeyFigure("Reading speed", told, detail, times >= 1 - ALIKE), sentence + "."
+    return KeyFigure("Reading speed", told, detail, None if alike else times > 1), sentence + "."
 
 
 def _memory(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | None:

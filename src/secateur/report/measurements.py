@@ -227,7 +227,7 @@ def samples_section(facts: Facts) -> Section | None:
     blocks = []
     for prompt in dict.fromkeys(row.prompt for row in facts.run.samples):
         texts = [
-            (model.label, model.tone, row.text)
+            (model.label, model.tone, row.text.strip())
             for model in facts.models
             for row in facts.run.samples
             if row.prompt == prompt and same_model(row.model, model.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def write_report(run: str | Path, out: str | Path, *, overwrite: bool = False) -
     return report
 
 
+# What HTML does not hold (control characters, lone surrogates), and what turns the direction of all that follows it.
+_ODD = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def _printable(value: Any) -> Any:
+    return _ODD.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
+
+
 def report_of(run: Run, out: Path) -> Report:
     """What the page of a run says."""
     facts = Facts.of(run)
@@ -94,6 +105,7 @@ def render(report: Report, run: Run) -> str:
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

@@ -16,10 +16,8 @@ from secateur.report.models import Facts, Model, folder_of, same_model
 def provenance_section(facts: Facts) -> Section:
     """The record of the run, from which it can be repeated."""
     entries = facts.run.entries
-    lines = tuple(
-        (entry.time.strftime("%Y-%m-%d %H:%M UTC"), entry.kind, entry.command, entry.seed) for entry in entries
-    )
-    blocks: list[Block] = [Subheading("Commands"), Commands(lines)]
+    lines = [(entry.time.strftime("%Y-%m-%d %H:%M UTC"), entry.command, entry.seed) for entry in entries]
+    blocks: list[Block] = [Subheading("Commands"), Commands(tuple(dict.fromkeys(lines)))]  # the demo's is one for all
     blocks.extend(Paragraph(note) for note in facts.run.notes)
     blocks += [Subheading("Versions"), _versions(facts)]
     inputs = list(_inputs(facts))
@@ -39,7 +37,7 @@ def _versions(facts: Facts) -> Table:
     names = list(dict.fromkeys(name for each in sets for name in each))
     rows = tuple((Cell(name), *(Cell(each.get(name, "")) for each in sets)) for name in names)
     columns = ["Version"] if len(sets) == 1 else [f"Version, set {i + 1}" for i in range(len(sets))]
-    return Table("Versions", ("Package", *columns), rows, words=tuple(range(len(sets) + 1)))
+    return Table("What the run was made with", ("Package", *columns), rows, words=tuple(range(len(sets) + 1)))
 
 
 def _inputs(facts: Facts) -> Iterator[tuple[Cell, ...]]:

@@ -39,7 +39,7 @@ class PerplexityRow:
     @property
     def test(self) -> str:
         """What tells it from other measurements of the same model."""
-        return f"{self.data}, {self.protocol}"
+        return f"{self.data} ({self.protocol})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,13 +375,16 @@ def _perplexity(model: str, about: Mapping[str, Any]) -> PerplexityRow:
 
 
 def _task(model: str, task: str, about: Mapping[str, Any]) -> TaskRow:
-    metric = next((m for m in (about.get("metric"), "acc_norm", "acc") if m in about or m == about.get("metric")), None)
+    metric = about.get("metric") or next((name for name in ("acc_norm", "acc") if name in about), None)
     if "value" in about:
         value, stderr = about["value"], about.get("stderr")
     elif metric is not None:
         value, stderr = about[metric], about.get(f"{metric}_stderr")
     else:
-        metric, value, stderr = *next(iter(about.items())), None
+        numbers = [(name, number) for name, number in about.items() if type(number) in (int, float)]
+        if not numbers:
+            raise ValueError(f"{task} has no value")
+        (metric, value), stderr = numbers[0], None
     against = about.get("against") or about
     documents = about.get("documents")
     return TaskRow(
