@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gguf demo test slow check bench bench-scoring bench-quality bench-gguf architectures format clean
+.PHONY: help setup gguf demo test slow check bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ setup: $(STAMP)  ## Make .venv and install Secateur, its development tools and t
 gguf: $(STAMP)  ## Install llama.cpp, too, for the tests that run exported files in it; compiles it, which takes a while
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[gguf]'
 
-demo: $(STAMP)  ## Prune the demo model into runs/demo
+demo: $(STAMP)  ## Prune the demo model into runs/demo, and show what it cost in runs/demo/report.html
 	@mkdir -p runs
 	$(BIN)/secateur demo --out runs/demo --overwrite
 
@@ -61,6 +61,9 @@ architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pr
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'
 	@mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --workers $(WORKERS) --peer --docs --out runs/architectures.json
+
+screenshots: demo  ## Write the pictures of the demo's report in docs/; needs chromium
+	$(BIN)/python tests/browser.py runs/demo/report.html docs
 
 format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff format

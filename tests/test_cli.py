@@ -31,7 +31,7 @@ from secateur.run import plan_model
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("discover", "plan", "prune", "recover", "evaluate", "profile", "sweep", "verify", "export", "demo")
+COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo".split())
 RECOVER = "recover tiny out --data alpaca.json --length 128 --max-steps 4 --eval-every 4 --seed 1".split()
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 

@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from typer.core import TyperCommand
 
 from secateur import __version__, processes
+from secateur.amounts import binary
 from secateur.anatomy import reach_as_json
 from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
@@ -42,6 +42,7 @@ from secateur.efficiency import profile_tables, sweep_tables
 from secateur.errors import CheckpointError, DataError, ExportError, PlanError, ScoreError, SecateurError, TrainingError
 from secateur.evaluate import read_evaluation_text
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
+from secateur.journal import append, check_run_folder
 from secateur.merge import merge_adapter
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan
@@ -49,12 +50,12 @@ from secateur.profile import profile_models, weight_bytes
 from secateur.quantize import export_int8_of
 from secateur.recover import options_for as recovery_options
 from secateur.recover import prune_and_recover, recover
+from secateur.report import write_report
 from secateur.run import cut_as_planned, plan_model, prune_model
 from secateur.scores import SCORES
 from secateur.serving import serving_note, tensor_parallel_sizes
 from secateur.sweep import ratios_in, sweep
 from secateur.tables import (
-    binary,
     demo_tables,
     discovery_tables,
     evaluation_tables,
@@ -135,7 +136,16 @@ OwnScores = Annotated[
 ]
 RunFolderOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="FOLDER", help="Keep statistics here, for other plans.", show_default=False),
+    typer.Option(
+        "--run",
+        metavar="FOLDER",
+        help="Keep statistics here, for other plans, and the result, for `report`.",
+        show_default=False,
+    ),
+]
+JournalOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="FOLDER", help="Keep the result here, for `report`.", show_default=False),
 ]
 Reduce = Annotated[
     str | None,
@@ -294,6 +304,7 @@ def discover_command(
 
 @app.command("plan", cls=_Command)
 def plan_command(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path | None, typer.Option("--out", metavar="plan.json", help="Write the plan here.")] = None,
     preset: Preset = "best",
@@ -334,7 +345,7 @@ def plan_command(
 
     A config without weights is enough for the sizes; with weights, the plan says which units stay.
     """
-    _check_files(json_file, out)
+    _check_files(json_file, out, run=run_folder)
     _run_own(own_scores)
     planned = plan_model(
         model,
@@ -367,7 +378,7 @@ def plan_command(
         run=run_folder,
         watch=_watch(quiet=quiet),
     )
-    _finish(planned.to_json(), json_file)
+    _finish(planned.to_json(), json_file, context, [model])
     _finish(planned.to_json(), out)
     if not quiet:
         _print(plan_tables(planned))
@@ -421,7 +432,7 @@ def prune_command(
     Scores every unit, plans the cut, cuts, and writes a folder with the plan and a record of the run beside the
     weights.
     """
-    _check_files(json_file, made=out)
+    _check_files(json_file, made=out, run=run_folder)
     _run_own(own_scores)
     if plan_file is not None:
         _check_alone(context, plan_file)
@@ -466,7 +477,7 @@ def prune_command(
         dense_and_pruned = [load_config(name, trust_remote_code=trust_remote_code) for name in (model, str(out))]
         result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(dense_and_pruned[1]))
         note = serving_note(*dense_and_pruned)
-    _finish(result, json_file)
+    _finish(result, json_file, context, [model, str(out)])
     if not quiet:
         if note is not None:
             print(note)
@@ -589,6 +600,7 @@ def recover_command(
         str | None, typer.Option("--track", help="tensorboard, trackio or wandb.", show_default=False)
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Put the curves into OUT as a picture, too.")] = False,
+    run_folder: JournalOption = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     quiet: Quiet = False,
@@ -605,7 +617,7 @@ def recover_command(
     Writes one ordinary folder; LoRA is merged into the weights. A run that was killed goes on with --resume.
     With --steps N --ratio R, a dense model is cut and trained N times in turns, until R of it is gone.
     """
-    _check_files(json_file, made=out)
+    _check_files(json_file, made=out, run=run_folder)
     adapter = _given(rank=rank, alpha=alpha, dropout=dropout)
     options, reading = recovery_options(
         preset,
@@ -661,7 +673,7 @@ def recover_command(
     else:
         turns = 1 if steps is None else steps
         recovered = prune_and_recover(pruned, out, steps=turns, **_cutting(cut, ratio, steps, seed), **how)
-    _finish(recovered.to_json(), json_file)
+    _finish(recovered.to_json(), json_file, context, [pruned, str(out)])
     if not quiet:
         if resume:
             print("went on from what was kept" if recovered.resumed else "nothing was kept of this: started anew")
@@ -672,6 +684,7 @@ def recover_command(
 
 @app.command("evaluate", cls=_Command)
 def evaluate_command(
+    context: typer.Context,
     models: ModelArguments,
     ppl: Annotated[
         list[str] | None,
@@ -722,6 +735,7 @@ def evaluate_command(
             show_default=False,
         ),
     ] = None,
+    run_folder: JournalOption = None,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -734,7 +748,7 @@ def evaluate_command(
     Every model stands beside the first one given, window by window and question by question. Without --ppl, --tasks or
     --prompt the text is the half of Python's language reference that calibration does not see.
     """
-    _check_files(json_file)
+    _check_files(json_file, run=run_folder)
     others = (tasks is not None or bool(prompt)) and not (protocol or seq_len or max_tokens)
     texts = {} if others and not ppl else _texts(ppl or [])
     _check_models(models, trust_remote_code=trust_remote_code)
@@ -764,13 +778,14 @@ def evaluate_command(
         for label, each in variants.items():
             measured = measure(label, each, tokenizer, measures, watch=_watch(quiet=quiet))
             results.append(measured.with_sizes(weight_bytes(each), file_bytes(name) if label == name else None))
-    _finish(as_json(results), json_file)
+    _finish(as_json(results), json_file, context, models)
     if not quiet:
         _print(evaluation_tables(results))
 
 
 @app.command("profile", cls=_Command)
 def profile_command(
+    context: typer.Context,
     models: ModelArguments,
     seq_len: Annotated[
         str, typer.Option("--seq-len", metavar="N,...", help="Tokens of the prompt; several make a grid.")
@@ -790,6 +805,7 @@ def profile_command(
     sizes_only: Annotated[
         bool, typer.Option("--sizes-only", help="Count and do not measure; reads no weights.")
     ] = False,
+    run_folder: JournalOption = None,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -802,7 +818,7 @@ def profile_command(
     All models take turns in one run, so that a busy machine slows all of them alike. Without weights, a config.json
     gives the sizes.
     """
-    _check_files(json_file)
+    _check_files(json_file, run=run_folder)
     _check_models(models, trust_remote_code=trust_remote_code)
     with _watch(quiet=quiet)("profile") as progress:
         rows = profile_models(
@@ -818,13 +834,14 @@ def profile_command(
             loading=LoadOptions(dtype, device, trust_remote_code),
             progress=progress,
         )
-    _finish({"results": [row.to_json() for row in rows]}, json_file)
+    _finish({"results": [row.to_json() for row in rows]}, json_file, context, models)
     if not quiet:
         _print(profile_tables(rows))
 
 
 @app.command("sweep", cls=_Command)
 def sweep_command(
+    context: typer.Context,
     model: ModelArgument,
     ratios: Annotated[
         str,
@@ -889,7 +906,7 @@ def sweep_command(
     Every cut is made and repaired in memory, and its perplexity measured. What no other cut beats in both size and
     perplexity is marked, and drawn.
     """
-    _check_files(json_file)
+    _check_files(json_file, run=run_folder)
     _run_own(own_scores)
     found = sweep(
         model,
@@ -933,7 +950,7 @@ def sweep_command(
         plot=plot,
         watch=_watch(quiet=quiet),
     )
-    _finish(found.to_json(), json_file)
+    _finish(found.to_json(), json_file, context, [model])
     if not quiet:
         _print(sweep_tables(found))
 
@@ -1005,6 +1022,7 @@ def export_command(
         typer.Option("--adapter", metavar="FOLDER", help="The adapter to merge into MODEL.", show_default=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    run_folder: JournalOption = None,
     quiet: Quiet = False,
     json_file: Json = None,
     seed: Seed = 0,
@@ -1019,14 +1037,14 @@ def export_command(
     with a LoRA adapter merged into the weights.
     """
     merging = merge_lora or adapter is not None
-    _check_files(json_file, made=out if int8 or merging else None)
+    _check_files(json_file, made=out if int8 or merging else None, run=run_folder)
     loading = LoadOptions(dtype, device, trust_remote_code)
     if merging:
         if int8 or gguf is not None or pad or pre is not None or check is not None or out.suffix == SUFFIX:
             raise ExportError("--merge-lora writes an ordinary folder: merge first, then export that folder")
         with _watch(quiet=quiet)("merge"):
             one = merge_adapter(model, out, adapter=adapter, loading=loading, overwrite=overwrite, command=context.obj)
-        _finish(one.to_json(), json_file)
+        _finish(one.to_json(), json_file, context, [model, str(out)])
         if not quiet:
             _print(merge_lines(one))
         return
@@ -1037,7 +1055,7 @@ def export_command(
             )
         with _watch(quiet=quiet)("pack"):
             packed = export_int8_of(model, out, dynamic=dynamic, loading=loading, overwrite=overwrite)
-        _finish(packed.to_json(), json_file)
+        _finish(packed.to_json(), json_file, context, [model, str(out)])
         if not quiet:
             _print(int8_tables(packed))
         return
@@ -1055,9 +1073,31 @@ def export_command(
         written = export_gguf(
             loaded, tokenizer, out, dtype=wanted, pad=pad, pre=pre, check=check, overwrite=overwrite, progress=progress
         )
-    _finish(written.to_json(), json_file)
+    _finish(written.to_json(), json_file, context, [model, str(out)])
     if not quiet:
         _print(export_tables(written))
+
+
+@app.command("report", cls=_Command)
+def report_command(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that --run named.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Make one page of all that was measured in a run.
+
+    One HTML file with charts, tables, commands, versions and hashes; it needs no network and no scripts.
+    """
+    _check_files(json_file)
+    written = write_report(run_folder, out, overwrite=overwrite)
+    _finish(written.to_json(), json_file)
+    if not quiet:
+        _print([*written.sentences, f"report: {written.out}"])
 
 
 @app.command("demo", cls=_Command)
@@ -1225,8 +1265,13 @@ def _warn_of_overlap(
 # --- checking before work begins --------------------------------------------------------------------------------
 
 
-def _check_files(*files: Path | None, made: Path | None = None) -> None:
-    """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet."""
+def _check_files(*files: Path | None, made: Path | None = None, run: Path | None = None) -> None:
+    """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet.
+
+    Nor can the journal of the run folder `run` be kept in what is no folder.
+    """
+    if run is not None:
+        check_run_folder(run)
     for file in files:
         if file is not None and (made is None or made.absolute() not in file.absolute().parents):
             check_writable(file)
@@ -1254,9 +1299,14 @@ def _check_models(models: Sequence[str], *, trust_remote_code: bool) -> None:
         load_config(name, trust_remote_code=trust_remote_code)
 
 
-def _finish(result: Any, file: Path | None) -> None:
-    if file is not None and processes.is_first():
+def _finish(result: Any, file: Path | None, context: typer.Context | None = None, models: Sequence[str] = ()) -> None:
+    """Write a result as JSON where that was asked for, and into the journal of the command's run folder."""
+    if not processes.is_first():
+        return
+    if file is not None:
         write_json(file, result)
+    if context is not None and (run := context.params["run_folder"]) is not None:
+        append(run, context.obj, str(context.info_name), result, seed=context.params["seed"], models=models)
 
 
 def _run_own(file: Path | None) -> None:

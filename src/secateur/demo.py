@@ -16,18 +16,21 @@ from secateur.calibration import CalibrationOptions, calibration_windows, demo_t
 from secateur.checkpoint import account, atomic_folder, check_stock, check_vacant, make_record, save, write_json
 from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
+from secateur.journal import append
 from secateur.models import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
 from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.repair import repair
-from secateur.run import Clock, Watch
+from secateur.report import write_report
+from secateur.run import Clock, Pruned, Watch, peak_rss
 from secateur.scores import score, write_scores
 
 PROMPT = "A pruning saw cuts"
 SEQ_LENS = (128, 1024)
 MAX_TOKENS = 4096
 TEXT = "python reference"
+REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"  # by which a folder is known to be a run of the demo
 
 
@@ -41,6 +44,11 @@ class Demonstration:
     profiles: tuple[Profile, ...]
     samples: Mapping[str, str]
     seconds: Mapping[str, float]
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all of it."""
+        return self.out / REPORT_FILE
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as the run folder's summary.json holds it."""
@@ -69,8 +77,8 @@ def demonstrate(
     """Prune the demo model into `out`/pruned, load it again, and measure both.
 
     The text is CPython's own language reference: one half calibrates, the other evaluates. Beside the pruned model
-    the folder holds the discovery, the scores, the plan, the measurements and the samples; it appears whole or not at
-    all. Raises `SecateurError`.
+    the folder holds the discovery, the scores, the plan, the measurements, the samples, the journal and the report of
+    all of it; it appears whole or not at all. Raises `SecateurError`.
     """
     out = Path(out)
     check_vacant(out, overwrite=overwrite, mark=SUMMARY_FILE)
@@ -93,7 +101,28 @@ def demonstrate(
             clock=clock,
         )
         write_json(folder / SUMMARY_FILE, found.to_json())
+        _keep_journal(found, folder, seed=seed, command=command)
+        write_report(folder, folder / REPORT_FILE)
     return found
+
+
+def _keep_journal(found: Demonstration, folder: Path, *, seed: int, command: str | None) -> None:
+    """Enter what `prune`, `evaluate` and `profile` would; the models' names are what to call them by from outside."""
+    line, names = command or "secateur.demo.demonstrate", {"dense": DEMO, "pruned": str(found.out / "pruned")}
+    written = Pruned(found.plan, found.out / "pruned", found.seconds, peak_rss())
+    append(folder, line, "prune", written.to_json(), seed=seed, models=list(names.values()))
+    rows = [
+        {
+            "model": names[name],
+            "perplexity": [asdict(measured) for measured in results],
+            "tasks": {},
+            "samples": [{"prompt": PROMPT, "text": found.samples[name]}],
+        }
+        for name, results in found.perplexity.items()
+    ]
+    append(folder, line, "evaluate", {"results": rows}, seed=seed, models=list(names.values()))
+    profiles = [asdict(row) | {"model": names[row.model]} for row in found.profiles]
+    append(folder, line, "profile", {"results": profiles}, seed=seed, models=list(names.values()))
 
 
 def _run(

@@ -643,9 +643,12 @@ def _scores(
         statistics = new if statistics is None else statistics.joined(new)
         if folder is not None:
             folder.keep(statistics)
-    return scores_from(
+    scores = scores_from(
         discovery, statistics, groups=groups, name=options.score, reduce=options.reduce, options=calibration
     )
+    if folder is not None:
+        folder.keep_scores(scores)
+    return scores
 
 
 def peak_rss() -> int:

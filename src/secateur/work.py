@@ -2,7 +2,8 @@
 
 While `prune` works, its values lie in a folder beside the output (`.OUT.secateur`), with a key that says for what. The
 same command with resume reads them; one that succeeds, or fails for a reason that a repetition would meet again,
-removes them. A run folder that the user names keeps the statistics of a model on a text, for other plans.
+removes them. A run folder that the user names keeps the statistics of a model on a text, for other plans, and the
+scores, for the report.
 """
 
 from __future__ import annotations
@@ -232,6 +233,11 @@ class RunFolder:
         ours = {name: sums for name, sums in statistics.sums.items() if name not in own}
         if processes.is_first():
             write_statistics(self.path, replace(statistics, sums=ours), about=self.key)
+
+    def keep_scores(self, scores: Scores) -> None:
+        """Keep the scores, which the report shows; each score's of the same model and calibration are one file."""
+        if processes.is_first():
+            write_scores(self.path.with_name(f"scores-{scores.score}-{self.key[:16]}.safetensors"), scores)
 
 
 def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) -> list[Any]:

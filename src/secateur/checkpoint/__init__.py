@@ -14,7 +14,7 @@ from secateur.checkpoint.folder import (
     write_json,
     write_manifest,
 )
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record
+from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record, versions
 from secateur.checkpoint.stock import check_stock, save, save_again
 from secateur.checkpoint.verification import Verified, VerifiedFile, verify
 
@@ -38,6 +38,7 @@ __all__ = [
     "save",
     "save_again",
     "verify",
+    "versions",
     "write_json",
     "write_manifest",
 ]

@@ -264,7 +264,8 @@ def write_json(path: Path, data: Any) -> None:
         _remove_stale(path)
         temporary = _beside(path, "partial")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            # a file name that is no UTF-8 has lone surrogates, which become what JSON writes for them: \\udcff
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -67,15 +67,23 @@ def make_record(
     'float32'
     """
     dtype = next((str(weight.dtype).removeprefix("torch.") for weight in model.parameters()), "none")
-    versions = {
+    return Record(
+        name, weights_digest(model), calibration, seed, dtype, versions(), command, calibration_options, tensors
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on.
+
+    >>> list(versions())
+    ['secateur', 'torch', 'transformers', 'python']
+    """
+    return {
         "secateur": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return Record(
-        name, weights_digest(model), calibration, seed, dtype, versions, command, calibration_options, tensors
-    )
 
 
 def read_record(folder: Path) -> Record | None:
