@@ -311,6 +311,26 @@ def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
     yield from _titled("Size and speed", table)
 
 
+def compare_tables(url: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """What the models cost that a page compares, and where it is."""
+    table = Table()
+    for column in ("", "model", "parameters", "non-embedding", "MACs", "weights", "peak memory"):
+        table.add_column(column, justify="left" if column in ("", "model") else "right")
+    for letter, row in zip("AB", rows, strict=True):
+        peak = row["peak_bytes"]
+        table.add_row(
+            letter,
+            row["model"],
+            short(row["parameters"]),
+            short(row["non_embedding_parameters"]),
+            giga(row["macs"]),
+            binary(row["weight_bytes"]),
+            "-" if peak is None else binary(peak),
+        )
+    yield from _titled("Compared", table)
+    yield f"open {url} (Ctrl-C ends it)"
+
+
 def export_tables(written: Exported) -> Iterator[RenderableType]:
     """What a file holds, and what llama.cpp computed from it beside torch."""
     table = Table(show_header=False)
