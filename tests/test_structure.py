@@ -112,6 +112,14 @@ ORDER = [
     "demo",
     "tables",
     "efficiency",
+    "compare.turns",
+    "compare.sides",
+    "compare.answers",
+    "compare.cuts",
+    "compare.markup",
+    "compare.page",
+    "compare.server",
+    "compare",
     "cli",
 ]
 ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather what is below, so may import all of it

@@ -35,6 +35,7 @@ from secateur.anatomy import reach_as_json
 from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
+from secateur.compare import HERE, PORT, Opened, compare
 from secateur.comparison import Measured, as_json, measure, plan_measures
 from secateur.contamination import warn_of_overlap
 from secateur.demo import TEXT, demonstrate
@@ -56,6 +57,7 @@ from secateur.scores import SCORES
 from secateur.serving import serving_note, tensor_parallel_sizes
 from secateur.sweep import ratios_in, sweep
 from secateur.tables import (
+    compare_tables,
     demo_tables,
     discovery_tables,
     evaluation_tables,
@@ -1131,6 +1133,53 @@ def demo_command(
     _finish(shown.to_json(), json_file)
     if not quiet:
         _print(demo_tables(shown))
+
+
+@app.command("compare", cls=_Command)
+def compare_command(
+    a: Annotated[str, typer.Argument(metavar="A", help=MODEL_HELP, show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.", show_default=False)],
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Of the page; 0 takes any that is free.")
+    ] = PORT,
+    host: Annotated[str, typer.Option("--host", help="Any but 127.0.0.1 lets others use the page.")] = HERE,
+    calibration: CalibrationText = DEMO,
+    samples: Samples = None,
+    length: Length = None,
+    column: Column = COLUMN,
+    chat: Chat = False,
+    run_folder: RunFolderOption = None,
+    quiet: Quiet = False,
+    json_file: Json = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Open a page on this machine: ask two models, plan a cut.
+
+    Both models answer side by side, with their speed and memory; sizes of a cut follow a slider, and its plan can be
+    downloaded. Calibration is for the scores of such plans. Ctrl-C ends it.
+    """
+    _check_files(json_file)
+
+    def announce(opened: Opened) -> None:
+        _finish(opened.to_json(), json_file)
+        if not quiet:
+            _print(compare_tables(opened.url, opened.to_json()["results"]))
+            sys.stdout.flush()
+
+    compare(
+        [a, b],
+        host=host,
+        port=port,
+        loading=LoadOptions(dtype, device, trust_remote_code),
+        calibration=_given(text=calibration, samples=samples, length=length, seed=seed, column=column, chat=chat),
+        run=run_folder,
+        seed=seed,
+        watch=_watch(quiet=quiet),
+        announce=announce,
+    )
 
 
 # --- reading options --------------------------------------------------------------------------------------------

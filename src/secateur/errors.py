@@ -57,6 +57,10 @@ class ExportError(SecateurError):
     """A model, a setting or a tokenizer that the format of a file cannot hold, or a file that computes otherwise."""
 
 
+class PageError(SecateurError):
+    """A page that cannot be shown: a package is missing, or its address is taken."""
+
+
 def unwritable(path: Path, error: Exception) -> CheckpointError:
     """The error of a file or folder that cannot be written, for example because the disk is full.
 

@@ -356,7 +356,7 @@ def cut_loaded(
     damage that was measured, layers of a pass that is stopped, and what the model wrote itself. Raises `SecateurError`.
     """
     clock = clock or Clock()
-    if options.shape == "free" and not _may_be_free(model.config):
+    if options.shape == "free" and not may_be_free(model.config):
         options = replace(options, shape="uniform")
     table = _latency(lambda: model, discovery, options, clock)
     trust = loading.trust_remote_code

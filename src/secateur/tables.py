@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import RenderableType
@@ -382,6 +382,26 @@ def int8_tables(done: Quantised) -> Iterator[RenderableType]:
             f"{len(done.unaligned)} layers have sizes that are not multiples of 8 ({done.unaligned[0]}): on CUDA, "
             "torchao computes their dynamic products on the CPU. Prune with --round-to 8, or use weight-only"
         )
+
+
+def compare_tables(url: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """What the models cost that a page compares, and where it is."""
+    table = Table()
+    for column in ("", "model", "parameters", "non-embedding", "MACs", "weights", "peak memory"):
+        table.add_column(column, justify="left" if column in ("", "model") else "right")
+    for letter, row in zip("AB", rows, strict=True):
+        peak = row["peak_bytes"]
+        table.add_row(
+            letter,
+            row["model"],
+            short(row["parameters"]),
+            short(row["non_embedding_parameters"]),
+            giga(row["macs"]),
+            binary(row["weight_bytes"]),
+            "-" if peak is None else binary(peak),
+        )
+    yield from _titled("Compared", table)
+    yield f"open {url} (Ctrl-C ends it)"
 
 
 def export_tables(written: Exported) -> Iterator[RenderableType]:
