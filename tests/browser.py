@@ -41,24 +41,24 @@ def browser() -> Iterator[Browser]:
             running.close()
 
 
-def screenshots(page: Path, folder: Path, *, scheme: str = "light") -> list[Path]:
+def screenshots(running: Browser, page: Path, folder: Path) -> list[Path]:
     """Pictures of a whole page at every width, in few colours."""
     written = []
-    with browser() as running:
-        for width, height in WIDTHS.items():
-            context = running.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
-            opened = context.new_page()
-            opened.goto(page.resolve().as_uri())
-            out = folder / f"{page.stem}-{width}.png"
-            opened.screenshot(path=out, full_page=True)
-            with Image.open(out) as picture:
-                few = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-            few.save(out, optimize=True)
-            written.append(out)
-            context.close()
+    for width, height in WIDTHS.items():
+        context = running.new_context(viewport={"width": width, "height": height}, color_scheme="light")
+        opened = context.new_page()
+        opened.goto(page.resolve().as_uri())
+        out = folder / f"{page.stem}-{width}.png"
+        opened.screenshot(path=out, full_page=True)
+        with Image.open(out) as picture:
+            few = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        few.save(out, optimize=True)
+        written.append(out)
+        context.close()
     return written
 
 
 if __name__ == "__main__":
-    for file in screenshots(Path(sys.argv[1]), Path(sys.argv[2])):
-        sys.stdout.write(f"{file}: {file.stat().st_size / 1024:.0f} KiB\n")
+    with browser() as chromium:
+        for file in screenshots(chromium, Path(sys.argv[1]), Path(sys.argv[2])):
+            sys.stdout.write(f"{file}: {file.stat().st_size / 1024:.0f} KiB\n")

@@ -18,6 +18,7 @@ from secateur import CheckpointError, PlanError
 from secateur.checkpoint import save
 from secateur.cli import run
 from secateur.demo import demonstrate
+from secateur.journal import read as read_journal
 from secateur.plan import read_plan
 from secateur.scores import read_scores
 from tiny import names
@@ -31,6 +32,8 @@ FILES = {
     "profile.json",
     "samples.json",
     "summary.json",
+    "journal",
+    "report.html",
 }
 ROWS = (
     "parameters",
@@ -64,6 +67,19 @@ def check_folder(out: Path) -> None:
     assert (dense["model"], pruned["model"]) == ("dense", "pruned")
     assert dense["parameters"] == plan.parameters["dense"]
     assert pruned["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
+    entered = {entry.kind: entry for entry in read_journal(out)}
+    assert list(entered) == ["prune", "evaluate", "profile"]
+    assert entered["prune"].result["groups"] == summary["plan"]["groups"]
+    assert entered["prune"].result["out"] == entered["evaluate"].result["results"][1]["model"]
+    for i, name in enumerate(("dense", "pruned")):
+        measured = entered["evaluate"].result["results"][i]
+        assert measured["perplexity"] == summary["perplexity"][name]
+        assert measured["samples"] == [{"prompt": summary["prompt"], "text": summary["samples"][name]}]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    manifest = read(out / "pruned" / "secateur_manifest.json")
+    assert manifest["files"]["model.safetensors"]["sha256"] in page  # of the folder, before it had its name
+    for section in ("models", "quality", "speed", "units", "scores", "samples", "provenance"):
+        assert f'<section id="{section}"' in page
     stages = "discover load score plan cut save reload evaluate_dense evaluate_pruned profile sample"
     assert list(summary["seconds"]) == [stage.replace("_", " ") for stage in stages.split()]
     loaded: Any = AutoModelForCausalLM.from_pretrained(out / "pruned", trust_remote_code=True, output_loading_info=True)
@@ -93,6 +109,7 @@ class TestSmall:
             assert f"│ {row}" in shown.out
         assert "dense: A pruning saw cuts" in shown.out
         assert "pruned: A pruning saw cuts" in shown.out
+        assert shown.out.endswith("\nreport: d/report.html\n")
         check_folder(small / "d")
         assert read(small / "d.json") == read(small / "d" / "summary.json")
         record = read(small / "d" / "pruned" / "secateur_record.json")
@@ -156,6 +173,7 @@ def test_for_real(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for row in ROWS:
         assert f"│ {row}" in done.stdout
+    assert done.stdout.endswith("\nreport: run/report.html\n")
     check_folder(tmp_path / "run")
     assert names(tmp_path)[0] == "run"
     summary = read(tmp_path / "run" / "summary.json")
