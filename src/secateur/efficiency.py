@@ -8,10 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.amounts import binary, giga, percent, short
 from secateur.costs import Cell, Sizes
 from secateur.profile import Profile
 from secateur.sweep import Sweep
-from secateur.tables import binary, giga, percent, short
 
 PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
 SMALL = 0.98  # of the MACs: cuts that leave more promise nothing that could be told from noise

@@ -24,8 +24,9 @@ from secateur import processes
 from secateur.axes import Discovery, count_macs, count_parameters, discover
 from secateur.calibration import CalibrationOptions
 from secateur.checkpoint import atomic_file, write_json
+from secateur.contamination import warn_of_overlap
 from secateur.errors import CheckpointError, DataError, PlanError, SecateurError, unwritable
-from secateur.evaluate import evaluate, warn_of_overlap
+from secateur.evaluate import evaluate
 from secateur.manifest import read_json
 from secateur.models import LoadOptions, check_finite, check_unpacked, load, load_config, load_tokenizer, resolve
 from secateur.plan import CutOptions, calibration_for, options_for

@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from html import escape
 
+from secateur.amounts import binary, giga, short
 from secateur.compare.answers import END, FAILED, LENGTH, STOPPED, Answer
 from secateur.compare.cuts import Kept
 from secateur.compare.sides import HEADLINE_TOKENS, Side, Size
 from secateur.plan import Plan
-from secateur.tables import binary, giga, short
 
 # Colours of the page's own pieces: text on both backgrounds has a contrast of at least 4.5 to 1 in both schemes.
 STYLE = """
