@@ -57,7 +57,7 @@ def test_every_training_before_counts(rows: Path, caplog: pytest.LogCaptureFixtu
 def test_validation_rows_judge_the_training_and_count_too(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = DataOptions((str(rows),), length=64, validation=0.5)
     held_back = read_tuning_data(tiny_tokenizer(), options).validation
-    text = " ".join(tiny_tokenizer().decode(held_back.ids_T[held_back.slice_of(i)]) for i in range(len(held_back)))
+    text = " ".join(str(tiny_tokenizer().decode(held_back.ids_T[held_back.slice_of(i)])) for i in range(len(held_back)))
     assert len(warnings(recovered(str(rows), length=64, validation=0.5), caplog, text)) == 1
 
 

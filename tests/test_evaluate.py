@@ -238,7 +238,7 @@ class TestBitsPerByte:
         cut = windows(read_protocol(protocol), len(encoded.ids_T))
         # A token of bytes stands for whole characters: decode up to each end, and drop what is cut in the middle.
         lengths = [
-            len(pairs.decode(encoded.ids_T[:place]).encode().removesuffix("\ufffd".encode()))
+            len(str(pairs.decode(encoded.ids_T[:place])).encode().removesuffix("\ufffd".encode()))
             for place in range(len(encoded.ids_T) + 1)
         ]
         bytes_scored = sum(lengths[each.end] - lengths[each.scored] for each in cut)

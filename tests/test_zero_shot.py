@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lm_eval_reference import HUB, lines, own_results, own_task
 from question_files import write_questions
-from secateur import zero_shot as module
 from secateur.errors import DataError, TaskError
 from secateur.task_files import LOCAL, find_source, read_source
 from secateur.zero_shot import (
+    LOGGERS,
     SEVEN,
     TaskResult,
     check_limit,
@@ -56,9 +56,9 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(autouse=True)
 def _loggers_are_left_alone() -> Iterator[None]:
-    before = {name: list(logging.getLogger(name).filters) for name in module._LOGGERS}
+    before = {name: list(logging.getLogger(name).filters) for name in LOGGERS}
     yield
-    assert before == {name: logging.getLogger(name).filters for name in module._LOGGERS}
+    assert before == {name: logging.getLogger(name).filters for name in LOGGERS}
 
 
 def reads_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> type:
@@ -67,7 +67,7 @@ def reads_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ty
 
     answers: dict[tuple[str, str], Any] = {}
 
-    class Remembering(HFLM):
+    class Remembering(HFLM):  # type: ignore[misc]  # lm-eval has no annotations
         asked = 0
 
         def __init__(self, **options: Any) -> None:
@@ -415,7 +415,7 @@ class TestOtherTasks:
             "doc_to_text": "{{q}}",
             "doc_to_target": "{{a}}",
         }
-        tasks = {
+        tasks: dict[str, dict[str, Any]] = {
             "spelled": {
                 "output_type": "generate_until",
                 "generation_kwargs": {"until": [" "], "max_gen_toks": 3, "do_sample": False, "temperature": 0.0},

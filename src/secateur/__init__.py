@@ -28,6 +28,7 @@ from secateur.errors import (
     PlanError,
     ScoreError,
     SecateurError,
+    TaskError,
     TrainingError,
     UntrustedCodeError,
 )
@@ -46,6 +47,7 @@ from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
 from secateur.steps import cut_in_steps
 from secateur.tuning_data import DataOptions
+from secateur.zero_shot import TaskResult, load_tasks, zero_shot
 
 __all__ = [
     "CalibrationOptions",
@@ -74,6 +76,8 @@ __all__ = [
     "Scores",
     "SecateurError",
     "Statistics",
+    "TaskError",
+    "TaskResult",
     "TrainingError",
     "UntrustedCodeError",
     "Verified",
@@ -83,6 +87,7 @@ __all__ = [
     "export_gguf",
     "export_int8",
     "load",
+    "load_tasks",
     "load_tokenizer",
     "merge_adapter",
     "plan",
@@ -98,4 +103,5 @@ __all__ = [
     "save",
     "score",
     "verify",
+    "zero_shot",
 ]

@@ -36,6 +36,17 @@ MOST_ROWS = 32  # in a batch
 MEMORY_SHARE = 8  # of a GPU's free memory, what the logits of a batch may take is one part in so many
 CPU_BYTES = 512 * 2**20  # of the logits of a batch, where there is no GPU
 
+# Loggers that may not be there yet when the first task is loaded; a filter holds for its own logger alone.
+LOGGERS = (
+    "lm_eval.api.task",
+    "lm_eval.api.model",
+    "lm_eval.config.task",
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "lm_eval.models.utils",
+    "lm_eval.tasks.manager",
+)
+
 _EXTRA = "pip install 'secateur[tasks]'"
 
 
@@ -339,7 +350,7 @@ def _quiet() -> Iterator[_Shortened]:
 
     shortened = _Shortened()
     names = [name for name in logging.root.manager.loggerDict if name == "lm_eval" or name.startswith("lm_eval.")]
-    names += [name for name in _LOGGERS if name not in names]
+    names += [name for name in LOGGERS if name not in names]
     loggers = [logging.getLogger(name) for name in names]
     for each in loggers:
         each.addFilter(shortened)
@@ -350,18 +361,6 @@ def _quiet() -> Iterator[_Shortened]:
         tqdm.__init__ = shown
         for each in loggers:
             each.removeFilter(shortened)
-
-
-# Loggers that may not be there yet when the first task is loaded; a filter holds for its own logger alone.
-_LOGGERS = (
-    "lm_eval.api.task",
-    "lm_eval.api.model",
-    "lm_eval.config.task",
-    "lm_eval.evaluator",
-    "lm_eval.models.huggingface",
-    "lm_eval.models.utils",
-    "lm_eval.tasks.manager",
-)
 
 
 # --- results ----------------------------------------------------------------------------------------------------
