@@ -31,7 +31,7 @@ from secateur.run import plan_model
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo".split())
+COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo compare".split())
 RECOVER = "recover tiny out --data alpaca.json --length 128 --max-steps 4 --eval-every 4 --seed 1".split()
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 
@@ -636,6 +636,17 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "windows of one": ("llm-pruner@1: a window of 1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
     "no tokens": ("max_tokens=0 leaves nothing to score", ("evaluate", "tiny", "--max-tokens", "0")),
     "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
+    # comparing
+    "compare with nothing": ("'./no-such': no such file", ("compare", "--port", "0", "tiny", "./no-such")),
+    "compare, shard missing": ("shardless.*is missing", ("compare", "--port", "0", "tiny", "shardless")),
+    "compare, NaN": ("values are NaN or Inf", ("compare", "--port", "0", "nan", "tiny")),
+    "compare, sizes alone": ("a config file holds no weights", ("compare", "--port", "0", "tiny", "sizes/config.json")),
+    "compare, a host of others": (
+        "--host 203.0.113.9 .*cannot be",
+        ("compare", "tiny", "deep", "--host", "203.0.113.9"),
+    ),
+    "compare, no port": ("'--port'.*65535", ("compare", "tiny", "deep", "--port", "70000")),
+    "compare, one model": (r"Missing argument 'B'\. See: secateur compare --help", ("compare", "tiny")),
     # the parser
     "unknown option": (r"No such option: --rato .*--ratio.*\. See: secateur prune --help", (*PRUNE, "--rato", "1")),
     "unknown root option": (r"No such option: --no-such\. See: secateur --help", ("--no-such",)),

@@ -10,7 +10,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,13 @@ class Kept:
 
 
 def by_layer(side: Side, planned: Plan) -> list[Kept]:
-    """What every layer keeps of each kind that the plan cuts; several groups of one kind together.
+    """What every layer keeps of each kind that the plan cuts, those it leaves alone, too; groups of one kind together.
 
     Layers that go as a whole keep nothing, once it is known which they are.
     """
     kept = {group.name: group.kept for group in planned.groups}
     found: dict[tuple[int | None, str], list[int]] = defaultdict(lambda: [0, 0])
-    for groups in groups_to_cut(side.discovery, planned.options).values():
+    for groups in groups_to_cut(side.discovery, replace(planned.options, layers=None)).values():
         for group in groups:
             sizes = found[group.layer, group.kind]
             sizes[0] += group.units

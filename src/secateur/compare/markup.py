@@ -12,31 +12,6 @@ from secateur.compare.cuts import Kept
 from secateur.compare.sides import HEADLINE_TOKENS, Side, Size
 from secateur.plan import Plan
 
-# Colours of the page's own pieces: text on both backgrounds has a contrast of at least 4.5 to 1 in both schemes.
-STYLE = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-.piece table { border-collapse: collapse; width: 100%; font-size: 0.95em; }
-.piece caption { text-align: left; padding: 0 0 6px; color: var(--body-text-color); }
-.piece th, .piece td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--border-color-primary);
-  font-variant-numeric: tabular-nums; color: var(--body-text-color); }
-.piece th:first-child { text-align: left; font-weight: 600; overflow-wrap: anywhere; }
-.piece thead th { font-weight: 600; white-space: nowrap; }
-.piece .scroll { overflow-x: auto; }
-.piece .layers { max-height: 480px; overflow: auto; }
-.piece .layers thead th { position: sticky; top: 0; background: var(--body-background-fill); z-index: 1; }
-.piece .layers td { min-width: 130px; }
-.piece .bar { display: block; height: 8px; margin-top: 3px; border-radius: 2px; background: #c9ced6; }
-.piece .bar i { display: block; height: 8px; border-radius: 2px; background: #2563a8; }
-.piece .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 8px; margin: 0; }
-.piece .numbers div { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 6px 10px; }
-.piece .numbers dt { font-size: 0.85em; color: var(--body-text-color); }
-.piece .numbers dd { margin: 0; font-size: 1.15em; font-weight: 600; font-variant-numeric: tabular-nums;
-  color: var(--body-text-color); }
-.piece .note { margin: 4px 0; color: var(--body-text-color); }
-.piece .refusal { margin: 4px 0; padding: 8px 12px; border-left: 4px solid #b3261e; color: var(--body-text-color);
-  font-weight: 600; overflow-wrap: anywhere; }
-"""
-
 
 def note(text: str) -> str:
     """A line of state, which screen readers say when it changes.
@@ -70,10 +45,11 @@ def headline(sides: Sequence[Side]) -> str:
         f'<tr><th scope="row">{label}</th><td>{shown(x)}</td><td>{shown(y)}</td><td>{_ratio(x, y)}</td></tr>'
         for label, shown, x, y in rows
     )
-    names = "".join(f'<th scope="col">{escape(side.title)}</th>' for side in sides)
+    letters = "".join(f'<th scope="col">{side.letter}</th>' for side in sides)
+    names = " and ".join(f"{side.letter}, <b>{escape(side.name)}</b>" for side in sides)
     return (
-        '<div class="scroll"><table><caption>What the models cost</caption>'
-        f'<thead><tr><th scope="col">size</th>{names}<th scope="col">B / A</th></tr></thead>'
+        f"{_scroll('What the models cost')}<table><caption>What the models cost: {names}</caption>"
+        f'<thead><tr><th scope="col">size</th>{letters}<th scope="col">B / A</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -131,7 +107,7 @@ def plan_sizes(planned: Plan) -> str:
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("size", "dense", "pruned", "removed"))
     return (
-        '<div class="scroll"><table><caption>What the cut leaves of the whole model</caption>'
+        f"{_scroll('What the cut leaves')}<table><caption>What the cut leaves of the whole model</caption>"
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -150,10 +126,15 @@ def layer_sizes(kept: Sequence[Kept]) -> str:
         for layer, row in cells.items()
     )
     return (
-        '<div class="scroll layers" tabindex="0" role="region" aria-label="What every layer keeps">'
+        f"{_scroll('What every layer keeps', kind='scroll layers')}"
         "<table><caption>What every layer keeps, of the units that it has</caption>"
         f'<thead><tr><th scope="col">layer</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _scroll(label: str, *, kind: str = "scroll") -> str:
+    """The start of a part that scrolls where it has no room; with a keyboard, too."""
+    return f'<div class="{kind}" tabindex="0" role="region" aria-label="{label}">'
 
 
 def _bar(row: Kept | None) -> str:

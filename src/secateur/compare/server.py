@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secateur.compare.markup import STYLE
 from secateur.errors import PageError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +20,24 @@ HERE = "127.0.0.1"
 PORT = 7860
 CLOSING = 1  # seconds that browsers have to end what they read when the page is closed
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # of the reader's machine: none is fetched
+LEGIBLE = {  # what gradio's own theme shows with a contrast below 4.5 to 1
+    "body_text_color_subdued": "*neutral_600",
+    "body_text_color_subdued_dark": "*neutral_300",
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "block_label_text_color": "*neutral_700",
+    "block_title_text_color": "*neutral_700",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_300",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+    "slider_color": "*primary_700",
+    "color_accent": "*primary_700",
+    "checkbox_background_color_selected": "*primary_700",
+    "checkbox_border_color_selected": "*primary_700",
+}
 FIXED_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
@@ -120,16 +137,16 @@ def application(page: Any, taken: socket.socket) -> Any:
         mcp_server=False,
         enable_monitoring=False,
         pwa=False,
-        theme=gr.themes.Default(font=FONTS, font_mono=FIXED_FONTS),
-        css=STYLE,
+        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=FIXED_FONTS).set(**LEGIBLE),
+        css_paths=[Path(__file__).with_name("page.css")],
     )
 
 
-def serve(page: Any, taken: socket.socket) -> None:
-    """Serve the page until Ctrl-C, which is raised when it is closed."""
+def server_config(page: Any, taken: socket.socket) -> Any:
+    """The settings of uvicorn that serve the page, without a word in the terminal."""
     import uvicorn
 
-    config = uvicorn.Config(
+    return uvicorn.Config(
         application(page, taken),
         log_config=None,
         log_level="critical",
@@ -138,7 +155,13 @@ def serve(page: Any, taken: socket.socket) -> None:
         ws="none",
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[taken])
+
+
+def serve(page: Any, taken: socket.socket) -> None:
+    """Serve the page until Ctrl-C, which is raised when it is closed."""
+    import uvicorn
+
+    uvicorn.Server(server_config(page, taken)).run(sockets=[taken])
 
 
 def _is_loopback(address: str) -> bool:
