@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -382,6 +383,14 @@ class TestTraining:
         lines = [(done, total, line) for stage, done, total, line in said if stage == "train"]
         assert lines[-1][:2] == (8, 8)
         assert all(word in lines[-1][2] for word in ("loss ", " tokens/s", "reference ", "validation "))
+
+    def test_held_out_text_that_is_in_the_data_is_told(self, place: Path, caplog: pytest.LogCaptureFixture) -> None:
+        seen = "\n".join(f"{row['instruction']} {row['output']}" for row in ROWS[20:])
+        found = train(texts={"seen": seen, "reference": HELD_OUT}, max_steps=1)
+        told = [note for note in found.notes if "flatters its perplexity" in note]
+        assert len(told) == 1
+        assert re.match(r"[\d.]+ % of the held-out text seen has 13 words in a row in common with the data;", told[0])
+        assert told[0] in caplog.text
 
     def test_a_tracker_sees_the_training(self, place: Path) -> None:
         pytest.importorskip("tensorboard")

@@ -1,4 +1,4 @@
-"""A model -> the same with a small trainable adapter (LoRA) at every linear layer, and back to an ordinary model."""
+"""A model -> the same with a small trainable adapter (LoRA) at every matrix of its layers; and back again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import TrainingError
@@ -51,6 +51,8 @@ def check_peft() -> None:
 def with_adapter(model: PreTrainedModel, options: AdapterOptions) -> Any:
     """Give the model an adapter, which starts as nothing; its own weights are frozen. Returns peft's model around it.
 
+    Stacked experts get one, too; peft has no dropout for these, so there is none in such a model.
+
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
     >>> adapted = with_adapter(AutoModelForCausalLM.from_config(config), AdapterOptions(rank=2))
@@ -61,11 +63,13 @@ def with_adapter(model: PreTrainedModel, options: AdapterOptions) -> Any:
     import peft
 
     alpha: Any = options.alpha  # declared as a whole number, of which only a quotient is used
+    stacked = stacked_weights(model)
     settings = peft.LoraConfig(
         r=options.rank,
         lora_alpha=alpha,
-        lora_dropout=options.dropout,
+        lora_dropout=0.0 if stacked else options.dropout,
         target_modules=EVERYWHERE,
+        target_parameters=stacked or None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
     with _unwarned():
@@ -76,6 +80,21 @@ def with_adapter(model: PreTrainedModel, options: AdapterOptions) -> Any:
             raise TrainingError(
                 f"{type(model).__name__} takes no LoRA ({told}). Train all weights: --method full or distill"
             ) from error
+
+
+def stacked_weights(model: nn.Module) -> list[str]:
+    """The weights that are a matrix for each of several experts, in one stack: no linear layers, but adapted as such.
+
+    >>> stacked_weights(nn.Conv1d(4, 4, 3))
+    []
+    """
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")  # whose weights of three dimensions are of convolutions
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
+    ]
 
 
 def merged(adapted: Any) -> PreTrainedModel:
@@ -134,4 +153,6 @@ def _unwarned() -> Iterator[None]:
     # peft asks models for attributes by names that newer versions of transformers have given up.
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        # Of patterns that peft itself has made, for weights that have no name of a module.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
         yield

@@ -5,6 +5,7 @@ Tensor names end in their axes: M place that is learned, L layer that is compare
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Counterparts:
     dense_layers: tuple[str, ...]  # of the dense model, as many
     channels: tuple[int, ...] | None  # of the dense model's hidden width; None: all
     width: int  # channels that are compared
+
+    @property
+    def key(self) -> str:
+        """What of the dense model is compared, as a short hash."""
+        return hashlib.sha256(repr((self.dense_layers, self.channels)).encode()).hexdigest()[:12]
 
     def bytes_for(self, places: int) -> int:
         """What the dense model's states of so many places take on the disk."""
@@ -133,8 +139,8 @@ def states_loss(student_MLD: Tensor, teacher_MLD: Tensor) -> Tensor:
     """
     if student_MLD.shape != teacher_MLD.shape:
         raise TrainingError(
-            f"the layers of the model give {student_MLD.shape[-1]} channels, and {teacher_MLD.shape[-1]} of the "
-            "teacher's are left by the plan; leave out --hidden-states"
+            f"the model gives hidden states of {list(student_MLD.shape)} (places, layers, channels), and those of the "
+            f"teacher that the plan leaves are {list(teacher_MLD.shape)}; leave out --hidden-states"
         )
     student, teacher = student_MLD.float(), teacher_MLD.to(student_MLD.device).float()
     variance_ML = (teacher - teacher.mean(dim=-1, keepdim=True)).square().sum(dim=-1).clamp(min=LEAST_VARIANCE)

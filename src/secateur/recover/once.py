@@ -7,6 +7,7 @@ becomes one ordinary folder.
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur import __version__, processes
-from secateur.adapters import FOLDER, merged, save_adapter, with_adapter
+from secateur.adapters import FOLDER, merged, save_adapter, stacked_weights, with_adapter
 from secateur.checkpoint import make_record, read_record, save_again, write_json
 from secateur.distill import KeptTeacher, keep_teacher
 from secateur.hidden_states import Counterparts
@@ -181,6 +182,11 @@ def _train(
 
             for name, rows in parts.items():
                 folder = kept_in / name
+                if states is not None and name == "train":  # of other layers or channels in a round before
+                    folder = kept_in / f"{name}-{states.key}"
+                    if processes.is_first():
+                        for other in {*kept_in.glob(f"{name}-*")} - {folder}:
+                            shutil.rmtree(other, ignore_errors=True)
                 keep_teacher(
                     teacher,
                     rows,
@@ -201,6 +207,10 @@ def _train(
             )
     with clock.stage("load"):
         model = _trainable(ready)
+    if options.adapts and options.adapter.dropout and stacked_weights(model):
+        notes.append(
+            f"there is no dropout, though {options.adapter.dropout:g} was asked for: peft has none for experts"
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     course = Course(
         read.train,

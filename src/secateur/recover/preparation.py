@@ -172,6 +172,7 @@ def _settings(options: RecoverOptions, data: DataOptions, read: TuningData, bf16
         recompute=options.recompute,
         share=options.share,
         temperature=options.temperature,
+        hidden_states=options.hidden_states,
         seed=options.seed,
         track=options.track,
     )
