@@ -33,6 +33,7 @@ from tiny import names, write_tiny
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo compare".split())
 RECOVER = "recover tiny out --data alpaca.json --length 128 --max-steps 4 --eval-every 4 --seed 1".split()
+SMALL_SWEEP = "--axes mlp --shape uniform --scope local --repair none --ppl cats=text.txt --seq-len 32 --no-plot"
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 
 
@@ -194,6 +195,14 @@ class TestGolden:
             "profile", loose(succeed(capsys, "profile", "tiny", "deep", "--seq-len", "8", "--new-tokens", "2"))
         )
 
+    def test_profile_of_a_config(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("sizes/config.json", "--plan", "undecided.json", "--seq-len", "8,32")
+        check_golden("profile_sizes", succeed(capsys, "profile", *arguments))
+
+    def test_sweep(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = f"tiny --ratios 0.2,0.99 --scores l2 {SMALL_SWEEP}".split()
+        check_golden("sweep", loose(succeed(capsys, "sweep", *arguments)))
+
     def test_export(self, capsys: pytest.CaptureFixture[str]) -> None:
         check_golden("export", succeed(capsys, "export", "tiny", "out.gguf", "--gguf", "bf16", "--no-check"))
 
@@ -209,6 +218,8 @@ class TestOutput:
             ("recover", "tiny", "out", "--data", "alpaca.json", "--max-steps", "1", "--length", "128"),
             ("evaluate", "tiny", "--ppl", "cats=text.txt"),
             ("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"),
+            ("profile", "sizes/config.json"),
+            ("sweep", "tiny", "--ratios", "0.2", "--scores", "l2", *SMALL_SWEEP.split()),
             ("export", "tiny", "out", "--int8"),
         ],
     )
@@ -429,9 +440,29 @@ class TestJson:
 
     def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
         [row] = written(capsys, "profile", "tiny", "--seq-len", "4", "--new-tokens", "2")["results"]
-        sizes = ("parameters", "non_embedding_parameters", "macs", "weight_bytes", "peak_bytes")
+        sizes = ("parameters", "non_embedding_parameters", "macs", "weight_bytes", "peak_bytes", "kv_cache_bytes")
         assert row.keys() >= {"model", *sizes, "prefill_seconds", "decode_tokens_per_second"}
         assert is_whole(*(row[name] for name in sizes))
+        assert sum(row["macs_by_operator"].values()) == sum(row["macs_by_kind"].values()) == row["macs"]
+        assert "against" not in row
+
+    def test_profile_of_a_grid(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = "profile tiny deep --seq-len 4,8 --batch 1,2 --new-tokens 1 --repeats 1".split()
+        dense, other = written(capsys, *line)["results"]
+        keys = {"batch", "seq_len", "prefill_seconds", "decode_tokens_per_second", "peak_bytes"}
+        assert all(cell.keys() >= keys for cell in dense["grid"])
+        assert [(cell["batch"], cell["seq_len"]) for cell in dense["grid"]] == [(1, 4), (2, 4), (1, 8), (2, 8)]
+        assert other["against"].keys() >= {"model", "macs_ratio", "prefill_speedup", "decode_speedup"}
+        assert other["against"]["model"] == "tiny"
+
+    def test_sweep(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = f"sweep tiny --ratios 0.2,0.99 --scores l2 --run r {SMALL_SWEEP}".split()
+        data = written(capsys, *line)
+        assert [row["ratio"] for row in data["rows"]] == [0, 0.2]
+        keys = {"score", "ratio", "label", "parameters", "non_embedding_parameters", "macs", "perplexity"}
+        assert all(row.keys() >= keys for row in data["rows"])
+        assert [(row["label"], row["ratio"]) for row in data["refused"]] == [("l2", 0.99)]
+        assert json.loads(Path("r/sweep/sweep.json").read_text()) == data
 
     def test_into_a_pipe(self) -> None:
         """Such a path is written to; to replace it, as files are, would break the machine (think of /dev/stdout)."""
@@ -635,6 +666,15 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "an empty prompt": ("prompt='' has no tokens", ("evaluate", "tiny", "--prompt", "")),
     "windows of one": ("llm-pruner@1: a window of 1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
     "no tokens": ("max_tokens=0 leaves nothing to score", ("evaluate", "tiny", "--max-tokens", "0")),
+    "profile letters": ("--seq-len 8;9: expected whole numbers", ("profile", "tiny", "--seq-len", "8;9")),
+    "profile no batch": ("batch=0: expected at least 1", ("profile", "sizes/config.json", "--batch", "0")),
+    "profile another plan": ("the plan cuts layers.3", ("profile", "tiny", "--plan", "deep.json", "--sizes-only")),
+    "sweep letters": ("--ratios a:b: expected first:last:step", ("sweep", "tiny", "--ratios", "a:b")),
+    "sweep unknown": ("unknown score 'l3'", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
+    "sweep in a file": (
+        "plan.json/sweep cannot be written",
+        ("sweep", "tiny", "--ratios", "0.2", "--run", "plan.json"),
+    ),
     "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
     # comparing
     "compare with nothing": ("'./no-such': no such file", ("compare", "--port", "0", "tiny", "./no-such")),

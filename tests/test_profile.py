@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +13,18 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from secateur.errors import DataError, ModelError
-from secateur.profile import LiveBytes, Speed, _random_prompts, measure_speed, weight_bytes
+from secateur.profile import (
+    Against,
+    LiveBytes,
+    Profile,
+    Speed,
+    _random_prompts,
+    measure_speed,
+    profile,
+    profile_models,
+    weight_bytes,
+)
+from secateur.run import plan_model
 
 VOCABULARY = 97
 
@@ -195,3 +208,174 @@ def test_error_of_weights_on_meta() -> None:
         model = tiny(48)
     with pytest.raises(ModelError, match="its weights are on device='meta'"):
         measure_speed({"m": model}, seq_len=4)
+
+
+class Ticks:
+    """Steps that take a known time, and who took them."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self.seconds = seconds
+        self.calls: list[tuple[str, int, int]] = []
+        self.memory: list[tuple[str, int, int]] = []
+
+    def install(self, models: dict[str, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+        names = {id(model): name for name, model in models.items()}
+
+        def time_steps(model: nn.Module, prompts: torch.Tensor, *, new_tokens: int) -> list[float]:
+            batch, seq_len = prompts.shape
+            self.calls.append((names[id(model)], batch, seq_len))
+            prefill, decode = self.seconds[names[id(model)]]
+            return [prefill * batch * seq_len, *[decode] * new_tokens]
+
+        def prefill_bytes(model: nn.Module, prompts: torch.Tensor) -> int:
+            batch, seq_len = prompts.shape
+            self.memory.append((names[id(model)], batch, seq_len))
+            return 1000 * batch * seq_len
+
+        module = sys.modules["secateur.profile"]
+        monkeypatch.setattr(module, "_time_steps", time_steps)
+        monkeypatch.setattr(module, "_prefill_bytes", prefill_bytes)
+
+
+def test_every_cell_of_the_grid_is_warmed_up_and_timed_in_turns(
+    small: LlamaForCausalLM, large: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"dense": large, "cut": small}
+    ticks = Ticks({"dense": [0.5, 0.25], "cut": [0.25, 0.125]})
+    ticks.install(models, monkeypatch)
+    shown: list[tuple[int, int]] = []
+    rows = profile(
+        models,
+        seq_len=[8, 4],
+        batch=[1, 3],
+        new_tokens=2,
+        repeats=2,
+        progress=lambda done, total: shown.append((done, total)),
+    )
+    cells = [(1, 8), (3, 8), (1, 4), (3, 4)]
+    expected = [(name, *cell) for cell in cells for name in ["dense", "cut"] * 3]  # warm-up, then two rounds
+    assert ticks.calls == expected
+    assert ticks.memory == [(name, *cell) for cell in cells for name in ("dense", "cut")]
+    assert shown == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    dense, cut = rows
+    assert [(cell.batch, cell.seq_len) for cell in cut.grid] == cells
+    assert [cell.prefill_seconds for cell in dense.grid] == [0.5 * batch * seq_len for batch, seq_len in cells]
+    assert [cell.decode_tokens_per_second for cell in dense.grid] == [4, 12, 4, 12]  # of all rows of a batch
+    assert [cell.peak_bytes for cell in cut.grid] == [weight_bytes(small) + 1000 * b * n for b, n in cells]
+    assert {cell.prefill_speedup for cell in cut.grid} == {2.0}
+    assert {cell.decode_speedup for cell in cut.grid} == {2.0}
+    assert {cell.prefill_speedup for cell in dense.grid} == {None}
+    assert [cell.macs_ratio for cell in cut.grid] == [
+        cell.macs / first.macs for cell, first in zip(cut.grid, dense.grid, strict=True)
+    ]
+    assert cut.against == Against("dense", cut.macs / dense.macs, cut.weight_bytes / dense.weight_bytes, 2.0, 2.0)
+    assert (cut.prefill_seconds, cut.peak_bytes) == (cut.grid[0].prefill_seconds, cut.grid[0].peak_bytes)
+    assert "against" not in dense.to_json()
+    assert cut.to_json()["against"]["model"] == "dense"
+    assert "prefill_speedup" not in dense.to_json()["grid"][0]
+
+
+def test_a_batch_takes_more_memory_and_its_cache(small: LlamaForCausalLM) -> None:
+    [row] = profile({"m": small}, seq_len=[16, 32], batch=[1, 4], new_tokens=1, repeats=1)
+    one, four, longer, _ = row.grid
+    assert (four.kv_cache_bytes, longer.kv_cache_bytes) == (
+        4 * (row.kv_cache_bytes or 0),
+        2 * (row.kv_cache_bytes or 0),
+    )
+    assert row.kv_cache_bytes == one.kv_cache_bytes == 2 * 2 * 2 * 8 * 16 * 4  # layers, K and V, KV heads, size, tokens
+    extra = [(cell.peak_bytes or 0) - weight_bytes(small) for cell in (one, four)]
+    assert extra[1] == pytest.approx(4 * extra[0], rel=0.1)
+
+
+class FakeEvent:
+    """An event of a device whose clock moves by one millisecond with each."""
+
+    log: ClassVar[list[str]] = []
+    clock: ClassVar[int] = 0
+
+    def record(self, stream: str) -> None:
+        FakeEvent.clock += 1
+        self.at = FakeEvent.clock
+        FakeEvent.log.append(f"record on {stream}")
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return float(later.at - self.at)
+
+    def synchronize(self) -> None:
+        FakeEvent.log.append("wait for the last")
+
+
+def test_on_an_accelerator_events_mark_the_steps_and_nobody_waits_between(
+    small: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeEvent.log.clear()
+    module = sys.modules["secateur.profile"]
+    monkeypatch.setattr(module, "_event_and_stream", lambda device: (FakeEvent(), f"{device}'s stream"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: FakeEvent.log.append(f"wait for {device}"))
+    monkeypatch.setattr(module, "_timer", lambda model: module._Events(torch.device("cuda", 1)))
+    seconds = module._time_steps(small, torch.zeros(1, 4, dtype=torch.long), new_tokens=2)
+    assert seconds == [0.001, 0.001, 0.001]
+    assert FakeEvent.log == ["wait for cuda:1", *["record on cuda:1's stream"] * 4, "wait for the last"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "timer"),
+    [
+        (["cpu"], "clock of []"),
+        ([], "clock of []"),
+        (["cuda:0"], "events of cuda:0"),
+        (["mps:0"], "events of mps:0"),
+        (["cuda:0", "cuda:1"], "clock of ['cuda:0', 'cuda:1']"),
+        (["cuda:0", "cpu"], "clock of ['cuda:0']"),
+        (["cuda:0", "meta"], "clock of ['cuda:0']"),  # weights that accelerate moves in
+    ],
+)
+def test_which_timer_a_model_gets(devices: list[str], timer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    weights = [SimpleNamespace(device=torch.device(device)) for device in devices]
+    found = sys.modules["secateur.profile"]._timer(SimpleNamespace(parameters=lambda: iter(weights)))
+    events = hasattr(found, "device")
+    assert timer == (f"events of {found.device}" if events else f"clock of {[str(d) for d in found.devices]}")
+
+
+def test_the_clock_waits_for_every_accelerator_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, log = sys.modules["secateur.profile"], []
+    times = iter([1.0, 3.0, 3.5])
+
+    def tick() -> float:
+        log.append("clock")
+        return next(times)
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: log.append(str(device)))
+    monkeypatch.setattr(module.time, "perf_counter", tick)
+    clock = module._Clock([torch.device("cuda", 0), torch.device("cuda", 1)])
+    for _ in range(3):
+        clock.mark()
+    monkeypatch.undo()
+    assert clock.seconds() == [2.0, 0.5]
+    assert log == ["cuda:0", "cuda:1", "clock"] * 3
+
+
+def test_models_by_name_are_read_once_and_cut_as_a_plan_says(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of sizes alone: speed does not depend on which units stay."""
+    decided = plan_model(str(tiny), cut={"ratio": 0.3}, sizes_only=True)
+    dense, cut = profile_models([str(tiny), str(tiny)], plan=decided, seq_len=8, new_tokens=1, repeats=1)
+    assert isinstance(cut, Profile)
+    assert (dense.model, cut.model) == (str(tiny), f"{tiny} + plan")
+    assert (cut.parameters, cut.non_embedding_parameters) == (
+        decided.parameters["pruned"],
+        decided.parameters["pruned_non_embedding"],
+    )
+    monkeypatch.setattr(sys.modules["secateur.profile"], "load", lambda *_, **__: pytest.fail("weights were read"))
+    counted = profile_models([str(tiny)], plan=decided, sizes_only=True, seq_len=8)
+    assert [row.macs for row in counted] == [dense.macs, cut.macs]
+    assert [row.kv_cache_bytes for row in counted] == [dense.kv_cache_bytes, cut.kv_cache_bytes]
+    assert [row.weight_bytes for row in counted] == [dense.weight_bytes, cut.weight_bytes]
+    assert "prefill_seconds" not in counted[0].to_json()
+
+
+@pytest.mark.parametrize("name", ["seq_len", "batch"])
+def test_errors_of_counts_without_weights(tiny: Path, name: str) -> None:
+    counts: dict[str, Any] = {name: [4, 0]}
+    with pytest.raises(DataError, match=f"{name}=0: expected at least 1"):
+        profile_models([str(tiny / "config.json")], **counts)

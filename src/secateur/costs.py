@@ -298,9 +298,10 @@ def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, 
     one entry, and what returns nothing none. Raises `DiscoveryError` when the pass on `meta` fails.
 
     >>> from transformers import AutoConfig
-    >>> config = AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=2, n_positions=16, vocab_size=9)
+    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
+    >>> config = AutoConfig.for_model("opt", num_hidden_layers=2, vocab_size=9, **sizes)
     >>> cache_bytes_by_layer(skeleton(config), seq_len=5)
-    (320, 320)
+    (480, 480)
     """
     on_meta = not hasattr(model, "_hf_hook") and any(weight.device.type == "meta" for weight in model.parameters())
     with evaluation_mode(model), torch.no_grad():

@@ -101,7 +101,8 @@ def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> An
     The model's weights may be on `meta`; `options` go to its forward. Raises `DiscoveryError` when the pass fails.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=9)
+    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 48, "word_embed_proj_dim": 12}
+    >>> config = AutoConfig.for_model("opt", num_hidden_layers=1, vocab_size=9, **sizes)
     >>> with torch.device("meta"):
     ...     model = AutoModelForCausalLM.from_config(config).eval()
     >>> tuple(run_without_memory(model, sequence=3, use_cache=False).logits.shape)

@@ -177,11 +177,11 @@ def profile_models(
     >>> import tempfile
     >>> from transformers import AutoConfig
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     config = AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=2, vocab_size=9)
-    ...     config.save_pretrained(folder)
+    ...     sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
+    ...     AutoConfig.for_model("opt", num_hidden_layers=2, vocab_size=9, **sizes).save_pretrained(folder)
     ...     [row] = profile_models([f"{folder}/config.json"])
-    >>> row.kv_cache_bytes  # 2 layers x 2 x 8 x 64 tokens, float32
-    8192
+    >>> row.kv_cache_bytes  # 2 layers x 2 x 12 x 64 tokens, float32
+    12288
     """
     loading = loading or LoadOptions()
     trust, names = loading.trust_remote_code, list(dict.fromkeys(models))
