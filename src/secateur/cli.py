@@ -780,7 +780,8 @@ def evaluate_command(
         for label, each in variants.items():
             measured = measure(label, each, tokenizer, measures, watch=_watch(quiet=quiet))
             results.append(measured.with_sizes(weight_bytes(each), file_bytes(name) if label == name else None))
-    _finish(as_json(results), json_file, context, models)
+    found = as_json(results)
+    _finish(found, json_file, context, models)
     if not quiet:
         _print(evaluation_tables(results))
 

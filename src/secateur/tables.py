@@ -239,7 +239,7 @@ def _setting(value: Any) -> str:
 
 
 def evaluation_tables(results: Sequence[Measured]) -> Iterator[RenderableType]:
-    """What was measured of every model: a row for each text and protocol, a row for each task, samples of text."""
+    """What was measured of every model: a row for each text and protocol, for each task; samples of text; bytes."""
     if any(measured.texts for measured in results):
         yield from _titled("Perplexity", _perplexity_table(results))
     if any(measured.tasks for measured in results):
@@ -251,27 +251,20 @@ def evaluation_tables(results: Sequence[Measured]) -> Iterator[RenderableType]:
     for measured in results:
         for prompt, text in measured.samples.items():
             yield Text.assemble(f"{measured.model}: {prompt}", (" ".join(["", *text.split()]), "bold"))
+    for measured in results:
+        if measured.weight_bytes is not None:
+            files = "" if measured.file_bytes is None else f", {binary(measured.file_bytes)} in files"
+            yield f"{measured.model}: {binary(measured.weight_bytes)} of weights{files}"
 
 
 def _perplexity_table(results: Sequence[Measured]) -> Table:
-    """With the bytes of the model's weights in memory and of their files, and the nats that it is worse by."""
+    """A row for every model, text and protocol; beside the first model, the nats per token that one is worse by."""
     table = Table()
-    columns = (
-        "model",
-        "weights",
-        "files",
-        "text",
-        "protocol",
-        "tokens scored",
-        "nats/token",
-        "bits/byte",
-        "perplexity",
-    )
-    beside = ("beside the first",) * (len(results) > 1)
-    for column in (*columns, "95 % interval", *beside):
+    beside = ("nats beside the first",) * (len(results) > 1)
+    columns = ("model", "text", "protocol", "tokens scored", "nats/token", "bits/byte", "perplexity", "95 % interval")
+    for column in (*columns, *beside):
         table.add_column(column, justify="left" if column in ("model", "text", "protocol") else "right")
     for measured in results:
-        sizes = ["" if size is None else binary(size) for size in (measured.weight_bytes, measured.file_bytes)]
         for p, worse in zip(measured.perplexity, differences(measured, results[0]), strict=True):
             ends = "" if p.ppl_low is None or p.ppl_high is None else f"{p.ppl_low:.2f} to {p.ppl_high:.2f}"
             bits = "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}"
@@ -279,7 +272,7 @@ def _perplexity_table(results: Sequence[Measured]) -> Table:
             shown = (
                 "" if worse is None or measured is results[0] else with_error(worse.difference, worse.stderr, "+.4f")
             )
-            table.add_row(measured.model, *sizes, *scored, *((shown,) if beside else ()))
+            table.add_row(measured.model, *scored, *((shown,) if beside else ()))
     return table
 
 

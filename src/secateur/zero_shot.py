@@ -174,7 +174,7 @@ def zero_shot(
     if batch_size is not None and batch_size < 1:
         raise DataError(f"batch_size={batch_size} scores nothing; expected at least 1: --batch-size 8")
     results: dict[str, TaskResult] = {}
-    for number, task in enumerate(tasks):
+    for task in tasks:
         with _quiet() as shortened:
             raw = score(model, tokenizer, task, limit=limit, batch_size=batch_size, progress=progress)
         if shortened.count:
@@ -184,8 +184,6 @@ def zero_shot(
                 shortened.count,
             )
         results |= _results(task, raw)
-        if progress is not None and number + 1 == len(tasks):
-            progress(1, 1, task.name)
     return results
 
 
