@@ -26,6 +26,7 @@ from question_files import write_questions
 from secateur import SecateurError
 from secateur.checkpoint import write_json
 from secateur.cli import _watch, run
+from secateur.journal import read as read_journal
 from secateur.plan import CutOptions
 from secateur.run import plan_model
 from tiny import names, write_tiny
@@ -833,6 +834,54 @@ def test_every_option_of_a_cut_is_an_option_of_plan_and_prune(capsys: pytest.Cap
         text = succeed(capsys, command, "--help")
         for name in CutOptions.__dataclass_fields__:
             assert f"--{name.replace('_', '-')} " in text
+
+
+class TestJournal:
+    @pytest.mark.parametrize(
+        ("arguments", "models"),
+        [
+            (("plan", "tiny", "--score", "l1"), ["tiny"]),
+            (("prune", "tiny", "out", "--score", "l1", "--seed", "3"), ["tiny", "out"]),
+            (("evaluate", "tiny", "deep", "--ppl", "cats=text.txt", "--max-tokens", "300"), ["tiny", "deep"]),
+            (("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"), ["tiny"]),
+            (("export", "tiny", "out.gguf", "--no-check"), ["tiny", "out.gguf"]),
+            (("export", "tiny", "out", "--int8"), ["tiny", "out"]),
+        ],
+    )
+    def test_a_result_is_entered_as_it_is_written(
+        self, arguments: tuple[str, ...], models: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = written(capsys, *arguments, "--run", "runs/mine")
+        [entry] = read_journal(Path("runs/mine"))
+        assert entry.result == data
+        assert (entry.kind, list(entry.models)) == (arguments[0], models)
+        assert entry.command == f"secateur {' '.join(arguments)} --run runs/mine --json x.json"
+        assert entry.seed == (3 if "--seed" in arguments else 0)
+        succeed(capsys, "report", "runs/mine", "r.html")
+        assert Path("r.html").stat().st_size > 1000
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("plan", "tiny"),
+            ("prune", "tiny", "out"),
+            ("recover", "tiny", "out", "--data", "alpaca.json"),
+            ("evaluate", "tiny"),
+            ("profile", "tiny"),
+            ("export", "tiny", "out.gguf"),
+            ("export", "tiny", "out", "--int8"),
+        ],
+    )
+    def test_a_file_in_the_way_is_refused_before_any_work(
+        self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for work in ("load_config", "plan_model", "prune_model", "recover", "export_int8_of"):
+            monkeypatch.setattr(f"secateur.cli.{work}", lambda *_, **__: pytest.fail("work had begun"))
+        refuse(capsys, "text.txt is a file, and a run folder is to hold the journal", *arguments, "--run", "text.txt")
+
+    def test_a_run_without_a_journal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        refuse(capsys, "tiny has no journal, so there is nothing to report", "report", "tiny", "r.html")
+        refuse(capsys, "none is no folder; name one that --run was given", "report", "none", "r.html")
 
 
 def test_all_commands_take_the_common_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,9 +115,16 @@ class TestWhole:
         figures = {figure.name: figure for figure in report.figures}
         assert figures["Accuracy"].change == "\N{MINUS SIGN}6.0 points"
         assert figures["Accuracy"].good is False
-        assert not {"Parameters", "Reading speed"} & figures.keys()  # of the recovered model neither was measured
+        assert figures["Parameters"].change == "\N{MINUS SIGN}20.0 %"  # of the pruned one: training changes no size
+        assert "Reading speed" not in figures  # which was not measured
         assert any("60.0 %" in sentence and "54.0 %" in sentence for sentence in report.sentences)
         assert any("training brought back 61 % of what the cut had cost" in s for s in report.sentences)
+
+    def test_the_first_sentence_says_of_what(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        append(folder, "c", "recover", recover_json("b"), seed=0, models=["a", "b"])
+        append(folder, "c", "evaluate", evaluate_json({"a": 25.0, "b": 40.0}), seed=0, models=["a", "b"])
+        assert page_of(folder)[2].sentences[0].startswith("The recovered model answers 58.0 % of 2 zero-shot tasks")
 
     def test_headline_of_a_cut(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"

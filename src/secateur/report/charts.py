@@ -15,7 +15,7 @@ VALUE = 18.0  # and their numbers
 AXIS = 13.0  # and the numbers of a plot's y axis
 MOST_POINTS = 400  # of a line; a chart has no more pixels for them
 MOST_TICKS = 6
-NARROW = 0.5  # powers of ten: what spans less has ticks at equal steps though its axis is logarithmic
+FEWEST_TICKS = 3  # of powers of ten, their doubles and halves; a range too narrow for them has ticks at equal steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,14 +355,15 @@ class _Axis:
         return round(100 * (number - self.low) / (self.high - self.low), 3)
 
     def ticks(self) -> list[Tick]:
-        if self.log and self.high - self.low > NARROW:
+        if self.log:
             low, high = 10**self.low, 10**self.high
             every = [m * 10.0**p for p in range(math.floor(self.low), math.floor(self.high) + 1) for m in (1, 2, 5)]
             chosen = [value for value in every if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
             if len(chosen) > MOST_TICKS:
                 chosen = [value for value in chosen if f"{value:e}".startswith("1.0")]
             chosen = chosen[:: max(1, math.ceil(len(chosen) / MOST_TICKS))]
-            return [Tick(self.at(value), _number(value)) for value in chosen]
+            if len(chosen) >= FEWEST_TICKS:
+                return [Tick(self.at(value), _number(value)) for value in chosen]
         low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
         step = _step((high - low) / 4)
         if self.whole:

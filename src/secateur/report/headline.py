@@ -42,6 +42,9 @@ def headline(facts: Facts) -> tuple[tuple[KeyFigure, ...], tuple[str, ...]]:
     sentences = [sentence for _, sentence in found]
     if gained := _regained(facts, dense, result):
         sentences.insert(2 if len(sentences) > 1 else 1, gained)
+    for pronoun, subject in (("It ", f"The {_role(result)} model "), ("Its ", f"The {_role(result)} model's ")):
+        if sentences and sentences[0].startswith(pronoun):  # no other sentence before it says what "it" is
+            sentences[0] = subject + sentences[0].removeprefix(pronoun)
     return tuple(figure for figure, _ in found), tuple(sentences)
 
 

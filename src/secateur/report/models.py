@@ -130,8 +130,12 @@ class Facts:
         return {row.task: row for row in self.run.tasks if same_model(row.model, model.name)}
 
     def cost(self, model: Model) -> SpeedRow:
-        """What a model costs: measured, or else as its plan says."""
+        """What a model costs: measured, or else as its plan says; a training leaves the sizes as they are."""
         found: dict[str, Any] = {}
+        before = next((each for each in self.models if each.name == model.parent), None)
+        if model.role == "recovered" and before is not None and before.role == "pruned":
+            sizes = self.cost(before)
+            found = {name: getattr(sizes, name) for name in ("parameters", "non_embedding_parameters", "macs")}
         for cut in self.run.cuts:
             side = "pruned" if cut.out and same_model(cut.out, model.name) else None
             side = "dense" if same_model(cut.model, model.name) else side

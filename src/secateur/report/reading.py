@@ -305,6 +305,8 @@ class _Collected:
 def _cut(entry: Entry) -> CutRow:
     result = entry.result
     options = dict(result["options"])
+    _maybe(options.get("ratio"))
+    _maybe(options.get("target"))
     out = result.get("out")
     return CutRow(
         entry=entry,

@@ -109,7 +109,7 @@ def _by_kind(facts: Facts, cut: CutRow) -> tuple[dict[str, dict[int, tuple[int, 
 
     for group in cut.groups:
         if group.kind == "layer":
-            stay = set(group.keep) if group.keep is not None else set(range(group.kept))
+            stay = set(group.keep) if group.keep is not None else set(range(min(group.kept, MOST_LAYERS)))
             for layer in range(min(group.units, MOST_LAYERS)):
                 put("layer", layer, int(layer in stay), 1)
         elif group.layer is None or not 0 <= group.layer < MOST_LAYERS:
