@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from every_type import tiny_config
 from families import family_config, family_model
 from secateur import CutOptions, PlanError, discover, plan, prune, score
+from secateur.amounts import giga
 from secateur.axes import count_macs
 from secateur.costs import cache_bytes_by_layer, count_macs_by_kind, sizes_of, sizes_of_model
 from secateur.models import quiet, skeleton
 from secateur.plan import options_for
 from secateur.profile import profile_models
-from secateur.tables import giga
 
 TOKENS = 9
 # grouped queries; a window that slides; learned positions; latent attention; a state space; states beside attention;
