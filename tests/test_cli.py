@@ -33,6 +33,7 @@ from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo compare".split())
+IN_TURNS = "recover tiny out --data alpaca.json".split()
 RECOVER = "recover tiny out --data alpaca.json --length 128 --max-steps 4 --eval-every 4 --seed 1".split()
 SMALL_SWEEP = "--axes mlp --shape uniform --scope local --repair none --ppl cats=text.txt --seq-len 32 --no-plot"
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
@@ -725,6 +726,31 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "recover, method": (
         "method='magic' is unknown",
         ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "magic"),
+    ),
+    "in turns, how much": (
+        "say how much is to go in all, for example --steps 3 --ratio 0.5",
+        (*IN_TURNS, "--steps", "3"),
+    ),
+    "in turns, none": ("steps=0 cuts nothing", (*IN_TURNS, "--steps", "0", "--ratio", "0.3")),
+    "in turns, steps twice": (
+        "--cut: --steps is an option of `recover` itself",
+        (*IN_TURNS, "--ratio", "0.3", "--cut", "--steps 2"),
+    ),
+    "in turns, ratio twice": (
+        "--cut: --ratio is an option of `recover` itself",
+        (*IN_TURNS, "--ratio", "0.3", "--cut", "--ratio 0.2"),
+    ),
+    "in turns, no option of the cut": (
+        "--cut: --overwrite says nothing of the cut",
+        (*IN_TURNS, "--ratio", "0.3", "--cut", "--overwrite"),
+    ),
+    "in turns, unknown": (r"No such option: --axs .*--axes", (*IN_TURNS, "--ratio", "0.3", "--cut", "--axs mlp")),
+    "in turns, quotes": ("--cut '--axes: No closing quotation", (*IN_TURNS, "--ratio", "0.3", "--cut", "'--axes")),
+    "in turns, adapter": ("--keep-adapter: in turns", (*IN_TURNS, "--ratio", "0.3", "--keep-adapter")),
+    "merge nothing": ("'tiny' is no folder with an adapter_config.json", ("export", "tiny", "out", "--merge-lora")),
+    "merge and pack": (
+        "merge first, then export that folder",
+        ("export", "tiny", "out", "--merge-lora", "--int8"),
     ),
 }
 

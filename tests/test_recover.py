@@ -386,7 +386,7 @@ class TestTraining:
 
     def test_held_out_text_that_is_in_the_data_is_told(self, place: Path, caplog: pytest.LogCaptureFixture) -> None:
         seen = "\n".join(f"{row['instruction']} {row['output']}" for row in ROWS[20:])
-        found = train(texts={"seen": seen, "reference": HELD_OUT}, max_steps=1)
+        found = train(texts={"seen": seen, "reference": HELD_OUT}, max_steps=1, data={"length": 250})
         told = [note for note in found.notes if "flatters its perplexity" in note]
         assert len(told) == 1
         assert re.match(r"[\d.]+ % of the held-out text seen has 13 words in a row in common with the data;", told[0])
