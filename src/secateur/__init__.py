@@ -43,6 +43,7 @@ from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
 from secateur.steps import cut_in_steps
+from secateur.sweep import Sweep, sweep
 from secateur.tuning_data import DataOptions
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "Scores",
     "SecateurError",
     "Statistics",
+    "Sweep",
     "TrainingError",
     "UntrustedCodeError",
     "Verified",
@@ -91,5 +93,6 @@ __all__ = [
     "repair",
     "save",
     "score",
+    "sweep",
     "verify",
 ]
