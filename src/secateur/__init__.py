@@ -46,6 +46,7 @@ from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
 from secateur.steps import cut_in_steps
+from secateur.sweep import Sweep, sweep
 from secateur.tuning_data import DataOptions
 from secateur.zero_shot import TaskResult, load_tasks, zero_shot
 
@@ -76,6 +77,7 @@ __all__ = [
     "Scores",
     "SecateurError",
     "Statistics",
+    "Sweep",
     "TaskError",
     "TaskResult",
     "TrainingError",
@@ -102,6 +104,7 @@ __all__ = [
     "repair",
     "save",
     "score",
+    "sweep",
     "verify",
     "zero_shot",
 ]
