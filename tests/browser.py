@@ -25,7 +25,7 @@ ARGUMENTS = (
     "--disable-sync",
 )
 WIDTHS = {1280: 900, 390: 844}  # of a desk and of a phone, with the height of what is seen at once
-COLOURS = 64  # of a picture
+COLOURS = 128  # of a picture
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def screenshots(running: Browser, page: Path, folder: Path) -> list[Path]:
         out = folder / f"{page.stem}-{width}.png"
         opened.screenshot(path=out, full_page=True)
         with Image.open(out) as picture:
-            few = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+            few = picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(out, optimize=True)
         written.append(out)
         context.close()

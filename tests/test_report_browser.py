@@ -109,10 +109,11 @@ def test_it_needs_no_scripts_and_no_network(page: Path, chromium: Any, tmp_path:
 
 
 def test_it_prints(page: Path, chromium: Any, tmp_path: Path) -> None:
-    opened = chromium.new_page()
+    opened = chromium.new_page(viewport={"width": 718, "height": 1047})  # A4 within margins of 1 cm
     opened.goto(page.as_uri())
     opened.pdf(path=tmp_path / "report.pdf", format="A4")
     opened.emulate_media(media="print", color_scheme="dark")
+    assert opened.evaluate("document.documentElement.scrollWidth") == 718
     assert opened.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert not opened.locator("nav").is_visible()
     assert (tmp_path / "report.pdf").read_bytes().count(b"/Type /Page\n") in range(3, 15)

@@ -84,7 +84,9 @@ _ODD = re.compile(
 
 
 def _printable(value: Any) -> Any:
-    return _ODD.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
+    if type(value) is not str:
+        return value
+    return re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", _ODD.sub("\N{REPLACEMENT CHARACTER}", value))
 
 
 def report_of(run: Run, out: Path) -> Report:
