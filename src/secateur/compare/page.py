@@ -1,22 +1,25 @@
 """The page: two tabs over two sides, made of gradio's components. What it does is done elsewhere; this lays it out."""
 
 # No `from __future__ import annotations`: gradio reads the annotations of handlers, and `gr` is no global name.
+import queue
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint import write_json
 from secateur.compare import markup
-from secateur.compare.answers import LONGEST_ANSWER, Writing, answers
+from secateur.compare.answers import Writing, answers
 from secateur.compare.cuts import SHARES_OF, Stopped, Wish, Workplace, about, by_layer, cuttable, decide, sketch
 from secateur.compare.sides import Side
 from secateur.errors import SecateurError
-from secateur.plan import PRESETS, SHAPES
+from secateur.plan import PRESETS, SHAPES, Plan
 from secateur.scores import SCORES
 
 EVERY = 0.05  # seconds between two states of an answer that are sent to a browser
+LONGEST = 1024  # tokens of an answer that the slider goes up to
 AT_ONCE = 4  # answers; more wait in the queue
 PRESETS_OWN = ("as the preset says", "")
 SCORED_BEFORE = (
@@ -78,7 +81,7 @@ def _compare_tab(sides: Sequence[Side], *, seed: int) -> None:
     running = _Running()
     templates = [side.letter for side in sides if side.tokenizer.chat_template is not None]
     characters = _tokens_differ(sides)
-    longest = min([LONGEST_ANSWER, *(side.positions - 1 for side in sides if side.positions)])
+    longest = min([LONGEST, *(side.positions - 1 for side in sides if side.positions)])
 
     prompt = gr.Textbox(
         label="Prompt", lines=3, max_lines=12, placeholder="A pruning saw cuts", elem_id="prompt", autofocus=True
@@ -258,8 +261,10 @@ def _plan_tab(page: Any, sides: Sequence[Side], place: Workplace, *, folder: Pat
         stop = gr.Button("Stop", interactive=False, elem_id="plan-stop")
         download = gr.DownloadButton("Download plan.json", interactive=False, elem_id="download")
     with gr.Row():
-        sizes = gr.HTML(elem_classes="piece", elem_id="plan-sizes", padding=False, min_width=320)
-        layers = gr.HTML(elem_classes="piece", elem_id="plan-layers", padding=False, min_width=320)
+        with gr.Column(min_width=280):
+            sizes = gr.HTML(elem_classes="piece", elem_id="plan-sizes", padding=False)
+        with gr.Column(min_width=280):
+            layers = gr.HTML(elem_classes="piece", elem_id="plan-layers", padding=False)
 
     wishes: list[Any] = [which, preset, ratio, of, axes, score, shape]
     shown = [sizes, layers, status, download]
@@ -281,26 +286,45 @@ def _plan_tab(page: Any, sides: Sequence[Side], place: Workplace, *, folder: Pat
         running.begin(str(request.session_hash))
         return gr.Button(interactive=False), gr.Button(interactive=True), markup.note("Waiting for a turn.")
 
-    def make(request: gr.Request, title: str, *asked: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
+    def make(request: gr.Request, title: str, *asked: Any) -> Iterator[list[Any]]:
+        """Score in a thread, and say how far it is; a page that is closed stops it."""
         side, event = by_title[title], running.event(str(request.session_hash))
+        told: queue.SimpleQueue[str] = queue.SimpleQueue()
+        made: list[Plan | SecateurError] = []
 
         def said(stage: str, share: float | None) -> None:
             if event.is_set():
                 raise Stopped("stopped; nothing was written")
-            progress(share, desc=stage)
+            told.put(stage if share is None else f"{stage}, {share:.0%}")
 
+        def work() -> None:
+            try:
+                made.append(decide(side, wish(*asked), place, said=said))
+            except SecateurError as error:
+                made.append(error)
+
+        working = threading.Thread(target=work, name="plan", daemon=True)
+        working.start()
         try:
-            planned = decide(side, wish(*asked), place, said=said)
-            if not planned.decided:
-                raise SecateurError(f"{side.name} has no weights to score")
-            file = Path(tempfile.mkdtemp(dir=folder)) / "plan.json"
-            write_json(file, planned.to_json())
-        except SecateurError as error:
-            return [gr.skip(), gr.skip(), markup.refusal(f"{error}."), gr.DownloadButton(value=None, interactive=False)]
-        return [
-            markup.plan_sizes(planned),
-            markup.layer_sizes(by_layer(side, planned)),
-            markup.note(about(side, planned)),
+            while working.is_alive() or not told.empty():
+                with suppress(queue.Empty):
+                    said_last = told.get(timeout=EVERY)
+                    while not told.empty():
+                        said_last = told.get()
+                    yield [gr.skip(), gr.skip(), markup.note(f"Working: {said_last}."), gr.skip()]
+        finally:
+            event.set()
+        found = made[0] if made else SecateurError("planning failed; the terminal says why")
+        if isinstance(found, SecateurError):
+            off = gr.DownloadButton(value=None, interactive=False)
+            yield [gr.skip(), gr.skip(), markup.refusal(f"{found}."), off]
+            return
+        file = Path(tempfile.mkdtemp(dir=folder)) / "plan.json"
+        write_json(file, found.to_json())
+        yield [
+            markup.plan_sizes(found),
+            markup.layer_sizes(by_layer(side, found)),
+            markup.note(about(side, found)),
             gr.DownloadButton(value=str(file), interactive=True),
         ]
 
@@ -326,6 +350,6 @@ def _plan_tab(page: Any, sides: Sequence[Side], place: Workplace, *, folder: Pat
         api_visibility="private",
     )
     begun = choose.click(begin, None, [choose, stop, status], queue=False, api_visibility="private")
-    made = begun.then(make, wishes, shown, concurrency_limit=1, show_progress_on=[status], api_visibility="private")
+    made = begun.then(make, wishes, shown, concurrency_limit=1, show_progress="hidden", api_visibility="private")
     made.then(end, None, [choose, stop], queue=False, api_visibility="private")
     stop.click(halt, None, None, queue=False, api_visibility="private")
