@@ -160,7 +160,7 @@ class TestResult:
         ratio = 0.4 if axes == "hidden" else 0.67
         in_turns(cut={"ratio": ratio, "axes": (axes,), "of": "units"}, steps=2, method="distill", hidden_states=0.5)
         model = load("here/out", device="cpu")
-        assert model.get_input_embeddings().weight.shape[1] == (29 if axes == "hidden" else 48)
+        assert model.get_parameter("model.embed_tokens.weight").shape[1] == (29 if axes == "hidden" else 48)
         assert model.config.num_hidden_layers == (1 if axes == "layers" else 3)
         assert verify("here/out").problems == ()
 
