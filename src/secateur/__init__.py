@@ -39,6 +39,7 @@ from secateur.prune import prune
 from secateur.quantize import Quantised, export_int8
 from secateur.recover import Recovered, RecoverOptions, recover
 from secateur.repair import Repaired, repair
+from secateur.report import Report, write_report
 from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
@@ -66,6 +67,7 @@ __all__ = [
     "RecoverOptions",
     "Recovered",
     "Repaired",
+    "Report",
     "ScoreError",
     "Scores",
     "SecateurError",
@@ -92,4 +94,5 @@ __all__ = [
     "save",
     "score",
     "verify",
+    "write_report",
 ]
