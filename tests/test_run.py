@@ -409,9 +409,12 @@ class TestRunFolder:
     def plan(self, **cut: Any) -> Plan:
         return plan_model("in/tiny", cut=cut, calibration=CalibrationOptions("in/text.txt", 4, 16), run="here/run")
 
+    def files(self, place: Path) -> list[Path]:
+        return sorted((place / "run").glob("statistics-*"))
+
     def test_another_plan_needs_no_pass_and_no_weights(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = self.plan(ratio=0.2, score="param_second")
-        assert len(names(place / "run")) == 1
+        assert len(self.files(place)) == 1
         with monkeypatch.context() as patch:
             patch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
             again, other = (
@@ -434,7 +437,7 @@ class TestRunFolder:
         monkeypatch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
         for score in ("param_first", "wanda", "fluctuation", "l2", "obs"):
             assert self.plan(score=score).scored["score"] == score
-        assert len(names(place / "run")) == 1
+        assert len(self.files(place)) == 1
 
     def test_other_axes_are_scored_and_added(self, place: Path) -> None:
         assert self.plan(axes=("mlp",)).decided
@@ -449,11 +452,24 @@ class TestRunFolder:
     def test_another_text_has_a_file_of_its_own(self, place: Path) -> None:
         self.plan(ratio=0.2)
         plan_model("in/tiny", calibration=CalibrationOptions("in/text.txt", 4, 17), run="here/run")
-        assert len(names(place / "run")) == 2
+        assert len(self.files(place)) == 2
+
+    def test_scores_are_kept_for_the_report(self, place: Path) -> None:
+        for score, axes in (("l1", ("mlp",)), ("l1", ("mlp",)), ("l1", ("hidden",)), ("l2", ("mlp",))):
+            decided = self.plan(score=score, axes=axes)
+        kept = [read_scores(file) for file in sorted((place / "run").glob("scores-*.safetensors"))]
+        assert sorted((scores.score, "hidden" in scores.units) for scores in kept) == [
+            ("l1", False),
+            ("l1", True),
+            ("l2", False),
+        ]
+        [last] = [scores for scores in kept if scores.score == "l2"]
+        assert (last.reduce, last.calibration) == (decided.scored["reduce"], decided.scored["calibration"])
+        assert {group.name for group in decided.groups} <= last.units.keys()
 
     def test_a_damaged_file_is_written_anew(self, place: Path) -> None:
         first = self.plan(ratio=0.2, score="param_second")
-        (file,) = (place / "run").iterdir()
+        (file,) = self.files(place)
         file.write_bytes(b"{")
         assert self.plan(ratio=0.2, score="param_second") == first
         assert file.stat().st_size > 1000
@@ -467,7 +483,7 @@ class TestRunFolder:
         monkeypatch.setitem(SCORES, "mine", Score(lambda seen: seen.weight, "weights", own=True))
         self.plan(score="mine")
         monkeypatch.setitem(SCORES, "mine", Score(lambda seen: -seen.weight.square(), "weights", own=True))
-        (file,) = (place / "run").iterdir()
+        (file,) = self.files(place)
         assert not any("mine" in key for key in load_file(file))
 
 

@@ -42,6 +42,7 @@ from secateur.prune import prune
 from secateur.quantize import Quantised, export_int8
 from secateur.recover import Recovered, RecoverOptions, prune_and_recover, recover
 from secateur.repair import Repaired, repair
+from secateur.report import Report, write_report
 from secateur.run import Pruned, plan_model, prune_model
 from secateur.scores import Scores, register_score, score
 from secateur.statistics import Evidence, Statistics
@@ -73,6 +74,7 @@ __all__ = [
     "RecoverOptions",
     "Recovered",
     "Repaired",
+    "Report",
     "ScoreError",
     "Scores",
     "SecateurError",
@@ -106,5 +108,6 @@ __all__ = [
     "score",
     "sweep",
     "verify",
+    "write_report",
     "zero_shot",
 ]

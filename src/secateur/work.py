@@ -235,9 +235,10 @@ class RunFolder:
             write_statistics(self.path, replace(statistics, sums=ours), about=self.key)
 
     def keep_scores(self, scores: Scores) -> None:
-        """Keep the scores, which the report shows; each score's of the same model and calibration are one file."""
+        """Keep the scores, which the report shows: one file for each score, reduction and choice of groups."""
         if processes.is_first():
-            write_scores(self.path.with_name(f"scores-{scores.score}-{self.key[:16]}.safetensors"), scores)
+            key = _hash([self.key, scores.reduce, sorted(scores.units)])
+            write_scores(self.path.with_name(f"scores-{scores.score}-{key[:16]}.safetensors"), scores)
 
 
 def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) -> list[Any]:

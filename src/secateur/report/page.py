@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from secateur.checkpoint import atomic_file
 from secateur.report.blocks import Figure, KeyFigure, Section
 from secateur.report.curves import frontier_section, recovery_section
@@ -103,6 +101,8 @@ def report_of(run: Run, out: Path) -> Report:
 
 def render(report: Report, run: Run) -> str:
     """The page itself. What comes from the journal is text, whatever it holds: the templates escape all of it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
