@@ -266,9 +266,9 @@ def test_answers_stream_and_can_be_stopped(page: Any, folders: tuple[Path, Path]
 
     # Stopped while it writes: what is written stays, and the next question is answered.
     page.evaluate(
-        """() => { const box = document.querySelector("#answer-a textarea");
-        window.stopping = setInterval(() => { const button = document.querySelector("#stop");
-        if (box.value && !button.disabled) { button.click(); clearInterval(stopping) } }, 1) }"""
+        """() => { const box = document.querySelector("#answer-a textarea"), before = box.value;
+        window.stopping = setInterval(() => { const button = document.querySelector("#stop"), now = box.value;
+        if (now && now !== before && !button.disabled) { button.click(); clearInterval(stopping) } }, 1) }"""
     )
     ask(page, "Names refer to")
     assert "was stopped" in wait_for_end(page)
