@@ -674,7 +674,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "sweep letters": ("--ratios a:b: expected first:last:step", ("sweep", "tiny", "--ratios", "a:b")),
     "sweep unknown": ("unknown score 'l3'", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
     "sweep in a file": (
-        "plan.json/sweep cannot be written",
+        "plan.json is a file, and a run folder is to hold the journal",
         ("sweep", "tiny", "--ratios", "0.2", "--run", "plan.json"),
     ),
     "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),

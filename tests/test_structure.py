@@ -66,7 +66,7 @@ ORDER = [
     "contamination",
     "task_files",
     "zero_shot",
-    "comparison",
+    "measures",
     "export.architectures",
     "export.tensors",
     "export.metadata",

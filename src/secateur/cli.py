@@ -36,7 +36,6 @@ from secateur.axes import discover
 from secateur.calibration import COLUMN, demo_texts
 from secateur.checkpoint import check_writable, read_record, verify, write_json
 from secateur.compare import HERE, PORT, Opened, compare
-from secateur.comparison import Measured, as_json, measure, plan_measures
 from secateur.contamination import warn_of_overlap
 from secateur.demo import TEXT, demonstrate
 from secateur.efficiency import profile_tables, sweep_tables
@@ -44,6 +43,7 @@ from secateur.errors import CheckpointError, DataError, ExportError, PlanError, 
 from secateur.evaluate import read_evaluation_text
 from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.journal import append, check_run_folder
+from secateur.measures import Measured, as_json, measure, plan_measures
 from secateur.merge import merge_adapter
 from secateur.models import DEMO, LoadOptions, file_bytes, load, load_config, load_tokenizer
 from secateur.plan import Plan, calibration_for, read_plan

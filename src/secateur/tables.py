@@ -25,9 +25,9 @@ from secateur.anatomy import (
 )
 from secateur.axes.groups import Discovery, count_parameters
 from secateur.checkpoint import Verified
-from secateur.comparison import Measured, differences
 from secateur.demo import PROMPT, Demonstration
 from secateur.export import Exported
+from secateur.measures import Measured, differences
 from secateur.merge import Merged
 from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.quantize import Quantised
