@@ -121,7 +121,10 @@ def _keep_journal(found: Demonstration, folder: Path, *, seed: int, command: str
         for name, results in found.perplexity.items()
     ]
     append(folder, line, "evaluate", {"results": rows}, seed=seed, models=list(names.values()))
-    profiles = [asdict(row) | {"model": names[row.model]} for row in found.profiles]
+    profiles = [row.to_json() | {"model": names[row.model]} for row in found.profiles]
+    for row in profiles:
+        if "against" in row:
+            row["against"] = {**row["against"], "model": names[row["against"]["model"]]}
     append(folder, line, "profile", {"results": profiles}, seed=seed, models=list(names.values()))
 
 
