@@ -11,7 +11,8 @@ lora+distill    an adapter, from the dense model
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`, by default Python's language reference).
-Damage is ln(perplexity / perplexity of the dense model), in nats per token. Results go to a JSON file as they come
+Damage is ln(perplexity / perplexity of the dense model), in nats per token; beside the texts given, on answers of rows
+of the same file that come after those trained on. Results go to a JSON file as they come
 (`--out`), and the same command goes on after a stop.
 
 Speed is that of steps without evaluations: ours, ours with a teacher, and a loop of peft and PyTorch alone that reads
@@ -70,7 +71,7 @@ def main() -> None:
     if not pruned.exists():
         cut = ["--preset", options.preset, "--ratio", str(options.ratio), "--calibration", str(options.calibration)]
         _secateur("prune", options.model, str(pruned), *cut)
-    texts = {name: read_evaluation_text(file) for name, file in options.text}
+    texts = {name: read_evaluation_text(file) for name, file in options.text} | _unseen_answers(options)
     folders = {"dense": options.model, "pruned": str(pruned)}
     for name in options.rows:
         folders[name] = str(options.folder / name)
@@ -98,6 +99,15 @@ def _trained(name: str, pruned: str, out: str, options: argparse.Namespace) -> d
     )
     found: dict[str, Any] = json.loads(file.read_text())
     return found
+
+
+def _unseen_answers(options: argparse.Namespace) -> dict[str, str]:
+    """The answers of rows that nothing was trained on: what training gives back on text of its own kind."""
+    if options.data.suffix != ".json":
+        return {}
+    rows = json.loads(options.data.read_text(encoding="utf-8"))[options.samples :]
+    answers = [str(row["output"]) for row in rows if row.get("output")]
+    return {"unseen answers": "\n\n".join(answers)} if answers else {}
 
 
 def _reference(options: argparse.Namespace) -> Path:
