@@ -6,8 +6,8 @@ The demo model is cut by a fifth of its non-embedding parameters and trained in 
 
 lora-paper      LLM-Pruner's settings: rank 8, 64 rows a step, a rate of 1e-4 (its warm-up is shortened to fit)
 lora            ours
-distill         all weights, from the dense model
-lora+distill    an adapter, from the dense model
+distill         all weights, from the dense model, which is asked about all tokens and not about answers alone
+lora+distill    an adapter, from the dense model, too
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`, by default Python's language reference).
@@ -51,8 +51,8 @@ LENGTHS = (128, 1024)
 ROWS: dict[str, list[str]] = {
     "lora-paper": ["--preset", "llm-pruner", "--epochs", "1"],
     "lora": ["--method", "lora"],
-    "distill": ["--method", "distill", "--rate", "1e-4"],
-    "lora+distill": ["--method", "lora+distill"],
+    "distill": ["--method", "distill", "--rate", "1e-4", "--loss-on", "all"],
+    "lora+distill": ["--method", "lora+distill", "--rate", "1e-3", "--loss-on", "all"],
 }
 
 

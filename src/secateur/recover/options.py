@@ -32,7 +32,7 @@ class RecoverOptions:
     method: str = "lora"
     epochs: float = 1.0
     max_steps: int | None = None  # instead of epochs
-    batch: int = 16  # rows of a step
+    batch: int = 8  # rows of a step
     micro_batch: int = 4  # rows that are computed at once
     rate: float = 5e-4  # of learning, the highest
     warmup: int | None = None  # steps; None: 6 % of them
