@@ -22,7 +22,7 @@ from secateur.axes.algebra import size_after, variables_in
 from secateur.axes.groups import BATCH, KINDS, SEQUENCE, layer_of
 from secateur.axes.rules import Operation
 from secateur.errors import DiscoveryError
-from secateur.evaluate import STATE_NAMES, evaluation_mode, input_device
+from secateur.evaluate import STATE_NAMES, evaluation_mode, input_device, vocabulary_size
 from secateur.graph import run_without_memory
 from secateur.models import plain_tensors, skeleton
 from secateur.plan import Plan
@@ -308,8 +308,9 @@ def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, 
         if on_meta:
             outputs = run_without_memory(model, sequence=seq_len, use_cache=True)
         else:
-            ids_BT = torch.zeros(1, seq_len, dtype=torch.long, device=input_device(model))
-            outputs = model(input_ids=ids_BT, use_cache=True)
+            # Code that looks for marks among the tokens does not take a row of one and the same.
+            drawn_BT = torch.randint(vocabulary_size(model), (1, seq_len), generator=torch.Generator().manual_seed(0))
+            outputs = model(input_ids=drawn_BT.to(input_device(model)), use_cache=True)
     state = next((outputs[name] for name in STATE_NAMES if name in outputs), None)
     layers = getattr(state, "layers", state)
     entries = list(layers) if isinstance(layers, list | tuple) else [layers]

@@ -74,10 +74,10 @@ def merge_adapter(
     folder = Path(model if adapter is None else adapter)
     settings = _settings(folder, named=model if adapter is None else str(adapter))
     base = _base_of(folder, settings) if adapter is None else model
-    check_vacant(out, overwrite=overwrite)
     check_apart(base, out)
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise ExportError(f"{out} holds the adapter itself, which would be deleted; name another folder")
+    check_vacant(out, overwrite=overwrite)
     check_peft()
     weights = _weights(folder)
     check_unpacked(load_config(base, trust_remote_code=loading.trust_remote_code), name=base)
