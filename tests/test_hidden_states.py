@@ -191,6 +191,7 @@ class TestKept:
 
 
 class TestTraining:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "method", "rate"),
         [("mlp", "distill", 2e-4), ("hidden", "lora+distill", 1e-3), ("layers", "distill", 2e-4)],
@@ -207,11 +208,13 @@ class TestTraining:
         assert any(f"layers were compared ({layers}); the teacher's took" in note for note in found.notes)
         assert [path for path in names(place) if "/" not in path] == ["out", "without"]
 
+    @pytest.mark.slow
     def test_layers_may_be_computed_again(self, place: Path) -> None:
         for recompute in (False, True):
             train("mlp", f"here/{recompute}", recompute=recompute, max_steps=4)
         assert farthest("here/False", "here/True") < 1e-5
 
+    @pytest.mark.slow
     def test_rows_of_a_step_may_be_computed_in_any_parts(self, place: Path) -> None:
         for micro_batch in (8, 2):
             train("mlp", f"here/{micro_batch}", micro_batch=micro_batch, max_steps=4)

@@ -114,6 +114,7 @@ def stopping(count: int) -> Callable[..., None]:
 
 class TestResult:
     @pytest.mark.parametrize("shape", ["uniform", "free"])
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["lora", "distill"])
     def test_one_round_is_to_prune_and_then_to_recover(self, shape: str, method: str, place: Path) -> None:
         cut = {"ratio": 0.3, "shape": shape}
@@ -145,6 +146,7 @@ class TestResult:
         for number, size in enumerate(sizes, start=1):
             assert size == pytest.approx(dense * (1 - ratio * number / 3), rel=0.02)
 
+    @pytest.mark.slow
     def test_shares_of_units_are_those_of_one_cut(self, place: Path) -> None:
         cut = {"ratio": 0.4, "of": "units"}  # 84 channels: 28, 25 and 21 after shares that are rounded up every time
         in_turns(cut=cut, max_steps=1, method="lora")
@@ -155,6 +157,7 @@ class TestResult:
         ]
         assert kept[0] == kept[1]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("axes", ["hidden", "layers"])
     def test_other_axes(self, axes: str, place: Path) -> None:
         ratio = 0.4 if axes == "hidden" else 0.67
@@ -191,6 +194,7 @@ class TestResult:
             recovery = recovery["before"]
         assert recovery is None
 
+    @pytest.mark.slow
     def test_the_teacher_reads_the_rows_once(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import secateur.distill
 
@@ -204,6 +208,7 @@ class TestResult:
         in_turns(method="lora+distill")
         assert read == [load("dense", device="cpu").num_parameters()] * 2  # rows to train on, and those that judge
 
+    @pytest.mark.slow
     def test_what_is_left_can_be_cut_and_trained_on(self, place: Path) -> None:
         in_turns(max_steps=1, method="full")
         in_turns("here/again", model="here/out", cut={"ratio": 0.2}, steps=2, max_steps=1, method="full")
@@ -249,6 +254,7 @@ class TestResume:
         assert read_plan(place / "out/secateur_plan.json") == read_plan(whole / "secateur_plan.json")
         assert [name for name in names(place) if "/" not in name] == ["out"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("where", "calls"),
         [
@@ -277,6 +283,7 @@ class TestResume:
         assert farthest("here/out", whole) == 0
         assert [name for name in names(place) if "/" not in name] == ["out"]
 
+    @pytest.mark.slow
     def test_with_other_options_it_starts_anew(self, whole: Path, place: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("secateur.training.callbacks.Steady.on_step_begin", stopping(5))

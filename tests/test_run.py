@@ -383,6 +383,7 @@ class TestLayerByLayer:
         assert prune(resume=True).resumed
         assert weights("here/out") == whole
 
+    @pytest.mark.slow
     def test_killed_at_random_moments(self, place: Path, whole: bytes) -> None:
         """Real processes, killed with kill -9 whenever, until one comes to its end."""
         arguments = "prune in/tiny here/out --calibration in/text.txt --samples 4 --length 16 --resume".split()

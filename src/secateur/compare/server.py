@@ -162,6 +162,7 @@ def serve(page: Any, taken: socket.socket) -> None:
     import uvicorn
 
     uvicorn.Server(server_config(page, taken)).run(sockets=[taken])
+    raise KeyboardInterrupt  # uvicorn raises it only where the process was not started with the signal ignored
 
 
 def _is_loopback(address: str) -> bool:
