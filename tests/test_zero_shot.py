@@ -27,8 +27,8 @@ from secateur.zero_shot import (
     LOGGERS,
     SEVEN,
     TaskResult,
+    beside_first,
     check_limit,
-    compare,
     load_tasks,
     mean_of,
     score,
@@ -487,9 +487,9 @@ def result(name: str, outcomes: Sequence[float], **others: Any) -> TaskResult:
 class TestBesideTheFirst:
     def test_only_the_same_documents_and_metrics_compare(self) -> None:
         first = result("a", [1, 0, 1, 1])
-        assert compare(result("a", [0, 0, 1, 0]), first) is not None
-        assert compare(result("a", [0, 0, 1, 0], documents_hash=("x",) * 4), first) is None
-        assert compare(result("a", [0, 0, 1, 0], metric="acc_norm"), first) is None
+        assert beside_first(result("a", [0, 0, 1, 0]), first) is not None
+        assert beside_first(result("a", [0, 0, 1, 0], documents_hash=("x",) * 4), first) is None
+        assert beside_first(result("a", [0, 0, 1, 0], metric="acc_norm"), first) is None
 
     def test_the_mean_is_unweighted_and_its_error_that_of_independent_tasks(self) -> None:
         first = {"a": result("a", [1, 1, 1, 0]), "b": result("b", [1, 0])}
@@ -497,7 +497,7 @@ class TestBesideTheFirst:
         mean = mean_of(second, first)
         assert mean is not None
         assert mean["value"] == pytest.approx((0.25 + 0) / 2)
-        one, two = (compare(second[name], first[name]) for name in "ab")
+        one, two = (beside_first(second[name], first[name]) for name in "ab")
         assert one is not None
         assert two is not None
         assert one.stderr is not None

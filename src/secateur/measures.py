@@ -18,7 +18,16 @@ from secateur.errors import TaskError
 from secateur.evaluate import Perplexity, ScoredText, sample_text, score_texts, wanted_protocols
 from secateur.protocols import Protocol
 from secateur.significance import Difference, paired_ratio
-from secateur.zero_shot import LoadedTask, TaskResult, check_limit, compare, load_tasks, mean_of, task_names, zero_shot
+from secateur.zero_shot import (
+    LoadedTask,
+    TaskResult,
+    beside_first,
+    check_limit,
+    load_tasks,
+    mean_of,
+    task_names,
+    zero_shot,
+)
 
 Watching = Callable[[str], AbstractContextManager[Callable[..., None] | None]]
 
@@ -176,7 +185,7 @@ def _row(measured: Measured, first: Measured | None) -> dict[str, Any]:
             if difference is not None:
                 entry["against"] = {"model": first.model, **asdict(difference)}
         for name, result in measured.tasks.items():
-            beside = compare(result, first.tasks[name]) if name in first.tasks else None
+            beside = beside_first(result, first.tasks[name]) if name in first.tasks else None
             if beside is not None:
                 tasks[name]["against"] = {"model": first.model, **asdict(beside)}
     return {

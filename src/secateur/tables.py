@@ -33,7 +33,7 @@ from secateur.plan import Plan, PlannedGroup, by_kind
 from secateur.quantize import Quantised
 from secateur.recover import Recovered
 from secateur.significance import Difference
-from secateur.zero_shot import HEADLINES, TaskResult, compare, mean_of
+from secateur.zero_shot import HEADLINES, TaskResult, beside_first, mean_of
 
 NEAR = 0.005  # of a budget: what is farther from it is said
 UNEVEN = 3  # sizes of one kind: more are drawn, not listed
@@ -287,7 +287,7 @@ def _task_table(results: Sequence[Measured]) -> Table:
         shown = next(result for result in found if result is not None)
         cells = []
         for result in found:
-            beside = compare(result, first.tasks[name]) if result is not None and name in first.tasks else None
+            beside = beside_first(result, first.tasks[name]) if result is not None and name in first.tasks else None
             cells.append("" if result is None else _accuracy(result, None if result is found[0] else beside))
         table.add_row(name, shown.metric, f"{shown.documents:,}", *cells)
     means = [mean_of(measured.tasks, first.tasks) for measured in results]

@@ -132,7 +132,7 @@ def load_tasks(names: Sequence[str], *, folder: Path | None = None) -> list[Load
         for name in names:
             if name not in LOCAL:
                 raise TaskError(
-                    f"task {name!r} has no local files{_near(name, LOCAL)}. Those that have: {', '.join(LOCAL)}. "
+                    f"task {name!r} has no local files{_near(name, LOCAL)} Those that have: {', '.join(LOCAL)}. "
                     "Without --tasks-data it is fetched from the hub"
                 )
         found = {name: find_source(name, folder) for name in names}  # all of them before any is read
@@ -145,7 +145,7 @@ def load_tasks(names: Sequence[str], *, folder: Path | None = None) -> list[Load
         for name in names:
             if name not in known:
                 raise TaskError(
-                    f"task {name!r} is unknown to lm-eval{_near(name, known | set(SHORTHANDS))}. "
+                    f"task {name!r} is unknown to lm-eval{_near(name, known | set(SHORTHANDS))} "
                     f"Expected for example --tasks {','.join(SEVEN[:3])}, or --tasks zero-shot"
                 )
         return [_load_from_hub(name, manager) for name in names]
@@ -225,11 +225,11 @@ def score(
     return found
 
 
-def compare(result: TaskResult, first: TaskResult) -> Difference | None:
+def beside_first(result: TaskResult, first: TaskResult) -> Difference | None:
     """A result beside the first model's, document by document; None where they have no documents in common.
 
     >>> first = TaskResult("boolq", {}, 2, "acc", 1.0, 0.0, (1.0, 1.0), ("a", "b"))
-    >>> compare(TaskResult("boolq", {}, 2, "acc", 0.5, 0.5, (1.0, 0.0), ("a", "b")), first)
+    >>> beside_first(TaskResult("boolq", {}, 2, "acc", 0.5, 0.5, (1.0, 0.0), ("a", "b")), first)
     Difference(difference=-0.5, stderr=0.5, p=1.0)
     """
     if not result.outcomes or result.documents_hash != first.documents_hash or result.metric != first.metric:
@@ -258,7 +258,7 @@ def mean_of(results: Mapping[str, TaskResult], first: Mapping[str, TaskResult] |
         "tasks": [result.task for result in chosen],
     }
     if first is not None:
-        differences = [compare(result, first[result.task]) for result in chosen if result.task in first]
+        differences = [beside_first(result, first[result.task]) for result in chosen if result.task in first]
         known = [difference for difference in differences if difference is not None]
         if len(known) == len(chosen):
             mean = mean_difference(known)
@@ -299,7 +299,7 @@ def _load_from_hub(name: str, manager: Any) -> LoadedTask:
 
 def _near(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------
