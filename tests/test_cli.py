@@ -25,7 +25,8 @@ import secateur
 from question_files import write_questions
 from secateur import SecateurError
 from secateur.checkpoint import write_json
-from secateur.cli import _watch, run
+from secateur.cli import run
+from secateur.cli.output import watching
 from secateur.journal import read as read_journal
 from secateur.plan import CutOptions
 from secateur.run import plan_model
@@ -253,7 +254,7 @@ class TestProgress:
         monkeypatch.setenv("TERM", "xterm-256color")
         monkeypatch.setenv("COLUMNS", "120")
         monkeypatch.setattr(sys, "stderr", terminal)
-        with _watch(quiet=False)("score") as progress:
+        with watching(quiet=False)("score") as progress:
             assert progress is not None
             progress(3, 10, "loss 2.500")
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
@@ -263,7 +264,7 @@ class TestProgress:
     @pytest.mark.parametrize(("stream", "quiet"), [(Terminal(), True), (io.StringIO(), False)])
     def test_without_one_or_quiet(self, stream: io.StringIO, quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stderr", stream)
-        with _watch(quiet=quiet)("score") as progress:
+        with watching(quiet=quiet)("score") as progress:
             assert progress is None
         assert stream.getvalue() == ""
 
@@ -764,7 +765,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     if arguments[:2] == ("prune", "tiny") and case not in READS_WEIGHTS:
         monkeypatch.setattr("secateur.run.load", lambda *_, **__: pytest.fail("weights were read"))
     if arguments[2:] == ("./no-such",):
-        monkeypatch.setattr("secateur.cli.load", lambda *_, **__: pytest.fail("weights were read"))
+        monkeypatch.setattr("secateur.cli.measuring.load", lambda *_, **__: pytest.fail("weights were read"))
     refuse(capsys, match, *arguments)
 
 
@@ -901,7 +902,8 @@ class TestJournal:
     def test_a_file_in_the_way_is_refused_before_any_work(
         self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for work in ("load_config", "plan_model", "prune_model", "recover", "export_int8_of"):
+        works = ["cutting.plan_model", "cutting.prune_model", "recovering.recover", "measuring.load_config"]
+        for work in (*works, "folders.load_config", "folders.export_int8_of"):
             monkeypatch.setattr(f"secateur.cli.{work}", lambda *_, **__: pytest.fail("work had begun"))
         refuse(capsys, "text.txt is a file, and a run folder is to hold the journal", *arguments, "--run", "text.txt")
 

@@ -920,7 +920,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("secateur.cli.load", lambda *_, **__: pytest.fail("weights were read"))
+        monkeypatch.setattr("secateur.cli.folders.load", lambda *_, **__: pytest.fail("weights were read"))
         assert run(["export", str(tiny), *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("secateur: error: ")

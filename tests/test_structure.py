@@ -120,6 +120,14 @@ ORDER = [
     "compare.page",
     "compare.server",
     "compare",
+    "cli.reading",
+    "cli.output",
+    "cli.options",
+    "cli.cutting",
+    "cli.recovering",
+    "cli.measuring",
+    "cli.folders",
+    "cli.pages",
     "cli",
 ]
 ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather what is below, so may import all of it

@@ -26,6 +26,7 @@ from secateur import processes
 from secateur.errors import CheckpointError, ModelError, TrainingError
 from secateur.evaluate import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
 from secateur.hidden_states import Counterparts, gathered, states_at
+from secateur.models import all_finite
 from secateur.statistics import write_tensors
 from secateur.tuning_data import IGNORED, Rows, collate
 
@@ -253,7 +254,7 @@ def _likeliest(
             labels = batch.pop("labels")
             with gathered(model, paths) as given:
                 logits_MV = model(**batch, use_cache=False).logits[labels != IGNORED].float() / temperature
-            if not torch.isfinite(logits_MV).all():
+            if not all_finite(logits_MV):
                 raise TrainingError(
                     f"the teacher {type(model).__name__} gives logits with NaN or Inf. Expected finite ones: load it "
                     "with --dtype float32 or bfloat16 (float16 overflows), or name another with --teacher"

@@ -555,12 +555,23 @@ def check_finite(model: torch.nn.Module) -> None:
     secateur.errors.ModelError: weight: 1 of 2 values are NaN or Inf. Expected finite weights; ...
     """
     for name, weight in model.named_parameters():
-        bad = weight.numel() - int(torch.isfinite(weight).sum())
-        if bad:
+        if not all_finite(weight):
+            bad = weight.numel() - int(torch.isfinite(weight).sum())
             raise ModelError(
                 f"{name}: {bad} of {weight.numel()} values are NaN or Inf. Expected finite weights; load the "
                 'checkpoint again with dtype="float32" or "bfloat16" (float16 overflows), or download it anew.'
             )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or Inf: by the least and the largest, which is many times faster than asking each.
+
+    >>> all_finite(torch.tensor([1.0, float("nan")])), all_finite(torch.zeros(0))
+    (False, True)
+    """
+    if values.is_floating_point() and values.element_size() == 1:
+        values = values.float()  # of float8 torch has no least
+    return values.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
 
 
 def check_unpacked(config: PreTrainedConfig, *, name: str | None = None) -> None:

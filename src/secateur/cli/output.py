@@ -1,0 +1,100 @@
+"""Results -> tables on standard output, JSON files and the journal of a run; progress on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from secateur import processes
+from secateur.amounts import binary
+from secateur.checkpoint import check_writable, write_json
+from secateur.journal import append, check_run_folder
+from secateur.measures import Watching
+
+PIPE_WIDTH = 240  # columns of a table that no terminal shows
+
+
+def check_files(*files: Path | None, made: Path | None = None, run: Path | None = None) -> None:
+    """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet.
+
+    Nor can the journal of the run folder `run` be kept in what is no folder.
+    """
+    if run is not None:
+        check_run_folder(run)
+    for file in files:
+        if file is not None and (made is None or made.absolute() not in file.absolute().parents):
+            check_writable(file)
+
+
+def finish(result: Any, file: Path | None, context: typer.Context | None = None, models: Sequence[str] = ()) -> None:
+    """Write a result as JSON where that was asked for, and into the journal of the command's run folder."""
+    if not processes.is_first():
+        return
+    if file is not None:
+        write_json(file, result)
+    if context is not None and (run := context.params["run_folder"]) is not None:
+        append(run, context.obj, str(context.info_name), result, seed=context.params["seed"], models=models)
+
+
+def show(renderables: Iterable[RenderableType]) -> None:
+    """Print tables and lines to standard output, as they are; where it is no terminal, no cell is broken."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    for renderable in renderables:
+        console.print(renderable)
+
+
+class _MemoryColumn(ProgressColumn):
+    """The memory that the process holds now."""
+
+    def render(self, task: Task) -> Text:
+        return Text(binary(psutil.Process().memory_info().rss))
+
+
+def watching(*, quiet: bool) -> Watching:
+    """One progress bar on stderr at a time: what is done, how far, what is measured, the time left, the memory held."""
+
+    @contextmanager
+    def watch(stage: str) -> Iterator[Callable[..., None] | None]:
+        if quiet or not sys.stderr.isatty() or not processes.is_first():
+            yield None
+            return
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            _MemoryColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(stage, total=None, said="")
+
+            def progress(done: int, total: int, said: str = "") -> None:
+                bar.update(task, completed=done, total=total, said=said)
+
+            yield progress
+
+    return watch
