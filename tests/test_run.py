@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur import CalibrationOptions, CheckpointError, DataError, PlanError, ScoreError, SecateurError
+from secateur import CalibrationOptions, CheckpointError, DataError, DiskError, PlanError, ScoreError, SecateurError
 from secateur.calibration import calibration_windows, digest, self_written
 from secateur.checkpoint import read_record
 from secateur.gradients import _Call
@@ -47,6 +47,7 @@ import secateur.cli, secateur.run
 secateur.run.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(secateur.cli.run(sys.argv[1:]))
 """
+STAYS = "what was done so far is kept: make room, and go on with --resume (resume=True)"
 SMALL_DISK = """
 import resource, signal, sys
 import secateur.cli
@@ -515,9 +516,9 @@ class TestLargeModels:
     def test_a_disk_without_room(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("secateur.run.IN_MEMORY", 0)
         monkeypatch.setattr("os.posix_fallocate", raiser(OSError(28, os.strerror(28))))
-        with pytest.raises(CheckpointError, match=r"no room for the cut weights: No space left"):
+        with pytest.raises(DiskError, match=r"no room for the cut weights: No space left"):
             prune()
-        assert names(place) == []
+        assert [name for name in names(place) if "/" not in name] == [".out.secateur"]
 
 
 class TestRecord:
@@ -586,10 +587,14 @@ class TestFailure:
             (Path(folder) / "model.safetensors").write_bytes(b"half")
             raise OSError(28, os.strerror(28))
 
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-        with pytest.raises(CheckpointError, match=r"here/out cannot be written: No space left on device$"):
-            prune()
-        assert names(place) == []
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, "save_pretrained", full)
+            with pytest.raises(DiskError, match=r"here/out cannot be written: No space left on device\n") as told:
+                prune()
+        assert told.value.__notes__ == [STAYS]
+        assert [name for name in names(place) if "/" not in name] == [".out.secateur"]
+        assert prune(resume=True).resumed
+        assert [name for name in names(place) if "/" not in name] == ["out"]
 
     def test_a_file_that_cannot_grow(self, place: Path) -> None:
         """The library that writes weights reports such an error in a way of its own."""
@@ -602,8 +607,9 @@ class TestFailure:
         assert done.returncode == 2
         assert done.stderr.startswith("secateur: error: ")
         assert "here/out cannot be written: " in done.stderr
+        assert done.stderr.endswith(f"; {STAYS}\n")
         assert done.stderr.count("\n") == 1
-        assert names(place) == []
+        assert [name for name in names(place) if "/" not in name] == [".out.secateur"]
 
     def test_scores_that_cannot_be_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("secateur.statistics.save_file", raiser(OSError(28, os.strerror(28))))

@@ -53,6 +53,10 @@ class CheckpointError(SecateurError):
     """A folder that cannot be written or read: it exists, it is incomplete, or nothing it could hold describes it."""
 
 
+class DiskError(CheckpointError):
+    """A file or folder that cannot be written as things are: the disk is full, or not ours to write to."""
+
+
 class ExportError(SecateurError):
     """A model, a setting or a tokenizer that the format of a file cannot hold, or a file that computes otherwise."""
 
@@ -61,10 +65,10 @@ class PageError(SecateurError):
     """A page that cannot be shown: a package is missing, or its address is taken."""
 
 
-def unwritable(path: Path, error: Exception) -> CheckpointError:
+def unwritable(path: Path, error: Exception) -> DiskError:
     """The error of a file or folder that cannot be written, for example because the disk is full.
 
     >>> print(unwritable(Path("out"), OSError(28, "No space left on device")))
     out cannot be written: No space left on device
     """
-    return CheckpointError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+    return DiskError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")

@@ -18,7 +18,7 @@ from secateur.attributes import attributes_after, set_attributes_in_place
 from secateur.axes import discover
 from secateur.axes.algebra import kept_along
 from secateur.axes.groups import Discovery, names_left
-from secateur.errors import CheckpointError, PlanError
+from secateur.errors import DiskError, PlanError
 from secateur.models import check_unpacked, quiet, runs_remote_code
 from secateur.plan import Plan
 from secateur.settings import Cut, renamed, with_settings
@@ -40,7 +40,7 @@ def prune(
     folder. Weights that no cut touches are shared with the dense model. `weights` are cut instead of the model's own,
     by name and as large as those (see `repair`). `room` is a folder on a disk with space for the cut weights: they then
     lie in a file there, which goes with the model, instead of in memory. Raises `PlanError` when the plan does not say
-    which units stay, or is of another model, and `CheckpointError` when the room is too small.
+    which units stay, or is of another model, and `DiskError` when the room is too small.
 
     >>> from secateur.plan import CutOptions, plan
     >>> from secateur.scores import score
@@ -135,7 +135,7 @@ def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise CheckpointError(f"{folder} has no room for the cut weights: {error.strerror or error}") from error
+        raise DiskError(f"{folder} has no room for the cut weights: {error.strerror or error}") from error
     steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     tensor: Tensor = torch.empty(0, dtype=dtype).set_(storage, 0, list(shape), steps)
     return tensor

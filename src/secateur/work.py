@@ -2,8 +2,8 @@
 
 While `prune` works, its values lie in a folder beside the output (`.OUT.secateur`), with a key that says for what. The
 same command with resume reads them; one that succeeds, or fails for a reason that a repetition would meet again,
-removes them. A run folder that the user names keeps the statistics of a model on a text, for other plans, and the
-scores, for the report.
+removes them. A full disk is no such reason. A run folder that the user names keeps the statistics of a model on a
+text, for other plans, and the scores, for the report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from secateur import __version__, processes
 from secateur.allocation import Curve
 from secateur.calibration import CalibrationOptions
 from secateur.checkpoint import atomic_folder, write_json
-from secateur.errors import CheckpointError, PlanError, ScoreError, SecateurError, unwritable
+from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, SecateurError, unwritable
 from secateur.models import LoadOptions, resolve
 from secateur.plan import CutOptions, Plan, plan_from_json
 from secateur.repair import Repaired
@@ -60,7 +60,8 @@ def work_folder(
 ) -> Iterator[Path]:
     """The folder of a run's values: emptied unless it is to be resumed and was made for the same key.
 
-    A run that is stopped leaves it where it is worth keeping. Of several processes, the first prepares and removes it.
+    A run that is stopped, or has no room on the disk, leaves it where it is worth keeping. Of several processes, the
+    first prepares and removes it.
     """
     work = out.absolute().with_name(f".{out.absolute().name}.secateur")
     if processes.is_first() and not (resume and _read_key(work) == key):
@@ -71,8 +72,12 @@ def work_folder(
     try:
         yield work
     except BaseException as error:
-        if processes.is_first() and (isinstance(error, SecateurError) or not worth_keeping(work)):
-            shutil.rmtree(work, ignore_errors=True)  # it would fail again, or nothing is worth keeping
+        in_vain = isinstance(error, SecateurError) and not isinstance(error, DiskError)  # it would fail again
+        if in_vain or not worth_keeping(work):
+            if processes.is_first():
+                shutil.rmtree(work, ignore_errors=True)
+        elif isinstance(error, DiskError):
+            error.add_note("what was done so far is kept: make room, and go on with --resume (resume=True)")
         raise
     if processes.is_first():
         shutil.rmtree(work, ignore_errors=True)

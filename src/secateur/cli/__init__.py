@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
         result = command.main(args=list(arguments), prog_name="secateur", standalone_mode=False, obj=line)
         sys.stdout.flush()
     except SecateurError as error:
-        return _fail(str(error))
+        return _fail("; ".join([str(error), *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
         return _interrupted(arguments)
     except BrokenPipeError:
