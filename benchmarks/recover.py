@@ -2,12 +2,14 @@
 
     python benchmarks/recover.py --data alpaca.json --calibration FILE --text NAME=FILE [--recover=--OPTION=X]
 
-The demo model is cut by a fifth of its non-embedding parameters and trained in four ways on the same rows, once over:
+The demo model is cut by a fifth of its non-embedding parameters and trained in four ways on the same rows, once over,
+and in one way on other text:
 
 lora-paper      LLM-Pruner's settings: rank 8, 64 rows a step, a rate of 1e-4 (its warm-up is shortened to fit)
 lora            ours
 distill         all weights, from the dense model, which is asked about all tokens and not about answers alone
 lora+distill    an adapter, from the dense model, too
+distill-text    as distill, on as many documents of the calibration text: what the kind of text is worth
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`, by default Python's language reference).
@@ -53,7 +55,9 @@ ROWS: dict[str, list[str]] = {
     "lora": ["--method", "lora"],
     "distill": ["--method", "distill", "--rate", "1e-4", "--loss-on", "all"],
     "lora+distill": ["--method", "lora+distill", "--rate", "1e-3", "--loss-on", "all"],
+    "distill-text": ["--method", "distill", "--rate", "1e-4"],
 }
+ON_TEXT = ("distill-text",)  # which learn from the text of --calibration
 
 
 def main() -> None:
@@ -67,6 +71,8 @@ def main() -> None:
         results[name] = found
         options.out.write_text(json.dumps(results, indent=2))
 
+    if options.calibration is None and not (options.pruned and set(options.rows).isdisjoint(ON_TEXT)):
+        sys.exit(f"recover.py: expected --calibration FILE, for the cut and for {', '.join(ON_TEXT)}")
     pruned = options.pruned or options.folder / "pruned"
     if not pruned.exists():
         cut = ["--preset", options.preset, "--ratio", str(options.ratio), "--calibration", str(options.calibration)]
@@ -93,7 +99,8 @@ def _trained(name: str, pruned: str, out: str, options: argparse.Namespace) -> d
     """Train in a process of its own; returns what the command writes as JSON."""
     development = [f"--eval={text}" for text in options.development] or [f"--eval=reference={_reference(options)}"]
     file = options.folder / "recovered.json"
-    data = ["--data", str(options.data), "--samples", str(options.samples), "--json", str(file)]
+    source = options.calibration if name in ON_TEXT else options.data
+    data = ["--data", str(source), "--samples", str(options.samples), "--json", str(file)]
     _secateur(
         "recover", pruned, out, *data, *development, *ROWS[name], *options.recover, "--overwrite", "--resume", "--quiet"
     )
@@ -283,7 +290,7 @@ def _named(text: str) -> tuple[str, Path]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="rows to train on, Alpaca's")
-    parser.add_argument("--calibration", type=Path, help="text for the cut, if there is no --pruned")
+    parser.add_argument("--calibration", type=Path, help="text for the cut, and for one row")
     parser.add_argument("--text", type=_named, action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--development", action="append", default=[], metavar="NAME=FILE", help="picks the checkpoint")
     parser.add_argument("--model", default="demo", help="the dense one")
