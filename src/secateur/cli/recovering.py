@@ -91,7 +91,7 @@ class TrainingCommon(Common):
     """What every command can be told, and what it means for a training."""
 
     seed: Annotated[int, typer.Option("--seed", help="Of the order of rows, and of what is random in a step.")] = 0
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where it exists), float32 or bfloat16.")] = (
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where it is faster), float32 or bfloat16.")] = (
         "auto"
     )
 
