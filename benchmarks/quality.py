@@ -86,12 +86,9 @@ def rows(ratio: float) -> dict[str, Row]:
     paper = replace(local, layers=PAPER_LAYERS.get(ratio))
     found = {
         "best": Row("our default", best),
-        "best, uniform": Row("the same, all layers alike", replace(best, shape="uniform")),
+        "best, uniform": Row("ablation: no allocation, the same share of every layer", replace(best, shape="uniform")),
         "fast": Row("the ranking alone, on less text", replace(best, choose="score", repair="none"), preset="fast"),
         "best, no repair": Row("ablation", replace(best, repair="none", choose="score")),
-        "best, no allocation": Row(
-            "ablation: the same share everywhere", replace(best, scope="local", shape="uniform")
-        ),
         "best, not sequential": Row("ablation: fitted on the dense model's inputs", best, sequential=False),
         "best, dense target": Row("fitted to the dense model's outputs", best, target="dense"),
         "best, sensitivity": Row("sizes by measured damage instead", replace(best, scope="sensitivity")),

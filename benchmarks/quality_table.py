@@ -23,7 +23,6 @@ LABELS = {
     "best, uniform": "`best --shape uniform`",
     "fast": "`--preset fast`",
     "best, no repair": "`best`, ranking alone (no repair)",
-    "best, no allocation": "`best`, the same share of every layer (no allocation)",
     "best, score chooses": "`best`, units by score (no choice while repairing)",
     "best, not sequential": "`best`, repaired on the dense model's inputs",
     "best, dense target": "`best`, repaired to the dense model's outputs",

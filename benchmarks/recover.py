@@ -84,12 +84,13 @@ def main() -> None:
         if name not in results:
             keep(name, _trained(name, str(pruned), folders[name], options))
             console.print(f"{name}: {results[name]['seconds']}")
-    for name, folder in folders.items():
+    for name, folder in folders.items() if options.rows else ():
         if f"perplexity, {name}" not in results:
             model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
             found = evaluate(model, tokenizer, texts, seq_lens=LENGTHS, max_tokens=options.tokens)
             keep(f"perplexity, {name}", {f"{each.data}@{each.seq_len}": each.ppl for each in found})
-    console.print(_damage(results, options.rows))
+    if options.rows:
+        console.print(_damage(results, options.rows))
     if options.speed_steps:
         keep("speed", _speed(str(pruned), options))
         console.print(_speed_table(results["speed"]))
