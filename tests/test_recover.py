@@ -285,7 +285,7 @@ class TestResult:
         assert record is not None
         assert record.model == "dense"
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
     def test_the_dtype_of_the_folder_stays(self, dtype: str, place: Path) -> None:
         write_tiny(place / "half", dtype=getattr(torch, dtype))
         for method in ("lora", "full"):
@@ -523,6 +523,7 @@ class TestProcesses:
         assert done.stdout.count("wrote here/out") == 1
         self.check(alone)
 
+    @pytest.mark.slow
     def test_a_step_that_cannot_be_shared(self, place: Path) -> None:
         done = launch("-m", "secateur", *self.command("lora"), "--batch", "7")
         assert done.returncode != 0

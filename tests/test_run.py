@@ -158,6 +158,7 @@ class TestResume:
         assert read_plan(Path("here/out/secateur_plan.json")) == read_plan(Path("here/whole/secateur_plan.json"))
         assert not any(name.startswith(".out") for name in names(place))
 
+    @pytest.mark.slow
     def test_measured_damage_is_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         options: dict[str, Any] = {
             "calibration": CalibrationOptions("in/text.txt", 4, 16),
@@ -330,8 +331,17 @@ class TestLayerByLayer:
             with pytest.raises(KeyboardInterrupt):
                 prune(cut=cut)
 
-    @pytest.mark.parametrize("writes", range(1, 7))  # three layers, forward and backward
-    @pytest.mark.parametrize("score", ["param_first", "param_mix", "fisher"])
+    @pytest.mark.parametrize(  # after each of three layers, forward and backward
+        ("writes", "score"),
+        [
+            *((writes, "param_mix") for writes in range(1, 7)),
+            *(
+                pytest.param(writes, score, marks=pytest.mark.slow if writes in (1, 2, 5, 6) else ())
+                for writes in range(1, 7)
+                for score in ("param_first", "fisher")
+            ),
+        ],
+    )
     def test_it_goes_on_from_the_last_layer(
         self, place: Path, writes: int, score: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
