@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -122,7 +122,7 @@ class Cut:
 
     def options(self) -> dict[str, Any]:
         """What was given, in the form that `CutOptions` takes."""
-        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        told = asdict(self)
         del told["preset"], told["own_scores"]
         read = {"target": count, "axes": names, "layers": layer_range, "schedule": proportion}
         return {name: read[name](value) if name in read else value for name, value in given(**told).items()}
@@ -147,7 +147,7 @@ class Calibration:
 
     def about(self, seed: int) -> dict[str, Any]:
         """What was given, as `calibration_for` takes it."""
-        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        told = asdict(self)
         return given(text=told.pop("calibration"), seed=seed, **told)
 
     def of_preset(self, preset: str, seed: int) -> CalibrationOptions:

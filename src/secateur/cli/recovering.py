@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -51,7 +51,7 @@ class Data:
 
     def options(self) -> dict[str, Any]:
         """What was given, in the form that `DataOptions` takes."""
-        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        told = asdict(self)
         return given(sources=tuple(told.pop("data")), **told)
 
 
@@ -80,7 +80,7 @@ class Learning:
 
     def options(self) -> dict[str, Any]:
         """What was given, in the form that `RecoverOptions` takes."""
-        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        told = asdict(self)
         adapter = given(**{name: told.pop(name) for name in ("rank", "alpha", "dropout")})
         evaluation = {"evaluate_every": told.pop("eval_every"), "evaluation_tokens": told.pop("eval_tokens")}
         return given(**told, **evaluation, adapter=adapter or None)

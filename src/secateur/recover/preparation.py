@@ -218,7 +218,7 @@ def _bf16(loading: LoadOptions) -> bool:
 def _has_bf16(device: str) -> bool:
     """Whether the machine multiplies bfloat16 faster than float32.
 
-    Of x86 processors those with tiles do (AMX); with AVX-512's products alone a step takes half as long again.
+    Of x86 processors those with tiles do (AMX); with AVX-512's products alone a step takes longer.
     """
     if device != "cpu" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
