@@ -73,6 +73,9 @@ class Row:
     about: str
     options: CutOptions
     preset: str = "best"  # whose calibration is used
+    samples: int | None = None  # other than the preset's
+    length: int | None = None
+    shuffled: float = 0.0
     standardise: bool = False  # FLAP's scores
     add_bias: bool = False  # FLAP's bias, which the architecture may not have
     sequential: bool = True
@@ -95,6 +98,8 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two steps": Row("plan, cut, repair, score again", replace(best, steps=2)),
+        "best, longer windows": Row("as many tokens, in windows of 512", best, samples=128, length=512),
+        "best, shuffled": Row("a quarter of the text in random order", best, shuffled=0.25),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
             "its recipe: heads and MLP of the middle layers", replace(paper, score="param_first"), preset="llm-pruner"
@@ -169,13 +174,15 @@ def cut(
     """The model cut as the row says, the plan, and the seconds that statistics made before have saved."""
     options = row.options
     discovery = discover(model)
-    text = calibration_for(row.preset, text=arguments.calibration, seed=seed, samples=arguments.samples)
+    samples = arguments.samples or row.samples
+    text = calibration_for(row.preset, text=arguments.calibration, seed=seed, samples=samples, length=row.length)
+    text = replace(text, shuffled=row.shuffled)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
     if options.steps > 1:
         with quiet():
             return *cut_in_steps(model, discovery, options, windows, calibration=text), 0.0
-    about = f"{digest(windows[: text.for_scores])} {options.score} {' '.join(sorted(group.name for group in groups))}"
+    about = f"{digest(text.scored(windows))} {options.score} {' '.join(sorted(group.name for group in groups))}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
     shared = Path(arguments.shared)
     saved, file, clock = 0.0, shared / f"{name}.safetensors", shared / f"{name}.seconds"
@@ -183,7 +190,7 @@ def cut(
         statistics, saved = read_statistics(file, about=about), float(clock.read_text())
     else:
         start = time.perf_counter()
-        statistics = statistics_for(options.score, model, discovery, windows[: text.for_scores], groups=groups)
+        statistics = statistics_for(options.score, model, discovery, text.scored(windows), groups=groups)
         shared.mkdir(parents=True, exist_ok=True)
         write_statistics(file, statistics, about=about)
         clock.write_text(str(time.perf_counter() - start))

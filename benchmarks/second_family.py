@@ -80,7 +80,7 @@ def cut(model: PreTrainedModel, windows: Tensor, name: str, ratio: float) -> Pre
     given: dict[str, Any] = {"ratio": ratio} | ({"of": "non-embedding"} if name == "llm-pruner" else {})
     options = options_for(name, discovery, given)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    for_scores = windows[: calibration_for(name).for_scores]
+    for_scores = calibration_for(name).scored(windows)
     statistics = statistics_for(options.score, model, discovery, for_scores, groups=groups)
     scores = scores_from(discovery, statistics, groups=groups, name=options.score)
     decided, weights = plan(discovery, options, config=model.config, scores=scores), None

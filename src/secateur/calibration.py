@@ -57,6 +57,9 @@ class CalibrationOptions:
     column: str = COLUMN  # the field of a document that holds its text; with chat, `messages` comes before `text`
     chat: bool = False  # put every document into the tokenizer's chat template
     for_scores: int | None = None  # the first windows, which scores look at; repair takes all (None: both all)
+    # The share of the windows, the last ones, whose tokens are in random order. Scores do not look at them: they are
+    # for repair, which then fits weights to words, too, that the text seldom has side by side.
+    shuffled: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -79,6 +82,27 @@ class CalibrationOptions:
                 raise DataError(
                     f"{name}={value} is too small. Expected at least {least}: CalibrationOptions({name}={good})."
                 )
+        if not 0 <= self.shuffled < 1:
+            raise DataError(
+                f"shuffled={self.shuffled:g} is no share of the windows that leaves some as they are. Expected at "
+                "least 0 and less than 1: CalibrationOptions(shuffled=0.25)."
+            )
+
+    def in_order(self, windows: Tensor) -> Tensor:
+        """Those of the windows (int64, samples x length) whose tokens are as the text has them.
+
+        >>> len(CalibrationOptions(shuffled=0.25).in_order(torch.zeros(8, 2)))
+        6
+        """
+        return windows[: len(windows) - int(len(windows) * self.shuffled)]
+
+    def scored(self, windows: Tensor) -> Tensor:
+        """Those of the windows that scores look at.
+
+        >>> len(CalibrationOptions(for_scores=3).scored(torch.zeros(8, 2)))
+        3
+        """
+        return self.in_order(windows)[: self.for_scores]
 
 
 def demo_texts() -> tuple[str, str]:
@@ -248,8 +272,9 @@ def sample_windows(
 
     In one text every place is equally likely. Of documents, first a document that is long enough is drawn and then a
     place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
-    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The same
-    text, tokenizer and options give the same windows. Raises `DataError` when the text is shorter than a window or has
+    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The tokens of
+    the last `options.shuffled` of the windows are in random order. The same text, tokenizer and options give the same
+    windows. Raises `DataError` when the text is shorter than a window or has
     fewer places than samples.
 
     >>> from types import SimpleNamespace
@@ -287,7 +312,16 @@ def sample_windows(
             chosen[document, start] = None
             left[document] -= 1
             waiting.remove(document)
-    return torch.tensor([usable[document][start : start + length] for document, start in chosen], dtype=torch.int64)
+    windows = [usable[document][start : start + length] for document, start in chosen]
+    return _shuffled(torch.tensor(windows, dtype=torch.int64), options)
+
+
+def _shuffled(windows: Tensor, options: CalibrationOptions) -> Tensor:
+    """The same windows, the tokens of the last ones, together, in random order."""
+    kept = options.in_order(windows)
+    mixed = windows[len(kept) :].flatten()
+    order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(options.seed))
+    return torch.cat([kept, mixed[order].view(-1, windows.shape[1])])
 
 
 def self_written(
@@ -340,7 +374,7 @@ def self_written(
             written.append(ids[:, 1:].cpu())
             if progress is not None:
                 progress(first + count, options.samples)
-    return torch.cat(written)
+    return _shuffled(torch.cat(written), options)
 
 
 def check_positions(config: PreTrainedConfig, length: int) -> None:

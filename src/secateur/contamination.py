@@ -53,12 +53,12 @@ def _warn_of_calibration(
     except (DataError, TypeError) as error:
         logger.debug("the calibration of %s cannot be drawn again: %s", name, error)
         return
-    if calibrated["calibration"] == digest(windows[: options.for_scores]):
-        windows = windows[: options.for_scores]  # nothing was repaired
+    if calibrated["calibration"] == digest(options.scored(windows)):
+        windows = options.scored(windows)  # nothing was repaired
     elif calibrated["calibration"] != digest(windows):
         logger.debug("the calibration of %s cannot be drawn again: %s gives other tokens", name, about["text"])
         return
-    decoded = [decode(tokenizer, ids) for ids in windows.tolist()]
+    decoded = [decode(tokenizer, ids) for ids in options.in_order(windows).tolist()]
     for data, text in texts.items():
         if share := overlap(decoded, text):
             logger.warning(

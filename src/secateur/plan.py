@@ -293,11 +293,13 @@ def calibration_for(
     seed: int = 0,
     column: str = COLUMN,
     chat: bool = False,
+    shuffled: float = 0.0,
 ) -> CalibrationOptions:
     """The calibration of a preset, with what is given: the paper's 10 windows of 64 tokens, or ours.
 
-    >>> calibration_for("llm-pruner", seed=3)
-    CalibrationOptions(text='demo', samples=10, length=64, seed=3, column='text', chat=False, for_scores=None)
+    >>> usual = calibration_for("llm-pruner", seed=3)
+    >>> usual.text, usual.samples, usual.length, usual.seed
+    ('demo', 10, 64, 3)
     """
     usual = {
         "llm-pruner": CalibrationOptions(samples=10, length=64),
@@ -312,6 +314,7 @@ def calibration_for(
         seed=seed,
         column=column,
         chat=chat,
+        shuffled=shuffled,
         samples=usual.samples if samples is None else samples,
         length=usual.length if length is None else length,
     )

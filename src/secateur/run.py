@@ -635,7 +635,7 @@ def _scores(
                 options.score,
                 model,
                 discovery,
-                None if windows is None else windows[: calibration.for_scores],
+                None if windows is None else calibration.scored(windows),
                 groups=groups,
                 journal=None if many or work is None else work / PASS_FOLDER,
                 progress=progress,

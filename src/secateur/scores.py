@@ -204,7 +204,7 @@ def score(
             windows = self_written(model, options, progress=progress)
         elif windows is None and tokenizer is not None:
             windows = calibration_windows(tokenizer, options)
-        windows = windows if not drawn or windows is None else windows[: options.for_scores]
+        windows = windows if not drawn or windows is None else options.scored(windows)
     chosen = None if groups is None else [group for group in discovery.groups if group.name in groups]
     statistics = statistics_for(name, model, discovery, windows, groups=chosen, progress=progress)
     return scores_from(discovery, statistics, groups=chosen, name=name, reduce=reduce, options=options, drawn=drawn)

@@ -77,7 +77,7 @@ def cut_in_steps(
             now.score,
             smaller,
             found,
-            None if windows is None or SCORES[now.score].needs == "weights" else windows[: calibration.for_scores],
+            None if windows is None or SCORES[now.score].needs == "weights" else calibration.scored(windows),
             groups=groups,
             progress=progress(f"score, step {step}") if progress else None,
         )

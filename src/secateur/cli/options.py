@@ -144,6 +144,13 @@ class Calibration:
         str, typer.Option("--column", help="The field of calibration documents that holds their text.")
     ] = COLUMN
     chat: Annotated[bool, typer.Option("--chat", help="Put calibration documents into the chat template.")] = False
+    shuffled: Annotated[
+        float | None,
+        option(
+            "--shuffled",
+            "Share of the windows that repair sees with their tokens in random order; 0.25 helps on other text.",
+        ),
+    ] = None
 
     def about(self, seed: int) -> dict[str, Any]:
         """What was given, as `calibration_for` takes it."""
