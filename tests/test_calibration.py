@@ -564,6 +564,9 @@ class TestDataSet:
         ),
         ({"text": "self", "column": "x"}, r"column='x' and chat=False are about documents"),
         ({"seed": -1}, r"seed=-1 is too small\. Expected at least 0: CalibrationOptions\(seed=0\)"),
+        ({"shuffled": -0.1}, r"shuffled=-0\.1 is no share of the windows .*: CalibrationOptions\(shuffled=0\.25\)"),
+        ({"shuffled": 1.0}, r"shuffled=1 is no share .* Expected at least 0 and less than 1: "),
+        ({"shuffled": float("nan")}, r"shuffled=nan is no share"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, Any], match: str) -> None:
@@ -591,6 +594,28 @@ class TestWindows:
         assert windows.shape == (samples, length)
         assert torch.equal(windows, sample_windows(text, LETTERS, options))
         assert all(any(spell(row) in document for document in documents) for row in windows.tolist())
+
+    @given(st.integers(1, 9), st.integers(2, 6), st.floats(0, 1, exclude_max=True), st.integers(0, 99))
+    def test_the_last_windows_have_the_same_tokens_in_another_order(
+        self, samples: int, length: int, shuffled: float, seed: int
+    ) -> None:
+        text = "the quick brown fox jumps over the lazy dog".replace(" ", "")
+        options = CalibrationOptions(samples=samples, length=length, seed=seed)
+        mixing = replace(options, shuffled=shuffled)
+        plain, mixed = (sample_windows(text, LETTERS, each) for each in (options, mixing))
+        kept = len(mixing.in_order(plain))
+        assert kept == samples - int(samples * shuffled) >= 1
+        assert torch.equal(mixed[:kept], plain[:kept])
+        assert mixed.shape == plain.shape
+        assert torch.equal(mixed[kept:].flatten().sort().values, plain[kept:].flatten().sort().values)
+        assert torch.equal(mixed, sample_windows(text, LETTERS, mixing))
+
+    def test_tokens_change_places_between_windows_and_scores_see_none_of_it(self) -> None:
+        options = CalibrationOptions(samples=20, length=20, for_scores=15, shuffled=0.5)
+        text = "abcdefghijklmnopqrstuvwxyz" * 9
+        plain, mixed = (sample_windows(text, LETTERS, each) for each in (replace(options, shuffled=0.0), options))
+        assert not any(spell(row) in text for row in mixed[10:].tolist())
+        assert torch.equal(options.scored(mixed), plain[:10])
 
     def test_all_places_are_drawn_before_one_is_drawn_twice(self) -> None:
         windows = sample_windows("abcdefgh", LETTERS, CalibrationOptions(samples=6, length=3))

@@ -573,6 +573,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "plan and preset": ("leave out --preset", (*PRUNE, "--plan", "plan.json", "--preset", "best")),
     "plan and calibration": ("leave out --calibration", (*PRUNE, "--plan", "plan.json", "--calibration", "text.txt")),
     "plan and column": ("leave out --column", (*PRUNE, "--plan", "plan.json", "--column", "body")),
+    "shuffled": ("shuffled=1 is no share of the windows", (*PRUNE, "--shuffled", "1")),
+    "plan and shuffled": ("leave out --shuffled", (*PRUNE, "--plan", "plan.json", "--shuffled", "0.5")),
     "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),
     "plan of another depth": (
         r"layers\.3\.attention, which tiny does not have: it is of another model",
@@ -827,7 +829,7 @@ class TestCalibration:
     def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
         options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
-        options["for_scores"] = 64
+        options |= {"for_scores": 64, "shuffled": 0.0}
         assert self.record()["calibration_options"] == options
 
     def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -850,6 +852,16 @@ class TestCalibration:
         assert not caplog.records
         run(["evaluate", "tiny", "--plan", "out/secateur_plan.json", "--ppl", "cats=text.txt"])
         assert [record.getMessage()[:12] for record in caplog.records] == ["tiny: 100 % "]
+
+    def test_windows_in_random_order_are_no_part_of_a_text(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        succeed(capsys, "prune", "tiny", "plain", "--calibration", "text.txt", *self.FEW)
+        succeed(capsys, "prune", "tiny", "out", "--calibration", "text.txt", "--shuffled", "0.5", *self.FEW)
+        assert self.record()["calibration_options"]["shuffled"] == 0.5
+        assert Path("plain/model.safetensors").read_bytes() != Path("out/model.safetensors").read_bytes()
+        run(["evaluate", "out", "--ppl", "cats=text.txt"])
+        assert [record.getMessage()[:29] for record in caplog.records] == ["out: 100 % of its calibration"]
 
     def test_the_demo_texts_are_apart(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out")
