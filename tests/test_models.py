@@ -130,7 +130,9 @@ class TestResolve:
         "model",
         ["", "./x", "../x", "/no/x", "~/no-such-x", "~nobody-of-that-name/x", "x.gguf", "a/x.json", "a/b/c", ".\\x"],
     )
-    def test_a_missing_path(self, model: str) -> None:
+    def test_a_missing_path(self, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
         with fails(f"{model!r}: no such file or folder. Expected the name of a model on the hub"):
             resolve(model)
 
