@@ -202,7 +202,7 @@ def cut(
         damage = damage_curves(model, discovery, groups, scores, windows)
     decided = plan(discovery, options, config=model.config, scores=scores, damage=damage)
     repaired = None
-    if options.repair != "none" or options.choose == "obs":
+    if options.repairs:
         repaired = repair(
             model,
             decided,

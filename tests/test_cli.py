@@ -574,6 +574,10 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "plan and calibration": ("leave out --calibration", (*PRUNE, "--plan", "plan.json", "--calibration", "text.txt")),
     "plan and column": ("leave out --column", (*PRUNE, "--plan", "plan.json", "--column", "body")),
     "shuffled": ("shuffled=1 is no share of the windows", (*PRUNE, "--shuffled", "1")),
+    "shuffled without repair": (
+        "shuffled=0.5 is for repair, and repair=none does without",
+        (*PRUNE, "--preset", "fast", "--shuffled", "0.5"),
+    ),
     "plan and shuffled": ("leave out --shuffled", (*PRUNE, "--plan", "plan.json", "--shuffled", "0.5")),
     "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),
     "plan of another depth": (

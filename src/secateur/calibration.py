@@ -274,8 +274,7 @@ def sample_windows(
     place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
     window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The tokens of
     the last `options.shuffled` of the windows are in random order. The same text, tokenizer and options give the same
-    windows. Raises `DataError` when the text is shorter than a window or has
-    fewer places than samples.
+    windows. Raises `DataError` when the text is shorter than a window or has fewer places than samples.
 
     >>> from types import SimpleNamespace
     >>> def letters(texts, **_):

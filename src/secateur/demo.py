@@ -160,7 +160,7 @@ def _run(
     with clock.stage("plan"):
         decided = plan(discovery, options, config=dense.config, scores=scores)
     weights: Mapping[str, Tensor] = {}
-    if options.repair != "none" or options.choose == "obs":
+    if options.repairs:
         with clock.stage("repair") as progress:
             repaired = repair(
                 dense,

@@ -136,6 +136,11 @@ class CutOptions:
             raise PlanError(f"round_to={self.round_to} is not a width: give 1 for any width, or for example 64")
 
     @property
+    def repairs(self) -> bool:
+        """Whether a pass over the text follows that fits what is left, or chooses it."""
+        return self.repair != "none" or self.choose == "obs"
+
+    @property
     def closed_form(self) -> str:
         """The repair that comes first, in closed form."""
         return "least-squares" if self.repair == "reconstruct" else self.repair
@@ -318,6 +323,20 @@ def calibration_for(
         samples=usual.samples if samples is None else samples,
         length=usual.length if length is None else length,
     )
+
+
+def check_shuffled(options: CutOptions, calibration: CalibrationOptions) -> None:
+    """Raise `PlanError` where windows in random order are asked for, and no repair looks at them.
+
+    >>> check_shuffled(CutOptions(ratio=0.2), CalibrationOptions(shuffled=0.25))
+    Traceback (most recent call last):
+    secateur.errors.PlanError: shuffled=0.25 is for repair, and repair=none does without: leave it out, or use ...
+    """
+    if calibration.shuffled and not options.repairs:
+        raise PlanError(
+            f"shuffled={calibration.shuffled:g} is for repair, and repair=none does without: leave it out, or use "
+            "repair=least-squares, as preset=best does"
+        )
 
 
 def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> CutOptions:

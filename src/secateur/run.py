@@ -39,7 +39,7 @@ from secateur.models import (
     resolve,
     text_files,
 )
-from secateur.plan import CutOptions, Plan, groups_to_cut, options_for, plan
+from secateur.plan import CutOptions, Plan, check_shuffled, groups_to_cut, options_for, plan
 from secateur.prune import check_plan, prune
 from secateur.reconstruct import reconstruct_in_place
 from secateur.repair import Repaired, repair
@@ -283,7 +283,7 @@ def prune_model(
                 announce(decided)
         if processes.is_first():
             weights: Mapping[str, Tensor] = {}
-            if options.repair != "none" or options.choose == "obs":
+            if options.repairs:
                 repaired = kept_repair(work, decided)
                 resumed = resumed or repaired is not None
                 if repaired is None:
@@ -323,7 +323,7 @@ def cut_as_planned(
     """
     discovery = discover(model)
     check_plan(given, discovery)
-    if given.options.repair != "none" or given.options.choose == "obs":
+    if given.options.repairs:
         calibration = CalibrationOptions(**(given.scored.get("calibration_options") or {}))
         windows = None if calibration.text == SELF else calibration_windows(tokenizer, calibration)
         clock = Clock(watch) if watch else Clock()
@@ -379,7 +379,7 @@ def cut_loaded(
         trust_remote_code=trust,
     )
     weights: Mapping[str, Tensor] = {}
-    if options.repair != "none" or options.choose == "obs":
+    if options.repairs:
         repaired = _repaired(model, decided, discovery, windows, calibration, clock, work=work)
         decided, weights = repaired.plan, repaired.weights
     with clock.stage("cut"):
@@ -602,7 +602,8 @@ def _windows(
     model: str, config: PreTrainedConfig, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions
 ) -> Tensor | None:
     """The calibration tokens that the score needs, if it needs any and the model is not to write them."""
-    alone = options.repair == "none" and options.choose == "score" and options.scope != "sensitivity"
+    check_shuffled(options, calibration)
+    alone = not options.repairs and options.scope != "sensitivity"
     if alone and SCORES[options.score].needs == "weights":
         return None
     check_positions(config, calibration.length)

@@ -96,7 +96,7 @@ def cut_in_steps(
             trust_remote_code=runs_remote_code(smaller),
         )
         weights: Mapping[str, Tensor] = {}
-        if windows is not None and (now.repair != "none" or now.choose == "obs"):
+        if windows is not None and now.repairs:
             repaired = repair(
                 smaller,
                 decided,
