@@ -48,7 +48,7 @@ from secateur.axes import Discovery, discover
 from secateur.calibration import calibration_windows, digest
 from secateur.evaluate import evaluate, read_evaluation_text
 from secateur.models import load, load_tokenizer, quiet
-from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset
+from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset, settled
 from secateur.prune import prune
 from secateur.reconstruct import reconstruct_in_place
 from secateur.repair import Repaired, repair
@@ -75,7 +75,7 @@ class Row:
     preset: str = "best"  # whose calibration is used
     samples: int | None = None  # other than the preset's
     length: int | None = None
-    shuffled: float = 0.0
+    shuffled: float | None = None  # other than the preset's
     standardise: bool = False  # FLAP's scores
     add_bias: bool = False  # FLAP's bias, which the architecture may not have
     sequential: bool = True
@@ -99,7 +99,7 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two steps": Row("plan, cut, repair, score again", replace(best, steps=2)),
         "best, longer windows": Row("as many tokens, in windows of 512", best, samples=128, length=512),
-        "best, shuffled": Row("a quarter of the text in random order", best, shuffled=0.25),
+        "best, in order": Row("ablation: no text in random order", best, shuffled=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
             "its recipe: heads and MLP of the middle layers", replace(paper, score="param_first"), preset="llm-pruner"
@@ -116,6 +116,7 @@ def rows(ratio: float) -> dict[str, Row]:
             replace(local, score="fluctuation", scope="global", shape="free", repair="bias"),
             standardise=True,
             add_bias=True,
+            shuffled=0.0,
         ),
         "shortgpt": Row("whole layers", replace(local, score="block_influence", axes=("layers",))),
     }
@@ -176,7 +177,7 @@ def cut(
     discovery = discover(model)
     samples = arguments.samples or row.samples
     text = calibration_for(row.preset, text=arguments.calibration, seed=seed, samples=samples, length=row.length)
-    text = replace(text, shuffled=row.shuffled)
+    text = settled(text if row.shuffled is None else replace(text, shuffled=row.shuffled), options)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
     if options.steps > 1:

@@ -24,7 +24,7 @@ LABELS = {
     "fast": "`--preset fast`",
     "best, no repair": "`best`, ranking alone (no repair)",
     "best, longer windows": "`best --samples 128 --length 512`",
-    "best, shuffled": "`best --shuffled 0.25`",
+    "best, in order": "`best --shuffled 0`",
     "best, score chooses": "`best`, units by score (no choice while repairing)",
     "best, not sequential": "`best`, repaired on the dense model's inputs",
     "best, dense target": "`best`, repaired to the dense model's outputs",

@@ -76,7 +76,7 @@ def main() -> None:
     pruned = options.pruned or options.folder / "pruned"
     if not pruned.exists():
         cut = ["--preset", options.preset, "--ratio", str(options.ratio), "--calibration", str(options.calibration)]
-        _secateur("prune", options.model, str(pruned), *cut)
+        _secateur("prune", options.model, str(pruned), *cut, *options.cut)
     texts = {name: read_evaluation_text(file) for name, file in options.text} | _unseen_answers(options)
     folders = {"dense": options.model, "pruned": str(pruned)}
     for name in options.rows:
@@ -301,6 +301,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=40_000, help="of each text that are scored")
     parser.add_argument("--rows", type=_rows, default=list(ROWS), help="none for the speed alone")
+    parser.add_argument("--cut", action="append", default=[], help="one more option of `secateur prune`")
     parser.add_argument("--recover", action="append", default=[], help="one more option of `secateur recover`")
     parser.add_argument("--speed-steps", type=int, default=4, help="0 leaves the speed out")
     parser.add_argument("--turns", type=int, default=2)

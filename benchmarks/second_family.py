@@ -19,14 +19,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from secateur.axes import discover
 from secateur.calibration import read_calibration, sample_windows
 from secateur.evaluate import evaluate, join_rows, read_evaluation_text
 from secateur.models import load, load_tokenizer, quiet
-from secateur.plan import calibration_for, groups_to_cut, options_for, plan
+from secateur.plan import calibration_for, groups_to_cut, options_for, plan, settled
 from secateur.prune import prune
 from secateur.repair import repair
 from secateur.scores import scores_from, statistics_for
@@ -74,14 +79,17 @@ def train(documents: list[str], folder: Path, steps: int, console: Console) -> N
         tokenizer.save_pretrained(folder)
 
 
-def cut(model: PreTrainedModel, windows: Tensor, name: str, ratio: float) -> PreTrainedModel:
+def cut(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seen: list[str], name: str, ratio: float
+) -> PreTrainedModel:
     """The model as a preset cuts it; LLM-Pruner's share is of units, so it is set to remove as much."""
     discovery = discover(model)
     given: dict[str, Any] = {"ratio": ratio} | ({"of": "non-embedding"} if name == "llm-pruner" else {})
     options = options_for(name, discovery, given)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    for_scores = calibration_for(name).scored(windows)
-    statistics = statistics_for(options.score, model, discovery, for_scores, groups=groups)
+    text = settled(calibration_for(name), options)
+    windows = sample_windows(seen, tokenizer, text)
+    statistics = statistics_for(options.score, model, discovery, text.scored(windows), groups=groups)
     scores = scores_from(discovery, statistics, groups=groups, name=options.score)
     decided, weights = plan(discovery, options, config=model.config, scores=scores), None
     if options.repair != "none":
@@ -120,8 +128,8 @@ def main() -> None:
     table.add_row("dense, nats per token", "", *(f"{dense[text]:.3f}" for text in texts))
     for ratio in (0.2, 0.5):
         for name in ("best", "llm-pruner"):
-            windows = sample_windows(seen, tokenizer, calibration_for(name, text=arguments.calibration))
-            damage = {text: value - dense[text] for text, value in nll(cut(model, windows, name, ratio)).items()}
+            cut_one = cut(model, tokenizer, seen, name, ratio)
+            damage = {text: value - dense[text] for text, value in nll(cut_one).items()}
             found[f"{name} {ratio:g}"] = damage
             table.add_row(name, f"{ratio:.0%}", *(f"{damage[text]:.3f}" for text in texts))
     console.print(table)

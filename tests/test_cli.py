@@ -833,7 +833,7 @@ class TestCalibration:
     def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
         options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
-        options |= {"for_scores": 64, "shuffled": 0.0}
+        options |= {"for_scores": 64, "shuffled": 0.25}
         assert self.record()["calibration_options"] == options
 
     def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -860,9 +860,10 @@ class TestCalibration:
     def test_windows_in_random_order_are_no_part_of_a_text(
         self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        succeed(capsys, "prune", "tiny", "plain", "--calibration", "text.txt", *self.FEW)
-        succeed(capsys, "prune", "tiny", "out", "--calibration", "text.txt", "--shuffled", "0.5", *self.FEW)
-        assert self.record()["calibration_options"]["shuffled"] == 0.5
+        for out, share in (("plain", 0.0), ("out", 0.5)):
+            succeed(capsys, "prune", "tiny", out, "--calibration", "text.txt", "--shuffled", str(share), *self.FEW)
+            record = json.loads(Path(out, "secateur_record.json").read_text())
+            assert record["calibration_options"]["shuffled"] == share
         assert Path("plain/model.safetensors").read_bytes() != Path("out/model.safetensors").read_bytes()
         run(["evaluate", "out", "--ppl", "cats=text.txt"])
         assert [record.getMessage()[:29] for record in caplog.records] == ["out: 100 % of its calibration"]

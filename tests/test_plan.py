@@ -38,6 +38,7 @@ from secateur.plan import (
     preset,
     read_plan,
     removed_units,
+    settled,
     top_units,
 )
 
@@ -242,8 +243,13 @@ def test_presets(discovery: Discovery) -> None:
     assert preset("fast", 32) == replace(best, choose="score", repair="none")
     assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
     assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
-        "a.txt", samples=256, length=256, for_scores=64
+        "a.txt", samples=256, length=256, for_scores=64, shuffled=None
     )
+    for options, shuffled in ((best, 0.25), (replace(best, choose="score", repair="none"), 0.0)):
+        assert settled(calibration_for("best"), options).shuffled == shuffled
+        assert settled(calibration_for("best", shuffled=0.0), options).shuffled == 0
+        assert settled(calibration_for("fast"), options).shuffled == 0
+        assert settled(calibration_for("best", text="self"), options).shuffled == 0
     scheduled = options_for("best", discovery, {"schedule": (0.5, 1.5)})
     assert (scheduled.scope, scheduled.shape, scheduled.repair) == ("local", "free", "least-squares")
     with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):

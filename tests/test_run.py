@@ -26,7 +26,7 @@ from secateur.calibration import calibration_windows, digest, self_written
 from secateur.checkpoint import read_record
 from secateur.gradients import _Call
 from secateur.models import LoadOptions, load, load_tokenizer, quiet
-from secateur.plan import Plan, read_plan
+from secateur.plan import Plan, calibration_for, read_plan
 from secateur.repair import repair
 from secateur.run import Clock, Pruned, cut_as_planned, peak_rss, plan_model, prune_model
 from secateur.scores import SCORES, Score, Scores, read_scores
@@ -466,6 +466,15 @@ class TestRunFolder:
         plan_model("in/tiny", calibration=CalibrationOptions("in/text.txt", 4, 17), run="here/run")
         assert len(self.files(place)) == 2
 
+    def test_what_repair_alone_sees_does_not_matter(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Scores look at the same windows, whether the last ones are in random order or not."""
+        text = CalibrationOptions("in/text.txt", 8, 16, for_scores=6)
+        plan_model("in/tiny", cut={"choose": "score", "repair": "none"}, calibration=text, run="here/run")
+        monkeypatch.setattr("secateur.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
+        made = prune(run="here/run", calibration=replace(text, shuffled=0.25)).plan
+        assert made.scored["calibration_options"]["shuffled"] == 0.25
+        assert len(self.files(place)) == 1
+
     def test_scores_are_kept_for_the_report(self, place: Path) -> None:
         for score, axes in (("l1", ("mlp",)), ("l1", ("mlp",)), ("l1", ("hidden",)), ("l2", ("mlp",))):
             decided = self.plan(score=score, axes=axes)
@@ -555,6 +564,27 @@ class TestRecord:
         again = read_record(given.out)
         assert again is not None
         assert (again.calibration, again.calibration_options) == (record.calibration, record.calibration_options)
+
+    @pytest.mark.parametrize(
+        ("preset", "cut", "samples", "shuffled"),
+        [
+            ("best", {}, 256, 0.25),
+            ("best", {"choose": "score", "repair": "none"}, 256, 0.0),
+            ("fast", {}, 12, 0.0),
+            ("llm-pruner", {}, 10, 0.0),
+        ],
+    )
+    def test_without_one_it_is_the_presets(
+        self, preset: str, cut: dict[str, Any], samples: int, shuffled: float, place: Path
+    ) -> None:
+        usual = calibration_for(preset)
+        for planned in (
+            plan_model("in/tiny", preset=preset, cut=cut),
+            prune(preset=preset, cut=cut, calibration=None).plan,
+        ):
+            kept = planned.scored["calibration_options"]
+            assert (kept["samples"], kept["shuffled"]) == (samples, shuffled)
+            assert CalibrationOptions(**kept) == replace(usual, shuffled=shuffled)
 
     def test_scores_of_weights_alone(self, place: Path) -> None:
         record = read_record(prune(cut={"score": "l2", "repair": "none"}).out)

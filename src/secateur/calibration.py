@@ -19,7 +19,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,9 @@ class CalibrationOptions:
     chat: bool = False  # put every document into the tokenizer's chat template
     for_scores: int | None = None  # the first windows, which scores look at; repair takes all (None: both all)
     # The share of the windows, the last ones, whose tokens are in random order. Scores do not look at them: they are
-    # for repair, which then fits weights to words, too, that the text seldom has side by side.
-    shuffled: float = 0.0
+    # for repair, which then fits weights to words, too, that the text seldom has side by side. None: a quarter where a
+    # repair looks at windows, none elsewhere (`plan.settled` says which).
+    shuffled: float | None = 0.0
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -82,7 +83,7 @@ class CalibrationOptions:
                 raise DataError(
                     f"{name}={value} is too small. Expected at least {least}: CalibrationOptions({name}={good})."
                 )
-        if not 0 <= self.shuffled < 1:
+        if self.shuffled is not None and not 0 <= self.shuffled < 1:
             raise DataError(
                 f"shuffled={self.shuffled:g} is no share of the windows that leaves some as they are. Expected at "
                 "least 0 and less than 1: CalibrationOptions(shuffled=0.25)."
@@ -94,7 +95,7 @@ class CalibrationOptions:
         >>> len(CalibrationOptions(shuffled=0.25).in_order(torch.zeros(8, 2)))
         6
         """
-        return windows[: len(windows) - int(len(windows) * self.shuffled)]
+        return windows[: len(windows) - int(len(windows) * (self.shuffled or 0))]
 
     def scored(self, windows: Tensor) -> Tensor:
         """Those of the windows that scores look at.
@@ -103,6 +104,18 @@ class CalibrationOptions:
         3
         """
         return self.in_order(windows)[: self.for_scores]
+
+    def as_scored(self) -> CalibrationOptions:
+        """The same for scores, without what only repair sees; statistics can be kept under it.
+
+        >>> CalibrationOptions(samples=8, for_scores=6, shuffled=0.25).as_scored().shuffled
+        0.0
+        >>> CalibrationOptions(samples=8, for_scores=7, shuffled=0.25).as_scored().shuffled
+        0.25
+        """
+        in_order = self.samples - int(self.samples * (self.shuffled or 0))
+        alike = self.for_scores is not None and self.for_scores <= in_order
+        return replace(self, shuffled=0.0) if alike else self
 
 
 def demo_texts() -> tuple[str, str]:

@@ -18,7 +18,7 @@ from secateur.errors import CheckpointError
 from secateur.evaluate import Perplexity, evaluate, sample_text
 from secateur.journal import append
 from secateur.models import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
-from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan
+from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
 from secateur.profile import Profile, profile
 from secateur.prune import prune
 from secateur.repair import repair
@@ -95,7 +95,7 @@ def demonstrate(
             folder,
             discovery,
             options,
-            calibration=calibration_for(preset, seed=seed),
+            calibration=settled(calibration_for(preset, seed=seed), options),
             loading=loading,
             command=command,
             clock=clock,

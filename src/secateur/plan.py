@@ -266,6 +266,7 @@ def read_plan(path: Path) -> Plan:
 
 
 PRESETS = ("best", "fast", "llm-pruner")
+SHUFFLED = 0.25  # of the windows of `best`; measured in docs/choosing.md
 
 
 def preset(name: str, layers: int) -> CutOptions:
@@ -298,9 +299,11 @@ def calibration_for(
     seed: int = 0,
     column: str = COLUMN,
     chat: bool = False,
-    shuffled: float = 0.0,
+    shuffled: float | None = None,
 ) -> CalibrationOptions:
     """The calibration of a preset, with what is given: the paper's 10 windows of 64 tokens, or ours.
+
+    How much of a text `best` reads in random order is `settled` with the cut; of what the model writes, nothing.
 
     >>> usual = calibration_for("llm-pruner", seed=3)
     >>> usual.text, usual.samples, usual.length, usual.seed
@@ -309,34 +312,44 @@ def calibration_for(
     usual = {
         "llm-pruner": CalibrationOptions(samples=10, length=64),
         "fast": CalibrationOptions(samples=12, length=256),
-        "best": CalibrationOptions(samples=256, length=256, for_scores=64),
+        "best": CalibrationOptions(samples=256, length=256, for_scores=64, shuffled=None),
     }.get(name, CalibrationOptions())
     if text == SELF:  # it takes a model as long to write as everything else together
-        usual = replace(usual, samples=min(usual.samples, 64), length=min(usual.length, 128), for_scores=None)
+        most, longest = min(usual.samples, 64), min(usual.length, 128)
+        usual = CalibrationOptions(samples=most, length=longest)
     return replace(
         usual,
         text=text,
         seed=seed,
         column=column,
         chat=chat,
-        shuffled=shuffled,
+        shuffled=usual.shuffled if shuffled is None else shuffled,
         samples=usual.samples if samples is None else samples,
         length=usual.length if length is None else length,
     )
 
 
-def check_shuffled(options: CutOptions, calibration: CalibrationOptions) -> None:
-    """Raise `PlanError` where windows in random order are asked for, and no repair looks at them.
+def settled(calibration: CalibrationOptions, options: CutOptions) -> CalibrationOptions:
+    """The calibration, with a share of windows in random order that suits the cut where none was named.
 
-    >>> check_shuffled(CutOptions(ratio=0.2), CalibrationOptions(shuffled=0.25))
+    Raises `PlanError` where they are asked for and no repair looks at them.
+
+    >>> settled(calibration_for("best"), preset("best", 30)).shuffled
+    0.25
+    >>> settled(calibration_for("best"), CutOptions(ratio=0.2)).shuffled
+    0.0
+    >>> settled(CalibrationOptions(shuffled=0.5), CutOptions(ratio=0.2))
     Traceback (most recent call last):
-    secateur.errors.PlanError: shuffled=0.25 is for repair, and repair=none does without: leave it out, or use ...
+    secateur.errors.PlanError: shuffled=0.5 is for repair, and repair=none does without: leave it out, or use ...
     """
+    if calibration.shuffled is None:
+        return replace(calibration, shuffled=SHUFFLED if options.repairs else 0.0)
     if calibration.shuffled and not options.repairs:
         raise PlanError(
             f"shuffled={calibration.shuffled:g} is for repair, and repair=none does without: leave it out, or use "
             "repair=least-squares, as preset=best does"
         )
+    return calibration
 
 
 def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> CutOptions:

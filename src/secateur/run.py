@@ -39,7 +39,7 @@ from secateur.models import (
     resolve,
     text_files,
 )
-from secateur.plan import CutOptions, Plan, check_shuffled, groups_to_cut, options_for, plan
+from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
 from secateur.prune import check_plan, prune
 from secateur.reconstruct import reconstruct_in_place
 from secateur.repair import Repaired, repair
@@ -146,7 +146,7 @@ def plan_model(
     if sizes_only or not has_weights(model):
         return sizes
     check_unpacked(config, name=model)
-    calibration = calibration or CalibrationOptions()
+    calibration = settled(calibration or calibration_for(preset), options)
     windows = _windows(model, config, options, calibration, loading)
 
     folder = None if run is None else RunFolder(Path(run), model, calibration, loading)
@@ -191,7 +191,7 @@ def prune_model(
     processes.join()
     out = Path(out)
     loading = loading or LoadOptions()
-    calibration = calibration or CalibrationOptions()
+    calibration = calibration or calibration_for(preset)
     clock = Clock(watch) if watch else Clock()
     check_vacant(out, overwrite=overwrite)
     check_apart(model, out)
@@ -210,6 +210,7 @@ def prune_model(
             calibration = CalibrationOptions(**given.scored["calibration_options"])
     else:
         options = options_for(preset, discovery, cut or {})
+    calibration = settled(calibration, options)
     loaded: list[PreTrainedModel] = []
 
     def loaded_now() -> PreTrainedModel:
@@ -356,6 +357,7 @@ def cut_loaded(
     damage that was measured, layers of a pass that is stopped, and what the model wrote itself. Raises `SecateurError`.
     """
     clock = clock or Clock()
+    calibration = settled(calibration, options)
     if options.shape == "free" and not may_be_free(model.config):
         options = replace(options, shape="uniform")
     table = _latency(lambda: model, discovery, options, clock)
@@ -602,7 +604,6 @@ def _windows(
     model: str, config: PreTrainedConfig, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions
 ) -> Tensor | None:
     """The calibration tokens that the score needs, if it needs any and the model is not to write them."""
-    check_shuffled(options, calibration)
     alone = not options.repairs and options.scope != "sensitivity"
     if alone and SCORES[options.score].needs == "weights":
         return None

@@ -29,7 +29,7 @@ from secateur.errors import CheckpointError, DataError, PlanError, SecateurError
 from secateur.evaluate import evaluate
 from secateur.manifest import read_json
 from secateur.models import LoadOptions, check_finite, check_unpacked, load, load_config, load_tokenizer, resolve
-from secateur.plan import CutOptions, calibration_for, check_shuffled, options_for
+from secateur.plan import CutOptions, calibration_for, options_for, settled
 from secateur.run import Clock, Watch, cut_loaded
 from secateur.scores import SCORES, known
 from secateur.work import recovery_key, run_key
@@ -301,8 +301,7 @@ def _asked(
                 given = {**cut, "ratio": ratio, **({} if score is None else {"score": score})}
                 try:
                     options = options_for(preset, discovery, given)
-                    check_shuffled(options, text)
-                    found.append(_Asked(preset, label, ratio, options, text))
+                    found.append(_Asked(preset, label, ratio, options, settled(text, options)))
                 except SecateurError as error:
                     refused.append(Refused(score or "", preset, ratio, label, str(error)))
     return found, refused

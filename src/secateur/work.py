@@ -213,7 +213,7 @@ class RunFolder:
     """A folder of the user's in which statistics are kept, one file for each model and calibration."""
 
     def __init__(self, folder: Path, model: str, calibration: CalibrationOptions, loading: LoadOptions) -> None:
-        self.key = _hash([_about(model, calibration, loading)])
+        self.key = _hash([_about(model, calibration.as_scored(), loading)])
         self.path = folder / f"statistics-{self.key[:16]}.safetensors"
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(

@@ -20,7 +20,7 @@ from secateur.compare.sides import Side
 from secateur.compare.turns import TURNS
 from secateur.errors import SecateurError
 from secateur.models import LoadOptions
-from secateur.plan import AXES, BUDGETS, CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan
+from secateur.plan import AXES, BUDGETS, CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
 from secateur.run import plan_model
 from secateur.scores import Scores, holds, scores_from
 from secateur.statistics import Progress, Statistics, read_statistics
@@ -184,7 +184,7 @@ def about(side: Side, planned: Plan) -> str:
 
 def _kept_scores(side: Side, options: CutOptions, wish: Wish, place: Workplace) -> Scores | None:
     """The scores of the groups to cut, where they can be had without the model."""
-    calibration = place.calibration_of(wish)
+    calibration = settled(place.calibration_of(wish), options)
     folder = RunFolder(place.run, side.name, calibration, place.loading)
     if not folder.path.exists():
         return None
