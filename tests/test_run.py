@@ -110,15 +110,14 @@ def interrupted(place: Path) -> Path:
 class TestResume:
     def test_a_killed_run_goes_on(self, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert names(killed) == KEPT
+        text = calibration_for("best", text="in/text.txt", samples=4, length=16)  # as the command had it
         with monkeypatch.context() as patch:
             patch.setattr("secateur.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
-            resumed = prune(resume=True, calibration=CalibrationOptions("in/text.txt", 4, 16, for_scores=64))
+            resumed = prune(resume=True, calibration=text)
         assert resumed.resumed
         assert resumed.seconds.keys() == {"discover", "load", "cut", "save"}
         assert [name for name in names(killed) if "/" not in name] == ["out"]
-        whole = prune_model(
-            "in/tiny", "here/whole", calibration=CalibrationOptions("in/text.txt", 4, 16, for_scores=64)
-        )
+        whole = prune_model("in/tiny", "here/whole", calibration=text)
         assert not whole.resumed
         assert "score" in whole.seconds
         assert weights("here/out") == weights("here/whole")
