@@ -299,7 +299,7 @@ class TestResume:
         )
         arguments += " --eval-every 3 --rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50 --quiet"
         arguments += " --eval reference=held.txt --steps 3 --ratio 0.4"
-        cut = ["--cut", "--calibration text.txt --samples 4 --length 16"]
+        cut = ["--cut", "--calibration text.txt --samples 4 --length 16 --shuffled 0"]
         begin = time.monotonic()
         whole = [*arguments.replace("here/out", "here/whole").split(), *cut]
         subprocess.run([sys.executable, "-c", KILLING, "0", "1", *whole], check=True, capture_output=True)
@@ -321,7 +321,7 @@ class TestProcesses:
     def test_two_do_as_one_does(self, place: Path) -> None:
         arguments = "recover dense here/out --data rows.json --method distill --length 128 --max-steps 4 --batch 8"
         arguments += " --eval-every 2 --rate 3e-3 --dtype float32 --device cpu --steps 2 --ratio 0.3 --json here.json"
-        cut = ["--cut", "--calibration text.txt --samples 4 --length 16"]
+        cut = ["--cut", "--calibration text.txt --samples 4 --length 16 --shuffled 0"]
         done = launch("-m", "secateur", *arguments.split(), *cut)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote here/out") == 1

@@ -24,7 +24,7 @@ from secateur.checkpoint import PLAN_FILE, account, check_stock, make_record, re
 from secateur.checkpoint.folder import MODEL_MARK
 from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.models import LoadOptions, check_finite, has_weights, load, load_config, text_files
-from secateur.plan import CutOptions, Plan, options_for, plan, plan_from_json, read_plan
+from secateur.plan import CutOptions, Plan, calibration_for, options_for, plan, plan_from_json, read_plan
 from secateur.prune import prune
 from secateur.recover.once import CURVES_FILE, PLOT_FILE, TEACHER_FOLDER, Watching, train_folder
 from secateur.recover.options import RecoverOptions
@@ -77,7 +77,7 @@ def prune_and_recover(
     """
     processes.join()
     out, options, loading = Path(out), options or RecoverOptions(), loading or LoadOptions()
-    texts, calibration = texts or {}, calibration or CalibrationOptions()
+    texts, calibration = texts or {}, calibration or calibration_for(preset)
     clock = Clock(watch) if watch else Clock()
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
     if not has_weights(model):
