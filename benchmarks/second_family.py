@@ -128,8 +128,8 @@ def main() -> None:
     table.add_row("dense, nats per token", "", *(f"{dense[text]:.3f}" for text in texts))
     for ratio in (0.2, 0.5):
         for name in ("best", "llm-pruner"):
-            cut_one = cut(model, tokenizer, seen, name, ratio)
-            damage = {text: value - dense[text] for text, value in nll(cut_one).items()}
+            smaller = cut(model, tokenizer, seen, name, ratio)
+            damage = {text: value - dense[text] for text, value in nll(smaller).items()}
             found[f"{name} {ratio:g}"] = damage
             table.add_row(name, f"{ratio:.0%}", *(f"{damage[text]:.3f}" for text in texts))
     console.print(table)

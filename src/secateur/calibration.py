@@ -95,7 +95,7 @@ class CalibrationOptions:
         >>> len(CalibrationOptions(shuffled=0.25).in_order(torch.zeros(8, 2)))
         6
         """
-        return windows[: len(windows) - int(len(windows) * (self.shuffled or 0))]
+        return windows[: self._in_order(len(windows))]
 
     def scored(self, windows: Tensor) -> Tensor:
         """Those of the windows that scores look at.
@@ -113,9 +113,11 @@ class CalibrationOptions:
         >>> CalibrationOptions(samples=8, for_scores=7, shuffled=0.25).as_scored().shuffled
         0.25
         """
-        in_order = self.samples - int(self.samples * (self.shuffled or 0))
-        alike = self.for_scores is not None and self.for_scores <= in_order
+        alike = self.for_scores is not None and self.for_scores <= self._in_order(self.samples)
         return replace(self, shuffled=0.0) if alike else self
+
+    def _in_order(self, windows: int) -> int:
+        return windows - int(windows * (self.shuffled or 0))
 
 
 def demo_texts() -> tuple[str, str]:
