@@ -55,19 +55,33 @@ OURS = ["secateur_curves.json", "secateur_manifest.json", "secateur_plan.json", 
 ROWS = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(2, 42)]
 
 
-# Forks a run from one process that has imported everything, and kills it, again and again; then lets it end.
+# Forks a run from one process that has imported everything, and kills it, so often; then lets it end. It is killed a
+# moment after the beginning of one of its first steps, and every second time, if that is sooner, within so many seconds
+# of its start: what it gets done before depends on the steps, and on the speed of the machine hardly.
 KILLING = """
-import os, random, signal, sys, time
-import peft, secateur.cli, secateur.training
-kills, longest, arguments = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-chooser, killed = random.Random(0), 0
+import os, random, signal, sys, threading
+import peft, secateur.cli
+from secateur.training.callbacks import Steady
+kills, early, arguments = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+chooser, begin, killed = random.Random(0), Steady.on_step_begin, 0
+def kill_after(seconds):
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
 while True:
+    steps, moment, start = chooser.randint(1, 4), chooser.uniform(0, 0.1), chooser.uniform(0, early)
     child = os.fork()
     if child == 0:
+        begun = []
+        def on_step_begin(self, args, state, control, **others):
+            begun.append(state.global_step)
+            if killed < kills and len(begun) == steps:
+                kill_after(moment)
+            begin(self, args, state, control, **others)
+        Steady.on_step_begin = on_step_begin
+        if killed < kills and killed % 2:
+            kill_after(start)
         os._exit(secateur.cli.run([*arguments, *(["--resume"] if killed else [])]))
-    if killed < kills:
-        time.sleep(chooser.uniform(0, longest))
-        os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status):
         print(killed)
@@ -479,9 +493,9 @@ class TestResume:
         whole = arguments.replace("here/out", "here/whole").split()
         begin = time.monotonic()
         subprocess.run([sys.executable, "-c", KILLING, "0", "1", *whole], check=True, capture_output=True)
-        longest = (time.monotonic() - begin) / 6
+        early = (time.monotonic() - begin) / 6
         done = subprocess.run(
-            [sys.executable, "-c", KILLING, "20", str(longest), *arguments.split()],
+            [sys.executable, "-c", KILLING, "20", str(early), *arguments.split()],
             check=False,
             capture_output=True,
             text=True,
