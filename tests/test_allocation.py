@@ -20,6 +20,7 @@ from secateur import CutOptions, Discovery, Plan, PlanError, Scores, discover, p
 from secateur.axes import count_macs, count_parameters
 from secateur.latency import LatencyTable
 from secateur.plan import options_for, preset
+from secateur.scores import statistics_for
 from secateur.statistics import _parts_of
 from secateur.steps import cut_in_steps
 from secateur.tables import plan_tables
@@ -252,6 +253,18 @@ def test_fisher_information_is_autograds() -> None:
     )
     for group, values in expected.items():
         assert torch.allclose(scores.units[group], values, rtol=1e-4)
+
+
+def test_only_what_reads_the_groups_is_looked_at() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    discovery = discover(model)
+    groups = [group for group in discovery.groups if group.kind in ("mlp", "attention")]
+    found = statistics_for("fisher", model, discovery, WINDOWS, groups=groups)
+    assert {name.split(".", 3)[3] for name in found.masks} == {"mlp.down_proj.weight", "self_attn.o_proj.weight"}
+    whole = statistics_for("fisher", model, discovery, WINDOWS)
+    assert len(whole.masks) > len(found.masks)
+    for name, by_dim in found.masks.items():
+        assert {dim: torch.allclose(each, whole.masks[name][dim]) for dim, each in by_dim.items()} == {1: True}
 
 
 def test_fisher_information_of_conv1d() -> None:

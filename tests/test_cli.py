@@ -576,7 +576,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "shuffled": ("shuffled=1 is no share of the windows", (*PRUNE, "--shuffled", "1")),
     "shuffled without repair": (
         "shuffled=0.5 is for repair, and repair=none does without",
-        (*PRUNE, "--preset", "fast", "--shuffled", "0.5"),
+        (*PRUNE, "--preset", "llm-pruner", "--shuffled", "0.5"),
     ),
     "plan and shuffled": ("leave out --shuffled", (*PRUNE, "--plan", "plan.json", "--shuffled", "0.5")),
     "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),

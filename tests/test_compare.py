@@ -18,7 +18,6 @@ import torch
 from transformers import AutoConfig
 
 from secateur.axes import discover
-from secateur.calibration import CalibrationOptions
 from secateur.compare import Answer, Opened, Side, Writing, answers, compare, load_sides, markup
 from secateur.compare.answers import END, FAILED, LENGTH, STOPPED, prompt_ids
 from secateur.compare.cuts import Kept, Stopped, Wish, Workplace, about, by_layer, cuttable, decide, sketch
@@ -27,7 +26,7 @@ from secateur.compare.turns import Turns
 from secateur.errors import DataError, ModelError, PageError, PlanError
 from secateur.evaluate import sample_text
 from secateur.models import LoadOptions
-from secateur.plan import plan_from_json
+from secateur.plan import calibration_for, plan_from_json
 from secateur.run import plan_model, prune_model
 from tiny import tiny_tokenizer, write_tiny
 
@@ -405,7 +404,7 @@ def test_a_plan_is_one_that_prune_takes(sides: tuple[Side, ...], place: Workplac
     given = plan_from_json(json.loads(json.dumps(planned.to_json())))
     pruned = prune_model(sides[0].name, tmp_path / "out", given=given)
     assert load_sides([sides[0].name, str(pruned.out)])[1].size.parameters == planned.parameters["pruned"]
-    calibration = CalibrationOptions(samples=4, length=32)
+    calibration = calibration_for("fast", samples=4, length=32)
     assert planned == plan_model(sides[0].name, preset="fast", cut=wish.given, calibration=calibration)
     assert "chosen by the score param_first on 4 windows of 32 tokens (demo)" in about(sides[0], planned)
 

@@ -202,6 +202,34 @@ class TestConfig:
         with fails(match):
             load_config(str(tmp_path))
 
+    @pytest.mark.demo_model
+    def test_a_gguf_is_read_once_for_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gguf = pytest.importorskip("gguf")
+        read: list[str] = []
+
+        class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+            def __init__(self, path: str) -> None:
+                read.append(path)
+                super().__init__(path)
+
+        monkeypatch.setattr(gguf, "GGUFReader", Reader)
+        config, tokenizer = load_config("demo"), load_tokenizer("demo")
+        assert load("demo", device="cpu").config.vocab_size == config.vocab_size == len(tokenizer)
+        assert len(read) == 1
+        load_config("demo")  # after the weights nothing of the file is kept
+        assert len(read) == 2
+        assert gguf.GGUFReader is Reader
+
+    def test_another_gguf_of_that_name_is_read(self, tmp_path: Path) -> None:
+        gguf = pytest.importorskip("gguf")
+        for layers in (2, 3):
+            writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+            writer.add_block_count(layers)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            assert load_config(str(tmp_path / "x.gguf")).num_hidden_layers == layers
+
     def test_a_broken_gguf(self, tmp_path: Path) -> None:
         (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
         for function in (load_config, load, load_tokenizer):

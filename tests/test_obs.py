@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.obs import damped, least_squares, output_error, removal_costs, unit_costs
+from secateur.obs import STRIP, damped, gram, least_squares, output_error, removal_costs, unit_costs
 
 
 def problem(seed: int, rows: int = 5, columns: int = 8, tokens: int = 40) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,21 @@ def test_greedy_costs_add_up_to_the_error_of_all_that_went(seed: int) -> None:
     change[:, at] = least_squares(w, gram, at, damping=0.0)
     assert len(order) == 5
     assert float(costs.sum()) == pytest.approx(output_error(change - w, gram), rel=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 5, STRIP, STRIP + 1, 3 * STRIP - 7])
+def test_a_gram_matrix_in_strips(columns: int) -> None:
+    _, x = problem(2, columns=columns)
+    assert torch.allclose(gram(x), x.t() @ x, rtol=1e-12, atol=1e-9)
+
+
+def test_what_is_given_stays_as_it_is() -> None:
+    w, x = problem(3)
+    product = x.t() @ x
+    given_w, given_product = w.clone(), product.clone()
+    removal_costs(w, product, torch.arange(8))
+    assert torch.equal(w, given_w)
+    assert torch.equal(product, given_product)
 
 
 def test_greedy_finds_the_pair_that_one_by_one_misses() -> None:

@@ -240,7 +240,8 @@ def test_presets(discovery: Discovery) -> None:
     best = preset("best", 32)
     assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "free")
     assert (best.choose, best.repair) == ("obs", "least-squares")
-    assert preset("fast", 32) == replace(best, choose="score", repair="none")
+    assert preset("fast", 32) == best
+    assert calibration_for("fast") == replace(calibration_for("best"), samples=24, for_scores=8)
     assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
     assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
         "a.txt", samples=256, length=256, for_scores=64, shuffled=None
@@ -248,7 +249,7 @@ def test_presets(discovery: Discovery) -> None:
     for options, shuffled in ((best, 0.25), (replace(best, choose="score", repair="none"), 0.0)):
         assert settled(calibration_for("best"), options).shuffled == shuffled
         assert settled(calibration_for("best", shuffled=0.0), options).shuffled == 0
-        assert settled(calibration_for("fast"), options).shuffled == 0
+        assert settled(calibration_for("fast"), options).shuffled == shuffled
         assert settled(calibration_for("best", text="self"), options).shuffled == 0
     scheduled = options_for("best", discovery, {"schedule": (0.5, 1.5)})
     assert (scheduled.scope, scheduled.shape, scheduled.repair) == ("local", "free", "least-squares")

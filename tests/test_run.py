@@ -569,7 +569,7 @@ class TestRecord:
         [
             ("best", {}, 256, 0.25),
             ("best", {"choose": "score", "repair": "none"}, 256, 0.0),
-            ("fast", {}, 12, 0.0),
+            ("fast", {}, 24, 0.25),
             ("llm-pruner", {}, 10, 0.0),
         ],
     )

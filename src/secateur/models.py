@@ -149,7 +149,8 @@ def _config_as_written(model: str, *, trust_remote_code: bool) -> PreTrainedConf
     source = resolve(model)
     location, options = _location(source)
     _check_as_written(source, lambda name: name == "config.json")
-    with quiet(), _told_by(source, "its config cannot be read", trust_remote_code=trust_remote_code):
+    told = _told_by(source, "its config cannot be read", trust_remote_code=trust_remote_code)
+    with quiet(), _gguf_read_once(), told:
         written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
         _check_blocks(written)
         if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{FREE}_"):
@@ -412,6 +413,7 @@ def _loaded(
     with (
         quiet(),
         _without_gguf_bar(),
+        _gguf_read_once(),
         _told_by(source, "its weights cannot be loaded", trust_remote_code=trust_remote_code),
     ):
         result: Any = loader.from_pretrained(
@@ -423,6 +425,7 @@ def _loaded(
             **location_options,
             **options,
         )
+    _gguf_reader.cache_clear()  # what comes after the weights needs the memory, and seldom the file
     return cast(tuple[PreTrainedModel, dict[str, Any]], result)
 
 
@@ -464,7 +467,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
         raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
     location, options = _location(source)
     _check_as_written(source, lambda name: name == "config.json" or _is_text_file(name))  # the config names a class
-    with quiet(), _told_by(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code):
+    told = _told_by(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code)
+    with quiet(), _gguf_read_once(), told:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location, trust_remote_code=trust_remote_code, **options
         )
@@ -669,6 +673,36 @@ def _without_gguf_bar() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = tqdm
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF once for its config, tokenizer and weights, and make the map of its tensors' names once.
+
+    transformers does the first for each of them, which takes seconds for a vocabulary, and the second for each module.
+    """
+    gguf: Any = None
+    with suppress(ImportError):  # then transformers says what is to be installed
+        gguf = importlib.import_module("gguf")
+    if gguf is None:
+        yield
+        return
+    kind, names = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    def read(path: str | os.PathLike[str]) -> Any:
+        state = Path(path).stat()
+        return _gguf_reader(kind, os.fspath(path), (state.st_ino, state.st_mtime_ns, state.st_size))
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = read, functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = kind, names
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_reader(kind: Callable[[str], Any], path: str, _: tuple[int, ...]) -> Any:
+    return kind(path)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
+STRIP = 256  # columns of a Gram matrix that are computed at once
 AT_ONCE = 1 / 64  # of the columns that are there, removed between two updates
 
 
@@ -56,7 +57,7 @@ def removal_costs(
     >>> order, bool(costs[1] > 100 * costs[0])  # one of the twins goes for nothing, the other does not
     ([0, 2], True)
     """
-    w, inverse = w_RC.double(), torch.linalg.inv(damped(gram_CC, damping))
+    w, inverse = w_RC.double().clone(), torch.linalg.inv(damped(gram_CC, damping))
     places = [place.to(w.device) for place in _places(unit_of)]
     removed = max(0, len(places) - keep)
     order = [unit for unit, place in enumerate(places) if not len(place)][:removed]
@@ -69,8 +70,8 @@ def removal_costs(
         going = each.argsort(stable=True)[:count].tolist()
         gone = torch.cat([places[alive[i]] for i in going])
         change = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # ((H^-1)_SS)^-1 (H^-1)_S
-        w = w - w[:, gone] @ change
-        inverse = inverse - inverse[:, gone] @ change
+        w.addmm_(w[:, gone], change, alpha=-1)
+        inverse.addmm_(inverse[:, gone], change, alpha=-1)
         w[:, gone] = 0
         inverse[gone] = 0
         inverse[:, gone] = 0
@@ -105,6 +106,21 @@ def least_squares(
     else:
         found = torch.linalg.solve(inner, wanted.t())
     return found.t()
+
+
+def gram(x_NC: Tensor) -> Tensor:
+    """X'X in the type of x. Only what is on and below the diagonal is computed, in strips, and mirrored.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+    """
+    found = x_NC.new_empty(x_NC.shape[1], x_NC.shape[1])
+    for first in range(0, x_NC.shape[1], STRIP):
+        strip = x_NC[:, first : first + STRIP]
+        below = x_NC[:, first:].t() @ strip
+        found[first:, first : first + STRIP] = below
+        found[first : first + STRIP, first:] = below.t()
+    return found
 
 
 def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:

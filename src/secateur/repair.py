@@ -30,7 +30,7 @@ from secateur.axes.algebra import units_along, variables_in
 from secateur.axes.groups import Discovery
 from secateur.errors import PlanError
 from secateur.gradients import Progress
-from secateur.obs import DAMPING, least_squares, output_error, removal_costs
+from secateur.obs import DAMPING, gram, least_squares, output_error, removal_costs
 from secateur.plan import Plan
 from secateur.probe import entrance, split_before_head, two_samples
 
@@ -342,16 +342,16 @@ def _scaled_weight(smaller: Any, x: Tensor, wanted: Tensor) -> Tensor | None:
 
 def _inputs(x: Tensor, dense: Tensor | None) -> _Inputs:
     features = x.shape[-1]
-    gram = torch.zeros(features, features, dtype=torch.float64, device=x.device)
-    cross = None if dense is None else torch.zeros_like(gram)
+    total = torch.zeros(features, features, dtype=torch.float64, device=x.device)
+    cross = None if dense is None else torch.zeros_like(total)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     for first in range(0, len(x), GRAM_TOKENS):
         part = x[first : first + GRAM_TOKENS].to(exact)
-        gram += part.t() @ part
+        total += gram(part)
         if cross is not None and dense is not None:
             cross += dense[first : first + GRAM_TOKENS].to(exact).t() @ part
     return _Inputs(
-        gram,
+        total,
         x.mean(0, dtype=torch.float64),
         len(x),
         cross,
@@ -363,12 +363,12 @@ def _fit(
     old_RC: Tensor, inputs: _Inputs, at: Tensor, damping: float, *, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The columns that stay, and the change of the bias that goes with them, where there is one."""
-    gram, cross = inputs.gram_CC, inputs.cross_CC
+    gram_CC, cross = inputs.gram_CC, inputs.cross_CC
     if not with_bias:
-        return least_squares(old_RC, gram, at, cross_CC=cross, damping=damping), None
+        return least_squares(old_RC, gram_CC, at, cross_CC=cross, damping=damping), None
     mean, n = inputs.mean_C, inputs.tokens
     target = mean if inputs.dense_mean_C is None else inputs.dense_mean_C
-    about_mean = gram - n * torch.outer(mean, mean)
+    about_mean = gram_CC - n * torch.outer(mean, mean)
     if cross is not None:
         cross = cross - n * torch.outer(target, mean)
     fitted = least_squares(old_RC, about_mean, at, cross_CC=cross, damping=damping)

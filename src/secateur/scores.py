@@ -295,9 +295,10 @@ def statistics_for(
     elif how.needs == "losses":
         found = layer_loss_statistics(model, windows, layers, progress=progress)
     elif how.needs == "masks":
-        found = mask_statistics(
-            model, windows, wanted=sorted(wanted), layers=[*layers], journal=journal, progress=progress
-        )
+        dims: dict[str, set[int]] = defaultdict(set)
+        for axis in (axis for group in groups for axis in group.axes if axis.weight in wanted):
+            dims[axis.weight].add(axis.dim)
+        found = mask_statistics(model, windows, wanted=dims, layers=[*layers], journal=journal, progress=progress)
     else:
         found = gradient_statistics(
             model,

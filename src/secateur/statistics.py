@@ -283,15 +283,16 @@ def mask_statistics(
     model: PreTrainedModel,
     windows: Tensor,
     *,
-    wanted: Sequence[str] | None = None,
+    wanted: Mapping[str, Collection[int]] | None = None,
     layers: Sequence[str] = (),
     journal: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """Derivatives by masks over what every weight reads, sample by sample, from one forward and backward pass.
 
-    Windows are int64, samples x length; `wanted`, `layers` and `journal` are as in `gradient_statistics`, which
-    see for the errors.
+    Windows are int64, samples x length. `wanted` names weights and dimensions of theirs: those that read along one of
+    them are looked at (by default, all). `layers` and `journal` are as in `gradient_statistics`, which see for the
+    errors.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
@@ -301,6 +302,9 @@ def mask_statistics(
     """
     samples, length = windows.shape
     reads = reading_dims(model, two_samples(windows))
+    if wanted is not None:
+        stacked = {name for name in wanted if model.get_parameter(name).dim() > 2}
+        wanted = {name: dims for name, dims in wanted.items() if name in stacked or reads.get(name, -1) in {-1, *dims}}
     masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
     kept = None if journal is None else _Journal(journal, _HeldMasks(masks))
 
@@ -328,7 +332,7 @@ def mask_statistics(
                 model,
                 part,
                 visit,
-                wanted=wanted,
+                wanted=None if wanted is None else sorted(wanted),
                 recomputed=layers,
                 memory=memory,
                 journal=kept,

@@ -137,7 +137,7 @@ class Calibration:
         typer.Option("--calibration", help="`demo`, a file, the name of a data set, or `self`: what the model writes."),
     ] = DEMO
     samples: Annotated[
-        int | None, option("--samples", "Calibration windows: 256 (64 for scores), fast 12, llm-pruner 10.")
+        int | None, option("--samples", "Calibration windows: 256 (64 for scores), fast 24 (8), llm-pruner 10.")
     ] = None
     length: Annotated[int | None, option("--length", "Tokens of a window: 256; llm-pruner 64.")] = None
     column: Annotated[
