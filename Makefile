@@ -54,7 +54,7 @@ bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=
 
 bench-gguf: gguf  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs
-	test -d runs/gguf || $(BIN)/secateur prune demo runs/gguf --preset fast --shape free
+	test -d runs/gguf || $(BIN)/secateur prune demo runs/gguf --choose score --repair none --samples 12
 	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --out runs/llama_cpp_speed.json
 
 architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pruning; writes docs/architectures.md

@@ -1,6 +1,6 @@
 """How fast llama.cpp runs a dense model and a pruned one, from GGUF files of the same types.
 
-    secateur prune demo runs/cut --preset fast --shape free
+    secateur prune demo runs/cut --choose score --repair none --samples 12
     python benchmarks/llama_cpp_speed.py runs/cut --out runs/llama_cpp.json
 
 All files are loaded at once and take turns in every round, so that a busy machine slows them alike. What is printed are

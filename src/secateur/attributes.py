@@ -26,6 +26,7 @@ from secateur.modeling_free import skip_in_place
 from secateur.models import runs_remote_code, skeleton
 from secateur.settings import (
     Cut,
+    Shapes,
     has_structure,
     shapes_of,
     sizes_before_and_after,
@@ -195,8 +196,10 @@ def _by_twins(
     settled: dict[tuple[str, str], Any] = {}
     undecided: dict[tuple[str, str], Any] = {}
     configs: dict[str, dict[str, Any]] = defaultdict(dict)
+    trusted = runs_remote_code(dense)
+    shapes = shapes_of(skeleton(config, trust_remote_code=trusted))
     for part in _parts(discovery, cut):
-        changes, nearest, exact = _nearest(config, discovery, part, trust_remote_code=runs_remote_code(dense))
+        changes, nearest, exact = _nearest(config, discovery, part, shapes, trust_remote_code=trusted)
         pairs = sizes_before_and_after(discovery, part)
         if nearest is None:
             continue
@@ -247,7 +250,7 @@ def _parts(discovery: Discovery, cut: Cut) -> list[Cut]:
 
 
 def _nearest(
-    config: PreTrainedConfig, discovery: Discovery, part: Cut, *, trust_remote_code: bool
+    config: PreTrainedConfig, discovery: Discovery, part: Cut, dense: Shapes, *, trust_remote_code: bool
 ) -> tuple[dict[str, Any], PreTrainedModel | None, bool]:
     """The twin that has the wanted sizes wherever the part changes one, with the fewest other differences.
 
@@ -257,7 +260,7 @@ def _nearest(
     everywhere = _spread(discovery, part)
     wanted = wanted_shapes(discovery, everywhere)
     best: tuple[int, dict[str, Any], PreTrainedModel] | None = None
-    for changes, twin in twins(config, discovery, everywhere, [], trust_remote_code=trust_remote_code):
+    for changes, twin in twins(config, discovery, everywhere, [], dense=dense, trust_remote_code=trust_remote_code):
         shapes = shapes_of(twin)
         if not shapes.keys() >= wanted.keys() or any(shapes[w][d] != wanted[w][d] for w, d in touched):
             continue

@@ -63,10 +63,13 @@ def removal_costs(
     order = [unit for unit, place in enumerate(places) if not len(place)][:removed]
     costs = [0.0] * len(order)
     alive = [unit for unit, place in enumerate(places) if len(place)]
-    single = all(len(places[unit]) == 1 for unit in alive)
+    at = _columns([places[unit] for unit in alive])
     while len(order) < removed:
-        each = _costs(w, inverse, [places[unit] for unit in alive])
-        count = min(max(1, int(len(alive) * AT_ONCE)) if single else 1, removed - len(order))
+        if at is None:
+            each, count = _costs(w, inverse, [places[unit] for unit in alive]), 1
+        else:
+            each, count = _column_costs(w, inverse, at), max(1, int(len(alive) * AT_ONCE))
+        count = min(count, removed - len(order))
         going = each.argsort(stable=True)[:count].tolist()
         gone = torch.cat([places[alive[i]] for i in going])
         change = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # ((H^-1)_SS)^-1 (H^-1)_S
@@ -80,6 +83,10 @@ def removal_costs(
         costs += [float(each[i]) for i in going]
         taken = set(going)
         alive = [unit for i, unit in enumerate(alive) if i not in taken]
+        if at is not None:
+            left = torch.ones(len(at), dtype=torch.bool, device=at.device)
+            left[going] = False
+            at = at[left]
     return order, torch.tensor(costs, dtype=torch.float64)
 
 
@@ -142,12 +149,21 @@ def _places(unit_of: Tensor) -> list[Tensor]:
     return list(order.split(sizes))
 
 
+def _columns(places: Sequence[Tensor]) -> Tensor | None:
+    """The column of every unit, where each has exactly one."""
+    return torch.cat(list(places)) if places and all(len(place) == 1 for place in places) else None
+
+
 def _costs(w: Tensor, inverse: Tensor, places: Sequence[Tensor]) -> Tensor:
-    if places and all(len(place) == 1 for place in places):
-        at = torch.cat(list(places))
-        found: Tensor = w[:, at].square().sum(0) / inverse.diagonal()[at]
-        return found
+    at = _columns(places)
+    if at is not None:
+        return _column_costs(w, inverse, at)
     return torch.stack([_cost(w[:, place], inverse[place][:, place]) for place in places])
+
+
+def _column_costs(w: Tensor, inverse: Tensor, at: Tensor) -> Tensor:
+    squares: Tensor = torch.linalg.vector_norm(w, dim=0).square()
+    return squares[at] / inverse.diagonal()[at]
 
 
 def _cost(columns: Tensor, inverse: Tensor) -> Tensor:

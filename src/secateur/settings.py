@@ -205,22 +205,25 @@ def twins(
     cut: Cut,
     refusals: list[str],
     *,
+    dense: Shapes | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
     """Models on `meta` with ever more settings changed; what the config says of those it refuses goes to `refusals`.
 
-    A setting that alone changes only what is to change, as wanted, is always changed; one that alone changes only
-    what is to stay is changed only beside an unset one, which may put that right (a head size that was derived).
+    `dense` are the shapes of the config as it is, where they are known. A setting that alone changes only what is to
+    change, as wanted, is always changed; one that alone changes only what is to stay is changed only beside an unset
+    one, which may put that right (a head size that was derived).
     """
     pairs = sizes_before_and_after(discovery, cut)
     lists, numbers = _changes_by_value(config, discovery, cut)
     wanted = wanted_shapes(discovery, cut)
-    shapes = shapes_of(skeleton(config, trust_remote_code=trust_remote_code))
+    shapes = shapes_of(skeleton(config, trust_remote_code=trust_remote_code)) if dense is None else dense
+    built: dict[str, PreTrainedModel | None] = {}  # with one setting changed, to be given away once
     always: dict[str, Any] = {}
     others: list[tuple[str, Any]] = []
     doubtful: list[tuple[str, Any]] = []
     for name, value in numbers:
-        twin = _build(config, {name: value}, [], trust_remote_code=trust_remote_code)
+        twin = built[repr({name: value})] = _build(config, {name: value}, [], trust_remote_code=trust_remote_code)
         good, bad = _effect(shapes, shapes_of(twin), wanted) if twin is not None else (False, False)
         if good and not bad and name not in always:
             always[name] = value
@@ -243,7 +246,9 @@ def twins(
     )
     for changes, certain in itertools.islice(candidates, MOST_TWINS):
         said = refusals if certain else []  # what it says of values tried blindly helps nobody
-        twin = _build(config, changes, said, trust_remote_code=trust_remote_code) if changes else None
+        twin = built.pop(repr(changes), None)
+        if twin is None and changes:
+            twin = _build(config, changes, said, trust_remote_code=trust_remote_code)
         if twin is not None:
             yield changes, twin
 
