@@ -80,7 +80,7 @@ def check_folder(out: Path) -> None:
     assert manifest["files"]["model.safetensors"]["sha256"] in page  # of the folder, before it had its name
     for section in ("models", "quality", "speed", "units", "scores", "samples", "provenance"):
         assert f'<section id="{section}"' in page
-    stages = "discover load score plan cut save reload evaluate_dense evaluate_pruned profile sample"
+    stages = "discover load score plan repair cut save reload evaluate_dense evaluate_pruned profile sample"
     assert list(summary["seconds"]) == [stage.replace("_", " ") for stage in stages.split()]
     loaded: Any = AutoModelForCausalLM.from_pretrained(out / "pruned", trust_remote_code=True, output_loading_info=True)
     model, report = loaded
