@@ -285,8 +285,15 @@ def preset(name: str, layers: int) -> CutOptions:
         first, last = round(layers * 4 / 32), round(layers * 2 / 32)
         return CutOptions(ratio=0.25, of="units", layers=(first, layers - last), score="param_first")
     if name in ("best", "fast"):
-        ranked = CutOptions(ratio=0.2, score="fisher", scope="global", shape="free", at_least=0.05)
-        return replace(ranked, choose="obs", repair="least-squares")
+        return CutOptions(
+            ratio=0.2,
+            score="fisher",
+            scope="global",
+            shape="free",
+            at_least=0.05,
+            choose="obs",
+            repair="least-squares",
+        )
     raise PlanError(f"preset {name!r} is unknown. Known: {', '.join(PRESETS)}{_close(name, PRESETS)}")
 
 

@@ -303,8 +303,11 @@ def mask_statistics(
     samples, length = windows.shape
     reads = reading_dims(model, two_samples(windows))
     if wanted is not None:
-        stacked = {name for name in wanted if model.get_parameter(name).dim() > 2}
-        wanted = {name: dims for name, dims in wanted.items() if name in stacked or reads.get(name, -1) in {-1, *dims}}
+        wanted = {
+            name: dims
+            for name, dims in wanted.items()
+            if name not in reads or reads[name] in dims or model.get_parameter(name).dim() > 2  # stacked: experts, too
+        }
     masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
     kept = None if journal is None else _Journal(journal, _HeldMasks(masks))
 
