@@ -28,10 +28,10 @@ test: $(STAMP)  ## Run the fast tests and the docstring examples
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS)
 
 slow: gguf  ## Run the slow tests, the README's and docs' examples among them; installs llama.cpp
-	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) tests/test_contract.py tests/test_every_folder.py
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) tests/discovery/test_contract.py tests/checkpoint/test_every_folder.py
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) --dist loadfile \
-		--ignore tests/test_contract.py --ignore tests/test_every_folder.py
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS) tests/test_export_gguf.py
+		--ignore tests/discovery/test_contract.py --ignore tests/checkpoint/test_every_folder.py
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS) tests/export/test_export_gguf.py
 
 check: $(STAMP)  ## Check format, lint, types and the links in the docs
 	$(BIN)/ruff format --check

@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import every_type
 from contract import OverKept, Subject, family, logits, masked, planned, subject, tolerance
-from secateur.axes.algebra import (
+from secateur.discovery.algebra import (
     Concat,
     Expression,
     Product,
@@ -39,8 +39,8 @@ from secateur.axes.algebra import (
     size_after,
     variables_in,
 )
-from secateur.axes.groups import Group
-from secateur.models import quiet
+from secateur.discovery.groups import Group
+from secateur.models.loading import quiet
 
 ROOTS = 4  # layers that are tried as the first one cut
 LONGEST = 1000  # entries of a pruning group; those of the tiny models that end have a few dozen
@@ -277,7 +277,7 @@ def sizes_that_follow(groups: Sequence[Group], keep: Keep) -> dict[int, int]:
 def parts_of(expression: Expression) -> Iterator[Expression]:
     """An expression, its neighbouring factors or parts, and theirs.
 
-    >>> from secateur.axes.algebra import Fixed
+    >>> from secateur.discovery.algebra import Fixed
     >>> [part.size for part in parts_of(product([Variable("attention", 3), Variable("query", 2), Fixed(10)]))]
     [60, 6, 20, 3, 2, 10]
     """

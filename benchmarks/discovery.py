@@ -56,12 +56,12 @@ PREPARE = """
 import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
-from secateur.models import load_config, skeleton
+from secateur.models.loading import load_config, skeleton
 model = skeleton(load_config(sys.argv[1]))
 start = time.perf_counter()
 """
 PARTS = {
-    "recorded graph": "from secateur.graph import trace\nresult = len(trace(model).nodes)",
+    "recorded graph": "from secateur.discovery.graph import trace\nresult = len(trace(model).nodes)",
     "torch.export, decomposed": (
         "ids = torch.zeros(5, 7, dtype=torch.long, device='meta')\n"
         "exported = torch.export.export(model, (), {'input_ids': ids, 'use_cache': False}, strict=False)\n"

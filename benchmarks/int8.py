@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from secateur.amounts import binary
-from secateur.calibration import demo_texts
-from secateur.evaluate import Perplexity, evaluate, read_evaluation_text
-from secateur.models import DEMO, file_bytes, load, load_tokenizer
-from secateur.profile import Profile, profile
-from secateur.quantize import SCHEMES, export_int8
-from secateur.run import prune_model
+from secateur.data.calibration import demo_texts
+from secateur.evaluation.perplexity import Perplexity, evaluate, read_evaluation_text
+from secateur.evaluation.profile import Profile, profile
+from secateur.export.int8 import SCHEMES, export_int8
+from secateur.models.loading import DEMO, file_bytes, load, load_tokenizer
+from secateur.pipeline.run import prune_model
+from secateur.report.formatting import binary
 
 SEQ_LENS = (128, 1024)
 

@@ -44,19 +44,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quality_table import DENSE, SETTINGS, Key, TableError, missing, write_tables
 from secateur import __version__
-from secateur.axes import Discovery, discover
-from secateur.calibration import calibration_windows, digest
-from secateur.evaluate import evaluate, read_evaluation_text
-from secateur.models import load, load_tokenizer, quiet
-from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset, settled
-from secateur.prune import prune
-from secateur.reconstruct import reconstruct_in_place
-from secateur.repair import Repaired, repair
-from secateur.run import peak_rss
-from secateur.scores import Scores, scores_from, statistics_for
-from secateur.sensitivity import damage_curves
-from secateur.statistics import read_statistics, write_statistics
-from secateur.steps import cut_in_steps
+from secateur.data.calibration import calibration_windows, digest
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery
+from secateur.evaluation.perplexity import evaluate, read_evaluation_text
+from secateur.models.loading import load, load_tokenizer, quiet
+from secateur.planning.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset, settled
+from secateur.progress import peak_rss
+from secateur.pruning.iterative import cut_in_steps
+from secateur.pruning.prune import prune
+from secateur.pruning.reconstruct import reconstruct_in_place
+from secateur.pruning.repair import Repaired, repair
+from secateur.pruning.sensitivity import damage_curves
+from secateur.scoring.scores import Scores, scores_from, statistics_for
+from secateur.scoring.statistics import read_statistics, write_statistics
 
 MODEL = "demo"
 LENGTHS = (128, 1024)

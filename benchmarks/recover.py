@@ -41,13 +41,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from secateur.adapters import AdapterOptions, with_adapter
-from secateur.distill import KeptTeacher, keep_teacher
-from secateur.evaluate import evaluate, read_evaluation_text
-from secateur.models import load, load_tokenizer
-from secateur.recover import RecoverOptions
-from secateur.training import Course, Settings, train
-from secateur.tuning_data import DataOptions, Rows, collate, read_tuning_data, training_order
+from secateur.data.options import DataOptions
+from secateur.data.reading import read_tuning_data
+from secateur.data.rows import Rows, collate, training_order
+from secateur.evaluation.perplexity import evaluate, read_evaluation_text
+from secateur.models.loading import load, load_tokenizer
+from secateur.recovery.course import Course, Settings
+from secateur.recovery.distillation import KeptTeacher, keep_teacher
+from secateur.recovery.loop import train
+from secateur.recovery.lora import AdapterOptions, with_adapter
+from secateur.recovery.options import RecoverOptions
 
 LENGTHS = (128, 1024)
 ROWS: dict[str, list[str]] = {
@@ -120,7 +123,7 @@ def _unseen_answers(options: argparse.Namespace) -> dict[str, str]:
 
 def _reference(options: argparse.Namespace) -> Path:
     """The half of Python's language reference that no calibration sees, as a file."""
-    from secateur.calibration import demo_texts
+    from secateur.data.calibration import demo_texts
 
     file: Path = options.folder / "reference.txt"
     file.write_text(demo_texts()[1], encoding="utf-8")

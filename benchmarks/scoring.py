@@ -37,11 +37,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from secateur.axes import discover
-from secateur.calibration import CalibrationOptions, demo_texts, read_calibration, sample_windows
-from secateur.models import load, load_tokenizer, quiet, skeleton
-from secateur.scores import statistics_for
-from secateur.statistics import read_statistics, write_statistics
+from secateur.data.calibration import CalibrationOptions, demo_texts, read_calibration, sample_windows
+from secateur.discovery.discover import discover
+from secateur.models.loading import load, load_tokenizer, quiet, skeleton
+from secateur.scoring.scores import statistics_for
+from secateur.scoring.statistics import read_statistics, write_statistics
 
 SAMPLES, LENGTH = 10, 64  # LLM-Pruner's defaults
 RUNS = 3  # of part (a), of which the least CPU time counts
@@ -139,7 +139,7 @@ def plain_loop(
 
 def work(kind: str, second_order: bool, out: Path) -> None:
     """One measurement, in this process: writes its usage, and its sums."""
-    from secateur.statistics import Statistics
+    from secateur.scoring.statistics import Statistics
 
     with quiet():
         if kind in ("plain", "ours"):

@@ -27,14 +27,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from secateur.axes import discover
-from secateur.calibration import read_calibration, sample_windows
-from secateur.evaluate import evaluate, join_rows, read_evaluation_text
-from secateur.models import load, load_tokenizer, quiet
-from secateur.plan import calibration_for, groups_to_cut, options_for, plan, settled
-from secateur.prune import prune
-from secateur.repair import repair
-from secateur.scores import scores_from, statistics_for
+from secateur.data.calibration import read_calibration, sample_windows
+from secateur.discovery.discover import discover
+from secateur.evaluation.perplexity import evaluate, join_rows, read_evaluation_text
+from secateur.models.loading import load, load_tokenizer, quiet
+from secateur.planning.plan import calibration_for, groups_to_cut, options_for, plan, settled
+from secateur.pruning.prune import prune
+from secateur.pruning.repair import repair
+from secateur.scoring.scores import scores_from, statistics_for
 
 VOCABULARY, LENGTH, BATCH = 4096, 128, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}

@@ -25,17 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from every_type import initial_model, tiny_config, tiny_inputs, tiny_type_model
-from secateur.axes import discover
-from secateur.axes.algebra import kept_along, variables_in
-from secateur.axes.groups import Discovery, Group, group_axes
-from secateur.axes.rules import Inference, infer
 from secateur.checkpoint.stock import save
+from secateur.discovery.algebra import kept_along, variables_in
+from secateur.discovery.config_settings import stock_settings
+from secateur.discovery.discover import discover
+from secateur.discovery.graph import Ref, trace
+from secateur.discovery.groups import Discovery, Group, group_axes
+from secateur.discovery.rules import Inference, infer
 from secateur.errors import PlanError
-from secateur.graph import Ref, trace
-from secateur.models import EXPERTS, quiet
-from secateur.plan import CutOptions, Plan, PlannedGroup
-from secateur.prune import prune
-from secateur.settings import stock_settings
+from secateur.models.loading import EXPERTS, quiet
+from secateur.planning.plan import CutOptions, Plan, PlannedGroup
+from secateur.pruning.prune import prune
 
 TOLERANCE = 1e-8
 FOLDER = "stock folder"  # save, load with the ordinary loader, generate the same

@@ -24,7 +24,7 @@ Moment = Callable[[float], bool]  # seconds since the start -> whether to kill n
 SERVER = """
 import json, os, sys, traceback
 import secateur.checkpoint.stock
-import secateur.cli
+import secateur.cli.main
 import transformers.models.llama.modeling_llama
 for line in sys.stdin:
     process = os.fork()
@@ -34,7 +34,7 @@ for line in sys.stdin:
         status = 70
         try:
             secateur.checkpoint.stock.SHARD = "20KB"  # many files, and time between the first and the last
-            status = secateur.cli.run(json.loads(line))
+            status = secateur.cli.main.run(json.loads(line))
         except BaseException:
             traceback.print_exc()
         os._exit(status)

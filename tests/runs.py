@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from secateur.journal import append
-from secateur.scores import Scores, write_scores
+from secateur.pipeline.journal import append
+from secateur.scoring.scores import Scores, write_scores
 
 UNITS, LAYERS = 84, 6
 CALIBRATION = "a0c9" * 16

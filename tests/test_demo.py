@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur.demo
-from secateur import CheckpointError, PlanError
-from secateur.checkpoint import save
-from secateur.cli import run
+from secateur.checkpoint.stock import save
+from secateur.cli.main import run
 from secateur.demo import demonstrate
-from secateur.journal import read as read_journal
-from secateur.plan import read_plan
-from secateur.scores import read_scores
+from secateur.errors import CheckpointError, PlanError
+from secateur.pipeline.journal import read as read_journal
+from secateur.planning.plan import read_plan
+from secateur.scoring.scores import read_scores
 from tiny import names
 
 FILES = {

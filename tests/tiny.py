@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from secateur.calibration import demo_texts
-from secateur.models import quiet
+from secateur.data.calibration import demo_texts
+from secateur.models.loading import quiet
 
 VOCABULARY = 300
 SIZES: dict[str, Any] = {

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-import secateur.hushed  # noqa: F401 - before all that imports transformers
-from secateur.axes import Discovery, discover
-from secateur.calibration import CalibrationOptions
-from secateur.checkpoint import Verified, save, verify
+import secateur.models.silence  # noqa: F401 - before all that imports transformers
+from secateur.checkpoint.stock import save
+from secateur.checkpoint.verification import Verified, verify
+from secateur.data.calibration import CalibrationOptions
+from secateur.data.options import DataOptions
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery
 from secateur.errors import (
     CheckpointError,
     DataError,
@@ -33,24 +36,26 @@ from secateur.errors import (
     TrainingError,
     UntrustedCodeError,
 )
-from secateur.evaluate import Perplexity, evaluate
-from secateur.export import Exported, export_gguf
-from secateur.merge import Merged, merge_adapter
-from secateur.models import load, load_tokenizer, register
-from secateur.plan import CutOptions, Plan, plan
-from secateur.profile import Profile, profile
-from secateur.prune import prune
-from secateur.quantize import Quantised, export_int8
-from secateur.recover import Recovered, RecoverOptions, prune_and_recover, recover
-from secateur.repair import Repaired, repair
-from secateur.report import Report, write_report
-from secateur.run import Pruned, plan_model, prune_model
-from secateur.scores import Scores, register_score, score
-from secateur.statistics import Evidence, Statistics
-from secateur.steps import cut_in_steps
-from secateur.sweep import Sweep, sweep
-from secateur.tuning_data import DataOptions
-from secateur.zero_shot import TaskResult, load_tasks, zero_shot
+from secateur.evaluation.perplexity import Perplexity, evaluate
+from secateur.evaluation.profile import Profile, profile
+from secateur.evaluation.tasks import TaskResult, load_tasks, zero_shot
+from secateur.export.gguf_file import Exported, export_gguf
+from secateur.export.int8 import Quantised, export_int8
+from secateur.export.merge import Merged, merge_adapter
+from secateur.models.loading import load, load_tokenizer, register
+from secateur.pipeline.run import Pruned, plan_model, prune_model
+from secateur.pipeline.sweep import Sweep, sweep
+from secateur.planning.plan import CutOptions, Plan, plan
+from secateur.pruning.iterative import cut_in_steps
+from secateur.pruning.prune import prune
+from secateur.pruning.repair import Repaired, repair
+from secateur.recovery.options import RecoverOptions
+from secateur.recovery.recover import recover
+from secateur.recovery.result import Recovered
+from secateur.recovery.rounds import prune_and_recover
+from secateur.report.page import Report, write_report
+from secateur.scoring.scores import Scores, register_score, score
+from secateur.scoring.statistics import Evidence, Statistics
 
 __all__ = [
     "CalibrationOptions",

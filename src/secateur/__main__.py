@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.cli import main
+from secateur.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.axes import Discovery, discover
-from secateur.calibration import CalibrationOptions, calibration_windows, demo_texts
-from secateur.checkpoint import account, atomic_folder, check_stock, check_vacant, make_record, save, write_json
+from secateur.checkpoint.accounts import account
+from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json
+from secateur.checkpoint.record import make_record
+from secateur.checkpoint.stock import check_stock, save
+from secateur.data.calibration import CalibrationOptions, calibration_windows, demo_texts
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError
-from secateur.evaluate import Perplexity, evaluate, sample_text
-from secateur.journal import append
-from secateur.models import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
-from secateur.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
-from secateur.profile import Profile, profile
-from secateur.prune import prune
-from secateur.repair import repair
-from secateur.report import write_report
-from secateur.run import Clock, Pruned, Watch, peak_rss
-from secateur.scores import score, write_scores
+from secateur.evaluation.perplexity import Perplexity, evaluate, sample_text
+from secateur.evaluation.profile import Profile, profile
+from secateur.models.loading import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
+from secateur.pipeline.journal import append
+from secateur.pipeline.run import Pruned
+from secateur.planning.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
+from secateur.progress import Clock, ProgressBars, peak_rss
+from secateur.pruning.prune import prune
+from secateur.pruning.repair import repair
+from secateur.report.page import write_report
+from secateur.scoring.scores import score, write_scores
 
 PROMPT = "A pruning saw cuts"
 SEQ_LENS = (128, 1024)
@@ -72,7 +77,7 @@ def demonstrate(
     seed: int = 0,
     overwrite: bool = False,
     command: str | None = None,
-    watch: Watch | None = None,
+    bars: ProgressBars | None = None,
 ) -> Demonstration:
     """Prune the demo model into `out`/pruned, load it again, and measure both.
 
@@ -83,7 +88,7 @@ def demonstrate(
     out = Path(out)
     check_vacant(out, overwrite=overwrite, mark=SUMMARY_FILE)
     loading = loading or LoadOptions()
-    clock = Clock(watch) if watch else Clock()
+    clock = Clock(bars) if bars else Clock()
     with clock.stage("discover"):
         discovery = discover(DEMO)
     options = options_for(preset, discovery, cut or {})

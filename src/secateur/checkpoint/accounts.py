@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from secateur.axes.groups import Discovery, layer_of
+from secateur.discovery.config_settings import renamed
+from secateur.discovery.groups import Discovery, layer_of
+from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError
-from secateur.plan import Plan
-from secateur.settings import renamed
-from secateur.sublayers import skipped_in
+from secateur.planning.plan import Plan
 
 BYTES_AT_ONCE = 2**26  # of two tensors that are compared
 
@@ -26,10 +26,10 @@ def account(
     not in the dense model, which has no place for it (given by `load_on_meta`). Raises `CheckpointError` for a tensor
     that has no such fate: lost, grown, of another dtype, no longer tied, or one that no dense tensor became.
 
-    >>> from secateur.axes import discover
-    >>> from secateur.plan import CutOptions, plan
-    >>> from secateur.prune import prune
-    >>> from secateur.scores import score
+    >>> from secateur.discovery.discover import discover
+    >>> from secateur.planning.plan import CutOptions, plan
+    >>> from secateur.pruning.prune import prune
+    >>> from secateur.scoring.scores import score
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
     >>> model = AutoModelForCausalLM.from_config(config)

@@ -18,8 +18,8 @@ import psutil
 from safetensors import SafetensorError
 
 from secateur.errors import CheckpointError, unwritable
-from secateur.manifest import FORMAT, MANIFEST_FILE, entry, files_in
-from secateur.models import resolve
+from secateur.models.loading import resolve
+from secateur.models.manifest import FORMAT, MANIFEST_FILE, entry, files_in
 
 MODEL_MARK = "config.json"  # what a folder of a model holds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.attributes import attributes_after
-from secateur.axes import Discovery
 from secateur.checkpoint.folder import atomic_folder, check_vacant, copy_in, write_json, write_manifest
-from secateur.checkpoint.free import as_free, check_same, is_free
+from secateur.checkpoint.per_layer import as_free, check_same, is_free
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
+from secateur.discovery.groups import Discovery
+from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DiscoveryError
-from secateur.manifest import WEIGHTS, tensors_in
-from secateur.models import free_model_class, quiet, runs_remote_code
-from secateur.plan import Plan
+from secateur.models.loading import free_model_class, quiet, runs_remote_code
+from secateur.models.manifest import WEIGHTS, tensors_in
+from secateur.planning.plan import Plan
 
 SHARD = "2GB"  # of a file of weights
 DTYPE_CODES = {  # as files of weights name them
@@ -54,7 +54,7 @@ def check_stock(
         raise CheckpointError(
             f"no folder can hold what the plan leaves: {reason}, and of a model with custom code only a cut that its "
             "config can say is saved. Cut all layers alike (leave out --layers), or use the pruned model in memory "
-            "(secateur.prune, or `secateur evaluate MODEL --plan plan.json`)"
+            "(secateur.pruning.prune, or `secateur evaluate MODEL --plan plan.json`)"
         )
     try:
         attributes_after(config, discovery, plan.cut.narrowed, trust_remote_code=trust_remote_code)
@@ -81,10 +81,10 @@ def save(
     Raises `CheckpointError`.
 
     >>> import tempfile
-    >>> from secateur.axes import discover
-    >>> from secateur.plan import CutOptions, plan
-    >>> from secateur.prune import prune
-    >>> from secateur.scores import score
+    >>> from secateur.discovery.discover import discover
+    >>> from secateur.planning.plan import CutOptions, plan
+    >>> from secateur.pruning.prune import prune
+    >>> from secateur.scoring.scores import score
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
     >>> model = AutoModelForCausalLM.from_config(config)

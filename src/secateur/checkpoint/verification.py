@@ -9,10 +9,10 @@ from typing import Any
 
 from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
-from secateur.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
-from secateur.modeling_free import FREE
-from secateur.models import is_read, load_config, load_on_meta, quantisation
-from secateur.plan import read_plan
+from secateur.models.loading import is_read, load_config, load_on_meta, quantisation
+from secateur.models.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
+from secateur.models.modeling_free import FREE
+from secateur.planning.plan import read_plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from secateur.amounts import binary
-from secateur.anatomy import reach_as_json
-from secateur.axes import discover
 from secateur.cli.options import (
     Calibration,
     Common,
@@ -26,14 +23,17 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import check_files, finish, show
 from secateur.cli.reading import named_texts, run_own_scores
-from secateur.efficiency import sweep_tables
+from secateur.discovery.discover import discover
+from secateur.discovery.summary import reach_as_json
 from secateur.errors import PlanError
-from secateur.models import load_config
-from secateur.plan import read_plan
-from secateur.run import plan_model, prune_model
-from secateur.serving import serving_note, tensor_parallel_sizes
-from secateur.sweep import ratios_in, sweep
-from secateur.tables import discovery_tables, plan_tables
+from secateur.export.serving import serving_note, tensor_parallel_sizes
+from secateur.models.loading import load_config
+from secateur.pipeline.run import plan_model, prune_model
+from secateur.pipeline.sweep import ratios_in, sweep
+from secateur.planning.plan import read_plan
+from secateur.report.efficiency import sweep_tables
+from secateur.report.formatting import binary
+from secateur.report.tables import discovery_tables, plan_tables
 
 
 def discover_command(model: ModelArgument, common: Common) -> None:
@@ -73,7 +73,7 @@ def plan_command(
         loading=common.loading,
         sizes_only=sizes_only,
         run=run_folder,
-        watch=common.watch,
+        bars=common.bars,
     )
     finish(planned.to_json(), common.json_file, context, [model])
     finish(planned.to_json(), out)
@@ -115,7 +115,7 @@ def prune_command(
         resume=resume,
         run=run_folder,
         command=context.obj,
-        watch=common.watch,
+        bars=common.bars,
         announce=None if common.quiet else lambda sizes: show(plan_tables(sizes)),
     )
     result, note = pruned.to_json(), None
@@ -181,7 +181,7 @@ def sweep_command(
         loading=common.loading,
         resume=resume,
         plot=plot,
-        watch=common.watch,
+        bars=common.bars,
     )
     finish(found.to_json(), common.json_file, context, [model])
     if not common.quiet:

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from secateur.checkpoint import verify
+from secateur.checkpoint.verification import verify
 from secateur.cli.options import Common, Journal, ModelArgument, argument, option
 from secateur.cli.output import check_files, finish, show
 from secateur.errors import CheckpointError, ExportError
-from secateur.export import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
-from secateur.merge import merge_adapter
-from secateur.models import load, load_config, load_tokenizer
-from secateur.quantize import export_int8_of
-from secateur.tables import export_tables, int8_tables, merge_lines, verify_tables
+from secateur.export.gguf_file import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
+from secateur.export.int8 import export_int8_of
+from secateur.export.merge import merge_adapter
+from secateur.models.loading import load, load_config, load_tokenizer
+from secateur.report.tables import export_tables, int8_tables, merge_lines, verify_tables
 
 
 def verify_command(
@@ -27,7 +27,7 @@ def verify_command(
     Hashes every file, looks at every tensor, and compares the plan, the config and the weights with each other.
     """
     check_files(common.json_file)
-    with common.watch(f"verify {folder}"):
+    with common.bars(f"verify {folder}"):
         found = verify(folder, trust_remote_code=common.trust_remote_code)
     finish(found.to_json(), common.json_file)
     if not common.quiet:
@@ -79,7 +79,7 @@ def export_command(
     if merging:
         if int8 or of_gguf:
             raise ExportError("--merge-lora writes an ordinary folder: merge first, then export that folder")
-        with common.watch("merge"):
+        with common.bars("merge"):
             merged = merge_adapter(
                 model, out, adapter=adapter, loading=common.loading, overwrite=overwrite, command=context.obj
             )
@@ -89,7 +89,7 @@ def export_command(
             raise ExportError(
                 f"--int8 writes a folder, and {SUFFIX} files are something else: export twice, to two OUTs"
             )
-        with common.watch("pack"):
+        with common.bars("pack"):
             packed = export_int8_of(model, out, dynamic=dynamic, loading=common.loading, overwrite=overwrite)
         result, tables = packed.to_json(), int8_tables(packed)
     else:
@@ -100,10 +100,10 @@ def export_command(
         trust, wanted = common.trust_remote_code, gguf or DEFAULT_TYPE
         config = load_config(model, trust_remote_code=trust)
         check_gguf(config, out, dtype=wanted, check=check, overwrite=overwrite)
-        with common.watch("load"):
+        with common.bars("load"):
             loaded = load(model, dtype=common.dtype, device=common.device, trust_remote_code=trust)
             tokenizer = load_tokenizer(model, trust_remote_code=trust)
-        with common.watch("write") as progress:
+        with common.bars("write") as progress:
             written = export_gguf(
                 loaded,
                 tokenizer,

@@ -9,18 +9,18 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from secateur.checkpoint import read_record
+from secateur.checkpoint.record import read_record
 from secateur.cli.options import Common, Journal, MaxTokens, ModelArguments, Texts, option
 from secateur.cli.output import check_files, finish, show
 from secateur.cli.reading import counts, named_texts
-from secateur.contamination import warn_of_overlap
-from secateur.efficiency import profile_tables
-from secateur.measures import Measured, as_json, measure, plan_measures
-from secateur.models import file_bytes, load, load_config, load_tokenizer
-from secateur.plan import Plan, read_plan
-from secateur.profile import profile_models, weight_bytes
-from secateur.run import cut_as_planned
-from secateur.tables import evaluation_tables
+from secateur.evaluation.contamination import warn_of_overlap
+from secateur.evaluation.measures import Measured, as_json, measure, plan_measures
+from secateur.evaluation.profile import profile_models, weight_bytes
+from secateur.models.loading import file_bytes, load, load_config, load_tokenizer
+from secateur.pipeline.run import cut_as_planned
+from secateur.planning.plan import Plan, read_plan
+from secateur.report.efficiency import profile_tables
+from secateur.report.tables import evaluation_tables
 
 
 def evaluate_command(
@@ -88,16 +88,16 @@ def evaluate_command(
     )
     results: list[Measured] = []
     for name in models:
-        with common.watch(f"load {name}"):
+        with common.bars(f"load {name}"):
             model = load(name, dtype=common.dtype, device=common.device, trust_remote_code=common.trust_remote_code)
             tokenizer = load_tokenizer(name, trust_remote_code=common.trust_remote_code)
         if not common.quiet:
             _warn_of_overlap(name, tokenizer, texts, planned)
         variants = {name: model}
         if planned:
-            variants[f"{name} + {plan_file}"] = cut_as_planned(model, planned, tokenizer, watch=common.watch)
+            variants[f"{name} + {plan_file}"] = cut_as_planned(model, planned, tokenizer, bars=common.bars)
         for label, each in variants.items():
-            measured = measure(label, each, tokenizer, measures, watch=common.watch)
+            measured = measure(label, each, tokenizer, measures, bars=common.bars)
             results.append(measured.with_sizes(weight_bytes(each), file_bytes(name) if label == name else None))
     finish(as_json(results), common.json_file, context, models)
     if not common.quiet:
@@ -130,7 +130,7 @@ def profile_command(
     """
     check_files(common.json_file, run=run_folder)
     _check_models(models, trust_remote_code=common.trust_remote_code)
-    with common.watch("profile") as progress:
+    with common.bars("profile") as progress:
         rows = profile_models(
             models,
             plan=None if plan_file is None else read_plan(plan_file),

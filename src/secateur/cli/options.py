@@ -15,13 +15,13 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from secateur.calibration import COLUMN, CalibrationOptions
-from secateur.cli.output import watching
+from secateur.cli.output import progress_bars
 from secateur.cli.reading import count, given, layer_range, names, proportion
-from secateur.measures import Watching
-from secateur.models import DEMO, LoadOptions
-from secateur.plan import calibration_for
-from secateur.scores import SCORES
+from secateur.data.calibration import COLUMN, CalibrationOptions
+from secateur.models.loading import DEMO, LoadOptions
+from secateur.planning.plan import calibration_for
+from secateur.progress import ProgressBars
+from secateur.scoring.scores import SCORES
 
 
 class Command(TyperCommand):
@@ -78,9 +78,9 @@ class Common:
         return LoadOptions(self.dtype, self.device, self.trust_remote_code)
 
     @property
-    def watch(self) -> Watching:
+    def bars(self) -> ProgressBars:
         """What shows how far the work is."""
-        return watching(quiet=self.quiet)
+        return progress_bars(quiet=self.quiet)
 
 
 @dataclass(frozen=True, slots=True)

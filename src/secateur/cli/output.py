@@ -24,10 +24,10 @@ from rich.progress import (
 from rich.text import Text
 
 from secateur import processes
-from secateur.amounts import binary
-from secateur.checkpoint import check_writable, write_json
-from secateur.journal import append, check_run_folder
-from secateur.measures import Watching
+from secateur.checkpoint.folder import check_writable, write_json
+from secateur.pipeline.journal import append, check_run_folder
+from secateur.progress import ProgressBars
+from secateur.report.formatting import binary
 
 PIPE_WIDTH = 240  # columns of a table that no terminal shows
 
@@ -70,11 +70,11 @@ class _MemoryColumn(ProgressColumn):
         return Text(binary(psutil.Process().memory_info().rss))
 
 
-def watching(*, quiet: bool) -> Watching:
+def progress_bars(*, quiet: bool) -> ProgressBars:
     """One progress bar on stderr at a time: what is done, how far, what is measured, the time left, the memory held."""
 
     @contextmanager
-    def watch(stage: str) -> Iterator[Callable[..., None] | None]:
+    def bars(stage: str) -> Iterator[Callable[..., None] | None]:
         if quiet or not sys.stderr.isatty() or not processes.is_first():
             yield None
             return
@@ -97,4 +97,4 @@ def watching(*, quiet: bool) -> Watching:
 
             yield progress
 
-    return watch
+    return bars

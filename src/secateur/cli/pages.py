@@ -10,10 +10,11 @@ import typer
 
 from secateur.cli.options import MODEL_HELP, Calibration, Common, Overwrite, Statistics, Without, argument
 from secateur.cli.output import check_files, finish, show
-from secateur.compare import HERE, PORT, Opened, compare
+from secateur.compare.compare import Opened, compare
+from secateur.compare.server import HERE, PORT
 from secateur.demo import demonstrate
-from secateur.report import write_report
-from secateur.tables import compare_tables, demo_tables
+from secateur.report.page import write_report
+from secateur.report.tables import compare_tables, demo_tables
 
 
 def report_command(
@@ -58,7 +59,7 @@ def demo_command(
         seed=common.seed,
         overwrite=overwrite,
         command=context.obj,
-        watch=common.watch,
+        bars=common.bars,
     )
     finish(shown.to_json(), common.json_file)
     if not common.quiet:
@@ -98,6 +99,6 @@ def compare_command(
         calibration=calibration.about(common.seed),
         run=run_folder,
         seed=common.seed,
-        watch=common.watch,
+        bars=common.bars,
         announce=announce,
     )

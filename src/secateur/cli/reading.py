@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration import demo_texts
+from secateur.data.calibration import demo_texts
 from secateur.demo import TEXT
 from secateur.errors import DataError, PlanError, ScoreError, SecateurError
-from secateur.evaluate import read_evaluation_text
-from secateur.scores import SCORES
+from secateur.evaluation.perplexity import read_evaluation_text
+from secateur.scoring.scores import SCORES
 
 
 def given(**options: Any) -> dict[str, Any]:

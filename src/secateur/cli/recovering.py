@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.amounts import binary
 from secateur.cli.cutting import prune_command
 from secateur.cli.options import (
     Calibration,
@@ -26,8 +25,11 @@ from secateur.cli.options import (
 from secateur.cli.output import check_files, finish, show
 from secateur.cli.reading import given, named_texts, run_own_scores
 from secateur.errors import PlanError, TrainingError
-from secateur.recover import options_for, prune_and_recover, recover
-from secateur.tables import recovery_tables
+from secateur.recovery.options import options_for
+from secateur.recovery.recover import recover
+from secateur.recovery.rounds import prune_and_recover
+from secateur.report.formatting import binary
+from secateur.report.tables import recovery_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def recover_command(
         "overwrite": overwrite,
         "resume": resume,
         "command": context.obj,
-        "watch": common.watch,
+        "bars": common.bars,
     }
     if (steps, ratio, cut) == (None, None, None):
         recovered = recover(pruned, out, keep_adapter=keep_adapter, **how)

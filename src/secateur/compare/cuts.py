@@ -14,17 +14,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.axes import Discovery
-from secateur.calibration import CalibrationOptions
 from secateur.compare.sides import Side
 from secateur.compare.turns import TURNS
+from secateur.data.calibration import CalibrationOptions
+from secateur.discovery.groups import Discovery
 from secateur.errors import SecateurError
-from secateur.models import LoadOptions
-from secateur.plan import AXES, BUDGETS, CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
-from secateur.run import plan_model
-from secateur.scores import Scores, holds, scores_from
-from secateur.statistics import Progress, Statistics, read_statistics
-from secateur.work import RunFolder
+from secateur.models.loading import LoadOptions
+from secateur.pipeline.cache import RunFolder
+from secateur.pipeline.run import plan_model
+from secateur.planning.plan import (
+    AXES,
+    BUDGETS,
+    CutOptions,
+    Plan,
+    calibration_for,
+    groups_to_cut,
+    options_for,
+    plan,
+    settled,
+)
+from secateur.progress import Progress
+from secateur.scoring.scores import Scores, holds, scores_from
+from secateur.scoring.statistics import Statistics, read_statistics
 
 SHARES_OF = tuple(name for name in BUDGETS if name != "latency")  # which a machine has to measure first
 
@@ -76,7 +87,7 @@ def cuttable(discovery: Discovery) -> list[str]:
     """The axes of which a model has groups, as `--axes` names them.
 
     >>> from transformers import AutoConfig
-    >>> from secateur.axes import discover
+    >>> from secateur.discovery.discover import discover
     >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
     >>> cuttable(discover(AutoConfig.for_model("opt", num_hidden_layers=2, **sizes)))
     ['attention', 'mlp', 'hidden', 'layers']
@@ -110,7 +121,7 @@ def decide(
     """
 
     @contextmanager
-    def watch(stage: str) -> Iterator[Progress | None]:
+    def bars(stage: str) -> Iterator[Progress | None]:
         said(stage, None)
 
         def progress(done: int, total: int, _: str = "") -> None:
@@ -127,7 +138,7 @@ def decide(
             calibration=place.calibration_of(wish),
             loading=place.loading,
             run=place.run,
-            watch=watch,
+            bars=bars,
         )
 
 

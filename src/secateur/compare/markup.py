@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from html import escape
 
-from secateur.amounts import binary, giga, short
 from secateur.compare.answers import END, FAILED, LENGTH, STOPPED, Answer
 from secateur.compare.cuts import Kept
 from secateur.compare.sides import HEADLINE_TOKENS, Side, Size
-from secateur.plan import Plan
+from secateur.planning.plan import Plan
+from secateur.report.formatting import binary, giga, short
 
 
 def note(text: str) -> str:

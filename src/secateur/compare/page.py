@@ -9,14 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import write_json
+from secateur.checkpoint.folder import write_json
 from secateur.compare import markup
 from secateur.compare.answers import Writing, answers
 from secateur.compare.cuts import SHARES_OF, Stopped, Wish, Workplace, about, by_layer, cuttable, decide, sketch
 from secateur.compare.sides import Side
 from secateur.errors import SecateurError
-from secateur.plan import PRESETS, SHAPES, Plan
-from secateur.scores import SCORES
+from secateur.planning.plan import PRESETS, SHAPES, Plan
+from secateur.scoring.scores import SCORES
 
 EVERY = 0.05  # seconds between two states of an answer that are sent to a browser
 LONGEST = 1024  # tokens of an answer that the slider goes up to

@@ -10,10 +10,11 @@ from typing import Any
 import psutil
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.axes import Discovery, count_macs, count_parameters, discover
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery, count_macs, count_parameters
 from secateur.errors import ModelError
-from secateur.models import LoadOptions, check_finite, load, load_config, load_tokenizer
-from secateur.profile import measure_speed, weight_bytes
+from secateur.evaluation.profile import measure_speed, weight_bytes
+from secateur.models.loading import LoadOptions, check_finite, load, load_config, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

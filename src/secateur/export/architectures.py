@@ -16,8 +16,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.errors import ExportError
-from secateur.modeling_free import FREE
-from secateur.models import free_model_class
+from secateur.models.loading import free_model_class
+from secateur.models.modeling_free import FREE
 
 TABLE = Path(__file__).with_name("architectures.json")
 

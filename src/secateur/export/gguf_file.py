@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint import atomic_file, check_file_vacant
+from secateur.checkpoint.folder import atomic_file, check_file_vacant
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType, architecture, type_of
 from secateur.export.check import Checked, check_file, runs_here
@@ -35,8 +35,7 @@ from secateur.export.tensors import (
     weights_of,
 )
 from secateur.export.vocabulary import Vocabulary, vocabulary
-
-Progress = Callable[[int, int], None]
+from secateur.progress import Progress
 
 # Name -> how numbers are stored, and what the file says of itself. All that the gguf package can quantise, but for
 # those that suit only models trained for them.

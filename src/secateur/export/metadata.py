@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType, is_neutral
 from secateur.export.tensors import LayerSizes, Parts
-from secateur.modeling_free import FREE
+from secateur.models.modeling_free import FREE
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 GROWING = ("dynamic", "longrope")  # rotations that change with the length of the text

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from secateur.discovery.sublayers import skipped_in
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType
-from secateur.sublayers import skipped_in
 
 Fetch = Callable[[str], Tensor]  # the name of a parameter -> its values
 Recipe = Callable[[Fetch], Tensor]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from secateur.amounts import short
 from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table, listed, ppl_text
 from secateur.report.charts import Series, line_plot
+from secateur.report.formatting import short
 from secateur.report.models import Facts, same_model
 
 LINES = 4  # tones of lines

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
-from secateur.amounts import binary, short
 from secateur.report.blocks import (
     ARROW,
     TIMES,
@@ -18,6 +17,7 @@ from secateur.report.blocks import (
     seconds_text,
     signed,
 )
+from secateur.report.formatting import binary, short
 from secateur.report.models import Facts, Model, same_model
 
 ALIKE = 0.02  # times as fast that are no difference: speeds are measured on a machine that does other things, too

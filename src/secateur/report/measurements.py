@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from secateur.amounts import binary, giga, short
 from secateur.report.blocks import (
     TIMES,
     Block,
@@ -27,6 +26,7 @@ from secateur.report.blocks import (
     signed,
 )
 from secateur.report.charts import Bar, bar_chart
+from secateur.report.formatting import binary, giga, short
 from secateur.report.models import Facts, Model, same_model
 from secateur.report.reading import SpeedRow, TaskRow
 

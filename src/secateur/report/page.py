@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import atomic_file
+from secateur.checkpoint.folder import atomic_file
 from secateur.report.blocks import Figure, KeyFigure, Section
 from secateur.report.curves import frontier_section, recovery_section
 from secateur.report.headline import headline
@@ -59,7 +59,7 @@ def write_report(run: str | Path, out: str | Path, *, overwrite: bool = False) -
     be written.
 
     >>> import tempfile
-    >>> from secateur.journal import append
+    >>> from secateur.pipeline.journal import append
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result = {"results": [{"model": "demo", "parameters": 134515008}]}
     ...     _ = append(Path(folder), "secateur profile demo", "profile", result, seed=0, models=["demo"])

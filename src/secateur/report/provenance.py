@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from secateur.amounts import binary
-from secateur.checkpoint import PLAN_FILE, RECORD_FILE, Record, read_record
+from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, read_record
 from secateur.errors import CheckpointError
-from secateur.manifest import WEIGHTS, read_json, read_manifest
+from secateur.models.manifest import WEIGHTS, read_json, read_manifest
 from secateur.report.blocks import Block, Cell, Commands, Paragraph, Section, Subheading, Table
+from secateur.report.formatting import binary
 from secateur.report.models import Facts, Model, folder_of, same_model
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur import journal
 from secateur.errors import CheckpointError, ScoreError
-from secateur.journal import Entry
-from secateur.manifest import read_json
-from secateur.scores import Scores, read_scores
+from secateur.models.manifest import read_json
+from secateur.pipeline import journal
+from secateur.pipeline.journal import Entry
+from secateur.scoring.scores import Scores, read_scores
 
 DISCOVERY_FILE = "discovery.json"  # that a run of the demo keeps
 

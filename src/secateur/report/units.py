@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.anatomy import KINDS_IN_WORDS
+from secateur.discovery.summary import KINDS_IN_WORDS
 from secateur.errors import CheckpointError
-from secateur.manifest import read_json
+from secateur.models.manifest import read_json
 from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table, change
 from secateur.report.charts import Band, Series, heat_map, histogram, line_plot
 from secateur.report.models import Facts, folder_of, same_model
 from secateur.report.reading import CutRow, KeptGroup
-from secateur.scores import Scores
+from secateur.scoring.scores import Scores
 
 BINS = 32
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -1,0 +1,194 @@
+"""A model whose layers differ in size -> a folder that the ordinary loader reads with the one file that lies in it.
+
+What is different from the dense model that the config describes is read off the two models, so that it does not matter
+how the smaller one was made. The weights are written by the very class that will read them (see `modeling_free`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from secateur.discovery.module_attributes import plain_attributes
+from secateur.discovery.sublayers import skipped_in
+from secateur.errors import CheckpointError, ModelError
+from secateur.models.loading import quiet, runs_remote_code, skeleton, takes
+from secateur.models.modeling_free import FREE, free_class, skip_in_place
+
+# What a config says beside its settings: where it comes from, and how to compute.
+NO_SETTINGS = {FREE, "architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+
+
+def as_free(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, with the same tensors, as an object of the class that says its shapes in its config.
+
+    It is for saving: what its code computes besides its weights is on `meta`. Raises `CheckpointError` when no config
+    can say what the model is.
+
+    >>> import torch
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> model.model.decoder.layers[0].fc1.bias = nn.Parameter(torch.zeros(20))
+    >>> as_free(model).config.secateur_free["shapes"]
+    {'model.decoder.layers.0.fc1.bias': [20]}
+    """
+    config = _dense_config(model)
+    try:
+        dense = skeleton(config)
+        skipped = skipped_in(model)
+        skip_in_place(dense, skipped)
+        about = {"skipped": skipped} if skipped else {}
+        setattr(config, FREE, {**getattr(config, FREE), **about, **differences(model, dense)})
+        free = skeleton(config)
+    except ModelError as error:
+        raise CheckpointError(f"no folder can hold the model: {error}") from error
+    check_same(model, free)
+    _check_computed(model, skeleton(config), dense)
+    with quiet():
+        free.load_state_dict(model.state_dict(), assign=True)  # the very tensors, each in its own dtype
+        free.tie_weights()
+    free.generation_config = copy.deepcopy(model.generation_config)
+    return free
+
+
+def is_free(model: nn.Module) -> bool:
+    """Tell whether a model is of a class of free shapes, ours or that of a folder.
+
+    >>> is_free(nn.Linear(2, 2))
+    False
+    """
+    config: Any = getattr(model, "config", None)
+    return isinstance(getattr(config, FREE, None), dict) and config.model_type.startswith(f"{FREE}_")
+
+
+def check_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Raise `CheckpointError` unless the other has the shapes and attributes of the model."""
+    for section, found in differences(model, other).items():
+        for name in found:
+            raise CheckpointError(f"no folder can hold the model: its {section} would not be the same ({name})")
+
+
+def differences(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What of a model is not as in the dense one: shapes by name, attributes and settings of configs by module.
+
+    Only modules with a weight of another shape in them are looked at: others hold what running has left in them.
+    """
+    shapes, dense_shapes = _shapes(model), _shapes(dense)
+    if shapes.keys() != dense_shapes.keys():
+        odd = ", ".join(sorted(shapes.keys() ^ dense_shapes.keys())[:3])
+        raise CheckpointError(f"no folder can hold the model: its config describes one with other weights ({odd})")
+    changed = {name: shape for name, shape in shapes.items() if shape != dense_shapes[name]}
+    unsaved = sorted(changed.keys() - model.state_dict().keys())
+    if unsaved:
+        raise CheckpointError(
+            f"no folder can hold the model: {unsaved[0]} is computed from the config, which does not say the cut"
+        )
+    attributes: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    around = _around(changed)
+    for path, module in model.named_modules():
+        if path not in around:
+            continue
+        counterpart = dense.get_submodule(path)
+        before = dict(plain_attributes(counterpart))
+        other = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in plain_attributes(module)
+            if name in before and value != before[name]
+        }
+        if other:
+            attributes[path] = other
+        config, dense_config = getattr(module, "config", None), getattr(counterpart, "config", None)
+        if isinstance(config, PreTrainedConfig) and isinstance(dense_config, PreTrainedConfig):
+            settings = dict(_other_settings(config, dense_config))
+            if settings:
+                configs[path] = settings
+    found: dict[str, dict[str, Any]] = {"shapes": {name: list(shape) for name, shape in changed.items()}}
+    return found | ({"attributes": attributes} if attributes else {}) | ({"configs": configs} if configs else {})
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of every parameter, a tied one once, and every buffer."""
+    return {
+        name: tuple(tensor.shape)
+        for tensors in (model.named_parameters(), model.named_buffers())
+        for name, tensor in tensors
+    }
+
+
+def _around(names: Iterable[str]) -> set[str]:
+    """Paths of the modules that own these weights, and of all around them."""
+    pieces = (name.split(".")[:-1] for name in names)
+    return {".".join(path[:length]) for path in pieces for length in range(len(path) + 1)}
+
+
+def _check_computed(model: PreTrainedModel, free: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Raise `CheckpointError` where a buffer that no file holds would get another value when the model is loaded.
+
+    A number that is derived from a size may be one. Those that are as in the dense model may have been rounded since.
+    """
+    around = _around(getattr(free.config, FREE)["shapes"])
+    before = dict(_computed_in_place(dense, around))
+    for name, value in _computed_in_place(free, around):
+        now = model.get_buffer(name).to(value)
+        rounding = 4 * torch.finfo(model.dtype).eps if value.is_floating_point() else 0.0
+        if not torch.equal(value, before[name]) and not torch.allclose(value, now, rtol=max(rounding, 1e-6), atol=0.0):
+            raise CheckpointError(
+                f"no folder can hold the model: {name} is computed when it is loaded, and would not be what it is now"
+            )
+
+
+def _computed_in_place(model: PreTrainedModel, around: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of these modules, of a model on `meta`, that are not saved, computed as when a model is loaded."""
+    names = [
+        (path, name)
+        for path in sorted(around)
+        for name in sorted(model.get_submodule(path)._non_persistent_buffers_set)
+    ]
+    for path, name in names:
+        module = model.get_submodule(path)
+        setattr(module, name, torch.zeros_like(module.get_buffer(name), device="cpu"))
+    for path in sorted(around, key=len, reverse=True) if names else ():  # what lies within first
+        holder: Any = model  # the innermost model around a module says how
+        for inner, candidate in model.named_modules():
+            if isinstance(candidate, PreTrainedModel) and f"{path}.".startswith(f"{inner}."):
+                holder = candidate
+        holder._init_weights(model.get_submodule(path))
+    for path, name in names:
+        yield f"{path}.{name}" if path else name, model.get_submodule(path).get_buffer(name)
+
+
+def _other_settings(config: PreTrainedConfig, dense: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    before: Mapping[str, Any] = dense.to_dict()
+    for name, value in config.to_dict().items():
+        own, own_dense = vars(config).get(name), vars(dense).get(name)
+        if isinstance(own, PreTrainedConfig) and isinstance(own_dense, PreTrainedConfig):
+            yield from _other_settings(own, own_dense, f"{prefix}{name}.")
+        elif name not in NO_SETTINGS and not name.startswith("_") and name in before and value != before[name]:
+            yield f"{prefix}{name}", value
+
+
+def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of free shapes, without any of another shape yet."""
+    config: Any = model.config
+    again = is_free(model)
+    stock_type = config.model_type.removeprefix(f"{FREE}_")
+    architecture = getattr(config, FREE)["architecture"] if again else type(model).__name__
+    stock: Any = CONFIG_MAPPING[stock_type] if stock_type in CONFIG_MAPPING else None  # noqa: SIM401 - `get` is not lazy
+    known = stock is not None and takes(getattr(transformers, architecture, None), stock)
+    if not known or not (again or (type(config) is stock and not runs_remote_code(model))):
+        raise CheckpointError(
+            f"no folder can hold the model: no stock config says its sizes, and {type(model).__name__} with a "
+            f"{type(config).__name__} is no class of transformers' own, of which alone other shapes can be said. Cut "
+            "all layers alike (leave out --layers)"
+        )
+    settings = {**config.to_dict(), FREE: {"model_type": stock_type, "architecture": architecture}}
+    dense: PreTrainedConfig = free_class(stock).from_dict(settings)
+    return dense

@@ -1,0 +1,1 @@
+"""Text, data sets and chats -> calibration windows and training rows of tokens."""

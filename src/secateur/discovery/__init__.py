@@ -1,0 +1,1 @@
+"""A model on `meta` -> the groups of weight dimensions that shrink together."""

@@ -1,0 +1,458 @@
+"""Which config settings follow the size of a group: found by building twins, not listed.
+
+A twin is the same model built on `meta` from a changed config; it costs milliseconds and no memory. To write a cut
+into `config.json` we look for the fewest settings whose change gives a twin with exactly the shapes that are wanted.
+Candidates for the new value of a setting are the sizes, after the cut, of anything that has the setting's value
+before it: a group, a product of groups, a whole axis. Settings that are unset, or that the model's code asks for
+though the config does not have them (`head_dim` in many), may be set too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.discovery.algebra import (
+    Concat,
+    Expression,
+    Fixed,
+    Product,
+    Variable,
+    concat,
+    product,
+    show,
+    size_after,
+    substitute,
+    variables_in,
+)
+from secateur.discovery.discover import discover_groups
+from secateur.discovery.groups import Discovery, layer_of, names_left
+from secateur.errors import DiscoveryError, PlanError
+from secateur.models.loading import skeleton
+
+logger = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, ...]]
+MOST_CHANGES = 2  # settings changed at once, besides those that surely are; every family needs fewer
+MOST_TWINS = 200  # twins built at most in search of one
+ENOUGH = 3  # sizes of a setting that a model accepts and that change no shape, to say that none does
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The sizes that a cut leaves: units kept per group (all, where not named), and layers dropped."""
+
+    kept: tuple[tuple[str, int], ...] = ()
+    dropped_layers: frozenset[int] = frozenset()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Units kept by group name."""
+        return dict(self.kept)
+
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """The groups that lose all of their units."""
+        return tuple(name for name, units in self.kept if units == 0)
+
+    @property
+    def narrowed(self) -> Cut:
+        """The same without the groups that are emptied, as if those were left whole."""
+        return Cut(tuple((name, units) for name, units in self.kept if units), self.dropped_layers)
+
+
+def stock_settings(
+    config: PreTrainedConfig, discovery: Discovery, cut: Cut, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The settings of `config` to change so that the stock model has exactly the shapes that `cut` leaves.
+
+    With `trust_remote_code` the twins may run the custom code that the config names. Raises `PlanError` when the
+    shapes differ from layer to layer, or when no setting, or no value that the config accepts, gives them.
+
+    >>> from transformers import AutoConfig
+    >>> from secateur.discovery.discover import discover_groups
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=12)
+    >>> discovery = discover_groups(skeleton(config))
+    >>> stock_settings(config, discovery, Cut(tuple((f"layers.{i}.mlp", 36) for i in range(12))))
+    {'ffn_dim': 36}
+    """
+    if cut.emptied:
+        raise PlanError(f"{cut.emptied[0]} goes as a whole, which no stock config says")
+    uneven = _uneven(discovery, cut)
+    if uneven is not None:
+        raise PlanError(uneven)
+    wanted = wanted_shapes(discovery, cut)
+    refusals: list[str] = []
+    by_layer = cut.dropped_layers or any(
+        isinstance(value, list) for _, value in _changes_by_value(config, discovery, cut)[1]
+    )
+    shallow = config if by_layer else _shallow(config, discovery, trust_remote_code=trust_remote_code)
+    for changes, twin in twins(shallow, discovery, cut, refusals, trust_remote_code=trust_remote_code):
+        if any(wanted.get(name) != shape for name, shape in shapes_of(twin).items()):
+            continue
+        whole = skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
+        if shapes_of(whole) == wanted and has_structure(whole, structure_after(discovery, cut)):
+            return changes
+    kinds = sorted({discovery.group(name).kind for name, _ in cut.kept} | ({"layers"} if cut.dropped_layers else set()))
+    because = f"the config refuses: {refusals[0]}" if refusals else "no setting of the config gives these sizes"
+    sizes = sorted({(discovery.group(n).kind, k, discovery.group(n).units) for n, k in cut.kept})
+    asked = ", ".join(f"{kind} {k} of {units}" for kind, k, units in sizes) or ", ".join(kinds)
+    raise PlanError(f"{type(config).__name__} cannot describe the cut ({asked}): {because}")
+
+
+def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config with one layer, for a faster search; as it is, where no setting leaves the first layer alone."""
+    layers = discovery.depth
+    wanted = wanted_shapes(discovery, Cut((), frozenset(range(1, layers))))
+    settings = dict(_settings(config))
+    lists = {name: value[:1] for name, value in settings.items() if isinstance(value, list) and len(value) == layers}
+    for name, value in settings.items():
+        if value == layers and layers > 1:
+            twin = _build(config, {name: 1, **lists}, [], trust_remote_code=trust_remote_code)
+            if twin is not None and shapes_of(twin) == wanted:
+                return with_settings(config, {name: 1, **lists})
+    return config
+
+
+def _uneven(discovery: Discovery, cut: Cut) -> str | None:
+    """Why the cut is not the same in all layers, or None."""
+    by_kind: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for group in discovery.groups:
+        if group.layer is not None and group.layer not in cut.dropped_layers:
+            family = group.name.replace(f"layers.{group.layer}.", "", 1)
+            by_kind[group.kind, family][group.name] = cut.sizes.get(group.name, group.units)
+    for (kind, _), sizes in by_kind.items():
+        touched = {name: size for name, size in sizes.items() if size != discovery.group(name).units}
+        if touched and len(set(sizes.values())) > 1:
+            low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+            return f"{kind} differs between layers: {low} keeps {sizes[low]} units and {high} keeps {sizes[high]}"
+    return None
+
+
+def wanted_shapes(discovery: Discovery, cut: Cut) -> Shapes:
+    """The shape of every weight after the cut, under the name it has when the layers left are numbered anew."""
+    return {
+        renamed(names[0], discovery, cut): tuple(size_after(dim, cut.sizes) for dim in weight.dims)
+        for weight in discovery.weights
+        if (names := names_left(weight, discovery, cut.dropped_layers))
+    }
+
+
+def structure_after(discovery: Discovery, cut: Cut) -> dict[str, list[str]]:
+    """How each axis is made of units after the cut, by size: "2·3·(64)" for 2 KV heads of 3 query heads of 64.
+
+    Shapes alone do not tell: a model may have them and read one head as another.
+    """
+
+    def by_size(variable: Variable) -> Expression:
+        after = cut.sizes.get(variable.name, variable.size)
+        return Variable(str(after), after) if after > 1 else Fixed(after)
+
+    return {
+        renamed(names[0], discovery, cut): [show(substitute(dim, by_size)) for dim in weight.dims]
+        for weight in discovery.weights
+        if (names := names_left(weight, discovery, cut.dropped_layers))
+    }
+
+
+def has_structure(model: nn.Module, wanted: Mapping[str, list[str]]) -> bool:
+    """Whether discovery finds exactly that structure; not, where the model does not even run."""
+    try:
+        with hushed("torch._subclasses.fake_tensor"):
+            return structure_after(discover_groups(model), Cut()) == wanted
+    except DiscoveryError as error:
+        logger.debug("%s does not run: %s", type(model).__name__, error)
+        return False
+
+
+def renamed(name: str, discovery: Discovery, cut: Cut) -> str:
+    """The name of a weight or module after dropped layers have left the numbering."""
+    layer = layer_of(name, discovery.layer_lists)
+    if layer is None:
+        return name
+    prefix = next(prefix for prefix in discovery.layer_lists if name.startswith(f"{prefix}."))
+    after = layer - sum(dropped < layer for dropped in cut.dropped_layers)
+    return f"{prefix}.{after}{name[len(f'{prefix}.{layer}') :]}"
+
+
+def with_settings(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy of the config with the settings changed; "text_config.hidden_size" reaches into a sub-config."""
+    data = config.to_dict()
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        holder = data
+        for key in path:
+            holder = holder[key]
+        holder[last] = value
+    changed: PreTrainedConfig = type(config).from_dict(data)
+    return changed
+
+
+def twins(
+    config: PreTrainedConfig,
+    discovery: Discovery,
+    cut: Cut,
+    refusals: list[str],
+    *,
+    dense: Shapes | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
+    """Models on `meta` with ever more settings changed; what the config says of those it refuses goes to `refusals`.
+
+    `dense` are the shapes of the config as it is, where they are known. A setting that alone changes only what is to
+    change, as wanted, is always changed; one that alone changes only what is to stay is changed only beside an unset
+    one, which may put that right (a head size that was derived).
+    """
+    pairs = sizes_before_and_after(discovery, cut)
+    lists, numbers = _changes_by_value(config, discovery, cut)
+    wanted = wanted_shapes(discovery, cut)
+    shapes = shapes_of(skeleton(config, trust_remote_code=trust_remote_code)) if dense is None else dense
+    built: dict[str, PreTrainedModel | None] = {}  # with one setting changed, to be given away once
+    always: dict[str, Any] = {}
+    others: list[tuple[str, Any]] = []
+    doubtful: list[tuple[str, Any]] = []
+    for name, value in numbers:
+        twin = built[repr({name: value})] = _build(config, {name: value}, [], trust_remote_code=trust_remote_code)
+        good, bad = _effect(shapes, shapes_of(twin), wanted) if twin is not None else (False, False)
+        if good and not bad and name not in always:
+            always[name] = value
+        elif good or not bad:
+            others.append((name, value))
+        else:
+            doubtful.append((name, value))
+    sizes = tuple(sorted(_all_sizes(discovery), reverse=True))
+    values = sorted({after for _, after in pairs} | set(sizes), reverse=True)
+    # A list that is as long as there are layers may have another meaning: without one of them each, too.
+    of_layers = [lists, *([other for other in lists if other != each] for each in lists if len(lists) > 1)]
+    candidates = (
+        (always | dict([*subset, *([extra] if extra else []), *by_layer]), extra is None)
+        for extra in _optional(config, sizes, values, trust_remote_code=trust_remote_code)
+        for usable in [others if extra is None else [*others, *doubtful]]
+        for count in range(min(len(usable), MOST_CHANGES) + 1)
+        for subset in itertools.combinations(usable, count)
+        if len({name for name, _ in subset}) == count
+        for by_layer in of_layers
+    )
+    for changes, certain in itertools.islice(candidates, MOST_TWINS):
+        said = refusals if certain else []  # what it says of values tried blindly helps nobody
+        twin = built.pop(repr(changes), None)
+        if twin is None and changes:
+            twin = _build(config, changes, said, trust_remote_code=trust_remote_code)
+        if twin is not None:
+            yield changes, twin
+
+
+Changes = list[tuple[str, Any]]
+
+
+def _changes_by_value(config: PreTrainedConfig, discovery: Discovery, cut: Cut) -> tuple[Changes, Changes]:
+    """Lists with one entry for each layer, without the layers dropped; and settings that have a size which changes."""
+    pairs = sizes_before_and_after(discovery, cut)
+    lists: Changes = []
+    numbers: Changes = []
+    for name, value in _settings(config):
+        if isinstance(value, list):
+            if len(value) == discovery.depth and cut.dropped_layers:
+                lists.append((name, [item for i, item in enumerate(value) if i not in cut.dropped_layers]))
+            elif value and all(type(item) is int for item in value):
+                numbers += [
+                    (name, [after if item == before else item for item in value])
+                    for before, after in pairs
+                    if before in value
+                ]
+        elif value is not None:
+            numbers += [(name, after) for before, after in pairs if before == value]
+    return lists, numbers
+
+
+def _effect(dense: Shapes, twin: Shapes, wanted: Shapes) -> tuple[bool, bool]:
+    """Whether a twin differs from the dense model where it is to; and whether it does otherwise than it is to."""
+    good = bad = False
+    for name in dense.keys() | twin.keys():
+        before, after, aim = dense.get(name), twin.get(name), wanted.get(name)
+        for i in range(max(len(before or ()), len(after or ()), 1)):
+            if _at(before, i) != _at(after, i):
+                good |= _at(aim, i) != _at(before, i)  # on its way there: another setting may do the rest
+                bad |= _at(aim, i) != _at(after, i)
+    return good, bad
+
+
+def _at(shape: tuple[int, ...] | None, dim: int) -> int | None:
+    return shape[dim] if shape is not None and dim < len(shape) else None
+
+
+def _optional(
+    config: PreTrainedConfig, sizes: tuple[int, ...], values: Sequence[int], *, trust_remote_code: bool
+) -> Iterator[tuple[str, int] | None]:
+    """First nothing, then every value for every setting that may be set; first what it is as good as set to."""
+    yield None
+    settings = _unset_settings(_Content(config), sizes, trust_remote_code)
+    likely = [(name, value) for name, derived in settings for value in derived]
+    yield from likely
+    yield from (pair for pair in itertools.product([name for name, _ in settings], values) if pair not in likely)
+
+
+class _Content:
+    """A config that equals any other with the same content."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.content = type(config), config.to_json_string(use_diff=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+
+@functools.lru_cache(maxsize=16)
+def _unset_settings(
+    content: _Content, sizes: tuple[int, ...], trust_remote_code: bool
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Settings that are unset, or absent and asked for, and of which one of the sizes changes a shape.
+
+    With each, the sizes that change none: a value that the code derives, such as the head size.
+    """
+    config = content.config
+    dense = skeleton(config, trust_remote_code=trust_remote_code)
+    shapes = shapes_of(dense)
+    found = []
+    for name in [*(name for name, value in _settings(config) if value is None), *sorted(_asked_for(config, dense))]:
+        twins_ = ((size, _build(config, {name: size}, [], trust_remote_code=trust_remote_code)) for size in sizes)
+        accepted = ((size, shapes_of(twin) == shapes) for size, twin in twins_ if twin is not None)
+        first = list(itertools.islice(accepted, ENOUGH))
+        if not all(same for _, same in first):
+            found.append((name, tuple(size for size, same in [*first, *accepted] if same)))
+    return tuple(found)
+
+
+def _build(
+    config: PreTrainedConfig, changes: Mapping[str, Any], refusals: list[str], *, trust_remote_code: bool
+) -> PreTrainedModel | None:
+    try:
+        with hushed():
+            return skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config may refuse a value in any way it likes
+        text = " ".join(str(error).split())
+        refusals.append(f"{', '.join(f'{k}={v}' for k, v in changes.items())}: {text.rpartition('Error: ')[2]}")
+        return None
+
+
+@contextmanager
+def hushed(name: str = "transformers") -> Iterator[None]:
+    """Libraries log what they think of odd values; while searching that is noise."""
+    source = logging.getLogger(name)
+    level = source.level
+    source.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        source.setLevel(level)
+
+
+def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Integer, unset and list settings by dotted name."""
+
+    def walk(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in data.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            elif value is None or (isinstance(value, (int, list)) and not isinstance(value, bool)):
+                yield f"{prefix}{key}", value
+
+    return walk(config.to_dict(), "")
+
+
+def _asked_for(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
+    """Names of settings that the model's code asks for and the config does not have."""
+    asked: set[str] = set()
+    known = type(config)
+
+    def missing(self: Any, name: str) -> Any:
+        if not name.startswith("_"):
+            asked.add(name)
+        raise AttributeError(f"{known.__name__!r} object has no attribute {name!r}")
+
+    probe = copy.deepcopy(config)
+    probe.__class__ = type(known.__name__, (known,), {"__getattr__": missing})
+    try:
+        with hushed(), torch.device("meta"):
+            type(model)(probe)
+    except Exception as error:
+        logger.debug("probing %s for settings it asks for failed: %s", known.__name__, error)
+    return {name for name in asked if name.isidentifier() and not hasattr(config, name)}
+
+
+def sizes_before_and_after(discovery: Discovery, cut: Cut) -> list[tuple[int, int]]:
+    """Sizes, before and after, of everything within an axis that the cut changes."""
+    pairs: dict[tuple[int, int], None] = {}
+    for axis in _changed_axes(discovery, cut):
+        for part in _subexpressions(axis):
+            after = size_after(part, cut.sizes)
+            if after != part.size:
+                pairs[part.size, after] = None
+    if cut.dropped_layers:
+        pairs[discovery.depth, discovery.depth - len(cut.dropped_layers)] = None
+    return list(pairs)
+
+
+def _all_sizes(discovery: Discovery) -> set[int]:
+    """The sizes of everything within any axis: a head size is one of them, whoever derives it from what."""
+    axes = {dim for weight in discovery.weights for dim in weight.dims}
+    return {part.size for axis in axes for part in _subexpressions(axis) if not isinstance(part, Concat)}
+
+
+def _changed_axes(discovery: Discovery, cut: Cut) -> list[Expression]:
+    changed = {name for name, kept in cut.kept if kept != discovery.group(name).units}
+    found = {
+        dim: None
+        for weight in discovery.weights
+        for dim in weight.dims
+        if any(variable.name in changed for variable in variables_in(dim))
+    }
+    return list(found)
+
+
+def _subexpressions(expression: Expression) -> Iterator[Expression]:
+    """The expression, its runs of neighbouring factors or parts, and theirs."""
+    yield expression
+    match expression:
+        case Product(factors=items):
+            build: Callable[[Sequence[Expression]], Expression] = product
+        case Concat(parts=items):
+            build = concat
+        case _:
+            return
+    for length in range(1, len(items)):
+        for start in range(len(items) - length + 1):
+            run = items[start : start + length]
+            yield build(run)
+            if length == 1 and not isinstance(run[0], Fixed):
+                yield from _subexpressions(run[0])
+    if isinstance(expression, Product) and isinstance(items[0], Fixed):
+        yield build([*items[1:]])
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The shape of every parameter (a tied one once) and saved buffer, by name.
+
+    >>> shapes_of(nn.Linear(3, 2))
+    {'weight': (2, 3), 'bias': (2,)}
+    """
+    persistent = model.state_dict().keys()
+    tensors = itertools.chain(
+        model.named_parameters(), ((name, b) for name, b in model.named_buffers() if name in persistent)
+    )
+    return {name: tuple(tensor.shape) for name, tensor in tensors}

@@ -1,0 +1,1 @@
+"""Models and text -> perplexity, accuracy, size and speed."""

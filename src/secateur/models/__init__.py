@@ -1,0 +1,1 @@
+"""A MODEL argument -> its config, its weights and its tokenizer."""

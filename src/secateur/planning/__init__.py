@@ -1,0 +1,1 @@
+"""Scores and a budget -> the plan: which units of each group stay."""

@@ -1,0 +1,1 @@
+"""Model and plan -> the smaller model, with the weights that stay repaired."""

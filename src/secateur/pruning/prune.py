@@ -1,0 +1,201 @@
+"""Model and plan -> smaller model: every weight sliced, ties kept, config and attributes of the new sizes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.discovery.algebra import kept_along
+from secateur.discovery.config_settings import Cut, renamed, with_settings
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery, names_left
+from secateur.discovery.module_attributes import attributes_after, set_attributes_in_place
+from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
+from secateur.errors import DiskError, PlanError
+from secateur.models.loading import check_unpacked, quiet, runs_remote_code
+from secateur.planning.plan import Plan
+
+
+def prune(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    discovery: Discovery | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    room: Path | None = None,
+) -> PreTrainedModel:
+    """A smaller model of the same class, in eval mode; the dense model is left as it is.
+
+    A plan that a stock config can say gives a model built from that config. Any other is cut in place of the
+    modules, with the attributes that depend on the sizes found (see `attributes`); such a model runs, but has no stock
+    folder. Weights that no cut touches are shared with the dense model. `weights` are cut instead of the model's own,
+    by name and as large as those (see `repair`). `room` is a folder on a disk with space for the cut weights: they then
+    lie in a file there, which goes with the model, instead of in memory. Raises `PlanError` when the plan does not say
+    which units stay, or is of another model, and `DiskError` when the room is too small.
+
+    >>> from secateur.planning.plan import CutOptions, plan
+    >>> from secateur.scoring.scores import score
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> discovery = discover(config)
+    >>> scores = score(model, discovery=discovery, name="l2")
+    >>> decided = plan(discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",)), config=config, scores=scores)
+    >>> prune(model, decided).config.ffn_dim
+    12
+    """
+    check_unpacked(model.config)
+    discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
+    check_plan(plan, discovery)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    cut = cut_weights(tensors | dict(weights or {}), plan, discovery, room=room if model.device.type == "cpu" else None)
+    if plan.settings is not None:
+        pruned = _from_config(model, with_settings(model.config, plan.settings), cut, _tied_after(discovery, plan.cut))
+    else:
+        pruned = _from_parts(model, plan.cut, cut, discovery)
+    pruned.eval()
+    return pruned
+
+
+def check_plan(plan: Plan, discovery: Discovery) -> None:
+    """Raise `PlanError` unless the plan is decided and fits the model."""
+    if not plan.decided:
+        raise PlanError(
+            "the plan says how many units stay, not which (it was made without weights): plan again with the model's "
+            "weights, or give the options of the cut instead of the plan"
+        )
+    for planned in plan.groups:
+        if planned.name not in discovery.names:
+            raise PlanError(
+                f"the plan cuts {planned.name}, which {discovery.model} does not have: it is of another model"
+            )
+        units = discovery.group(planned.name).units
+        if units != planned.units:
+            raise PlanError(f"the plan counts {planned.units} units of {planned.name}, the model has {units}")
+        keep = planned.keep or ()
+        empty = planned.kept == 0 and not keep and sublayer_of(discovery, discovery.group(planned.name)) is not None
+        ascending = list(keep) == sorted(set(keep)) and keep and keep[0] >= 0 and keep[-1] < units
+        if not empty and (not ascending or len(keep) != planned.kept):
+            raise PlanError(
+                f"{planned.name}: keep must be {planned.kept} ascending indices below {units}, not {keep!r:.60}"
+            )
+
+
+def cut_weights(
+    tensors: Mapping[str, Tensor], plan: Plan, discovery: Discovery, *, room: Path | None = None
+) -> dict[str, Tensor]:
+    """The weights of the smaller model by their new names; a weight that is not cut is the same tensor."""
+    keep: dict[str, Sequence[int]] = {g.name: g.keep or () for g in plan.groups if g.kind != "layer"}
+    cut = plan.cut
+    found: dict[str, Tensor] = {}
+    for weight in discovery.weights:
+        names = names_left(weight, discovery, cut.dropped_layers)
+        if not names:
+            continue
+        tensor = tensors[weight.name].detach()
+        indices = {
+            dim: torch.tensor(kept, device=tensor.device, dtype=torch.long)
+            for dim, expression in enumerate(weight.dims)
+            if len(kept := kept_along(expression, keep)) < expression.size
+        }
+        if indices:
+            *before, last = indices.items()
+            for dim, kept_indices in before:
+                tensor = tensor.index_select(dim, kept_indices)
+            shape = [len(indices.get(d, range(size))) for d, size in enumerate(tensor.shape)]
+            tensor = torch.index_select(
+                tensor, *last, out=None if room is None else _in_file(room, shape, tensor.dtype)
+            )
+        found[renamed(names[0], discovery, cut)] = tensor
+    return found
+
+
+def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor in a file without a name: its pages can leave the memory, and the file ends with the tensor."""
+    size = max(1, math.prod(shape) * dtype.itemsize)
+    try:
+        descriptor, path = tempfile.mkstemp(dir=folder, prefix=".cut.")
+        try:
+            Path(path).unlink()  # at once: a process that is killed leaves nothing
+            path = f"/proc/self/fd/{descriptor}" if Path("/proc/self/fd").is_dir() else f"/dev/fd/{descriptor}"
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)  # a full disk is an error now, not a crash later
+            else:
+                os.ftruncate(descriptor, size)
+            storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DiskError(f"{folder} has no room for the cut weights: {error.strerror or error}") from error
+    steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    tensor: Tensor = torch.empty(0, dtype=dtype).set_(storage, 0, list(shape), steps)
+    return tensor
+
+
+def _tied_after(discovery: Discovery, cut: Cut) -> dict[str, str]:
+    """Every other name of a tied weight -> its name among the weights, as they are after the cut."""
+    tied = {}
+    for weight in discovery.weights:
+        first, *others = [renamed(n, discovery, cut) for n in names_left(weight, discovery, cut.dropped_layers)] or [""]
+        tied.update(dict.fromkeys(others, first))
+    return tied
+
+
+def _from_config(
+    model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> PreTrainedModel:
+    """A stock model built from the config, holding these weights; what the code computes is computed anew."""
+    options = {"attn_implementation": model.config._attn_implementation}
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        options["experts_implementation"] = model.config._experts_implementation
+    state = {**weights, **{other: weights[name] for other, name in tied.items() if name in weights}}
+    with quiet():
+        pruned: PreTrainedModel = type(model).from_pretrained(
+            None, config=config, state_dict=state, dtype=model.dtype, **options
+        )
+    pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
+    pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    pruned.config.name_or_path = model.config.name_or_path  # custom code is found there
+    return pruned
+
+
+def _from_parts(
+    model: PreTrainedModel, cut: Cut, weights: Mapping[str, Tensor], discovery: Discovery
+) -> PreTrainedModel:
+    """The dense model's modules with cut weights, and the attributes that go with them."""
+    trusted = runs_remote_code(model)
+    attributes = attributes_after(
+        model.config, discovery, cut.narrowed, skipped=skipped_in(model), trust_remote_code=trusted
+    )
+    shared = [*model.parameters(), *model.buffers()]
+    pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
+    parameters = {
+        name: nn.Parameter(weights[name], requires_grad=parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+    for path, module in pruned.named_modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            full = f"{path}.{name}" if path else name
+            setattr(module, name, parameters[discovery.tied.get(full, full)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            full = f"{path}.{name}" if path else name
+            if full in weights and weights[full].shape != buffer.shape:
+                setattr(module, name, weights[full])
+    for attribute in attributes:
+        if isinstance(attribute.value, PreTrainedConfig):
+            attribute.value._attn_implementation = model.config._attn_implementation
+    set_attributes_in_place(pruned, attributes)
+    paths = [path for name in cut.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
+    skip_sublayers_in_place(pruned, model, paths)
+    return pruned

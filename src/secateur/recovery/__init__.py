@@ -1,0 +1,1 @@
+"""Pruned folder and training data -> the same model, trained."""

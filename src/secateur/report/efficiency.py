@@ -1,0 +1,183 @@
+"""Profiles and sweeps as tables and lines for people: what a cut costs, and whether it pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from secateur.evaluation.flops import Cell, Sizes
+from secateur.evaluation.profile import Profile
+from secateur.pipeline.sweep import Sweep
+from secateur.report.formatting import binary, giga, percent, short
+
+PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
+SMALL = 0.98  # of the MACs: cuts that leave more promise nothing that could be told from noise
+
+
+def profile_tables(rows: Sequence[Profile | Sizes]) -> Iterator[RenderableType]:
+    """A row for every model; where the work lies; the grid, if it has several cells; the cuts that do not pay."""
+    table = Table()
+    columns = ["model", "parameters", "non-embedding", "MACs", "weights", "cache"]
+    measured = [row for row in rows if isinstance(row, Profile)]
+    beside = [row.against for row in measured if row.against is not None]
+    columns += ["peak memory", "prefill", "decode"] if measured else []
+    columns += [f"prefill, beside {rows[0].model}", f"decode, beside {rows[0].model}"] if beside else []
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        cells = [
+            row.model,
+            short(row.parameters),
+            short(row.non_embedding_parameters),
+            giga(row.macs),
+            binary(row.weight_bytes),
+            "unknown" if row.kv_cache_bytes is None else binary(row.kv_cache_bytes),
+        ]
+        if isinstance(row, Profile):
+            cells += [
+                binary(row.peak_bytes),
+                f"{row.prefill_seconds * 1000:.1f} ms",
+                f"{row.decode_tokens_per_second:.1f} tokens/s",
+            ]
+            if row.against is not None:
+                cells += [
+                    f"{row.against.prefill_speedup:.2f} x for {row.against.macs_ratio:.2f} of the MACs",
+                    f"{row.against.decode_speedup:.2f} x for {row.against.weight_bytes_ratio:.2f} of the weights",
+                ]
+        table.add_row(*cells)
+    yield from _titled("Size and speed" if measured else "Size", table)
+    if rows:
+        first = rows[0].grid[0]
+        read = "1 token" if first.seq_len == 1 else f"{first.seq_len:,} tokens"
+        yield f"MACs and cache are of one sequence of {read}" + (
+            f"; memory and speed of a batch of {first.batch}" if measured and first.batch > 1 else ""
+        )
+        yield from _titled("Where the MACs are", _macs(rows))
+        if len(rows[0].grid) > 1:
+            yield from _titled("Batch and length", _grid(rows))
+    yield from verdicts(rows)
+
+
+def _titled(title: str, table: Table) -> Iterator[RenderableType]:
+    yield Text(title, style="italic")
+    yield table
+
+
+def _macs(rows: Sequence[Profile | Sizes]) -> Table:
+    """MACs by kind of group, then by kind of operator; with several models, the share of the first that is left."""
+    table = Table()
+    table.add_column("")
+    for row in rows:
+        table.add_column(row.model, justify="right")
+
+    def add(label: str, counts: Sequence[int], whole: Sequence[int]) -> None:
+        cells = [f"{giga(count)} ({percent(count / total)})" for count, total in zip(counts, whole, strict=True)]
+        table.add_row(label, *cells)
+
+    whole = [row.macs for row in rows]
+    for by in ([row.macs_by_kind for row in rows], [row.macs_by_operator for row in rows]):
+        for kind in dict.fromkeys(kind for each in by for kind in each):
+            add(kind, [each.get(kind, 0) for each in by], whole)
+        table.add_section()
+    return table
+
+
+def _grid(rows: Sequence[Profile | Sizes]) -> Table:
+    table = Table()
+    measured = isinstance(rows[0], Profile)
+    columns = ["model", "batch", "tokens", "MACs", "cache"]
+    columns += ["peak memory", "prefill", "quartiles", "decode"] if measured else []
+    columns += ["speed-up"] if measured and len(rows) > 1 else []
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        for cell in row.grid:
+            cache = "unknown" if cell.kv_cache_bytes is None else binary(cell.kv_cache_bytes)
+            texts = [row.model, f"{cell.batch:,}", f"{cell.seq_len:,}", giga(cell.macs), cache]
+            if cell.prefill_seconds is not None and cell.prefill_quartiles is not None and cell.peak_bytes is not None:
+                low, high = cell.prefill_quartiles
+                texts += [
+                    binary(cell.peak_bytes),
+                    f"{cell.prefill_seconds * 1000:.1f} ms",
+                    f"{low * 1000:.1f} to {high * 1000:.1f}",
+                    f"{cell.decode_tokens_per_second:.1f} tokens/s",
+                ]
+            if cell.macs_ratio is not None:
+                texts.append(f"{cell.prefill_speedup:.2f} x for {cell.macs_ratio:.2f} of the MACs")
+            table.add_row(*texts)
+        table.add_section()
+    return table
+
+
+def verdicts(rows: Sequence[Profile | Sizes]) -> Iterator[str]:
+    """A line for every model whose prefill is clearly less faster than its MACs promise, with where that is so.
+
+    0.8 of the MACs promise 1.25 x. A cut that brings less than half of that gain does not pay. It is only said where it
+    holds for the slow quartile of the first model beside the fast quartile of this one, so that noise says nothing.
+    """
+    for row in rows[1:]:
+        cells = [
+            (cell, best)
+            for cell, first in zip(row.grid, rows[0].grid, strict=True)
+            if (best := best_case(cell, first)) is not None and pays_little(cell.macs / first.macs, best)
+        ]
+        if cells:
+            where = ", ".join(
+                f"{cell.prefill_speedup:.2f} x at batch {cell.batch} x {cell.seq_len}" for cell, _ in cells
+            )
+            ratio = cells[0][0].macs_ratio or 1.0
+            yield (
+                f"{row.model}: {ratio:.2f} of the MACs promise {1 / ratio:.2f} x, and reading a prompt is {where}: in "
+                "time, this cut does not pay here. Widths that are multiples of 64 (--round-to 64), or fewer layers "
+                "(--axes layers), may"
+            )
+
+
+def best_case(cell: Cell, first: Cell) -> float | None:
+    """The speed-up between the slow quartile of the first model and the fast one of this; None without measurements."""
+    if cell.prefill_quartiles is None or first.prefill_quartiles is None:
+        return None
+    return first.prefill_quartiles[1] / cell.prefill_quartiles[0]
+
+
+def pays_little(macs_ratio: float, speedup: float) -> bool:
+    """Whether a speed-up is less than half of the gain that the MACs promise.
+
+    >>> pays_little(0.8, 1.10), pays_little(0.8, 1.15), pays_little(0.99, 1.0)
+    (True, False, False)
+    """
+    return macs_ratio < SMALL and speedup < 1 + PAYS * (1 / macs_ratio - 1)
+
+
+def sweep_tables(found: Sweep) -> Iterator[RenderableType]:
+    """A row for every cut, the largest model first; what nothing beats is marked, what cannot be done is told."""
+    table = Table()
+    panels = [f"{entry['data']} @{entry['seq_len']}" for entry in found.rows[0].perplexity]
+    columns = ["", "ratio", "parameters", "left", "MACs", *panels, "nats/token", "frontier"]
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    dense = found.rows[0]
+    for row in found.rows:
+        table.add_row(
+            row.label,
+            f"{row.ratio:g}",
+            short(row.parameters),
+            f"{row.parameters / dense.parameters:.1%}",
+            giga(row.macs),
+            *("inf" if entry["ppl"] is None else f"{entry['ppl']:.2f}" for entry in row.perplexity),
+            f"{row.nll:.4f}",
+            "*" if row.frontier else "",
+        )
+    if found.refused:
+        table.add_section()
+    for refused in found.refused:
+        table.add_row(refused.label, f"{refused.ratio:g}", *[""] * (len(panels) + 4), "refused")
+    yield from _titled(f"{found.model}: quality against size", table)
+    yield f"*: no other cut has as few {'MACs' if found.size == 'macs' else found.size} and as few nats per token"
+    for refused in found.refused:
+        yield Text(f"{refused.label} {refused.ratio:g} refused: {refused.why}")
+    for path in found.pictures:
+        yield Text(f"drawn: {path}")

@@ -1,0 +1,1 @@
+"""Groups and calibration windows -> one score per unit."""

@@ -1,0 +1,173 @@
+"""Folders of every model type, used by a process that knows nothing of us: uniform and free shapes, LoRA on both.
+
+For each type: a uniform cut and a cut that leaves every layer other sizes are saved. The stranger loads both, the free
+one with `trust_remote_code`, gives the same logits and the same tokens with its cache, trains LoRA for two steps,
+merges, saves and loads again, where it can do so with the dense model; and `load` reads the free one without remote
+code. What fails is listed in known_folder_failures.json, which can only shrink.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_contract import BUILT, check_reasons, known_failures, verdict
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from contract import DISCOVER, Report, Subject, said, subject, uneven, uniform_plan
+from every_type import tiny_type_model
+from secateur.checkpoint.stock import save
+from secateur.models.loading import load, quiet
+from secateur.planning.plan import Plan
+from secateur.pruning.prune import prune
+from stranger import NEW_TOKENS, Stranger, stranger
+
+pytest.importorskip("peft", reason="LoRA on pruned folders needs peft")
+
+KNOWN = Path(__file__).parents[1] / "known_folder_failures.json"  # check -> [{"reason": ..., "types": [...]}]
+QUICK = ("llama", "gpt2", "mixtral")
+KINDS = {"free mlp": ("mlp", "expert_mlp", "shared_mlp"), "free attention": ("attention",), "free expert": ("expert",)}
+ELSE = {"free state": ("state",)}  # of types that have nothing of the others
+UNIFORM, FREE = "uniform folder", "free folder"
+
+
+def check_type(model_type: str, folder: Path) -> Report:
+    """All that a folder of the type is held to."""
+    report = Report(model_type)
+    try:
+        tested = subject(model_type)
+        with quiet():
+            dense = tiny_type_model(model_type, dtype=torch.float32)
+    except Exception as error:  # whatever fails is the finding
+        report.checks[DISCOVER] = said(error)
+        return report
+
+    def hold(name: str, check: Callable[[], Any]) -> Any:
+        try:
+            with quiet():
+                found = check()
+        except Exception as error:  # whatever fails is the finding
+            report.checks[name] = said(error)
+            return None
+        report.checks[name] = None
+        return found
+
+    uniform = hold(UNIFORM, lambda: written(dense, uniform_plan(tested)[0], tested, folder / "uniform"))
+    if uniform is not None:
+        hold(UNIFORM, partial(check_stranger, tested, uniform, folder / "uniform", report))
+    passing: list[str] = []
+    present = {group.kind for group in tested.discovery.groups}
+    for name, kinds in (KINDS if present & {kind for each in KINDS.values() for kind in each} else ELSE).items():
+        plan = uneven(dense, kinds, discovery=tested.discovery)
+        if plan.groups:
+            hold(name, partial(written, dense, plan, tested, folder / name))
+            passing += kinds if report.checks[name] is None else ()
+    if passing:
+        plan = uneven(dense, tuple(passing), discovery=tested.discovery)
+        free = hold(FREE, partial(written, dense, plan, tested, folder / "free"))
+        if free is not None:
+            hold(FREE, partial(check_stranger, tested, free, folder / "free", report))
+            hold("read without remote code", partial(check_ours, tested, free, folder / "free"))
+    return report
+
+
+def written(dense: PreTrainedModel, plan: Plan, tested: Subject, folder: Path) -> PreTrainedModel:
+    """The pruned model, which lies in the folder too."""
+    pruned = prune(dense, plan, discovery=tested.discovery)
+    save(pruned, folder, plan=plan)
+    return pruned
+
+
+def check_stranger(tested: Subject, pruned: PreTrainedModel, folder: Path, report: Report) -> None:
+    """Anyone loads the folder and finds the model that was saved."""
+    # A text model inside another has no name of its own for the auto class.
+    named = type(pruned.config) in MODEL_FOR_CAUSAL_LM_MAPPING or folder.name == "free"
+    loader = "AutoModelForCausalLM" if named else type(pruned).__name__
+    ids = tested.inputs["input_ids"]
+    seen = stranger().use(folder, ids, loader=loader)
+    failed = seen.failed.get("lora")
+    if failed is not None and not tunable(tested):
+        failed = None  # nor does it take the dense model
+    report.checks[f"lora, {folder.name}"] = failed
+    assert_near(seen.logits, logits(pruned, ids))
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    tokens = pruned.generate(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1]), **settings)  # type: ignore[operator]
+    assert torch.equal(seen.tokens, tokens[:, ids.shape[1] :]), "other tokens"
+
+
+def tunable(tested: Subject) -> bool:
+    """Whether the stranger's LoRA takes the dense model: peft refuses some modules, and some code reads past it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_type_model(tested.model_type, dtype=torch.float32)
+        model.save_pretrained(Path(folder) / "dense")
+        named = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        loader = "AutoModelForCausalLM" if named else type(model).__name__
+        return not stranger().use(Path(folder) / "dense", tested.inputs["input_ids"], loader=loader).failed
+
+
+def check_ours(tested: Subject, pruned: PreTrainedModel, folder: Path) -> None:
+    """We load the folder without running the code that lies in it."""
+    before = set(sys.modules)
+    loaded = load(str(folder), device="cpu")
+    assert not any(module.startswith("transformers_modules") for module in set(sys.modules) - before)
+    loaded.set_attn_implementation("eager")
+    assert_near(logits(loaded, tested.inputs["input_ids"]), logits(pruned, tested.inputs["input_ids"]))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=ids).logits
+    return found.clone()
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape, f"logits {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    off = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
+    assert off < 1e-4, f"logits are off by {off:.1e}"
+
+
+def check(model_type: str, folder: Path) -> None:
+    problems = verdict(check_type(model_type, folder), known_failures(model_type, KNOWN))
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("model_type", QUICK)
+def test_folders_of_some_types(model_type: str, tmp_path: Path) -> None:
+    check(model_type, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [model_type for model_type in BUILT if model_type not in QUICK])
+def test_folders_of_every_type(model_type: str, tmp_path: Path) -> None:
+    check(model_type, tmp_path)
+
+
+def test_the_stranger_cannot_import_us_and_tells_what_fails(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ValueError: Unrecognized model"):
+        stranger().use(tmp_path, torch.zeros(1, 2, dtype=torch.long))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}, "model_type": "x"})
+    )
+    (tmp_path / "code.py").write_text("import secateur")
+    with pytest.raises(AssertionError, match="secateur"):
+        stranger().use(tmp_path, torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_a_stranger_that_ends_is_told() -> None:
+    other = Stranger()
+    other.process.kill()
+    with pytest.raises((AssertionError, BrokenPipeError)):
+        other.use(Path("nowhere"), torch.zeros(1, 2, dtype=torch.long))
+    other.end()
+
+
+def test_every_known_failure_names_types_and_a_reason() -> None:
+    check_reasons(KNOWN)

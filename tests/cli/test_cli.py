@@ -1,0 +1,956 @@
+"""The command line in process: what it prints (against tests/golden), its JSON, its exit codes, and what it refuses.
+
+`UPDATE_GOLDEN=1` rewrites the golden files; read the difference before you commit it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+import secateur
+from question_files import write_questions
+from secateur import SecateurError
+from secateur.checkpoint.folder import write_json
+from secateur.cli.main import run
+from secateur.cli.output import progress_bars
+from secateur.pipeline.journal import read as read_journal
+from secateur.pipeline.run import plan_model
+from secateur.planning.plan import CutOptions
+from tiny import names, write_tiny
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo compare".split())
+IN_TURNS = "recover tiny out --data alpaca.json".split()
+RECOVER = "recover tiny out --data alpaca.json --length 128 --max-steps 4 --eval-every 4 --seed 1".split()
+SMALL_SWEEP = "--axes mlp --shape uniform --scope local --repair none --ppl cats=text.txt --seq-len 32 --no-plot"
+TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, texts and plans, most of them with something wrong."""
+    folder = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(tiny, folder / "tiny")
+    write_tiny(folder / "deep", num_hidden_layers=4)
+    write_tiny(folder / "wordy", vocab_size=310)
+    write_tiny(folder / "shardless", shard="100KB")
+    next((folder / "shardless").glob("*-00002-*")).unlink()
+    for name, bad in (("nan", float("nan")), ("inf", float("inf"))):
+        shutil.copytree(tiny, folder / name)
+        weights = load_file(folder / name / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
+    (folder / "sizes").mkdir()
+    shutil.copy(tiny / "config.json", folder / "sizes")
+    shutil.copytree(tiny, folder / "packed")
+    config = json.loads((tiny / "config.json").read_text())
+    (folder / "packed" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
+    )
+    for kind in ("vit", "clip"):
+        AutoConfig.for_model(kind).save_pretrained(folder / kind)
+    shutil.copytree(tiny, folder / "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "pickle" / "pytorch_model.bin").touch()
+    write_questions(folder / "questions")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("a cat")
+    (folder / "rows.jsonl").write_text(json.dumps({"body": TEXT}))
+    rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(2, 18)]
+    (folder / "alpaca.json").write_text(json.dumps([*rows, {"instruction": "Say nothing.", "output": ""}]))
+    cut = {"score": "l2"}
+    decided = plan_model(str(folder / "tiny"), cut=cut).to_json()
+    write_json(folder / "plan.json", decided)
+    write_json(folder / "deep.json", plan_model(str(folder / "deep"), cut=cut).to_json())
+    write_json(folder / "wordy.json", plan_model(str(folder / "wordy"), cut=cut).to_json())
+    write_json(folder / "undecided.json", plan_model(str(folder / "tiny"), cut=cut, sizes_only=True).to_json())
+    write_json(folder / "uneven.json", plan_model(str(folder / "tiny"), cut={**cut, "layers": (0, 1)}).to_json())
+    write_json(folder / "format.json", {**decided, "format": 99})
+    write_json(folder / "unknown.json", {**decided, "colour": "green"})
+    write_json(folder / "damaged.json", {**decided, "groups": [{**decided["groups"][0], "keep": ["a"]}]})
+    write_json(folder / "groupless.json", {**decided, "groups": 3})
+    write_json(folder / "odd.json", {**decided, "options": {**decided["options"], "colour": "green"}})
+    write_json(folder / "list.json", [])
+    (folder / "half.json").write_text("{")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for every test, with the shelf in reach under short names."""
+    for path in shelf.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")  # the width of the parser's help
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def steady(text: str) -> str:
+    """What a command printed, but for what differs between runs and machines."""
+    text = re.sub(r"\d+\.\d+ s\b", "# s", text)
+    text = re.sub(r"peak memory [\d.]+ [KMG]iB", "peak memory #", text)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def loose(text: str) -> str:
+    """The same for tables of measurements: no numbers with a point in them, and no widths."""
+    text = re.sub(r"(?<![\w.])[-+]?\d[\d,]*\.\d+", "#", text)
+    return steady(re.sub(r"([━─ ])\1+", r"\1", text))
+
+
+def check_golden(name: str, text: str) -> None:
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert file.is_file(), f"{file} is missing: UPDATE_GOLDEN=1 writes it"
+    assert text == file.read_text(encoding="utf-8")
+
+
+def succeed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must succeed without a word on stderr; returns what it printed."""
+    capsys.readouterr()
+    status = run(arguments)
+    shown = capsys.readouterr()
+    assert (status, shown.err) == (0, "")
+    return shown.out
+
+
+def refuse(capsys: pytest.CaptureFixture[str], match: str, *arguments: str) -> None:
+    """Run a command that must fail with status 2, one line on stderr that holds `match`, and nothing left behind."""
+    capsys.readouterr()
+    before = names(Path())
+    status = run(arguments)
+    shown = capsys.readouterr()
+    assert (status, shown.out) == (2, "")
+    assert re.fullmatch(r"secateur: error: [^\n]+\n", shown.err), shown.err
+    assert re.search(match, shown.err), shown.err
+    assert names(Path()) == before
+
+
+class TestGolden:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden(f"help_{command}", succeed(capsys, command, "--help"))
+
+    def test_root_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        text = succeed(capsys, "--help")
+        check_golden("help", text)
+        assert succeed(capsys) == text  # without arguments, too
+        assert "..." not in text.partition("Commands:")[2]  # no summary is cut short
+
+    def test_help_names_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        listed = succeed(capsys, "--help").partition("Commands:\n")[2]
+        assert tuple(line.split()[0] for line in listed.splitlines()) == COMMANDS
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert succeed(capsys, "--version") == f"secateur {secateur.__version__}\n"
+
+    def test_discover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        text = succeed(capsys, "discover", "tiny")
+        check_golden("discover", steady(text))
+        assert "…" not in text  # no name is cut short
+
+    def test_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("plan", steady(succeed(capsys, "plan", "tiny", "--preset", "llm-pruner", "--ratio", "0.34")))
+
+    def test_plan_of_a_config(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("plan_sizes", steady(succeed(capsys, "plan", "sizes/config.json", "--target", "70K")))
+
+    def test_prune(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("prune", steady(succeed(capsys, "prune", "tiny", "out", "--strategy", "layer", "--ratio", "0.4")))
+
+    def test_recover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = (*RECOVER, "--eval", "cats=text.txt", "--warmup", "100")
+        check_golden("recover", loose(succeed(capsys, *arguments)))
+
+    def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("tiny", "--plan", "uneven.json", "--ppl", "cats=text.txt", "--seq-len", "32", "--seq-len", "64")
+        check_golden("evaluate", loose(succeed(capsys, "evaluate", *arguments)))
+
+    def test_evaluate_tasks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        tasks = ("--tasks", "zero-shot", "--tasks-data", "questions", "--limit", "2")
+        texts = ("--ppl", "cats=text.txt", "--protocol", "gptq@64", "--protocol", "sliding@32/16")
+        text = succeed(capsys, "evaluate", "tiny", "--plan", "uneven.json", *tasks, *texts)
+        check_golden("evaluate_tasks", loose(re.sub(r"p < [\d.]+", "p #", text)))
+
+    def test_export_int8(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("export_int8", steady(succeed(capsys, "export", "tiny", "out", "--int8", "--dynamic")))
+
+    def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden(
+            "profile", loose(succeed(capsys, "profile", "tiny", "deep", "--seq-len", "8", "--new-tokens", "2"))
+        )
+
+    def test_profile_of_a_config(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("sizes/config.json", "--plan", "undecided.json", "--seq-len", "8,32")
+        check_golden("profile_sizes", succeed(capsys, "profile", *arguments))
+
+    def test_sweep(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = f"tiny --ratios 0.2,0.99 --scores l2 {SMALL_SWEEP}".split()
+        check_golden("sweep", loose(succeed(capsys, "sweep", *arguments)))
+
+    def test_export(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_golden("export", succeed(capsys, "export", "tiny", "out.gguf", "--gguf", "bf16", "--no-check"))
+
+
+class TestOutput:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("export", "tiny", "out.gguf", "--no-check"),
+            ("discover", "tiny"),
+            ("plan", "tiny", "--score", "l1"),
+            ("prune", "tiny", "out", "--score", "l1"),
+            ("recover", "tiny", "out", "--data", "alpaca.json", "--max-steps", "1", "--length", "128"),
+            ("evaluate", "tiny", "--ppl", "cats=text.txt"),
+            ("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"),
+            ("profile", "sizes/config.json"),
+            ("sweep", "tiny", "--ratios", "0.2", "--scores", "l2", *SMALL_SWEEP.split()),
+            ("export", "tiny", "out", "--int8"),
+        ],
+    )
+    def test_quiet_prints_nothing(self, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert succeed(capsys, *arguments, "--quiet") == ""
+
+    def test_names_are_text_not_markup(self, tiny: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (place / "[red]x:cat:").symlink_to(tiny)
+        assert "[red]x:cat:: what the cut leaves" in succeed(capsys, "plan", "./[red]x:cat:", "--sizes-only")
+
+    def test_a_reader_that_stops_reading(self, place: Path) -> None:
+        command = [sys.executable, "-c", "from secateur.cli.main import main; main()", "discover", "tiny"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestProgress:
+    def test_on_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        terminal = Terminal()
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress_bars(quiet=False)("score") as progress:
+            assert progress is not None
+            progress(3, 10, "loss 2.500")
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+        assert re.search(r"score ━+.* 30% +loss 2.500 +(-:--:--|\d:\d\d:\d\d) +[\d.]+ (MiB|GiB)", shown)
+        assert terminal.getvalue().endswith("\x1b[2K")  # the bar is gone
+
+    @pytest.mark.parametrize(("stream", "quiet"), [(Terminal(), True), (io.StringIO(), False)])
+    def test_without_one_or_quiet(self, stream: io.StringIO, quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bars(quiet=quiet)("score") as progress:
+            assert progress is None
+        assert stream.getvalue() == ""
+
+
+def written(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The JSON of a command."""
+    succeed(capsys, *arguments, "--json", "x.json")
+    data: dict[str, Any] = json.loads(Path("x.json").read_text(encoding="utf-8"))
+    return data
+
+
+def is_whole(*values: Any) -> bool:
+    return all(type(value) is int for value in values)
+
+
+class TestJson:
+    """The keys that the documentation promises."""
+
+    def check_plan(self, data: dict[str, Any]) -> None:
+        assert data["model"] == "tiny"
+        assert data["parameters"].keys() == {"dense", "pruned", "dense_non_embedding", "pruned_non_embedding"}
+        assert data["macs"].keys() == {"dense", "pruned"}
+        assert is_whole(*data["parameters"].values(), *data["macs"].values())
+        assert data["parameters"]["pruned"] < data["parameters"]["dense"]
+        assert data["groups"]
+        for group in data["groups"]:
+            assert group.keys() >= {"name", "units", "kept"}
+            assert 0 < group["kept"] < group["units"]
+
+    def test_discover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "discover", "tiny")
+        assert data.keys() >= {"model", "groups", "frozen"}
+        assert {group["name"] for group in data["groups"]} >= {"layers.2.mlp", "layers.0.attention", "hidden", "layers"}
+        for group in data["groups"]:
+            assert group.keys() >= {"name", "kind", "layer", "units", "axes"}
+            for axis in group["axes"]:
+                assert axis.keys() >= {"weight", "dim", "expression"}
+        for frozen in data["frozen"]:
+            assert frozen.keys() >= {"weight", "dim", "reason"}
+
+    def test_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "plan", "tiny", "--out", "p.json")
+        self.check_plan(data)
+        assert json.loads(Path("p.json").read_text()) == data
+        assert all(len(group["keep"]) == group["kept"] for group in data["groups"])
+
+    def test_plan_of_sizes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "plan", "tiny", "--sizes-only")
+        self.check_plan(data)
+        assert all(group["keep"] is None for group in data["groups"])
+
+    def test_prune(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "prune", "tiny", "out")
+        self.check_plan(data)
+        assert data["out"] == "out"
+        assert {"discover", "load", "score", "repair", "cut", "save"} == data["seconds"].keys()
+        assert all(seconds >= 0 for seconds in data["seconds"].values())
+        assert is_whole(data["peak_rss_bytes"])
+        assert data["peak_rss_bytes"] > 10**7
+
+    def test_prune_with_its_json_in_the_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--json", "out/prune.json")
+        assert Path("out/prune.json").is_file()
+
+    def test_recover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, *RECOVER, "--method", "lora", "--eval", "cats=text.txt", "--rank", "2")
+        assert data["out"] == "out"
+        assert is_whole(data["steps"], data["tokens"], data["best_step"], data["peak_rss_bytes"])
+        assert [step for step, _ in data["loss"]] == [1, 2, 3, 4]
+        assert data["seconds"].keys() == {"read", "load", "train", "save"}
+        assert [entry["step"] for entry in data["evaluation"]] == [0, 4]
+        assert all(entry["perplexity"].keys() == {"cats"} for entry in data["evaluation"])
+        record = json.loads(Path("out/secateur_record.json").read_text())
+        assert record["recovery"]["command"].startswith("secateur recover tiny out --data alpaca.json")
+        assert record["recovery"]["options"]["adapter"]["rank"] == 2
+
+    def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("tiny", "deep", "--ppl", "cats=text.txt", "--seq-len", "16", "--max-tokens", "100")
+        data = written(capsys, "evaluate", *arguments)
+        assert [result["model"] for result in data["results"]] == ["tiny", "deep"]
+        for result in data["results"]:
+            assert result["tasks"] == {}
+            [row] = result["perplexity"]
+            assert row.keys() >= {"data", "seq_len", "tokens", "ppl", "nll"}
+            assert (row["data"], row["seq_len"], row["tokens"]) == ("cats", 16, 6 * 15)
+            assert is_whole(result["weight_bytes"], result["file_bytes"])
+            assert result["weight_bytes"] <= result["file_bytes"]
+
+    def test_evaluate_by_protocols(self, capsys: pytest.CaptureFixture[str]) -> None:
+        protocols = ["--protocol", "gptq@64", "--protocol", "sliding@64/16", "--seq-len", "32"]
+        data = written(capsys, "evaluate", "tiny", "deep", "tiny", "--ppl", "cats=text.txt", *protocols)
+        first, second, again = (result["perplexity"] for result in data["results"])
+        assert [row["protocol"] for row in first] == ["llm-pruner@32", "gptq@64", "sliding@64/16"]
+        assert [row["stride"] for row in first] == [32, 64, 16]
+        for row in first:
+            assert row["ppl_low"] < row["ppl"] < row["ppl_high"]
+            assert row["bits_per_byte"] > 0
+            assert row["nll_stderr"] > 0
+            assert "against" not in row
+        for row, other in zip(second, first, strict=True):
+            assert row["against"]["model"] == "tiny"
+            assert row["against"]["difference"] == pytest.approx(row["nll"] - other["nll"])
+            assert row["against"].keys() == {"model", "difference", "stderr", "p"}
+        assert [row["against"]["p"] for row in again] == [1.0] * 3
+
+    def test_evaluate_tasks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "evaluate", "tiny", "deep", "--tasks", "all", "--tasks-data", "questions")
+        first, second = data["results"]
+        assert first["perplexity"] == []
+        seven = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+        assert list(first["tasks"]) == list(second["tasks"]) == seven
+        for name, row in second["tasks"].items():
+            keys = {"acc", "acc_stderr", "documents", "metric", "value", "stderr", "data", "against"}
+            assert row.keys() - {"acc_norm", "acc_norm_stderr", "note"} == keys
+            assert row["metric"] == ("acc" if name in ("boolq", "winogrande") else "acc_norm")
+            assert (row["value"], row["stderr"]) == (row[row["metric"]], row[f"{row['metric']}_stderr"])
+            assert row["against"].keys() == {"model", "difference", "stderr", "p"}
+            assert row["against"]["difference"] == pytest.approx(row["value"] - first["tasks"][name]["value"])
+            assert "against" not in first["tasks"][name]
+        assert first["tasks_mean"]["value"] == pytest.approx(sum(row["value"] for row in first["tasks"].values()) / 7)
+        assert first["tasks_mean"].keys() == {"value", "stderr", "tasks"}
+        assert second["tasks_mean"].keys() == {"value", "stderr", "tasks", "difference", "difference_stderr", "p"}
+
+    def test_evaluate_writes_samples(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prompts = ["--prompt", "the cat", "--prompt", "a dog", "--new-tokens", "4"]
+        data = written(capsys, "evaluate", "tiny", "--plan", "plan.json", *prompts)
+        for result in data["results"]:
+            assert [sample["prompt"] for sample in result["samples"]] == ["the cat", "a dog"]
+            assert (result["perplexity"], result["tasks"]) == ([], {})
+        shown = succeed(capsys, "evaluate", "tiny", *prompts)
+        assert len(re.findall("^tiny: (the cat|a dog)", shown, re.MULTILINE)) == 2
+
+    def test_evaluate_a_free_folder_in_bfloat16(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--layers", "0:1")
+        tasks = ["--tasks", "boolq,arc_easy", "--tasks-data", "questions", "--limit", "2", "--dtype", "bfloat16"]
+        data = written(capsys, "evaluate", "tiny", "out", *tasks, "--trust-remote-code")
+        assert [row["tasks"]["boolq"]["documents"] for row in data["results"]] == [2, 2]
+        assert data["results"][1]["tasks"]["arc_easy"]["against"]["model"] == "tiny"
+
+    def test_evaluate_warns_of_what_a_model_was_trained_on(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        succeed(capsys, *RECOVER)
+        prompt = "Below is an instruction that describes a task. Write a response that appropriately completes it."
+        Path("seen.txt").write_text(f"{prompt.replace('it.', 'the request.')}{' And more.' * 60}")
+        caplog.clear()
+        assert run(["evaluate", "out", "--ppl", "seen=seen.txt", "--ppl", "cats=text.txt", "--seq-len", "16"]) == 0
+        [message] = [message for message in caplog.messages if "share" in message]
+        assert re.match(r"out: [\d.]+ % of the rows it was trained on, from alpaca\.json, share 13 words ", message)
+        assert "evaluation text seen" in message
+
+    def test_evaluate_what_a_plan_says(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, "evaluate", "tiny", "--plan", "plan.json", "--ppl", "cats=text.txt")
+        dense, pruned = data["results"]
+        assert pruned["weight_bytes"] < dense["weight_bytes"]
+        assert pruned["file_bytes"] is None
+
+    def test_export_int8(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--layers", "1:3")
+        data = written(capsys, "export", "out", "int8", "--int8")
+        assert data["scheme"] == "weight-only"
+        assert len(data["layers"]) == 21
+        assert data["left"] == {
+            "model.embed_tokens.weight": "Embedding is no linear layer",
+            "lm_head.weight": "it gives the logits",
+        }
+        assert Path("int8/secateur_plan.json").read_bytes() == Path("out/secateur_plan.json").read_bytes()
+        measured = written(capsys, "evaluate", "tiny", "out", "int8", "--ppl", "cats=text.txt")["results"]
+        assert [row["weight_bytes"] for row in measured][1:] == [
+            data["weight_bytes"]["before"],
+            measured[2]["weight_bytes"],
+        ]
+        assert measured[2]["weight_bytes"] == data["weight_bytes"]["after"] < measured[1]["weight_bytes"]
+        assert measured[2]["file_bytes"] == data["file_bytes"]
+        succeed(capsys, "profile", "out", "int8", "--seq-len", "4", "--new-tokens", "1")
+
+    def test_profile(self, capsys: pytest.CaptureFixture[str]) -> None:
+        [row] = written(capsys, "profile", "tiny", "--seq-len", "4", "--new-tokens", "2")["results"]
+        sizes = ("parameters", "non_embedding_parameters", "macs", "weight_bytes", "peak_bytes", "kv_cache_bytes")
+        assert row.keys() >= {"model", *sizes, "prefill_seconds", "decode_tokens_per_second"}
+        assert is_whole(*(row[name] for name in sizes))
+        assert sum(row["macs_by_operator"].values()) == sum(row["macs_by_kind"].values()) == row["macs"]
+        assert "against" not in row
+
+    def test_profile_of_a_grid(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = "profile tiny deep --seq-len 4,8 --batch 1,2 --new-tokens 1 --repeats 1".split()
+        dense, other = written(capsys, *line)["results"]
+        keys = {"batch", "seq_len", "prefill_seconds", "decode_tokens_per_second", "peak_bytes"}
+        assert all(cell.keys() >= keys for cell in dense["grid"])
+        assert [(cell["batch"], cell["seq_len"]) for cell in dense["grid"]] == [(1, 4), (2, 4), (1, 8), (2, 8)]
+        assert other["against"].keys() >= {"model", "macs_ratio", "prefill_speedup", "decode_speedup"}
+        assert other["against"]["model"] == "tiny"
+
+    def test_sweep(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = f"sweep tiny --ratios 0.2,0.99 --scores l2 --run r {SMALL_SWEEP}".split()
+        data = written(capsys, *line)
+        assert [row["ratio"] for row in data["rows"]] == [0, 0.2]
+        keys = {"score", "ratio", "label", "parameters", "non_embedding_parameters", "macs", "perplexity"}
+        assert all(row.keys() >= keys for row in data["rows"])
+        assert [(row["label"], row["ratio"]) for row in data["refused"]] == [("l2", 0.99)]
+        assert json.loads(Path("r/sweep/sweep.json").read_text()) == data
+
+    def test_into_a_pipe(self) -> None:
+        """Such a path is written to; to replace it, as files are, would break the machine (think of /dev/stdout)."""
+        command = [sys.executable, "-c", "from secateur.cli.main import main; main()"]
+        arguments = ["discover", "tiny", "--quiet", "--json", "/proc/self/fd/1"]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["model"] == "tiny"
+
+
+class TestPlanFile:
+    def test_prune_what_a_plan_says(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "plan", "tiny", "--out", "p.json", "--seed", "3")
+        data = written(capsys, "prune", "tiny", "one", "--plan", "p.json")
+        assert "score" not in data["seconds"]
+        succeed(capsys, "prune", "tiny", "two", "--seed", "3")
+        assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+        record = json.loads(Path("one/secateur_record.json").read_text())
+        assert record["command"] == "secateur prune tiny one --plan p.json --json x.json"
+        assert record["seed"] == 3
+
+    def test_settings_come_from_the_model_not_from_the_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "plan", "tiny", "--axes", "mlp", "--shape", "uniform", "--out", "even.json", "--score", "l2")
+        plan = json.loads(Path("even.json").read_text())
+        write_json(Path("edited.json"), {**plan, "settings": {"intermediate_size": 5}})
+        succeed(capsys, "prune", "tiny", "out", "--plan", "edited.json")
+        assert json.loads(Path("out/config.json").read_text())["intermediate_size"] == plan["groups"][0]["kept"]
+
+
+PRUNE = ("prune", "tiny", "out")
+REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    # the model
+    "hub name offline": ("'no/such': its config cannot be read; .* Check the name", ("prune", "no/such", "out")),
+    "no such path": (r"'\./no-such': no such file or folder\. Expected", ("prune", "./no-such", "out")),
+    "image model": ("model type 'vit' is not a causal language model", ("prune", "vit", "out")),
+    "image and text model": ("model type 'clip' is not a causal language model", ("discover", "clip")),
+    "NaN": (r"layers\.1\.mlp\.up_proj\.weight: 1 of 4032 values are NaN or Inf", ("prune", "nan", "out")),
+    "Inf": (r"layers\.1\.mlp\.up_proj\.weight: 1 of 4032 values are NaN or Inf", ("plan", "inf")),
+    "missing shard": (r"the shard model-00002-of-\d+\.safetensors is missing", ("prune", "shardless", "out")),
+    "no weights": ("'sizes' has a config and no weights to cut; `secateur plan sizes`", ("prune", "sizes", "out")),
+    "a config file": ("no weights to cut; `secateur plan sizes/", ("prune", "sizes/config.json", "out")),
+    "pickled weights": ("its weights are a pickle", ("prune", "pickle", "out")),
+    "quantised": (
+        r"'packed' is quantised \(gptq\).* Prune the model that it was made from",
+        ("prune", "packed", "out"),
+    ),
+    "quantised plan": ("'packed' is quantised .*--sizes-only", ("plan", "packed")),
+    "dtype": ("dtype 'int3' is unknown. Expected auto, float32", (*PRUNE, "--dtype", "int3")),
+    "device": ("device 'abacus' is unknown. Expected auto, cpu", (*PRUNE, "--device", "abacus")),
+    # calibration
+    "no calibration file": (r"'no\.txt': no such file", (*PRUNE, "--calibration", "no.txt")),
+    "empty calibration": (r"'empty\.txt': there is no text in it", (*PRUNE, "--calibration", "empty.txt")),
+    "tiny calibration": ("has [2-9] tokens, but one window needs 256", (*PRUNE, "--calibration", "short.txt")),
+    "column of a text": (
+        "column='body' names a field of documents, and this is one text",
+        (*PRUNE, "--calibration", "text.txt", "--column", "body"),
+    ),
+    "wrong column": (
+        r"rows\.jsonl', line 1: no column 'text' among \['body'\]\. 'body' holds text",
+        (*PRUNE, "--calibration", "rows.jsonl"),
+    ),
+    "chat without a template": ("the tokenizer has no chat template", (*PRUNE, "--chat")),
+    "self and chat": ("'self' is what the model writes", (*PRUNE, "--calibration", "self", "--chat")),
+    "longer than the model": (
+        "length=300 is longer than the model's 256 positions",
+        (*PRUNE, "--length", "300"),
+    ),
+    "too many samples": ("tiny calibration text", (*PRUNE, "--calibration", "text.txt", "--samples", "9999")),
+    "no samples": ("samples=0 is too small. Expected at least 1", (*PRUNE, "--samples", "0")),
+    "short windows": ("length=1 is too small. Expected at least 2", (*PRUNE, "--length", "1")),
+    # the budget
+    "ratio 1": (r"ratio=1 is outside \[0, 1\)", (*PRUNE, "--ratio", "1.0")),
+    "ratio below 0": (r"ratio=-0\.1 is outside \[0, 1\)", (*PRUNE, "--ratio", "-0.1")),
+    "ratio nan": (r"ratio=nan is outside \[0, 1\)", (*PRUNE, "--ratio", "nan")),
+    "ratio that is no number": ("Invalid value for '--ratio'.* See: secateur prune --help", (*PRUNE, "--ratio", "x")),
+    "ratio too small": ("ratio=1e-07 of non-embedding removes no unit of any group", (*PRUNE, "--ratio", "1e-7")),
+    "units too few": (
+        r"ratio=0\.0001 of units .*removes one unit",
+        (*PRUNE, "--ratio", "0.0001", "--of", "units", "--axes", "attention"),
+    ),
+    "ratio that empties": ("would empty it; ratio=0.9881 is the most", (*PRUNE, "--ratio", "0.99", "--of", "units")),
+    "ratio out of reach": ("down to the fewest units leaves .*: at most ratio=0", (*PRUNE, "--ratio", "0.99")),
+    "target that is no number": ("--target many: expected a number such as 100M", (*PRUNE, "--target", "many")),
+    "target inf": ("--target inf: expected a number", (*PRUNE, "--target", "inf")),
+    "target too large": ("target=9,000,000 is more than the dense model's", (*PRUNE, "--target", "9M")),
+    "ratio and target": ("give either a ratio", (*PRUNE, "--target", "70K", "--ratio", "0.2")),
+    # layers and widths
+    "layers outside": (r"layers=4:30 is outside the model: it has layers 0:3", (*PRUNE, "--layers", "4:30")),
+    "layers backwards": ("layers=2:1 is outside the model", (*PRUNE, "--layers", "2:1")),
+    "layers malformed": ("--layers 4-30: expected first:last", (*PRUNE, "--layers", "4-30")),
+    "schedule malformed": ("--schedule 0.5-1.5: expected two numbers", (*PRUNE, "--schedule", "0.5-1.5")),
+    "round_to 0": ("round_to=0 is not a width", (*PRUNE, "--round-to", "0")),
+    # names
+    "score": ("score='parm_first' is unknown.* Did you mean param_first?", (*PRUNE, "--score", "parm_first")),
+    "preset": ("preset 'bset' is unknown.* Did you mean best?", (*PRUNE, "--preset", "bset")),
+    "strategy": ("strategy='chanel' is unknown.* Did you mean channel?", (*PRUNE, "--strategy", "chanel")),
+    "axes": ("axes='mpl' cannot be cut.* Did you mean mlp?", (*PRUNE, "--axes", "mpl")),
+    "no axes": ("axes is empty: name what to cut", (*PRUNE, "--axes", ",")),
+    "of": ("of='unit' is no budget.* Did you mean units?", (*PRUNE, "--of", "unit")),
+    "reduce": ("reduce='avg' is unknown. Known: sum, mean", (*PRUNE, "--reduce", "avg")),
+    # the plan file
+    "plan and ratio": (
+        "--plan plan.json says all about the cut: leave out --ratio",
+        (*PRUNE, "--plan", "plan.json", "--ratio", "0.2"),
+    ),
+    "plan and preset": ("leave out --preset", (*PRUNE, "--plan", "plan.json", "--preset", "best")),
+    "plan and calibration": ("leave out --calibration", (*PRUNE, "--plan", "plan.json", "--calibration", "text.txt")),
+    "plan and column": ("leave out --column", (*PRUNE, "--plan", "plan.json", "--column", "body")),
+    "shuffled": ("shuffled=1 is no share of the windows", (*PRUNE, "--shuffled", "1")),
+    "shuffled without repair": (
+        "shuffled=0.5 is for repair, and repair=none does without",
+        (*PRUNE, "--preset", "llm-pruner", "--shuffled", "0.5"),
+    ),
+    "plan and shuffled": ("leave out --shuffled", (*PRUNE, "--plan", "plan.json", "--shuffled", "0.5")),
+    "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),
+    "plan of another depth": (
+        r"layers\.3\.attention, which tiny does not have: it is of another model",
+        (*PRUNE, "--plan", "deep.json"),
+    ),
+    "plan of another vocabulary": (
+        "of another model: of one with 107856 parameters .*, and tiny has 106896",
+        (*PRUNE, "--plan", "wordy.json"),
+    ),
+    "plan of sizes": ("how many units stay, not which", (*PRUNE, "--plan", "undecided.json")),
+    "no plan": ("no plan at no.json: write one with `secateur plan", (*PRUNE, "--plan", "no.json")),
+    "half a plan": (r"half\.json is not a plan: ", (*PRUNE, "--plan", "half.json")),
+    "a list": (r"list\.json is not a plan: expected a JSON object, found list", (*PRUNE, "--plan", "list.json")),
+    "a folder": ("tiny is not a plan", (*PRUNE, "--plan", "tiny")),
+    "plan of another format": (
+        r"format\.json: the plan has format 99, this version reads 1",
+        (*PRUNE, "--plan", "format.json"),
+    ),
+    "plan with more keys": (r"unknown or missing keys \(colour\)", (*PRUNE, "--plan", "unknown.json")),
+    "damaged plan": (
+        r"damaged\.json: the plan is damaged \(.*expected whole numbers, found 'a'",
+        (*PRUNE, "--plan", "damaged.json"),
+    ),
+    "plan without groups": ("the plan is damaged", (*PRUNE, "--plan", "groupless.json")),
+    "plan with odd options": ("the plan is damaged .*colour", (*PRUNE, "--plan", "odd.json")),
+    "evaluate a plan of sizes": ("how many units stay, not which", ("evaluate", "tiny", "--plan", "undecided.json")),
+    # where to write
+    "OUT exists": ("deep exists; name another folder, or replace it with --overwrite", ("prune", "tiny", "deep")),
+    "OUT is a file": (
+        "text.txt is a file, and a folder is to be written",
+        ("prune", "tiny", "text.txt", "--overwrite"),
+    ),
+    "OUT is other things": (r"\. holds other things: .* has no config\.json", ("prune", "tiny", ".", "--overwrite")),
+    "OUT is the model": ("tiny holds the MODEL itself", ("prune", "tiny", "tiny", "--overwrite")),
+    "OUT without a parent": ("the folder .*/no does not exist; make it first: mkdir -p", ("prune", "tiny", "no/out")),
+    "OUT that no disk takes": ("cannot be written: File name too long", ("prune", "tiny", "x" * 300)),
+    "OUT in /proc": ("cannot be written: ", ("prune", "tiny", "/proc/x")),
+    "JSON without a parent": (
+        "no/x.json: the folder .*/no does not exist",
+        ("discover", "tiny", "--json", "no/x.json"),
+    ),
+    "JSON is a folder": ("tiny is a folder, and a file is to be written", (*PRUNE, "--json", "tiny")),
+    "plan without a parent": ("no/p.json: the folder .*/no does not exist", ("plan", "tiny", "--out", "no/p.json")),
+    "demo exists": ("tiny exists", ("demo", "--out", "tiny")),
+    "export to nothing": ("out: say what to write, --gguf TYPE or --int8", ("export", "tiny", "out")),
+    "export dynamic what": ("--dynamic is how int8 products are computed", ("export", "tiny", "out", "--dynamic")),
+    "export both": ("--int8 writes a folder, and", ("export", "tiny", "out", "--int8", "--gguf", "f16")),
+    "export int8 to a file": ("--int8 writes a folder, and", ("export", "tiny", "out.gguf", "--int8")),
+    "export what is packed": (
+        r"'packed' is quantised \(gptq\), and packed weights cannot be scored, cut or packed again",
+        ("export", "packed", "out", "--int8", "--dynamic"),
+    ),
+    "export onto the model": (
+        "tiny holds the MODEL itself",
+        ("export", "tiny", "tiny", "--int8", "--dynamic", "--overwrite"),
+    ),
+    "export over others": ("deep exists", ("export", "tiny", "deep", "--int8", "--dynamic")),
+    "export nothing": ("'./no-such': no such file", ("export", "./no-such", "out", "--int8", "--dynamic")),
+    # evaluation
+    "ppl malformed": ("--ppl text.txt: expected NAME=FILE, for example", ("evaluate", "tiny", "--ppl", "text.txt")),
+    "ppl without a name": ("--ppl =text.txt: expected NAME=FILE", ("evaluate", "tiny", "--ppl", "=text.txt")),
+    "ppl twice": (
+        "cats is the name of another text",
+        ("evaluate", "tiny", "--ppl", "cats=text.txt", "--ppl", "cats=short.txt"),
+    ),
+    "no ppl file": (r"'no\.txt': no such file", ("evaluate", "tiny", "--ppl", "cats=no.txt")),
+    "text too short": (
+        r"cats: \d+ tokens are fewer than one window of 9999",
+        ("evaluate", "tiny", "--ppl", "cats=text.txt", "--seq-len", "9999"),
+    ),
+    "second model missing": ("'./no-such': no such file", ("evaluate", "tiny", "./no-such")),
+    "second profile missing": ("'./no-such': no such file", ("profile", "tiny", "./no-such")),
+    "unknown protocol": (
+        "protocol='gtpq' is unknown. Expected llm-pruner@128, gptq@2048 or sliding@1024/512",
+        ("evaluate", "tiny", "--protocol", "gtpq@9"),
+    ),
+    "unknown local task": (
+        "task 'arc_hard' has no local files; did you mean arc_easy",
+        ("evaluate", "tiny", "--tasks", "boolq,arc_hard", "--tasks-data", "questions"),
+    ),
+    "no questions": (
+        "piqa: its questions are not in 'tiny'. Expected there: piqa_original/valid.jsonl with",
+        ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "tiny"),
+    ),
+    "no limit": (
+        "limit=0 leaves no question",
+        ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "questions", "--limit", "0"),
+    ),
+    "questions of no task": (
+        "--tasks-data questions is about tasks",
+        ("evaluate", "tiny", "--tasks-data", "questions"),
+    ),
+    "no task": ("tasks=',' names no task", ("evaluate", "tiny", "--tasks", ",")),
+    "an empty prompt": ("prompt='' has no tokens", ("evaluate", "tiny", "--prompt", "")),
+    "windows of one": ("llm-pruner@1: a window of 1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
+    "no tokens": ("max_tokens=0 leaves nothing to score", ("evaluate", "tiny", "--max-tokens", "0")),
+    "profile letters": ("--seq-len 8;9: expected whole numbers", ("profile", "tiny", "--seq-len", "8;9")),
+    "profile no batch": ("batch=0: expected at least 1", ("profile", "sizes/config.json", "--batch", "0")),
+    "profile another plan": ("the plan cuts layers.3", ("profile", "tiny", "--plan", "deep.json", "--sizes-only")),
+    "sweep letters": ("--ratios a:b: expected first:last:step", ("sweep", "tiny", "--ratios", "a:b")),
+    "sweep unknown": ("unknown score 'l3'", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
+    "sweep in a file": (
+        "plan.json is a file, and a run folder is to hold the journal",
+        ("sweep", "tiny", "--ratios", "0.2", "--run", "plan.json"),
+    ),
+    "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
+    # comparing
+    "compare with nothing": ("'./no-such': no such file", ("compare", "--port", "0", "tiny", "./no-such")),
+    "compare, shard missing": ("shardless.*is missing", ("compare", "--port", "0", "tiny", "shardless")),
+    "compare, NaN": ("values are NaN or Inf", ("compare", "--port", "0", "nan", "tiny")),
+    "compare, sizes alone": ("a config file holds no weights", ("compare", "--port", "0", "tiny", "sizes/config.json")),
+    "compare, a host of others": (
+        "--host 203.0.113.9 .*cannot be",
+        ("compare", "tiny", "deep", "--host", "203.0.113.9"),
+    ),
+    "compare, no port": ("'--port'.*65535", ("compare", "tiny", "deep", "--port", "70000")),
+    "compare, one model": (r"Missing argument 'B'\. See: secateur compare --help", ("compare", "tiny")),
+    # the parser
+    "unknown option": (r"No such option: --rato .*--ratio.*\. See: secateur prune --help", (*PRUNE, "--rato", "1")),
+    "unknown root option": (r"No such option: --no-such\. See: secateur --help", ("--no-such",)),
+    "unknown command": (r"No such command 'prun'\. Did you mean 'prune'\? See: secateur --help", ("prun",)),
+    "missing argument": (r"Missing argument 'OUT'\. See: secateur prune --help", ("prune", "tiny")),
+    "missing models": (r"Missing argument 'MODEL'\. See: secateur evaluate --help", ("evaluate",)),
+    "missing value": ("Option '--ratio' requires an argument", (*PRUNE, "--ratio")),
+    "too many arguments": (r"unexpected extra argument.* \(c\)", (*PRUNE, "c")),
+    "recover without data": ("Missing option '--data'", ("recover", "tiny", "out")),
+    "recover, no file": (r"'nothing.json': no such file", ("recover", "tiny", "out", "--data", "nothing.json")),
+    "recover, columns": (
+        r"no fields to train on among \['body'\]. .*--column NAME",
+        ("recover", "tiny", "out", "--data", "rows.jsonl"),
+    ),
+    "recover, length": (
+        "nothing is left of its 17 rows .* --length 16",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--length", "8"),
+    ),
+    "recover, float16": (
+        "dtype='float16' overflows in training",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--dtype", "float16"),
+    ),
+    "recover, teacher": (
+        "teacher 'wordy' has a vocabulary of 310 tokens, and 'tiny' one of 300",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "distill", "--teacher", "wordy"),
+    ),
+    "recover, no record": (
+        "'tiny' has no record .* --teacher MODEL",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "distill"),
+    ),
+    "recover, text": (
+        "--eval cats: expected NAME=FILE, for example --eval",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--eval", "cats"),
+    ),
+    "recover, method": (
+        "method='magic' is unknown",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "magic"),
+    ),
+    "in turns, how much": (
+        "say how much is to go in all, for example --steps 3 --ratio 0.5",
+        (*IN_TURNS, "--steps", "3"),
+    ),
+    "in turns, none": ("steps=0 cuts nothing", (*IN_TURNS, "--steps", "0", "--ratio", "0.3")),
+    "in turns, steps twice": (
+        "--cut: --steps is an option of `recover` itself",
+        (*IN_TURNS, "--ratio", "0.3", "--cut", "--steps 2"),
+    ),
+    "in turns, ratio twice": (
+        "--cut: --ratio is an option of `recover` itself",
+        (*IN_TURNS, "--ratio", "0.3", "--cut", "--ratio 0.2"),
+    ),
+    "in turns, no option of the cut": (
+        "--cut: --overwrite says nothing of the cut",
+        (*IN_TURNS, "--ratio", "0.3", "--cut", "--overwrite"),
+    ),
+    "in turns, unknown": (r"No such option: --axs .*--axes", (*IN_TURNS, "--ratio", "0.3", "--cut", "--axs mlp")),
+    "in turns, quotes": ("--cut '--axes: No closing quotation", (*IN_TURNS, "--ratio", "0.3", "--cut", "'--axes")),
+    "in turns, adapter": ("--keep-adapter: in turns", (*IN_TURNS, "--ratio", "0.3", "--keep-adapter")),
+    "merge nothing": ("'tiny' is no folder with an adapter_config.json", ("export", "tiny", "out", "--merge-lora")),
+    "merge and pack": (
+        "merge first, then export that folder",
+        ("export", "tiny", "out", "--merge-lora", "--int8"),
+    ),
+}
+
+
+READS_WEIGHTS = {"dtype", "device"}  # or begins to, of those that name a sound model
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    match, arguments = REFUSED[case]
+    if arguments[:2] == ("prune", "tiny") and case not in READS_WEIGHTS:
+        monkeypatch.setattr("secateur.pipeline.run.load", lambda *_, **__: pytest.fail("weights were read"))
+    if arguments[2:] == ("./no-such",):
+        monkeypatch.setattr("secateur.cli.measuring.load", lambda *_, **__: pytest.fail("weights were read"))
+    refuse(capsys, match, *arguments)
+
+
+class TestExitCodes:
+    def test_a_failure_of_ours(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a bug\nof ours")
+
+        monkeypatch.setattr("secateur.pipeline.run.prune", fail)
+        before = names(Path())
+        assert run([*PRUNE, "--score", "l2", "--quiet"]) == 1
+        *trace, last = capsys.readouterr().err.splitlines()
+        assert last == "secateur: failed: RuntimeError: a bug of ours"
+        assert trace[0] == "Traceback (most recent call last):"
+        assert "out" not in set(names(Path())) - set(before)
+
+    def test_ctrl_c(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        def interrupt(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("secateur.pipeline.run.load", interrupt)
+        before = names(Path())
+        assert run([*PRUNE, "--quiet"]) == 130
+        assert capsys.readouterr().err == (
+            "secateur: interrupted; the same command with --resume goes on where it can\n"
+        )
+        assert names(Path()) == before  # nothing was worth keeping yet
+        assert run(["plan", "tiny", "--quiet"]) == 130
+        assert capsys.readouterr().err == "secateur: interrupted\n"
+
+    def test_an_error_of_many_lines_is_one(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise SecateurError("one\n  two")
+
+        monkeypatch.setattr("secateur.pipeline.run.load", fail)
+        refuse(capsys, "secateur: error: one two$", "plan", "tiny")
+
+    def test_main_exits_with_the_status(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from secateur.cli.main import main
+
+        monkeypatch.setattr(sys, "argv", ["secateur", "--version"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        with pytest.raises(SystemExit) as stop:
+            main(["no-such"])
+        assert stop.value.code == 2
+
+
+class TestCalibration:
+    FEW = ("--samples", "4", "--length", "32")
+
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(Path("out/secateur_record.json").read_text())
+        return record
+
+    def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
+        options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
+        options |= {"for_scores": 64, "shuffled": 0.25}
+        assert self.record()["calibration_options"] == options
+
+    def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--calibration", "self", "--seed", "3", *self.FEW)
+        assert self.record()["calibration_options"]["text"] == "self"
+        assert self.record()["calibration_options"]["seed"] == 3
+        assert succeed(capsys, "evaluate", "out", "--ppl", "cats=text.txt")
+
+    def test_a_text_that_was_calibrated_on(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        succeed(capsys, "prune", "tiny", "out", "--calibration", "text.txt", *self.FEW)
+        run(["evaluate", "out", "--ppl", "cats=text.txt", "--ppl", "other=short.txt", "--seq-len", "2"])
+        assert [record.getMessage() for record in caplog.records] == [
+            "out: 100 % of its calibration windows, from text.txt, share 13 words in a row with the evaluation text "
+            "cats; this flatters the result, so calibrate on another text"
+        ]
+        caplog.clear()
+        run(["evaluate", "out", "--ppl", "cats=text.txt", "--quiet"])
+        assert not caplog.records
+        run(["evaluate", "tiny", "--plan", "out/secateur_plan.json", "--ppl", "cats=text.txt"])
+        assert [record.getMessage()[:12] for record in caplog.records] == ["tiny: 100 % "]
+
+    def test_windows_in_random_order_are_no_part_of_a_text(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for out, share in (("plain", 0.0), ("out", 0.5)):
+            succeed(capsys, "prune", "tiny", out, "--calibration", "text.txt", "--shuffled", str(share), *self.FEW)
+            record = json.loads(Path(out, "secateur_record.json").read_text())
+            assert record["calibration_options"]["shuffled"] == share
+        assert Path("plain/model.safetensors").read_bytes() != Path("out/model.safetensors").read_bytes()
+        run(["evaluate", "out", "--ppl", "cats=text.txt"])
+        assert [record.getMessage()[:29] for record in caplog.records] == ["out: 100 % of its calibration"]
+
+    def test_the_demo_texts_are_apart(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "prune", "tiny", "out")
+        succeed(capsys, "evaluate", "out")  # without a word on stderr
+
+
+def test_every_option_of_a_cut_is_an_option_of_plan_and_prune(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("plan", "prune"):
+        text = succeed(capsys, command, "--help")
+        for name in CutOptions.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')} " in text
+
+
+class TestJournal:
+    @pytest.mark.parametrize(
+        ("arguments", "models"),
+        [
+            (("plan", "tiny", "--score", "l1"), ["tiny"]),
+            (("prune", "tiny", "out", "--score", "l1", "--seed", "3"), ["tiny", "out"]),
+            (("evaluate", "tiny", "deep", "--ppl", "cats=text.txt", "--max-tokens", "300"), ["tiny", "deep"]),
+            (("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"), ["tiny"]),
+            (("export", "tiny", "out.gguf", "--no-check"), ["tiny", "out.gguf"]),
+            (("export", "tiny", "out", "--int8"), ["tiny", "out"]),
+        ],
+    )
+    def test_a_result_is_entered_as_it_is_written(
+        self, arguments: tuple[str, ...], models: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = written(capsys, *arguments, "--run", "runs/mine")
+        [entry] = read_journal(Path("runs/mine"))
+        assert entry.result == data
+        assert (entry.kind, list(entry.models)) == (arguments[0], models)
+        assert entry.command == f"secateur {' '.join(arguments)} --run runs/mine --json x.json"
+        assert entry.seed == (3 if "--seed" in arguments else 0)
+        succeed(capsys, "report", "runs/mine", "r.html")
+        assert Path("r.html").stat().st_size > 1000
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("plan", "tiny"),
+            ("prune", "tiny", "out"),
+            ("recover", "tiny", "out", "--data", "alpaca.json"),
+            ("evaluate", "tiny"),
+            ("profile", "tiny"),
+            ("export", "tiny", "out.gguf"),
+            ("export", "tiny", "out", "--int8"),
+        ],
+    )
+    def test_a_file_in_the_way_is_refused_before_any_work(
+        self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        works = ["cutting.plan_model", "cutting.prune_model", "recovering.recover", "measuring.load_config"]
+        for work in (*works, "folders.load_config", "folders.export_int8_of"):
+            monkeypatch.setattr(f"secateur.cli.main.{work}", lambda *_, **__: pytest.fail("work had begun"))
+        refuse(capsys, "text.txt is a file, and a run folder is to hold the journal", *arguments, "--run", "text.txt")
+
+    def test_a_run_without_a_journal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        refuse(capsys, "tiny has no journal, so there is nothing to report", "report", "tiny", "r.html")
+        refuse(capsys, "none is no folder; name one that --run was given", "report", "none", "r.html")
+
+
+def test_all_commands_take_the_common_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        text = succeed(capsys, command, "--help")
+        for option in ("--help", "--quiet", "--seed", "--device", "--dtype", "--json"):
+            assert re.search(rf"^  {option} ", text, re.MULTILINE), (command, option)
+
+
+def test_the_pruned_folder_is_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    data = written(capsys, "prune", "tiny", "out", "--ratio", "0.3")
+    weights = load_file("out/model.safetensors")
+    assert sum(weight.numel() for weight in weights.values()) == data["parameters"]["pruned"]
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert set(names(Path("out"))) >= {"config.json", "tokenizer.json", "secateur_plan.json", "secateur_record.json"}
+
+
+def test_a_budget_that_whole_units_cannot_meet_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    said = succeed(capsys, "plan", "tiny", "--sizes-only", "--axes", "layers", "--score", "l2", "--ratio", "0.4")
+    assert "the nearest that whole units allow: 33.31% of non-embedding" in " ".join(said.split())
+    exact = succeed(capsys, "plan", "tiny", "--sizes-only", "--axes", "mlp", "--score", "l2", "--ratio", "0.4")
+    assert "whole units" not in exact
+
+
+def test_layers_of_many_sizes_are_one_row_with_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    said = succeed(capsys, "plan", "tiny", "--axes", "mlp", "--ratio", "0.3", "--score", "random", "--repair", "none")
+    assert "│ mlp " in said

@@ -1,0 +1,662 @@
+"""Groups have the right axes and kinds, read back as written, and count what a cut leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
+
+from every_type import tiny_config
+from secateur.discovery.algebra import show, variables_in
+from secateur.discovery.discover import discover, discover_groups
+from secateur.discovery.graph import trace
+from secateur.discovery.groups import (
+    KINDS,
+    Discovery,
+    count_macs,
+    count_parameters,
+    from_json,
+    layer_lists,
+    layer_of,
+    residual_lists,
+)
+from secateur.models.loading import quiet
+
+SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+LAYERS: dict[str, Any] = {**SHARED, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16}
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    sizes = {**LAYERS, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4}
+    return LlamaConfig(**sizes | changes)
+
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": llama(),
+    "gpt2": GPT2Config(**SHARED, n_embd=16, n_layer=2, n_head=4, n_positions=32, n_inner=24),
+    "phi3": Phi3Config(**LAYERS, intermediate_size=24, num_key_value_heads=2),
+    "gpt_neox": GPTNeoXConfig(**LAYERS, intermediate_size=24),
+    "opt": OPTConfig(**LAYERS, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32),
+}
+
+every_family = pytest.mark.parametrize("family", CONFIGS)
+
+
+# --- golden values ----------------------------------------------------------------------------------------------
+
+GROUPS = {  # of layer 0 and of no layer: name, kind, units
+    "llama": "attention attention 2, query query 2, head_dim head_dim 4, mlp mlp 24",
+    "gpt2": "attention attention 4, head_dim.0 head_dim 4, head_dim.1 head_dim 4, mlp mlp 24",
+    "phi3": "attention attention 2, query query 2, head_dim head_dim 4, mlp mlp 24",
+    "gpt_neox": "attention attention 4, head_dim.0 head_dim 2, head_dim.1 head_dim 4, mlp mlp 24",
+    "opt": "attention attention 4, head_dim.0 head_dim 4, head_dim.1 head_dim 4, mlp mlp 24",
+}
+
+# The layer's weights, without "layers.0." in the names of groups.
+AXES = {
+    "llama": {
+        "self_attn.q_proj.weight": "attention·query·(4), hidden",
+        "self_attn.k_proj.weight": "attention·(4), hidden",
+        "self_attn.v_proj.weight": "attention·head_dim, hidden",
+        "self_attn.o_proj.weight": "hidden, attention·query·head_dim",
+        "mlp.gate_proj.weight": "mlp, hidden",
+        "mlp.up_proj.weight": "mlp, hidden",
+        "mlp.down_proj.weight": "hidden, mlp",
+        "input_layernorm.weight": "hidden",
+        "post_attention_layernorm.weight": "hidden",
+    },
+    "gpt2": {
+        "ln_1.weight": "hidden",
+        "ln_1.bias": "hidden",
+        "attn.c_attn.weight": "hidden, (2)·attention·head_dim.0 + attention·head_dim.1",
+        "attn.c_attn.bias": "(2)·attention·head_dim.0 + attention·head_dim.1",
+        "attn.c_proj.weight": "attention·head_dim.1, hidden",
+        "attn.c_proj.bias": "hidden",
+        "ln_2.weight": "hidden",
+        "ln_2.bias": "hidden",
+        "mlp.c_fc.weight": "hidden, mlp",
+        "mlp.c_fc.bias": "mlp",
+        "mlp.c_proj.weight": "mlp, hidden",
+        "mlp.c_proj.bias": "hidden",
+    },
+    "phi3": {
+        "self_attn.o_proj.weight": "hidden, attention·query·head_dim",
+        "self_attn.qkv_proj.weight": "attention·query·(4) + attention·(4) + attention·head_dim, hidden",
+        "mlp.gate_up_proj.weight": "(2)·mlp, hidden",
+        "mlp.down_proj.weight": "hidden, mlp",
+        "input_layernorm.weight": "hidden",
+        "post_attention_layernorm.weight": "hidden",
+    },
+    "gpt_neox": {  # a quarter of each query and key turns with the positions, the rest does not
+        "input_layernorm.weight": "hidden",
+        "input_layernorm.bias": "hidden",
+        "post_attention_layernorm.weight": "hidden",
+        "post_attention_layernorm.bias": "hidden",
+        "attention.query_key_value.weight": "attention·((2) + head_dim.0 + (2) + head_dim.0 + head_dim.1), hidden",
+        "attention.query_key_value.bias": "attention·((2) + head_dim.0 + (2) + head_dim.0 + head_dim.1)",
+        "attention.dense.weight": "hidden, attention·head_dim.1",
+        "attention.dense.bias": "hidden",
+        "mlp.dense_h_to_4h.weight": "mlp, hidden",
+        "mlp.dense_h_to_4h.bias": "mlp",
+        "mlp.dense_4h_to_h.weight": "hidden, mlp",
+        "mlp.dense_4h_to_h.bias": "hidden",
+    },
+    "opt": {
+        "self_attn.k_proj.weight": "attention·head_dim.0, hidden",
+        "self_attn.k_proj.bias": "attention·head_dim.0",
+        "self_attn.v_proj.weight": "attention·head_dim.1, hidden",
+        "self_attn.v_proj.bias": "attention·head_dim.1",
+        "self_attn.q_proj.weight": "attention·head_dim.0, hidden",
+        "self_attn.q_proj.bias": "attention·head_dim.0",
+        "self_attn.out_proj.weight": "hidden, attention·head_dim.1",
+        "self_attn.out_proj.bias": "hidden",
+        "self_attn_layer_norm.weight": "hidden",
+        "self_attn_layer_norm.bias": "hidden",
+        "fc1.weight": "mlp, hidden",
+        "fc1.bias": "mlp",
+        "fc2.weight": "hidden, mlp",
+        "fc2.bias": "hidden",
+        "final_layer_norm.weight": "hidden",
+        "final_layer_norm.bias": "hidden",
+    },
+}
+
+
+@every_family
+def test_the_groups_of_a_family(family: str) -> None:
+    discovery = discover(CONFIGS[family])
+    layer = [g for g in discovery.groups if g.layer == 0]
+    assert ", ".join(f"{g.name.removeprefix('layers.0.')} {g.kind} {g.units}" for g in layer) == GROUPS[family]
+    second = [(g.name.replace("layers.1.", "layers.0."), g.kind, g.units) for g in discovery.groups if g.layer == 1]
+    assert second == [(g.name, g.kind, g.units) for g in layer]
+    assert [(g.name, g.kind, g.units) for g in discovery.groups if g.layer is None] == [
+        ("hidden", "hidden", 16),
+        ("vocabulary", "vocabulary", 50),
+        ("layers", "layer", 2),
+    ]
+    assert [g.name for g in discovery.groups if g.normed] == ["hidden"]
+    assert not any(g.chosen for g in discovery.groups)
+    assert {g.least for g in discovery.groups} == {1}
+
+
+@every_family
+def test_the_axes_of_a_family(family: str) -> None:
+    discovery = discover(CONFIGS[family])
+    (prefix,) = discovery.layer_lists
+    shown = {w.name: ", ".join(show(dim) for dim in w.dims).replace("layers.0.", "") for w in discovery.weights}
+    assert {name: dims for name, dims in shown.items() if layer_of(name, [prefix]) == 0} == {
+        f"{prefix}.0.{name}": dims for name, dims in AXES[family].items()
+    }
+    assert {dims for name, dims in shown.items() if layer_of(name, [prefix]) is None} <= {
+        "vocabulary, hidden",
+        "(32), hidden",
+        "(34), hidden",  # OPT's positions start at 2
+        "hidden",
+    }
+
+
+@every_family
+def test_groups_list_exactly_the_axes_that_name_them(family: str) -> None:
+    discovery = discover(CONFIGS[family])
+    dims = {(w.name, i): dim for w in discovery.weights for i, dim in enumerate(w.dims)}
+    for group in discovery.groups:
+        assert {(axis.weight, axis.dim): axis.expression for axis in group.axes} == {
+            at: dim for at, dim in dims.items() if group.name in {v.name for v in variables_in(dim)}
+        }
+
+
+@every_family
+def test_tables_and_heads_are_embeddings(family: str) -> None:
+    discovery = discover(CONFIGS[family])
+    assert {w.name for w in discovery.weights if w.embedding} == {
+        w.name for w in discovery.weights if "emb" in w.name or "wte" in w.name or "wpe" in w.name or "head" in w.name
+    }
+
+
+# The weights of layer 1 of models that are not dense transformers, those of the layer's norms left out.
+UNLIKE = {
+    "mixtral": {
+        "self_attn.q_proj.weight": "attention·query·(10), hidden",
+        "self_attn.k_proj.weight": "attention·(10), hidden",
+        "self_attn.v_proj.weight": "attention·head_dim, hidden",
+        "self_attn.o_proj.weight": "hidden, attention·query·head_dim",
+        "mlp.gate.weight": "expert, hidden",
+        "mlp.experts.gate_up_proj": "expert, (2)·expert_mlp, hidden",
+        "mlp.experts.down_proj": "expert, hidden, expert_mlp",
+    },
+    "gpt_oss": {  # gate and up take turns; sinks beside the keys
+        "self_attn.sinks": "attention·query",
+        "self_attn.q_proj.weight": "attention·query·(10), hidden",
+        "self_attn.q_proj.bias": "attention·query·(10)",
+        "self_attn.k_proj.weight": "attention·(10), hidden",
+        "self_attn.k_proj.bias": "attention·(10)",
+        "self_attn.v_proj.weight": "attention·head_dim, hidden",
+        "self_attn.v_proj.bias": "attention·head_dim",
+        "self_attn.o_proj.weight": "hidden, attention·query·head_dim",
+        "self_attn.o_proj.bias": "hidden",
+        "mlp.router.weight": "expert, hidden",
+        "mlp.router.bias": "expert",
+        "mlp.experts.gate_up_proj": "expert, hidden, expert_mlp·(2)",
+        "mlp.experts.gate_up_proj_bias": "expert, expert_mlp·(2)",
+        "mlp.experts.down_proj": "expert, expert_mlp, hidden",
+        "mlp.experts.down_proj_bias": "expert, hidden",
+    },
+    "deepseek_v3": {  # 8 of each query and key turn with the positions
+        "self_attn.q_a_proj.weight": "latent.0, hidden",
+        "self_attn.q_a_layernorm.weight": "latent.0",
+        "self_attn.q_b_proj.weight": "attention·(head_dim.0 + (8)), latent.0",
+        "self_attn.kv_a_proj_with_mqa.weight": "latent.1 + (8), hidden",
+        "self_attn.kv_a_layernorm.weight": "latent.1",
+        "self_attn.kv_b_proj.weight": "attention·(head_dim.0 + head_dim.1), latent.1",
+        "self_attn.o_proj.weight": "hidden, attention·head_dim.1",
+        "mlp.gate.weight": "expert, hidden",
+        "mlp.gate.e_score_correction_bias": "expert",
+        "mlp.experts.gate_up_proj": "expert, (2)·expert_mlp, hidden",
+        "mlp.experts.down_proj": "expert, hidden, expert_mlp",
+        "mlp.shared_experts.gate_proj.weight": "shared_mlp, hidden",
+        "mlp.shared_experts.up_proj.weight": "shared_mlp, hidden",
+        "mlp.shared_experts.down_proj.weight": "hidden, shared_mlp",
+    },
+    "mamba": {  # channels, states of each, and the low rank of its steps
+        "mixer.A_log": "state.0, state.1",
+        "mixer.D": "state.0",
+        "mixer.conv1d.weight": "state.0, (1), (4)",
+        "mixer.conv1d.bias": "state.0",
+        "mixer.in_proj.weight": "(2)·state.0, hidden",
+        "mixer.x_proj.weight": "state.2 + (2)·state.1, state.0",
+        "mixer.dt_proj.weight": "state.0, state.2",
+        "mixer.dt_proj.bias": "state.0",
+        "mixer.out_proj.weight": "hidden, state.0",
+    },
+    "mamba2": {  # groups, heads of each, channels of each head, and states
+        "mixer.dt_bias": "state.0·state.1",
+        "mixer.A_log": "state.0·state.1",
+        "mixer.D": "state.0·state.1",
+        "mixer.conv1d.weight": "state.0·state.1·state.2 + (2)·state.0·state.3, (1), (4)",
+        "mixer.conv1d.bias": "state.0·state.1·state.2 + (2)·state.0·state.3",
+        "mixer.in_proj.weight": "(2)·state.0·state.1·state.2 + (2)·state.0·state.3 + state.0·state.1, hidden",
+        "mixer.norm.weight": "state.0·state.1·state.2",
+        "mixer.out_proj.weight": "hidden, state.0·state.1·state.2",
+    },
+}
+
+# Groups of layer 1: name, kind and units, then whether a norm runs across it, or a choice and of how many at least.
+UNLIKE_GROUPS = {
+    "mixtral": """
+        attention attention 3, query query 2, head_dim head_dim 10, expert expert 5 chosen 2, expert_mlp expert_mlp 84
+    """,
+    "gpt_oss": """
+        attention attention 3, query query 2, head_dim head_dim 10, expert expert 5 chosen 2, expert_mlp expert_mlp 84
+    """,
+    "deepseek_v3": """
+        attention attention 6, head_dim.0 head_dim 14, head_dim.1 head_dim 18, latent.0 latent 26 normed,
+        latent.1 latent 22 normed, expert expert 5 chosen 2, expert_mlp expert_mlp 28, shared_mlp shared_mlp 28
+    """,
+    "mamba": "state.0 state 96, state.1 state 11, state.2 state 7",
+    "mamba2": "state.0 state 2, state.1 state 4 normed, state.2 state 12 normed, state.3 state 11",
+}
+
+every_unlike_type = pytest.mark.parametrize("model_type", UNLIKE)
+
+
+@functools.cache
+def tiny_discovery(model_type: str) -> Discovery:
+    with quiet():
+        return discover(tiny_config(model_type))
+
+
+@every_unlike_type
+def test_the_axes_of_experts_latents_and_states(model_type: str) -> None:
+    discovery = tiny_discovery(model_type)
+    (prefix,) = discovery.layer_lists
+    shown = {
+        w.name.removeprefix(f"{prefix}.1."): ", ".join(show(dim) for dim in w.dims).replace("layers.1.", "")
+        for w in discovery.weights
+        if w.layer == 1
+    }
+    norms = {name: dims for name, dims in shown.items() if name not in UNLIKE[model_type]}
+    assert {name: dims for name, dims in shown.items() if name not in norms} == UNLIKE[model_type]
+    assert set(norms.values()) == {"hidden"}
+
+
+@every_unlike_type
+def test_the_groups_of_experts_latents_and_states(model_type: str) -> None:
+    shown = [
+        f"{group.name.removeprefix('layers.1.')} {group.kind} {group.units}"
+        + (" normed" if group.normed else "")
+        + (f" chosen {group.least}" if group.chosen else "")
+        for group in tiny_discovery(model_type).groups
+        if group.layer == 1
+    ]
+    assert shown == [text.strip() for text in UNLIKE_GROUPS[model_type].split(",")]
+
+
+def test_a_dense_layer_of_a_model_with_experts_has_a_plain_mlp() -> None:
+    kinds = [group.kind for group in tiny_discovery("deepseek_v3").groups if group.layer == 0]
+    assert "mlp" in kinds
+    assert not {"expert", "expert_mlp", "shared_mlp"} & set(kinds)
+
+
+def test_every_kind_has_an_example() -> None:
+    examples = [discover(config) for config in CONFIGS.values()] + [tiny_discovery(name) for name in UNLIKE]
+    apart = nn.Parameter(torch.ones(5))
+    examples.append(discover_groups(Plain(lambda x, m: x * m.a.dot(m.b), a=apart, b=nn.Parameter(torch.ones(5)))))
+    found = {group.kind: group for discovery in examples for group in discovery.groups}
+    assert set(found) == set(KINDS)
+    assert {(axis.weight, axis.dim) for axis in found["other"].axes} == {("a", 0), ("b", 0)}
+
+
+# --- choices ----------------------------------------------------------------------------------------------------
+
+
+class Router(nn.Module):
+    """Experts in one tensor, of which each token gets some; among the scores may be one for "no expert"."""
+
+    def __init__(self, *, chosen: int, none: int = 0) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(5 + none, 6))
+        self.experts = nn.Parameter(torch.ones(5, 6, 6))
+        self.chosen = chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, numbers = (x @ self.gate.t()).softmax(-1).topk(self.chosen, -1)
+        picked = self.experts[numbers.clamp(max=len(self.experts) - 1)]  # (B, T, chosen, 6, 6)
+        outputs = picked @ x[:, :, None, :, None]
+        return x + (outputs.squeeze(-1) * weights.unsqueeze(-1)).sum(2)
+
+
+@pytest.mark.parametrize(("chosen", "none", "least"), [(1, 0, 1), (2, 0, 2), (4, 0, 4), (3, 1, 2)])
+def test_a_router_needs_as_many_experts_as_it_chooses(chosen: int, none: int, least: int) -> None:
+    discovery = discover_groups(Plain(in_turn, blocks=nn.ModuleList([Router(chosen=chosen, none=none)])))
+    groups = {group.kind: group for group in discovery.groups}
+    assert groups["expert"].axes[0].weight == "blocks.0.gate"
+    assert (groups["expert"].units, groups["expert"].chosen, groups["expert"].least) == (5, True, least)
+    assert [show(axis.expression) for axis in groups["expert"].axes] == [
+        "layers.0.expert" + (" + (1)" if none else ""),
+        "layers.0.expert",
+    ]
+    assert not any(group.chosen for kind, group in groups.items() if kind != "expert")
+
+
+def routed(x: Tensor, m: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, which experts each of them gets, and with which weights."""
+    tokens = x.flatten(0, 1)
+    weights, numbers = (tokens @ m.gate.t()).softmax(-1).topk(2, -1)
+    none = torch.zeros(len(tokens), len(m.gate))
+    return tokens, none.scatter(-1, numbers, 1.0), none.scatter(-1, numbers, weights)
+
+
+def by_tensor(x: Tensor, m: Any) -> Tensor:
+    tokens, mask, routing = routed(x, m)
+    result = torch.zeros_like(tokens)
+    for (expert,) in mask.sum(0).gt(0).nonzero():
+        (rows,) = torch.where(mask[:, expert])
+        result.index_add_(0, rows, tokens[rows] @ m.experts[expert] * routing[rows, expert, None])
+    return result.view(x.shape)
+
+
+def by_item(x: Tensor, m: Any) -> Tensor:
+    tokens, mask, routing = routed(x, m)
+    hit = mask.sum(0).gt(0).nonzero()
+    summed: Any = sum(tokens @ m.experts[e.item()] * routing[:, e] for e in hit)
+    result: Tensor = summed.view(x.shape)
+    return result
+
+
+def by_list(x: Tensor, m: Any) -> Tensor:
+    tokens, mask, routing = routed(x, m)
+    hit = mask.sum(0).gt(0).nonzero().flatten().tolist()
+    summed: Any = sum(tokens @ m.experts[e] * routing[:, [e]] for e in hit)
+    result: Tensor = summed.view(x.shape)
+    return result
+
+
+def by_module(x: Tensor, m: Any) -> Tensor:
+    tokens, mask, _ = routed(x, m)
+    hit = mask.sum(0).gt(0).nonzero().flatten()
+    summed: Any = sum(m.modules_of_experts[e](tokens) for e in hit)
+    result: Tensor = summed.view(x.shape)
+    return result
+
+
+def by_one_hot(x: Tensor, m: Any) -> Tensor:
+    tokens = x.flatten(0, 1)
+    numbers = (tokens @ m.gate.t()).topk(2, -1).indices
+    result = torch.zeros_like(tokens)
+    for (expert,) in F.one_hot(numbers, len(m.gate)).sum((0, 1)).gt(0).nonzero():
+        result = result + tokens @ m.experts[expert]
+    return result.view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("loop", "free"),
+    [(by_tensor, True), (by_item, False), (by_list, False), (by_module, False), (by_one_hot, True)],
+)
+def test_experts_in_a_loop_are_cut_with_their_router_or_not_at_all(
+    loop: Callable[[Tensor, Any], Tensor], free: bool
+) -> None:
+    model = Plain(
+        loop,
+        gate=nn.Parameter(torch.ones(5, 6)),
+        experts=nn.Parameter(torch.ones(5, 6, 6)),
+        modules_of_experts=nn.ModuleList(nn.Linear(6, 6) for _ in range(5)),
+    )
+    discovery = discover_groups(model)
+    five = [group for group in discovery.groups if group.units == 5]
+    assert [(g.kind, g.chosen, g.least) for g in five] == [("expert", True, 2)] * free
+    assert [[(axis.weight, axis.dim) for axis in g.axes] for g in five] == [[("gate", 0), ("experts", 0)]] * free
+
+
+def test_frozen_axes_say_why() -> None:
+    reasons = {(f.weight, f.dim, f.size): f.reason for f in discover(llama()).frozen if ".1." not in f.weight}
+    rotary = "the code computes the buffer model.rotary_emb.inv_freq"
+    assert reasons == {
+        ("model.layers.0.self_attn.q_proj.weight", 0, 2): rotary,
+        ("model.layers.0.self_attn.k_proj.weight", 0, 2): rotary,
+    }
+
+
+def test_a_group_that_does_not_exist_is_a_key_error() -> None:
+    discovery = discover(llama())
+    assert discovery.group("layers.1.mlp").units == 24
+    with pytest.raises(KeyError, match=r"layers\.2\.mlp"):
+        discovery.group("layers.2.mlp")
+
+
+# --- as JSON ----------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_a_discovery_reads_back_as_written(family: str) -> None:
+    discovery = discover(CONFIGS[family], name="tiny")
+    read = from_json(json.loads(json.dumps(discovery.to_json())))
+    # The batch and the sequence of the trace are not written: what is counted has its own.
+    assert dataclasses.replace(read, operations=()) == dataclasses.replace(discovery, operations=())
+    assert read.to_json() == discovery.to_json()
+    kept = {"layers.0.mlp": 7, "layers.1.attention": 1, "hidden": 12}
+    for sizes in ({}, kept):
+        assert count_parameters(read, sizes) == count_parameters(discovery, sizes)
+        assert count_macs(read, sizes) == count_macs(discovery, sizes)
+
+
+# --- counts -----------------------------------------------------------------------------------------------------
+
+
+def parameters(config: PreTrainedConfig) -> int:
+    """Of a real model of that config."""
+    with quiet():
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+@every_family
+def test_every_parameter_counts_once(family: str) -> None:
+    discovery = discover(CONFIGS[family])
+    tables = sum(torch.Size(w.shape).numel() for w in discovery.weights if w.embedding)
+    assert count_parameters(discovery) == parameters(CONFIGS[family])
+    assert count_parameters(discovery, embeddings=False) == parameters(CONFIGS[family]) - tables
+
+
+@pytest.mark.parametrize(
+    ("kept", "smaller"),
+    [
+        ({"mlp": 16}, llama(intermediate_size=16)),
+        ({"attention": 1}, llama(num_attention_heads=2, num_key_value_heads=1)),
+        ({"query": 1}, llama(num_attention_heads=2)),
+        ({"hidden": 8}, llama(hidden_size=8)),
+        (
+            {"mlp": 8, "attention": 1, "query": 1, "hidden": 12},
+            llama(intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, hidden_size=12),
+        ),
+    ],
+)
+def test_a_cut_counts_as_the_smaller_model_does(kept: dict[str, int], smaller: LlamaConfig) -> None:
+    discovery = discover(llama())
+    sizes = {g.name: kept[g.kind] for g in discovery.groups if g.kind in kept}
+    assert count_parameters(discovery, sizes) == parameters(smaller)
+    assert count_macs(discovery, sizes) == count_macs(discover(smaller))
+
+
+def test_a_dropped_layer_counts_as_the_shallower_model_does() -> None:
+    discovery, shallower = discover(llama(num_hidden_layers=3)), llama(num_hidden_layers=2)
+    assert count_parameters(discovery, dropped_layers=frozenset({1})) == parameters(shallower)
+    assert count_macs(discovery, dropped_layers=frozenset({1})) == count_macs(discover(shallower))
+
+
+def test_multiply_accumulates_of_a_layer_by_hand() -> None:
+    discovery = discover(llama(num_hidden_layers=1))
+    tokens, hidden, inner, heads, kv, dim, vocabulary = 3, 16, 24, 4, 2, 4, 50
+    projections = tokens * hidden * (2 * heads * dim + 2 * kv * dim + 3 * inner + vocabulary)
+    assert count_macs(discovery, tokens=tokens) == {
+        "matmul": projections + 2 * heads * tokens * tokens * dim,
+        "norm": 3 * 2 * tokens * hidden,
+        "softmax": heads * tokens * tokens,
+        "activation": tokens * inner,
+        "rotary": 2 * tokens * (heads + kv) * dim,
+    }
+
+
+@pytest.fixture(scope="module")
+def llama_7b() -> Discovery:
+    return discover(LlamaConfig())
+
+
+@pytest.mark.parametrize(
+    ("kept", "giga_macs", "billions"),
+    [
+        ({}, "424.02", "6.74"),
+        ({"attention": 24, "mlp": 8256}, "339.60", "5.42"),
+        ({"hidden": 3276}, "339.36", "5.39"),
+        ({"hidden": 2048}, "212.58", "3.37"),
+    ],
+)
+def test_llama_7b_counts_as_llm_pruner_reports(
+    llama_7b: Discovery, kept: dict[str, int], giga_macs: str, billions: str
+) -> None:
+    """The whole model, layers 4 to 29 cut by a quarter, and the whole width cut by a fifth and by half."""
+    sizes = {g.name: kept[g.kind] for g in llama_7b.groups if g.kind in kept and (g.layer is None or 4 <= g.layer < 30)}
+    assert f"{sum(count_macs(llama_7b, sizes).values()) / 1e9:.2f}" == giga_macs
+    assert f"{count_parameters(llama_7b, sizes) / 1e9:.2f}" == billions
+
+
+# --- what cannot be grouped -------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """Embedded tokens through one function, which sees the module, then a head."""
+
+    def __init__(self, function: Callable[[Tensor, Any], Tensor], columns: int = 6, **children: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(26, 6)
+        self.head = nn.Linear(columns, 26, bias=False)
+        self.function = function
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> tuple[Tensor, ...]:
+        return (self.head(self.function(self.embed(input_ids), self)),)
+
+
+def test_a_parameter_that_is_not_used_is_frozen() -> None:
+    discovery = discover_groups(Plain(lambda x, m: x, spare=nn.Parameter(torch.ones(4, 3))))
+    assert [(f.dim, f.size, f.reason) for f in discovery.frozen if f.weight == "spare"] == [
+        (0, 4, "the logits do not depend on it"),
+        (1, 3, "the logits do not depend on it"),
+    ]
+    assert not any(axis.weight == "spare" for group in discovery.groups for axis in group.axes)
+
+
+def test_units_that_meet_each_other_in_one_axis_are_frozen() -> None:
+    discovery = discover_groups(Plain(lambda x, m: (x[..., None] * x[..., None, :]).flatten(2), columns=36))
+    reasons = {f.reason for f in discovery.frozen if f.weight == "head.weight" and f.dim == 1}
+    assert reasons == {"its units meet each other within one axis of head.weight"}
+    assert [group.name for group in discovery.groups] == ["vocabulary"]
+
+
+def test_a_saved_buffer_is_cut_with_its_group_and_is_no_parameter() -> None:
+    model = Plain(lambda x, m: x * m.scale)
+    model.register_buffer("scale", torch.ones(6))
+    discovery = discover_groups(model)
+    hidden, vocabulary = discovery.groups
+    assert ("scale", 0) in {(axis.weight, axis.dim) for axis in hidden.axes}
+    assert "scale" not in {axis.weight for axis in vocabulary.axes}
+    assert count_parameters(discovery, {hidden.name: 4}) == 2 * 26 * 4
+
+
+# --- lists of layers --------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, *, residual: bool = True, blocks: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.residual = residual
+        self.inner = nn.ModuleList([Block() for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        for block in self.inner:
+            y = block(y)
+        return x + y if self.residual else y
+
+
+def in_turn(x: Tensor, module: Any) -> Tensor:
+    for block in module.blocks:
+        x = block(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("blocks", "found"),
+    [
+        ([Block(), Block()], ("blocks",)),
+        ([Block(), Block(residual=False)], ()),
+        ([Block(residual=False), Block()], ()),
+        ([nn.Linear(6, 6), nn.ReLU()], ()),
+        ([nn.Identity(), nn.Identity()], ()),
+        ([Block(blocks=2), Block(blocks=2)], ("blocks",)),  # the outer list alone
+    ],
+    ids=["residual", "the last is not", "the first is not", "plain", "nothing added", "nested"],
+)
+def test_only_lists_of_residual_blocks_lose_layers(blocks: list[nn.Module], found: tuple[str, ...]) -> None:
+    model = Plain(in_turn, blocks=nn.ModuleList(blocks))
+    assert residual_lists(trace(model)) == found
+    discovery = discover_groups(model)
+    assert [g.units for g in discovery.groups if g.kind == "layer"] == [2] * len(found)
+
+
+class InTurn(nn.Module):
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.items = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.items:
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("parts", "found", "depth"),
+    [
+        ({"a": InTurn(Block(), Block())}, ("a.items",), 2),
+        ({"a": InTurn(Block(residual=False), Block())}, ("a.items",), None),
+        ({"a": InTurn(nn.Linear(6, 6), nn.ReLU())}, ("a.items",), None),
+        # beside a list of residual blocks, no other list is one of layers
+        ({"a": InTurn(nn.Linear(6, 6)), "b": InTurn(Block(), Block())}, ("b.items",), 2),
+        # several lists of layers: none can lose a layer alone
+        ({"a": InTurn(Block(), Block()), "b": InTurn(Block())}, ("a.items", "b.items"), None),
+        ({"a": InTurn(nn.Linear(6, 6)), "b": InTurn(nn.Linear(6, 6))}, ("a.items", "b.items"), None),
+        # a list within an item of a list is none
+        ({"a": InTurn(InTurn(nn.Linear(6, 6)), nn.Linear(6, 6))}, ("a.items",), None),
+    ],
+    ids=["residual", "mixed", "plain", "plain and residual", "two residual", "two plain", "nested"],
+)
+def test_the_lists_of_layers(parts: dict[str, nn.Module], found: tuple[str, ...], depth: int | None) -> None:
+    def run(x: Tensor, module: Any) -> Tensor:
+        for name in parts:
+            x = getattr(module, name)(x)
+        return x
+
+    discovery = discover_groups(Plain(run, 6, **parts))
+    assert discovery.layer_lists == found == layer_lists(trace(Plain(run, 6, **parts)))
+    for weight in discovery.weights:
+        inside = weight.name.startswith(tuple(f"{name}." for name in found))
+        assert (weight.layer is not None) == inside
+    assert [g.units for g in discovery.groups if g.kind == "layer"] == ([depth] if depth else [])

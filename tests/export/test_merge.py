@@ -1,0 +1,208 @@
+"""A LoRA adapter and its model become one ordinary folder with the same logits; what is no such adapter is told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_recover import TEXT, farthest
+
+from secateur import SecateurError, load, verify
+from secateur.checkpoint.record import read_record
+from secateur.data.calibration import CalibrationOptions
+from secateur.errors import CheckpointError, ExportError, TrainingError
+from secateur.export.merge import merge_adapter
+from secateur.models.loading import quiet
+from secateur.pipeline.run import prune_model
+from secateur.planning.plan import read_plan
+from tiny import names, write_tiny
+
+IDS = torch.arange(40)[None]
+
+
+def write_adapter(base: str, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """An adapter of random weights, as peft writes it."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model: Any = load(base, device="cpu")
+        known = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+        adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**known))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        adapted.peft_config["default"].base_model_name_or_path = base
+        adapted.save_pretrained(folder)
+    return folder
+
+
+def applied(base: str, folder: Path) -> torch.Tensor:
+    """The logits of the model with the adapter put on, not merged."""
+    with quiet(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)
+        model: Any = load(base, device="cpu")
+        logits: torch.Tensor = peft.PeftModel.from_pretrained(model, str(folder)).eval()(input_ids=IDS).logits
+    return logits
+
+
+def logits_of(folder: str) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = load(folder, device="cpu")(input_ids=IDS).logits
+    return logits
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model and two cuts of it."""
+    folder = tmp_path_factory.mktemp("shelf")
+    write_tiny(folder / "dense")
+    (folder / "text.txt").write_text(TEXT)
+    text = CalibrationOptions(str(folder / "text.txt"), 4, 16)
+    for shape in ("uniform", "free"):
+        prune_model(str(folder / "dense"), folder / shape, cut={"ratio": 0.3, "shape": shape}, calibration=text)
+    return folder
+
+
+@pytest.fixture
+def place(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with the models in reach under short names."""
+    for path in shelf.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "here"
+
+
+class TestMerged:
+    @pytest.mark.parametrize("base", ["dense", "uniform", "free"])
+    @pytest.mark.parametrize("named", [False, True])
+    def test_it_computes_what_both_do(self, base: str, named: bool, place: Path) -> None:
+        adapter = write_adapter(base, place / "adapter")
+        before = hashlib.sha256(Path(base, "model.safetensors").read_bytes()).hexdigest()
+        done = merge_adapter(base, "here/out", adapter=adapter) if named else merge_adapter("here/adapter", "here/out")
+        assert hashlib.sha256(Path(base, "model.safetensors").read_bytes()).hexdigest() == before
+        expected = applied(base, adapter)
+        assert torch.allclose(logits_of("here/out"), expected, atol=1e-5)
+        assert not torch.allclose(logits_of(base), expected, atol=1e-2)
+        assert (done.base, done.rank, len(done.changed)) == (base, 3, 21)  # seven matrices of three layers
+        assert 0 < done.largest < 100
+        if base != "dense":
+            assert verify("here/out").problems == ()
+            assert read_plan(place / "out/secateur_plan.json") == read_plan(Path(base, "secateur_plan.json"))
+        assert not [name for name in names(place / "out") if name.startswith("adapter")]
+        assert {"tokenizer.json", "config.json", "secateur_record.json"} <= set(names(place / "out"))
+
+    def test_the_record_goes_on(self, place: Path) -> None:
+        write_adapter("free", place / "adapter")
+        merge_adapter("here/adapter", "here/out", command="secateur export")
+        before, after = read_record(Path("free")), read_record(place / "out")
+        assert before is not None
+        assert after is not None
+        assert (after.model, after.weights, after.tensors) == (before.model, before.weights, before.tensors)
+        about: Any = after.recovery
+        assert (about["method"], about["adapter"], about["command"]) == ("lora", "here/adapter", "secateur export")
+        assert about["options"]["adapter"] == {"r": 3, "lora_alpha": 5, "lora_dropout": 0.0}
+        file = (place / "adapter/adapter_model.safetensors").read_bytes()
+        assert about["adapter_weights"] == hashlib.sha256(file).hexdigest()
+
+    @pytest.mark.parametrize("settings", [{"use_rslora": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}])
+    def test_other_kinds_of_lora(self, settings: dict[str, Any], place: Path) -> None:
+        adapter = write_adapter("free", place / "adapter", **settings)
+        merge_adapter("here/adapter", "here/out")
+        assert torch.allclose(logits_of("here/out"), applied("free", adapter), atol=1e-5)
+
+    def test_the_dtype_stays(self, place: Path) -> None:
+        write_tiny(place / "half", dtype=torch.bfloat16)
+        write_adapter("here/half", place / "adapter")
+        merge_adapter("here/adapter", "here/out")
+        assert {weight.dtype for weight in load_file(place / "out/model.safetensors").values()} == {torch.bfloat16}
+        assert farthest("here/out", "here/half") > 0
+
+
+def spoil(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, **changes}))
+
+
+class TestRefused:
+    """One line, and nothing left behind."""
+
+    def check(
+        self, error: type[SecateurError], match: str, place: Path, model: str = "here/adapter", **given: Any
+    ) -> None:
+        before = names(place)
+        with pytest.raises(error, match=match):
+            merge_adapter(model, "here/out", **given)
+        assert names(place) == before
+
+    def test_a_pickle(self, place: Path) -> None:
+        folder = write_adapter("free", place / "adapter")
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+        self.check(ExportError, "adapter_model.bin is a pickle, which can run code and is not read", place)
+
+    def test_a_model_that_is_none(self, place: Path) -> None:
+        self.check(ExportError, "'free' is no folder with an adapter_config.json", place, model="free")
+
+    def test_a_folder_with_an_adapter_that_is_merged(self, place: Path) -> None:
+        shutil.copytree(Path("free").resolve(), place / "trained")
+        write_adapter("free", place / "trained" / "adapter")
+        self.check(ExportError, "which is merged into here/trained already", place, model="here/trained")
+
+    def test_another_kind(self, place: Path) -> None:
+        spoil(write_adapter("free", place / "adapter"), peft_type="PREFIX_TUNING")
+        self.check(ExportError, "of type PREFIX_TUNING is not merged here", place)
+
+    def test_a_base_that_is_gone(self, place: Path) -> None:
+        spoil(write_adapter("free", place / "adapter"), base_model_name_or_path="/gone/model")
+        self.check(ExportError, "belongs to '/gone/model', which is not here .* --adapter here/adapter", place)
+
+    def test_no_base(self, place: Path) -> None:
+        spoil(write_adapter("free", place / "adapter"), base_model_name_or_path=None)
+        self.check(ExportError, "does not say which model the adapter belongs to", place)
+
+    def test_damaged_settings(self, place: Path) -> None:
+        (write_adapter("free", place / "adapter") / "adapter_config.json").write_text("{")
+        self.check(ExportError, "adapter_config.json cannot be read", place)
+
+    def test_damaged_weights(self, place: Path) -> None:
+        (write_adapter("free", place / "adapter") / "adapter_model.safetensors").write_bytes(b"half")
+        self.check(ExportError, "adapter_model.safetensors cannot be read", place)
+
+    def test_of_another_size(self, place: Path) -> None:
+        adapter = write_adapter("free", place / "adapter")
+        self.check(TrainingError, "does not take the adapter .*size mismatch", place, model="dense", adapter=adapter)
+
+    def test_of_another_depth(self, place: Path) -> None:
+        write_tiny(place / "deep", num_hidden_layers=4)
+        adapter = write_adapter("dense", place / "adapter")
+        file = adapter / "adapter_model.safetensors"
+        save_file({name: x for name, x in load_file(file).items() if "layers.1." not in name}, file)
+        self.check(ExportError, "do not have .*layers.1.* in common", place, model="dense", adapter=adapter)
+
+    def test_nan(self, place: Path) -> None:
+        file = write_adapter("dense", place / "adapter") / "adapter_model.safetensors"
+        broken = load_file(file)
+        next(iter(broken.values()))[0, 0] = float("nan")
+        save_file(broken, file)
+        self.check(TrainingError, "the adapter cannot be merged", place)
+
+    def test_the_adapter_s_own_folder(self, place: Path) -> None:
+        write_adapter("dense", place / "adapter")
+        with pytest.raises(SecateurError, match=r"holds the (adapter itself|MODEL)"):
+            merge_adapter("here/adapter", "here/adapter", overwrite=True)
+        assert (place / "adapter/adapter_model.safetensors").is_file()
+
+    def test_a_folder_that_is_there(self, place: Path) -> None:
+        write_adapter("dense", place / "adapter")
+        (place / "out").mkdir()
+        self.check(CheckpointError, "here/out exists", place)

@@ -1,0 +1,352 @@
+"""Plans: what is kept, how many and which; sizes by arithmetic; every refusal."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from every_type import tiny_config
+from families import family_config, family_model
+from secateur import CalibrationOptions, CutOptions, discover, plan, prune, score
+from secateur.discovery.groups import Discovery, from_json
+from secateur.errors import PlanError, ScoreError
+from secateur.planning.plan import (
+    Plan,
+    calibration_for,
+    check_score,
+    options_for,
+    plan_from_json,
+    preset,
+    read_plan,
+    removed_units,
+    settled,
+    top_units,
+)
+from secateur.scoring.scores import Scores
+
+CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def discovery() -> Discovery:
+    return discover(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def scores(discovery: Discovery) -> Scores:
+    return score(family_model(CONFIG, dtype=torch.float32), discovery=discovery, name="l2")
+
+
+def kept(decided: Plan) -> dict[str, int]:
+    return {group.name: group.kept for group in decided.groups}
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=64), st.data())
+def test_no_dropped_unit_beats_a_kept_one(values: list[float], data: st.DataObject) -> None:
+    number = data.draw(st.integers(1, len(values)))
+    keep = top_units(torch.tensor(values, dtype=torch.float64), number)
+    assert len(keep) == number
+    assert list(keep) == sorted(set(keep))
+    assert all(values[d] <= min(values[k] for k in keep) for d in set(range(len(values))) - set(keep))
+
+
+@pytest.mark.parametrize(
+    ("units", "ratio", "removed"),
+    [
+        (32, 0.25, 8),
+        (32, 0.6, 19),
+        (11008, 0.25, 2752),
+        (11008, 0.6, 6605),
+        (4096, 0.2, 820),
+        (3, 0.25, 0),
+        (1536, 0.3335, 513),
+    ],
+)
+def test_shares_round_as_llm_pruner_rounds_them(units: int, ratio: float, removed: int) -> None:
+    assert removed_units(units, ratio) == removed
+
+
+def paper(**cut: Any) -> tuple[str, str]:
+    """Parameters in B and MACs in G of LLaMA-7B after a cut, with the paper's decimals."""
+    config = AutoConfig.for_model("llama")  # its defaults are LLaMA-7B's sizes
+    found = discover(config)
+    decided = plan(found, options_for("llm-pruner", found, cut))
+    return f"{decided.parameters['pruned'] / 1e9:.2f}", f"{decided.macs['pruned'] / 1e9:.2f}"
+
+
+def test_the_papers_sizes_of_a_7b_model() -> None:
+    """LLM-Pruner, table of sizes: 20 % and 50 %, block and channel."""
+    assert paper() == ("5.42", "339.60")
+    assert paper(ratio=0.6, layers=(3, 31)) == ("3.35", "206.59")
+    assert paper(ratio=0.2, strategy="channel") == ("5.39", "339.36")
+    assert paper(ratio=0.5, strategy="channel") == ("3.37", "212.58")
+
+
+@pytest.mark.parametrize("of", ["non-embedding", "parameters", "macs"])
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 0.7])
+def test_a_budget_is_met(discovery: Discovery, of: str, ratio: float) -> None:
+    decided = plan(discovery, CutOptions(ratio=ratio, of=of))
+    before, after = {
+        "non-embedding": (decided.parameters["dense_non_embedding"], decided.parameters["pruned_non_embedding"]),
+        "parameters": (decided.parameters["dense"], decided.parameters["pruned"]),
+        "macs": (decided.macs["dense"], decided.macs["pruned"]),
+    }[of]
+    assert 1 - after / before == pytest.approx(ratio, abs=0.005)
+
+
+def test_a_target_is_what_is_left(discovery: Discovery) -> None:
+    dense = plan(discovery, CutOptions(ratio=0.2)).parameters["dense_non_embedding"]
+    decided = plan(discovery, CutOptions(target=dense // 2))
+    assert decided.parameters["pruned_non_embedding"] == pytest.approx(dense // 2, rel=0.005)
+
+
+def test_sizes_are_those_of_the_model_that_is_cut(discovery: Discovery, scores: Scores) -> None:
+    decided = plan(discovery, CutOptions(ratio=0.3), config=CONFIG, scores=scores)
+    pruned = prune(family_model(CONFIG, dtype=torch.float32), decided)
+    assert sum(p.numel() for p in pruned.parameters()) == decided.parameters["pruned"]
+    assert discover(pruned.config).group("layers.0.mlp").units == kept(decided)["layers.0.mlp"]
+
+
+def test_all_layers_are_cut_alike_unless_some_are_named(discovery: Discovery) -> None:
+    everywhere = plan(discovery, CutOptions(ratio=0.3, of="units"), config=CONFIG)
+    assert everywhere.settings == {"intermediate_size": 560}
+    some = plan(discovery, CutOptions(ratio=0.4, of="units", layers=(1, 3)), config=CONFIG)
+    assert {group.layer for group in some.groups} == {1, 2}
+    assert some.settings is None
+    assert some.refusal is not None
+    assert "differs between layers" in some.refusal
+
+
+def test_units_kept_are_the_best(discovery: Discovery, scores: Scores) -> None:
+    for group in plan(discovery, CutOptions(ratio=0.4, of="units"), scores=scores).groups:
+        assert group.keep is not None
+        values = scores.units[group.name]
+        dropped = [i for i in range(group.units) if i not in group.keep]
+        assert len(group.keep) == group.kept
+        assert max(values[dropped]) <= min(values[list(group.keep)])
+
+
+def test_channel_strategy_cuts_the_hidden_width(discovery: Discovery) -> None:
+    options = options_for("best", discovery, {"strategy": "channel", "ratio": 0.25, "of": "units"})
+    assert kept(plan(discovery, options, config=CONFIG)) == {"hidden": 90}
+
+
+def test_layer_strategy_drops_the_lowest_layers(discovery: Discovery, scores: Scores) -> None:
+    options = options_for("best", discovery, {"strategy": "layer", "ratio": 0.25})
+    (group,) = plan(discovery, options, scores=scores, config=CONFIG).groups
+    assert (group.name, group.kept) == ("layers", 3)
+    assert set(range(4)) - set(group.keep or ()) == {int(scores.units["layers"].argmin())}
+
+
+def test_layers_out_of_range_are_not_dropped(discovery: Discovery, scores: Scores) -> None:
+    lowest = int(scores.units["layers"].argmin())
+    outside = (0, lowest) if lowest > 1 else (lowest + 1, 4)
+    options = options_for("best", discovery, {"strategy": "layer", "ratio": 0.25, "layers": outside})
+    (group,) = plan(discovery, options, scores=scores).groups
+    assert lowest in (group.keep or ())
+
+
+@pytest.mark.parametrize("multiple", [8, 32])
+def test_widths_are_multiples(discovery: Discovery, multiple: int) -> None:
+    decided = plan(discovery, CutOptions(ratio=0.3, round_to=multiple))
+    assert {size % multiple for name, size in kept(decided).items() if name.endswith("mlp")} == {0}
+
+
+def test_stacked_experts_keep_to_widths_that_grouped_products_take() -> None:
+    """Rows of a multiple of 16 bytes, in 16 bits a number; what is asked for is a multiple of that too."""
+    config = tiny_config("mixtral")
+    found = discover(config)
+    experts = [group for group in found.groups if group.kind == "expert_mlp"]
+    assert {(group.units, group.multiple) for group in experts} == {(84, 4)}
+    assert found.group("hidden").multiple == 8
+    assert {group.multiple for group in found.groups if group.kind == "attention"} == {1}
+    assert from_json(json.loads(json.dumps(found.to_json()))).groups == found.groups
+    for ratio in (0.1, 0.25, 0.4):
+        for of in ("units", "non-embedding"):
+            for multiple, each in ((1, 4), (3, 12)):
+                decided = plan(found, CutOptions(ratio=ratio, of=of, axes=("mlp",), round_to=multiple))
+                assert {group.kept % each for group in decided.groups} == {0}
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.5, 1.5), (1.5, 0.5), (0.0, 2.0), (1.0, 1.0)])
+def test_a_schedule_gives_layers_shares_on_a_line(discovery: Discovery, first: float, last: float) -> None:
+    options = CutOptions(ratio=0.3, shape="free", schedule=(first, last))
+    decided = plan(discovery, options)
+    assert plan_from_json(json.loads(json.dumps(decided.to_json()))) == decided
+    left = decided.parameters["pruned_non_embedding"] / decided.parameters["dense_non_embedding"]
+    assert left == pytest.approx(0.7, abs=0.005)
+    removed = [800 - kept(decided).get(f"layers.{i}.mlp", 800) for i in range(4)]
+    mean = sum(removed) / 4
+    expected = [mean * 2 * (first + (last - first) * i / 3) / (first + last) for i in range(4)]
+    assert removed == pytest.approx(expected, abs=2)
+    units = plan(discovery, replace(options, of="units", axes=("mlp",)))
+    removed = [800 - kept(units).get(f"layers.{i}.mlp", 800) for i in range(4)]
+    assert removed == pytest.approx(
+        [240 * 2 * (first + (last - first) * i / 3) / (first + last) for i in range(4)], abs=1
+    )
+
+
+def test_a_schedule_never_empties_a_layer(discovery: Discovery) -> None:
+    for of in ("units", "non-embedding"):
+        decided = plan(discovery, CutOptions(ratio=0.6, of=of, axes=("mlp",), shape="free", schedule=(0, 1)))
+        assert min(kept(decided).values()) >= 1
+    one = plan(
+        discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",), layers=(1, 2), shape="free", schedule=(0, 1))
+    )
+    assert kept(one) == {"layers.1.mlp": 400}
+
+
+def test_heads_that_the_config_refuses_are_left_whole() -> None:
+    """The config wants the hidden width to divide by the heads; what no number of heads can give, the MLP gives."""
+    config = family_config("llama", hidden_size=112, num_attention_heads=7, num_key_value_heads=7, head_dim=16)
+    found = discover(config)
+    decided = plan(found, CutOptions(ratio=0.3), config=config)
+    assert decided.settings is not None
+    assert decided.parameters["pruned_non_embedding"] / decided.parameters["dense_non_embedding"] == pytest.approx(
+        0.7, abs=0.02
+    )
+
+
+def test_a_plan_survives_json(discovery: Discovery, scores: Scores, tmp_path: Path) -> None:
+    decided = plan(discovery, CutOptions(ratio=0.3, layers=(1, 3)), config=CONFIG, scores=scores)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(decided.to_json()))
+    assert read_plan(file) == decided
+    sizes = plan(discovery, CutOptions(ratio=0.3), config=CONFIG)
+    assert not sizes.decided
+    assert plan_from_json(json.loads(json.dumps(sizes.to_json()))) == sizes
+
+
+def test_presets(discovery: Discovery) -> None:
+    assert preset("llm-pruner", 32) == CutOptions(ratio=0.25, of="units", layers=(4, 30), score="param_first")
+    best = preset("best", 32)
+    assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "free")
+    assert (best.choose, best.repair) == ("obs", "least-squares")
+    assert preset("fast", 32) == best
+    assert calibration_for("fast") == replace(calibration_for("best"), samples=24, for_scores=8)
+    assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
+    assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
+        "a.txt", samples=256, length=256, for_scores=64, shuffled=None
+    )
+    for options, shuffled in ((best, 0.25), (replace(best, choose="score", repair="none"), 0.0)):
+        assert settled(calibration_for("best"), options).shuffled == shuffled
+        assert settled(calibration_for("best", shuffled=0.0), options).shuffled == 0
+        assert settled(calibration_for("fast"), options).shuffled == shuffled
+        assert settled(calibration_for("best", text="self"), options).shuffled == 0
+    scheduled = options_for("best", discovery, {"schedule": (0.5, 1.5)})
+    assert (scheduled.scope, scheduled.shape, scheduled.repair) == ("local", "free", "least-squares")
+    with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):
+        preset("bets", 32)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan])
+def test_a_ratio_outside_is_refused(ratio: float) -> None:
+    with pytest.raises(PlanError, match=r"ratio=.* is outside \[0, 1\): .* for example ratio=0\.2"):
+        CutOptions(ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either a ratio .* or a target"),
+        ({"ratio": 0.2, "target": 5}, "either a ratio .* or a target"),
+        ({"ratio": 0.2, "of": "parameter"}, "of='parameter' is no budget.*Did you mean parameters?"),
+        ({"target": 5, "of": "units"}, "a target counts parameters, macs, bytes"),
+        ({"ratio": 0.2, "axes": ("atention",)}, "axes='atention' cannot be cut.*Did you mean attention?"),
+        ({"ratio": 0.2, "axes": ()}, "axes is empty"),
+        ({"ratio": 0.2, "axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),
+        ({"ratio": 0.2, "round_to": 0}, "round_to=0 is not a width"),
+        ({"ratio": 0.2, "shape": "free", "schedule": (-1, 1)}, "schedule=-1:1: expected shares in proportion"),
+        ({"ratio": 0.2, "shape": "free", "schedule": (0, 0)}, "schedule=0:0: expected shares in proportion"),
+        ({"ratio": 0.2, "schedule": (1, 2)}, "schedule=1:2 gives every layer its share .* scope=local and shape=free"),
+        ({"ratio": 0.2, "shape": "free", "scope": "global", "schedule": (1, 2)}, "scope=local and shape=free"),
+        ({"ratio": 0.2, "shape": "free", "axes": ("hidden",), "schedule": (1, 2)}, "axes inside layers"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        CutOptions(**options)
+
+
+def test_scores_and_reductions_are_checked() -> None:
+    with pytest.raises(ScoreError, match="score='L1' is unknown"):
+        check_score(CutOptions(ratio=0.2, score="L1"))
+    with pytest.raises(ScoreError, match=r"reduce='sums' is unknown.*Did you mean sum\?"):
+        CutOptions(ratio=0.2, reduce="sums")
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ({"layers": (2, 9)}, r"layers=2:9 is outside the model: it has layers 0:4"),
+        ({"layers": (3, 3)}, r"layers=3:3 is outside the model"),
+        ({"axes": ("hidden",), "layers": (0, 2)}, "hidden runs through every layer"),
+        ({"ratio": 0.0}, r"ratio=0 of non-embedding removes no unit .* removes one unit"),
+        (
+            {"ratio": 0.0001, "of": "units", "axes": ("attention",)},
+            r"removes no unit of any group \(units: attention 3\)",
+        ),
+        (
+            {"ratio": 0.9999, "of": "units", "axes": ("mlp",)},
+            r"layers\.0\.mlp: removing 800 of its 800 units would empty it",
+        ),
+        ({"ratio": 0.99}, r"ratio=0\.99 leaves .* at most ratio=0\.\d+"),
+        ({"ratio": None, "target": 10**12}, r"target=1,000,000,000,000 is more than the dense model's"),
+        ({"round_to": 1000}, r"round_to=1000 is more than the 800 units of layers\.0\.mlp"),
+        ({"strategy": "blocks"}, r"strategy='blocks' is unknown.*Did you mean block\?"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(discovery: Discovery, cut: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan(discovery, options_for("best", discovery, cut), config=CONFIG)
+
+
+def test_a_kind_that_the_model_lacks_is_refused() -> None:
+    found = discover(family_config("gpt2"))
+    with pytest.raises(PlanError, match=r"axes=query: .* has no group of that kind in layers 0:3; it has: attention"):
+        plan(found, CutOptions(ratio=0.5, of="units", axes=("query",)))
+
+
+def test_a_hidden_width_that_the_config_refuses_names_the_nearest(discovery: Discovery) -> None:
+    decided = plan(discovery, CutOptions(ratio=0.27, of="units", axes=("hidden",)), config=CONFIG)
+    assert decided.settings is None
+    assert decided.refusal is not None
+    assert "hidden 87 of 120" in decided.refusal
+    assert "nearest widths that it accepts are 84 and 90; --round-to 6" in decided.refusal
+
+
+def test_scores_must_fit(discovery: Discovery) -> None:
+    def with_units(units: dict[str, torch.Tensor]) -> Plan:
+        return plan(discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",)), scores=Scores("l2", "sum", units))
+
+    with pytest.raises(ScoreError, match=r"no scores for layers\.0\.mlp"):
+        with_units({})
+    names = [f"layers.{i}.mlp" for i in range(4)]
+    with pytest.raises(ScoreError, match="has 800 units and 5 scores"):
+        with_units({name: torch.ones(5) for name in names})
+    with pytest.raises(ScoreError, match=r"the scores of layers\.0\.mlp hold NaN or Inf"):
+        with_units({name: torch.full((800,), math.nan) for name in names})
+
+
+def test_plan_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    with pytest.raises(PlanError, match=r"no plan at .*: write one with `secateur plan MODEL --out"):
+        read_plan(file)
+    for text, message in (
+        ("{", "is not a plan"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"format": 0}', "has format 0, this version reads 1"),
+        ('{"format": 1, "modle": 1}', r"unknown or missing keys \(modle\)"),
+    ):
+        file.write_text(text)
+        with pytest.raises(PlanError, match=message):
+            read_plan(file)

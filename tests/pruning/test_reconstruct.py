@@ -1,0 +1,146 @@
+"""Reconstruction: layers come nearer to the dense ones on text left out of their training; nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from families import GROUPED, family_config, family_model
+from secateur import CutOptions, discover, plan, prune, score
+from secateur.discovery.groups import Discovery
+from secateur.errors import PlanError
+from secateur.pruning.iterative import cut_in_steps
+from secateur.pruning.reconstruct import Training, reconstruct_in_place
+
+WINDOWS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
+HELD_OUT = WINDOWS[7::8]
+MIXTURE = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
+TRAINING = Training(steps=30, batch_tokens=128, rate=1e-3)
+
+
+def cut_model(
+    family: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedModel, Discovery]:
+    model = family_model(MIXTURE if family == "mixtral" else family_config(family), dtype=dtype)
+    if family == "mixtral":
+        model.set_experts_implementation("eager")  # other ways want widths that are multiples
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    discovery = discover(model)
+    wanted = CutOptions(**{"ratio": 0.4, "of": "units", "axes": ("mlp",), "score": "l2", **options})
+    decided = plan(discovery, wanted, config=model.config, scores=score(model, discovery=discovery, name="l2"))
+    return model, prune(model, decided, discovery=discovery), discovery
+
+
+def copies(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def outputs_of(model: PreTrainedModel, paths: list[str], windows: Tensor) -> list[Tensor]:
+    """What the layers give."""
+    seen: list[Tensor] = []
+
+    def see(_: Any, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [model.get_submodule(path).register_forward_hook(see) for path in paths]
+    with torch.no_grad():
+        model(input_ids=windows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"])
+def test_layers_come_nearer_to_the_dense_ones(family: str) -> None:
+    model, cut, discovery = cut_model(family)
+    before = copies(model)
+    paths = [f"{prefix}.{i}" for prefix in discovery.layer_lists for i in range(model.config.num_hidden_layers)]
+    dense = outputs_of(model, paths, HELD_OUT)
+    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
+    assert [*errors] == paths
+    assert all(after < first for first, after in errors.values())
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in cut.parameters())
+    # The errors are of the cut model as it now is, on the windows that are left out.
+    for (_, told), wanted, given in zip(errors.values(), dense, outputs_of(cut, paths, HELD_OUT), strict=True):
+        assert float((given - wanted).square().sum() / wanted.square().sum()) == pytest.approx(told, rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        model, cut, discovery = cut_model("llama")
+        reconstruct_in_place(model, cut, discovery, WINDOWS, training=Training(10, 128, 1e-3, seed))
+        found.append(copies(cut))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_bfloat16_is_trained_in_float32_and_stays_bfloat16() -> None:
+    model, cut, discovery = cut_model("llama", torch.bfloat16)
+    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
+    assert {parameter.dtype for parameter in cut.parameters()} == {torch.bfloat16}
+    assert all(after < first for first, after in errors.values())
+
+
+def test_training_that_does_not_help_is_not_kept() -> None:
+    model, cut, discovery = cut_model("llama")
+    before = copies(cut)
+    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=Training(5, 128, rate=10.0))
+    assert all(after == first for first, after in errors.values())
+    assert all(torch.equal(before[name], parameter) for name, parameter in cut.named_parameters())
+
+
+def test_layers_that_are_not_cut_are_left_as_they_are() -> None:
+    model, cut, discovery = cut_model("llama", layers=(1, 2))
+    before = copies(cut)
+    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
+    assert [*errors] == ["model.layers.1"]
+    for name, parameter in cut.named_parameters():
+        assert torch.equal(before[name], parameter) != name.startswith("model.layers.1.")
+
+
+def test_nothing_cut_nothing_changed() -> None:
+    model, _, discovery = cut_model("llama")
+    again = family_model(family_config("llama"), dtype=torch.float32)
+    before = copies(again)
+    assert reconstruct_in_place(model, again, discovery, WINDOWS, training=TRAINING) == {}
+    assert all(torch.equal(before[name], parameter) for name, parameter in again.named_parameters())
+
+
+def test_one_window_is_enough() -> None:
+    model, cut, discovery = cut_model("llama")
+    assert len(reconstruct_in_place(model, cut, discovery, WINDOWS[:1], training=TRAINING)) == 3
+
+
+@pytest.mark.parametrize(("axis", "said"), [("layers", "needs all layers"), ("hidden", "hidden width")])
+def test_layers_and_hidden_width_are_refused(axis: str, said: str) -> None:
+    model, cut, discovery = cut_model("llama", axes=(axis,))
+    with pytest.raises(PlanError, match=said):
+        reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
+    with pytest.raises(PlanError, match=f"repair=reconstruct.*axes={axis}"):
+        CutOptions(ratio=0.2, axes=(axis,), repair="reconstruct")
+
+
+def test_steps_end_with_a_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, discovery = cut_model("llama")
+    options = CutOptions(ratio=0.4, of="units", axes=("mlp",), score="l2", steps=2, repair="reconstruct")
+    bars: list[str] = []
+    seen: list[Tensor] = []
+
+    def told(dense: PreTrainedModel, cut: PreTrainedModel, *_: Any, **__: Any) -> None:
+        assert dense is model
+        seen.append(cut.model.layers[0].mlp.down_proj.weight)
+
+    monkeypatch.setattr("secateur.pruning.iterative.reconstruct_in_place", told)
+    smaller, decided = cut_in_steps(model, discovery, options, WINDOWS, progress=lambda stage: bars.append(stage))
+    assert bars[-1] == "reconstruct"
+    assert seen[0] is smaller.model.layers[0].mlp.down_proj.weight
+    assert decided.options.repair == "reconstruct"

@@ -1,0 +1,243 @@
+"""Repair: the error of every repaired matrix on text it has not seen, biases, stacks, choices, and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from families import GROUPED, family_config, family_model
+from secateur import CutOptions, discover, plan, prune, score
+from secateur.discovery.groups import Discovery
+from secateur.errors import PlanError
+from secateur.planning.plan import Plan
+from secateur.pruning.repair import Repaired, _narrowed, _scaled_weight, repair
+from secateur.scoring.scores import Scores
+
+GENERATOR = torch.Generator().manual_seed(0)
+WINDOWS = torch.randint(3, 97, (24, 16), generator=GENERATOR)
+HELD_OUT = torch.randint(3, 97, (24, 16), generator=GENERATOR)
+MIXTURE = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
+FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral")
+
+
+def planned(family: str, **options: Any) -> tuple[PreTrainedModel, Discovery, Plan]:
+    """A model in float64 and a plan by magnitude."""
+    config = MIXTURE if family == "mixtral" else family_config(family)
+    model = family_model(config, dtype=torch.float64)
+    if family == "mixtral":
+        model.set_experts_implementation("eager")  # the other ways know no float64
+    with torch.no_grad():  # sizeable differences between the units
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    discovery = discover(model)
+    wanted = CutOptions(**{"ratio": 0.4, "of": "units", "axes": ("mlp",), "score": "l2", **options})
+    return model, discovery, plan(discovery, wanted, scores=score(model, discovery=discovery, name="l2"))
+
+
+def logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=windows, use_cache=False).logits
+    return found
+
+
+def inputs_of(model: PreTrainedModel, weight: str, windows: Tensor) -> Tensor:
+    """What the module of a weight reads, by a hook."""
+    seen: list[Tensor] = []
+    features = model.get_parameter(weight).numel() // model.config.hidden_size
+
+    def see(_: Any, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].detach().reshape(-1, features))
+
+    handle = model.get_submodule(weight.rpartition(".")[0]).register_forward_pre_hook(see)
+    logits(model, windows)
+    handle.remove()
+    return seen[0]
+
+
+def masked(model: PreTrainedModel, found: Repaired) -> PreTrainedModel:
+    """The dense model with repaired weights, which are zero where units go."""
+    other: PreTrainedModel = type(model)(model.config).double().eval()
+    other.load_state_dict(model.state_dict())
+    for name, weight in found.weights.items():
+        other.get_parameter(name).data = weight
+    return other
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["prefix", "dense"])
+def test_errors_are_lower_after_repair_and_the_cut_model_is_the_masked_one(family: str, target: str) -> None:
+    model, discovery, decided = planned(family)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    found = repair(model, decided, discovery, WINDOWS, target=target)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert found.errors
+    if target == "prefix":
+        assert all(after < left_out for left_out, after in found.errors.values())
+    cut = prune(model, found.plan, discovery=discovery, weights=found.weights)
+    # What no token reached (experts) is left as it is, so only there the masked model may differ from the cut one.
+    assert torch.allclose(logits(cut, WINDOWS), logits(masked(model, found), WINDOWS), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "phi3"])
+def test_every_repaired_layer_is_nearer_on_text_that_was_not_seen(family: str) -> None:
+    model, discovery, decided = planned(family)
+    found = repair(model, decided, discovery, WINDOWS)
+    repaired = masked(model, found)
+    for name in found.errors:
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        x = inputs_of(repaired, name, HELD_OUT)
+        wanted, given = module(x), repaired.get_submodule(name.rpartition(".")[0])(x)
+        gone = found.weights[name].abs().sum(0) == 0
+        left_out = torch.nn.functional.linear(x.masked_fill(gone, 0), module.weight, module.bias)
+        assert (given - wanted).square().sum() < (left_out - wanted).square().sum()
+
+
+@pytest.mark.parametrize("axes", [("attention",), ("attention", "mlp")])
+def test_heads_are_repaired_too(axes: tuple[str, ...]) -> None:
+    model, discovery, decided = planned("llama", axes=axes, ratio=0.5)
+    found = repair(model, decided, discovery, WINDOWS)
+    assert any("o_proj" in name for name in found.errors)
+    cut = prune(model, found.plan, discovery=discovery, weights=found.weights)
+    assert torch.allclose(logits(cut, WINDOWS), logits(masked(model, found), WINDOWS), rtol=1e-9, atol=1e-9)
+
+
+def test_bias_makes_up_for_the_mean() -> None:
+    model, discovery, decided = planned("opt")
+    found = repair(model, decided, discovery, WINDOWS, method="bias")
+    name = "model.decoder.layers.0.fc2.weight"
+    x = inputs_of(model, name, WINDOWS)
+    gone = found.weights[name].abs().sum(0) == 0
+    lost = model.get_parameter(name)[:, gone] @ x[:, gone].mean(0)
+    change = found.weights["model.decoder.layers.0.fc2.bias"] - model.get_parameter("model.decoder.layers.0.fc2.bias")
+    assert torch.allclose(change, lost, rtol=1e-9, atol=1e-12)
+    assert all(after < before for before, after in found.errors.values())
+
+
+def test_without_a_bias_nothing_is_added_but_told() -> None:
+    model, discovery, decided = planned("llama")
+    found = repair(model, decided, discovery, WINDOWS, method="bias")
+    assert set(found.shifts) == set(found.errors)
+    assert all(before == after for before, after in found.errors.values())
+    assert set(found.weights) <= {name for name, _ in model.named_parameters()}
+
+
+def test_units_are_chosen_where_one_matrix_reads_them() -> None:
+    model, discovery, decided = planned("llama")
+    found = repair(model, decided, discovery, WINDOWS, choose=True)
+    kept = {group.name: group for group in found.plan.groups}
+    for group in decided.groups:
+        assert kept[group.name].kept == len(kept[group.name].keep or ()) == group.kept
+    assert any(kept[group.name].keep != group.keep for group in decided.groups)
+    scored = repair(model, decided, discovery, WINDOWS)
+    first = next(iter(found.errors))
+    assert found.errors[first][1] < scored.errors[first][1]
+
+
+def test_units_that_many_matrices_read_are_left_as_planned() -> None:
+    model, discovery, decided = planned("mixtral")
+    assert repair(model, decided, discovery, WINDOWS, choose=True).plan == decided
+
+
+def test_later_layers_are_fitted_to_what_earlier_ones_give_after_the_cut() -> None:
+    model, discovery, decided = planned("llama")
+    apart = repair(model, decided, discovery, WINDOWS, sequential=False)
+    in_turn = repair(model, decided, discovery, WINDOWS)
+    first, *_, last = in_turn.errors
+    assert torch.equal(apart.weights[first], in_turn.weights[first])
+    assert not torch.allclose(apart.weights[last], in_turn.weights[last])
+
+
+def test_removing_nothing_changes_nothing() -> None:
+    model, discovery, decided = planned("llama")
+    whole = replace(decided, groups=tuple(replace(g, kept=g.units, keep=tuple(range(g.units))) for g in decided.groups))
+    found = repair(model, whole, discovery, WINDOWS)
+    assert not found.errors
+    assert all(torch.equal(weight, model.get_parameter(name)) for name, weight in found.weights.items())
+
+
+def test_a_plan_of_layers_needs_no_repair() -> None:
+    model, discovery, _ = planned("llama")
+    scores = Scores("l2", "sum", {"layers": torch.arange(discovery.depth).float()})
+    options = CutOptions(ratio=0.5, of="units", axes=("layers",), score="l2")
+    found = repair(model, plan(discovery, options, scores=scores), discovery, WINDOWS)
+    assert not found.weights
+
+
+@pytest.mark.parametrize(("given", "said"), [({"method": "glue"}, "repair='glue'"), ({"target": "moon"}, "'moon'")])
+def test_unknown_names(given: dict[str, str], said: str) -> None:
+    model, discovery, decided = planned("llama")
+    with pytest.raises(PlanError, match=said):
+        repair(model, decided, discovery, WINDOWS, **given)  # type: ignore[arg-type]
+
+
+# --- the hidden width -------------------------------------------------------------------------------------------------
+
+
+class OneMore(nn.Module):
+    """A norm that multiplies by one more than its weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x / x.square().mean(-1, keepdim=True).sqrt() * (1 + self.weight)
+        return found
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer", "one more"])
+def test_the_weight_of_a_norm_is_scaled_to_what_it_gave(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.rand(12, generator=generator), torch.randn(3, 50, 12, generator=generator)
+    x[..., 5:] *= 3  # features that go are larger than those that stay
+    norm: Any = OneMore(weight)
+    if kind != "one more":
+        norm = nn.RMSNorm(12, eps=1e-6) if kind == "rms" else nn.LayerNorm(12)
+        norm.weight.data = weight
+    if kind == "layer":
+        norm.bias.data = torch.randn(12, generator=generator)
+    at = torch.arange(5)
+    wanted = norm(x)[..., at].detach()
+    smaller = _narrowed(norm, at)
+    before = (smaller(x[..., at]) - wanted).square().sum()
+    found = _scaled_weight(smaller, x[..., at], wanted)
+    assert found is not None
+    errors = []
+    for factor in (1.0, 0.98, 1.02):
+        other = (1 + found) * factor - 1 if kind == "one more" else found * factor
+        smaller.weight = nn.Parameter(other)
+        errors.append((smaller(x[..., at]) - wanted).square().sum().item())
+    assert errors[0] == min(errors)
+    assert errors[0] < before
+    assert torch.equal(norm.weight, weight)
+
+
+@torch.no_grad()
+def test_what_no_weight_scales_is_left() -> None:
+    class Clamped(OneMore):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    norm = Clamped(torch.rand(4))
+    assert _scaled_weight(norm, torch.randn(2, 3, 4), 5 * torch.ones(2, 3, 4)) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "opt"])
+def test_a_hidden_cut_comes_nearer_to_the_dense_model(family: str) -> None:
+    model, discovery, decided = planned(family, axes=("hidden",), ratio=0.2)
+    found = repair(model, decided, discovery, WINDOWS)
+    assert any("norm" in name or "ln_" in name for name in found.weights)
+    assert not any(weight.name in found.weights for weight in discovery.weights if weight.embedding)
+    assert all(after <= left_out for left_out, after in found.errors.values())
+    dense = logits(model, WINDOWS)
+    errors = []
+    for weights in ({}, found.weights):
+        cut = prune(model, found.plan, discovery=discovery, weights=weights)
+        errors.append(float((logits(cut, WINDOWS) - dense).square().sum()))
+    assert errors[1] < errors[0]

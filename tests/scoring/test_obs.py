@@ -1,0 +1,116 @@
+"""Closed forms against what a solver finds by brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from secateur.scoring.obs import STRIP, damped, gram, least_squares, output_error, removal_costs, unit_costs
+
+
+def problem(seed: int, rows: int = 5, columns: int = 8, tokens: int = 40) -> tuple[Tensor, Tensor]:
+    """A matrix and what it reads, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mixed
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), x
+
+
+@given(st.integers(0, 10**6), st.sets(st.integers(0, 7), min_size=1, max_size=7))
+@settings(deadline=None, max_examples=40)
+def test_least_squares_is_the_normal_equations_solution(seed: int, kept: set[int]) -> None:
+    w, x = problem(seed)
+    at = torch.tensor(sorted(kept))
+    ours = least_squares(w, x.t() @ x, at, damping=0.0)
+    solver = torch.linalg.lstsq(x[:, at], x @ w.t()).solution.t()
+    assert torch.allclose(ours, solver, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 10.0])
+def test_removing_nothing_changes_nothing(damping: float) -> None:
+    w, x = problem(1)
+    assert torch.allclose(least_squares(w, x.t() @ x, torch.arange(8), damping=damping), w, rtol=1e-9, atol=1e-9)
+
+
+def test_another_target() -> None:
+    w, x = problem(2)
+    dense = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = torch.tensor([0, 2, 3, 6])
+    ours = least_squares(w, x.t() @ x, at, cross_CC=dense.t() @ x, damping=0.0)
+    assert torch.allclose(ours, torch.linalg.lstsq(x[:, at], dense @ w.t()).solution.t(), rtol=1e-8, atol=1e-8)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=20)
+def test_a_unit_costs_what_the_best_correction_leaves(seed: int) -> None:
+    w, x = problem(seed)
+    unit_of = torch.tensor([0, 0, 1, -1, 2, 2, 2, 3])
+    gram = x.t() @ x
+    for unit, cost in enumerate(unit_costs(w, gram, unit_of, damping=0.0).tolist()):
+        at = torch.nonzero(unit_of != unit).flatten()
+        change = torch.zeros_like(w)
+        change[:, at] = least_squares(w, gram, at, damping=0.0)
+        assert output_error(change - w, gram) == pytest.approx(cost, rel=1e-6)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=20)
+def test_greedy_costs_add_up_to_the_error_of_all_that_went(seed: int) -> None:
+    w, x = problem(seed)
+    gram = x.t() @ x
+    order, costs = removal_costs(w, gram, torch.arange(8), keep=3, damping=0.0)
+    at = torch.tensor(sorted(set(range(8)) - set(order)))
+    change = torch.zeros_like(w)
+    change[:, at] = least_squares(w, gram, at, damping=0.0)
+    assert len(order) == 5
+    assert float(costs.sum()) == pytest.approx(output_error(change - w, gram), rel=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 5, STRIP, STRIP + 1, 3 * STRIP - 7])
+def test_a_gram_matrix_in_strips(columns: int) -> None:
+    _, x = problem(2, columns=columns)
+    assert torch.allclose(gram(x), x.t() @ x, rtol=1e-12, atol=1e-9)
+
+
+def test_what_is_given_stays_as_it_is() -> None:
+    w, x = problem(3)
+    product = x.t() @ x
+    given_w, given_product = w.clone(), product.clone()
+    removal_costs(w, product, torch.arange(8))
+    assert torch.equal(w, given_w)
+    assert torch.equal(product, given_product)
+
+
+def test_greedy_finds_the_pair_that_one_by_one_misses() -> None:
+    # Columns 0 and 1 read the same feature: alone, each costs nothing; together they cost most.
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = torch.stack([x[:, 0], x[:, 0] + 1e-3 * x[:, 1], 0.5 * x[:, 2]], 1)
+    w, gram = torch.ones(1, 3, dtype=torch.float64), x.t() @ x
+
+    def error(gone: tuple[int, ...]) -> float:
+        at = torch.tensor([i for i in range(3) if i not in gone])
+        change = torch.zeros_like(w)
+        change[:, at] = least_squares(w, gram, at, damping=0.0)
+        return output_error(change - w, gram)
+
+    order, _ = removal_costs(w, gram, torch.arange(3), keep=1, damping=0.0)
+    assert set(unit_costs(w, gram, torch.arange(3), damping=0.0).argsort()[:2].tolist()) == {0, 1}
+    assert error(tuple(order)) == pytest.approx(min(error(pair) for pair in itertools.combinations(range(3), 2)))
+
+
+def test_units_without_columns_go_first_and_for_nothing() -> None:
+    w, x = problem(4)
+    order, costs = removal_costs(w, x.t() @ x, torch.tensor([0, 0, 2, 2, 2, 3, 3, 3]), keep=2)
+    assert order[0] == 1
+    assert float(costs[0]) == 0
+
+
+def test_a_gram_matrix_without_inverse_is_damped() -> None:
+    w, x = problem(5, tokens=3)
+    assert torch.isfinite(unit_costs(w, x.t() @ x, torch.arange(8))).all()
+    assert bool((torch.linalg.eigvalsh(damped(x.t() @ x)) > 0).all())
