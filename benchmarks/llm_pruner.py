@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secateur
 from secateur.evaluation.perplexity import read_evaluation_text
-from secateur.planning.plan import calibration_for, options_for
+from secateur.planning.options import calibration_for, options_for
 
 SEQ_LENS = (128, 1024)
 BLOCK: Mapping[str, Any] = {"layers": (6, 24), "ratio": 0.3335, "of": "units"}  # 1 of 3 KV heads, 513 of 1536 channels

@@ -49,7 +49,8 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.evaluation.perplexity import evaluate, read_evaluation_text
 from secateur.models.loading import load, load_tokenizer, quiet
-from secateur.planning.plan import CutOptions, Plan, calibration_for, groups_to_cut, plan, preset, settled
+from secateur.planning.options import CutOptions, calibration_for, preset, settled
+from secateur.planning.plan import Plan, groups_to_cut, plan
 from secateur.progress import peak_rss
 from secateur.pruning.iterative import cut_in_steps
 from secateur.pruning.prune import prune

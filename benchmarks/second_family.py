@@ -31,7 +31,8 @@ from secateur.data.calibration import read_calibration, sample_windows
 from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate, join_rows, read_evaluation_text
 from secateur.models.loading import load, load_tokenizer, quiet
-from secateur.planning.plan import calibration_for, groups_to_cut, options_for, plan, settled
+from secateur.planning.options import calibration_for, options_for, settled
+from secateur.planning.plan import groups_to_cut, plan
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import repair
 from secateur.scoring.scores import scores_from, statistics_for

@@ -34,7 +34,8 @@ from secateur.discovery.groups import Discovery, Group, group_axes
 from secateur.discovery.rules import Inference, infer
 from secateur.errors import PlanError
 from secateur.models.loading import EXPERTS, quiet
-from secateur.planning.plan import CutOptions, Plan, PlannedGroup
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
 
 TOLERANCE = 1e-8

@@ -45,7 +45,8 @@ from secateur.export.merge import Merged, merge_adapter
 from secateur.models.loading import load, load_tokenizer, register
 from secateur.pipeline.run import Pruned, plan_model, prune_model
 from secateur.pipeline.sweep import Sweep, sweep
-from secateur.planning.plan import CutOptions, Plan, plan
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, plan
 from secateur.pruning.iterative import cut_in_steps
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import Repaired, repair

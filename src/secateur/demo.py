@@ -24,7 +24,8 @@ from secateur.evaluation.profile import Profile, profile
 from secateur.models.loading import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
 from secateur.pipeline.journal import append
 from secateur.pipeline.run import Pruned
-from secateur.planning.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
+from secateur.planning.options import CutOptions, calibration_for, options_for, settled
+from secateur.planning.plan import Plan, groups_to_cut, plan
 from secateur.progress import Clock, ProgressBars, peak_rss
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import repair

@@ -29,7 +29,7 @@ from secateur.cli.main import run
 from secateur.cli.output import progress_bars
 from secateur.pipeline.journal import read as read_journal
 from secateur.pipeline.run import plan_model
-from secateur.planning.plan import CutOptions
+from secateur.planning.options import CutOptions
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"

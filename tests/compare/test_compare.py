@@ -29,7 +29,8 @@ from secateur.errors import DataError, ModelError, PageError, PlanError
 from secateur.evaluation.perplexity import sample_text
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.run import plan_model, prune_model
-from secateur.planning.plan import calibration_for, plan_from_json
+from secateur.planning.options import calibration_for
+from secateur.planning.plan import plan_from_json
 from tiny import tiny_tokenizer, write_tiny
 
 PROMPT = "The for statement is used to iterate over the"

@@ -17,7 +17,7 @@ from secateur.errors import PlanError
 from secateur.evaluation.flops import cache_bytes_by_layer, count_macs_by_kind, sizes_of, sizes_of_model
 from secateur.evaluation.profile import profile_models
 from secateur.models.loading import quiet, skeleton
-from secateur.planning.plan import options_for
+from secateur.planning.options import options_for
 from secateur.report.formatting import giga
 
 TOKENS = 9

@@ -28,7 +28,8 @@ from secateur.errors import CheckpointError, DataError, DiskError, PlanError, Sc
 from secateur.models.loading import LoadOptions, load, load_tokenizer, quiet
 from secateur.pipeline.cache import kept_scores, kept_windows
 from secateur.pipeline.run import Pruned, cut_as_planned, plan_model, prune_model
-from secateur.planning.plan import Plan, calibration_for, read_plan
+from secateur.planning.options import calibration_for
+from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.repair import repair
 from secateur.scoring.gradients import _Call

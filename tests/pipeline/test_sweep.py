@@ -18,7 +18,7 @@ from secateur.checkpoint.folder import write_json
 from secateur.errors import DataError, PlanError, ScoreError
 from secateur.pipeline.run import cut_as_planned
 from secateur.pipeline.sweep import frontier, ratios_in, sweep
-from secateur.planning.plan import calibration_for
+from secateur.planning.options import calibration_for
 
 TEXTS = {"cats": "the cat sat on the mat and the dog sat on the log\n" * 30}
 WHOLE: dict[str, Any] = {"calibration": {"samples": 6, "length": 24}, "seq_lens": (16,), "texts": TEXTS, "plot": False}

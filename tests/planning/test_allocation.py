@@ -21,7 +21,8 @@ from secateur.discovery.groups import Discovery, count_macs, count_parameters
 from secateur.errors import PlanError
 from secateur.evaluation.timing import latency_table
 from secateur.planning.latency import LatencyTable
-from secateur.planning.plan import Plan, options_for, preset
+from secateur.planning.options import options_for, preset
+from secateur.planning.plan import Plan
 from secateur.pruning.iterative import cut_in_steps
 from secateur.report.tables import plan_tables
 from secateur.scoring.scores import Scores, statistics_for

@@ -19,18 +19,8 @@ from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery, from_json
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.plan import (
-    Plan,
-    calibration_for,
-    check_score,
-    options_for,
-    plan_from_json,
-    preset,
-    read_plan,
-    removed_units,
-    settled,
-    top_units,
-)
+from secateur.planning.options import calibration_for, check_score, options_for, preset, settled
+from secateur.planning.plan import Plan, plan_from_json, read_plan, removed_units, top_units
 from secateur.scoring.scores import Scores
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)

@@ -15,7 +15,7 @@ from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, discover, score
 from secateur.errors import PlanError, ScoreError
 from secateur.models.loading import quiet
-from secateur.planning.plan import check_score
+from secateur.planning.options import check_score
 from secateur.scoring.obs import DAMPING, removal_costs
 from secateur.scoring.scores import SCORES, register_score, statistics_for, unit_scores
 from secateur.scoring.statistics import activation_statistics, gram_matrices

@@ -19,7 +19,7 @@ from secateur.cli.output import progress_bars
 from secateur.cli.reading import count, given, layer_range, names, proportion
 from secateur.data.calibration import COLUMN, CalibrationOptions
 from secateur.models.loading import DEMO, LoadOptions
-from secateur.planning.plan import calibration_for
+from secateur.planning.options import calibration_for
 from secateur.progress import ProgressBars
 from secateur.scoring.scores import SCORES
 

@@ -22,17 +22,8 @@ from secateur.errors import SecateurError
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.cache import RunFolder
 from secateur.pipeline.run import plan_model
-from secateur.planning.plan import (
-    AXES,
-    BUDGETS,
-    CutOptions,
-    Plan,
-    calibration_for,
-    groups_to_cut,
-    options_for,
-    plan,
-    settled,
-)
+from secateur.planning.options import AXES, BUDGETS, CutOptions, calibration_for, options_for, settled
+from secateur.planning.plan import Plan, groups_to_cut, plan
 from secateur.progress import Progress
 from secateur.scoring.scores import Scores, holds, scores_from
 from secateur.scoring.statistics import Statistics, read_statistics

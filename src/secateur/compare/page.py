@@ -15,7 +15,8 @@ from secateur.compare.answers import Writing, answers
 from secateur.compare.cuts import SHARES_OF, Stopped, Wish, Workplace, about, by_layer, cuttable, decide, sketch
 from secateur.compare.sides import Side
 from secateur.errors import SecateurError
-from secateur.planning.plan import PRESETS, SHAPES, Plan
+from secateur.planning.options import PRESETS, SHAPES
+from secateur.planning.plan import Plan
 from secateur.scoring.scores import SCORES
 
 EVERY = 0.05  # seconds between two states of an answer that are sent to a browser

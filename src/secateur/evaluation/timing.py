@@ -20,7 +20,8 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError
 from secateur.evaluation.profile import measure_speed
 from secateur.planning.latency import LatencyTable, table_from_json
-from secateur.planning.plan import CutOptions, Plan, PlannedGroup
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, PlannedGroup
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
 

@@ -27,7 +27,8 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, SecateurError, unwritable
 from secateur.models.loading import LoadOptions, resolve
 from secateur.planning.allocation import Curve
-from secateur.planning.plan import CutOptions, Plan, plan_from_json
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, plan_from_json
 from secateur.pruning.iterative import Step
 from secateur.pruning.repair import Repaired
 from secateur.scoring.scores import SCORES, Scores, read_scores, write_scores

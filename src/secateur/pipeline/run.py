@@ -67,7 +67,8 @@ from secateur.pipeline.cache import (
 )
 from secateur.planning.allocation import Curve
 from secateur.planning.latency import LatencyTable
-from secateur.planning.plan import CutOptions, Plan, calibration_for, groups_to_cut, options_for, plan, settled
+from secateur.planning.options import CutOptions, calibration_for, options_for, settled
+from secateur.planning.plan import Plan, groups_to_cut, plan
 from secateur.progress import Clock, Progress, ProgressBars, peak_rss
 from secateur.pruning.iterative import Step, cut_in_steps
 from secateur.pruning.prune import check_plan, prune

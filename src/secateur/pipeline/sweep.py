@@ -40,7 +40,7 @@ from secateur.models.loading import (
 from secateur.models.manifest import read_json
 from secateur.pipeline.cache import recovery_key, run_key
 from secateur.pipeline.run import cut_loaded
-from secateur.planning.plan import CutOptions, calibration_for, options_for, settled
+from secateur.planning.options import CutOptions, calibration_for, options_for, settled
 from secateur.progress import Clock, ProgressBars
 from secateur.scoring.scores import SCORES, known
 

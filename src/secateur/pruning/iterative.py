@@ -17,7 +17,8 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, count_macs, count_parameters
 from secateur.errors import PlanError
 from secateur.models.loading import runs_remote_code
-from secateur.planning.plan import CutOptions, Plan, PlannedGroup, groups_to_cut, plan
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, PlannedGroup, groups_to_cut, plan
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place

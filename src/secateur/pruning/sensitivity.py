@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.allocation import Curve
-from secateur.planning.plan import CutOptions, Plan, PlannedGroup, top_units
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, PlannedGroup, top_units
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
 from secateur.scoring.gradients import LOGITS_BYTES

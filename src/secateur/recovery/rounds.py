@@ -30,7 +30,8 @@ from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.models.loading import LoadOptions, check_finite, has_weights, load, load_config, text_files
 from secateur.pipeline.cache import recovery_key, work_folder
 from secateur.pipeline.run import may_be_free, prune_model, unplaced_in
-from secateur.planning.plan import CutOptions, Plan, calibration_for, options_for, plan, plan_from_json, read_plan
+from secateur.planning.options import CutOptions, calibration_for, options_for
+from secateur.planning.plan import Plan, plan, plan_from_json, read_plan
 from secateur.progress import Clock, ProgressBars, peak_rss
 from secateur.pruning.iterative import as_of_dense, composed, share_of_step, units_after_step
 from secateur.pruning.prune import prune
