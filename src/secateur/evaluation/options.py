@@ -1,0 +1,111 @@
+"""What `evaluate` and `profile` measure: two frozen dataclasses of plain data, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.errors import DataError, SecateurError, TaskError
+from secateur.evaluation.protocols import read_protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """What is measured of every model: perplexity, accuracy in tasks, samples of text.
+
+    Raises `DataError` or `TaskError` for a value that measures nothing.
+
+    >>> EvaluationOptions(protocols=("llm-pruner@2048",)).max_tokens is None
+    True
+    >>> EvaluationOptions(limit=200)
+    Traceback (most recent call last):
+    secateur.errors.TaskError: limit=200 is about tasks, and none is named. Expected --tasks zero-shot
+    """
+
+    texts: tuple[str, ...] = ()
+    """Texts to measure perplexity on, each NAME=FILE. Without texts, tasks and prompts: the half of Python's language
+    reference that calibration does not read."""
+
+    protocols: tuple[str, ...] = ("llm-pruner@128",)
+    """Windows in which a text is read: llm-pruner@N (N tokens, no overlap) or sliding@N/STRIDE."""
+
+    max_tokens: int | None = None
+    """Score only the first so many tokens of each text."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval by name; zero-shot is LLM-Pruner's seven."""
+
+    tasks_data: str | None = None
+    """Folder with the questions of the tasks as local files; without it they come from the hub."""
+
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+
+    batch_size: int | None = None
+    """Answers of a task scored at once; by default as many as fit in memory."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to continue, greedily."""
+
+    new_tokens: int = 48
+    """Tokens to continue each prompt by."""
+
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            read_protocol(protocol)
+        for name in ("tasks_data", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                raise TaskError(f"{name}={value} is about tasks, and none is named. Expected --tasks zero-shot")
+        check_count("max_tokens", self.max_tokens, 40_000)
+        check_count("limit", self.limit, 200, TaskError)
+        check_count("batch_size", self.batch_size, 8)
+        check_count("new_tokens", self.new_tokens, 48)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """What is timed: every length of prompt with every batch size. Raises `DataError` for a count below 1.
+
+    >>> ProfileOptions(seq_lens=(64, 512)).grid
+    ((64, 1), (512, 1))
+    """
+
+    seq_lens: tuple[int, ...] = (64,)
+    """Tokens of a prompt; each with each batch size."""
+
+    batch_sizes: tuple[int, ...] = (1,)
+    """Prompts read at once."""
+
+    new_tokens: int = 16
+    """Tokens written after each prompt."""
+
+    repeats: int = 5
+    """Timed runs of each model, in turns; the median is reported."""
+
+    sizes_only: bool = False
+    """Count parameters, MACs and bytes and time nothing; weights are not read."""
+
+    seed: int = 0
+    """Seed of the random prompts."""
+
+    def __post_init__(self) -> None:
+        check_count("seq_lens", min(self.seq_lens, default=0), 64)
+        check_count("batch_sizes", min(self.batch_sizes, default=0), 1)
+        check_count("new_tokens", self.new_tokens, 16)
+        check_count("repeats", self.repeats, 5)
+
+    @property
+    def grid(self) -> tuple[tuple[int, int], ...]:
+        """All pairs of a length and a batch size, each once."""
+        return tuple(dict.fromkeys((length, batch) for length in self.seq_lens for batch in self.batch_sizes))
+
+
+def check_count(name: str, value: int | None, example: int, error: type[SecateurError] = DataError) -> None:
+    """Raise an error for a count below 1; None is no limit.
+
+    >>> check_count("limit", 0, 200)
+    Traceback (most recent call last):
+    secateur.errors.DataError: limit=0: expected at least 1, for example 200
+    """
+    if value is not None and value < 1:
+        raise error(f"{name}={value}: expected at least 1, for example {example}")
