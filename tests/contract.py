@@ -271,7 +271,7 @@ def _with_settings(tested: Subject, groups: tuple[PlannedGroup, ...]) -> Plan:
     plan = Plan(tested.discovery.model, CutOptions(ratio=0.5, of="units"), groups, {}, {})
     try:
         with quiet():
-            return replace(plan, settings=stock_settings(tested.model.config, tested.discovery, plan.cut))
+            return replace(plan, settings=stock_settings(tested.model.config, tested.discovery, plan.sizes))
     except PlanError as error:
         return replace(plan, refusal=str(error))
 

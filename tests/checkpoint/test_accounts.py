@@ -75,7 +75,7 @@ class TestAccount:
         """The number in a name may change; the account says from which dense tensor each comes."""
         model = tiny_model()
         pruned, decided = cut(model, axes=("layers",))
-        (dropped,) = decided.cut.dropped_layers
+        (dropped,) = decided.sizes.dropped_layers
         found = fates(model, pruned, decided)
         assert kinds(found) == {"kept": 2 * 9 + 3, "dropped": 9}
         after = pruned.state_dict()
@@ -101,7 +101,7 @@ class TestAccount:
         model = tiny_model()
         options = CutOptions(ratio=0.5, score="l2", scope="global", shape="free", sublayers=True)
         decided = plan(discover(model), options, config=model.config, scores=score(model, name="l2"))
-        assert decided.cut.emptied
+        assert decided.sizes.emptied
         pruned = prune(model, decided)
         found = fates(model, pruned, decided)
         assert kinds(found)["dropped"] >= 3

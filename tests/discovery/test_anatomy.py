@@ -20,8 +20,9 @@ from transformers import LlamaConfig
 from every_type import tiny_config
 from secateur.cli.main import run
 from secateur.discovery.algebra import Variable, units_along
+from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import KINDS, Discovery, Frozen, Weight, count_parameters, from_json
+from secateur.discovery.groups import KINDS, Discovery, Frozen, Weight, from_json
 from secateur.discovery.summary import (
     KINDS_IN_WORDS,
     FrozenReason,

@@ -144,7 +144,7 @@ def planned(model: PreTrainedModel, discovery: Discovery, kind: str, *, layers: 
             groups.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
     made = Plan(discovery.model, CutOptions(ratio=0.25, of="units"), tuple(groups), {}, {})
     try:
-        settings = stock_settings(model.config, discovery, made.cut, trust_remote_code=True)
+        settings = stock_settings(model.config, discovery, made.sizes, trust_remote_code=True)
     except PlanError as error:
         return replace(made, refusal=str(error))
     return replace(made, settings=settings)

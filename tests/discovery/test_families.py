@@ -73,7 +73,7 @@ def planned(
         groups.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
     plan = Plan(discovery.model, CutOptions(ratio=0.5, of="units"), tuple(groups), {}, {})
     try:
-        return replace(plan, settings=stock_settings(config, discovery, plan.cut))
+        return replace(plan, settings=stock_settings(config, discovery, plan.sizes))
     except PlanError as error:
         return replace(plan, refusal=str(error))
 
@@ -142,7 +142,7 @@ def test_layers_dropped_equal_layers_skipped(family: str) -> None:
     model, discovery = family_model(config), discover(config)
     group = PlannedGroup("layers", "layer", None, 3, 2, (0, 2))
     plan = Plan(discovery.model, CutOptions(ratio=0.3, of="units"), (group,), {}, {})
-    plan = replace(plan, settings=stock_settings(config, discovery, plan.cut))
+    plan = replace(plan, settings=stock_settings(config, discovery, plan.sizes))
     skipped = copy.deepcopy(model)
     layer = skipped.get_submodule(f"{discovery.layer_lists[0]}.1")
     layer.register_forward_hook(

@@ -24,18 +24,11 @@ from transformers import (
 
 from every_type import tiny_config
 from secateur.discovery.algebra import show, variables_in
+from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover, discover_groups
 from secateur.discovery.graph import trace
-from secateur.discovery.groups import (
-    KINDS,
-    Discovery,
-    count_macs,
-    count_parameters,
-    from_json,
-    layer_lists,
-    layer_of,
-    residual_lists,
-)
+from secateur.discovery.groups import KINDS, Discovery, from_json, layer_lists, residual_lists
+from secateur.discovery.layers import layer_of
 from secateur.models.loading import quiet
 
 SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}

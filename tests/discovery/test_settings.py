@@ -9,22 +9,15 @@ from transformers import PreTrainedConfig
 
 from families import FAMILIES, family_config
 from secateur import discover
-from secateur.discovery.config_settings import (
-    Cut,
-    renamed,
-    shapes_of,
-    stock_settings,
-    twins,
-    wanted_shapes,
-    with_settings,
-)
+from secateur.discovery.config_settings import stock_settings, twins, with_settings
 from secateur.discovery.groups import Discovery
+from secateur.discovery.sizes import PrunedSizes, renamed, shapes_after, shapes_of
 from secateur.errors import PlanError
 from secateur.models.loading import skeleton
 
 
-def cut_of(discovery: Discovery, kind: str, kept: int) -> Cut:
-    return Cut(tuple((group.name, kept) for group in discovery.groups if group.kind == kind))
+def cut_of(discovery: Discovery, kind: str, kept: int) -> PrunedSizes:
+    return PrunedSizes({group.name: kept for group in discovery.groups if group.kind == kind})
 
 
 @pytest.mark.parametrize(
@@ -59,12 +52,12 @@ def test_a_setting_that_is_unset_can_be_set() -> None:
 def test_dropping_layers_shortens_what_counts_them(family: str) -> None:
     config = family_config(family)
     discovery = discover(config)
-    cut = Cut((), frozenset({1}))
+    cut = PrunedSizes(dropped_layers=frozenset({1}))
     changed = with_settings(config, stock_settings(config, discovery, cut))
     assert changed.num_hidden_layers == 2
     if getattr(config, "layer_types", None):
         assert changed.layer_types == [config.layer_types[0], config.layer_types[2]]
-    assert shapes_of(skeleton(changed)) == wanted_shapes(discovery, cut)
+    assert shapes_of(skeleton(changed)) == shapes_after(discovery, cut)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +70,7 @@ def test_nothing_but_sizes_changes(family: str) -> None:
     assert {name for name in before if before[name] != changed[name]} <= {"intermediate_size", "n_inner", "ffn_dim"}
 
 
-def refusal(config: PreTrainedConfig, cut: Cut) -> str:
+def refusal(config: PreTrainedConfig, cut: PrunedSizes) -> str:
     with pytest.raises(PlanError) as caught:
         stock_settings(config, discover(config), cut)
     return str(caught.value)
@@ -98,13 +91,13 @@ def test_a_cut_that_no_setting_says_is_refused() -> None:
 
 def test_layers_of_different_sizes_are_refused_without_a_search() -> None:
     config = family_config("llama")
-    text = refusal(config, Cut((("layers.1.mlp", 50),)))
+    text = refusal(config, PrunedSizes({"layers.1.mlp": 50}))
     assert text == "mlp differs between layers: layers.1.mlp keeps 50 units and layers.0.mlp keeps 84"
 
 
 def test_dropped_layers_leave_the_numbering() -> None:
     discovery = discover(family_config("llama"))
-    cut = Cut((), frozenset({0}))
+    cut = PrunedSizes(dropped_layers=frozenset({0}))
     assert renamed("model.layers.2.mlp.up_proj.weight", discovery, cut) == "model.layers.1.mlp.up_proj.weight"
     assert renamed("model.norm.weight", discovery, cut) == "model.norm.weight"
 

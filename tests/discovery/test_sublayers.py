@@ -16,7 +16,8 @@ from families import FAMILIES, family_config, family_model
 from secateur import CutOptions, discover, plan, prune, save, score
 from secateur.checkpoint.record import PLAN_FILE
 from secateur.cli.main import run
-from secateur.discovery.groups import Discovery, count_parameters
+from secateur.discovery.counting import count_parameters
+from secateur.discovery.groups import Discovery
 from secateur.discovery.sublayers import may_go, sublayer_of
 from secateur.errors import PlanError
 from secateur.models.loading import load

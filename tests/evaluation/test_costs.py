@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from every_type import tiny_config
 from families import family_config, family_model
 from secateur import CutOptions, discover, plan, prune, score
-from secateur.discovery.groups import count_macs
+from secateur.discovery.counting import count_macs
 from secateur.errors import PlanError
 from secateur.evaluation.flops import cache_bytes_by_layer, count_macs_by_kind, sizes_of, sizes_of_model
 from secateur.evaluation.profile import profile_models

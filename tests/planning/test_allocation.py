@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
 from secateur import CutOptions, discover, plan, prune, score
-from secateur.discovery.groups import Discovery, count_macs, count_parameters
+from secateur.discovery.counting import count_macs, count_parameters
+from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.evaluation.timing import latency_table
 from secateur.planning.latency import LatencyTable
@@ -57,7 +58,7 @@ def kept(decided: Plan) -> dict[str, int]:
 def test_the_budget_is_met_within_half_a_percent(ratio: float, of: str, seed: int) -> None:
     discovery = discover_once()
     decided = plan(discovery, CutOptions(ratio=ratio, of=of, **GLOBAL), scores=drawn(discovery, seed))
-    sizes = decided.cut.sizes
+    sizes = decided.sizes.sizes
     if of == "macs":
         removed = 1 - sum(count_macs(discovery, sizes).values()) / sum(count_macs(discovery).values())
     else:
@@ -347,7 +348,7 @@ def test_a_budget_of_time_is_met_by_the_table(discovery: Discovery) -> None:
         "a machine", 64, 1.0, {"mlp": ((200, 0.15), (400, 0.1), (800, 0.0)), "attention": ((1, 0.04), (3, 0.0))}
     )
     decided = plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0), latency=table)
-    assert table.seconds(discovery, decided.cut.sizes) == pytest.approx(0.7, abs=0.005)
+    assert table.seconds(discovery, decided.sizes.sizes) == pytest.approx(0.7, abs=0.005)
     with pytest.raises(PlanError, match="needs a latency table"):
         plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0))
 

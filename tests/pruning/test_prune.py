@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from families import FAMILIES, family_config, family_model
 from secateur import CutOptions, discover, evaluate, plan, profile, prune, score
-from secateur.discovery.config_settings import Cut
 from secateur.discovery.module_attributes import attributes_after
+from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import DiscoveryError, PlanError
 from secateur.planning.plan import Plan, PlannedGroup
 
@@ -111,4 +111,4 @@ def test_attributes_that_cannot_be_found_are_an_error() -> None:
     discovery = discover(config)
     group = next(group for group in discovery.groups if group.kind == "head_dim")
     with pytest.raises(DiscoveryError, match=r"does not run with layers\.0\.head_dim.*whatever values"):
-        attributes_after(config, discovery, Cut(((group.name, group.units - 1),)))
+        attributes_after(config, discovery, PrunedSizes({group.name: group.units - 1}))

@@ -16,7 +16,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
 from secateur import CutOptions, discover, plan, prune, score
-from secateur.discovery.groups import Group, count_parameters
+from secateur.discovery.counting import count_parameters
+from secateur.discovery.groups import Group
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.allocation import Curve, damage_at, least_damage
 from secateur.planning.plan import Plan, PlannedGroup, top_units

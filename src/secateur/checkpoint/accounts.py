@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from secateur.discovery.config_settings import renamed
-from secateur.discovery.groups import Discovery, layer_of
+from secateur.discovery.groups import Discovery
+from secateur.discovery.layers import layer_of
+from secateur.discovery.sizes import renamed
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError
 from secateur.planning.plan import Plan
@@ -39,7 +40,7 @@ def account(
     >>> sorted({fate.split()[0] for fate in fates.values()}), fates["lm_head.weight"]
     (['dropped', 'kept', 'tied'], 'tied to model.decoder.embed_tokens.weight')
     """
-    cut = plan.cut
+    cut = plan.sizes
     before, after = _state(dense), _state(pruned)
     skipped = tuple(f"{path}." for path in skipped_in(pruned))
     fates: dict[str, str] = {}

@@ -44,7 +44,7 @@ def check_stock(
     if plan.settings is not None:
         return
     reason = (plan.refusal or "it was planned without the model's config").rstrip(".")
-    if plan.cut.dropped_layers:
+    if plan.sizes.dropped_layers:
         raise CheckpointError(
             f"no folder can hold what the plan leaves: {reason}. Drop other layers, or cut other axes instead"
         )
@@ -57,7 +57,7 @@ def check_stock(
             "(secateur.pruning.prune, or `secateur evaluate MODEL --plan plan.json`)"
         )
     try:
-        attributes_after(config, discovery, plan.cut.narrowed, trust_remote_code=trust_remote_code)
+        attributes_after(config, discovery, plan.sizes.without_emptied(), trust_remote_code=trust_remote_code)
     except DiscoveryError as error:
         raise CheckpointError(f"no model can be made of what the plan leaves: {reason}, and {error}") from error
 

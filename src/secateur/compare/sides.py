@@ -10,8 +10,9 @@ from typing import Any
 import psutil
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery, count_macs, count_parameters
+from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError
 from secateur.evaluation.profile import measure_speed, weight_bytes
 from secateur.models.loading import LoadOptions, check_finite, load, load_config, load_tokenizer

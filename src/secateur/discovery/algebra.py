@@ -20,7 +20,7 @@ This module knows nothing of tensors, models or torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import prod
@@ -230,7 +230,7 @@ def _parse_product(tokens: list[str], sizes: dict[str, int]) -> tuple[Expression
         tokens = tokens[1:]
 
 
-def size_after(expression: Expression, kept: dict[str, int]) -> int:
+def size_after(expression: Expression, kept: Mapping[str, int]) -> int:
     """The size of the dimension when variable `name` keeps `kept[name]` of its units.
 
     >>> size_after(product([Variable("kv", 4), Fixed(16)]), {"kv": 3})
@@ -268,7 +268,7 @@ def units_along(expression: Expression, variable: str) -> list[int]:
             return [unit for part in parts for unit in units_along(part, variable)]
 
 
-def kept_along(expression: Expression, keep: dict[str, Sequence[int]]) -> list[int]:
+def kept_along(expression: Expression, keep: Mapping[str, Sequence[int]]) -> list[int]:
     """The indices of the dimension that stay when each variable keeps the units `keep[name]`, in order.
 
     >>> kept_along(product([Variable("kv", 3), Fixed(2)]), {"kv": (0, 2)})

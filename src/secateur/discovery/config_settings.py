@@ -16,7 +16,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,54 +27,28 @@ from secateur.discovery.algebra import (
     Expression,
     Fixed,
     Product,
-    Variable,
     concat,
     product,
-    show,
     size_after,
-    substitute,
     variables_in,
 )
 from secateur.discovery.discover import discover_groups
-from secateur.discovery.groups import Discovery, layer_of, names_left
+from secateur.discovery.groups import Discovery
+from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
 from secateur.errors import DiscoveryError, PlanError
 from secateur.models.loading import skeleton
 
 logger = logging.getLogger(__name__)
 
-Shapes = dict[str, tuple[int, ...]]
 MOST_CHANGES = 2  # settings changed at once, besides those that surely are; every family needs fewer
 MOST_TWINS = 200  # twins built at most in search of one
 ENOUGH = 3  # sizes of a setting that a model accepts and that change no shape, to say that none does
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The sizes that a cut leaves: units kept per group (all, where not named), and layers dropped."""
-
-    kept: tuple[tuple[str, int], ...] = ()
-    dropped_layers: frozenset[int] = frozenset()
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Units kept by group name."""
-        return dict(self.kept)
-
-    @property
-    def emptied(self) -> tuple[str, ...]:
-        """The groups that lose all of their units."""
-        return tuple(name for name, units in self.kept if units == 0)
-
-    @property
-    def narrowed(self) -> Cut:
-        """The same without the groups that are emptied, as if those were left whole."""
-        return Cut(tuple((name, units) for name, units in self.kept if units), self.dropped_layers)
-
-
 def stock_settings(
-    config: PreTrainedConfig, discovery: Discovery, cut: Cut, *, trust_remote_code: bool = False
+    config: PreTrainedConfig, discovery: Discovery, pruned: PrunedSizes, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """The settings of `config` to change so that the stock model has exactly the shapes that `cut` leaves.
+    """The settings of `config` to change so that the stock model has exactly the shapes that `pruned` says.
 
     With `trust_remote_code` the twins may run the custom code that the config names. Raises `PlanError` when the
     shapes differ from layer to layer, or when no setting, or no value that the config accepts, gives them.
@@ -84,37 +57,36 @@ def stock_settings(
     >>> from secateur.discovery.discover import discover_groups
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=12)
     >>> discovery = discover_groups(skeleton(config))
-    >>> stock_settings(config, discovery, Cut(tuple((f"layers.{i}.mlp", 36) for i in range(12))))
+    >>> stock_settings(config, discovery, PrunedSizes({f"layers.{i}.mlp": 36 for i in range(12)}))
     {'ffn_dim': 36}
     """
-    if cut.emptied:
-        raise PlanError(f"{cut.emptied[0]} goes as a whole, which no stock config says")
-    uneven = _uneven(discovery, cut)
+    if pruned.emptied:
+        raise PlanError(f"{pruned.emptied[0]} goes as a whole, which no stock config says")
+    uneven = _uneven(discovery, pruned)
     if uneven is not None:
         raise PlanError(uneven)
-    wanted = wanted_shapes(discovery, cut)
+    wanted = shapes_after(discovery, pruned)
     refusals: list[str] = []
-    by_layer = cut.dropped_layers or any(
-        isinstance(value, list) for _, value in _changes_by_value(config, discovery, cut)[1]
+    by_layer = pruned.dropped_layers or any(
+        isinstance(value, list) for _, value in _changes_by_value(config, discovery, pruned)[1]
     )
     shallow = config if by_layer else _shallow(config, discovery, trust_remote_code=trust_remote_code)
-    for changes, twin in twins(shallow, discovery, cut, refusals, trust_remote_code=trust_remote_code):
+    for changes, twin in twins(shallow, discovery, pruned, refusals, trust_remote_code=trust_remote_code):
         if any(wanted.get(name) != shape for name, shape in shapes_of(twin).items()):
             continue
         whole = skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
-        if shapes_of(whole) == wanted and has_structure(whole, structure_after(discovery, cut)):
+        if shapes_of(whole) == wanted and has_structure(whole, structure_after(discovery, pruned)):
             return changes
-    kinds = sorted({discovery.group(name).kind for name, _ in cut.kept} | ({"layers"} if cut.dropped_layers else set()))
     because = f"the config refuses: {refusals[0]}" if refusals else "no setting of the config gives these sizes"
-    sizes = sorted({(discovery.group(n).kind, k, discovery.group(n).units) for n, k in cut.kept})
-    asked = ", ".join(f"{kind} {k} of {units}" for kind, k, units in sizes) or ", ".join(kinds)
+    sizes = sorted({(discovery.group(n).kind, k, discovery.group(n).units) for n, k in pruned.sizes.items()})
+    asked = ", ".join(f"{kind} {k} of {units}" for kind, k, units in sizes) or "layers"
     raise PlanError(f"{type(config).__name__} cannot describe the cut ({asked}): {because}")
 
 
 def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_code: bool) -> PreTrainedConfig:
     """The config with one layer, for a faster search; as it is, where no setting leaves the first layer alone."""
     layers = discovery.depth
-    wanted = wanted_shapes(discovery, Cut((), frozenset(range(1, layers))))
+    wanted = shapes_after(discovery, PrunedSizes(dropped_layers=frozenset(range(1, layers))))
     settings = dict(_settings(config))
     lists = {name: value[:1] for name, value in settings.items() if isinstance(value, list) and len(value) == layers}
     for name, value in settings.items():
@@ -125,13 +97,13 @@ def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_cod
     return config
 
 
-def _uneven(discovery: Discovery, cut: Cut) -> str | None:
+def _uneven(discovery: Discovery, pruned: PrunedSizes) -> str | None:
     """Why the cut is not the same in all layers, or None."""
     by_kind: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for group in discovery.groups:
-        if group.layer is not None and group.layer not in cut.dropped_layers:
+        if group.layer is not None and group.layer not in pruned.dropped_layers:
             family = group.name.replace(f"layers.{group.layer}.", "", 1)
-            by_kind[group.kind, family][group.name] = cut.sizes.get(group.name, group.units)
+            by_kind[group.kind, family][group.name] = pruned.sizes.get(group.name, group.units)
     for (kind, _), sizes in by_kind.items():
         touched = {name: size for name, size in sizes.items() if size != discovery.group(name).units}
         if touched and len(set(sizes.values())) > 1:
@@ -140,50 +112,14 @@ def _uneven(discovery: Discovery, cut: Cut) -> str | None:
     return None
 
 
-def wanted_shapes(discovery: Discovery, cut: Cut) -> Shapes:
-    """The shape of every weight after the cut, under the name it has when the layers left are numbered anew."""
-    return {
-        renamed(names[0], discovery, cut): tuple(size_after(dim, cut.sizes) for dim in weight.dims)
-        for weight in discovery.weights
-        if (names := names_left(weight, discovery, cut.dropped_layers))
-    }
-
-
-def structure_after(discovery: Discovery, cut: Cut) -> dict[str, list[str]]:
-    """How each axis is made of units after the cut, by size: "2·3·(64)" for 2 KV heads of 3 query heads of 64.
-
-    Shapes alone do not tell: a model may have them and read one head as another.
-    """
-
-    def by_size(variable: Variable) -> Expression:
-        after = cut.sizes.get(variable.name, variable.size)
-        return Variable(str(after), after) if after > 1 else Fixed(after)
-
-    return {
-        renamed(names[0], discovery, cut): [show(substitute(dim, by_size)) for dim in weight.dims]
-        for weight in discovery.weights
-        if (names := names_left(weight, discovery, cut.dropped_layers))
-    }
-
-
 def has_structure(model: nn.Module, wanted: Mapping[str, list[str]]) -> bool:
     """Whether discovery finds exactly that structure; not, where the model does not even run."""
     try:
         with hushed("torch._subclasses.fake_tensor"):
-            return structure_after(discover_groups(model), Cut()) == wanted
+            return structure_after(discover_groups(model), PrunedSizes()) == wanted
     except DiscoveryError as error:
         logger.debug("%s does not run: %s", type(model).__name__, error)
         return False
-
-
-def renamed(name: str, discovery: Discovery, cut: Cut) -> str:
-    """The name of a weight or module after dropped layers have left the numbering."""
-    layer = layer_of(name, discovery.layer_lists)
-    if layer is None:
-        return name
-    prefix = next(prefix for prefix in discovery.layer_lists if name.startswith(f"{prefix}."))
-    after = layer - sum(dropped < layer for dropped in cut.dropped_layers)
-    return f"{prefix}.{after}{name[len(f'{prefix}.{layer}') :]}"
 
 
 def with_settings(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -202,7 +138,7 @@ def with_settings(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTr
 def twins(
     config: PreTrainedConfig,
     discovery: Discovery,
-    cut: Cut,
+    pruned: PrunedSizes,
     refusals: list[str],
     *,
     dense: Shapes | None = None,
@@ -214,9 +150,9 @@ def twins(
     change, as wanted, is always changed; one that alone changes only what is to stay is changed only beside an unset
     one, which may put that right (a head size that was derived).
     """
-    pairs = sizes_before_and_after(discovery, cut)
-    lists, numbers = _changes_by_value(config, discovery, cut)
-    wanted = wanted_shapes(discovery, cut)
+    pairs = sizes_before_and_after(discovery, pruned)
+    lists, numbers = _changes_by_value(config, discovery, pruned)
+    wanted = shapes_after(discovery, pruned)
     shapes = shapes_of(skeleton(config, trust_remote_code=trust_remote_code)) if dense is None else dense
     built: dict[str, PreTrainedModel | None] = {}  # with one setting changed, to be given away once
     always: dict[str, Any] = {}
@@ -256,15 +192,15 @@ def twins(
 Changes = list[tuple[str, Any]]
 
 
-def _changes_by_value(config: PreTrainedConfig, discovery: Discovery, cut: Cut) -> tuple[Changes, Changes]:
+def _changes_by_value(config: PreTrainedConfig, discovery: Discovery, pruned: PrunedSizes) -> tuple[Changes, Changes]:
     """Lists with one entry for each layer, without the layers dropped; and settings that have a size which changes."""
-    pairs = sizes_before_and_after(discovery, cut)
+    pairs = sizes_before_and_after(discovery, pruned)
     lists: Changes = []
     numbers: Changes = []
     for name, value in _settings(config):
         if isinstance(value, list):
-            if len(value) == discovery.depth and cut.dropped_layers:
-                lists.append((name, [item for i, item in enumerate(value) if i not in cut.dropped_layers]))
+            if len(value) == discovery.depth and pruned.dropped_layers:
+                lists.append((name, [item for i, item in enumerate(value) if i not in pruned.dropped_layers]))
             elif value and all(type(item) is int for item in value):
                 numbers += [
                     (name, [after if item == before else item for item in value])
@@ -395,16 +331,16 @@ def _asked_for(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
     return {name for name in asked if name.isidentifier() and not hasattr(config, name)}
 
 
-def sizes_before_and_after(discovery: Discovery, cut: Cut) -> list[tuple[int, int]]:
+def sizes_before_and_after(discovery: Discovery, pruned: PrunedSizes) -> list[tuple[int, int]]:
     """Sizes, before and after, of everything within an axis that the cut changes."""
     pairs: dict[tuple[int, int], None] = {}
-    for axis in _changed_axes(discovery, cut):
+    for axis in _changed_axes(discovery, pruned):
         for part in _subexpressions(axis):
-            after = size_after(part, cut.sizes)
+            after = size_after(part, pruned.sizes)
             if after != part.size:
                 pairs[part.size, after] = None
-    if cut.dropped_layers:
-        pairs[discovery.depth, discovery.depth - len(cut.dropped_layers)] = None
+    if pruned.dropped_layers:
+        pairs[discovery.depth, discovery.depth - len(pruned.dropped_layers)] = None
     return list(pairs)
 
 
@@ -414,8 +350,8 @@ def _all_sizes(discovery: Discovery) -> set[int]:
     return {part.size for axis in axes for part in _subexpressions(axis) if not isinstance(part, Concat)}
 
 
-def _changed_axes(discovery: Discovery, cut: Cut) -> list[Expression]:
-    changed = {name for name, kept in cut.kept if kept != discovery.group(name).units}
+def _changed_axes(discovery: Discovery, pruned: PrunedSizes) -> list[Expression]:
+    changed = {name for name, kept in pruned.sizes.items() if kept != discovery.group(name).units}
     found = {
         dim: None
         for weight in discovery.weights
@@ -443,16 +379,3 @@ def _subexpressions(expression: Expression) -> Iterator[Expression]:
                 yield from _subexpressions(run[0])
     if isinstance(expression, Product) and isinstance(items[0], Fixed):
         yield build([*items[1:]])
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    """The shape of every parameter (a tied one once) and saved buffer, by name.
-
-    >>> shapes_of(nn.Linear(3, 2))
-    {'weight': (2, 3), 'bias': (2,)}
-    """
-    persistent = model.state_dict().keys()
-    tensors = itertools.chain(
-        model.named_parameters(), ((name, b) for name, b in model.named_buffers() if name in persistent)
-    )
-    return {name: tuple(tensor.shape) for name, tensor in tensors}

@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.graph import trace
-from secateur.discovery.groups import Axis, Discovery, Frozen, Group, Weight, count_macs, count_parameters, group_axes
+from secateur.discovery.groups import Axis, Discovery, Frozen, Group, Weight, group_axes
 from secateur.discovery.rules import infer
 from secateur.models.loading import load_config, runs_remote_code, skeleton
 

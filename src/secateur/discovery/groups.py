@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import gcd, prod
+from math import gcd
 from typing import Any
 
 from secateur.discovery.algebra import (
@@ -21,6 +21,7 @@ from secateur.discovery.algebra import (
     variables_in,
 )
 from secateur.discovery.graph import Graph, Ref
+from secateur.discovery.layers import layer_of
 from secateur.discovery.rules import Inference, Operation
 
 # Grouped products of stacked matrices (experts) want rows of a multiple of 16 bytes: so many numbers of 16 bits.
@@ -184,67 +185,6 @@ def from_json(data: Mapping[str, Any]) -> Discovery:
 
 
 BATCH, SEQUENCE = "batch", "sequence"
-
-
-def count_parameters(
-    discovery: Discovery,
-    kept: Mapping[str, int] | None = None,
-    *,
-    dropped_layers: frozenset[int] = frozenset(),
-    embeddings: bool = True,
-) -> int:
-    """Number of parameters when each group keeps `kept[name]` of its units (all, where it is not named).
-
-    Tied parameters count once, also where only one of the layers that share them stays. Without `embeddings`, token
-    and position tables and the output head do not count.
-    """
-    sizes = dict(kept or {})
-    return sum(
-        prod(size_after(dim, sizes) for dim in weight.dims)
-        for weight in discovery.weights
-        if weight.parameter and (embeddings or not weight.embedding)
-        if weight.layer not in dropped_layers or names_left(weight, discovery, dropped_layers)
-    )
-
-
-def names_left(weight: Weight, discovery: Discovery, dropped_layers: frozenset[int]) -> list[str]:
-    """The names, its own first, under which a weight is found in layers that stay; none, and it goes with its layer."""
-    names = [weight.name, *(other for other, name in discovery.tied.items() if name == weight.name)]
-    return [name for name in names if layer_of(name, discovery.layer_lists) not in dropped_layers]
-
-
-def count_macs(
-    discovery: Discovery,
-    kept: Mapping[str, int] | None = None,
-    *,
-    dropped_layers: frozenset[int] = frozenset(),
-    tokens: int = 64,
-) -> dict[str, int]:
-    """Multiply-accumulates of one forward pass over `tokens` tokens, by kind of operator.
-
-    The convention is the one of LLM-Pruner's measurements (ptflops with its hooks): matrix products in full, 2 per
-    element that a norm reads, 1 per element of a softmax, of an activation, and of each product with a rotary table.
-    """
-    sizes = {**(kept or {}), BATCH: 1, SEQUENCE: tokens}
-    macs: Counter[str] = Counter()
-    for work in discovery.operations:
-        if layer_of(work.module, discovery.layer_lists) not in dropped_layers:
-            macs[work.kind] += prod(size_after(dim, sizes) for dim in work.dims)
-    return dict(macs)
-
-
-def layer_of(name: str, layer_lists: Iterable[str]) -> int | None:
-    """The number of the layer that a weight or module belongs to, or None.
-
-    >>> layer_of("model.layers.12.mlp.up_proj.weight", ["model.layers"])
-    12
-    """
-    for prefix in layer_lists:
-        if name.startswith(f"{prefix}."):
-            head = name[len(prefix) + 1 :].split(".")[0]
-            if head.isdigit():
-                return int(head)
-    return None
 
 
 # --- from the inference to groups -------------------------------------------------------------------------------

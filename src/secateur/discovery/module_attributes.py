@@ -20,18 +20,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.algebra import Expression, variables_in
-from secateur.discovery.config_settings import (
-    Cut,
-    Shapes,
-    has_structure,
-    shapes_of,
-    sizes_before_and_after,
-    structure_after,
-    twins,
-    wanted_shapes,
-    with_settings,
-)
-from secateur.discovery.groups import Discovery, layer_of
+from secateur.discovery.config_settings import has_structure, sizes_before_and_after, twins, with_settings
+from secateur.discovery.groups import Discovery
+from secateur.discovery.layers import layer_of
+from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
 from secateur.errors import DiscoveryError
 from secateur.models.loading import runs_remote_code, skeleton
 from secateur.models.modeling_free import skip_in_place
@@ -54,12 +46,12 @@ class Attribute:
 def attributes_after(
     config: PreTrainedConfig,
     discovery: Discovery,
-    cut: Cut,
+    pruned: PrunedSizes,
     *,
     skipped: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Attribute, ...]:
-    """The module attributes to change so that the model runs with the shapes that `cut` leaves.
+    """The module attributes to change so that the model runs with the shapes that `pruned` says.
 
     Layers are not dropped here (a config can always say how many there are). `skipped` lists sub-layers that the model
     to be cut has lost already, of which its config does not say (see `sublayers`). Raises `DiscoveryError` when no
@@ -68,18 +60,19 @@ def attributes_after(
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     skip_in_place(dense, skipped or {})
     laws = _laws(dense)
-    wanted = structure_after(discovery, cut)
+    wanted = structure_after(discovery, pruned)
     tried: set[str] = set()
-    for attributes in _trials(config, dense, discovery, cut, laws):
+    for attributes in _trials(config, dense, discovery, pruned, laws):
         tried |= {each.name for each in attributes}
         # Running is not enough: with a wrong head size a reshape may succeed and mix the heads.
         model = skeleton(config, trust_remote_code=trust_remote_code)
         skip_in_place(model, skipped or {})
-        apply_shapes_and_attributes_in_place(model, discovery, cut, attributes)
+        apply_shapes_and_attributes_in_place(model, discovery, pruned, attributes)
         if has_structure(model, wanted):
             return attributes
+    first = ", ".join(f"{name}={kept}" for name, kept in itertools.islice(pruned.sizes.items(), 3))
     raise DiscoveryError(
-        f"{type(dense).__name__}: the model does not run with {', '.join(f'{n}={k}' for n, k in cut.kept[:3])}, "
+        f"{type(dense).__name__}: the model does not run with {first}, "
         f"whatever values its module attributes take (tried: {', '.join(sorted(tried)) or 'none has such a size'})"
     )
 
@@ -88,21 +81,21 @@ def _trials(
     config: PreTrainedConfig,
     dense: PreTrainedModel,
     discovery: Discovery,
-    cut: Cut,
+    pruned: PrunedSizes,
     laws: Mapping[tuple[type, str], tuple[str, int | None]],
 ) -> Iterator[tuple[Attribute, ...]]:
     """Attributes that may be right, the likeliest first."""
-    settled, undecided, configs = _by_twins(config, dense, discovery, cut, laws)
+    settled, undecided, configs = _by_twins(config, dense, discovery, pruned, laws)
     keys = sorted({_key(path, name, discovery) for path, name in undecided})
     # A config of its own for a changed layer comes after: it is only for code that reads sizes from it in `forward`.
     combinations = itertools.product((False, True), itertools.product((True, False), repeat=len(keys)))
     for own_config, follows in itertools.islice(combinations, MOST_TRIALS):
         chosen = dict(zip(keys, follows, strict=True))
         values = {at: twin for at, twin in undecided.items() if chosen[_key(*at, discovery)]}
-        attributes = _every_module(dense, discovery, cut, laws, {**settled, **values})
+        attributes = _every_module(dense, discovery, pruned, laws, {**settled, **values})
         yield attributes + (_own_configs(config, dense, configs) if own_config else ())
     # Last, for sizes that no config gives: whatever has the size of something that the cut changes.
-    options = _by_value(dense, discovery, cut, laws)
+    options = _by_value(dense, discovery, pruned, laws)
     keys = sorted({_key(path, name, discovery) for path, name in options})
     most = {key: max(len(found) for at, found in options.items() if _key(*at, discovery) == key) for key in keys}
     choices = itertools.product(*(range(most[key] + 1) for key in keys))
@@ -113,16 +106,16 @@ def _trials(
         for at, found in options.items():
             if number[_key(*at, discovery)] < len(found):  # the last number leaves it as it is
                 values[at] = found[number[_key(*at, discovery)]]
-        yield _every_module(dense, discovery, cut, laws, values)
+        yield _every_module(dense, discovery, pruned, laws, values)
 
 
 def _by_value(
-    dense: PreTrainedModel, discovery: Discovery, cut: Cut, laws: Mapping[tuple[type, str], Any]
+    dense: PreTrainedModel, discovery: Discovery, pruned: PrunedSizes, laws: Mapping[tuple[type, str], Any]
 ) -> dict[tuple[str, str], list[int]]:
     """(module, attribute) -> the sizes after the cut of everything in its weights that had the attribute's value."""
     options: dict[tuple[str, str], list[int]] = {}
     numbers = _layer_numbers(dense, discovery)
-    for part in _parts(discovery, cut):
+    for part in _parts(discovery, pruned):
         pairs = sizes_before_and_after(discovery, part)
         for path in sorted(_modules_holding(discovery, part)):
             module = dense.get_submodule(path)
@@ -186,7 +179,7 @@ def _by_twins(
     config: PreTrainedConfig,
     dense: PreTrainedModel,
     discovery: Discovery,
-    cut: Cut,
+    pruned: PrunedSizes,
     laws: Mapping[tuple[type, str], Any],
 ) -> tuple[dict[tuple[str, str], Any], dict[tuple[str, str], Any], dict[str, dict[str, Any]]]:
     """(module, attribute) -> its value in the nearest twin: settled where the twin fits exactly, else undecided.
@@ -198,7 +191,7 @@ def _by_twins(
     configs: dict[str, dict[str, Any]] = defaultdict(dict)
     trusted = runs_remote_code(dense)
     shapes = shapes_of(skeleton(config, trust_remote_code=trusted))
-    for part in _parts(discovery, cut):
+    for part in _parts(discovery, pruned):
         changes, nearest, exact = _nearest(config, discovery, part, shapes, trust_remote_code=trusted)
         pairs = sizes_before_and_after(discovery, part)
         if nearest is None:
@@ -234,9 +227,9 @@ def _own_configs(
     return tuple(found)
 
 
-def _parts(discovery: Discovery, cut: Cut) -> list[Cut]:
+def _parts(discovery: Discovery, pruned: PrunedSizes) -> list[PrunedSizes]:
     """The cut split into changes that meet in no weight; layers in which they are the same share a part."""
-    changed = {name: kept for name, kept in cut.kept if kept != discovery.group(name).units}
+    changed = {name: kept for name, kept in pruned.sizes.items() if kept != discovery.group(name).units}
     clusters: list[set[str]] = []
     for weight in discovery.weights:
         here = {variable.name for dim in weight.dims for variable in variables_in(dim)} & changed.keys()
@@ -246,11 +239,11 @@ def _parts(discovery: Discovery, cut: Cut) -> list[Cut]:
     parts: dict[frozenset[tuple[str, int]], dict[str, int]] = defaultdict(dict)
     for cluster in clusters:
         parts[frozenset((_family(name), changed[name]) for name in cluster)].update({n: changed[n] for n in cluster})
-    return [Cut(tuple(names.items())) for names in parts.values()]
+    return [PrunedSizes(names) for names in parts.values()]
 
 
 def _nearest(
-    config: PreTrainedConfig, discovery: Discovery, part: Cut, dense: Shapes, *, trust_remote_code: bool
+    config: PreTrainedConfig, discovery: Discovery, part: PrunedSizes, dense: Shapes, *, trust_remote_code: bool
 ) -> tuple[dict[str, Any], PreTrainedModel | None, bool]:
     """The twin that has the wanted sizes wherever the part changes one, with the fewest other differences.
 
@@ -258,7 +251,7 @@ def _nearest(
     """
     touched = {(w.name, d) for w in discovery.weights for d, e in enumerate(w.dims) if _touches(e, part)}
     everywhere = _spread(discovery, part)
-    wanted = wanted_shapes(discovery, everywhere)
+    wanted = shapes_after(discovery, everywhere)
     best: tuple[int, dict[str, Any], PreTrainedModel] | None = None
     for changes, twin in twins(config, discovery, everywhere, [], dense=dense, trust_remote_code=trust_remote_code):
         shapes = shapes_of(twin)
@@ -272,20 +265,20 @@ def _nearest(
     return (best[1], best[2], False) if best else ({}, None, False)
 
 
-def _touches(expression: Expression, part: Cut) -> bool:
+def _touches(expression: Expression, part: PrunedSizes) -> bool:
     return any(variable.name in part.sizes for variable in variables_in(expression))
 
 
-def _spread(discovery: Discovery, part: Cut) -> Cut:
+def _spread(discovery: Discovery, part: PrunedSizes) -> PrunedSizes:
     """The same change in every layer, since a stock config has one size for all."""
     kept = part.sizes
     changes = {(discovery.group(name).kind, _family(name)): size for name, size in kept.items()}
-    return Cut(
-        tuple(
-            (group.name, changes[group.kind, _family(group.name)])
+    return PrunedSizes(
+        {
+            group.name: changes[group.kind, _family(group.name)]
             for group in discovery.groups
             if (group.kind, _family(group.name)) in changes
-        )
+        }
     )
 
 
@@ -293,7 +286,7 @@ def _family(name: str) -> str:
     return ".".join(piece for piece in name.split(".") if not piece.isdigit())
 
 
-def _modules_holding(discovery: Discovery, part: Cut) -> set[str]:
+def _modules_holding(discovery: Discovery, part: PrunedSizes) -> set[str]:
     """Paths of the modules that own a weight the part changes, and of the modules around them inside a layer."""
     paths: set[str] = set()
     for weight in discovery.weights:
@@ -314,11 +307,11 @@ def _key(path: str, name: str, discovery: Discovery) -> Key:
 def _every_module(
     dense: nn.Module,
     discovery: Discovery,
-    cut: Cut,
+    pruned: PrunedSizes,
     laws: Mapping[tuple[type, str], tuple[str, int | None]],
     values: Mapping[tuple[str, str], Any],
 ) -> tuple[Attribute, ...]:
-    shapes = wanted_shapes(discovery, replace(cut, dropped_layers=frozenset()))
+    shapes = shapes_after(discovery, replace(pruned, dropped_layers=frozenset()))
     canonical = discovery.tied
     found = []
     for path, module in dense.named_modules():
@@ -338,10 +331,10 @@ def _every_module(
 
 
 def apply_shapes_and_attributes_in_place(
-    model: nn.Module, discovery: Discovery, cut: Cut, attributes: Iterable[Attribute]
+    model: nn.Module, discovery: Discovery, pruned: PrunedSizes, attributes: Iterable[Attribute]
 ) -> None:
     """Give a model on `meta` the shapes that the cut leaves, and the attributes that go with them."""
-    shapes = wanted_shapes(discovery, cut)
+    shapes = shapes_after(discovery, pruned)
     parameters = {
         name: nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False) for name, shape in shapes.items()
     }

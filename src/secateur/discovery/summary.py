@@ -24,7 +24,8 @@ from secateur.discovery.algebra import (
     substitute,
     variables_in,
 )
-from secateur.discovery.groups import KINDS, Axis, Discovery, Group, Weight, count_parameters
+from secateur.discovery.counting import count_parameters
+from secateur.discovery.groups import KINDS, Axis, Discovery, Group, Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.algebra import size_after, variables_in
 from secateur.discovery.config_settings import with_settings
+from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.graph import run_without_memory
-from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Discovery, count_macs, count_parameters, layer_of
+from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Discovery
+from secateur.discovery.layers import layer_of
 from secateur.discovery.rules import Operation
 from secateur.errors import DiscoveryError
 from secateur.evaluation.perplexity import STATE_NAMES, evaluation_mode, input_device, vocabulary_size
@@ -118,7 +120,7 @@ def sizes_of(
     if plan is not None:
         plan = _with_any_units(plan)
         check_plan(plan, discovery)
-        kept, dropped = dict(plan.cut.sizes), plan.cut.dropped_layers
+        kept, dropped = dict(plan.sizes.sizes), plan.sizes.dropped_layers
     if plan is not None and plan.settings is not None:
         twin = skeleton(with_settings(config, plan.settings), trust_remote_code=trust_remote_code)
     else:

@@ -32,8 +32,9 @@ from secateur.data.calibration import (
     self_written,
 )
 from secateur.discovery.config_settings import stock_settings
+from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery, count_parameters
+from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError, PlanError
 from secateur.evaluation.timing import latency_table
 from secateur.models.loading import (
@@ -580,7 +581,7 @@ def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trus
     if given.settings is None:
         return given
     try:
-        settings = stock_settings(config, discovery, given.cut, trust_remote_code=trust_remote_code)
+        settings = stock_settings(config, discovery, given.sizes, trust_remote_code=trust_remote_code)
     except PlanError as error:
         if given.options.shape == "free":
             return replace(given, settings=None, refusal=str(error))

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur import processes
 from secateur.checkpoint.folder import atomic_file, write_json
 from secateur.data.calibration import CalibrationOptions
+from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery, count_macs, count_parameters
+from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, DataError, PlanError, SecateurError, unwritable
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from secateur.discovery.config_settings import Cut, stock_settings
-from secateur.discovery.groups import Discovery, Group, count_macs, count_parameters
+from secateur.discovery.config_settings import stock_settings
+from secateur.discovery.counting import count_macs, count_parameters
+from secateur.discovery.groups import Discovery, Group
+from secateur.discovery.sizes import PrunedSizes
 from secateur.discovery.sublayers import may_go
 from secateur.errors import CheckpointError, PlanError, ScoreError
 from secateur.models.manifest import check_as_written, read_json
@@ -59,14 +61,14 @@ class Plan:
     scored: Mapping[str, Any] = field(default_factory=dict)  # score, reduce, seed, loss; calibration options and hash
 
     @property
-    def cut(self) -> Cut:
+    def sizes(self) -> PrunedSizes:
         """The sizes that the plan leaves."""
         layers = next((g for g in self.groups if g.kind == "layer"), None)
         dropped: frozenset[int] = frozenset()
         if layers is not None:
             keep = layers.keep if layers.keep is not None else range(layers.kept)
             dropped = frozenset(range(layers.units)) - frozenset(keep)
-        return Cut(tuple((g.name, g.kept) for g in self.groups if g.kind != "layer"), dropped)
+        return PrunedSizes({g.name: g.kept for g in self.groups if g.kind != "layer"}, dropped)
 
     @property
     def decided(self) -> bool:
@@ -170,7 +172,7 @@ def plan(
         if config is None:
             break
         try:
-            settings = stock_settings(config, discovery, drafts[-1].cut, trust_remote_code=trust_remote_code)
+            settings = stock_settings(config, discovery, drafts[-1].sizes, trust_remote_code=trust_remote_code)
         except PlanError as error:
             drafts[-1] = replace(drafts[-1], refusal=str(error))
         else:
@@ -184,7 +186,7 @@ def plan(
             draft,
             refusal=draft.refusal + _accepted_widths(config, discovery, draft, trust_remote_code=trust_remote_code),
         )
-    sizes, dropped = dict(draft.cut.sizes), draft.cut.dropped_layers
+    sizes, dropped = dict(draft.sizes.sizes), draft.sizes.dropped_layers
     return replace(
         draft,
         parameters={
@@ -270,7 +272,7 @@ def _accepted_widths(config: PreTrainedConfig, discovery: Discovery, draft: Plan
     for widths in (range(group.kept - 1, 0, -1), range(group.kept + 1, group.units)):
         for width in itertools.islice(widths, 256):
             try:
-                stock_settings(config, discovery, Cut(((group.name, width),)), trust_remote_code=trust_remote_code)
+                stock_settings(config, discovery, PrunedSizes({group.name: width}), trust_remote_code=trust_remote_code)
             except PlanError:
                 continue
             nearest.append(width)

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.data.calibration import CalibrationOptions
-from secateur.discovery.config_settings import Cut, stock_settings
+from secateur.discovery.config_settings import stock_settings
+from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery, count_macs, count_parameters
+from secateur.discovery.groups import Discovery
+from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import PlanError
 from secateur.models.loading import runs_remote_code
 from secateur.planning.options import CutOptions
@@ -191,7 +193,7 @@ def units_after_step(options: CutOptions, dense: Discovery, step: int) -> dict[s
 
 def as_of_dense(whole: Plan, options: CutOptions, dense: Discovery, model: PreTrainedModel) -> Plan:
     """The sizes and settings that go with a plan of the dense model; `cut_in_steps` shows a run."""
-    cut: Cut = whole.cut
+    cut: PrunedSizes = whole.sizes
     settings, refusal = None, None
     try:
         settings = stock_settings(model.config, dense, cut, trust_remote_code=runs_remote_code(model))

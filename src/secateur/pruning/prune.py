@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.algebra import kept_along
-from secateur.discovery.config_settings import Cut, renamed, with_settings
+from secateur.discovery.config_settings import with_settings
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery, names_left
+from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import attributes_after, set_attributes_in_place
+from secateur.discovery.sizes import PrunedSizes, names_left, renamed
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
 from secateur.models.loading import check_unpacked, quiet, runs_remote_code
@@ -59,9 +60,11 @@ def prune(
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     cut = cut_weights(tensors | dict(weights or {}), plan, discovery, room=room if model.device.type == "cpu" else None)
     if plan.settings is not None:
-        pruned = _from_config(model, with_settings(model.config, plan.settings), cut, _tied_after(discovery, plan.cut))
+        pruned = _from_config(
+            model, with_settings(model.config, plan.settings), cut, _tied_after(discovery, plan.sizes)
+        )
     else:
-        pruned = _from_parts(model, plan.cut, cut, discovery)
+        pruned = _from_parts(model, plan.sizes, cut, discovery)
     pruned.eval()
     return pruned
 
@@ -95,7 +98,7 @@ def cut_weights(
 ) -> dict[str, Tensor]:
     """The weights of the smaller model by their new names; a weight that is not cut is the same tensor."""
     keep: dict[str, Sequence[int]] = {g.name: g.keep or () for g in plan.groups if g.kind != "layer"}
-    cut = plan.cut
+    cut = plan.sizes
     found: dict[str, Tensor] = {}
     for weight in discovery.weights:
         names = names_left(weight, discovery, cut.dropped_layers)
@@ -141,7 +144,7 @@ def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _tied_after(discovery: Discovery, cut: Cut) -> dict[str, str]:
+def _tied_after(discovery: Discovery, cut: PrunedSizes) -> dict[str, str]:
     """Every other name of a tied weight -> its name among the weights, as they are after the cut."""
     tied = {}
     for weight in discovery.weights:
@@ -171,12 +174,12 @@ def _from_config(
 
 
 def _from_parts(
-    model: PreTrainedModel, cut: Cut, weights: Mapping[str, Tensor], discovery: Discovery
+    model: PreTrainedModel, cut: PrunedSizes, weights: Mapping[str, Tensor], discovery: Discovery
 ) -> PreTrainedModel:
     """The dense model's modules with cut weights, and the attributes that go with them."""
     trusted = runs_remote_code(model)
     attributes = attributes_after(
-        model.config, discovery, cut.narrowed, skipped=skipped_in(model), trust_remote_code=trusted
+        model.config, discovery, cut.without_emptied(), skipped=skipped_in(model), trust_remote_code=trusted
     )
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.discovery.groups import Discovery, count_parameters
+from secateur.discovery.counting import count_parameters
+from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError, TrainingError
 from secateur.planning.plan import Plan
 

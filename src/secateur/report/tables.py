@@ -14,7 +14,8 @@ from rich.tree import Tree
 
 from secateur.checkpoint.verification import Verified
 from secateur.demo import PROMPT, Demonstration
-from secateur.discovery.groups import Discovery, count_parameters
+from secateur.discovery.counting import count_parameters
+from secateur.discovery.groups import Discovery
 from secateur.discovery.summary import (
     KINDS_IN_WORDS,
     GroupFold,

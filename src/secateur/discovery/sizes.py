@@ -1,0 +1,89 @@
+"""A discovery and the sizes that a plan leaves -> names, shapes and structure of the weights afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from secateur.discovery.algebra import Expression, Fixed, Variable, show, size_after, substitute
+from secateur.discovery.groups import Discovery, Weight
+from secateur.discovery.layers import layer_of
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedSizes:
+    """The sizes that a plan leaves."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Units kept by group name; a group that is not named keeps all of its units."""
+    dropped_layers: frozenset[int] = frozenset()
+    """Numbers of the layers that go as a whole."""
+
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """The groups that lose all of their units."""
+        return tuple(name for name, units in self.sizes.items() if units == 0)
+
+    def without_emptied(self) -> PrunedSizes:
+        """The same, with the emptied groups left whole."""
+        return PrunedSizes({name: units for name, units in self.sizes.items() if units}, self.dropped_layers)
+
+
+def names_left(weight: Weight, discovery: Discovery, dropped_layers: frozenset[int]) -> list[str]:
+    """The names, its own first, under which a weight is found in layers that stay; none, and it goes with its layer."""
+    names = [weight.name, *(other for other, name in discovery.tied.items() if name == weight.name)]
+    return [name for name in names if layer_of(name, discovery.layer_lists) not in dropped_layers]
+
+
+def shapes_after(discovery: Discovery, pruned: PrunedSizes) -> Shapes:
+    """The shape of every weight after the pruned, under the name it has when the layers left are numbered anew."""
+    return {
+        renamed(names[0], discovery, pruned): tuple(size_after(dim, pruned.sizes) for dim in weight.dims)
+        for weight in discovery.weights
+        if (names := names_left(weight, discovery, pruned.dropped_layers))
+    }
+
+
+def structure_after(discovery: Discovery, pruned: PrunedSizes) -> dict[str, list[str]]:
+    """How each axis is made of units after the pruned, by size: "2·3·(64)" for 2 KV heads of 3 query heads of 64.
+
+    Shapes alone do not tell: a model may have them and read one head as another.
+    """
+
+    def by_size(variable: Variable) -> Expression:
+        after = pruned.sizes.get(variable.name, variable.size)
+        return Variable(str(after), after) if after > 1 else Fixed(after)
+
+    return {
+        renamed(names[0], discovery, pruned): [show(substitute(dim, by_size)) for dim in weight.dims]
+        for weight in discovery.weights
+        if (names := names_left(weight, discovery, pruned.dropped_layers))
+    }
+
+
+def renamed(name: str, discovery: Discovery, pruned: PrunedSizes) -> str:
+    """The name of a weight or module after dropped layers have left the numbering."""
+    layer = layer_of(name, discovery.layer_lists)
+    if layer is None:
+        return name
+    prefix = next(prefix for prefix in discovery.layer_lists if name.startswith(f"{prefix}."))
+    after = layer - sum(dropped < layer for dropped in pruned.dropped_layers)
+    return f"{prefix}.{after}{name[len(f'{prefix}.{layer}') :]}"
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The shape of every parameter (a tied one once) and saved buffer, by name.
+
+    >>> shapes_of(nn.Linear(3, 2))
+    {'weight': (2, 3), 'bias': (2,)}
+    """
+    persistent = model.state_dict().keys()
+    tensors = itertools.chain(
+        model.named_parameters(), ((name, b) for name, b in model.named_buffers() if name in persistent)
+    )
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
