@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur import export_gguf, load, load_tokenizer
-from secateur.checkpoint.folder import write_json
 from secateur.export.gguf_file import Exported
+from secateur.files import write_json
 
 
 def write_files(model: str, types: list[str], folder: Path, label: str) -> dict[str, Exported]:

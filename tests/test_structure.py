@@ -21,6 +21,7 @@ ORDER = [
     "errors",
     "processes",
     "progress",
+    "files",
     "models",
     "data",
     "discovery",

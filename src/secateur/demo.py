@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.checkpoint.accounts import account
-from secateur.checkpoint.folder import atomic_folder, check_vacant, write_json
 from secateur.checkpoint.record import make_record
 from secateur.checkpoint.stock import check_stock, save
 from secateur.data.calibration import CalibrationOptions, calibration_windows, demo_texts
@@ -21,6 +20,7 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError
 from secateur.evaluation.perplexity import Perplexity, evaluate, sample_text
 from secateur.evaluation.profile import Profile, profile
+from secateur.files import atomic_folder, check_vacant, write_json
 from secateur.models.loading import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
 from secateur.pipeline.journal import append
 from secateur.pipeline.run import Pruned

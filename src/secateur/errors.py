@@ -6,7 +6,8 @@ line and exits with status 2; code catches `SecateurError`.
 
 from __future__ import annotations
 
-from pathlib import Path
+import difflib
+from collections.abc import Iterable
 
 
 class SecateurError(Exception):
@@ -65,10 +66,21 @@ class PageError(SecateurError):
     """A page that cannot be shown: a package is missing, or its address is taken."""
 
 
-def unwritable(path: Path, error: Exception) -> DiskError:
-    """The error of a file or folder that cannot be written, for example because the disk is full.
+def one_line(error: Exception) -> str:
+    r"""Describe an error of another library in one line: its type and the first paragraph of its message.
 
-    >>> print(unwritable(Path("out"), OSError(28, "No space left on device")))
-    out cannot be written: No space left on device
+    >>> one_line(ValueError("no such\n  layer.\n\nSee also ..."))
+    'ValueError: no such layer'
     """
-    return DiskError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+    paragraph = str(error).split("\n\n")[0]
+    return f"{type(error).__name__}: {' '.join(paragraph.split())[:300].rstrip('.')}"
+
+
+def did_you_mean(name: str, names: Iterable[str], *, most: int = 1) -> str:
+    """The end of a sentence about an unknown name: up to `most` known names that are close to it, or nothing.
+
+    >>> did_you_mean("mpl", ["mlp", "heads"]), did_you_mean("colour", ["mlp", "heads"])
+    ('. Did you mean mlp?', '')
+    """
+    close = difflib.get_close_matches(name, list(names), n=most)
+    return f". Did you mean {' or '.join(close)}?" if close else ""

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import secateur.checkpoint.folder
+import secateur.files
 from secateur import CutOptions, discover, plan, prune, save, score
-from secateur.checkpoint.folder import atomic_folder, check_vacant, check_writable, write_json
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record, weights_digest
 from secateur.checkpoint.stock import check_stock
 from secateur.errors import CheckpointError
+from secateur.files import atomic_folder, check_vacant, check_writable, write_json
 from secateur.planning.plan import Plan, PlannedGroup, read_plan
 from tiny import names, tiny_model, tiny_tokenizer
 
@@ -280,7 +280,7 @@ class TestAtomicFolder:
             return rename(self, target)
 
         monkeypatch.setattr(Path, "rename", fail)
-        monkeypatch.setattr(secateur.checkpoint.folder, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(secateur.files, "_exchanged", lambda *_: False)
         with (
             pytest.raises(CheckpointError, match="Input/output error"),
             atomic_folder(tmp_path / "out", overwrite=True),
@@ -294,7 +294,7 @@ class TestAtomicFolder:
     ) -> None:
         """Where the system can exchange two folders, there is always one of that name; elsewhere in two steps."""
         if not exchange:
-            monkeypatch.setattr(secateur.checkpoint.folder, "_exchanged", lambda *_: False)
+            monkeypatch.setattr(secateur.files, "_exchanged", lambda *_: False)
         (tmp_path / "out").mkdir()
         (tmp_path / "out/config.json").write_text("old")
         renames: list[str] = []

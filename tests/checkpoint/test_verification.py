@@ -27,12 +27,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import secateur.checkpoint.stock
 from secateur import SecateurError, prune_model, verify
-from secateur.checkpoint.folder import write_json, write_manifest
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, read_record
 from secateur.cli.main import run
 from secateur.errors import CheckpointError, ModelError
+from secateur.files import write_json
 from secateur.models.loading import load, load_config, load_tokenizer
-from secateur.models.manifest import MANIFEST_FILE
+from secateur.models.manifest import MANIFEST_FILE, write_manifest
 from secateur.planning.plan import Plan, read_plan
 from tiny import write_tiny
 

@@ -24,9 +24,9 @@ from transformers import AutoConfig
 import secateur
 from question_files import write_questions
 from secateur import SecateurError
-from secateur.checkpoint.folder import write_json
 from secateur.cli.main import run
 from secateur.cli.output import progress_bars
+from secateur.files import write_json
 from secateur.pipeline.journal import read as read_journal
 from secateur.pipeline.run import plan_model
 from secateur.planning.options import CutOptions
@@ -656,7 +656,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("evaluate", "tiny", "--protocol", "gtpq@9"),
     ),
     "unknown local task": (
-        "task 'arc_hard' has no local files; did you mean arc_easy",
+        "task 'arc_hard' has no local files. Did you mean arc_easy",
         ("evaluate", "tiny", "--tasks", "boolq,arc_hard", "--tasks-data", "questions"),
     ),
     "no questions": (

@@ -385,12 +385,12 @@ class TestNames:
 
     @pytest.mark.slow
     def test_an_unknown_task_is_answered_with_near_names(self) -> None:
-        with pytest.raises(TaskError, match=r"task 'arc_eassy' is unknown to lm-eval; did you mean .*arc_easy"):
+        with pytest.raises(TaskError, match=r"task 'arc_eassy' is unknown to lm-eval. Did you mean .*arc_easy"):
             load_tasks(["arc_eassy"])
 
     def test_an_unknown_local_task_too(self, questions: Path) -> None:
         with pytest.raises(
-            TaskError, match=r"task 'arc_hard' has no local files; did you mean .*Those that have: boolq"
+            TaskError, match=r"task 'arc_hard' has no local files. Did you mean .*Those that have: boolq"
         ):
             load_tasks(["arc_hard"], folder=questions)
 

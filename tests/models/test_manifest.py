@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import secateur.models.manifest
-from secateur.checkpoint.folder import write_manifest
+import secateur.files
 from secateur.errors import CheckpointError
+from secateur.files import read_json
 from secateur.models.manifest import (
     MANIFEST_FILE,
     Entry,
     changes,
     check_as_written,
     files_in,
-    read_json,
     read_manifest,
     tensors_in,
+    write_manifest,
 )
 
 
@@ -176,7 +176,7 @@ class TestJson:
             read_json(tmp_path)
         with pytest.raises(CheckpointError, match="there is no such file"):
             read_json(tmp_path / "x.json")
-        monkeypatch.setattr(secateur.models.manifest, "MOST_JSON", 10)
+        monkeypatch.setattr(secateur.files, "MOST_JSON", 10)
         (tmp_path / "x.json").write_text(" " * 11)
         with pytest.raises(CheckpointError, match="it has 11 bytes; at most 10 are read"):
             read_json(tmp_path / "x.json")

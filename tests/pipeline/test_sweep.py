@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kills import after, commands
 from secateur import SecateurError, evaluate, load, load_tokenizer, plan_model
-from secateur.checkpoint.folder import write_json
 from secateur.errors import DataError, PlanError, ScoreError
+from secateur.files import write_json
 from secateur.pipeline.run import cut_as_planned
 from secateur.pipeline.sweep import frontier, ratios_in, sweep
 from secateur.planning.options import calibration_for
@@ -217,7 +217,7 @@ def test_without_matplotlib(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"scores": ("fischer",)}, ScoreError, r"unknown score 'fischer'; did you mean fisher\?"),
+        ({"scores": ("fischer",)}, ScoreError, r"unknown score 'fischer'. Did you mean fisher\?"),
         ({"presets": ("bets",)}, PlanError, "preset 'bets' is unknown. .*Did you mean best?"),
         ({"presets": ()}, PlanError, "presets is empty: name one, for example --presets best"),
         ({"texts": {}}, DataError, "there is no text to score: give one, for example --ppl"),

@@ -205,7 +205,7 @@ def test_names_of_own_scores() -> None:
         register_score("l1")
     with pytest.raises(ScoreError, match="'my score' is no name"):
         register_score("my score")
-    with pytest.raises(ScoreError, match="unknown need of a score 'gradients'; did you mean gradient"):
+    with pytest.raises(ScoreError, match=r"unknown need of a score 'gradients'\. Did you mean gradient"):
         register_score("mine", needs="gradients")  # type: ignore[arg-type]
 
 

@@ -253,9 +253,9 @@ def test_gradients_that_are_all_zero_are_told() -> None:
 
 
 def test_unknown_names_get_a_suggestion(model: PreTrainedModel) -> None:
-    with pytest.raises(ScoreError, match=r"unknown score 'param_frist'; did you mean param_first\? Known: random, l1"):
+    with pytest.raises(ScoreError, match=r"unknown score 'param_frist'. Did you mean param_first\? Known: random, l1"):
         score(model, name="param_frist")
-    with pytest.raises(ScoreError, match=r"unknown reduction 'som'; did you mean sum\? Known: sum, mean"):
+    with pytest.raises(ScoreError, match=r"unknown reduction 'som'. Did you mean sum\? Known: sum, mean"):
         score(model, name="l1", reduce="som")
 
 

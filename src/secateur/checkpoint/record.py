@@ -15,7 +15,8 @@ from torch import nn
 
 from secateur import __version__
 from secateur.errors import CheckpointError
-from secateur.models.manifest import check_as_written, read_json
+from secateur.files import read_json
+from secateur.models.manifest import check_as_written
 
 PLAN_FILE = "secateur_plan.json"
 RECORD_FILE = "secateur_record.json"

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint.folder import atomic_folder, check_vacant, copy_in, write_json, write_manifest
 from secateur.checkpoint.per_layer import as_free, check_same, is_free
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DiscoveryError
+from secateur.files import atomic_folder, check_vacant, copy_in, write_json
 from secateur.models.loading import free_model_class, quiet, runs_remote_code
-from secateur.models.manifest import WEIGHTS, tensors_in
+from secateur.models.manifest import WEIGHTS, tensors_in, write_manifest
 from secateur.planning.plan import Plan
 
 SHARD = "2GB"  # of a file of weights

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from secateur import processes
-from secateur.checkpoint.folder import check_writable, write_json
+from secateur.files import check_writable, write_json
 from secateur.pipeline.journal import append, check_run_folder
 from secateur.progress import ProgressBars
 from secateur.report.formatting import binary

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint.folder import write_json
 from secateur.compare import markup
 from secateur.compare.answers import Writing, answers
 from secateur.compare.cuts import SHARES_OF, Stopped, Wish, Workplace, about, by_layer, cuttable, decide, sketch
 from secateur.compare.sides import Side
 from secateur.errors import SecateurError
+from secateur.files import write_json
 from secateur.planning.options import PRESETS, SHAPES
 from secateur.planning.plan import Plan
 from secateur.scoring.scores import SCORES

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import DataError, SecateurError
+from secateur.errors import DataError, SecateurError, one_line
 from secateur.models.loading import quiet
 
 DEMO = "demo"
@@ -383,7 +383,7 @@ def self_written(
                 raise
             except Exception as error:  # whatever the model's own code makes of it
                 raise DataError(
-                    f"text={SELF!r}: {type(model).__name__} writes no text ({_in_one_line(error)}). {instead}"
+                    f"text={SELF!r}: {type(model).__name__} writes no text ({one_line(error)}). {instead}"
                 ) from error
             written.append(ids[:, 1:].cpu())
             if progress is not None:
@@ -618,7 +618,7 @@ def _in_template(value: Any, where: str, chat: PreTrainedTokenizerBase) -> str:
         return str(chat.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # templates refuse what they do not expect, each in its own way
         raise DataError(
-            f"{where}: the chat template does not take it ({_in_one_line(error)}). Mend the messages, or leave the "
+            f"{where}: the chat template does not take it ({one_line(error)}). Mend the messages, or leave the "
             "template out: CalibrationOptions(chat=False)."
         ) from error
 
@@ -633,7 +633,7 @@ def _parquet_texts(path: Path, wanted: _Wanted) -> list[str]:
             raise _no_column(repr(str(path)), wanted.column, schema.names, texts)
         values = pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{str(path)!r}: not a readable Parquet file ({_in_one_line(error)}).") from error
+        raise DataError(f"{str(path)!r}: not a readable Parquet file ({one_line(error)}).") from error
     return [_text_of({column: value}, f"{str(path)!r}, row {i}", wanted) for i, value in enumerate(values, start=1)]
 
 
@@ -642,7 +642,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{str(path)!r}: not a readable Parquet file ({_in_one_line(error)}).") from error
+        raise DataError(f"{str(path)!r}: not a readable Parquet file ({one_line(error)}).") from error
     yield from ((f"{str(path)!r}, row {i}", row) for i, row in enumerate(rows, start=1))
 
 
@@ -696,7 +696,7 @@ def _data_set_rows(name: str) -> Iterator[tuple[str, object]]:
             yield f"{name!r}, row {number}", row
     except Exception as error:  # whatever the hub, the network or the data set's format makes of it
         raise DataError(
-            f"{name!r}: no such file, and no data set of that name can be read ({_in_one_line(error)}). Check the name "
+            f"{name!r}: no such file, and no data set of that name can be read ({one_line(error)}). Check the name "
             f"and the network, or give a text file or {DEMO!r}."
         ) from error
 
@@ -719,7 +719,3 @@ def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     # verbose=False: a text longer than the model's context is what we want here, not a reason to warn.
     encoded: Any = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded.input_ids]
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"

@@ -7,7 +7,6 @@ configuration is lm-eval's and only the data set is another. Every task is loade
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import DataError, TaskError
+from secateur.errors import DataError, TaskError, did_you_mean, one_line
 from secateur.evaluation.perplexity import evaluation_mode, fitting_batch, input_device, vocabulary_size
 from secateur.evaluation.significance import Difference, mean_difference, mean_of_errors, paired
 from secateur.evaluation.task_files import LOCAL, find_source, read_source
@@ -131,8 +130,9 @@ def load_tasks(names: Sequence[str], *, folder: Path | None = None) -> list[Load
     if folder is not None:
         for name in names:
             if name not in LOCAL:
+                hint = did_you_mean(name, LOCAL, most=3) or "."
                 raise TaskError(
-                    f"task {name!r} has no local files{_near(name, LOCAL)} Those that have: {', '.join(LOCAL)}. "
+                    f"task {name!r} has no local files{hint} Those that have: {', '.join(LOCAL)}. "
                     "Without --tasks-data it is fetched from the hub"
                 )
         found = {name: find_source(name, folder) for name in names}  # all of them before any is read
@@ -145,7 +145,7 @@ def load_tasks(names: Sequence[str], *, folder: Path | None = None) -> list[Load
         for name in names:
             if name not in known:
                 raise TaskError(
-                    f"task {name!r} is unknown to lm-eval{_near(name, known | set(SHORTHANDS))} "
+                    f"task {name!r} is unknown to lm-eval{did_you_mean(name, known | set(SHORTHANDS), most=3) or '.'} "
                     f"Expected for example --tasks {','.join(SEVEN[:3])}, or --tasks zero-shot"
                 )
         return [_load_from_hub(name, manager) for name in names]
@@ -221,7 +221,7 @@ def score(
         try:
             found: dict[str, Any] = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS)
         except (ValueError, NotImplementedError) as error:
-            raise TaskError(f"{task.name}: lm-eval does not run it ({_in_one_line(error)})") from error
+            raise TaskError(f"{task.name}: lm-eval does not run it ({one_line(error)})") from error
     return found
 
 
@@ -293,13 +293,8 @@ def _load_from_hub(name: str, manager: Any) -> LoadedTask:
     except Exception as error:  # whatever the hub, the network, the cache or a task's own code makes of it
         local = f", or give local files: --tasks-data FOLDER (for {', '.join(SEVEN)})" if name in LOCAL else ""
         raise TaskError(
-            f"task {name!r}: its questions cannot be fetched ({_in_one_line(error)}). Check the network{local}"
+            f"task {name!r}: its questions cannot be fetched ({one_line(error)}). Check the network{local}"
         ) from error
-
-
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------
@@ -419,7 +414,3 @@ def _outcomes(samples: Sequence[Mapping[str, Any]], metric: str) -> dict[str, fl
 
 def _place(item: tuple[str, Any]) -> int:
     return int(item[0].split()[0])
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"

@@ -19,6 +19,7 @@ from secateur import __version__
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError
 from secateur.evaluation.profile import measure_speed
+from secateur.files import make_folder, read_json, write_json
 from secateur.planning.latency import LatencyTable, table_from_json
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
@@ -61,17 +62,12 @@ def latency_table(
         kinds.setdefault(group.kind, []).append(group)
     path = _folder(cache) / f"latency-{_key(model, kinds, seq_len)[:24]}.json"
     try:
-        return table_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return table_from_json(read_json(path))
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):
         pass  # there is none yet, or it is damaged
     table = _measured(model, discovery, kinds, seq_len, progress)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(table.to_json()), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"the latency table cannot be kept in {path.parent}: {error}") from error
+    make_folder(path.parent)
+    write_json(path, table.to_json())
     return table
 
 

@@ -15,7 +15,6 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint.folder import atomic_file, check_file_vacant
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType, architecture, type_of
 from secateur.export.check import Checked, check_file, runs_here
@@ -35,6 +34,7 @@ from secateur.export.tensors import (
     weights_of,
 )
 from secateur.export.vocabulary import Vocabulary, vocabulary
+from secateur.files import atomic_file, check_file_vacant
 from secateur.progress import Progress
 
 # Name -> how numbers are stored, and what the file says of itself. All that the gguf package can quantise, but for

@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from secateur.checkpoint.folder import atomic_folder, check_apart, check_vacant, copy_in, write_manifest
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.checkpoint.stock import SHARD
 from secateur.errors import CheckpointError, ModelError, SecateurError
 from secateur.evaluation.perplexity import evaluation_mode, input_device, vocabulary_size
 from secateur.evaluation.profile import weight_bytes
+from secateur.files import atomic_folder, check_apart, check_vacant, copy_in
 from secateur.models.loading import (
     LoadOptions,
     check_unpacked,
@@ -41,6 +41,7 @@ from secateur.models.loading import (
     skeleton,
     text_files,
 )
+from secateur.models.manifest import write_manifest
 
 SCHEMES = ("weight-only", "dynamic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -197,7 +198,7 @@ def export_int8_of(
     loading, out = loading or LoadOptions(), Path(out)
     check_torchao()
     check_vacant(out, overwrite=overwrite)
-    check_apart(model, out)
+    check_apart(resolve(model).path, out)
     source = resolve(model)
     check_unpacked(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
     folder = source.path if source.kind == "folder" else None

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur import __version__
-from secateur.checkpoint.folder import check_apart, check_vacant
 from secateur.checkpoint.record import make_record, read_record
 from secateur.checkpoint.stock import save_again
 from secateur.errors import ExportError, ModelError
+from secateur.files import check_apart, check_vacant
 from secateur.models.loading import (
     LoadOptions,
     check_finite,
@@ -76,7 +76,7 @@ def merge_adapter(
     folder = Path(model if adapter is None else adapter)
     settings = _settings(folder, named=model if adapter is None else str(adapter))
     base = _base_of(folder, settings) if adapter is None else model
-    check_apart(base, out)
+    check_apart(resolve(base).path, out)
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise ExportError(f"{out} holds the adapter itself, which would be deleted; name another folder")
     check_vacant(out, overwrite=overwrite)

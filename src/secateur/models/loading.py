@@ -47,8 +47,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
-from secateur.errors import CheckpointError, ModelError, UntrustedCodeError
-from secateur.models.manifest import WEIGHTS, check_as_written, read_json, tensors_in
+from secateur.errors import CheckpointError, ModelError, UntrustedCodeError, one_line
+from secateur.files import read_json
+from secateur.models.manifest import WEIGHTS, check_as_written, tensors_in
 from secateur.models.modeling_free import FREE, free_class
 
 logger = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
         if not trust_remote_code and _wants_trust(error):
             raise UntrustedCodeError(_untrusted(config.name_or_path or config.model_type)) from error
         raise ModelError(
-            f"model type {config.model_type!r}: no model can be built from this config; {_in_one_line(error)}"
+            f"model type {config.model_type!r}: no model can be built from this config; {one_line(error)}."
         ) from error
     return cast(PreTrainedModel, model.eval())
 
@@ -713,7 +714,7 @@ def _told_by(source: Source, failure: str, *, trust_remote_code: bool) -> Iterat
     except Exception as error:
         if not trust_remote_code and _wants_trust(error):
             raise UntrustedCodeError(_untrusted(source.argument)) from error
-        told = f"{source.argument!r}: {failure}; {_in_one_line(error)}"
+        told = f"{source.argument!r}: {failure}; {one_line(error)}."
         if source.kind == "hub":
             told += f" Check the name and the network, or use a local folder or {DEMO!r}."
         raise ModelError(told) from error
@@ -729,11 +730,6 @@ def _untrusted(model: str) -> str:
         f"{model!r}: the model comes with custom code, Python files that would run on this machine. Read them, and if "
         "you trust them let them run: --trust-remote-code (trust_remote_code=True)"
     )
-
-
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split("\n\n")[0].split())
-    return f"{type(error).__name__}: {text[:300].rstrip('.')}."
 
 
 def _looks_like_path(model: str) -> bool:
@@ -865,9 +861,7 @@ def _shards(source: Source, index: Path) -> list[str]:
     except CheckpointError as error:
         raise ModelError(f"{source.argument!r}: {error}. {expected}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{source.argument!r}: {index.name} cannot be read; {_in_one_line(error)} {expected}"
-        ) from error
+        raise ModelError(f"{source.argument!r}: {index.name} cannot be read; {one_line(error)}. {expected}") from error
     for name in weight_map.values():
         _check_plain(source, index.name, name, (WEIGHTS,))
     return sorted(shards)

@@ -8,8 +8,8 @@ is compared.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import CheckpointError
+from secateur.files import read_json, unwritable, write_json
 
 MANIFEST_FILE = "secateur_manifest.json"
 FORMAT = 1
 WEIGHTS = ".safetensors"
-MOST_JSON = 2**28  # bytes of a JSON file that are read: an index of a million tensors has a third of that
 REMEDY = f"Copy it again; if it was changed on purpose, remove {MANIFEST_FILE}, and nothing is compared"
 
 
@@ -73,37 +73,24 @@ def tensors_in(path: Path) -> dict[str, str]:
         ) from error
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON from a file that may be anything. Raises `CheckpointError`, which names the file.
-
-    A key that stands twice is an error: which of the two is meant?
+def write_manifest(folder: Path) -> None:
+    """Write down every file of a folder, its size and hash, and the tensors of weights; the last thing to be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "a.json"
-    ...     _ = file.write_text('{"a": 1, "a": 2}')
-    ...     read_json(file)
-    Traceback (most recent call last):
-    secateur.errors.CheckpointError: a.json cannot be read; the key 'a' stands twice in one object
+    ...     _ = (Path(folder) / "a").write_text("1")
+    ...     write_manifest(Path(folder))
+    ...     list(read_json(Path(folder) / MANIFEST_FILE)["files"])
+    ['a']
     """
+    names = list(files_in(folder))
     try:
-        if not path.is_file():
-            raise ValueError("it is no regular file" if path.exists() else "there is no such file")
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"it has {path.stat().st_size} bytes; at most {MOST_JSON} are read")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
-    except (OSError, ValueError, RecursionError) as error:  # the last for nesting that no one writes
-        told = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise CheckpointError(f"{path.name} cannot be read; {told[:200]}") from error
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
-    return found
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            entries = list(pool.map(entry, (folder / name for name in names)))
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    files = {name: each.to_json() for name, each in zip(names, entries, strict=True)}
+    write_json(folder / MANIFEST_FILE, {"format": FORMAT, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, Entry] | None:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur import __version__, processes
-from secateur.checkpoint.folder import atomic_folder, write_json
 from secateur.data.calibration import CalibrationOptions
-from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, SecateurError, unwritable
+from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, SecateurError
+from secateur.files import atomic_folder, make_folder, read_json, read_tensors, write_json, write_tensors
 from secateur.models.loading import LoadOptions, resolve
 from secateur.planning.allocation import Curve
 from secateur.planning.options import CutOptions
@@ -32,7 +31,7 @@ from secateur.planning.plan import Plan, plan_from_json
 from secateur.pruning.iterative import Step
 from secateur.pruning.repair import Repaired
 from secateur.scoring.scores import SCORES, Scores, read_scores, write_scores
-from secateur.scoring.statistics import Statistics, read_statistics, write_statistics, write_tensors
+from secateur.scoring.statistics import Statistics, read_statistics, write_statistics
 
 SCORES_FILE = "scores.safetensors"
 STEP_FILE = "step.safetensors"
@@ -119,13 +118,13 @@ def kept_damage(work: Path | None, scores: Scores) -> dict[str, Curve] | None:
     found = None
     if work is not None:
         try:
-            data = json.loads((work / DAMAGE_FILE).read_text(encoding="utf-8"))
+            data = read_json(work / DAMAGE_FILE)
             if data["scores"] == _scores_hash(scores):
                 found = {
                     str(name): tuple((int(kept), float(damage)) for kept, damage in points)
                     for name, points in data["damage"].items()
                 }
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (CheckpointError, ValueError, LookupError, TypeError, AttributeError):
             pass  # there is none, or it is damaged
     return None if processes.largest(int(found is None)) else found
 
@@ -143,33 +142,29 @@ def _scores_hash(scores: Scores) -> str:
 def kept_repair(work: Path, decided: Plan) -> Repaired | None:
     """The repaired weights that an earlier run left for a plan, if they can be read."""
     try:
-        with safe_open(work / REPAIRED_FILE, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["secateur"])
-            if about["decided"] != _hash(decided.to_json()):
-                return None
-            weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            errors = {name: (float(before), float(after)) for name, (before, after) in about["errors"].items()}
-            return Repaired(plan_from_json(about["plan"]), weights, errors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, PlanError):
+        weights, about = read_tensors(work / REPAIRED_FILE)
+        if about["decided"] != _hash(decided.to_json()):
+            return None
+        errors = {name: (float(before), float(after)) for name, (before, after) in about["errors"].items()}
+        return Repaired(plan_from_json(about["plan"]), weights, errors)
+    except (CheckpointError, KeyError, ValueError, TypeError, PlanError):
         return None
 
 
 def keep_repair(work: Path, decided: Plan, repaired: Repaired) -> None:
     """Leave the repaired weights for a run that goes on."""
     about = {"decided": _hash(decided.to_json()), "plan": repaired.plan.to_json(), "errors": dict(repaired.errors)}
-    write_tensors(work / REPAIRED_FILE, repaired.weights, {"secateur": json.dumps(about)})
+    write_tensors(work / REPAIRED_FILE, repaired.weights, about)
 
 
 def kept_step(work: Path, options: CutOptions) -> Step | None:
     """The last step that an earlier run with these options has done, if it can be read; by all processes or none."""
     found = None
     try:
-        with safe_open(work / STEP_FILE, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["secateur"])
-            if about["options"] == _hash(asdict(options)):
-                weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
-                found = Step(int(about["number"]), plan_from_json(about["plan"]), weights)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, PlanError):
+        weights, about = read_tensors(work / STEP_FILE)
+        if about["options"] == _hash(asdict(options)):
+            found = Step(int(about["number"]), plan_from_json(about["plan"]), weights)
+    except (CheckpointError, KeyError, ValueError, TypeError, PlanError):
         pass  # there is none, or it is damaged
     return None if processes.largest(int(found is None)) else found
 
@@ -179,7 +174,7 @@ def keep_step(work: Path, options: CutOptions, step: Step) -> None:
     if processes.is_first():
         about = {"options": _hash(asdict(options)), "number": step.number, "plan": step.plan.to_json()}
         weights = {name: weight.detach() for name, weight in step.weights.items()}
-        write_tensors(work / STEP_FILE, weights, {"secateur": json.dumps(about)})
+        write_tensors(work / STEP_FILE, weights, about)
 
 
 def kept_windows(work: Path | None) -> Tensor | None:
@@ -187,23 +182,21 @@ def kept_windows(work: Path | None) -> Tensor | None:
     if work is None:
         return None
     try:
-        with safe_open(work / WINDOWS_FILE, framework="pt") as file:
-            windows: Tensor = file.get_tensor("windows").clone()
-            return windows
-    except (OSError, SafetensorError):
+        return read_tensors(work / WINDOWS_FILE)[0]["windows"].clone()
+    except (CheckpointError, KeyError):
         return None  # there are none, or they are damaged
 
 
 def keep_windows(work: Path | None, windows: Tensor) -> None:
     """Leave them for a run that goes on, which must not have others."""
     if work is not None and processes.is_first():
-        write_tensors(work / WINDOWS_FILE, {"windows": windows}, {})
+        write_tensors(work / WINDOWS_FILE, {"windows": windows})
 
 
 def _read_key(work: Path) -> Any:
     try:
-        return json.loads((work / "key.json").read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return read_json(work / "key.json")["key"]
+    except (CheckpointError, LookupError, TypeError):
         return None  # there is none, or it is damaged
 
 
@@ -220,10 +213,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{folder} is a file, and a folder is to hold the statistics: name another with --run"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(folder, error) from error
+        make_folder(folder)
 
     def statistics(self) -> Statistics | None:
         """What is kept, if anything is; by all processes or none."""

@@ -15,10 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint.folder import write_json
 from secateur.checkpoint.record import versions
-from secateur.errors import CheckpointError, unwritable
-from secateur.models.manifest import read_json
+from secateur.errors import CheckpointError
+from secateur.files import make_folder, read_json, unwritable, write_json
 
 FOLDER = "journal"  # within a run folder
 _KEYS: dict[str, type] = {
@@ -66,10 +65,7 @@ def append(run: Path, command: str, kind: str, result: Mapping[str, Any], *, see
     check_run_folder(run)
     folder = run / FOLDER
     about = {"kind": kind, "command": command, "versions": versions(), "seed": seed, "models": list(models)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    make_folder(folder)
     while True:
         now = datetime.now(UTC)
         path = folder / f"{now:%Y%m%dT%H%M%S.%f}Z-{kind}.json"

@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur import processes
 from secateur.checkpoint.accounts import account
-from secateur.checkpoint.folder import check_apart, check_vacant
 from secateur.checkpoint.record import make_record
 from secateur.checkpoint.stock import check_stock, save
 from secateur.data.calibration import (
@@ -37,6 +36,7 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError, PlanError
 from secateur.evaluation.timing import latency_table
+from secateur.files import check_apart, check_vacant
 from secateur.models.loading import (
     LoadOptions,
     check_finite,
@@ -189,7 +189,7 @@ def prune_model(
     calibration = calibration or calibration_for(preset)
     clock = Clock(bars) if bars else Clock()
     check_vacant(out, overwrite=overwrite)
-    check_apart(model, out)
+    check_apart(resolve(model).path, out)
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
     if not has_weights(model):
         raise ModelError(

@@ -21,14 +21,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
-from secateur.checkpoint.folder import atomic_file, write_json
 from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.errors import CheckpointError, DataError, PlanError, SecateurError, unwritable
+from secateur.errors import CheckpointError, DataError, PlanError, SecateurError
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
+from secateur.files import atomic_file, make_folder, read_json, write_json
 from secateur.models.loading import (
     LoadOptions,
     check_finite,
@@ -38,7 +38,6 @@ from secateur.models.loading import (
     load_tokenizer,
     resolve,
 )
-from secateur.models.manifest import read_json
 from secateur.pipeline.cache import recovery_key, run_key
 from secateur.pipeline.run import cut_loaded
 from secateur.planning.options import CutOptions, calibration_for, options_for, settled
@@ -444,8 +443,5 @@ class _Measuring:
 
 
 def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    make_folder(folder)
     return folder

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.data.calibration import COLUMN, DEMO, SELF, CalibrationOptions
 from secateur.discovery.groups import Discovery
-from secateur.errors import PlanError, ScoreError
+from secateur.errors import PlanError, ScoreError, did_you_mean
 from secateur.scoring.scores import REDUCTIONS, SCORES
 
 BUDGETS = ("units", "parameters", "non-embedding", "macs", "memory", "latency")
@@ -56,7 +55,7 @@ class CutOptions:
     def __post_init__(self) -> None:
         """Check every value on its own; what depends on the model is checked by `plan`."""
         if self.of not in BUDGETS:
-            raise PlanError(f"of={self.of!r} is no budget. Known: {', '.join(BUDGETS)}{_close(self.of, BUDGETS)}")
+            raise PlanError(f"of={self.of!r} is no budget. Known: {', '.join(BUDGETS)}{did_you_mean(self.of, BUDGETS)}")
         if (self.ratio is None) == (self.target is None):
             raise PlanError(
                 "give either a ratio (the share to remove) or a target (what is left), for example ratio=0.2"
@@ -70,13 +69,13 @@ class CutOptions:
             )
         for axis in self.axes:
             if axis not in AXES:
-                raise PlanError(f"axes={axis!r} cannot be cut. Known: {', '.join(AXES)}{_close(axis, AXES)}")
+                raise PlanError(f"axes={axis!r} cannot be cut. Known: {', '.join(AXES)}{did_you_mean(axis, AXES)}")
         if not self.axes:
             raise PlanError(f"axes is empty: name what to cut, for example axes=mlp. Known: {', '.join(AXES)}")
         if len(self.axes) > 1 and {"hidden", "layers"} & set(self.axes):
             raise PlanError(f"axes={','.join(self.axes)}: hidden and layers are cut alone, for example axes=hidden")
         if self.reduce is not None and self.reduce not in REDUCTIONS:
-            hint = _close(self.reduce, REDUCTIONS)
+            hint = did_you_mean(self.reduce, REDUCTIONS)
             raise ScoreError(f"reduce={self.reduce!r} is unknown. Known: {', '.join(REDUCTIONS)}{hint}")
         for name, value, known in (
             ("scope", self.scope, SCOPES),
@@ -86,7 +85,7 @@ class CutOptions:
             ("at_dtype", self.at_dtype, tuple(ITEM_BYTES)),
         ):
             if value not in known:
-                raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{_close(value, known)}")
+                raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{did_you_mean(value, known)}")
         if self.scope != "local" and self.of == "units":
             raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
         if self.scope == "sensitivity" and {"hidden", "layers"} & set(self.axes):
@@ -132,11 +131,6 @@ class CutOptions:
         return ITEM_BYTES[self.at_dtype]
 
 
-def _close(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f". Did you mean {close[0]}?" if close else ""
-
-
 def check_score(options: CutOptions) -> None:
     """Raise an error when the score is unknown, or says nothing of such axes.
 
@@ -144,7 +138,7 @@ def check_score(options: CutOptions) -> None:
     """
     if options.score not in SCORES:
         raise ScoreError(
-            f"score={options.score!r} is unknown. Known: {', '.join(SCORES)}{_close(options.score, SCORES)}"
+            f"score={options.score!r} is unknown. Known: {', '.join(SCORES)}{did_you_mean(options.score, SCORES)}"
         )
     if SCORES[options.score].needs in ("layers", "losses") and options.axes != ("layers",):
         raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
@@ -181,7 +175,7 @@ def preset(name: str, layers: int) -> CutOptions:
             choose="obs",
             repair="least-squares",
         )
-    raise PlanError(f"preset {name!r} is unknown. Known: {', '.join(PRESETS)}{_close(name, PRESETS)}")
+    raise PlanError(f"preset {name!r} is unknown. Known: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
 
 
 def calibration_for(
@@ -254,7 +248,7 @@ def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> Cu
     if strategy is not None:
         if strategy not in STRATEGIES:
             known = ", ".join(STRATEGIES)
-            raise PlanError(f"strategy={strategy!r} is unknown. Known: {known}{_close(strategy, STRATEGIES)}")
+            raise PlanError(f"strategy={strategy!r} is unknown. Known: {known}{did_you_mean(strategy, STRATEGIES)}")
         changes.setdefault("axes", STRATEGIES[strategy])
     base = preset(name, discovery.depth)
     if {"hidden", "layers"} & set(changes.get("axes", ())):

@@ -24,7 +24,8 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.sizes import PrunedSizes
 from secateur.discovery.sublayers import may_go
 from secateur.errors import CheckpointError, PlanError, ScoreError
-from secateur.models.manifest import check_as_written, read_json
+from secateur.files import read_json
+from secateur.models.manifest import check_as_written
 from secateur.planning.allocation import Curve, cheapest, damage_at, families, least_damage
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import AXES, CutOptions, check_score

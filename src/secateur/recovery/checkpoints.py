@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerState
 
 from secateur import processes
-from secateur.checkpoint.folder import atomic_folder, write_json
 from secateur.errors import CheckpointError
+from secateur.files import atomic_folder, write_json
 
 STATE_FILE = "trainer_state.json"  # Trainer's own: steps done, what was logged
 WEIGHTS_FILE = "trained.safetensors"  # the weights that are trained, by name

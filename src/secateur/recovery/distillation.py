@@ -26,9 +26,9 @@ from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.errors import CheckpointError, ModelError, TrainingError
 from secateur.evaluation.perplexity import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
+from secateur.files import write_tensors
 from secateur.models.loading import all_finite
 from secateur.recovery.hidden_states import Counterparts, gathered, states_at
-from secateur.scoring.statistics import write_tensors
 
 SHARD_ROWS = 256  # of a file; a run that was killed goes on after the last whole one
 PACKED_NEAR = 0.02  # by what share of the largest logit a text may differ from itself alone: rounding in bfloat16
@@ -193,7 +193,7 @@ def keep_teacher(
     for done, shard in enumerate(missing):
         assert model is not None
         numbers = range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(rows)))
-        write_tensors(_file(folder, shard), _likeliest(model, rows, numbers, top_k, temperature, states), {})
+        write_tensors(_file(folder, shard), _likeliest(model, rows, numbers, top_k, temperature, states))
         if progress is not None:
             progress(done + 1, len(missing))
     processes.wait()

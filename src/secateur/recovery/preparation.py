@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from secateur import processes
-from secateur.checkpoint.folder import check_apart, check_vacant
 from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.data.calibration import OVERLAP_WORDS, overlap
 from secateur.data.options import DataOptions
@@ -26,6 +25,7 @@ from secateur.data.rows import training_order, whole_steps
 from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, TrainingError
 from secateur.evaluation.perplexity import encode
+from secateur.files import check_apart, check_vacant
 from secateur.models.loading import LoadOptions, check_unpacked, load_config, load_tokenizer, resolve
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock
@@ -91,7 +91,7 @@ def prepare(
     from secateur.recovery.loop import check_surroundings  # Trainer takes a second to import: others need not wait
 
     check_vacant(out, overwrite=overwrite)
-    check_apart(pruned, out)
+    check_apart(resolve(pruned).path, out)
     if options.adapts:
         check_peft()
     elif keep_adapter:

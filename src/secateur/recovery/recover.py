@@ -17,10 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur import __version__, processes
-from secateur.checkpoint.folder import write_json
 from secateur.checkpoint.record import make_record, read_record
 from secateur.checkpoint.stock import save_again
 from secateur.data.options import DataOptions, weighted
+from secateur.files import write_json
 from secateur.models.loading import LoadOptions, check_finite, load, resolve, text_files
 from secateur.pipeline.cache import recovery_key, work_folder
 from secateur.planning.plan import Plan

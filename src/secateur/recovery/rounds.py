@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 
 from secateur import processes
 from secateur.checkpoint.accounts import account
-from secateur.checkpoint.folder import MODEL_MARK, write_json
 from secateur.checkpoint.record import PLAN_FILE, make_record, read_record
 from secateur.checkpoint.stock import check_stock, save_again
 from secateur.data.calibration import CalibrationOptions
@@ -27,6 +26,7 @@ from secateur.data.options import DataOptions, weighted
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, ModelError, PlanError
+from secateur.files import MODEL_MARK, write_json
 from secateur.models.loading import LoadOptions, check_finite, has_weights, load, load_config, text_files
 from secateur.pipeline.cache import recovery_key, work_folder
 from secateur.pipeline.run import may_be_free, prune_model, unplaced_in

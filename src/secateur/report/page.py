@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint.folder import atomic_file
+from secateur.files import atomic_file
 from secateur.report.blocks import Figure, KeyFigure, Section
 from secateur.report.curves import frontier_section, recovery_section
 from secateur.report.headline import headline

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, read_record
 from secateur.errors import CheckpointError
-from secateur.models.manifest import WEIGHTS, read_json, read_manifest
+from secateur.files import read_json
+from secateur.models.manifest import WEIGHTS, read_manifest
 from secateur.report.blocks import Block, Cell, Commands, Paragraph, Section, Subheading, Table
 from secateur.report.formatting import binary
 from secateur.report.models import Facts, Model, folder_of, same_model

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError, ScoreError
-from secateur.models.manifest import read_json
+from secateur.files import read_json
 from secateur.pipeline import journal
 from secateur.pipeline.journal import Entry
 from secateur.scoring.scores import Scores, read_scores

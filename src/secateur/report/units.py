@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.discovery.summary import KINDS_IN_WORDS
 from secateur.errors import CheckpointError
-from secateur.models.manifest import read_json
+from secateur.files import read_json
 from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table, change
 from secateur.report.charts import Band, Series, heat_map, histogram, line_plot
 from secateur.report.models import Facts, folder_of, same_model

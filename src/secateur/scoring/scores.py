@@ -7,9 +7,7 @@ that read the units alone. To add a score, write its salience and decorate it wi
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +29,8 @@ from secateur.data.calibration import (
 from secateur.discovery.algebra import units_along, variables_in
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
-from secateur.errors import ScoreError
+from secateur.errors import CheckpointError, ScoreError, did_you_mean
+from secateur.files import read_tensors, write_tensors
 from secateur.models.loading import check_unpacked
 from secateur.progress import Progress
 from secateur.scoring.statistics import (
@@ -44,7 +42,6 @@ from secateur.scoring.statistics import (
     layer_loss_statistics,
     mask_statistics,
     weight_statistics,
-    write_tensors,
 )
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
@@ -163,9 +160,7 @@ def known(name: str, table: Iterable[str], what: str) -> None:
     """Raise `ScoreError` with a suggestion when `name` is not in the table."""
     names = list(table)
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ScoreError(f"unknown {what} {name!r}{hint} Known: {', '.join(names)}")
+        raise ScoreError(f"unknown {what} {name!r}{did_you_mean(name, names) or '.'} Known: {', '.join(names)}")
 
 
 def score(
@@ -491,16 +486,14 @@ def write_scores(path: Path, scores: Scores) -> None:
         "seed": scores.seed,
         "options": None if scores.options is None else asdict(scores.options),
     }
-    write_tensors(path, scores.units, {"secateur": json.dumps(about)})
+    write_tensors(path, scores.units, about)
 
 
 def read_scores(path: Path) -> Scores:
     """Read what `write_scores` wrote. Raises `ScoreError` when the file is missing or not of scores."""
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["secateur"])
-            units = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        units, about = read_tensors(path)
         options = about.pop("options")
         return Scores(units=units, options=None if options is None else CalibrationOptions(**options), **about)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (CheckpointError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ScoreError(f"{path} holds no scores ({error}); expected what write_scores writes") from error

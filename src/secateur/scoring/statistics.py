@@ -10,7 +10,6 @@ reduced to units at once.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,13 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from secateur import processes
-from secateur.errors import ScoreError, unwritable
+from secateur.errors import CheckpointError, ScoreError
+from secateur.files import METADATA_KEY, read_tensors, write_tensors
 from secateur.progress import Progress
 from secateur.scoring.activations import reading_dims, stream_inputs
 from secateur.scoring.gradients import stream_gradients, stream_masks
@@ -751,7 +750,7 @@ class _Journal:
         if not path.exists():
             return None
         with safe_open(path, framework="pt") as file:
-            about: str = (file.metadata() or {})["about"]
+            about: str = json.loads((file.metadata() or {})[METADATA_KEY])
             count = sum(name.startswith("given/") for name in list(file.keys()))
             return [file.get_tensor(f"given/{i}") for i in range(count)], about
 
@@ -765,7 +764,7 @@ class _Journal:
             for what, tensor in tensors.items()
         }
         given = {f"given/{i}": tensor.detach().contiguous() for i, tensor in enumerate(tensors)}
-        write_tensors(self._path(key), {**new, **given}, {"about": about})
+        write_tensors(self._path(key), {**new, **given}, about)
         self.finished |= set(found)
 
     def _path(self, key: str) -> Path:
@@ -813,7 +812,7 @@ def write_statistics(path: Path, statistics: Statistics, *, about: str = "") -> 
         "tokens": statistics.tokens,
         "calibration": statistics.calibration,
     }
-    write_tensors(path, tensors, {"secateur": json.dumps(told)})
+    write_tensors(path, tensors, told)
 
 
 def read_statistics(path: Path, *, about: str = "") -> Statistics:
@@ -822,23 +821,22 @@ def read_statistics(path: Path, *, about: str = "") -> Statistics:
     Raises `ScoreError` when the file is missing, not of statistics, or of others than `about` says.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {})["secateur"])
-            if told["about"] != about:
-                raise ScoreError(f"{path} holds statistics of another model or calibration")
-            found: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
-            units: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
-            masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
-            for key in sorted(file.keys()):
-                if key.startswith("masks/"):
-                    _, along, name = key.split("/", 2)
-                    masks[name][int(along)] = file.get_tensor(key)
-                    continue
-                what, score, at, name = key.split("/", 3)
-                if what == "sums":
-                    found[score][name][int(at)] = file.get_tensor(key)
-                else:
-                    units[score][at][name] = file.get_tensor(key)
+        tensors, told = read_tensors(path)
+        if told["about"] != about:
+            raise ScoreError(f"{path} holds statistics of another model or calibration")
+        found: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+        units: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+        masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        for key, tensor in tensors.items():
+            if key.startswith("masks/"):
+                _, along, name = key.split("/", 2)
+                masks[name][int(along)] = tensor
+                continue
+            what, score, at, name = key.split("/", 3)
+            if what == "sums":
+                found[score][name][int(at)] = tensor
+            else:
+                units[score][at][name] = tensor
         sums = {
             score: {name: tuple(dims[i] for i in range(len(dims))) for name, dims in by_weight.items()}
             for score, by_weight in found.items()
@@ -853,24 +851,5 @@ def read_statistics(path: Path, *, about: str = "") -> Statistics:
             tokens=told["tokens"],
             calibration=told["calibration"],
         )
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (CheckpointError, KeyError, ValueError, TypeError) as error:
         raise ScoreError(f"{path} holds no statistics ({error}); expected what write_statistics writes") from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write a safetensors file beside its name, flush it, and give it its name.
-
-    Raises `CheckpointError` when it cannot be written, for example because the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=dict(about))
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from error

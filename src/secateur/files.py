@@ -1,4 +1,8 @@
-"""Folders and files that are either whole or not there."""
+"""Files and folders on the disk: written whole or not at all, read with errors that name the file.
+
+A file or folder is written under a hidden name beside its place, flushed, and renamed. A killed process leaves at most
+a hidden `.NAME.PID.partial`, which the next writer of the same name removes.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,20 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from secateur.errors import CheckpointError, unwritable
-from secateur.models.loading import resolve
-from secateur.models.manifest import FORMAT, MANIFEST_FILE, entry, files_in
+from secateur.errors import CheckpointError, DiskError, one_line
 
-MODEL_MARK = "config.json"  # what a folder of a model holds
+MODEL_MARK = "config.json"  # a folder that holds it is one of a model
+METADATA_KEY = "secateur"  # of our safetensors files
+MOST_JSON = 2**28  # bytes of a JSON file that are read: an index of a million tensors has a third of that
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -51,14 +56,22 @@ def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) 
     _check_parent(out)
 
 
-def check_apart(model: str, out: Path) -> None:
-    """Raise `CheckpointError` when to write the folder would be to delete the MODEL that it is made from.
+def check_file_vacant(out: Path, *, overwrite: bool = False) -> None:
+    """Raise `CheckpointError` when the file `out` exists and may not be replaced, or cannot be written.
 
-    >>> check_apart("organisation/model", Path("out"))
+    >>> check_file_vacant(Path("/dev/null"))
+    Traceback (most recent call last):
+    secateur.errors.CheckpointError: /dev/null exists; name another file, or replace it with --overwrite ...
     """
-    path = resolve(model).path
-    if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
-        raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
+    try:
+        exists = out.exists()
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"{out!s:.60}... cannot be written: {error.strerror}") from error
+    check_writable(out)
+    if exists and not overwrite:
+        raise CheckpointError(f"{out} exists; name another file, or replace it with --overwrite (overwrite=True)")
+    if exists and not out.is_file():
+        raise CheckpointError(f"{out} is no ordinary file, so it is not replaced; name another")
 
 
 def check_writable(path: Path) -> None:
@@ -79,6 +92,39 @@ def _check_parent(path: Path) -> None:
         raise CheckpointError(f"{path}: the folder {parent} does not exist; make it first: mkdir -p {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{path}: you may not write in {parent}; name a path in a folder of yours")
+
+
+def check_apart(source: Path | None, out: Path) -> None:
+    """Raise `CheckpointError` when to write the folder would be to delete the model that it is made from.
+
+    `source` is where that model lies, None for one of the hub.
+
+    >>> check_apart(Path("model/config.json"), Path("model"))
+    Traceback (most recent call last):
+    secateur.errors.CheckpointError: model holds the MODEL itself, which would be deleted; name another folder
+    """
+    if source is not None and out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
+
+
+def unwritable(path: Path, error: Exception) -> DiskError:
+    """The error of a file or folder that cannot be written, for example because the disk is full.
+
+    >>> print(unwritable(Path("out"), OSError(28, "No space left on device")))
+    out cannot be written: No space left on device
+    """
+    return DiskError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those around it, unless it is there. Raises `DiskError` when it cannot be made.
+
+    >>> make_folder(Path("/"))
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 @contextmanager
@@ -117,24 +163,6 @@ def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_file_vacant(out: Path, *, overwrite: bool = False) -> None:
-    """Raise `CheckpointError` when the file `out` exists and may not be replaced, or cannot be written.
-
-    >>> check_file_vacant(Path("/dev/null"))
-    Traceback (most recent call last):
-    secateur.errors.CheckpointError: /dev/null exists; name another file, or replace it with --overwrite ...
-    """
-    try:
-        exists = out.exists()
-    except OSError as error:  # a name that no file system takes
-        raise CheckpointError(f"{out!s:.60}... cannot be written: {error.strerror}") from error
-    check_writable(out)
-    if exists and not overwrite:
-        raise CheckpointError(f"{out} exists; name another file, or replace it with --overwrite (overwrite=True)")
-    if exists and not out.is_file():
-        raise CheckpointError(f"{out} is no ordinary file, so it is not replaced; name another")
-
-
 @contextmanager
 def atomic_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a path beside `out` to write a file to; when the block ends well, it becomes `out`, else it is removed.
@@ -151,18 +179,26 @@ def atomic_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     [('out', '1')]
     """
     check_file_vacant(out, overwrite=overwrite)
-    out = out.resolve()  # a link to a file stays a link
-    temporary = _beside(out, "partial")
-    try:
-        _remove_stale(out)
+    with _renamed(out) as temporary:
         yield temporary
-        _flush(temporary)
-        temporary.replace(out)
-        _flush(out.parent)
-    except OSError as error:
-        raise unwritable(out, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """Give a path beside `path`; the file written there is flushed and renamed to `path`, whatever was there."""
+    try:
+        path = path.resolve()  # a link to a file stays a link
+        temporary = _beside(path, "partial")
+        _remove_stale(path)
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
 
 
 def _beside(out: Path, kind: str) -> Path:
@@ -214,66 +250,28 @@ def _exchanged(a: Path, b: Path) -> bool:
     return bool(exchange(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0)
 
 
-def copy_in(folder: Path, files: Mapping[str, Path]) -> None:
-    """Copy files into a folder under the names given, which may lie in a folder of their own.
-
-    >>> copy_in(Path("/nonexistent"), {})
-    """
-    for name, path in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / name)
-
-
-def write_manifest(folder: Path) -> None:
-    """Write down every file of a folder, its size and hash, and the tensors of weights; the last thing to be written.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = (Path(folder) / "a").write_text("1")
-    ...     write_manifest(Path(folder))
-    ...     list(json.loads((Path(folder) / MANIFEST_FILE).read_text())["files"])
-    ['a']
-    """
-    names = list(files_in(folder))
-    try:
-        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-            entries = list(pool.map(entry, (folder / name for name in names)))
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    files = {name: each.to_json() for name, each in zip(names, entries, strict=True)}
-    write_json(folder / MANIFEST_FILE, {"format": FORMAT, "files": files})
-
-
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON beside its name, flush it, and give it its name; a pipe or a device is written to as it is.
+    """Write JSON as one file, whole or not at all; a pipe or a device is written to as it is.
 
-    JSON has no infinity (the perplexity of a ruined model): it is written as null, as is NaN.
+    JSON has no infinity (the perplexity of a ruined model): it is written as null, as is NaN. Raises `DiskError`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_json(Path(folder) / "a.json", {"b": 1, "ppl": [float("inf")]})
-    ...     json.loads((Path(folder) / "a.json").read_text())
+    ...     read_json(Path(folder) / "a.json")
     {'b': 1, 'ppl': [None]}
     """
     text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A file name that is no UTF-8 has lone surrogates, which become what JSON writes for them: \\udcff
+    encoded = text.encode("utf-8", errors="backslashreplace")
     try:
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(encoded)
             return
-        path = path.resolve()  # a link stays a link
-        _remove_stale(path)
-        temporary = _beside(path, "partial")
-        try:
-            # a file name that is no UTF-8 has lone surrogates, which become what JSON writes for them: \\udcff
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
+    with _renamed(path) as temporary:
+        temporary.write_bytes(encoded)
 
 
 def _finite(data: Any) -> Any:
@@ -284,6 +282,76 @@ def _finite(data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return [_finite(value) for value in data]
     return data
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON from a file that may be anything. Raises `CheckpointError`, which names the file.
+
+    A key that stands twice is an error: which of the two is meant?
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "a.json"
+    ...     _ = file.write_text('{"a": 1, "a": 2}')
+    ...     read_json(file)
+    Traceback (most recent call last):
+    secateur.errors.CheckpointError: a.json cannot be read; the key 'a' stands twice in one object
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file" if path.exists() else "there is no such file")
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes; at most {MOST_JSON} are read")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+    except (OSError, ValueError, RecursionError) as error:  # the last for nesting that no one writes
+        told = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise CheckpointError(f"{path.name} cannot be read; {told[:200]}") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any = None) -> None:
+    """Write a safetensors file, whole or not at all, with `about` (JSON) in its metadata. Raises `DiskError`.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_tensors(Path(folder) / "a", {"w": torch.ones(2)}, {"seed": 0})
+    ...     read_tensors(Path(folder) / "a")
+    ({'w': tensor([1., 1.])}, {'seed': 0})
+    """
+    metadata = None if about is None else {METADATA_KEY: json.dumps(about)}
+    with _renamed(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Read what `write_tensors` wrote: the tensors, which are mapped, not copied, and `about`.
+
+    Raises `CheckpointError` when the file is missing, truncated or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}, about
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read; {one_line(error)}") from error
+
+
+def copy_in(folder: Path, files: Mapping[str, Path]) -> None:
+    """Copy files into a folder under the names given, which may lie in a folder of their own.
+
+    >>> copy_in(Path("/nonexistent"), {})
+    """
+    for name, path in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
 def _flush(path: Path) -> None:
