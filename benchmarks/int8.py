@@ -22,7 +22,7 @@ from secateur.evaluation.profile import Profile, profile
 from secateur.export.int8 import SCHEMES, export_int8
 from secateur.models.loading import DEMO, file_bytes, load, load_tokenizer
 from secateur.pipeline.run import prune_model
-from secateur.report.formatting import binary
+from secateur.report.formatting import format_bytes
 
 SEQ_LENS = (128, 1024)
 
@@ -39,9 +39,9 @@ def table(
         size = files[row.model]
         shown.add_row(
             row.model,
-            binary(row.weight_bytes),
-            "" if size is None else binary(size),
-            binary(row.peak_bytes),
+            format_bytes(row.weight_bytes),
+            "" if size is None else format_bytes(size),
+            format_bytes(row.peak_bytes),
             f"{row.prefill_seconds * 1000:.1f} ms",
             f"{row.decode_tokens_per_second:.1f} tokens/s",
             *(f"{p.ppl:.2f}" for p in perplexity[row.model]),

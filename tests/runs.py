@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from secateur.pipeline.journal import append
+from secateur.pipeline.run_log import append_entry
 from secateur.scoring.scores import Scores, write_scores
 
 UNITS, LAYERS = 84, 6
@@ -176,7 +176,7 @@ def write_run(folder: Path, *kinds: str) -> Path:
     for kind, models, result in ENTRIES:
         if not kinds or kind in kinds:
             line = f"secateur {kind} {' '.join(models)} --run run"
-            append(folder, line, kind, result, seed=0, models=models)
+            append_entry(folder, line, kind, result, seed=0, models=models)
     if not kinds or "scores" in kinds:
         torch.manual_seed(0)
         units = {f"layers.{layer}.mlp": torch.rand(UNITS).exp2() / 2**layer for layer in range(LAYERS)}

@@ -18,7 +18,7 @@ from secateur.checkpoint.stock import save
 from secateur.cli.main import run
 from secateur.demo import demonstrate
 from secateur.errors import CheckpointError, PlanError
-from secateur.pipeline.journal import read as read_journal
+from secateur.pipeline.run_log import load_entries
 from secateur.planning.plan import read_plan
 from secateur.scoring.scores import read_scores
 from tiny import names
@@ -32,7 +32,7 @@ FILES = {
     "profile.json",
     "samples.json",
     "summary.json",
-    "journal",
+    "log",
     "report.html",
 }
 ROWS = (
@@ -67,7 +67,7 @@ def check_folder(out: Path) -> None:
     assert (dense["model"], pruned["model"]) == ("dense", "pruned")
     assert dense["parameters"] == plan.parameters["dense"]
     assert pruned["parameters"] == plan.parameters["pruned"] < plan.parameters["dense"]
-    entered = {entry.kind: entry for entry in read_journal(out)}
+    entered = {entry.kind: entry for entry in load_entries(out)}
     assert list(entered) == ["prune", "evaluate", "profile"]
     assert entered["prune"].result["groups"] == summary["plan"]["groups"]
     assert entered["prune"].result["out"] == entered["evaluate"].result["results"][1]["model"]

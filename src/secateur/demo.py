@@ -22,8 +22,8 @@ from secateur.evaluation.perplexity import Perplexity, evaluate, sample_text
 from secateur.evaluation.profile import Profile, profile
 from secateur.files import atomic_folder, check_vacant, write_json
 from secateur.models.loading import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
-from secateur.pipeline.journal import append
 from secateur.pipeline.run import Pruned
+from secateur.pipeline.run_log import append_entry
 from secateur.planning.options import CutOptions, calibration_for, options_for, settled
 from secateur.planning.plan import Plan, groups_to_cut, plan
 from secateur.progress import Clock, ProgressBars, peak_rss
@@ -83,7 +83,7 @@ def demonstrate(
     """Prune the demo model into `out`/pruned, load it again, and measure both.
 
     The text is CPython's own language reference: one half calibrates, the other evaluates. Beside the pruned model
-    the folder holds the discovery, the scores, the plan, the measurements, the samples, the journal and the report of
+    the folder holds the discovery, the scores, the plan, the measurements, the samples, the log and the report of
     all of it; it appears whole or not at all. Raises `SecateurError`.
     """
     out = Path(out)
@@ -107,16 +107,16 @@ def demonstrate(
             clock=clock,
         )
         write_json(folder / SUMMARY_FILE, found.to_json())
-        _keep_journal(found, folder, seed=seed, command=command)
+        _append_to_log(found, folder, seed=seed, command=command)
         write_report(folder, folder / REPORT_FILE)
     return found
 
 
-def _keep_journal(found: Demonstration, folder: Path, *, seed: int, command: str | None) -> None:
-    """Enter what `prune`, `evaluate` and `profile` would; the models' names are what to call them by from outside."""
+def _append_to_log(found: Demonstration, folder: Path, *, seed: int, command: str | None) -> None:
+    """Log what `prune`, `evaluate` and `profile` would; the models' names are what to call them by from outside."""
     line, names = command or "secateur.demo.demonstrate", {"dense": DEMO, "pruned": str(found.out / "pruned")}
     written = Pruned(found.plan, found.out / "pruned", found.seconds, peak_rss())
-    append(folder, line, "prune", written.to_json(), seed=seed, models=list(names.values()))
+    append_entry(folder, line, "prune", written.to_json(), seed=seed, models=list(names.values()))
     rows = [
         {
             "model": names[name],
@@ -126,12 +126,12 @@ def _keep_journal(found: Demonstration, folder: Path, *, seed: int, command: str
         }
         for name, results in found.perplexity.items()
     ]
-    append(folder, line, "evaluate", {"results": rows}, seed=seed, models=list(names.values()))
+    append_entry(folder, line, "evaluate", {"results": rows}, seed=seed, models=list(names.values()))
     profiles = [row.to_json() | {"model": names[row.model]} for row in found.profiles]
     for row in profiles:
         if "against" in row:
             row["against"] = {**row["against"], "model": names[row["against"]["model"]]}
-    append(folder, line, "profile", {"results": profiles}, seed=seed, models=list(names.values()))
+    append_entry(folder, line, "profile", {"results": profiles}, seed=seed, models=list(names.values()))
 
 
 def _run(

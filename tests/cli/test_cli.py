@@ -27,8 +27,8 @@ from secateur import SecateurError
 from secateur.cli.main import run
 from secateur.cli.output import progress_bars
 from secateur.files import write_json
-from secateur.pipeline.journal import read as read_journal
 from secateur.pipeline.run import plan_model
+from secateur.pipeline.run_log import load_entries
 from secateur.planning.options import CutOptions
 from tiny import names, write_tiny
 
@@ -681,7 +681,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "sweep letters": ("--ratios a:b: expected first:last:step", ("sweep", "tiny", "--ratios", "a:b")),
     "sweep unknown": ("unknown score 'l3'", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
     "sweep in a file": (
-        "plan.json is a file, and a run folder is to hold the journal",
+        "plan.json is a file, and --run needs a folder for the run.s log",
         ("sweep", "tiny", "--ratios", "0.2", "--run", "plan.json"),
     ),
     "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
@@ -880,7 +880,7 @@ def test_every_option_of_a_cut_is_an_option_of_plan_and_prune(capsys: pytest.Cap
             assert f"--{name.replace('_', '-')} " in text
 
 
-class TestJournal:
+class TestRunLog:
     @pytest.mark.parametrize(
         ("arguments", "models"),
         [
@@ -896,7 +896,7 @@ class TestJournal:
         self, arguments: tuple[str, ...], models: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         data = written(capsys, *arguments, "--run", "runs/mine")
-        [entry] = read_journal(Path("runs/mine"))
+        [entry] = load_entries(Path("runs/mine"))
         assert entry.result == data
         assert (entry.kind, list(entry.models)) == (arguments[0], models)
         assert entry.command == f"secateur {' '.join(arguments)} --run runs/mine --json x.json"
@@ -921,11 +921,13 @@ class TestJournal:
     ) -> None:
         works = ["cutting.plan_model", "cutting.prune_model", "recovering.recover", "measuring.load_config"]
         for work in (*works, "folders.load_config", "folders.export_int8_of"):
-            monkeypatch.setattr(f"secateur.cli.main.{work}", lambda *_, **__: pytest.fail("work had begun"))
-        refuse(capsys, "text.txt is a file, and a run folder is to hold the journal", *arguments, "--run", "text.txt")
+            monkeypatch.setattr(f"secateur.cli.{work}", lambda *_, **__: pytest.fail("work had begun"))
+        refuse(
+            capsys, "text.txt is a file, and --run needs a folder for the run.s log", *arguments, "--run", "text.txt"
+        )
 
-    def test_a_run_without_a_journal(self, capsys: pytest.CaptureFixture[str]) -> None:
-        refuse(capsys, "tiny has no journal, so there is nothing to report", "report", "tiny", "r.html")
+    def test_a_run_without_a_log(self, capsys: pytest.CaptureFixture[str]) -> None:
+        refuse(capsys, "tiny has no log, so there is nothing to report", "report", "tiny", "r.html")
         refuse(capsys, "none is no folder; name one that --run was given", "report", "none", "r.html")
 
 

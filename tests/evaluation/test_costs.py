@@ -18,7 +18,7 @@ from secateur.evaluation.flops import cache_bytes_by_layer, count_macs_by_kind, 
 from secateur.evaluation.profile import profile_models
 from secateur.models.loading import quiet, skeleton
 from secateur.planning.options import options_for
-from secateur.report.formatting import giga
+from secateur.report.formatting import format_macs
 
 TOKENS = 9
 # grouped queries; a window that slides; learned positions; latent attention; a state space; states beside attention;
@@ -149,7 +149,7 @@ def test_the_published_macs_of_a_7b_model(tmp_path: Path) -> None:
     discovery = discover(config)
     decided = plan(discovery, options_for("llm-pruner", discovery, {}), config=config)
     dense, cut = profile_models([str(tmp_path / "config.json")], plan=decided, plan_name="plan.json")
-    assert (giga(dense.macs), giga(cut.macs)) == ("424.02 G", "339.60 G")
+    assert (format_macs(dense.macs), format_macs(cut.macs)) == ("424.02 G", "339.60 G")
     assert cut.model == f"{tmp_path / 'config.json'} + plan.json"
     assert dense.kv_cache_bytes == 32 * 2 * 4096 * 64 * 4
     assert cut.kv_cache_bytes == (6 * 32 + 26 * 24) * 128 * 2 * 64 * 4  # heads of 6 whole and 26 cut layers

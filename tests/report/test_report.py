@@ -14,7 +14,7 @@ import pytest
 from runs import ENTRIES, evaluate_json, plan_json, profile_json, recover_json, write_run
 from secateur.cli.main import run
 from secateur.errors import CheckpointError
-from secateur.pipeline.journal import append
+from secateur.pipeline.run_log import append_entry
 from secateur.report.models import Facts, models_of
 from secateur.report.page import TEMPLATES, Report, write_report
 from secateur.report.reading import read_run
@@ -121,18 +121,18 @@ class TestWhole:
 
     def test_the_first_sentence_says_of_what(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
-        append(folder, "c", "recover", recover_json("b"), seed=0, models=["a", "b"])
-        append(folder, "c", "evaluate", evaluate_json({"a": 25.0, "b": 40.0}), seed=0, models=["a", "b"])
+        append_entry(folder, "c", "recover", recover_json("b"), seed=0, models=["a", "b"])
+        append_entry(folder, "c", "evaluate", evaluate_json({"a": 25.0, "b": 40.0}), seed=0, models=["a", "b"])
         assert page_of(folder)[2].sentences[0].startswith("The recovered model answers 58.0 % of 2 zero-shot tasks")
 
     def test_headline_of_a_cut(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
-        append(folder, "c", "prune", plan_json(0.2, "small"), seed=0, models=["tiny", "small"])
+        append_entry(folder, "c", "prune", plan_json(0.2, "small"), seed=0, models=["tiny", "small"])
         perplexity = evaluate_json({"tiny": 25.0, "small": 40.0})
         for row in perplexity["results"]:
             del row["tasks"], row["tasks_mean"]
-        append(folder, "c", "evaluate", perplexity, seed=0, models=["tiny", "small"])
-        append(folder, "c", "profile", profile_json({"tiny": 1, "small": 0.5}), seed=0, models=["tiny", "small"])
+        append_entry(folder, "c", "evaluate", perplexity, seed=0, models=["tiny", "small"])
+        append_entry(folder, "c", "profile", profile_json({"tiny": 1, "small": 0.5}), seed=0, models=["tiny", "small"])
         figures = {figure.name: (figure.change, figure.good) for figure in page_of(folder)[2].figures}
         assert figures == {
             "Parameters": ("\N{MINUS SIGN}50.0 %", None),
@@ -175,37 +175,37 @@ class TestParts:
         [row] = result["results"]
         del row["tasks_mean"], row["samples"]
         row["tasks"] = {"boolq": {"acc": 0.5}, "piqa": {"acc": 0.5, "acc_norm": 0.625}}
-        append(folder, "c", "evaluate", result, seed=0, models=["tiny"])
+        append_entry(folder, "c", "evaluate", result, seed=0, models=["tiny"])
         tree, _, report = page_of(folder)
         assert [section.id for section in report.sections] == ["models", "quality", "provenance"]
         assert "ref (windows of 128)" in words(tree)
         assert "piqa (acc_norm) tiny 62.5 %" in words(tree)
 
     def test_a_kind_of_a_later_version(self, tmp_path: Path) -> None:
-        append(tmp_path / "run", "secateur shrink x", "shrink", {"x": 1}, seed=0, models=["x"])
+        append_entry(tmp_path / "run", "secateur shrink x", "shrink", {"x": 1}, seed=0, models=["x"])
         assert "secateur shrink x" in words(page_of(tmp_path / "run")[0])
 
     def test_infinite_perplexity(self, tmp_path: Path) -> None:
-        append(tmp_path / "run", "c", "evaluate", evaluate_json({"a": None}), seed=0, models=["a"])
+        append_entry(tmp_path / "run", "c", "evaluate", evaluate_json({"a": None}), seed=0, models=["a"])
         assert "infinite" in words(page_of(tmp_path / "run")[0])
 
     def test_one_step_and_equal_values(self, tmp_path: Path) -> None:
         result = recover_json("b", 3) | {"loss": [[1, 2.0], [2, 2.0], [3, 2.0]]}
-        append(tmp_path / "run", "c", "recover", result, seed=0, models=["a", "b"])
+        append_entry(tmp_path / "run", "c", "recover", result, seed=0, models=["a", "b"])
         page_of(tmp_path / "run")
         result["evaluation"] = [{"step": 0, "validation": None, "perplexity": {"t": None}}]
-        append(tmp_path / "run", "c", "recover", result, seed=0, models=["a", "b"])
+        append_entry(tmp_path / "run", "c", "recover", result, seed=0, models=["a", "b"])
         page_of(tmp_path / "run")
 
     def test_a_long_training_is_thinned(self, tmp_path: Path) -> None:
-        append(tmp_path / "run", "c", "recover", recover_json("b", 30_000), seed=0, models=["a", "b"])
+        append_entry(tmp_path / "run", "c", "recover", recover_json("b", 30_000), seed=0, models=["a", "b"])
         _, text, _ = page_of(tmp_path / "run")
         assert len(text) < 200_000
         assert "30,000" in text
 
     def test_layers_that_go_whole(self, tmp_path: Path) -> None:
         group = {"name": "layers", "kind": "layer", "layer": None, "units": 4, "kept": 3, "keep": [0, 1, 3]}
-        append(tmp_path / "run", "c", "prune", plan_json(0.2, "b", groups=[group]), seed=0, models=["a", "b"])
+        append_entry(tmp_path / "run", "c", "prune", plan_json(0.2, "b", groups=[group]), seed=0, models=["a", "b"])
         shown = words(page_of(tmp_path / "run")[0])
         assert "layer 2: 0 of 1" in shown
         assert "layer 3: 1 of 1" in shown
@@ -225,14 +225,14 @@ class TestModels:
     def test_one_folder_by_several_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "out" / "small").mkdir(parents=True)
-        append(Path("run"), "c", "prune", plan_json(0.2, "out/small"), seed=0, models=["tiny", "out/small"])
+        append_entry(Path("run"), "c", "prune", plan_json(0.2, "out/small"), seed=0, models=["tiny", "out/small"])
         for name in ("./out/small/", str(tmp_path / "out" / "small")):
-            append(Path("run"), "c", "evaluate", evaluate_json({name: 9.0}), seed=0, models=[name])
+            append_entry(Path("run"), "c", "evaluate", evaluate_json({name: 9.0}), seed=0, models=[name])
         assert [model.role for model in models_of(read_run(Path("run")))] == ["dense", "pruned"]
 
     def test_a_plan_evaluated_in_memory(self, tmp_path: Path) -> None:
         result = evaluate_json({"tiny": 9.0, "tiny + p.json": 12.0})
-        append(tmp_path / "run", "c", "evaluate", result, seed=0, models=["tiny"])
+        append_entry(tmp_path / "run", "c", "evaluate", result, seed=0, models=["tiny"])
         assert [(m.role, m.parent) for m in models_of(read_run(tmp_path / "run"))] == [
             ("dense", None),
             ("pruned", "tiny"),
@@ -240,15 +240,15 @@ class TestModels:
 
     def test_labels_differ(self, tmp_path: Path) -> None:
         for name in ("x/small", "y/small"):
-            append(tmp_path / "run", "c", "prune", plan_json(0.2, name), seed=0, models=["tiny", name])
+            append_entry(tmp_path / "run", "c", "prune", plan_json(0.2, name), seed=0, models=["tiny", name])
         assert [model.label for model in models_of(read_run(tmp_path / "run"))] == ["dense", "small", "small (2)"]
 
     def test_what_was_measured_before_it_was_written_again(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
         for ppl in (40.0, 50.0):
-            append(folder, "c", "prune", plan_json(0.2, "small"), seed=0, models=["tiny", "small"])
+            append_entry(folder, "c", "prune", plan_json(0.2, "small"), seed=0, models=["tiny", "small"])
             if ppl == 40.0:
-                append(folder, "c", "evaluate", evaluate_json({"tiny": 25.0, "small": ppl}), seed=0, models=[])
+                append_entry(folder, "c", "evaluate", evaluate_json({"tiny": 25.0, "small": ppl}), seed=0, models=[])
         facts = Facts.of(read_run(folder))
         dense, small = facts.models
         assert facts.perplexity(dense)
@@ -257,12 +257,12 @@ class TestModels:
 
     def test_the_last_measurement_counts(self, tmp_path: Path) -> None:
         for ppl in (40.0, 50.0):
-            append(tmp_path / "run", "c", "evaluate", evaluate_json({"a": ppl}), seed=0, models=["a"])
+            append_entry(tmp_path / "run", "c", "evaluate", evaluate_json({"a": ppl}), seed=0, models=["a"])
         facts = Facts.of(read_run(tmp_path / "run"))
         assert facts.perplexity(facts.models[0])["ref (llm-pruner@128)"].ppl == 50.0
 
     def test_a_folder_made_from_itself(self, tmp_path: Path) -> None:
-        append(tmp_path / "run", "c", "recover", recover_json("a"), seed=0, models=["a", "a"])
+        append_entry(tmp_path / "run", "c", "recover", recover_json("a"), seed=0, models=["a", "a"])
         page_of(tmp_path / "run")
 
 
@@ -294,7 +294,7 @@ class TestHostile:
         folder = tmp_path / "run"
         for kind, models, result in ENTRIES:
             named = [name + HOSTILE for name in models]
-            append(folder, f"secateur {HOSTILE}", kind, spoiled(result), seed=0, models=named)
+            append_entry(folder, f"secateur {HOSTILE}", kind, spoiled(result), seed=0, models=named)
         tree, text, report = page_of(folder)  # which has no script, no img and no attribute that runs
         assert {section.id for section in report.sections} == set(SECTIONS) - {"scores"}
         assert "<script" not in text
@@ -303,7 +303,7 @@ class TestHostile:
 
     def test_control_characters_and_surrogates(self, tmp_path: Path) -> None:
         name = "a\x00\x08\ud800\ufffe\u202e"
-        append(tmp_path / "run", name, "evaluate", evaluate_json({name: 3.0}), seed=0, models=[name])
+        append_entry(tmp_path / "run", name, "evaluate", evaluate_json({name: 3.0}), seed=0, models=[name])
         page_of(tmp_path / "run")
 
 
@@ -311,7 +311,7 @@ class TestErrors:
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"nowhere is no folder; name one that --run was given"):
             write_report(tmp_path / "nowhere", tmp_path / "r.html")
-        with pytest.raises(CheckpointError, match=r"has no journal, so there is nothing to report: .* --run"):
+        with pytest.raises(CheckpointError, match=r"has no log, so there is nothing to report: .* --run"):
             write_report(tmp_path, tmp_path / "r.html")
         assert names(tmp_path) == []
 
@@ -334,7 +334,7 @@ class TestErrors:
         self, kind: str, path: tuple[Any, ...], value: Any, why: str, tmp_path: Path
     ) -> None:
         folder = write_run(tmp_path / "run", kind)
-        [*_, file] = sorted((folder / "journal").iterdir())
+        [*_, file] = sorted((folder / "log").iterdir())
         data = json.loads(file.read_text(encoding="utf-8"))
         at = data["result"]
         for key in path[:-1]:

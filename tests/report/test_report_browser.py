@@ -10,7 +10,7 @@ import pytest
 
 from browser import CHROMIUM, WIDTHS, browser, screenshots
 from runs import evaluate_json, write_run
-from secateur.pipeline.journal import append
+from secateur.pipeline.run_log import append_entry
 from secateur.report.page import write_report
 
 pytestmark = [
@@ -31,7 +31,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     long = "models/" + "a-name-without-a-space-" * 6
     write_run(folder / "run")
-    append(folder / "run", f"secateur evaluate {long}", "evaluate", evaluate_json({long: 31.0}), seed=0, models=[long])
+    append_entry(
+        folder / "run", f"secateur evaluate {long}", "evaluate", evaluate_json({long: 31.0}), seed=0, models=[long]
+    )
     write_report(folder / "run", folder / "report.html")
     return folder / "report.html"
 

@@ -32,7 +32,7 @@ from secateur.pipeline.run import plan_model, prune_model
 from secateur.pipeline.sweep import ratios_in, sweep
 from secateur.planning.plan import read_plan
 from secateur.report.efficiency import sweep_tables
-from secateur.report.formatting import binary
+from secateur.report.formatting import format_bytes
 from secateur.report.tables import discovery_tables, plan_tables
 
 
@@ -130,7 +130,7 @@ def prune_command(
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
         if resume:
             print("went on from what was kept" if pruned.resumed else "nothing was kept of this cut: started anew")
-        print(f"wrote {pruned.out} ({stages}; peak memory {binary(pruned.peak_rss_bytes)})")
+        print(f"wrote {pruned.out} ({stages}; peak memory {format_bytes(pruned.peak_rss_bytes)})")
 
 
 def sweep_command(

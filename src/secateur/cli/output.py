@@ -1,4 +1,4 @@
-"""Results -> tables on standard output, JSON files and the journal of a run; progress on standard error."""
+"""Results -> tables on standard output, JSON files and the log of a run; progress on standard error."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from rich.text import Text
 
 from secateur import processes
 from secateur.files import check_writable, write_json
-from secateur.pipeline.journal import append, check_run_folder
+from secateur.pipeline.run_log import append_entry, check_run_folder
 from secateur.progress import ProgressBars
-from secateur.report.formatting import binary
+from secateur.report.formatting import format_bytes
 
 PIPE_WIDTH = 240  # columns of a table that no terminal shows
 
@@ -35,7 +35,7 @@ PIPE_WIDTH = 240  # columns of a table that no terminal shows
 def check_files(*files: Path | None, made: Path | None = None, run: Path | None = None) -> None:
     """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet.
 
-    Nor can the journal of the run folder `run` be kept in what is no folder.
+    Nor when the log of the run folder `run` cannot be written.
     """
     if run is not None:
         check_run_folder(run)
@@ -45,13 +45,13 @@ def check_files(*files: Path | None, made: Path | None = None, run: Path | None 
 
 
 def finish(result: Any, file: Path | None, context: typer.Context | None = None, models: Sequence[str] = ()) -> None:
-    """Write a result as JSON where that was asked for, and into the journal of the command's run folder."""
+    """Write a result as JSON where that was asked for, and to the log of the command's run folder."""
     if not processes.is_first():
         return
     if file is not None:
         write_json(file, result)
     if context is not None and (run := context.params["run_folder"]) is not None:
-        append(run, context.obj, str(context.info_name), result, seed=context.params["seed"], models=models)
+        append_entry(run, context.obj, str(context.info_name), result, seed=context.params["seed"], models=models)
 
 
 def show(renderables: Iterable[RenderableType]) -> None:
@@ -67,7 +67,7 @@ class _MemoryColumn(ProgressColumn):
     """The memory that the process holds now."""
 
     def render(self, task: Task) -> Text:
-        return Text(binary(psutil.Process().memory_info().rss))
+        return Text(format_bytes(psutil.Process().memory_info().rss))
 
 
 def progress_bars(*, quiet: bool) -> ProgressBars:

@@ -28,7 +28,7 @@ from secateur.errors import PlanError, TrainingError
 from secateur.recovery.options import options_for
 from secateur.recovery.recover import recover
 from secateur.recovery.rounds import prune_and_recover
-from secateur.report.formatting import binary
+from secateur.report.formatting import format_bytes
 from secateur.report.tables import recovery_tables
 
 
@@ -165,7 +165,7 @@ def recover_command(
             print("went on from what was kept" if recovered.resumed else "nothing was kept of this: started anew")
         show(recovery_tables(recovered))
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in recovered.seconds.items())
-        print(f"wrote {recovered.out} ({stages}; peak memory {binary(recovered.peak_rss_bytes)})")
+        print(f"wrote {recovered.out} ({stages}; peak memory {format_bytes(recovered.peak_rss_bytes)})")
 
 
 def _cutting(text: str | None, ratio: float | None, steps: int | None, seed: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from secateur.compare.answers import END, FAILED, LENGTH, STOPPED, Answer
 from secateur.compare.cuts import Kept
 from secateur.compare.sides import HEADLINE_TOKENS, Side, Size
 from secateur.planning.plan import Plan
-from secateur.report.formatting import binary, giga, short
+from secateur.report.formatting import format_bytes, format_count, format_macs
 
 
 def note(text: str) -> str:
@@ -35,10 +35,10 @@ def headline(sides: Sequence[Side]) -> str:
     """Both models' sizes, beside each other, with B's as a share of A's."""
     a, b = (side.size for side in sides)
     rows = [
-        ("parameters", short, a.parameters, b.parameters),
-        ("non-embedding parameters", short, a.non_embedding_parameters, b.non_embedding_parameters),
-        (f"MACs of {HEADLINE_TOKENS} tokens", giga, a.macs, b.macs),
-        ("weights", binary, a.weight_bytes, b.weight_bytes),
+        ("parameters", format_count, a.parameters, b.parameters),
+        ("non-embedding parameters", format_count, a.non_embedding_parameters, b.non_embedding_parameters),
+        (f"MACs of {HEADLINE_TOKENS} tokens", format_macs, a.macs, b.macs),
+        ("weights", format_bytes, a.weight_bytes, b.weight_bytes),
         *_peak(a, b),
     ]
     body = "".join(
@@ -61,15 +61,15 @@ def numbers(side: Side, answer: Answer | None, *, characters: bool) -> str:
     """
     weights = side.size.weight_bytes
     if answer is None:
-        shown = {"speed": "-", "first token": "-", "tokens": "-", "memory held": binary(weights)}
+        shown = {"speed": "-", "first token": "-", "tokens": "-", "memory held": format_bytes(weights)}
         return _numbers(shown)
     shown = {
         "speed": _speed(answer.tokens_per_second, "tokens/s"),
         **({"speed in characters": _speed(answer.characters_per_second, "/s")} if characters else {}),
         "first token": "-" if answer.first_seconds is None else f"{answer.first_seconds:.2f} s",
         "tokens": f"{answer.prompt_tokens:,} read, {answer.tokens:,} written",
-        "memory held": binary(weights + answer.state_bytes),
-        "of it for the text": binary(answer.state_bytes),
+        "memory held": format_bytes(weights + answer.state_bytes),
+        "of it for the text": format_bytes(answer.state_bytes),
     }
     return _numbers(shown) + (refusal(answer.error) if answer.error else "")
 
@@ -91,15 +91,15 @@ def plan_sizes(planned: Plan) -> str:
     item = planned.options.item_bytes
     dense, pruned = (planned.parameters[name] for name in ("dense", "pruned"))
     rows = [
-        ("parameters", short, dense, pruned),
+        ("parameters", format_count, dense, pruned),
         (
             "non-embedding parameters",
-            short,
+            format_count,
             planned.parameters["dense_non_embedding"],
             planned.parameters["pruned_non_embedding"],
         ),
-        (f"MACs of {HEADLINE_TOKENS} tokens", giga, planned.macs["dense"], planned.macs["pruned"]),
-        (f"bytes of weights in {planned.options.at_dtype}", binary, dense * item, pruned * item),
+        (f"MACs of {HEADLINE_TOKENS} tokens", format_macs, planned.macs["dense"], planned.macs["pruned"]),
+        (f"bytes of weights in {planned.options.at_dtype}", format_bytes, dense * item, pruned * item),
     ]
     body = "".join(
         f'<tr><th scope="row">{label}</th><td>{shown(x)}</td><td>{shown(y)}</td><td>{1 - y / x:.2%}</td></tr>'
@@ -156,7 +156,7 @@ def _marked(text: str) -> str:
 def _peak(a: Size, b: Size) -> list[tuple[str, Callable[[int], str], int, int]]:
     if a.peak_bytes is None or b.peak_bytes is None:
         return []
-    return [(f"peak memory of {HEADLINE_TOKENS} tokens", binary, a.peak_bytes, b.peak_bytes)]
+    return [(f"peak memory of {HEADLINE_TOKENS} tokens", format_bytes, a.peak_bytes, b.peak_bytes)]
 
 
 def _numbers(shown: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table, listed, ppl_text
 from secateur.report.charts import Series, line_plot
-from secateur.report.formatting import short
+from secateur.report.formatting import format_count
 from secateur.report.models import Facts, same_model
 
 LINES = 4  # tones of lines
@@ -49,7 +49,7 @@ def _frontier(test: str, lines: Mapping[str, Sequence[tuple[int, float, str]]]) 
         for i, (name, line) in enumerate(shown.items())
     ]
     rows = [
-        (Cell(name), Cell(what), Cell(short(size)), Cell(ppl_text(ppl)))
+        (Cell(name), Cell(what), Cell(format_count(size)), Cell(ppl_text(ppl)))
         for name, line in shown.items()
         for size, ppl, what in line
     ]

@@ -11,7 +11,7 @@ from rich.text import Text
 from secateur.evaluation.flops import Cell, Sizes
 from secateur.evaluation.profile import Profile
 from secateur.pipeline.sweep import Sweep
-from secateur.report.formatting import binary, giga, percent, short
+from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent
 
 PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
 SMALL = 0.98  # of the MACs: cuts that leave more promise nothing that could be told from noise
@@ -30,15 +30,15 @@ def profile_tables(rows: Sequence[Profile | Sizes]) -> Iterator[RenderableType]:
     for row in rows:
         cells = [
             row.model,
-            short(row.parameters),
-            short(row.non_embedding_parameters),
-            giga(row.macs),
-            binary(row.weight_bytes),
-            "unknown" if row.kv_cache_bytes is None else binary(row.kv_cache_bytes),
+            format_count(row.parameters),
+            format_count(row.non_embedding_parameters),
+            format_macs(row.macs),
+            format_bytes(row.weight_bytes),
+            "unknown" if row.kv_cache_bytes is None else format_bytes(row.kv_cache_bytes),
         ]
         if isinstance(row, Profile):
             cells += [
-                binary(row.peak_bytes),
+                format_bytes(row.peak_bytes),
                 f"{row.prefill_seconds * 1000:.1f} ms",
                 f"{row.decode_tokens_per_second:.1f} tokens/s",
             ]
@@ -74,7 +74,10 @@ def _macs(rows: Sequence[Profile | Sizes]) -> Table:
         table.add_column(row.model, justify="right")
 
     def add(label: str, counts: Sequence[int], whole: Sequence[int]) -> None:
-        cells = [f"{giga(count)} ({percent(count / total)})" for count, total in zip(counts, whole, strict=True)]
+        cells = [
+            f"{format_macs(count)} ({format_percent(count / total)})"
+            for count, total in zip(counts, whole, strict=True)
+        ]
         table.add_row(label, *cells)
 
     whole = [row.macs for row in rows]
@@ -95,12 +98,12 @@ def _grid(rows: Sequence[Profile | Sizes]) -> Table:
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         for cell in row.grid:
-            cache = "unknown" if cell.kv_cache_bytes is None else binary(cell.kv_cache_bytes)
-            texts = [row.model, f"{cell.batch:,}", f"{cell.seq_len:,}", giga(cell.macs), cache]
+            cache = "unknown" if cell.kv_cache_bytes is None else format_bytes(cell.kv_cache_bytes)
+            texts = [row.model, f"{cell.batch:,}", f"{cell.seq_len:,}", format_macs(cell.macs), cache]
             if cell.prefill_seconds is not None and cell.prefill_quartiles is not None and cell.peak_bytes is not None:
                 low, high = cell.prefill_quartiles
                 texts += [
-                    binary(cell.peak_bytes),
+                    format_bytes(cell.peak_bytes),
                     f"{cell.prefill_seconds * 1000:.1f} ms",
                     f"{low * 1000:.1f} to {high * 1000:.1f}",
                     f"{cell.decode_tokens_per_second:.1f} tokens/s",
@@ -164,9 +167,9 @@ def sweep_tables(found: Sweep) -> Iterator[RenderableType]:
         table.add_row(
             row.label,
             f"{row.ratio:g}",
-            short(row.parameters),
+            format_count(row.parameters),
             f"{row.parameters / dense.parameters:.1%}",
-            giga(row.macs),
+            format_macs(row.macs),
             *("inf" if entry["ppl"] is None else f"{entry['ppl']:.2f}" for entry in row.perplexity),
             f"{row.nll:.4f}",
             "*" if row.frontier else "",

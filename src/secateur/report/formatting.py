@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 
-def short(count: int) -> str:
+def format_count(count: int) -> str:
     """A count with two decimals and the suffix of its size.
 
-    >>> short(5415936000), short(512)
+    >>> format_count(5415936000), format_count(512)
     ('5.42 B', '512')
     """
     for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
@@ -15,10 +15,10 @@ def short(count: int) -> str:
     return str(count)
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     """A share with one decimal; only nothing is 0%, and only all is 100%.
 
-    >>> percent(0.25), percent(0.99999), percent(1e-6), percent(1.0)
+    >>> format_percent(0.25), format_percent(0.99999), format_percent(1e-6), format_percent(1.0)
     ('25.0%', '>99.9%', '<0.1%', '100%')
     """
     if share in (0, 1):
@@ -28,19 +28,19 @@ def percent(share: float) -> str:
     return ">99.9%" if share > 0.9995 else f"{share:.1%}"
 
 
-def giga(count: int) -> str:
+def format_macs(count: int) -> str:
     """Multiply-accumulates, in billions as the literature has them; those of tiny models in millions.
 
-    >>> giga(339_602_636_800), giga(5_320_000)
+    >>> format_macs(339_602_636_800), format_macs(5_320_000)
     ('339.60 G', '5.32 M')
     """
     return f"{count / 1e9:.2f} G" if count >= 10**8 else f"{count / 1e6:.2f} M"
 
 
-def binary(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes in binary units.
 
-    >>> binary(538_060_032)
+    >>> format_bytes(538_060_032)
     '513.1 MiB'
     """
     value = float(count)

@@ -17,7 +17,7 @@ from secateur.report.blocks import (
     seconds_text,
     signed,
 )
-from secateur.report.formatting import binary, short
+from secateur.report.formatting import format_bytes, format_count
 from secateur.report.models import Facts, Model, same_model
 
 ALIKE = 0.02  # times as fast that are no difference: speeds are measured on a machine that does other things, too
@@ -53,8 +53,8 @@ def _without_result(facts: Facts) -> tuple[str, ...]:
     if planned and (plan := planned[-1]).parameters:
         before, after = plan.parameters["dense"], plan.parameters["pruned"]
         return (
-            f"Nothing has been cut yet. The plan would take {plan.model} from {short(before)} to {short(after)} "
-            f"parameters ({change(before, after)}).",
+            f"Nothing has been cut yet. The plan would take {plan.model} from {format_count(before)} to "
+            f"{format_count(after)} parameters ({change(before, after)}).",
         )
     names = [model.label for model in facts.models]
     return (f"What was measured of {listed(names)}; nothing has been cut in this run.",) if names else ()
@@ -64,12 +64,12 @@ def _size(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | 
     before, after = facts.cost(dense), facts.cost(result)
     if before.parameters is None or after.parameters is None:
         return None
-    sizes = f"{short(before.parameters)} {ARROW} {short(after.parameters)}"
+    sizes = f"{format_count(before.parameters)} {ARROW} {format_count(after.parameters)}"
     inner = change(before.non_embedding_parameters, after.non_embedding_parameters)
     outside = f", {inner} of those outside the embeddings" if inner else ""
     sentence = (
-        f"The {_role(result)} model has {short(after.parameters)} parameters, {dense.name} has "
-        f"{short(before.parameters)}: {change(before.parameters, after.parameters)}{outside}."
+        f"The {_role(result)} model has {format_count(after.parameters)} parameters, {dense.name} has "
+        f"{format_count(before.parameters)}: {change(before.parameters, after.parameters)}{outside}."
     )
     return KeyFigure("Parameters", change(before.parameters, after.parameters), sizes, None), sentence
 
@@ -144,8 +144,10 @@ def _memory(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] 
         a, b = getattr(before, field), getattr(after, field)
         if a and b:
             verb = "needs" if field == "peak_bytes" else "has"
-            sentence = f"It {verb} {binary(b)} of {name} ({change(a, b)})."
-            return KeyFigure(name.capitalize(), change(a, b), f"{binary(a)} {ARROW} {binary(b)}", b <= a), sentence
+            sentence = f"It {verb} {format_bytes(b)} of {name} ({change(a, b)})."
+            return KeyFigure(
+                name.capitalize(), change(a, b), f"{format_bytes(a)} {ARROW} {format_bytes(b)}", b <= a
+            ), sentence
     return None
 
 

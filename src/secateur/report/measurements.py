@@ -26,18 +26,18 @@ from secateur.report.blocks import (
     signed,
 )
 from secateur.report.charts import Bar, bar_chart
-from secateur.report.formatting import binary, giga, short
+from secateur.report.formatting import format_bytes, format_count, format_macs
 from secateur.report.models import Facts, Model, same_model
 from secateur.report.reading import SpeedRow, TaskRow
 
 _COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("Parameters", "parameters", short),
-    ("Outside embeddings", "non_embedding_parameters", short),
-    ("MACs", "macs", giga),
-    ("Weights", "weight_bytes", binary),
-    ("File", "file_bytes", binary),
-    ("Peak memory", "peak_bytes", binary),
-    ("KV cache", "kv_cache_bytes", binary),
+    ("Parameters", "parameters", format_count),
+    ("Outside embeddings", "non_embedding_parameters", format_count),
+    ("MACs", "macs", format_macs),
+    ("Weights", "weight_bytes", format_bytes),
+    ("File", "file_bytes", format_bytes),
+    ("Peak memory", "peak_bytes", format_bytes),
+    ("KV cache", "kv_cache_bytes", format_bytes),
     ("Prefill", "prefill_seconds", seconds_text),
     ("Decode, tokens/s", "decode_tokens_per_second", lambda rate: f"{rate:.1f}"),
 )
@@ -202,7 +202,7 @@ def _grid_table(costs: Mapping[Model, SpeedRow]) -> Table:
             peak = row.peak_bytes if row else None
             cells.append(Cell("" if prefill is None else seconds_text(prefill)))
             cells.append(Cell("" if decode is None else f"{decode:.1f}"))
-            cells.append(Cell("" if peak is None else binary(peak)))
+            cells.append(Cell("" if peak is None else format_bytes(peak)))
         rows.append(tuple(cells))
     names = [f"{model.label}: {what}" for model, _ in measured for what in ("prefill", "tokens/s", "memory")]
     return Table("Prefill, decode and peak memory", ("Batch and length", *names), tuple(rows))
@@ -217,7 +217,7 @@ def _operator_table(costs: Mapping[Model, SpeedRow]) -> Table:
         cells = [Cell(name)]
         for _, macs in measured:
             before = None if macs is first else first.get(name)
-            cells.append(Cell("" if name not in macs else giga(macs[name]), change(before, macs.get(name))))
+            cells.append(Cell("" if name not in macs else format_macs(macs[name]), change(before, macs.get(name))))
         rows.append(tuple(cells))
     return Table("Multiply-accumulates", ("Operator", *(model.label for model, _ in measured)), tuple(rows))
 

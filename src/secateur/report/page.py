@@ -59,10 +59,10 @@ def write_report(run: str | Path, out: str | Path, *, overwrite: bool = False) -
     be written.
 
     >>> import tempfile
-    >>> from secateur.pipeline.journal import append
+    >>> from secateur.pipeline.run_log import append_entry
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result = {"results": [{"model": "demo", "parameters": 134515008}]}
-    ...     _ = append(Path(folder), "secateur profile demo", "profile", result, seed=0, models=["demo"])
+    ...     _ = append_entry(Path(folder), "secateur profile demo", "profile", result, seed=0, models=["demo"])
     ...     report = write_report(folder, Path(folder) / "report.html")
     ...     (Path(folder) / "report.html").read_text()[:15], [section.id for section in report.sections]
     ('<!DOCTYPE html>', ['models', 'provenance'])
@@ -100,7 +100,7 @@ def report_of(run: Run, out: Path) -> Report:
 
 
 def render(report: Report, run: Run) -> str:
-    """The page itself. What comes from the journal is text, whatever it holds: the templates escape all of it."""
+    """The page itself. What comes from the log is text, whatever it holds: the templates escape all of it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -10,7 +10,7 @@ from secateur.errors import CheckpointError
 from secateur.files import read_json
 from secateur.models.manifest import WEIGHTS, read_manifest
 from secateur.report.blocks import Block, Cell, Commands, Paragraph, Section, Subheading, Table
-from secateur.report.formatting import binary
+from secateur.report.formatting import format_bytes
 from secateur.report.models import Facts, Model, folder_of, same_model
 
 
@@ -78,7 +78,7 @@ def _folders(facts: Facts) -> Iterator[Block]:
             continue
         told = True
         rows = tuple(
-            (Cell(name), Cell(binary(entry.bytes)), Cell(entry.sha256))
+            (Cell(name), Cell(format_bytes(entry.bytes)), Cell(entry.sha256))
             for name, entry in manifest.items()
             if name.endswith(WEIGHTS) or name in (PLAN_FILE, RECORD_FILE, "config.json")
         )

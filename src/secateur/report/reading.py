@@ -1,4 +1,4 @@
-"""A run folder's journal -> what it says, checked: measurements by model, plans, trainings, sweeps, samples of text.
+"""The log of a run folder -> what it says, checked: measurements by model, plans, trainings, sweeps, samples of text.
 
 Results are read as the commands write them; keys that some version does not write yet are left out of the page. What
 has another form than the commands give it is an error that names the file.
@@ -15,8 +15,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError, ScoreError
 from secateur.files import read_json
-from secateur.pipeline import journal
-from secateur.pipeline.journal import Entry
+from secateur.pipeline.run_log import LogEntry, load_entries
 from secateur.scoring.scores import Scores, read_scores
 
 DISCOVERY_FILE = "discovery.json"  # that a run of the demo keeps
@@ -101,7 +100,7 @@ class KeptGroup:
 class CutRow:
     """A plan, and the folder that was written by it; None where it was only planned."""
 
-    entry: Entry
+    entry: LogEntry
     model: str
     out: str | None
     groups: tuple[KeptGroup, ...]
@@ -116,7 +115,7 @@ class CutRow:
 class TrainingRow:
     """How a training went: (step, nats) of the loss and of the validation, perplexity by text."""
 
-    entry: Entry
+    entry: LogEntry
     out: str
     method: str
     steps: int
@@ -152,10 +151,10 @@ class Run:
     """All that a run folder says, and what of it no longer holds."""
 
     folder: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[LogEntry, ...]
     cuts: tuple[CutRow, ...] = ()
     trainings: tuple[TrainingRow, ...] = ()
-    exports: tuple[tuple[Entry, str, str], ...] = ()  # entry, from, to
+    exports: tuple[tuple[LogEntry, str, str], ...] = ()  # entry, from, to
     perplexity: tuple[PerplexityRow, ...] = ()
     tasks: tuple[TaskRow, ...] = ()
     task_means: tuple[TaskRow, ...] = ()
@@ -181,10 +180,10 @@ def read_run(folder: Path) -> Run:
         raise CheckpointError(
             f"{folder} is no folder; name one that --run was given, for example: secateur evaluate demo --run {folder}"
         )
-    entries = journal.read(folder)
+    entries = load_entries(folder)
     if not entries:
         raise CheckpointError(
-            f"{folder} has no journal, so there is nothing to report: give the commands --run {folder}, for example: "
+            f"{folder} has no log, so there is nothing to report: give the commands --run {folder}, for example: "
             f"secateur evaluate demo --run {folder}"
         )
     collected = _Collected(entries)
@@ -203,11 +202,11 @@ def read_run(folder: Path) -> Run:
 class _Collected:
     """What the entries say, as they are read one after the other. Final."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[LogEntry]) -> None:
         self.entries = tuple(entries)
         self.cuts: list[CutRow] = []
         self.trainings: list[TrainingRow] = []
-        self.exports: list[tuple[Entry, str, str]] = []
+        self.exports: list[tuple[LogEntry, str, str]] = []
         self.perplexity: dict[tuple[str, ...], PerplexityRow] = {}
         self.tasks: dict[tuple[str, ...], TaskRow] = {}
         self.means: dict[str, TaskRow] = {}
@@ -216,7 +215,7 @@ class _Collected:
         self.samples: dict[tuple[str, str], SampleRow] = {}
         self.stale: dict[str, None] = {}
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: LogEntry) -> None:
         result = entry.result
         match entry.kind:
             case "plan" | "prune":
@@ -302,7 +301,7 @@ class _Collected:
         )
 
 
-def _cut(entry: Entry) -> CutRow:
+def _cut(entry: LogEntry) -> CutRow:
     result = entry.result
     options = dict(result["options"])
     _maybe(options.get("ratio"))
@@ -336,7 +335,7 @@ def _group(data: Mapping[str, Any]) -> KeptGroup:
     )
 
 
-def _training(entry: Entry) -> TrainingRow:
+def _training(entry: LogEntry) -> TrainingRow:
     result = entry.result
     measured = _rows(result["evaluation"])
     texts = dict.fromkeys(_text(name) for each in measured for name in dict(each.get("perplexity") or {}))

@@ -34,7 +34,7 @@ from secateur.export.int8 import Quantised
 from secateur.export.merge import Merged
 from secateur.planning.plan import Plan, PlannedGroup, by_kind
 from secateur.recovery.result import Recovered
-from secateur.report.formatting import binary, giga, percent, short
+from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent
 
 NEAR = 0.005  # of a budget: what is farther from it is said
 UNEVEN = 3  # sizes of one kind: more are drawn, not listed
@@ -55,8 +55,8 @@ def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
     """The groups layer by layer, layers that are alike folded; how much they reach; what is frozen and why."""
     folds = fold_layers(discovery)
     layers = sum(len(fold.layers) for fold in folds)
-    size = f"{short(count_parameters(discovery))} parameters, {layers} layer{'s' * (layers != 1)}"
-    yield Text(f"{discovery.model}: {size}; cuts reach {percent(reach_of_all(discovery).share)}")
+    size = f"{format_count(count_parameters(discovery))} parameters, {layers} layer{'s' * (layers != 1)}"
+    yield Text(f"{discovery.model}: {size}; cuts reach {format_percent(reach_of_all(discovery).share)}")
     yield ""
     yield Text("What can be cut", style="italic")
     heading = ("group", "units", "share", Text("one unit is"))
@@ -82,7 +82,7 @@ def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
 
 
 def _group_row(group: GroupFold) -> tuple[str, str, str, Text]:
-    return group.name, f"{group.units:,}", percent(group.share), _unit(group)
+    return group.name, f"{group.units:,}", format_percent(group.share), _unit(group)
 
 
 def _line(name: str, units: str, share: str, unit: Text, widths: Sequence[int]) -> Table:
@@ -99,7 +99,7 @@ JUSTIFY: tuple[Literal["left", "right"], ...] = ("left", "right", "right")
 
 
 def _layers(fold: LayerFold) -> Text:
-    share = f"{percent(fold.share)} of the parameters"
+    share = f"{format_percent(fold.share)} of the parameters"
     if not fold.layers:
         return Text.assemble(("the whole model", "bold"), f" ({share} lie outside the layers)")
     if len(fold.layers) == 1:
@@ -126,10 +126,10 @@ def _reach_table(discovery: Discovery) -> Table:
         table.add_column(column, justify="left" if column in ("kind", "its units are") else "right")
     found = reach(discovery)
     for kind, row in found.items():
-        table.add_row(kind, f"{row.groups:,}", f"{row.units:,}", percent(row.share), KINDS_IN_WORDS[kind].units)
+        table.add_row(kind, f"{row.groups:,}", f"{row.units:,}", format_percent(row.share), KINDS_IN_WORDS[kind].units)
     everything = reach_of_all(discovery)
     table.add_section()
-    table.add_row("any", f"{everything.groups:,}", f"{everything.units:,}", percent(everything.share), "")
+    table.add_row("any", f"{everything.groups:,}", f"{everything.units:,}", format_percent(everything.share), "")
     return table
 
 
@@ -142,7 +142,7 @@ def _frozen(discovery: Discovery) -> Iterator[RenderableType]:
             axes = f"a part of {axes}"
         elif frozen.partly:
             axes += f", of {frozen.partly:,} only a part"
-        branch.add(f"{axes}; in weights with {percent(frozen.share)} of the parameters")
+        branch.add(f"{axes}; in weights with {format_percent(frozen.share)} of the parameters")
         branch.add(Text(", ".join(frozen.weights)))
     yield tree
     yield _out_of_reach(discovery)
@@ -154,8 +154,11 @@ def _out_of_reach(discovery: Discovery) -> str:
     by_any = parameters - reach_of_all(discovery).parameters
     if not by_axes:
         return "Every parameter is in a weight that some group has an axis in."
-    outside = f", {percent(by_any / parameters) if by_any else 'none of them'} outside the layers" * (by_any != by_axes)
-    return f"{percent(by_axes / parameters)} of the parameters lie in weights that no group has an axis in{outside}."
+    outside = f", {format_percent(by_any / parameters) if by_any else 'none of them'} outside the layers" * (
+        by_any != by_axes
+    )
+    share = format_percent(by_axes / parameters)
+    return f"{share} of the parameters lie in weights that no group has an axis in{outside}."
 
 
 def plan_tables(planned: Plan) -> Iterator[RenderableType]:
@@ -181,7 +184,7 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         ("non-embedding", planned.parameters["dense_non_embedding"], planned.parameters["pruned_non_embedding"]),
         ("MACs of 64 tokens", planned.macs["dense"], planned.macs["pruned"]),
     ):
-        text = giga if label.startswith("MACs") else short
+        text = format_macs if label.startswith("MACs") else format_count
         sizes_table.add_row(label, text(dense), text(pruned), f"{1 - pruned / dense:.2%}")
     yield from _titled(f"{planned.model}: what the cut leaves", table)
     yield sizes_table
@@ -254,8 +257,8 @@ def evaluation_tables(results: Sequence[Measured]) -> Iterator[RenderableType]:
             yield Text.assemble(f"{measured.model}: {prompt}", (" ".join(["", *text.split()]), "bold"))
     for measured in results:
         if measured.weight_bytes is not None:
-            files = "" if measured.file_bytes is None else f", {binary(measured.file_bytes)} in files"
-            yield f"{measured.model}: {binary(measured.weight_bytes)} of weights{files}"
+            files = "" if measured.file_bytes is None else f", {format_bytes(measured.file_bytes)} in files"
+            yield f"{measured.model}: {format_bytes(measured.weight_bytes)} of weights{files}"
 
 
 def _perplexity_table(results: Sequence[Measured]) -> Table:
@@ -368,8 +371,8 @@ def int8_tables(done: Quantised) -> Iterator[RenderableType]:
     yield from _titled("What is int8", table)
     before, after = done.weight_bytes["before"], done.weight_bytes["after"]
     yield (
-        f"weights: {binary(before)} before, {binary(after)} after ({after / before:.2f}); "
-        f"files: {binary(done.file_bytes)} in {done.out}"
+        f"weights: {format_bytes(before)} before, {format_bytes(after)} after ({after / before:.2f}); "
+        f"files: {format_bytes(done.file_bytes)} in {done.out}"
     )
     if done.unaligned and done.scheme == "dynamic":
         yield (
@@ -388,11 +391,11 @@ def compare_tables(url: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Rend
         table.add_row(
             letter,
             row["model"],
-            short(row["parameters"]),
-            short(row["non_embedding_parameters"]),
-            giga(row["macs"]),
-            binary(row["weight_bytes"]),
-            "-" if peak is None else binary(peak),
+            format_count(row["parameters"]),
+            format_count(row["non_embedding_parameters"]),
+            format_macs(row["macs"]),
+            format_bytes(row["weight_bytes"]),
+            "-" if peak is None else format_bytes(peak),
         )
     yield from _titled("Compared", table)
     yield f"open {url} (Ctrl-C ends it)"
@@ -405,7 +408,9 @@ def export_tables(written: Exported) -> Iterator[RenderableType]:
     table.add_column()
     table.add_row("file", str(written.out))
     table.add_row("architecture", written.architecture)
-    table.add_row("numbers", f"{written.dtype}, {short(written.parameters)} parameters, {binary(written.bytes)}")
+    table.add_row(
+        "numbers", f"{written.dtype}, {format_count(written.parameters)} parameters, {format_bytes(written.bytes)}"
+    )
     table.add_row("words split as", written.pre)
     checked = written.checked
     if checked is not None:
@@ -433,10 +438,10 @@ def demo_tables(shown: Demonstration) -> Iterator[RenderableType]:
         table.add_column(column, justify="left" if not column else "right")
     dense, pruned = shown.profiles
     for label, field, text in (
-        ("parameters", "parameters", short),
-        ("MACs of 64 tokens", "macs", giga),
-        ("weights", "weight_bytes", binary),
-        ("peak memory of 64 tokens", "peak_bytes", binary),
+        ("parameters", "parameters", format_count),
+        ("MACs of 64 tokens", "macs", format_macs),
+        ("weights", "weight_bytes", format_bytes),
+        ("peak memory of 64 tokens", "peak_bytes", format_bytes),
         ("prefill of 64 tokens", "prefill_seconds", lambda s: f"{s * 1000:.1f} ms"),
         ("decode", "decode_tokens_per_second", lambda s: f"{s:.1f} tokens/s"),
     ):
@@ -475,7 +480,7 @@ def _round_tables(recovered: Recovered) -> Iterator[RenderableType]:
                 pairs.append(
                     "{:.2f} -> {:.2f}".format(*(each[when]["perplexity"][name] for when in ("before", "best")))
                 )
-        table.add_row(str(each["round"]), short(each["parameters"]), str(each["steps"]), *pairs)
+        table.add_row(str(each["round"]), format_count(each["parameters"]), str(each["steps"]), *pairs)
     yield from _titled(f"{recovered.method}, after the cut -> after the training", table)
 
 
@@ -494,7 +499,9 @@ def recovery_tables(recovered: Recovered) -> Iterator[RenderableType]:
             table.add_row("validation, nats", *(f"{entry['validation']:.3f}" for entry in shown))
         for name in best["perplexity"]:
             table.add_row(f"perplexity, {name}", *(f"{entry['perplexity'][name]:.2f}" for entry in shown))
-        yield from _titled(f"{recovered.method}, {short(recovered.trained_parameters)} parameters trained", table)
+        yield from _titled(
+            f"{recovered.method}, {format_count(recovered.trained_parameters)} parameters trained", table
+        )
     yield f"{recovered.steps} steps, {recovered.tokens:,} tokens of {recovered.rows:,} rows"
     for why, count in recovered.dropped.items():
         yield f"left out: {count:,} rows {why}"
