@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.scoring.obs import STRIP, damped, gram, least_squares, output_error, removal_costs, unit_costs
+from secateur.scoring.gram import STRIP, gram
+from secateur.scoring.obs import damped, least_squares, output_error, removal_costs, unit_costs
 
 
 def problem(seed: int, rows: int = 5, columns: int = 8, tokens: int = 40) -> tuple[Tensor, Tensor]:

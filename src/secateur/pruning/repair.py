@@ -31,12 +31,12 @@ from secateur.errors import PlanError
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.scoring.activations import Product, Products, experts_one_by_one, reading_dims
-from secateur.scoring.obs import DAMPING, gram, least_squares, output_error, removal_costs
+from secateur.scoring.gram import add_cross_gram, add_gram
+from secateur.scoring.obs import DAMPING, least_squares, output_error, removal_costs
 from secateur.scoring.probe import entrance, split_before_head, two_samples
 
 METHODS = ("none", "bias", "least-squares")
 TARGETS = ("prefix", "dense")
-GRAM_TOKENS = 2048  # that are multiplied at once in float32, and added up in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,12 +344,9 @@ def _inputs(x: Tensor, dense: Tensor | None) -> _Inputs:
     features = x.shape[-1]
     total = torch.zeros(features, features, dtype=torch.float64, device=x.device)
     cross = None if dense is None else torch.zeros_like(total)
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for first in range(0, len(x), GRAM_TOKENS):
-        part = x[first : first + GRAM_TOKENS].to(exact)
-        total += gram(part)
-        if cross is not None and dense is not None:
-            cross += dense[first : first + GRAM_TOKENS].to(exact).t() @ part
+    add_gram(total, x)
+    if cross is not None and dense is not None:
+        add_cross_gram(cross, dense, x)
     return _Inputs(
         total,
         x.mean(0, dtype=torch.float64),

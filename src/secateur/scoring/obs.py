@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
-STRIP = 256  # columns of a Gram matrix that are computed at once
 AT_ONCE = 1 / 64  # of the columns that are there, removed between two updates
 
 
@@ -113,21 +112,6 @@ def least_squares(
     else:
         found = torch.linalg.solve(inner, wanted.t())
     return found.t()
-
-
-def gram(x_NC: Tensor) -> Tensor:
-    """X'X in the type of x. Only what is on and below the diagonal is computed, in strips, and mirrored.
-
-    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
-    [[1.0, 2.0], [2.0, 5.0]]
-    """
-    found = x_NC.new_empty(x_NC.shape[1], x_NC.shape[1])
-    for first in range(0, x_NC.shape[1], STRIP):
-        strip = x_NC[:, first : first + STRIP]
-        below = x_NC[:, first:].t() @ strip
-        found[first:, first : first + STRIP] = below
-        found[first : first + STRIP, first:] = below.t()
-    return found
 
 
 def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:

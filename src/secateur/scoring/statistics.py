@@ -29,13 +29,13 @@ from secateur.files import METADATA_KEY, read_tensors, write_tensors
 from secateur.progress import Progress
 from secateur.scoring.activations import reading_dims, stream_inputs
 from secateur.scoring.gradients import stream_gradients, stream_masks
+from secateur.scoring.gram import add_gram
 from secateur.scoring.obs import removal_costs, unit_costs
 from secateur.scoring.probe import Remembered, entrance, two_samples
 
 SPARE_SHARE = 0.2  # of the bytes of the weights: activations that may be remembered instead of computed again
 LEAST_MEMORY = 3 * 2**29  # bytes of weights and activations that are never too much
 AT_ONCE = 2**20  # elements whose saliences are formed at once
-GRAM_TOKENS = 2048  # that are multiplied at once
 
 
 class Evidence:
@@ -545,9 +545,7 @@ class _Features:
         self.mean[index] += change * (n / (before + n))
         self.deviations[index] += variance.double() * n + change.square() * (before * n / (before + n))
         if self.gram is not None:
-            for part in x.split(GRAM_TOKENS):  # in float64, since the matrix is to be inverted
-                exact = part.double()
-                self.gram[index].addmm_(exact.t(), exact)
+            add_gram(self.gram[index], x)
 
     def join(self) -> None:
         """Put together what all processes have."""
