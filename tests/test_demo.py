@@ -141,7 +141,7 @@ class TestSmall:
     def test_layers_of_different_sizes(self, small: Path) -> None:
         found = demonstrate("d", cut={"layers": (0, 1)})
         assert found.plan.settings is None
-        assert "modeling_free.py" in names(small / "d" / "pruned")
+        assert "modeling_per_layer.py" in names(small / "d" / "pruned")
 
     def test_a_failure_leaves_nothing(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:

@@ -199,7 +199,7 @@ class TestSave:
             assert names(tmp_path) == []
 
     def test_a_plan_without_a_stock_folder(self, pruned: Saved, tmp_path: Path) -> None:
-        """What no config can say has a folder with code (`test_free_shapes`), unless there is no such model."""
+        """What no config can say has a folder with code (`test_per_layer`), unless there is no such model."""
         refused = replace(pruned.plan, settings=None, refusal="no setting gives these sizes.")
         check_stock(refused)
         dense = tiny_model()

@@ -1,4 +1,4 @@
-"""Folders of every model type, used by a process that knows nothing of us: uniform and free shapes, LoRA on both.
+"""Folders of every model type, used by a process that knows nothing of us: uniform and per-layer shapes, LoRA on both.
 
 For each type: a uniform cut and a cut that leaves every layer other sizes are saved. The stranger loads both, the free
 one with `trust_remote_code`, gives the same logits and the same tokens with its cache, trains LoRA for two steps,
@@ -36,7 +36,7 @@ KNOWN = Path(__file__).parents[1] / "known_folder_failures.json"  # check -> [{"
 QUICK = ("llama", "gpt2", "mixtral")
 KINDS = {"free mlp": ("mlp", "expert_mlp", "shared_mlp"), "free attention": ("attention",), "free expert": ("expert",)}
 ELSE = {"free state": ("state",)}  # of types that have nothing of the others
-UNIFORM, FREE = "uniform folder", "free folder"
+UNIFORM, PER_LAYER = "uniform folder", "per-layer folder"
 
 
 def check_type(model_type: str, folder: Path) -> Report:
@@ -72,9 +72,9 @@ def check_type(model_type: str, folder: Path) -> Report:
             passing += kinds if report.checks[name] is None else ()
     if passing:
         plan = uneven(dense, tuple(passing), discovery=tested.discovery)
-        free = hold(FREE, partial(written, dense, plan, tested, folder / "free"))
+        free = hold(PER_LAYER, partial(written, dense, plan, tested, folder / "free"))
         if free is not None:
-            hold(FREE, partial(check_stranger, tested, free, folder / "free", report))
+            hold(PER_LAYER, partial(check_stranger, tested, free, folder / "free", report))
             hold("read without remote code", partial(check_ours, tested, free, folder / "free"))
     return report
 

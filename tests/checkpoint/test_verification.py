@@ -68,7 +68,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
             made = prune_model(str(parent / "dense"), parent / name, cut={**cut, "repair": "none", "choose": "score"})
         found[name] = Whole(parent / name, logits_of(load(str(parent / name), device="cpu")), made.plan)
     assert (parent / "sharded" / INDEX).is_file()
-    assert (parent / "free" / "modeling_free.py").is_file()
+    assert (parent / "free" / "modeling_per_layer.py").is_file()
     return found
 
 

@@ -21,7 +21,7 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.sublayers import may_go, sublayer_of
 from secateur.errors import PlanError
 from secateur.models.loading import load
-from secateur.models.modeling_free import Skipped, skip_in_place
+from secateur.models.modeling_per_layer import Skipped, skip_in_place
 from secateur.planning.plan import Plan, PlannedGroup, read_plan
 from secateur.pruning.reconstruct import Training, reconstruct_in_place
 from secateur.pruning.repair import repair

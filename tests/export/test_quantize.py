@@ -30,7 +30,7 @@ from secateur.errors import CheckpointError, ModelError
 from secateur.evaluation.profile import weight_bytes
 from secateur.export.int8 import SCHEMES, Quantised, export_int8, int8_copy
 from secateur.models.loading import file_bytes, load, load_tokenizer, plain_tensors, quiet
-from secateur.models.modeling_free import FREE
+from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.silence import hushed
 from secateur.pipeline.run import plan_model, prune_model
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
@@ -211,7 +211,7 @@ class TestFolder:
         assert done.weight_bytes["after"] < done.file_bytes < done.weight_bytes["before"]
         config = json.loads((done.out / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "torchao"
-        assert str(config["model_type"]).startswith(FREE) == case.startswith("free")
+        assert str(config["model_type"]).startswith(PER_LAYER) == case.startswith("free")
         assert not list(done.out.glob("*.bin"))
         assert {"generation_config.json", "tokenizer.json"} <= set(names(done.out))
 

@@ -199,7 +199,7 @@ class TestResult:
         before = digest(Path(shape).resolve())
         found = train(shape, method=method, texts={"reference": HELD_OUT})
         assert digest(Path(shape).resolve()) == before  # weights mapped from there are not ours to write
-        code = ["modeling_free.py"] if shape == "free" else []
+        code = ["modeling_per_layer.py"] if shape == "free" else []
         assert sorted(names(place / "out")) == sorted(FILES + OURS + code)
         assert names(place) == sorted(["out", *(f"out/{name}" for name in names(place / "out"))])
         assert read_plan(Path("here/out/secateur_plan.json")) == read_plan(Path(f"{shape}/secateur_plan.json"))

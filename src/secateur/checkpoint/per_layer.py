@@ -1,7 +1,7 @@
 """A model whose layers differ in size -> a folder that the ordinary loader reads with the one file that lies in it.
 
 What is different from the dense model that the config describes is read off the two models, so that it does not matter
-how the smaller one was made. The weights are written by the very class that will read them (see `modeling_free`).
+how the smaller one was made. The weights are written by the very class that will read them (see `modeling_per_layer`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from secateur.discovery.module_attributes import plain_attributes
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError, ModelError
 from secateur.models.loading import quiet, runs_remote_code, skeleton, takes
-from secateur.models.modeling_free import FREE, free_class, skip_in_place
+from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class, skip_in_place
 
 # What a config says beside its settings: where it comes from, and how to compute.
-NO_SETTINGS = {FREE, "architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+NO_SETTINGS = {PER_LAYER, "architectures", "auto_map", "dtype", "model_type", "transformers_version"}
 
 
-def as_free(model: PreTrainedModel) -> PreTrainedModel:
+def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, with the same tensors, as an object of the class that says its shapes in its config.
 
     It is for saving: what its code computes besides its weights is on `meta`. Raises `CheckpointError` when no config
@@ -36,7 +36,7 @@ def as_free(model: PreTrainedModel) -> PreTrainedModel:
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
     >>> model = AutoModelForCausalLM.from_config(config)
     >>> model.model.decoder.layers[0].fc1.bias = nn.Parameter(torch.zeros(20))
-    >>> as_free(model).config.secateur_free["shapes"]
+    >>> as_per_layer(model).config.secateur_per_layer["shapes"]
     {'model.decoder.layers.0.fc1.bias': [20]}
     """
     config = _dense_config(model)
@@ -45,27 +45,27 @@ def as_free(model: PreTrainedModel) -> PreTrainedModel:
         skipped = skipped_in(model)
         skip_in_place(dense, skipped)
         about = {"skipped": skipped} if skipped else {}
-        setattr(config, FREE, {**getattr(config, FREE), **about, **differences(model, dense)})
-        free = skeleton(config)
+        setattr(config, PER_LAYER, {**getattr(config, PER_LAYER), **about, **differences(model, dense)})
+        per_layer = skeleton(config)
     except ModelError as error:
         raise CheckpointError(f"no folder can hold the model: {error}") from error
-    check_same(model, free)
+    check_same(model, per_layer)
     _check_computed(model, skeleton(config), dense)
     with quiet():
-        free.load_state_dict(model.state_dict(), assign=True)  # the very tensors, each in its own dtype
-        free.tie_weights()
-    free.generation_config = copy.deepcopy(model.generation_config)
-    return free
+        per_layer.load_state_dict(model.state_dict(), assign=True)  # the very tensors, each in its own dtype
+        per_layer.tie_weights()
+    per_layer.generation_config = copy.deepcopy(model.generation_config)
+    return per_layer
 
 
-def is_free(model: nn.Module) -> bool:
-    """Tell whether a model is of a class of free shapes, ours or that of a folder.
+def is_per_layer(model: nn.Module) -> bool:
+    """Tell whether a model is of a class of per-layer shapes, ours or that of a folder.
 
-    >>> is_free(nn.Linear(2, 2))
+    >>> is_per_layer(nn.Linear(2, 2))
     False
     """
     config: Any = getattr(model, "config", None)
-    return isinstance(getattr(config, FREE, None), dict) and config.model_type.startswith(f"{FREE}_")
+    return isinstance(getattr(config, PER_LAYER, None), dict) and config.model_type.startswith(f"{PER_LAYER}_")
 
 
 def check_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -129,14 +129,14 @@ def _around(names: Iterable[str]) -> set[str]:
     return {".".join(path[:length]) for path in pieces for length in range(len(path) + 1)}
 
 
-def _check_computed(model: PreTrainedModel, free: PreTrainedModel, dense: PreTrainedModel) -> None:
+def _check_computed(model: PreTrainedModel, per_layer: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Raise `CheckpointError` where a buffer that no file holds would get another value when the model is loaded.
 
     A number that is derived from a size may be one. Those that are as in the dense model may have been rounded since.
     """
-    around = _around(getattr(free.config, FREE)["shapes"])
+    around = _around(getattr(per_layer.config, PER_LAYER)["shapes"])
     before = dict(_computed_in_place(dense, around))
-    for name, value in _computed_in_place(free, around):
+    for name, value in _computed_in_place(per_layer, around):
         now = model.get_buffer(name).to(value)
         rounding = 4 * torch.finfo(model.dtype).eps if value.is_floating_point() else 0.0
         if not torch.equal(value, before[name]) and not torch.allclose(value, now, rtol=max(rounding, 1e-6), atol=0.0):
@@ -176,11 +176,11 @@ def _other_settings(config: PreTrainedConfig, dense: PreTrainedConfig, prefix: s
 
 
 def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config of free shapes, without any of another shape yet."""
+    """The config of per-layer shapes, without any of another shape yet."""
     config: Any = model.config
-    again = is_free(model)
-    stock_type = config.model_type.removeprefix(f"{FREE}_")
-    architecture = getattr(config, FREE)["architecture"] if again else type(model).__name__
+    again = is_per_layer(model)
+    stock_type = config.model_type.removeprefix(f"{PER_LAYER}_")
+    architecture = getattr(config, PER_LAYER)["architecture"] if again else type(model).__name__
     stock: Any = CONFIG_MAPPING[stock_type] if stock_type in CONFIG_MAPPING else None  # noqa: SIM401 - `get` is not lazy
     known = stock is not None and takes(getattr(transformers, architecture, None), stock)
     if not known or not (again or (type(config) is stock and not runs_remote_code(model))):
@@ -189,6 +189,6 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
             f"{type(config).__name__} is no class of transformers' own, of which alone other shapes can be said. Cut "
             "all layers alike (leave out --layers)"
         )
-    settings = {**config.to_dict(), FREE: {"model_type": stock_type, "architecture": architecture}}
-    dense: PreTrainedConfig = free_class(stock).from_dict(settings)
+    settings = {**config.to_dict(), PER_LAYER: {"model_type": stock_type, "architecture": architecture}}
+    dense: PreTrainedConfig = per_layer_class(stock).from_dict(settings)
     return dense

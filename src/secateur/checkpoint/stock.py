@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint.per_layer import as_free, check_same, is_free
+from secateur.checkpoint.per_layer import as_per_layer, check_same, is_per_layer
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DiscoveryError
 from secateur.files import atomic_folder, check_vacant, copy_in, write_json
-from secateur.models.loading import free_model_class, quiet, runs_remote_code
+from secateur.models.loading import per_layer_model_class, quiet, runs_remote_code
 from secateur.models.manifest import WEIGHTS, tensors_in, write_manifest
 from secateur.planning.plan import Plan
 
@@ -50,7 +50,7 @@ def check_stock(
         )
     if config is None or discovery is None:
         return
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and free_model_class(config) is None:
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and per_layer_model_class(config) is None:
         raise CheckpointError(
             f"no folder can hold what the plan leaves: {reason}, and of a model with custom code only a cut that its "
             "config can say is saved. Cut all layers alike (leave out --layers), or use the pruned model in memory "
@@ -75,8 +75,8 @@ def save(
     """Write a pruned model as a folder: safetensors, config, tokenizer, the plan, the record and the manifest.
 
     It is a stock folder where a stock config can say the cut. Else the config lists the shapes, and a file of code
-    beside it builds the stock class in them (see `modeling_free`). The folder appears whole or not at all. What was
-    written is read back by name, shape and dtype and must be exactly what a model built from the written config has.
+    beside it builds the stock class in them (see `modeling_per_layer`). The folder appears whole or not at all. What
+    was written is read back by name, shape and dtype and must be exactly what a model built from the config has.
     `files` are carried over as they are, by name: those of the dense model's tokenizer and processors (`text_files`).
     Raises `CheckpointError`.
 
@@ -98,9 +98,9 @@ def save(
     """
     check_stock(plan)
     out = Path(out)
-    if plan.settings is None or is_free(model):
+    if plan.settings is None or is_per_layer(model):
         check_vacant(out, overwrite=overwrite)
-        model = as_free(model)
+        model = as_per_layer(model)
     with atomic_folder(out, overwrite=overwrite) as folder:
         _write(model, folder, tokenizer, files or {})
         write_json(folder / PLAN_FILE, plan.to_json())
@@ -137,7 +137,7 @@ def save_again(
     24
     """
     check_vacant(Path(out), overwrite=overwrite)
-    model = as_free(model) if is_free(model) or (plan is not None and plan.settings is None) else model
+    model = as_per_layer(model) if is_per_layer(model) or (plan is not None and plan.settings is None) else model
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         _write(model, folder, tokenizer, files or {})
         if source is not None and (source / PLAN_FILE).is_file():
@@ -160,7 +160,7 @@ def _write(
             tokenizer.save_pretrained(folder)
     copy_in(folder, files)
     loaded = _check_accounts(folder, model)
-    if is_free(model):
+    if is_per_layer(model):
         check_same(model, loaded)
 
 

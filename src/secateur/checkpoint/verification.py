@@ -11,7 +11,7 @@ from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
 from secateur.models.loading import is_read, load_config, load_on_meta, quantisation
 from secateur.models.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
-from secateur.models.modeling_free import FREE
+from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.planning.plan import read_plan
 
 
@@ -106,7 +106,7 @@ def _disagreements(folder: Path, *, trust_remote_code: bool) -> Iterator[str]:
             found = found.get(key) if isinstance(found, dict) else None
         if found != value:
             yield f"{PLAN_FILE} says {name}={value!r:.60}, config.json {found!r:.60}"
-    if plan.settings is None and FREE not in config:
+    if plan.settings is None and PER_LAYER not in config:
         yield f"{PLAN_FILE} says that no stock config holds the cut ({plan.refusal}), config.json is one"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if plan.parameters.get("pruned", parameters) != parameters:

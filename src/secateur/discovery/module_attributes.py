@@ -26,7 +26,7 @@ from secateur.discovery.layers import layer_of
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
 from secateur.errors import DiscoveryError
 from secateur.models.loading import runs_remote_code, skeleton
-from secateur.models.modeling_free import skip_in_place
+from secateur.models.modeling_per_layer import skip_in_place
 
 logger = logging.getLogger(__name__)
 

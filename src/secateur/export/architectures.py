@@ -16,8 +16,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.errors import ExportError
-from secateur.models.loading import free_model_class
-from secateur.models.modeling_free import FREE
+from secateur.models.loading import per_layer_model_class
+from secateur.models.modeling_per_layer import PER_LAYER
 
 TABLE = Path(__file__).with_name("architectures.json")
 
@@ -97,7 +97,7 @@ def known_types() -> tuple[str, ...]:
 
 
 def type_of(config: PreTrainedConfig) -> ModelType:
-    """The entry of a config's model type; a model of free shapes has that of its dense model.
+    """The entry of a config's model type; a model of per-layer shapes has that of its dense model.
 
     Raises `ExportError` when there is none, and when the code is not transformers' own.
 
@@ -105,7 +105,7 @@ def type_of(config: PreTrainedConfig) -> ModelType:
     >>> type_of(AutoConfig.for_model("granite")).architectures
     ('granite',)
     """
-    name = config.model_type.removeprefix(f"{FREE}_")
+    name = config.model_type.removeprefix(f"{PER_LAYER}_")
     found: ModelType | None = _table()["types"].get(name)
     if found is None:
         raise ExportError(
@@ -113,7 +113,7 @@ def type_of(config: PreTrainedConfig) -> ModelType:
             f"logits for it. Written are {', '.join(known_types())}; for another, llama.cpp's own "
             "convert_hf_to_gguf.py reads a folder of uniform shapes (secateur prune --shape uniform)"
         )
-    if type(config) is not CONFIG_MAPPING[name] and free_model_class(config) is None:
+    if type(config) is not CONFIG_MAPPING[name] and per_layer_model_class(config) is None:
         raise ExportError(
             f"the model's code is its own, {type(config).__name__}, and no architecture of llama.cpp is known to "
             f"compute the same; transformers' {name} can be written"

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType, is_neutral
 from secateur.export.tensors import LayerSizes, Parts
-from secateur.models.modeling_free import FREE
+from secateur.models.modeling_per_layer import PER_LAYER
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 GROWING = ("dynamic", "longrope")  # rotations that change with the length of the text
@@ -164,7 +164,7 @@ def _one_or_all(values: list[int]) -> int | list[int]:
 
 def check_settings(config: PreTrainedConfig, model_type: ModelType, size: LayerSizes, parts: Parts) -> None:
     """Raise `ExportError` for a setting that is neither said, nor seen in weights, nor what llama.cpp computes with."""
-    stock = CONFIG_MAPPING[config.model_type.removeprefix(f"{FREE}_")]
+    stock = CONFIG_MAPPING[config.model_type.removeprefix(f"{PER_LAYER}_")]
     usual: Mapping[str, Any] = stock().to_dict()
     settings: Mapping[str, Any] = config.to_dict()
     said = {*model_type.metadata.values(), *model_type.optional.values()}

@@ -50,7 +50,7 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 from secateur.errors import CheckpointError, ModelError, UntrustedCodeError, one_line
 from secateur.files import read_json
 from secateur.models.manifest import WEIGHTS, check_as_written, tensors_in
-from secateur.models.modeling_free import FREE, free_class
+from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ def _config_as_written(model: str, *, trust_remote_code: bool) -> PreTrainedConf
     with quiet(), _gguf_read_once(), told:
         written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
         _check_blocks(written)
-        if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{FREE}_"):
-            return _free_config(written)
+        if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
+            return _per_layer_config(written)
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
@@ -186,40 +186,42 @@ def _check_as_written(source: Source, reads: Callable[[str], bool]) -> None:
         raise ModelError(f"{source.argument!r}: {error}") from error
 
 
-def _free_config(written: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a model of free shapes, for the class that we have: nothing that lies beside it is run."""
-    stock_type = written["model_type"].removeprefix(f"{FREE}_")
+def _per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a model of per-layer shapes, for the class that we have: nothing that lies beside it is run."""
+    stock_type = written["model_type"].removeprefix(f"{PER_LAYER}_")
     if stock_type not in CONFIG_MAPPING:
-        raise ValueError(f"{FREE} of the model type {stock_type!r}, which transformers does not know")
+        raise ValueError(f"{PER_LAYER} of the model type {stock_type!r}, which transformers does not know")
     stock = CONFIG_MAPPING[stock_type]
-    config: PreTrainedConfig = free_class(stock).from_dict(written)
-    free = getattr(config, FREE)
-    architecture = free.get("architecture") if isinstance(free, dict) else None
+    config: PreTrainedConfig = per_layer_class(stock).from_dict(written)
+    per_layer = getattr(config, PER_LAYER)
+    architecture = per_layer.get("architecture") if isinstance(per_layer, dict) else None
     model_class = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     if model_class is None or not takes(model_class, stock):
-        raise ValueError(f"{FREE}, architecture: {architecture!r:.60} is no model class of transformers for it")
-    module = free_class.__module__.rpartition(".")[2]
+        raise ValueError(f"{PER_LAYER}, architecture: {architecture!r:.60} is no model class of transformers for it")
+    module = per_layer_class.__module__.rpartition(".")[2]
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
-        "AutoModelForCausalLM": f"{module}.{free_class(model_class, stock).__name__}",
+        "AutoModelForCausalLM": f"{module}.{per_layer_class(model_class, stock).__name__}",
     }
     return config
 
 
-def free_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Give the class of a model of free shapes that is our own, so that no flag is needed; None for any other config.
+def per_layer_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Give our class for the config of a model with per-layer shapes, which needs no flag; None for any other.
 
-    >>> free_model_class(AutoConfig.for_model("bert")) is None
+    >>> per_layer_model_class(AutoConfig.for_model("bert")) is None
     True
     """
-    if type(config).__module__ != free_class.__module__:
+    if type(config).__module__ != per_layer_class.__module__:
         return None
     stock = type(config).__mro__[1]
-    return cast(type[PreTrainedModel], free_class(getattr(transformers, getattr(config, FREE)["architecture"]), stock))
+    return cast(
+        type[PreTrainedModel], per_layer_class(getattr(transformers, getattr(config, PER_LAYER)["architecture"]), stock)
+    )
 
 
 def register(model: str) -> None:
-    """Let the Auto classes of transformers read models of MODEL's free shapes without remote code, in this process.
+    """Let the Auto classes of transformers read models such as MODEL, with per-layer shapes, without remote code.
 
     For programs that load by `AutoModelForCausalLM` themselves: afterwards it builds such models with the classes that
     we have, and runs nothing that lies in a folder. Raises `ModelError` for a model that needs nothing of the kind.
@@ -229,7 +231,7 @@ def register(model: str) -> None:
     secateur.errors.ModelError: 'demo' has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is
     """
     config = load_config(model)
-    model_class = free_model_class(config)
+    model_class = per_layer_model_class(config)
     if model_class is None:
         raise ModelError(f"{model!r} has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is")
     AutoConfig.register(config.model_type, type(config), exist_ok=True)
@@ -288,7 +290,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
         own_config._experts_implementation = EXPERTS
     try:
         with quiet(), torch.device("meta"):
-            part = free_model_class(config)
+            part = per_layer_model_class(config)
             if part is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 part = _class_by(config)
             model: Any = (
@@ -405,7 +407,7 @@ def _loaded(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model by the loader of its kind, and what that loader reports."""
     location, location_options = _location(source)
-    loader: Any = free_model_class(config)
+    loader: Any = per_layer_model_class(config)
     if loader is None:
         loader = AutoModelForCausalLM
         location_options = {**location_options, "trust_remote_code": trust_remote_code}

@@ -41,12 +41,12 @@ from secateur.models.loading import (
     LoadOptions,
     check_finite,
     check_unpacked,
-    free_model_class,
     has_weights,
     load,
     load_config,
     load_on_meta,
     load_tokenizer,
+    per_layer_model_class,
     resolve,
     text_files,
 )
@@ -566,7 +566,7 @@ def may_be_free(config: PreTrainedConfig) -> bool:
     True
     """
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return not custom or free_model_class(config) is not None
+    return not custom or per_layer_model_class(config) is not None
 
 
 def _fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:

@@ -4,12 +4,14 @@ This file lies beside the weights of such a model and needs torch and transforme
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-For a stock class X of transformers, `FreeX` is made when it is first asked for; `FreeXOfY` for a model class X with
-the config class Y, where that is not its own. The config holds the settings of the dense model, and under
-`secateur_free` what is different: the `shapes` of parameters and buffers by name, the `attributes` of modules by path,
-for modules that read sizes from a config of their own, its settings (`configs`), and blocks that compute nothing
-(`skipped`).
-A shape is never larger than the dense one, and an attribute never of another type.
+`PerLayerX` subclasses the class X of transformers and is made when it is first looked up; `PerLayerXOfY` is for a
+model class X with a config class Y that is not its own. The config holds the settings of the dense model and, under
+`secateur_per_layer`, what differs from it:
+
+    shapes      of parameters and buffers, by name; never larger than the dense ones
+    attributes  sizes that modules hold, by path of the module; never of another type
+    configs     settings of modules that read sizes from a config of their own, by path
+    skipped     blocks that compute nothing, by path
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-FREE = "secateur_free"  # the key in config.json, and how the model type begins
-CLASS_PREFIX = "Free"
+PER_LAYER = "secateur_per_layer"  # the key in config.json, and how the model type begins
+CLASS_PREFIX = "PerLayer"
 OF_CONFIG = "Of"
 Settings = Mapping[str, Any]
 
 
 def __getattr__(name: str) -> Any:
-    """Find `FreeX`, for a configuration or model class X of transformers, or `FreeXOfY`, for a configuration Y."""
+    """Look up `PerLayerX`, for a config or model class X of transformers, or `PerLayerXOfY`, for a config class Y."""
     wanted, _, settings = name.removeprefix(CLASS_PREFIX).partition(OF_CONFIG)
     stock = getattr(transformers, wanted, None) if name.startswith(CLASS_PREFIX) else None
     config = getattr(transformers, settings, None) if settings else None
@@ -39,17 +41,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if settings and not (isinstance(config, type) and issubclass(config, PreTrainedConfig)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return free_class(stock, config)
+    return per_layer_class(stock, config)
 
 
-def free_class(stock: Any, config: Any = None) -> Any:
-    """Make the class of free shapes of a configuration or model class of transformers; the same one every time.
+def per_layer_class(stock: Any, config: Any = None) -> Any:
+    """Make the class of per-layer shapes of a configuration or model class of transformers; the same one every time.
 
     A model class that is also that of other configs than its own is made anew for each, when given.
 
-    >>> free_class(transformers.OPTConfig).model_type
-    'secateur_free_opt'
-    >>> free_class(transformers.OPTForCausalLM).config_class is free_class(transformers.OPTConfig)
+    >>> per_layer_class(transformers.OPTConfig).model_type
+    'secateur_per_layer_opt'
+    >>> per_layer_class(transformers.OPTForCausalLM).config_class is per_layer_class(transformers.OPTConfig)
     True
     """
     own = config is None or issubclass(stock, PreTrainedConfig) or config is stock.config_class
@@ -64,16 +66,16 @@ def free_class(stock: Any, config: Any = None) -> Any:
 
 def _config_class(name: str, stock: Any) -> type:
     def initialise(self: Any, **settings: Any) -> None:
-        free = settings.setdefault(FREE, {})
+        per_layer = settings.setdefault(PER_LAYER, {})
         settings["model_type"] = self.__class__.model_type
         stock.__init__(self, **settings)
-        setattr(self, FREE, free)
+        setattr(self, PER_LAYER, per_layer)
 
     members = {
         "__init__": initialise,
         "__module__": __name__,
-        "__doc__": f"The settings of a {stock.__name__} and, in `{FREE}`, the shapes that differ.",
-        "model_type": f"{FREE}_{stock.model_type}",
+        "__doc__": f"The settings of a {stock.__name__} and, in `{PER_LAYER}`, the shapes that differ.",
+        "model_type": f"{PER_LAYER}_{stock.model_type}",
         "_auto_class": "AutoConfig",  # a saved config takes this file along
     }
     return type(name, (stock,), members)
@@ -82,7 +84,7 @@ def _config_class(name: str, stock: Any) -> type:
 def _model_class(name: str, stock: Any, config: Any) -> type:
     def initialise(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stock.__init__(self, config, *args, **options)
-        apply_in_place(self, getattr(config, FREE, {}))
+        apply_in_place(self, getattr(config, PER_LAYER, {}))
 
     def set_attention(self: Any, *args: Any, **options: Any) -> None:
         stock.set_attn_implementation(self, *args, **options)
@@ -96,7 +98,7 @@ def _model_class(name: str, stock: Any, config: Any) -> type:
         "__init__": initialise,
         "__module__": __name__,
         "__doc__": f"A {stock.__name__} in the shapes that its config lists.",
-        "config_class": free_class(config),
+        "config_class": per_layer_class(config),
         "_auto_class": "AutoModelForCausalLM",  # a saved model takes this file along
         # The code is transformers' own, so what it computes when weights are loaded is computed as for a stock class.
         "is_custom_code": classmethod(lambda cls: False),
@@ -107,7 +109,7 @@ def _model_class(name: str, stock: Any, config: Any) -> type:
     return type(name, (stock,), members)
 
 
-def apply_in_place(model: nn.Module, free: Settings) -> None:
+def apply_in_place(model: nn.Module, per_layer: Settings) -> None:
     """Give a dense model the shapes and attributes listed; parameters that are one stay one.
 
     Raises ValueError for anything that the model does not have, or not in that form.
@@ -118,15 +120,15 @@ def apply_in_place(model: nn.Module, free: Settings) -> None:
     Linear(in_features=4, out_features=2, bias=True)
     >>> apply_in_place(layer, {"shapes": {"bias": [10**9]}})
     Traceback (most recent call last):
-    ValueError: secateur_free, shapes: bias cannot be [1000000000], the dense model has [2]
+    ValueError: secateur_per_layer, shapes: bias cannot be [1000000000], the dense model has [2]
     """
-    skip_in_place(model, _section(free, "skipped"))
-    _reshape_in_place(model, _section(free, "shapes"))
-    for path, values in _section(free, "attributes").items():
+    skip_in_place(model, _section(per_layer, "skipped"))
+    _reshape_in_place(model, _section(per_layer, "shapes"))
+    for path, values in _section(per_layer, "attributes").items():
         module = _module(model, path, "attributes")
         for name, value in _mapping(values, f"attributes of {path}").items():
             setattr(module, name, _attribute(module, path, name, value))
-    for path, values in _section(free, "configs").items():
+    for path, values in _section(per_layer, "configs").items():
         module = _module(model, path, "configs")
         module.config = _own_config(getattr(module, "config", None), path, _mapping(values, f"configs of {path}"))
 
@@ -167,9 +169,9 @@ def skip_in_place(model: nn.Module, skipped: Settings) -> None:
         outputs, kept, bias = about.get("outputs"), about.get("kept"), about.get("bias")
         known = {name for name, _ in block.named_parameters()}
         if not path or type(outputs) is not int or not isinstance(kept, Sequence) or not known.issuperset(kept):
-            raise ValueError(f"{FREE}, skipped: {path!r} cannot be {about!r:.80}")
+            raise ValueError(f"{PER_LAYER}, skipped: {path!r} cannot be {about!r:.80}")
         if bias is not None and bias not in kept:
-            raise ValueError(f"{FREE}, skipped: {path} has no {bias!r:.60} to add")
+            raise ValueError(f"{PER_LAYER}, skipped: {path} has no {bias!r:.60} to add")
         holder, _, name = path.rpartition(".")
         setattr(model.get_submodule(holder), name, Skipped(block, outputs=outputs, kept=kept, bias=bias))
 
@@ -179,7 +181,7 @@ def _reshape_in_place(model: nn.Module, shapes: Settings) -> None:
     smaller: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if name not in tensors:
-            raise ValueError(f"{FREE}, shapes: the dense model has no {name!r}")
+            raise ValueError(f"{PER_LAYER}, shapes: the dense model has no {name!r}")
         smaller[id(tensors[name])] = _smaller(name, tensors[name], shape)
     for name, tensor in tensors.items():  # every name of a tied parameter
         if id(tensor) in smaller:
@@ -197,7 +199,7 @@ def _smaller(name: str, tensor: Tensor, shape: Any) -> Tensor:
     dense = list(tensor.shape)
     fits = isinstance(shape, Sequence) and len(shape) == len(dense)
     if not fits or not all(type(n) is int and 0 < n <= size for n, size in zip(shape, dense, strict=True)):
-        raise ValueError(f"{FREE}, shapes: {name} cannot be {shape!r:.60}, the dense model has {dense}")
+        raise ValueError(f"{PER_LAYER}, shapes: {name} cannot be {shape!r:.60}, the dense model has {dense}")
     corner = tensor.detach()[tuple(slice(n) for n in shape)].clone()
     if not isinstance(tensor, nn.Parameter):
         return corner
@@ -215,7 +217,7 @@ def _attribute(module: nn.Module, path: str, name: str, value: Any) -> Any:
     elif type(now) in (int, float) and type(value) is type(now):
         return value
     raise ValueError(
-        f"{FREE}, attributes: {path} has no size {name!r:.60} that could be {value!r:.60}"
+        f"{PER_LAYER}, attributes: {path} has no size {name!r:.60} that could be {value!r:.60}"
         + (f", it is {now!r:.60}" if now is not None else "")
     )
 
@@ -223,7 +225,7 @@ def _attribute(module: nn.Module, path: str, name: str, value: Any) -> Any:
 def _own_config(config: Any, path: str, settings: Settings) -> PreTrainedConfig:
     """A copy of a module's config with other settings; "text_config.hidden_size" reaches into a sub-config."""
     if not isinstance(config, PreTrainedConfig):
-        raise ValueError(f"{FREE}, configs: {path!r} keeps no config")
+        raise ValueError(f"{PER_LAYER}, configs: {path!r} keeps no config")
     own = copy.deepcopy(config)
     for name, value in settings.items():
         *holders, last = name.split(".")
@@ -233,7 +235,9 @@ def _own_config(config: Any, path: str, settings: Settings) -> PreTrainedConfig:
         known = isinstance(holder, PreTrainedConfig) and not last.startswith("_") and last in holder.to_dict()
         now = getattr(holder, last) if known else None
         if not known or (now is not None and type(value) is not type(now)):
-            raise ValueError(f"{FREE}, configs: that of {path} has no setting {name!r:.60} that could be {value!r:.60}")
+            raise ValueError(
+                f"{PER_LAYER}, configs: that of {path} has no setting {name!r:.60} that could be {value!r:.60}"
+            )
         setattr(holder, last, value)
     return own
 
@@ -241,20 +245,20 @@ def _own_config(config: Any, path: str, settings: Settings) -> PreTrainedConfig:
 def _follow_in_place(model: Any) -> None:
     """Let modules with a config of their own follow the one of the model, where that says how to compute."""
     leading = model.config.get_text_config()
-    for path in _section(getattr(model.config, FREE, {}), "configs"):
+    for path in _section(getattr(model.config, PER_LAYER, {}), "configs"):
         config = _module(model, path, "configs").config
         for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
             if hasattr(leading, name):
                 setattr(config, name, getattr(leading, name))
 
 
-def _section(free: Any, name: str) -> Settings:
-    return _mapping(_mapping(free, "its value").get(name, {}), name)
+def _section(per_layer: Any, name: str) -> Settings:
+    return _mapping(_mapping(per_layer, "its value").get(name, {}), name)
 
 
 def _mapping(value: Any, what: str) -> Settings:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{FREE}, {what}: expected a mapping from names, found {value!r:.60}")
+        raise ValueError(f"{PER_LAYER}, {what}: expected a mapping from names, found {value!r:.60}")
     return value
 
 
@@ -262,4 +266,4 @@ def _module(model: nn.Module, path: str, section: str) -> Any:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise ValueError(f"{FREE}, {section}: the dense model has no module {path!r}") from None
+        raise ValueError(f"{PER_LAYER}, {section}: the dense model has no module {path!r}") from None

@@ -28,13 +28,13 @@ from contract import uneven
 from every_type import tiny_type_model
 from families import FAMILIES, family_config, family_model
 from secateur import CutOptions, discover, plan, profile, prune, save, score
-from secateur.checkpoint.per_layer import as_free, differences, is_free
+from secateur.checkpoint.per_layer import as_per_layer, differences, is_per_layer
 from secateur.checkpoint.stock import check_stock
 from secateur.cli.main import run
 from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.models.loading import load, load_config, load_tokenizer, quiet, register, runs_remote_code, skeleton
 from secateur.models.manifest import MANIFEST_FILE
-from secateur.models.modeling_free import FREE, apply_in_place, free_class
+from secateur.models.modeling_per_layer import PER_LAYER, apply_in_place, per_layer_class
 from secateur.planning.plan import Plan, PlannedGroup
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
 
@@ -42,7 +42,7 @@ MLP, HEADS, BOTH = ("mlp", "expert_mlp", "shared_mlp"), ("attention",), ("attent
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 NEW_TOKENS = 6
 ANYBODYS = shutil.ignore_patterns(MANIFEST_FILE)  # a copy in which nothing is compared with what was written
-CODE = Path(str(sys.modules[free_class.__module__].__file__))
+CODE = Path(str(sys.modules[per_layer_class.__module__].__file__))
 
 # Runs where nothing of ours can be imported; writes what it finds in every folder to the first argument.
 READER = """
@@ -195,7 +195,7 @@ class TestFolder:
         before = set(sys.modules)
         loaded = load(str(written[name].folder), device="cpu")
         assert not any(module.startswith("transformers_modules") for module in set(sys.modules) - before)
-        assert type(loaded).__module__ == free_class.__module__
+        assert type(loaded).__module__ == per_layer_class.__module__
         assert not runs_remote_code(loaded)
         loaded.set_attn_implementation("eager")
         if getattr(loaded.config, "_experts_implementation", None) == "grouped_mm":  # chosen or not by what ran before
@@ -217,14 +217,14 @@ class TestFolder:
         config = json.loads((folder / "config.json").read_text())
         stock: Any = type(written[name].model)
         settings = type(written[name].model.config)
-        assert config["model_type"] == f"{FREE}_{settings.model_type}"
+        assert config["model_type"] == f"{PER_LAYER}_{settings.model_type}"
         own = "" if settings is stock.config_class else f"Of{settings.__name__}"
-        assert config["auto_map"]["AutoModelForCausalLM"] == f"{CODE.stem}.Free{stock.__name__}{own}"
-        assert config[FREE]["architecture"] == stock.__name__
-        shapes = config[FREE]["shapes"]
+        assert config["auto_map"]["AutoModelForCausalLM"] == f"{CODE.stem}.PerLayer{stock.__name__}{own}"
+        assert config[PER_LAYER]["architecture"] == stock.__name__
+        shapes = config[PER_LAYER]["shapes"]
         tensors = {**dict(written[name].model.named_parameters()), **dict(written[name].model.named_buffers())}
         assert all(list(tensors[key].shape) == shape for key, shape in shapes.items())
-        assert sum(len(attributes) for attributes in config[FREE]["attributes"].values()) > 0
+        assert sum(len(attributes) for attributes in config[PER_LAYER]["attributes"].values()) > 0
 
 
 class TestModel:
@@ -239,7 +239,7 @@ class TestModel:
         (folder / CODE.name).write_text("raise SystemExit('run')")
         for trust in (False, True):
             load(str(folder), device="cpu", trust_remote_code=trust)
-            assert load_config(str(folder), trust_remote_code=trust).model_type == f"{FREE}_llama"
+            assert load_config(str(folder), trust_remote_code=trust).model_type == f"{PER_LAYER}_llama"
             assert discover(str(folder), trust_remote_code=trust).depth == 3
         load_tokenizer(str(folder))
 
@@ -313,18 +313,18 @@ def test_what_no_config_can_say_is_refused() -> None:
         """Code of one's own."""
 
     with pytest.raises(CheckpointError, match="Own with a LlamaConfig is no class of transformers' own"):
-        as_free(Own(tiny_model().config))
+        as_per_layer(Own(tiny_model().config))
     other = tiny_model()
     other.lm_head.extra = nn.Parameter(torch.zeros(2))
     with pytest.raises(CheckpointError, match=r"describes one with other weights \(lm_head\.extra\)"):
-        as_free(other)
+        as_per_layer(other)
 
 
 def test_nothing_differs_from_itself() -> None:
     model = tiny_model()
     assert differences(model, model) == {"shapes": {}}
-    assert not is_free(model)
-    assert as_free(model).config.secateur_free == {
+    assert not is_per_layer(model)
+    assert as_per_layer(model).config.secateur_per_layer == {
         "model_type": "llama",
         "architecture": "LlamaForCausalLM",
         "shapes": {},
@@ -332,10 +332,10 @@ def test_nothing_differs_from_itself() -> None:
 
 
 def test_classes_are_made_on_demand() -> None:
-    module = sys.modules[free_class.__module__]
-    made = module.FreeOPTForCausalLM
-    assert made is module.FreeOPTForCausalLM is free_class(transformers.OPTForCausalLM)
-    for name in ("FreeNothing", "FreeAutoConfig", "FreeAutoTokenizer", "OPTForCausalLM", "Free"):
+    module = sys.modules[per_layer_class.__module__]
+    made = module.PerLayerOPTForCausalLM
+    assert made is module.PerLayerOPTForCausalLM is per_layer_class(transformers.OPTForCausalLM)
+    for name in ("PerLayerNothing", "PerLayerAutoConfig", "PerLayerAutoTokenizer", "OPTForCausalLM", "PerLayer"):
         with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
             getattr(module, name)
 
@@ -406,7 +406,7 @@ def test_a_hostile_folder_is_refused(name: str, written: dict[str, Written], tmp
     change, match = HOSTILE[name]
     shutil.copytree(written["llama-both"].folder, tmp_path / "free", ignore=ANYBODYS)
     config = json.loads((tmp_path / "free" / "config.json").read_text())
-    change(config[FREE])
+    change(config[PER_LAYER])
     (tmp_path / "free" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=match) as caught:
         load(str(tmp_path / "free"), device="cpu")
@@ -419,10 +419,10 @@ def test_a_hostile_folder_is_refused(name: str, written: dict[str, Written], tmp
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({FREE: [1]}, "architecture: None is no model class"),
-        ({FREE: None}, "architecture: None is no model class"),
-        ({"model_type": f"{FREE}_unheard"}, "of the model type 'unheard', which transformers does not know"),
-        ({"model_type": f"{FREE}_opt"}, "'LlamaForCausalLM' is no model class of transformers for it"),
+        ({PER_LAYER: [1]}, "architecture: None is no model class"),
+        ({PER_LAYER: None}, "architecture: None is no model class"),
+        ({"model_type": f"{PER_LAYER}_unheard"}, "of the model type 'unheard', which transformers does not know"),
+        ({"model_type": f"{PER_LAYER}_opt"}, "'LlamaForCausalLM' is no model class of transformers for it"),
         ({"num_hidden_layers": 2}, r"the dense model has no 'model\.layers\.2"),
         ({"intermediate_size": 70}, r"cannot be \[48, 77\], the dense model has \[48, 70\]"),
     ],
@@ -454,7 +454,7 @@ import secateur
 
 secateur.register(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager")
-assert type(model).__module__ == "secateur.models.modeling_free", type(model)
+assert type(model).__module__ == "secateur.models.modeling_per_layer", type(model)
 assert type(AutoConfig.from_pretrained(sys.argv[1])) is type(model.config)
 assert not any(name.startswith("transformers_modules") for name in sys.modules)
 ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
