@@ -49,16 +49,16 @@ from secateur.models.loading import load, load_tokenizer
 from secateur.recovery.course import Course, Settings
 from secateur.recovery.distillation import KeptTeacher, keep_teacher
 from secateur.recovery.loop import train
-from secateur.recovery.lora import AdapterOptions, with_adapter
+from secateur.recovery.lora import LoraOptions, with_adapter
 from secateur.recovery.options import RecoverOptions
 
 LENGTHS = (128, 1024)
 ROWS: dict[str, list[str]] = {
     "lora-paper": ["--preset", "llm-pruner", "--epochs", "1"],
     "lora": ["--method", "lora"],
-    "distill": ["--method", "distill", "--rate", "1e-4", "--loss-on", "all"],
-    "lora+distill": ["--method", "lora+distill", "--rate", "1e-3", "--loss-on", "all"],
-    "distill-text": ["--method", "distill", "--rate", "1e-4"],
+    "distill": ["--method", "distill", "--learning-rate", "1e-4", "--loss-on", "all"],
+    "lora+distill": ["--method", "lora+distill", "--learning-rate", "1e-3", "--loss-on", "all"],
+    "distill-text": ["--method", "distill", "--learning-rate", "1e-4"],
 }
 ON_TEXT = ("distill-text",)  # which learn from the text of --calibration
 
@@ -168,13 +168,13 @@ def _speed(pruned: str, options: argparse.Namespace) -> dict[str, Any]:
     defaults = RecoverOptions()
     settings = Settings(
         steps=options.speed_steps,
-        batch=min(defaults.batch, len(rows)),
-        micro_batch=defaults.micro_batch,
-        rate=defaults.rate,
-        warmup=0,
-        evaluate_every=options.speed_steps + 1,
+        global_batch_size=min(defaults.global_batch_size, len(rows)),
+        micro_batch_size=defaults.micro_batch_size,
+        learning_rate=defaults.learning_rate,
+        warmup_steps=0,
+        eval_steps=options.speed_steps + 1,
     )
-    order = training_order(rows, steps=settings.steps, batch=settings.batch, seed=0)
+    order = training_order(rows, steps=settings.steps, batch_size=settings.global_batch_size, seed=0)
     used = rows.select(order.flatten().unique())
     renumbered = torch.searchsorted(order.flatten().unique(), order)
     pad = tokenizer.pad_token_id or 0
@@ -212,7 +212,7 @@ def _speed(pruned: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _adapted(pruned: str) -> Any:
     torch.manual_seed(0)
-    return with_adapter(load(pruned, device="cpu"), AdapterOptions())
+    return with_adapter(load(pruned, device="cpu"), LoraOptions())
 
 
 def _ours(pruned: str, course: Course, settings: Settings, folder: Path) -> list[tuple[float, float]]:
@@ -234,11 +234,11 @@ def _bare(pruned: str, rows: Rows, order: Tensor, settings: Settings, pad: int) 
     model = _adapted(pruned)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
     moments = [_now()]
     for step in order:
         labels_in_step = sum(int(rows.learned_T[rows.slice_of(int(row))].sum()) for row in step)
-        for numbers in step.split(settings.micro_batch):
+        for numbers in step.split(settings.micro_batch_size):
             batch = collate(rows, numbers.tolist(), pad=pad)
             # A model shifts its labels itself.
             labels = torch.cat([torch.full((len(numbers), 1), -100), batch.pop("labels")[:, :-1]], dim=1)

@@ -35,7 +35,7 @@ from tiny import names, write_tiny
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo compare".split())
 IN_TURNS = "recover tiny out --data alpaca.json".split()
-RECOVER = "recover tiny out --data alpaca.json --length 128 --max-steps 4 --eval-every 4 --seed 1".split()
+RECOVER = "recover tiny out --data alpaca.json --max-length 128 --max-steps 4 --eval-steps 4 --seed 1".split()
 SMALL_SWEEP = "--axes mlp --shape uniform --scope local --repair none --ppl cats=text.txt --seq-len 32 --no-plot"
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 40
 
@@ -218,7 +218,7 @@ class TestOutput:
             ("discover", "tiny"),
             ("plan", "tiny", "--score", "l1"),
             ("prune", "tiny", "out", "--score", "l1"),
-            ("recover", "tiny", "out", "--data", "alpaca.json", "--max-steps", "1", "--length", "128"),
+            ("recover", "tiny", "out", "--data", "alpaca.json", "--max-steps", "1", "--max-length", "128"),
             ("evaluate", "tiny", "--ppl", "cats=text.txt"),
             ("profile", "tiny", "--seq-len", "4", "--new-tokens", "1"),
             ("profile", "sizes/config.json"),
@@ -339,7 +339,7 @@ class TestJson:
         assert all(entry["perplexity"].keys() == {"cats"} for entry in data["evaluation"])
         record = json.loads(Path("out/secateur_record.json").read_text())
         assert record["recovery"]["command"].startswith("secateur recover tiny out --data alpaca.json")
-        assert record["recovery"]["options"]["adapter"]["rank"] == 2
+        assert record["recovery"]["options"]["lora"]["rank"] == 2
 
     def test_evaluate(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("tiny", "deep", "--ppl", "cats=text.txt", "--seq-len", "16", "--max-tokens", "100")
@@ -711,8 +711,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("recover", "tiny", "out", "--data", "rows.jsonl"),
     ),
     "recover, length": (
-        "nothing is left of its 17 rows .* --length 16",
-        ("recover", "tiny", "out", "--data", "alpaca.json", "--length", "8"),
+        "nothing is left of its 17 rows .* --max-length 16",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--max-length", "8"),
     ),
     "recover, float16": (
         "dtype='float16' overflows in training",
@@ -753,7 +753,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "in turns, unknown": (r"No such option: --axs .*--axes", (*IN_TURNS, "--ratio", "0.3", "--cut", "--axs mlp")),
     "in turns, quotes": ("--cut '--axes: No closing quotation", (*IN_TURNS, "--ratio", "0.3", "--cut", "'--axes")),
-    "in turns, adapter": ("--keep-adapter: in turns", (*IN_TURNS, "--ratio", "0.3", "--keep-adapter")),
+    "in turns, adapter": ("--save-adapter: in turns", (*IN_TURNS, "--ratio", "0.3", "--save-adapter")),
     "merge nothing": ("'tiny' is no folder with an adapter_config.json", ("export", "tiny", "out", "--merge-lora")),
     "merge and pack": (
         "merge first, then export that folder",

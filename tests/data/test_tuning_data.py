@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.data.options import DataOptions, weighted
+from secateur.data.options import DataOptions, split_weight
 from secateur.data.reading import TuningData, read_tuning_data
 from secateur.data.rows import IGNORED, Rows, collate, packed, training_order, whole_steps
 from secateur.errors import DataError
@@ -117,10 +117,10 @@ class TestWords:
     def test_text_is_cut_into_rows_and_nothing_is_lost(self, tokenizer: Any, tmp_path: Path) -> None:
         text = "A saw cuts a branch. " * 30
         (tmp_path / "book.txt").write_text(text)
-        rows = read(tokenizer, str(tmp_path / "book.txt"), length=32).train
+        rows = read(tokenizer, str(tmp_path / "book.txt"), max_length=32).train
         assert tokenizer.decode(rows.ids_T) == f"{text}<end>"
         assert set(rows.lengths[:-1].tolist()) == {32}
-        assert len(read(tokenizer, str(tmp_path / "book.txt"), length=32, samples=3).train) == 3
+        assert len(read(tokenizer, str(tmp_path / "book.txt"), max_length=32, samples=3).train) == 3
 
     def test_documents_and_a_column_of_another_name(self, tokenizer: Any, tmp_path: Path) -> None:
         named = write(tmp_path, [{"text": "One.", "body": "Two two."}])
@@ -144,7 +144,9 @@ class TestWords:
 class TestCut:
     def test_rows_are_cut_and_those_without_an_answer_left_out(self, tokenizer: Any, tmp_path: Path) -> None:
         long, empty = {**ALPACA, "instruction": "word " * 200}, {**ALPACA, "output": " "}
-        found = read(tokenizer, write(tmp_path, [ALPACA, long, empty, {**ALPACA, "output": "five " * 300}]), length=200)
+        found = read(
+            tokenizer, write(tmp_path, [ALPACA, long, empty, {**ALPACA, "output": "five " * 300}]), max_length=200
+        )
         assert found.dropped == {"cut off before the answer": 1, "without an answer": 1}
         assert len(found.train) == 2
         assert int(found.train.lengths.max()) == 200
@@ -153,7 +155,7 @@ class TestCut:
         ("rows", "options", "match"),
         [
             ([], {}, "there are no rows in it"),
-            ([ALPACA], {"length": 8}, r"nothing is left of its 1 rows .* 1 are cut off .* --length 16"),
+            ([ALPACA], {"max_length": 8}, r"nothing is left of its 1 rows .* 1 are cut off .* --max-length 16"),
             ([{**ALPACA, "output": ""}], {}, r"nothing is left of its 1 rows .* --loss-on all"),
             ([{"body": "One."}], {}, r"item 1: no fields to train on among \['body'\]. .*--column NAME"),
             ([ALPACA], {"column": "body"}, r"no column 'body' among \['input', 'instruction', 'output'\]"),
@@ -200,9 +202,9 @@ class TestOptions:
             ({"sources": ("",)}, "names no data"),
             ({"template": "vicuna"}, "template='vicuna' is unknown. Expected auto, alpaca or chat"),
             ({"loss_on": "questions"}, "loss_on='questions' is unknown"),
-            ({"length": 1}, "length=1 is too small"),
+            ({"max_length": 1}, "max_length=1 is too small"),
             ({"samples": 0}, "samples=0 is too small"),
-            ({"validation": 1.0}, r"validation=1.0 is no share of the rows"),
+            ({"validation": 1.0}, r"validation=1.0 is no fraction of the rows"),
             ({"sources": ("a.json@0",)}, "the weight 0 leaves nothing of it"),
         ],
     )
@@ -220,7 +222,7 @@ class TestOptions:
         ],
     )
     def test_weights(self, source: str, expected: tuple[str, float | None]) -> None:
-        assert weighted(source) == expected
+        assert split_weight(source) == expected
 
 
 class TestSplit:
@@ -271,7 +273,7 @@ class TestOrder:
     def test_every_row_is_read_before_any_again(self, lengths: list[int], batch: int, group: bool) -> None:
         rows = some_rows(lengths)
         steps = whole_steps(len(rows), 3, batch)
-        order = training_order(rows, steps=steps, batch=batch, seed=1, group_by_length=group)
+        order = training_order(rows, steps=steps, batch_size=batch, seed=1, group_by_length=group)
         counts = Counter(order.flatten().tolist())
         assert max(counts.values()) - min(counts[row] for row in range(len(rows))) <= 1
         by_step = rows.lengths[order]
@@ -279,13 +281,13 @@ class TestOrder:
 
     def test_the_same_seed_gives_the_same_order_and_another_another(self) -> None:
         rows = some_rows([4] * 32)
-        first, same, other = (training_order(rows, steps=4, batch=8, seed=seed) for seed in (0, 0, 1))
+        first, same, other = (training_order(rows, steps=4, batch_size=8, seed=seed) for seed in (0, 0, 1))
         assert torch.equal(first, same)
         assert not torch.equal(first, other)
 
     def test_sources_are_drawn_by_weight(self) -> None:
         rows = some_rows([4] * 40, [0] * 30 + [1] * 10)
-        order = training_order(rows, steps=10, batch=8, seed=0, weights=(1.0, 3.0))
+        order = training_order(rows, steps=10, batch_size=8, seed=0, weights=(1.0, 3.0))
         assert Counter(rows.sources[order.flatten()].tolist()) == {0: 20, 1: 60}
         assert set(order.flatten().tolist()) >= set(range(30, 40))
 
@@ -293,7 +295,7 @@ class TestOrder:
         rows = some_rows(torch.randint(2, 200, (256,), generator=torch.Generator().manual_seed(0)).tolist())
 
         def padding(group: bool) -> int:
-            lengths = rows.lengths[training_order(rows, steps=64, batch=4, seed=0, group_by_length=group)]
+            lengths = rows.lengths[training_order(rows, steps=64, batch_size=4, seed=0, group_by_length=group)]
             return int((lengths.max(dim=1).values * 4 - lengths.sum(dim=1)).sum())
 
         assert padding(True) < padding(False) / 2

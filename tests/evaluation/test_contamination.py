@@ -56,10 +56,10 @@ def test_every_training_before_counts(rows: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_validation_rows_judge_the_training_and_count_too(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = DataOptions((str(rows),), length=64, validation=0.5)
+    options = DataOptions((str(rows),), max_length=64, validation=0.5)
     held_back = read_tuning_data(tiny_tokenizer(), options).validation
     text = " ".join(str(tiny_tokenizer().decode(held_back.ids_T[held_back.slice_of(i)])) for i in range(len(held_back)))
-    assert len(warnings(recovered(str(rows), length=64, validation=0.5), caplog, text)) == 1
+    assert len(warnings(recovered(str(rows), max_length=64, validation=0.5), caplog, text)) == 1
 
 
 def test_another_text_is_no_reason(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -68,7 +68,13 @@ def test_another_text_is_no_reason(rows: Path, caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize(
     "change",
-    [{"sources": ["organisation/name"]}, {"sources": ["no-such.txt"]}, {"sources": []}, {"length": 50}, {"colour": 1}],
+    [
+        {"sources": ["organisation/name"]},
+        {"sources": ["no-such.txt"]},
+        {"sources": []},
+        {"max_length": 50},
+        {"colour": 1},
+    ],
     ids=str,
 )
 def test_nothing_is_said_of_what_cannot_be_read_again(

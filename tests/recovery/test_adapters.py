@@ -15,7 +15,7 @@ from secateur import CalibrationOptions, DataOptions, RecoverOptions, load, reco
 from secateur.export.merge import merge_adapter
 from secateur.models.loading import LoadOptions, quiet
 from secateur.pipeline.run import prune_model
-from secateur.recovery.lora import AdapterOptions, merged, stacked_weights, with_adapter
+from secateur.recovery.lora import LoraOptions, merged, stacked_weights, with_adapter
 from tiny import SIZES, tiny_model, tiny_tokenizer
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -60,7 +60,7 @@ class TestExperts:
         stacks = stacked_weights(model)
         assert stacks == [f"model.layers.{i}.mlp.experts.{name}_proj" for i in range(3) for name in ("gate_up", "down")]
         before = {name: model.get_parameter(name).data.clone() for name in stacks}
-        adapted = with_adapter(model, AdapterOptions(rank=4))
+        adapted = with_adapter(model, LoraOptions(rank=4))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in adapted.parameters():
@@ -73,14 +73,20 @@ class TestExperts:
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_they_are_trained(self, shape: str, packing: bool, place: Path) -> None:
-        given: dict[str, Any] = {"max_steps": 4, "batch": 8, "evaluate_every": 2, "rate": 3e-3, "recompute": packing}
+        given: dict[str, Any] = {
+            "max_steps": 4,
+            "global_batch_size": 8,
+            "eval_steps": 2,
+            "learning_rate": 3e-3,
+            "gradient_checkpointing": packing,
+        }
         found = recover(
             shape,
             "out",
-            data=DataOptions(("rows.json",), length=128, packing=packing),
-            options=RecoverOptions(**given, adapter=AdapterOptions(rank=4, dropout=0.05)),
+            data=DataOptions(("rows.json",), max_length=128, packing=packing),
+            options=RecoverOptions(**given, lora=LoraOptions(rank=4, dropout=0.05)),
             loading=LoadOptions("float32", "cpu"),
-            keep_adapter=True,
+            save_adapter=True,
         )
         assert "there is no dropout, though 0.05 was asked for: peft has none for experts" in found.notes
         assert found.loss[-1][1] < found.loss[0][1]

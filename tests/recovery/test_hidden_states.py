@@ -60,11 +60,18 @@ def place(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(
     pruned: str, out: str = "here/out", *, resume: bool = False, teacher: str | None = None, **given: Any
 ) -> Recovered:
-    known = {"method": "distill", "max_steps": 8, "batch": 8, "rate": 3e-3, "evaluate_every": 4, "hidden_states": 1.0}
+    known = {
+        "method": "distill",
+        "max_steps": 8,
+        "global_batch_size": 8,
+        "learning_rate": 3e-3,
+        "eval_steps": 4,
+        "hidden_states_weight": 1.0,
+    }
     return recover(
         pruned,
         out,
-        data=DataOptions(("rows.json",), length=128),
+        data=DataOptions(("rows.json",), max_length=128),
         options=RecoverOptions(**{**known, **given}),
         teacher=teacher,
         loading=LoadOptions("float32", "cpu"),
@@ -80,7 +87,7 @@ def found_for(name: str, shelf: Path) -> Counterparts:
 def distance(pruned: str | Path, shelf: Path, name: str) -> float:
     """How far the states of a folder are from those of the dense model, per place."""
     compared = found_for(name, shelf)
-    rows = read_tuning_data(tiny_tokenizer(), DataOptions((str(shelf / "rows.json"),), length=128)).train
+    rows = read_tuning_data(tiny_tokenizer(), DataOptions((str(shelf / "rows.json"),), max_length=128)).train
     model, dense = load(str(pruned), device="cpu"), load(str(shelf / "dense"), device="cpu")
     batch = collate(rows, range(20), pad=0)
     places = batch.pop("labels") != IGNORED
@@ -201,10 +208,10 @@ class TestTraining:
     )
     def test_the_states_come_nearer(self, name: str, method: str, rate: float, shelf: Path, place: Path) -> None:
         before = distance(name, shelf, name)
-        given: dict[str, Any] = {"method": method, "max_steps": 24, "rate": rate, "evaluate_every": 24}
-        found = train(name, hidden_states=10.0, **given)
+        given: dict[str, Any] = {"method": method, "max_steps": 24, "learning_rate": rate, "eval_steps": 24}
+        found = train(name, hidden_states_weight=10.0, **given)
         after = distance("here/out", shelf, name)
-        train(name, "here/without", hidden_states=0.0, **given)
+        train(name, "here/without", hidden_states_weight=0.0, **given)
         assert after < 0.3 * before
         assert after < 0.3 * distance("here/without", shelf, name)
         layers = ", ".join(found_for(name, shelf).layers)
@@ -214,13 +221,13 @@ class TestTraining:
     @pytest.mark.slow
     def test_layers_may_be_computed_again(self, place: Path) -> None:
         for recompute in (False, True):
-            train("mlp", f"here/{recompute}", recompute=recompute, max_steps=4)
+            train("mlp", f"here/{recompute}", gradient_checkpointing=recompute, max_steps=4)
         assert farthest("here/False", "here/True") < 1e-5
 
     @pytest.mark.slow
     def test_rows_of_a_step_may_be_computed_in_any_parts(self, place: Path) -> None:
         for micro_batch in (8, 2):
-            train("mlp", f"here/{micro_batch}", micro_batch=micro_batch, max_steps=4)
+            train("mlp", f"here/{micro_batch}", micro_batch_size=micro_batch, max_steps=4)
         assert farthest("here/8", "here/2") < 2e-5
 
     def test_a_stopped_run_goes_on(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,8 +257,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("given", "match"),
         [
-            ({"method": "lora", "hidden_states": 1.0}, "method='lora' has no teacher whose hidden states"),
-            ({"method": "distill", "hidden_states": -1.0}, "hidden_states=-1.0 is no weight in the loss"),
+            ({"method": "lora", "hidden_states_weight": 1.0}, "method='lora' has no teacher whose hidden states"),
+            ({"method": "distill", "hidden_states_weight": -1.0}, "hidden_states_weight=-1.0 is no loss weight"),
         ],
     )
     def test_odd_options(self, given: dict[str, Any], match: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ from secateur.pipeline.run import prune_model
 from secateur.planning.plan import read_plan
 from secateur.recovery.callbacks import Steady
 from secateur.recovery.checkpoints import last_checkpoint
-from secateur.recovery.lora import AdapterOptions, with_adapter
-from secateur.recovery.options import METHODS, PRESETS, options_for
+from secateur.recovery.lora import LoraOptions, with_adapter
+from secateur.recovery.options import PRESETS, Method, options_for
 from secateur.recovery.result import Recovered
 from tiny import names, write_tiny
 
@@ -148,8 +148,10 @@ def train(
     return recover(
         pruned,
         out,
-        data=DataOptions(**{"sources": ("rows.json",), "length": 128, **(data or {})}),
-        options=RecoverOptions(**{"max_steps": 8, "batch": 8, "rate": 3e-3, "evaluate_every": 4, **known}),
+        data=DataOptions(**{"sources": ("rows.json",), "max_length": 128, **(data or {})}),
+        options=RecoverOptions(
+            **{"max_steps": 8, "global_batch_size": 8, "learning_rate": 3e-3, "eval_steps": 4, **known}
+        ),
         **{"loading": EXACT, **given},
     )
 
@@ -193,7 +195,7 @@ def stopped_at(step: int) -> Iterator[None]:
 
 
 class TestResult:
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", get_args(Method))
     @pytest.mark.parametrize("shape", ["uniform", "free"])
     def test_one_ordinary_folder(self, method: str, shape: str, place: Path) -> None:
         before = digest(Path(shape).resolve())
@@ -214,13 +216,13 @@ class TestResult:
         assert curves["loss"] == [list(pair) for pair in found.loss]
 
     def test_it_learns(self, place: Path) -> None:
-        found = train(method="full", max_steps=40, rate=1e-2, data={"validation": 0.1})
+        found = train(method="full", max_steps=40, learning_rate=1e-2, data={"validation": 0.1})
         values = [entry["validation"] for entry in found.evaluation]
         assert found.loss[-1][1] < 0.6 * found.loss[0][1]
         assert min(values) < 0.7 * values[0]
 
     def test_a_teacher_is_approached(self, place: Path) -> None:
-        options: dict[str, Any] = {"max_steps": 40, "evaluate_every": 10, "patience": None, "teacher": "sharp"}
+        options: dict[str, Any] = {"max_steps": 40, "eval_steps": 10, "patience": None, "teacher": "sharp"}
         # An adapter does not reach the last matrix, by which alone this teacher is surer.
         for method, left in (("distill", 0.5), ("lora+distill", 0.98)):
             found = train(out=f"here/{method}", method=method, data={"validation": 0.1, "loss_on": "all"}, **options)
@@ -244,9 +246,7 @@ class TestResult:
         about = record.recovery
         assert about is not None
         assert about["options"] == json.loads(
-            json.dumps(
-                asdict(RecoverOptions(**about["options"] | {"adapter": AdapterOptions(**about["options"]["adapter"])}))
-            )
+            json.dumps(asdict(RecoverOptions(**about["options"] | {"lora": LoraOptions(**about["options"]["lora"])})))
         )
         assert (about["steps"], about["best_step"]) == (found.steps, found.best_step)
         assert (about["method"], about["command"], about["before"]) == ("lora", "secateur recover", None)
@@ -257,7 +257,7 @@ class TestResult:
         assert again.recovery["before"] == about
 
     def test_the_adapter_beside_it_gives_the_same(self, place: Path) -> None:
-        train(method="lora", keep_adapter=True)
+        train(method="lora", save_adapter=True)
         assert names(place / "out" / "adapter") == ["adapter_config.json", "adapter_model.safetensors"]
         import peft
 
@@ -318,25 +318,27 @@ class TestResult:
 class TestTraining:
     def test_rows_of_a_step_may_be_computed_in_any_parts(self, place: Path) -> None:
         for micro_batch in (8, 2):
-            train(out=f"here/{micro_batch}", method="full", micro_batch=micro_batch, max_steps=4)
+            train(out=f"here/{micro_batch}", method="full", micro_batch_size=micro_batch, max_steps=4)
         assert farthest("here/8", "here/2") < 2e-5
 
     def test_layers_may_be_computed_again(self, place: Path) -> None:
         for recompute in (False, True):
-            train(out=f"here/{recompute}", method="lora", recompute=recompute, max_steps=4)
+            train(out=f"here/{recompute}", method="lora", gradient_checkpointing=recompute, max_steps=4)
         assert farthest("here/False", "here/True") < 1e-5
 
     def test_packed_rows_train(self, place: Path) -> None:
         Path("short.jsonl").write_text(
             "".join(json.dumps({"text": f"It is {i}, is it not?"}) + "\n" for i in range(60))
         )
-        found = train(method="full", data={"sources": ("short.jsonl",), "packing": True, "length": 100}, batch=4)
+        found = train(
+            method="full", data={"sources": ("short.jsonl",), "packing": True, "max_length": 100}, global_batch_size=4
+        )
         assert found.rows < 60 / 3
         assert found.loss[-1][1] < found.loss[0][1]
 
     def test_it_stops_where_held_out_text_gets_worse(self, place: Path) -> None:
         found = train(
-            method="full", max_steps=60, rate=3e-2, evaluate_every=2, patience=2, texts={"reference": HELD_OUT}
+            method="full", max_steps=60, learning_rate=3e-2, eval_steps=2, patience=2, texts={"reference": HELD_OUT}
         )
         assert found.steps < 60
         scores = [entry["score"] for entry in found.evaluation]
@@ -345,16 +347,21 @@ class TestTraining:
 
     def test_the_paper_s_settings(self) -> None:
         options, data = options_for("llm-pruner", {}, {"sources": ("alpaca.json",)})
-        assert (options.adapter.rank, options.adapter.alpha, options.adapter.dropout) == (8, 16.0, 0.05)
-        assert (options.batch, options.micro_batch, options.rate, options.warmup) == (64, 4, 1e-4, 100)
-        assert (options.epochs, options.method, options.decay) == (2.0, "lora", "linear")
-        assert (data.length, data.template, data.loss_on) == (256, "alpaca", "answers")
+        assert (options.lora.rank, options.lora.alpha, options.lora.dropout) == (8, 16.0, 0.05)
+        assert (options.global_batch_size, options.micro_batch_size, options.learning_rate, options.warmup_steps) == (
+            64,
+            4,
+            1e-4,
+            100,
+        )
+        assert (options.epochs, options.method, options.lr_scheduler) == (2.0, "lora", "linear")
+        assert (data.max_length, data.template, data.loss_on) == (256, "alpaca", "answers")
         assert sorted(PRESETS) == ["default", "llm-pruner"]
 
     def test_every_linear_layer_but_the_last_has_an_adapter(self) -> None:
         from tiny import tiny_model
 
-        adapted = with_adapter(tiny_model(), AdapterOptions(rank=2))
+        adapted = with_adapter(tiny_model(), LoraOptions(rank=2))
         places = {
             name.split(".lora_")[0].split(".", 4)[-1] for name, p in adapted.named_parameters() if p.requires_grad
         }
@@ -362,16 +369,16 @@ class TestTraining:
         assert places == {f"{i}.{name}" for i in range(3) for name in [*seven.split(), "mlp.down_proj"]}
 
     def test_a_fixed_warm_up_is_shortened_where_it_would_be_all(self, place: Path) -> None:
-        found = train(method="lora", warmup=100)
-        assert any("the rate rises over 0 steps, not 100: of 8 steps" in note for note in found.notes)
-        assert not train(out="here/2", method="lora", warmup=2).notes
+        found = train(method="lora", warmup_steps=100)
+        assert any("warmup takes 0 steps, not 100: of 8 steps" in note for note in found.notes)
+        assert not train(out="here/2", method="lora", warmup_steps=2).notes
 
     def test_what_made_nothing_better_is_said(self, place: Path) -> None:
-        found = train(method="full", rate=0.3, texts={"reference": HELD_OUT})
+        found = train(method="full", learning_rate=0.3, texts={"reference": HELD_OUT})
         assert any("no checkpoint is better than the pruned model was" in note for note in found.notes)
 
     def test_fewer_rows_than_a_step_takes(self, place: Path) -> None:
-        found = train(method="lora", batch=64, data={"samples": 12, "validation": 0.0}, max_steps=2)
+        found = train(method="lora", global_batch_size=64, data={"samples": 12, "validation": 0.0}, max_steps=2)
         assert any("a step takes 12 of the 12 rows" in note for note in found.notes)
         assert found.evaluation == ()
         assert found.best_step == 2
@@ -391,7 +398,7 @@ class TestTraining:
 
     def test_held_out_text_that_is_in_the_data_is_told(self, place: Path, caplog: pytest.LogCaptureFixture) -> None:
         seen = "\n".join(f"{row['instruction']} {row['output']}" for row in ROWS[20:])
-        found = train(texts={"seen": seen, "reference": HELD_OUT}, max_steps=1, data={"length": 250})
+        found = train(texts={"seen": seen, "reference": HELD_OUT}, max_steps=1, data={"max_length": 250})
         told = [note for note in found.notes if "flatters its perplexity" in note]
         assert len(told) == 1
         assert re.match(r"[\d.]+ % of the held-out text seen has 13 words in a row in common with the data;", told[0])
@@ -411,7 +418,7 @@ class TestResume:
         options: dict[str, Any] = {
             "method": method,
             "texts": {"reference": HELD_OUT},
-            "adapter": AdapterOptions(rank=4, dropout=0.1),
+            "lora": LoraOptions(rank=4, dropout=0.1),
         }
         whole = train(out="here/whole", **options)
         with stopped_at(6):
@@ -439,8 +446,8 @@ class TestResume:
         options: dict[str, Any] = {
             "method": "full",
             "max_steps": 60,
-            "rate": 3e-2,
-            "evaluate_every": 2,
+            "learning_rate": 3e-2,
+            "eval_steps": 2,
             "patience": 2,
             "texts": {"reference": HELD_OUT},
         }
@@ -454,7 +461,7 @@ class TestResume:
     def test_another_training_is_not_gone_on_with(self, place: Path) -> None:
         with stopped_at(6):
             train()
-        assert not train(rate=1e-3, resume=True).resumed
+        assert not train(learning_rate=1e-3, resume=True).resumed
 
     def test_without_resume_it_starts_anew(self, place: Path) -> None:
         with stopped_at(6):
@@ -477,9 +484,9 @@ class TestResume:
 
     @pytest.mark.slow
     def test_killed_at_random_moments_it_ends_at_the_same_weights(self, place: Path) -> None:
-        arguments = "recover free here/out --data rows.json --method lora+distill --length 128 --max-steps 60 --batch 8"
-        arguments += " --eval-every 3 --rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50"
-        arguments += " --eval reference=held.txt --quiet --micro-batch 8"
+        arguments = "recover free here/out --data rows.json --method lora+distill --max-length 128 --max-steps 60"
+        arguments += " --eval-steps 3 --learning-rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50"
+        arguments += " --eval reference=held.txt --quiet --global-batch-size 8 --micro-batch-size 8"
         Path("held.txt").write_text(HELD_OUT)
         whole = arguments.replace("here/out", "here/whole").split()
         begin = time.monotonic()
@@ -500,12 +507,15 @@ class TestResume:
 class TestProcesses:
     """Two real processes that speak gloo."""
 
-    COMMAND = "recover free here/out --data rows.json --length 128 --max-steps 6 --batch 8 --rate 3e-3 --eval-every 2"
+    COMMAND = (
+        "recover free here/out --data rows.json --max-length 128 --max-steps 6 --global-batch-size 8 "
+        "--learning-rate 3e-3 --eval-steps 2"
+    )
 
     def train_alone(self, method: str) -> Recovered:
         Path("held.txt").write_text(HELD_OUT)
         texts = {"reference": read_evaluation_text("held.txt")}
-        return train(out="here/alone", method=method, max_steps=6, evaluate_every=2, texts=texts)
+        return train(out="here/alone", method=method, max_steps=6, eval_steps=2, texts=texts)
 
     def command(self, method: str) -> list[str]:
         Path("held.txt").write_text(HELD_OUT)
@@ -530,9 +540,12 @@ class TestProcesses:
 
     @pytest.mark.slow
     def test_a_step_that_cannot_be_shared(self, place: Path) -> None:
-        done = launch("-m", "secateur", *self.command("lora"), "--batch", "7")
+        done = launch("-m", "secateur", *self.command("lora"), "--global-batch-size", "7")
         assert done.returncode != 0
-        assert "a step of 7 rows cannot be shared by 2 processes. Expected a multiple: --batch 8" in done.stderr
+        assert (
+            "a step of 7 rows cannot be shared by 2 processes. Expected a multiple: --global-batch-size 8"
+            in done.stderr
+        )
         assert names(place) == []
 
     @pytest.mark.slow
@@ -563,14 +576,14 @@ class TestRefused:
         [
             ({"pruned": "nowhere/model/x"}, ModelError, "no such file or folder"),
             ({"data": {"sources": ("nothing.json",)}}, DataError, "no such file"),
-            ({"data": {"length": 4}}, DataError, "nothing is left of its 40 rows"),
-            ({"data": {"length": 512}}, DataError, "length=512 is longer than the model's 256 positions"),
+            ({"data": {"max_length": 4}}, DataError, "nothing is left of its 40 rows"),
+            ({"data": {"max_length": 512}}, DataError, "max_length=512 is longer than the model's 256 positions"),
             ({"loading": LoadOptions(dtype="float16", device="cpu")}, TrainingError, "float16' overflows in training"),
-            ({"method": "full", "keep_adapter": True}, TrainingError, "method='full' has no adapter to keep"),
+            ({"method": "full", "save_adapter": True}, TrainingError, "method='full' has no adapter to keep"),
             ({"method": "distill", "teacher": "here"}, ModelError, "'here': this folder holds no config.json"),
             ({"method": "distill", "pruned": "dense"}, ModelError, "'dense' has no record .* --teacher MODEL"),
             ({"texts": {"short": "a cat"}}, DataError, r"short: \d tokens are fewer than one window of 128"),
-            ({"track": "paper"}, TrainingError, "track='paper' is unknown. Expected one of tensorboard"),
+            ({"track": "paper"}, TrainingError, "track='paper' is unknown. Expected tensorboard"),
             ({"out": "nowhere/out"}, CheckpointError, "the folder .*nowhere does not exist"),
             ({"out": "free", "overwrite": True}, CheckpointError, "holds the MODEL itself"),
         ],
@@ -602,7 +615,7 @@ class TestRefused:
     @pytest.mark.parametrize("method", ["full", "lora"])
     def test_a_loss_that_becomes_nan(self, method: str, place: Path) -> None:
         with pytest.raises(TrainingError, match=r"the (loss|gradient) is (nan|inf) at step \d+\. .* smaller rate"):
-            train(method=method, rate=1e30, max_steps=20, evaluate_every=50, data={"validation": 0.0})
+            train(method=method, learning_rate=1e30, max_steps=20, eval_steps=50, data={"validation": 0.0})
         assert names(place) == []
 
     @pytest.mark.parametrize(
@@ -646,16 +659,16 @@ class TestRefused:
         ("options", "match"),
         [
             ({"method": "magic"}, "method='magic' is unknown. Expected lora, full, distill or lora"),
-            ({"decay": "step"}, "decay='step' is unknown"),
+            ({"lr_scheduler": "step"}, "lr_scheduler='step' is unknown"),
             ({"epochs": 0}, "epochs=0 trains nothing"),
-            ({"rate": float("inf")}, "rate=inf trains nothing"),
+            ({"learning_rate": float("inf")}, "learning_rate=inf trains nothing"),
             ({"temperature": 0}, "temperature=0 trains nothing"),
             ({"max_steps": 0}, "max_steps=0 is too small. Expected at least 1: --max-steps 1"),
-            ({"batch": 0}, "batch=0 is too small"),
+            ({"global_batch_size": 0}, "global_batch_size=0 is too small"),
             ({"top_k": 0}, "top_k=0 is too small"),
-            ({"evaluation_tokens": 64}, "evaluation_tokens=64 is too small. Expected at least 128"),
+            ({"eval_tokens": 64}, "eval_tokens=64 is too small. Expected at least 128"),
             ({"patience": 0}, "patience=0 is too small"),
-            ({"share": 1.5}, "share=1.5 is no share of the loss"),
+            ({"teacher_weight": 1.5}, "teacher_weight=1.5 is no fraction of the loss"),
         ],
     )
     def test_odd_options(self, options: dict[str, Any], match: str) -> None:
@@ -672,7 +685,7 @@ class TestRefused:
     )
     def test_odd_adapters(self, options: dict[str, Any], match: str) -> None:
         with pytest.raises(TrainingError, match=match):
-            AdapterOptions(**options)
+            LoraOptions(**options)
 
     def test_an_unknown_preset(self) -> None:
         with pytest.raises(TrainingError, match=r"preset='best' is unknown. Expected default or llm-pruner"):

@@ -53,11 +53,11 @@ def place(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-DATA = DataOptions(("rows.json",), length=128)
+DATA = DataOptions(("rows.json",), max_length=128)
 
 
 def options(**given: Any) -> RecoverOptions:
-    return RecoverOptions(**{"max_steps": 4, "batch": 8, "rate": 3e-3, "evaluate_every": 2, **given})
+    return RecoverOptions(**{"max_steps": 4, "global_batch_size": 8, "learning_rate": 3e-3, "eval_steps": 2, **given})
 
 
 def in_turns(
@@ -150,7 +150,9 @@ class TestResult:
     @pytest.mark.parametrize("axes", ["hidden", "layers"])
     def test_other_axes(self, axes: str, place: Path) -> None:
         ratio = 0.4 if axes == "hidden" else 0.67
-        in_turns(cut={"ratio": ratio, "axes": (axes,), "of": "units"}, steps=2, method="distill", hidden_states=0.5)
+        in_turns(
+            cut={"ratio": ratio, "axes": (axes,), "of": "units"}, steps=2, method="distill", hidden_states_weight=0.5
+        )
         model = load("here/out", device="cpu")
         assert model.get_parameter("model.embed_tokens.weight").shape[1] == (29 if axes == "hidden" else 48)
         assert model.config.num_hidden_layers == (1 if axes == "layers" else 3)
@@ -277,17 +279,17 @@ class TestResume:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("secateur.recovery.callbacks.Steady.on_step_begin", stopping(5))
             with pytest.raises(KeyboardInterrupt):
-                in_turns(method="lora+distill", rate=1e-3)
+                in_turns(method="lora+distill", learning_rate=1e-3)
         assert not in_turns(method="lora+distill", resume=True).resumed
         assert farthest("here/out", whole) == 0
 
     @pytest.mark.slow
     def test_killed_at_random_moments(self, place: Path) -> None:
-        arguments = (
-            "recover dense here/out --data rows.json --method lora+distill --length 128 --max-steps 12 --batch 8"
+        arguments = "recover dense here/out --data rows.json --method lora+distill --max-length 128 --max-steps 12"
+        arguments += (
+            " --eval-steps 3 --learning-rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50 --quiet"
         )
-        arguments += " --eval-every 3 --rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50 --quiet"
-        arguments += " --eval reference=held.txt --steps 3 --ratio 0.4"
+        arguments += " --global-batch-size 8 --eval reference=held.txt --steps 3 --ratio 0.4"
         cut = ["--cut", "--calibration text.txt --samples 4 --length 16 --shuffled 0"]
         begin = time.monotonic()
         whole = [*arguments.replace("here/out", "here/whole").split(), *cut]
@@ -308,8 +310,9 @@ class TestResume:
 class TestProcesses:
     @pytest.mark.slow
     def test_two_do_as_one_does(self, place: Path) -> None:
-        arguments = "recover dense here/out --data rows.json --method distill --length 128 --max-steps 4 --batch 8"
-        arguments += " --eval-every 2 --rate 3e-3 --dtype float32 --device cpu --steps 2 --ratio 0.3 --json here.json"
+        arguments = "recover dense here/out --data rows.json --method distill --max-length 128 --max-steps 4"
+        arguments += " --global-batch-size 8 --eval-steps 2 --learning-rate 3e-3 --dtype float32 --device cpu"
+        arguments += " --steps 2 --ratio 0.3 --json here.json"
         cut = ["--cut", "--calibration text.txt --samples 4 --length 16 --shuffled 0"]
         done = launch("-m", "secateur", *arguments.split(), *cut)
         assert done.returncode == 0, done.stderr
@@ -333,7 +336,7 @@ class TestRefused:
             ({"cut": {"ratio": 0.3, "axes": ("nose",)}}, PlanError, "axes='nose' cannot be cut"),
             ({"model": "dense/config.json"}, ModelError, "has a config and no weights to cut and train"),
             ({"out": "dense", "overwrite": True}, CheckpointError, "holds the MODEL itself"),
-            ({"method": "lora", "hidden_states": 1.0}, TrainingError, "method='lora' has no teacher"),
+            ({"method": "lora", "hidden_states_weight": 1.0}, TrainingError, "method='lora' has no teacher"),
         ],
     )
     def test_before_any_work(self, given: dict[str, Any], error: type[SecateurError], match: str, place: Path) -> None:
@@ -343,5 +346,5 @@ class TestRefused:
 
     def test_a_loss_that_becomes_nan(self, place: Path) -> None:
         with pytest.raises(TrainingError, match=r"the (loss|gradient) is (nan|inf) at step"):
-            in_turns(method="full", rate=1e30, max_steps=20)
+            in_turns(method="full", learning_rate=1e30, max_steps=20)
         assert names(place) == []

@@ -42,7 +42,7 @@ class Data:
     ]
     template: Annotated[str | None, option("--template", "auto, alpaca or chat.")] = None
     loss_on: Annotated[str | None, option("--loss-on", "answers, or all: the prompts, too.")] = None
-    length: Annotated[int | None, option("--length", "Tokens to which rows are cut: 256.")] = None
+    max_length: Annotated[int | None, option("--max-length", "Tokens to which rows are cut: 256.")] = None
     samples: Annotated[int | None, option("--samples", "Rows of each source, from its start.")] = None
     column: Annotated[str | None, option("--column", "The field that holds text or messages.")] = None
     packing: Annotated[bool, typer.Option("--packing", help="Several short rows in one.")] = False
@@ -62,30 +62,29 @@ class Learning:
     """How it is learned."""
 
     eval_tokens: Annotated[int | None, option("--eval-tokens", "Of each such text: 4096.")] = None
-    eval_every: Annotated[int | None, option("--eval-every", "Steps between evaluations.")] = None
+    eval_steps: Annotated[int | None, option("--eval-steps", "Steps between evaluations.")] = None
     patience: Annotated[int | None, option("--patience", "Stop after so many without a better one: 3.")] = None
     epochs: Annotated[float | None, option("--epochs", "1; llm-pruner 2.")] = None
     max_steps: Annotated[int | None, option("--max-steps", "Instead of epochs.")] = None
-    batch: Annotated[int | None, option("--batch", "Rows of a step.")] = None
-    micro_batch: Annotated[int | None, option("--micro-batch", "Rows computed at once: 4.")] = None
-    rate: Annotated[float | None, option("--rate", "The highest learning rate.")] = None
-    warmup: Annotated[int | None, option("--warmup", "Steps over which it rises.")] = None
+    global_batch_size: Annotated[int | None, option("--global-batch-size", "Rows of a step.")] = None
+    micro_batch_size: Annotated[int | None, option("--micro-batch-size", "Rows computed at once: 4.")] = None
+    learning_rate: Annotated[float | None, option("--learning-rate", "The highest learning rate.")] = None
+    warmup_steps: Annotated[int | None, option("--warmup-steps", "Steps over which it rises.")] = None
     rank: Annotated[int | None, option("--rank", "Of LoRA.")] = None
     alpha: Annotated[float | None, option("--alpha", "Of LoRA.")] = None
     dropout: Annotated[float | None, option("--dropout", "Of LoRA.")] = None
-    share: Annotated[float | None, option("--share", "Of the teacher in the loss: 1.")] = None
+    teacher_weight: Annotated[float | None, option("--teacher-weight", "Of the teacher in the loss: 1.")] = None
     temperature: Annotated[float | None, option("--temperature", "Of teacher and student: 1.")] = None
     top_k: Annotated[int | None, option("--top-k", "Tokens of the teacher that are kept: 64.")] = None
-    hidden_states: Annotated[
-        float | None, option("--hidden-states", "The weight of the teacher's hidden states: 0.")
+    hidden_states_weight: Annotated[
+        float | None, option("--hidden-states-weight", "The weight of the teacher's hidden states: 0.")
     ] = None
 
     def options(self) -> dict[str, Any]:
         """What was given, in the form that `RecoverOptions` takes."""
         told = asdict(self)
-        adapter = given(**{name: told.pop(name) for name in ("rank", "alpha", "dropout")})
-        evaluation = {"evaluate_every": told.pop("eval_every"), "evaluation_tokens": told.pop("eval_tokens")}
-        return given(**told, **evaluation, adapter=adapter or None)
+        lora = given(**{name: told.pop(name) for name in ("rank", "alpha", "dropout")})
+        return given(**told, lora=lora or None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +119,10 @@ def recover_command(
         str | None,
         option("--cut", 'More of how to cut, as `prune` takes it: "--axes mlp --round-to 8".', metavar="OPTIONS"),
     ] = None,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Layers again, for less memory.")] = False,
-    keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Put LoRA alone into OUT, too.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    save_adapter: Annotated[bool, typer.Option("--save-adapter", help="Put LoRA alone into OUT, too.")] = False,
     track: Annotated[str | None, option("--track", "tensorboard, trackio or wandb.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Put the curves into OUT as a picture, too.")] = False,
     run_folder: Journal = None,
@@ -137,7 +138,8 @@ def recover_command(
     check_files(common.json_file, made=out, run=run_folder)
     options, reading = options_for(
         preset,
-        given(method=method, recompute=recompute, track=track, seed=common.seed) | learning.options(),
+        given(method=method, gradient_checkpointing=gradient_checkpointing, track=track, seed=common.seed)
+        | learning.options(),
         data.options() | {"seed": common.seed},
     )
     how: dict[str, Any] = {
@@ -153,9 +155,9 @@ def recover_command(
         "bars": common.bars,
     }
     if (steps, ratio, cut) == (None, None, None):
-        recovered = recover(pruned, out, keep_adapter=keep_adapter, **how)
-    elif keep_adapter:
-        raise TrainingError("--keep-adapter: in turns, the model that an adapter belongs to is cut again; leave it out")
+        recovered = recover(pruned, out, save_adapter=save_adapter, **how)
+    elif save_adapter:
+        raise TrainingError("--save-adapter: in turns, the model that an adapter belongs to is cut again; leave it out")
     else:
         turns = 1 if steps is None else steps
         recovered = prune_and_recover(pruned, out, steps=turns, **_cutting(cut, ratio, steps, common.seed), **how)

@@ -1,19 +1,20 @@
-"""What to train on, and how to read it."""
+"""What to train on, and how rows are made of it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from secateur.errors import DataError
 
-TEMPLATES = ("auto", "alpaca", "chat")
-LOSS_ON = ("answers", "all")
+Template = Literal["auto", "alpaca", "chat"]
+LossOn = Literal["answers", "all"]
 
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """What to train on. A source is a file, `demo` or the name of a data set; `FILE@2` gives it the weight 2.
+    """What to train on, and how rows are made of it. Raises `DataError` for values that make no rows.
 
     >>> DataOptions(("alpaca.json",), loss_on="questions")
     Traceback (most recent call last):
@@ -21,37 +22,67 @@ class DataOptions:
     """
 
     sources: tuple[str, ...]
-    template: str = "auto"  # auto: Alpaca's prompt for instructions, the chat template for messages; or one for both
-    loss_on: str = "answers"  # or all: the prompts, too
-    length: int = 256  # tokens, to which rows are cut
-    samples: int | None = None  # of every source the first so many; None: all
-    column: str | None = None  # the field of documents that holds text or messages; None: found by its name
-    packing: bool = False  # several short rows in one, which do not see each other
-    validation: float = 0.02  # the share of the rows that are left out of the training, and judge it
-    group_by_length: bool = False  # rows of like length into the same step; within a step they always are
+    """Files (.json, .jsonl, .parquet or plain text), names of data sets, or `demo`. FILE@2 gives a source weight 2."""
+
+    template: Template = "auto"
+    """Prompt template. auto: Alpaca's for instructions, the tokenizer's chat template for messages."""
+
+    loss_on: LossOn = "answers"
+    """Tokens that count in the loss: the answers, or all (prompts, too)."""
+
+    max_length: int = 256
+    """Tokens per row; longer rows are truncated, plain text is split."""
+
+    samples: int | None = None
+    """Rows of each source, from its start. Default: all."""
+
+    column: str | None = None
+    """Field with the text or the messages, where its name is not a usual one."""
+
+    packing: bool = False
+    """Pack several short rows into one; they do not attend to each other."""
+
+    group_by_length: bool = False
+    """Sort rows by length over several steps: less padding, a less even shuffle."""
+
+    validation: float = 0.02
+    """Fraction of the rows held out for the validation loss."""
+
     seed: int = 0
+    """Seed of the split into training and validation rows."""
 
     def __post_init__(self) -> None:
-        if not self.sources or not all(name for name, _ in map(weighted, self.sources)):
+        if not self.sources or not all(name for name, _ in map(split_weight, self.sources)):
             raise DataError(f"sources={self.sources} names no data. Expected files or data sets: ('alpaca.json',).")
-        for name, value, known in (("template", self.template, TEMPLATES), ("loss_on", self.loss_on, LOSS_ON)):
-            if value not in known:
-                expected = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise DataError(f"{name}={value!r} is unknown. Expected {expected}: DataOptions({name}={known[0]!r}).")
-        for name, number, least, good in (("length", self.length, 2, 256), ("samples", self.samples, 1, 1000)):
+        for name, value, choices in (
+            ("template", self.template, get_args(Template)),
+            ("loss_on", self.loss_on, get_args(LossOn)),
+        ):
+            if value not in choices:
+                *others, last = choices
+                expected = f"{', '.join(others)} or {last}"
+                raise DataError(
+                    f"{name}={value!r} is unknown. Expected {expected}: DataOptions({name}={choices[0]!r})."
+                )
+        for name, number, least, good in (("max_length", self.max_length, 2, 256), ("samples", self.samples, 1, 1000)):
             if number is not None and number < least:
                 raise DataError(f"{name}={number} is too small. Expected at least {least}: DataOptions({name}={good}).")
         if not 0 <= self.validation < 1:
             raise DataError(
-                f"validation={self.validation} is no share of the rows. Expected 0 (none) up to 1: "
+                f"validation={self.validation} is no fraction of the rows. Expected 0 (none) up to 1: "
                 "DataOptions(validation=0.02)."
             )
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources without their weights."""
+        return tuple(split_weight(source)[0] for source in self.sources)
 
-def weighted(source: str) -> tuple[str, float | None]:
-    """The name of a source and its weight, if it has one.
 
-    >>> weighted("alpaca.json@0.5"), weighted("alpaca.json")
+def split_weight(source: str) -> tuple[str, float | None]:
+    """Split a source into its name and its weight; None where it has no weight.
+
+    >>> split_weight("alpaca.json@0.5"), split_weight("alpaca.json")
     (('alpaca.json', 0.5), ('alpaca.json', None))
     """
     name, at, weight = source.rpartition("@")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.options import DataOptions, weighted
+from secateur.data.options import DataOptions, split_weight
 from secateur.data.rows import Rows, packed, starts_of
 from secateur.data.words import Sample, samples_of
 from secateur.errors import DataError
@@ -50,7 +50,7 @@ def read_tuning_data(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -
     >>> bytes(rows.ids_T[rows.learned_T].tolist())
     b'four'
     """
-    named = [weighted(source) for source in options.sources]
+    named = [split_weight(source) for source in options.sources]
     kept: list[tuple[list[int], list[bool], int]] = []  # tokens, whether each is learned, source
     dropped: dict[str, int] = {}
     for number, (name, _) in enumerate(named):
@@ -65,7 +65,7 @@ def read_tuning_data(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -
     )
     train, validation = _split(whole, options)
     if options.packing:
-        train, validation = packed(train, options.length), packed(validation, options.length)
+        train, validation = packed(train, options.max_length), packed(validation, options.max_length)
     weights = None
     if any(weight is not None for _, weight in named):
         weights = tuple(1.0 if weight is None else weight for _, weight in named)
@@ -83,8 +83,8 @@ def _read_source(
         seen += len(batch)
         for sample, ids, learned in zip(batch, *_tokenised(batch, tokenizer, options), strict=True):
             answered = any(learned[1:])
-            for first in range(0, len(ids) if sample.document else 1, options.length):
-                piece = slice(first, first + options.length)
+            for first in range(0, len(ids) if sample.document else 1, options.max_length):
+                piece = slice(first, first + options.max_length)
                 some = [False, *learned[piece][1:]]  # nothing comes before the first token, to predict it by
                 if any(some):
                     kept.append((ids[piece], some))
@@ -99,7 +99,7 @@ def _read_source(
     if not kept:
         cut = dropped.get(CUT_OFF, 0)
         remedy = (
-            f"{cut} are cut off before the answer begins: give more tokens to a row, --length {options.length * 2}"
+            f"{cut} are cut off before the answer begins; allow longer rows: --max-length {options.max_length * 2}"
             if cut
             else "none has an answer of a token or more: learn the prompts, too, --loss-on all"
         )

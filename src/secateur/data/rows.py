@@ -103,25 +103,25 @@ def packed(rows: Rows, length: int) -> Rows:
     )
 
 
-def whole_steps(rows: int, epochs: float, batch: int) -> int:
-    """How many steps of `batch` rows come nearest to so many epochs; at least one.
+def whole_steps(rows: int, epochs: float, batch_size: int) -> int:
+    """How many steps of `batch_size` rows come nearest to so many epochs; at least one.
 
     >>> whole_steps(1000, 1, 64)
     16
     """
-    return max(1, round(epochs * rows / batch))
+    return max(1, round(epochs * rows / batch_size))
 
 
 def training_order(
     rows: Rows,
     *,
     steps: int,
-    batch: int,
+    batch_size: int,
     seed: int,
     weights: Sequence[float] | None = None,
     group_by_length: bool = False,
 ) -> Tensor:
-    """The numbers of the rows that every step takes: int64, steps x batch.
+    """The numbers of the rows that every step takes: int64, steps x batch_size.
 
     Rows are shuffled anew each time that all have been taken. With weights, each source has that share of all draws.
     Within a step the longest come first, so that a micro-batch holds rows of like length and little padding: the
@@ -130,11 +130,11 @@ def training_order(
 
     >>> ids = torch.arange(9, dtype=torch.int32)
     >>> rows = Rows(ids, ids > 0, torch.tensor([0, 2, 7, 9]), torch.zeros(3, dtype=torch.int32))
-    >>> training_order(rows, steps=2, batch=3, seed=0).sort(dim=1).values.tolist()
+    >>> training_order(rows, steps=2, batch_size=3, seed=0).sort(dim=1).values.tolist()
     [[0, 1, 2], [0, 1, 2]]
     """
     generator = torch.Generator().manual_seed(seed)
-    wanted = steps * batch
+    wanted = steps * batch_size
     if weights is None:
         order = _drawn(torch.arange(len(rows)), wanted, generator)
     else:
@@ -150,11 +150,11 @@ def training_order(
     lengths = rows.lengths
     if group_by_length:
         parts = []
-        for part in order.split(GROUPED_STEPS * batch):
-            by_length = part[lengths[part].argsort(descending=True, stable=True)].reshape(-1, batch)
+        for part in order.split(GROUPED_STEPS * batch_size):
+            by_length = part[lengths[part].argsort(descending=True, stable=True)].reshape(-1, batch_size)
             parts.append(by_length[torch.randperm(len(by_length), generator=generator)])
         order = torch.cat(parts).flatten()
-    by_step = order.reshape(steps, batch)
+    by_step = order.reshape(steps, batch_size)
     return by_step.gather(1, lengths[by_step].argsort(dim=1, descending=True, stable=True))
 
 

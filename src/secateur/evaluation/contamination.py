@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.calibration import DEMO, OVERLAP_WORDS, CalibrationOptions, calibration_windows, digest, overlap
-from secateur.data.options import DataOptions, weighted
+from secateur.data.options import DataOptions, split_weight
 from secateur.data.reading import read_tuning_data
 from secateur.data.rows import Rows
 from secateur.errors import DataError
@@ -80,7 +80,7 @@ def _warn_of_tuning(
     try:
         about = recovery["data"]
         options = DataOptions(**{**about, "sources": tuple(about["sources"])})
-        sources = [weighted(source)[0] for source in options.sources]
+        sources = [split_weight(source)[0] for source in options.sources]
         if not all(map(_is_at_hand, sources)):
             return
         read = read_tuning_data(tokenizer, options)

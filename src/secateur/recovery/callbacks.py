@@ -34,7 +34,7 @@ class Steady(TrainerCallback):
             if value is not None and not math.isfinite(value):
                 raise TrainingError(
                     f"the {called} is {value} at step {state.global_step}. Expected a finite one; train with a smaller "
-                    f"rate (--rate {self.settings.rate / 3:.1g}), or with --dtype float32"
+                    f"rate (--learning-rate {self.settings.learning_rate / 3:.1g}), or with --dtype float32"
                 )
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -18,19 +18,19 @@ class Settings:
     """How to train."""
 
     steps: int
-    batch: int  # rows of a step, over all processes
-    micro_batch: int  # rows that one process computes at once
-    rate: float  # the highest
-    warmup: int  # steps over which the rate rises
-    decay: str = "cosine"  # how it falls afterwards: cosine or linear, to 0
+    global_batch_size: int  # rows of a step, over all processes
+    micro_batch_size: int  # rows that one process computes at once
+    learning_rate: float  # the highest
+    warmup_steps: int  # steps over which the rate rises
+    lr_scheduler: str = "cosine"  # how it falls afterwards: cosine or linear, to 0
     weight_decay: float = 0.0
-    evaluate_every: int = 10  # steps between evaluations, which are also checkpoints
+    eval_steps: int = 10  # steps between evaluations, which are also checkpoints
     patience: int | None = 3  # evaluations without a better one, after which it stops; None: it does not
     bf16: bool = False  # products in bfloat16, everything that adds up in float32
-    recompute: bool = False  # layers once more in the backward pass, for less memory
-    share: float = 1.0  # of the teacher in the loss, where there is one
+    gradient_checkpointing: bool = False  # layers once more in the backward pass, for less memory
+    teacher_weight: float = 1.0  # of the teacher in the loss, where there is one
     temperature: float = 1.0
-    hidden_states: float = 0.0  # the weight of the teacher's hidden states in the loss
+    hidden_states_weight: float = 0.0  # the weight of the teacher's hidden states in the loss
     seed: int = 0
     track: str | None = None
 

@@ -283,7 +283,7 @@ def _check_room(folder: Path, rows: Rows, shards: Sequence[int], states: Counter
             f"the teacher's hidden states at {places:,} places take {needed / 2**30:.1f} GiB ({len(states.layers)} "
             f"layers, {states.width} channels in bfloat16), and the disk of OUT has {free / 2**30:.1f} GiB free. "
             "Expected room for them: train on fewer rows (--samples), write to another disk, or leave out "
-            "--hidden-states"
+            "--hidden-states-weight"
         )
 
 

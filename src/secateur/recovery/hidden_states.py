@@ -64,12 +64,12 @@ def counterparts(plan: Plan, dense: Discovery, cut: Discovery, *, teacher: str, 
         raise ModelError(
             f"the plan of the folder is of {plan.model}, a model with {plan.parameters.get('dense')} parameters, and "
             f"the teacher {teacher!r} has {count_parameters(dense)}: which of its hidden states belong to which layer "
-            "is not known. Expected the model that was cut as the teacher; or leave out --hidden-states"
+            "is not known. Expected the model that was cut as the teacher; or leave out --hidden-states-weight"
         )
     if not dense.layer_lists or dense.layer_lists[0] not in cut.layer_lists:
         raise ModelError(
             f"the teacher {teacher!r} has no list of layers whose hidden states could be compared; leave out "
-            "--hidden-states"
+            "--hidden-states-weight"
         )
     groups = {group.kind: group for group in plan.groups if group.kind in ("layer", "hidden")}
     kept = tuple(range(dense.depth)) if "layer" not in groups else groups["layer"].keep or ()
@@ -141,7 +141,7 @@ def states_loss(student_MLD: Tensor, teacher_MLD: Tensor) -> Tensor:
     if student_MLD.shape != teacher_MLD.shape:
         raise TrainingError(
             f"the model gives hidden states of {list(student_MLD.shape)} (places, layers, channels), and those of the "
-            f"teacher that the plan leaves are {list(teacher_MLD.shape)}; leave out --hidden-states"
+            f"teacher that the plan leaves are {list(teacher_MLD.shape)}; leave out --hidden-states-weight"
         )
     student, teacher = student_MLD.float(), teacher_MLD.to(student_MLD.device).float()
     variance_ML = (teacher - teacher.mean(dim=-1, keepdim=True)).square().sum(dim=-1).clamp(min=LEAST_VARIANCE)

@@ -61,7 +61,7 @@ def train(
     >>> model, ids = AutoModelForCausalLM.from_config(config), torch.arange(8, dtype=torch.int32)
     >>> rows = Rows(ids, ids % 4 > 0, torch.tensor([0, 4, 8]), torch.zeros(2, dtype=torch.int32))
     >>> course = Course(rows, torch.tensor([[0, 1], [1, 0]]), validation=rows, texts={})
-    >>> settings = Settings(steps=2, batch=2, micro_batch=1, rate=1e-2, warmup=0, evaluate_every=1)
+    >>> settings = Settings(2, 2, 1, 1e-2, warmup_steps=0, eval_steps=1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     trained = train(model, course, settings, Path(folder))
     ...     weights = read_weights(trained.checkpoint)
@@ -113,23 +113,23 @@ class RecoveryTrainer(Trainer):
         self._base = _base_of(model)
         self._names_of_logits = _logits_argument(self._base)
         measured = bool(len(course.validation) or course.texts)
-        if settings.recompute:
+        if settings.gradient_checkpointing:
             _recompute_in_place(model)
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=settings.steps,
-            per_device_train_batch_size=settings.micro_batch,
-            gradient_accumulation_steps=settings.batch // (settings.micro_batch * processes.count()),
-            learning_rate=settings.rate,
-            warmup_steps=settings.warmup,
-            lr_scheduler_type=settings.decay,
+            per_device_train_batch_size=settings.micro_batch_size,
+            gradient_accumulation_steps=settings.global_batch_size // (settings.micro_batch_size * processes.count()),
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            lr_scheduler_type=settings.lr_scheduler,
             weight_decay=settings.weight_decay,
             bf16=settings.bf16,
             eval_strategy="steps" if measured else "no",
-            eval_steps=settings.evaluate_every,
+            eval_steps=settings.eval_steps,
             eval_on_start=measured and last_checkpoint(folder) is None,
             save_strategy="steps",
-            save_steps=settings.evaluate_every,
+            save_steps=settings.eval_steps,
             metric_for_best_model=SCORE if measured else None,
             greater_is_better=False if measured else None,
             logging_steps=1,
@@ -189,12 +189,12 @@ class RecoveryTrainer(Trainer):
             logits,
             labels,
             teacher or None,
-            share=self.settings.share,
+            share=self.settings.teacher_weight,
             temperature=self.settings.temperature,
         )
         if states is None or not learned.any():
             return loss
-        return loss + self.settings.hidden_states * states_loss(states_at(given, compared, learned), states)
+        return loss + self.settings.hidden_states_weight * states_loss(states_at(given, compared, learned), states)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure the loss on validation rows and the perplexity of held-out texts; every process measures all."""
@@ -213,7 +213,7 @@ class RecoveryTrainer(Trainer):
         if not math.isfinite(metrics[SCORE]):
             raise TrainingError(
                 f"the loss on validation rows is {metrics[SCORE]} after step {self.state.global_step}. Expected a "
-                "finite one; train with a smaller rate (--rate), or with --dtype float32"
+                "finite one; train with a smaller rate (--learning-rate), or with --dtype float32"
             )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -304,7 +304,9 @@ def _recompute_in_place(model: nn.Module) -> None:
     try:
         enable()
     except ValueError as error:
-        raise TrainingError(f"{type(base).__name__} cannot compute layers again; leave out --recompute") from error
+        raise TrainingError(
+            f"{type(base).__name__} cannot compute layers again; leave out --gradient-checkpointing"
+        ) from error
 
 
 @contextmanager

@@ -21,10 +21,10 @@ FOLDER = "adapter"  # in a model's folder, where the adapter is kept
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterOptions:
+class LoraOptions:
     """The size of an adapter: W becomes W + alpha / rank * B A, of which A has `rank` rows (LoRA, arXiv 2106.09685).
 
-    >>> AdapterOptions(rank=0)
+    >>> LoraOptions(rank=0)
     Traceback (most recent call last):
     secateur.errors.TrainingError: rank=0 is too small. Expected at least 1: --rank 8
     """
@@ -48,14 +48,14 @@ def check_peft() -> None:
         raise TrainingError("LoRA needs the package peft. Run: pip install 'secateur[recover]'")
 
 
-def with_adapter(model: PreTrainedModel, options: AdapterOptions) -> Any:
+def with_adapter(model: PreTrainedModel, options: LoraOptions) -> Any:
     """Give the model an adapter, which starts as nothing; its own weights are frozen. Returns peft's model around it.
 
     Stacked experts get one, too; peft has no dropout for these, so there is none in such a model.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> adapted = with_adapter(AutoModelForCausalLM.from_config(config), AdapterOptions(rank=2))
+    >>> adapted = with_adapter(AutoModelForCausalLM.from_config(config), LoraOptions(rank=2))
     >>> sorted({name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad})
     ['fc1', 'fc2', 'k_proj', 'out_proj', 'q_proj', 'v_proj']
     """
@@ -105,7 +105,7 @@ def merged(adapted: Any) -> PreTrainedModel:
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
     >>> model = AutoModelForCausalLM.from_config(config)
-    >>> type(merged(with_adapter(model, AdapterOptions(rank=2)))).__name__
+    >>> type(merged(with_adapter(model, LoraOptions(rank=2)))).__name__
     'OPTForCausalLM'
     """
     with _unwarned():
@@ -113,7 +113,8 @@ def merged(adapted: Any) -> PreTrainedModel:
             model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise TrainingError(
-                f"the adapter cannot be merged ({' '.join(str(error).split())}). Train with a smaller rate: --rate 1e-4"
+                f"the adapter cannot be merged ({' '.join(str(error).split())}). Train with a smaller learning rate: "
+                "--learning-rate 1e-4"
             ) from error
     return model
 
@@ -139,7 +140,7 @@ def loaded_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, T
     return adapted, sorted(held.keys() ^ weights.keys())
 
 
-def save_adapter(adapted: Any, folder: Path, *, base: str) -> None:
+def write_adapter(adapted: Any, folder: Path, *, base: str) -> None:
     """Write the adapter alone, as peft reads it; `base` names the model that it belongs to."""
     for settings in adapted.peft_config.values():
         settings.base_model_name_or_path = base

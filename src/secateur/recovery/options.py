@@ -1,138 +1,186 @@
-"""How to train a pruned model: the options, and the presets that stand for some of them."""
+"""How to train a pruned model: the options, and the presets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from secateur.data.options import DataOptions
 from secateur.errors import TrainingError
-from secateur.recovery.lora import AdapterOptions
+from secateur.recovery.lora import LoraOptions
 
-METHODS = {  # name -> whether an adapter is trained (else all weights), and whether from a teacher
-    "lora": (True, False),
-    "full": (False, False),
-    "distill": (False, True),
-    "lora+distill": (True, True),
-}
-DECAYS = ("cosine", "linear")
-WINDOW = 128  # tokens, of held-out text
+Method = Literal["lora", "full", "distill", "lora+distill"]
+Scheduler = Literal["cosine", "linear"]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+EVAL_WINDOW = 128  # tokens per window of held-out text
 
 
 @dataclass(frozen=True, slots=True)
 class RecoverOptions:
-    """How to train a pruned model.
+    """How to train a pruned model. Raises `TrainingError` for values that cannot be trained with.
 
     >>> RecoverOptions(method="magic")
     Traceback (most recent call last):
     secateur.errors.TrainingError: method='magic' is unknown. Expected lora, full, distill or lora+distill: ...
     """
 
-    method: str = "lora"
+    method: Method = "lora"
+    """What is trained: a LoRA adapter (merged afterwards) or all weights; distill learns from the dense model."""
+
     epochs: float = 1.0
-    max_steps: int | None = None  # instead of epochs
-    batch: int = 8  # rows of a step
-    micro_batch: int = 4  # rows that are computed at once
-    rate: float = 5e-4  # of learning, the highest
-    warmup: int | None = None  # steps; None: 6 % of them
-    decay: str = "cosine"
+    """Passes over the rows."""
+
+    max_steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+
+    global_batch_size: int = 8
+    """Rows per optimizer step, over all devices."""
+
+    micro_batch_size: int = 4
+    """Rows per forward pass of one device."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+
+    warmup_steps: int | None = None
+    """Steps of linear warmup. Default: 6 % of all steps."""
+
+    lr_scheduler: Scheduler = "cosine"
+    """Decay of the learning rate to 0 after the warmup."""
+
     weight_decay: float = 0.0
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
-    share: float = 1.0  # of the teacher in the loss; the rest is that of the labels
+    """Weight decay of AdamW."""
+
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """Size of the adapter, for methods with LoRA."""
+
+    teacher_weight: float = 1.0
+    """Loss weight of the teacher's distribution, 0 to 1; the labels have the rest. For distill."""
+
     temperature: float = 1.0
-    top_k: int = 64  # tokens of the teacher's distribution that are kept
-    hidden_states: float = 0.0  # the weight in the loss of the teacher's hidden states at layers that are left
-    evaluate_every: int | None = None  # steps; None: a tenth of them
-    evaluation_tokens: int = 4096  # of every held-out text
-    patience: int | None = 3  # evaluations without a better one, after which it stops
-    recompute: bool = False  # layers once more in the backward pass, for less memory
-    track: str | None = None
+    """Softmax temperature of teacher and student. For distill."""
+
+    top_k: int = 64
+    """Teacher tokens kept per position; all others count as one. For distill."""
+
+    hidden_states_weight: float = 0.0
+    """Loss weight of the distance to the teacher's hidden states; 0: none. For distill."""
+
+    eval_steps: int | None = None
+    """Steps between evaluations; each is a checkpoint. Default: a tenth of all steps."""
+
+    eval_tokens: int = 4096
+    """Tokens evaluated of each held-out text."""
+
+    patience: int | None = 3
+    """Early stopping: evaluations without improvement before training ends."""
+
+    gradient_checkpointing: bool = False
+    """Gradient checkpointing: less memory, more time."""
+
+    track: Tracker | None = None
+    """Experiment tracker to report to."""
+
     seed: int = 0
+    """Seed of the order of rows, the adapter's initial values and dropout."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            *others, last = METHODS
-            raise TrainingError(
-                f"method={self.method!r} is unknown. Expected {', '.join(others)} or {last}: --method lora"
-            )
-        if self.decay not in DECAYS:
-            raise TrainingError(f"decay={self.decay!r} is unknown. Expected cosine or linear: --decay cosine")
-        for name, value, good in (
-            ("epochs", self.epochs, 1),
-            ("rate", self.rate, 1e-4),
-            ("temperature", self.temperature, 1),
-        ):
-            if not 0 < value < float("inf"):
-                raise TrainingError(f"{name}={value} trains nothing. Expected more than 0: --{name} {good:g}")
-        for name, number, least in (
-            ("max_steps", self.max_steps, 1),
-            ("batch", self.batch, 1),
-            ("micro_batch", self.micro_batch, 1),
-            ("warmup", self.warmup, 0),
-            ("top_k", self.top_k, 1),
-            ("evaluate_every", self.evaluate_every, 1),
-            ("evaluation_tokens", self.evaluation_tokens, WINDOW),
-            ("patience", self.patience, 1),
-            ("seed", self.seed, 0),
-        ):
-            if number is not None and number < least:
-                raise TrainingError(
-                    f"{name}={number} is too small. Expected at least {least}: --{name.replace('_', '-')} {least}"
-                )
-        if not 0 <= self.hidden_states < float("inf"):
-            raise TrainingError(
-                f"hidden_states={self.hidden_states} is no weight in the loss. Expected 0 (none) or more: "
-                "--hidden-states 1"
-            )
-        if self.hidden_states and not self.taught:
+        self._check_choices()
+        self._check_numbers()
+        if self.hidden_states_weight and not self.has_teacher:
             raise TrainingError(
                 f"method={self.method!r} has no teacher whose hidden states could be learned. Expected distill or "
-                "lora+distill with --hidden-states: --method lora+distill"
+                "lora+distill with --hidden-states-weight: --method lora+distill"
             )
-        if not 0 <= self.share <= 1:
-            raise TrainingError(f"share={self.share} is no share of the loss. Expected 0 to 1: --share 1")
+
+    def _check_choices(self) -> None:
+        for name, value, choices in (
+            ("method", self.method, get_args(Method)),
+            ("lr_scheduler", self.lr_scheduler, get_args(Scheduler)),
+            ("track", self.track, (*get_args(Tracker), None)),
+        ):
+            if value not in choices:
+                *others, last = filter(None, choices)
+                raise TrainingError(
+                    f"{name}={value!r} is unknown. Expected {', '.join(others)} or {last}: {_flag(name)} {choices[0]}"
+                )
+
+    def _check_numbers(self) -> None:
+        for name, example in (("epochs", 1), ("learning_rate", 1e-4), ("temperature", 1)):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise TrainingError(f"{name}={value} trains nothing. Expected more than 0: {_flag(name)} {example:g}")
+        for name, least in _LEAST.items():
+            if (number := getattr(self, name)) is not None and number < least:
+                raise TrainingError(f"{name}={number} is too small. Expected at least {least}: {_flag(name)} {least}")
+        if not 0 <= self.hidden_states_weight < float("inf"):
+            raise TrainingError(
+                f"hidden_states_weight={self.hidden_states_weight} is no loss weight. Expected 0 (none) or more: "
+                "--hidden-states-weight 1"
+            )
+        if not 0 <= self.teacher_weight <= 1:
+            raise TrainingError(
+                f"teacher_weight={self.teacher_weight} is no fraction of the loss. Expected 0 to 1: --teacher-weight 1"
+            )
 
     @property
-    def adapts(self) -> bool:
+    def has_lora(self) -> bool:
         """Whether an adapter is trained, and not the weights themselves."""
-        return METHODS[self.method][0]
+        return "lora" in self.method
 
     @property
-    def taught(self) -> bool:
-        """Whether there is a teacher."""
-        return METHODS[self.method][1]
+    def has_teacher(self) -> bool:
+        """Whether a teacher's distribution is learned."""
+        return "distill" in self.method
 
 
-# LLM-Pruner's recovery (arXiv 2305.11627, section 4.1 and its scripts): options of the training, and of the data.
-PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "default": ({}, {}),
+_LEAST = {
+    "max_steps": 1,
+    "global_batch_size": 1,
+    "micro_batch_size": 1,
+    "warmup_steps": 0,
+    "top_k": 1,
+    "eval_steps": 1,
+    "eval_tokens": EVAL_WINDOW,
+    "patience": 1,
+    "seed": 0,
+}
+
+
+def _flag(field_name: str) -> str:
+    return f"--{field_name.replace('_', '-')}"
+
+
+# Options of the training, and of the data. LLM-Pruner's are of arXiv 2305.11627, section 4.1, and its scripts.
+PRESETS: dict[str, tuple[RecoverOptions, Mapping[str, Any]]] = {
+    "default": (RecoverOptions(), {}),
     "llm-pruner": (
-        {
-            "method": "lora",
-            "epochs": 2.0,
-            "batch": 64,
-            "micro_batch": 4,
-            "rate": 1e-4,
-            "warmup": 100,
-            "decay": "linear",
-            "adapter": AdapterOptions(rank=8, alpha=16.0, dropout=0.05),
-        },
-        {"template": "alpaca", "loss_on": "answers", "length": 256},
+        RecoverOptions(
+            method="lora",
+            epochs=2.0,
+            global_batch_size=64,
+            micro_batch_size=4,
+            learning_rate=1e-4,
+            warmup_steps=100,
+            lr_scheduler="linear",
+            lora=LoraOptions(rank=8, alpha=16.0, dropout=0.05),
+        ),
+        {"template": "alpaca", "loss_on": "answers", "max_length": 256},
     ),
 }
 
 
-def options_for(preset: str, given: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[RecoverOptions, DataOptions]:
-    """The options of a preset, but for those given. Raises `TrainingError` for a preset that is not there.
+def options_for(preset: str, changes: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[RecoverOptions, DataOptions]:
+    """Return the full options of a preset, with `changes` to its training and to its `data` options.
 
-    >>> options_for("llm-pruner", {"epochs": 1}, {"sources": ("alpaca.json",)})[0].adapter
-    AdapterOptions(rank=8, alpha=16.0, dropout=0.05)
+    `changes["lora"]` changes single fields of `LoraOptions`; `data` names the `sources`. Raises `TrainingError` for an
+    unknown preset.
+
+    >>> options_for("llm-pruner", {"lora": {"rank": 4}}, {"sources": ("alpaca.json",)})[0].lora
+    LoraOptions(rank=4, alpha=16.0, dropout=0.05)
     """
     if preset not in PRESETS:
         raise TrainingError(f"preset={preset!r} is unknown. Expected {' or '.join(PRESETS)}: --preset llm-pruner")
-    training, reading = PRESETS[preset]
-    given = dict(given)
-    if adapter := given.pop("adapter", None):
-        given["adapter"] = replace(training.get("adapter", AdapterOptions()), **adapter)
-    return RecoverOptions(**{**training, **given}), DataOptions(**{**reading, **data})
+    options, data_defaults = PRESETS[preset]
+    lora = replace(options.lora, **changes.get("lora", {}))
+    return replace(options, **{**changes, "lora": lora}), DataOptions(**{**data_defaults, **data})

@@ -32,7 +32,7 @@ from secateur.progress import Clock
 from secateur.recovery.distillation import check_teacher
 from secateur.recovery.hidden_states import Counterparts, counterparts
 from secateur.recovery.lora import check_peft
-from secateur.recovery.options import WINDOW, RecoverOptions
+from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
 from secateur.recovery.result import check_plot
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Prepared:
         return training_order(
             self.read.train,
             steps=self.settings.steps,
-            batch=self.settings.batch,
+            batch_size=self.settings.global_batch_size,
             seed=self.options.seed,
             weights=self.read.weights,
             group_by_length=self.data.group_by_length,
@@ -82,7 +82,7 @@ def prepare(
     texts: Mapping[str, str],
     teacher: str | None,
     loading: LoadOptions,
-    keep_adapter: bool,
+    save_adapter: bool,
     plot: bool,
     overwrite: bool,
     clock: Clock,
@@ -92,23 +92,22 @@ def prepare(
 
     check_vacant(out, overwrite=overwrite)
     check_apart(resolve(pruned).path, out)
-    if options.adapts:
+    if options.has_lora:
         check_peft()
-    elif keep_adapter:
-        raise TrainingError(f"method={options.method!r} has no adapter to keep; leave out --keep-adapter")
+    elif save_adapter:
+        raise TrainingError(f"method={options.method!r} has no adapter to keep; leave out --save-adapter")
     if plot:
         check_plot()
     check_surroundings(options.track)
     config = load_config(pruned, trust_remote_code=loading.trust_remote_code)
     check_unpacked(config, name=pruned)
-    _check_positions(config, data.length)
+    _check_positions(config, data.max_length)
     tokenizer = load_tokenizer(pruned, trust_remote_code=loading.trust_remote_code)
-    teacher = _teacher(pruned, teacher, tokenizer, config, loading) if options.taught else None
+    teacher = _teacher(pruned, teacher, tokenizer, config, loading) if options.has_teacher else None
     with clock.stage("read"):
         read = read_tuning_data(tokenizer, data)
         held_out = {
-            name: _enough(name, encode(tokenizer, text, max_tokens=options.evaluation_tokens))
-            for name, text in texts.items()
+            name: _enough(name, encode(tokenizer, text, max_tokens=options.eval_tokens)) for name, text in texts.items()
         }
         overlaps = _overlaps(tokenizer, read, held_out)
     settings, notes = _settings(options, data, read, _bf16(loading))
@@ -121,14 +120,15 @@ def plan_of(pruned: str) -> Plan:
     if path is None or not (path / PLAN_FILE).is_file():
         raise ModelError(
             f"{pruned!r} has no {PLAN_FILE}, which says what layers and channels of the teacher are left, so hidden "
-            "states cannot be compared. Expected a folder that `secateur prune` wrote; or leave out --hidden-states"
+            "states cannot be compared. Expected a folder that `secateur prune` wrote; or leave out "
+            "--hidden-states-weight"
         )
     return read_plan(path / PLAN_FILE)
 
 
 def compared_states(ready: Prepared, plan: Plan) -> Counterparts | None:
     """The layers whose hidden states are learned; None where none are to be. Raises `ModelError`."""
-    if ready.teacher is None or not ready.options.hidden_states:
+    if ready.teacher is None or not ready.options.hidden_states_weight:
         return None
     trust = ready.loading.trust_remote_code
     dense, cut = (discover(name, trust_remote_code=trust) for name in (ready.teacher, ready.pruned))
@@ -142,41 +142,41 @@ def _settings(options: RecoverOptions, data: DataOptions, read: TuningData, bf16
     from secateur.recovery.course import Settings
 
     notes = []
-    rows, batch, count = len(read.train), options.batch, processes.count()
+    rows, batch, count = len(read.train), options.global_batch_size, processes.count()
     if batch > rows:
-        part = options.micro_batch * count
+        part = options.micro_batch_size * count
         batch = rows // part * part or rows // count * count or count
-        notes.append(f"a step takes {batch} of the {rows} rows that there are, not {options.batch}")
+        notes.append(f"a step takes {batch} of the {rows} rows that there are, not {options.global_batch_size}")
     if batch % count or batch > rows:
         raise TrainingError(
-            f"a step of {min(batch, rows)} rows cannot be shared by {count} processes. Expected a multiple: --batch "
-            f"{-(-batch // count) * count}"
+            f"a step of {min(batch, rows)} rows cannot be shared by {count} processes. Expected a multiple: "
+            f"--global-batch-size {-(-batch // count) * count}"
         )
-    micro_batch = max(size for size in range(1, options.micro_batch + 1) if batch % (size * count) == 0)
+    micro_batch = max(size for size in range(1, options.micro_batch_size + 1) if batch % (size * count) == 0)
     steps = options.max_steps or whole_steps(rows, options.epochs, batch)
     warmup = int(WARM * steps)  # of which the first is at a rate of 0: none where there are few
-    if options.warmup is not None and options.warmup * ENOUGH <= steps:
-        warmup = options.warmup
-    elif options.warmup is not None:
+    if options.warmup_steps is not None and options.warmup_steps * ENOUGH <= steps:
+        warmup = options.warmup_steps
+    elif options.warmup_steps is not None:
         notes.append(
-            f"the rate rises over {warmup} steps, not {options.warmup}: of {steps} steps in all, most would train at "
-            "a rate near 0"
+            f"warmup takes {warmup} steps, not {options.warmup_steps}: of {steps} steps in all, most would have a "
+            "learning rate near 0"
         )
     found = Settings(
         steps=steps,
-        batch=batch,
-        micro_batch=micro_batch,
-        rate=options.rate,
-        warmup=warmup,
-        decay=options.decay,
+        global_batch_size=batch,
+        micro_batch_size=micro_batch,
+        learning_rate=options.learning_rate,
+        warmup_steps=warmup,
+        lr_scheduler=options.lr_scheduler,
         weight_decay=options.weight_decay,
-        evaluate_every=options.evaluate_every or max(1, steps // EVALUATIONS),
+        eval_steps=options.eval_steps or max(1, steps // EVALUATIONS),
         patience=options.patience,
         bf16=bf16,
-        recompute=options.recompute,
-        share=options.share,
+        gradient_checkpointing=options.gradient_checkpointing,
+        teacher_weight=options.teacher_weight,
         temperature=options.temperature,
-        hidden_states=options.hidden_states,
+        hidden_states_weight=options.hidden_states_weight,
         seed=options.seed,
         track=options.track,
     )
@@ -234,15 +234,16 @@ def _check_positions(config: PreTrainedConfig, length: int) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:  # -1 and the like: there is no limit
         raise DataError(
-            f"length={length} is longer than the model's {positions} positions. Expected at most as many "
-            f"tokens in a row: --length {positions}"
+            f"max_length={length} is longer than the model's {positions} positions. Expected at most as many "
+            f"tokens in a row: --max-length {positions}"
         )
 
 
 def _enough(name: str, ids: Tensor) -> Tensor:
-    if len(ids) < WINDOW:
+    if len(ids) < EVAL_WINDOW:
         raise DataError(
-            f"{name}: {len(ids)} tokens are fewer than one window of {WINDOW}. Expected a longer text: --eval NAME=FILE"
+            f"{name}: {len(ids)} tokens are fewer than one window of {EVAL_WINDOW}. Expected a longer text: "
+            "--eval NAME=FILE"
         )
     return ids
 
@@ -251,7 +252,7 @@ def _overlaps(tokenizer: PreTrainedTokenizerBase, read: TuningData, held_out: Ma
     """What to say of held-out texts of which some is in the rows to train on; it is said at once, too."""
     notes = []
     for name, ids in held_out.items():
-        windows = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in ids.split(WINDOW)]
+        windows = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in ids.split(EVAL_WINDOW)]
         rows = (
             str(tokenizer.decode(read.train.ids_T[read.train.slice_of(row)], skip_special_tokens=True))
             for row in range(len(read.train))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from secateur import __version__, processes
 from secateur.checkpoint.record import make_record, read_record
 from secateur.checkpoint.stock import save_again
-from secateur.data.options import DataOptions, weighted
+from secateur.data.options import DataOptions, split_weight
 from secateur.files import write_json
 from secateur.models.loading import LoadOptions, check_finite, load, resolve, text_files
 from secateur.pipeline.cache import recovery_key, work_folder
@@ -27,8 +27,8 @@ from secateur.planning.plan import Plan
 from secateur.progress import Clock, ProgressBars, peak_rss
 from secateur.recovery.distillation import KeptTeacher, keep_teacher
 from secateur.recovery.hidden_states import Counterparts
-from secateur.recovery.lora import FOLDER, merged, save_adapter, stacked_weights, with_adapter
-from secateur.recovery.options import WINDOW, RecoverOptions
+from secateur.recovery.lora import FOLDER, merged, stacked_weights, with_adapter, write_adapter
+from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
 from secateur.recovery.preparation import Prepared, compared_states, plan_of, prepare
 from secateur.recovery.result import Recovered, draw
 
@@ -50,7 +50,7 @@ def recover(
     texts: Mapping[str, str] | None = None,
     teacher: str | None = None,
     loading: LoadOptions | None = None,
-    keep_adapter: bool = False,
+    save_adapter: bool = False,
     plot: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -67,7 +67,7 @@ def recover(
     processes.join()
     clock = Clock(bars) if bars else Clock()
     out, options = Path(out), options or RecoverOptions()
-    plan = plan_of(pruned) if options.hidden_states else None
+    plan = plan_of(pruned) if options.hidden_states_weight else None
     ready = prepare(
         pruned,
         out,
@@ -76,7 +76,7 @@ def recover(
         texts=texts or {},
         teacher=teacher,
         loading=loading or LoadOptions(),
-        keep_adapter=keep_adapter,
+        save_adapter=save_adapter,
         plot=plot,
         overwrite=overwrite,
         clock=clock,
@@ -86,7 +86,7 @@ def recover(
         out,
         plan=plan,
         texts=texts or {},
-        keep_adapter=keep_adapter,
+        save_adapter=save_adapter,
         plot=plot,
         overwrite=overwrite,
         resume=resume,
@@ -101,7 +101,7 @@ def train_folder(
     *,
     plan: Plan | None,
     texts: Mapping[str, str],
-    keep_adapter: bool = False,
+    save_adapter: bool = False,
     plot: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -119,7 +119,7 @@ def train_folder(
     options, settings, read, teacher = ready.options, ready.settings, ready.read, ready.teacher
     states = compared_states(ready, plan) if plan is not None else None
     key = recovery_key(
-        [ready.pruned, *(weighted(source)[0] for source in ready.data.sources), *([teacher] if teacher else [])],
+        [ready.pruned, *(split_weight(source)[0] for source in ready.data.sources), *([teacher] if teacher else [])],
         [asdict(options), asdict(ready.data), asdict(ready.loading), asdict(settings), sorted(texts.items())],
     )
     with work_folder(out, key, resume=resume, worth_keeping=has_begun) as work:
@@ -146,7 +146,7 @@ def train_folder(
         )
         if processes.is_first():
             with clock.stage("save"):
-                _save(ready, trained, found, keep_adapter, plot, overwrite, command, beside)
+                _save(ready, trained, found, save_adapter, plot, overwrite, command, beside)
         processes.wait()
     return replace(found, peak_rss_bytes=peak_rss())
 
@@ -208,17 +208,15 @@ def _train(
             )
     with clock.stage("load"):
         model = _trainable(ready)
-    if options.adapts and options.adapter.dropout and stacked_weights(model):
-        notes.append(
-            f"there is no dropout, though {options.adapter.dropout:g} was asked for: peft has none for experts"
-        )
+    if options.has_lora and options.lora.dropout and stacked_weights(model):
+        notes.append(f"there is no dropout, though {options.lora.dropout:g} was asked for: peft has none for experts")
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     course = Course(
         read.train,
         ready.order,
         read.validation,
         ready.held_out,
-        WINDOW,
+        EVAL_WINDOW,
         kept.get("train"),
         kept.get("validation"),
         pad=ready.tokenizer.pad_token_id or 0,
@@ -234,8 +232,8 @@ def _trainable(ready: Prepared) -> torch.nn.Module:
     """The pruned model with an adapter, or with all its weights in float32, ready to be trained."""
     model = _load(ready.pruned, ready.loading)
     torch.manual_seed(ready.options.seed)  # of the adapter's first values
-    if ready.options.adapts:
-        adapted: torch.nn.Module = with_adapter(model, ready.options.adapter)
+    if ready.options.has_lora:
+        adapted: torch.nn.Module = with_adapter(model, ready.options.lora)
         return adapted
     exact = torch.float64 if model.dtype == torch.float64 else torch.float32
     for parameter in model.parameters():
@@ -249,7 +247,7 @@ def _save(
     ready: Prepared,
     trained: Trained,
     found: Recovered,
-    keep_adapter: bool,
+    save_adapter: bool,
     plot: bool,
     overwrite: bool,
     command: str | None,
@@ -279,8 +277,8 @@ def _save(
         "before": record.recovery,
     }
     weights = read_weights(trained.checkpoint)
-    if options.adapts:
-        adapted = with_adapter(model, options.adapter)
+    if options.has_lora:
+        adapted = with_adapter(model, options.lora)
         put_weights_in_place(adapted, weights)
         model = merged(adapted)
     else:
@@ -303,11 +301,11 @@ def _save(
             draw(found, unfinished / PLOT_FILE)
         if beside is not None:
             write_json(unfinished / beside, found.to_json())
-        if keep_adapter:
+        if save_adapter:
             again = load(ready.pruned, device="cpu", trust_remote_code=ready.loading.trust_remote_code)
-            adapted = with_adapter(again, options.adapter)
+            adapted = with_adapter(again, options.lora)
             put_weights_in_place(adapted, weights)
-            save_adapter(adapted, unfinished / FOLDER, base=str(ready.pruned))
+            write_adapter(adapted, unfinished / FOLDER, base=str(ready.pruned))
 
 
 def _load(name: str, loading: LoadOptions) -> PreTrainedModel:

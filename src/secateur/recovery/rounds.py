@@ -22,7 +22,7 @@ from secateur.checkpoint.accounts import account
 from secateur.checkpoint.record import PLAN_FILE, make_record, read_record
 from secateur.checkpoint.stock import check_stock, save_again
 from secateur.data.calibration import CalibrationOptions
-from secateur.data.options import DataOptions, weighted
+from secateur.data.options import DataOptions, split_weight
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, ModelError, PlanError
@@ -103,13 +103,18 @@ def prune_and_recover(
         texts=texts,
         teacher=teacher or model,
         loading=loading,
-        keep_adapter=False,
+        save_adapter=False,
         plot=plot,
         overwrite=overwrite,
         clock=clock,
     )
     key = recovery_key(
-        [model, calibration.text, *(weighted(source)[0] for source in data.sources), *filter(None, [ready.teacher])],
+        [
+            model,
+            calibration.text,
+            *(split_weight(source)[0] for source in data.sources),
+            *filter(None, [ready.teacher]),
+        ],
         [
             *(asdict(whole), asdict(calibration), asdict(options), asdict(data), asdict(loading)),
             *(asdict(ready.settings), sorted(texts.items())),
