@@ -35,7 +35,7 @@ from secateur.discovery.summary import (
     reach_of_all,
     spans,
 )
-from secateur.report.tables import discovery_tables
+from secateur.report.tables.discovery import discovery_tables
 
 TYPES = ("bloom", "deepseek_v3", "gemma3_text", "gpt2", "jamba", "llama", "mamba2", "mixtral", "qwen3_next", "xlm")
 every_type = pytest.mark.parametrize("model_type", TYPES)

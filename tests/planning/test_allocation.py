@@ -25,7 +25,7 @@ from secateur.planning.latency import LatencyTable
 from secateur.planning.options import options_for, preset
 from secateur.planning.plan import Plan
 from secateur.pruning.iterative import cut_in_steps
-from secateur.report.tables import plan_tables
+from secateur.report.tables.plan import plan_tables
 from secateur.scoring.scores import Scores, statistics_for
 from secateur.scoring.statistics import _parts_of
 

@@ -31,9 +31,10 @@ from secateur.models.loading import load_config
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.pipeline.sweep import ratios_in, sweep
 from secateur.planning.plan import read_plan
-from secateur.report.efficiency import sweep_tables
 from secateur.report.formatting import format_bytes
-from secateur.report.tables import discovery_tables, plan_tables
+from secateur.report.tables.discovery import discovery_tables
+from secateur.report.tables.plan import plan_tables
+from secateur.report.tables.sweep import sweep_tables
 
 
 def discover_command(model: ModelArgument, common: Common) -> None:

@@ -15,7 +15,7 @@ from secateur.export.gguf_file import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, e
 from secateur.export.int8 import export_int8_of
 from secateur.export.merge import merge_adapter
 from secateur.models.loading import load, load_config, load_tokenizer
-from secateur.report.tables import export_tables, int8_tables, merge_lines, verify_tables
+from secateur.report.tables.files import export_tables, int8_tables, merge_lines, verify_tables
 
 
 def verify_command(

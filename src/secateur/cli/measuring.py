@@ -19,8 +19,8 @@ from secateur.evaluation.profile import profile_models, weight_bytes
 from secateur.models.loading import file_bytes, load, load_config, load_tokenizer
 from secateur.pipeline.run import cut_as_planned
 from secateur.planning.plan import Plan, read_plan
-from secateur.report.efficiency import profile_tables
-from secateur.report.tables import evaluation_tables
+from secateur.report.tables.evaluation import evaluation_tables
+from secateur.report.tables.profile import profile_tables
 
 
 def evaluate_command(

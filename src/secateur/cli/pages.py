@@ -12,9 +12,9 @@ from secateur.cli.options import MODEL_HELP, Calibration, Common, Overwrite, Sta
 from secateur.cli.output import check_files, finish, show
 from secateur.compare.compare import Opened, compare
 from secateur.compare.server import HERE, PORT
-from secateur.demo import demonstrate
+from secateur.demo import PROMPT, demonstrate
 from secateur.report.page import write_report
-from secateur.report.tables import compare_tables, demo_tables
+from secateur.report.tables.comparison import compare_tables, demo_tables
 
 
 def report_command(
@@ -63,7 +63,9 @@ def demo_command(
     )
     finish(shown.to_json(), common.json_file)
     if not common.quiet:
-        show(demo_tables(shown))
+        show(demo_tables(shown.plan, shown.profiles, shown.perplexity, prompt=PROMPT, samples=shown.samples))
+        total = sum(shown.seconds.values())
+        show([f"pruned model: {shown.out / 'pruned'} ({total:.0f} s in all)", f"report: {shown.report}"])
 
 
 def compare_command(

@@ -29,7 +29,7 @@ from secateur.recovery.options import options_for
 from secateur.recovery.recover import recover
 from secateur.recovery.rounds import prune_and_recover
 from secateur.report.formatting import format_bytes
-from secateur.report.tables import recovery_tables
+from secateur.report.tables.recovery import recovery_tables
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,10 @@ The template turns blocks into HTML and knows nothing of models; the modules tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from secateur.report.charts import BarChart, HeatMap, Plot
-
-MINUS = "\N{MINUS SIGN}"
-TIMES = "\N{MULTIPLICATION SIGN}"
-ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,80 +113,6 @@ class KeyFigure:
     good: bool | None
 
 
-def signed(value: float, text: str) -> str:
-    r"""A difference with its sign, which is that of the rounded text.
-
-    >>> ascii(signed(-1.5, "1.5")), signed(0.001, "0.0"), signed(2, "2.0")
-    ("'\\u22121.5'", '0.0', '+2.0')
-    """
-    if not any(digit in "123456789" for digit in text):
-        return text
-    return f"{MINUS if value < 0 else '+'}{text}"
-
-
-def change(before: float | None, after: float | None) -> str:
-    r"""A change in percent; nothing where there is no number to compare with.
-
-    >>> change(1, 3), change(None, 3), ascii(change(100, 84.2)), ascii(change(100, 250_000))
-    ('+200 %', '', "'\\u221215.8 %'", "'\\xd7 2,500'")
-    """
-    if before is None or after is None or before == 0:
-        return ""
-    share = 100 * (after / before - 1)
-    if share >= 1000:
-        return f"{TIMES} {after / before:,.0f}"
-    return signed(share, f"{abs(share):.1f}" if abs(share) < 99.95 else f"{abs(share):.0f}") + " %"
-
-
-def ppl_text(value: float | None) -> str:
-    """A perplexity; null in JSON is infinite.
-
-    >>> ppl_text(12.345), ppl_text(8.7e6), ppl_text(None)
-    ('12.35', '8.7e+06', 'infinite')
-    """
-    if value is None:
-        return "infinite"
-    return f"{value:.2f}" if value < 10_000 else f"{value:.2g}"
-
-
-def seconds_text(value: float) -> str:
-    """A time of a forward pass.
-
-    >>> seconds_text(0.0123), seconds_text(2.5)
-    ('12.3 ms', '2.50 s')
-    """
-    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def points_text(share: float) -> str:
-    """A share of right answers.
-
-    >>> points_text(0.4512)
-    '45.1 %'
-    """
-    return f"{100 * share:.1f} %"
-
-
-def p_text(p: float | None) -> str:
-    """A significance.
-
-    >>> p_text(0.0312), p_text(1e-5), p_text(None)
-    ('p = 0.031', 'p < 0.001', '')
-    """
-    if p is None:
-        return ""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-
-
 def interval(middle: str, low: float | None, high: float | None, text: Callable[[float], str]) -> Cell:
     """A number and its 95 % interval."""
     return Cell(middle, f"{text(low)} to {text(high)}" if low is not None and high is not None else "")
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in a row.
-
-    >>> listed(["a"]), listed(["a", "b", "c"])
-    ('a', 'a, b and c')
-    """
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table, listed, ppl_text
+from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table
 from secateur.report.charts import Series, line_plot
-from secateur.report.formatting import format_count
+from secateur.report.formatting import format_count, format_perplexity, join_names
 from secateur.report.models import Facts, same_model
 
 LINES = 4  # tones of lines
@@ -49,13 +49,13 @@ def _frontier(test: str, lines: Mapping[str, Sequence[tuple[int, float, str]]]) 
         for i, (name, line) in enumerate(shown.items())
     ]
     rows = [
-        (Cell(name), Cell(what), Cell(format_count(size)), Cell(ppl_text(ppl)))
+        (Cell(name), Cell(what), Cell(format_count(size)), Cell(format_perplexity(ppl)))
         for name, line in shown.items()
         for size, ppl, what in line
     ]
     chart = line_plot(
         f"Perplexity on {test} against parameters",
-        f"Lines for {listed(list(shown))}; the dense model is at the right. The numbers are in the table below.",
+        f"Lines for {join_names(list(shown))}; the dense model is at the right. The numbers are in the table below.",
         series,
         x_label="parameters",
         y_label="perplexity",
@@ -86,7 +86,7 @@ def recovery_section(facts: Facts) -> Section | None:
         if curves:
             plot = line_plot(
                 f"Loss of {label} by step",
-                f"Lines for {listed([each.label for each in curves])}. The numbers are in the table below.",
+                f"Lines for {join_names([each.label for each in curves])}. The numbers are in the table below.",
                 curves,
                 x_label="step",
                 y_label="nats per token",
@@ -100,7 +100,7 @@ def recovery_section(facts: Facts) -> Section | None:
         if texts:
             plot = line_plot(
                 f"Perplexity of {label} by step",
-                f"Lines for {listed([each.label for each in texts])}. The numbers are in the table below.",
+                f"Lines for {join_names([each.label for each in texts])}. The numbers are in the table below.",
                 texts,
                 x_label="step",
                 y_label="perplexity",

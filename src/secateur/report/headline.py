@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
-from secateur.report.blocks import (
+from secateur.report.blocks import KeyFigure
+from secateur.report.formatting import (
     ARROW,
     TIMES,
-    KeyFigure,
-    change,
-    listed,
-    p_text,
-    points_text,
-    ppl_text,
-    seconds_text,
-    signed,
+    format_accuracy,
+    format_bytes,
+    format_change,
+    format_count,
+    format_p_value,
+    format_perplexity,
+    format_seconds,
+    format_signed,
+    join_names,
 )
-from secateur.report.formatting import format_bytes, format_count
 from secateur.report.models import Facts, Model, same_model
 
 ALIKE = 0.02  # times as fast that are no difference: speeds are measured on a machine that does other things, too
@@ -54,10 +55,10 @@ def _without_result(facts: Facts) -> tuple[str, ...]:
         before, after = plan.parameters["dense"], plan.parameters["pruned"]
         return (
             f"Nothing has been cut yet. The plan would take {plan.model} from {format_count(before)} to "
-            f"{format_count(after)} parameters ({change(before, after)}).",
+            f"{format_count(after)} parameters ({format_change(before, after)}).",
         )
     names = [model.label for model in facts.models]
-    return (f"What was measured of {listed(names)}; nothing has been cut in this run.",) if names else ()
+    return (f"What was measured of {join_names(names)}; nothing has been cut in this run.",) if names else ()
 
 
 def _size(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | None:
@@ -65,37 +66,37 @@ def _size(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | 
     if before.parameters is None or after.parameters is None:
         return None
     sizes = f"{format_count(before.parameters)} {ARROW} {format_count(after.parameters)}"
-    inner = change(before.non_embedding_parameters, after.non_embedding_parameters)
+    inner = format_change(before.non_embedding_parameters, after.non_embedding_parameters)
     outside = f", {inner} of those outside the embeddings" if inner else ""
     sentence = (
         f"The {_role(result)} model has {format_count(after.parameters)} parameters, {dense.name} has "
-        f"{format_count(before.parameters)}: {change(before.parameters, after.parameters)}{outside}."
+        f"{format_count(before.parameters)}: {format_change(before.parameters, after.parameters)}{outside}."
     )
-    return KeyFigure("Parameters", change(before.parameters, after.parameters), sizes, None), sentence
+    return KeyFigure("Parameters", format_change(before.parameters, after.parameters), sizes, None), sentence
 
 
 def _quality(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | None:
     if (means := _means(facts, dense, result)) is not None:
         before, after, count, p = means
-        points = signed(after - before, f"{100 * abs(after - before):.1f}") + " points"
-        sure = f" ({p_text(p)})" if p is not None else ""
+        points = format_signed(after - before, f"{100 * abs(after - before):.1f}") + " points"
+        sure = f" ({format_p_value(p)})" if p is not None else ""
         sentence = (
-            f"It answers {points_text(after)} of {count} zero-shot tasks right on average, the dense model "
-            f"{points_text(before)}: {points}{sure}."
+            f"It answers {format_accuracy(after)} of {count} zero-shot tasks right on average, the dense model "
+            f"{format_accuracy(before)}: {points}{sure}."
         )
-        detail = f"{points_text(before)} {ARROW} {points_text(after)}, mean of {count} tasks"
+        detail = f"{format_accuracy(before)} {ARROW} {format_accuracy(after)}, mean of {count} tasks"
         return KeyFigure("Accuracy", points, detail, after >= before), sentence
     test = _headline_test(facts, dense, result)
     if test is None:
         return None
     before_row, after_row = facts.perplexity(dense)[test], facts.perplexity(result)[test]
     worse = before_row.ppl is not None and (after_row.ppl is None or after_row.ppl > before_row.ppl)
-    told = change(before_row.ppl, after_row.ppl) or ("infinite" if after_row.ppl is None else "")
+    told = format_change(before_row.ppl, after_row.ppl) or ("infinite" if after_row.ppl is None else "")
     sentence = (
-        f"Its perplexity on {test} is {ppl_text(after_row.ppl)}, the dense model's {ppl_text(before_row.ppl)} "
-        f"({told}; lower is better)."
+        f"Its perplexity on {test} is {format_perplexity(after_row.ppl)}, the dense model's "
+        f"{format_perplexity(before_row.ppl)} ({told}; lower is better)."
     )
-    detail = f"{ppl_text(before_row.ppl)} {ARROW} {ppl_text(after_row.ppl)}, {test}"
+    detail = f"{format_perplexity(before_row.ppl)} {ARROW} {format_perplexity(after_row.ppl)}, {test}"
     return KeyFigure("Perplexity", told, detail, not worse), sentence
 
 
@@ -125,7 +126,7 @@ def _speed(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] |
     told = f"{TIMES} {times:.2f}"
     alike = abs(times - 1) <= ALIKE
     how = "reads a prompt as fast as the dense model" if alike else f"reads a prompt {times:.2f} times as fast"
-    sentence = f"It {how} ({seconds_text(before.prefill_seconds)} {ARROW} {seconds_text(after.prefill_seconds)})"
+    sentence = f"It {how} ({format_seconds(before.prefill_seconds)} {ARROW} {format_seconds(after.prefill_seconds)})"
     if before.decode_tokens_per_second and after.decode_tokens_per_second:
         rate = after.decode_tokens_per_second / before.decode_tokens_per_second
         sentence += (
@@ -134,7 +135,7 @@ def _speed(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] |
         )
     if before.macs and after.macs:
         sentence += f"; the arithmetic of a pass is {after.macs / before.macs:.2f} of the dense model's"
-    detail = f"{seconds_text(before.prefill_seconds)} {ARROW} {seconds_text(after.prefill_seconds)} for a prompt"
+    detail = f"{format_seconds(before.prefill_seconds)} {ARROW} {format_seconds(after.prefill_seconds)} for a prompt"
     return KeyFigure("Reading speed", told, detail, None if alike else times > 1), sentence + "."
 
 
@@ -144,9 +145,9 @@ def _memory(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] 
         a, b = getattr(before, field), getattr(after, field)
         if a and b:
             verb = "needs" if field == "peak_bytes" else "has"
-            sentence = f"It {verb} {format_bytes(b)} of {name} ({change(a, b)})."
+            sentence = f"It {verb} {format_bytes(b)} of {name} ({format_change(a, b)})."
             return KeyFigure(
-                name.capitalize(), change(a, b), f"{format_bytes(a)} {ARROW} {format_bytes(b)}", b <= a
+                name.capitalize(), format_change(a, b), f"{format_bytes(a)} {ARROW} {format_bytes(b)}", b <= a
             ), sentence
     return None
 
@@ -160,7 +161,7 @@ def _regained(facts: Facts, dense: Model, result: Model) -> str | None:
     if cut is None or test is None or test not in facts.perplexity(cut):
         return None
     dense_ppl, cut_ppl, result_ppl = (facts.perplexity(model)[test].ppl for model in (dense, cut, result))
-    told = f"Before it was trained its perplexity was {ppl_text(cut_ppl)}"
+    told = f"Before it was trained its perplexity was {format_perplexity(cut_ppl)}"
     if dense_ppl is None or cut_ppl is None or result_ppl is None or not dense_ppl < cut_ppl:
         return f"{told}."
     if result_ppl <= dense_ppl:

@@ -6,27 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from secateur.report.blocks import (
-    TIMES,
-    Block,
-    Cell,
-    Figure,
-    Paragraph,
-    Section,
-    Subheading,
-    Table,
-    Written,
-    change,
-    interval,
-    listed,
-    p_text,
-    points_text,
-    ppl_text,
-    seconds_text,
-    signed,
-)
+from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table, Written, interval
 from secateur.report.charts import Bar, bar_chart
-from secateur.report.formatting import format_bytes, format_count, format_macs
+from secateur.report.formatting import (
+    TIMES,
+    format_accuracy,
+    format_bytes,
+    format_change,
+    format_count,
+    format_macs,
+    format_p_value,
+    format_perplexity,
+    format_seconds,
+    format_signed,
+    join_names,
+)
 from secateur.report.models import Facts, Model, same_model
 from secateur.report.reading import SpeedRow, TaskRow
 
@@ -38,7 +32,7 @@ _COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("File", "file_bytes", format_bytes),
     ("Peak memory", "peak_bytes", format_bytes),
     ("KV cache", "kv_cache_bytes", format_bytes),
-    ("Prefill", "prefill_seconds", seconds_text),
+    ("Prefill", "prefill_seconds", format_seconds),
     ("Decode, tokens/s", "decode_tokens_per_second", lambda rate: f"{rate:.1f}"),
 )
 
@@ -57,7 +51,7 @@ def models_section(facts: Facts) -> Section | None:
         for _, field, text in columns:
             value = getattr(costs[model.name], field)
             before = getattr(costs[base.name], field) if base is not None else None
-            cells.append(Cell("" if value is None else text(value), change(before, value)))
+            cells.append(Cell("" if value is None else text(value), format_change(before, value)))
         if any(cell.text for cell in cells[1:]):
             rows.append(tuple(cells))
     table = Table("Size and speed of every model", ("Model", *(name for name, _, _ in columns)), tuple(rows))
@@ -87,19 +81,19 @@ def _perplexity_figure(facts: Facts) -> Figure:
             row = facts.perplexity(model).get(test)
             if row is None:
                 continue
-            bar = Bar(model.label, row.ppl, ppl_text(row.ppl), model.tone, row.low, row.high)
+            bar = Bar(model.label, row.ppl, format_perplexity(row.ppl), model.tone, row.low, row.high)
             groups.setdefault(test, []).append(bar)
             base = facts.baseline(model)
             before = facts.perplexity(base).get(test) if base is not None else None
-            told = interval(ppl_text(row.ppl), row.low, row.high, ppl_text)
+            told = interval(format_perplexity(row.ppl), row.low, row.high, format_perplexity)
             per_byte = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-            cells = [Cell(test), Cell(model.label), told, Cell(change(before.ppl if before else None, row.ppl))]
+            cells = [Cell(test), Cell(model.label), told, Cell(format_change(before.ppl if before else None, row.ppl))]
             rows.append((*cells, *([Cell(per_byte)] if bits else ()), Cell(f"{row.tokens:,}")))
     columns = ("Text", "Model", "Perplexity", "Difference", *(("Bits per byte",) if bits else ()), "Tokens scored")
     bounded = any(row.low is not None for row in facts.run.perplexity)
     note = "Lower is better." + (" Lines are 95 % intervals over windows of the text." if bounded else "")
-    title = f"Perplexity of {listed([model.label for model in facts.models if facts.perplexity(model)])}"
-    chart = bar_chart(title, f"Bars of perplexity for {listed(tests)}. The numbers are in the table below.", groups)
+    title = f"Perplexity of {join_names([model.label for model in facts.models if facts.perplexity(model)])}"
+    chart = bar_chart(title, f"Bars of perplexity for {join_names(tests)}. The numbers are in the table below.", groups)
     return Figure(chart, Table("Perplexity", columns, tuple(rows), words=(0, 1)), note)
 
 
@@ -114,19 +108,19 @@ def _task_figure(facts: Facts) -> Figure:
                 continue
             wide = 1.96 * row.stderr if row.stderr is not None else None
             low, high = (None, None) if wide is None else (row.value - wide, row.value + wide)
-            bar = Bar(model.label, row.value, points_text(row.value), model.tone, low, high)
+            bar = Bar(model.label, row.value, format_accuracy(row.value), model.tone, low, high)
             name = f"{task} ({row.metric})" if task != "mean" else f"mean of {len(tasks)} tasks"
             groups.setdefault(name, []).append(bar)
-            told = "" if row.difference is None else signed(row.difference, f"{100 * abs(row.difference):.1f}")
+            told = "" if row.difference is None else format_signed(row.difference, f"{100 * abs(row.difference):.1f}")
             error = "" if row.stderr is None else f"{100 * row.stderr:.1f}"
             documents = "" if row.documents is None else f"{row.documents:,}"
-            cells = (Cell(name), Cell(model.label), Cell(points_text(row.value)), Cell(error))
-            rows.append((*cells, Cell(told, p_text(row.p)), Cell(documents)))
+            cells = (Cell(name), Cell(model.label), Cell(format_accuracy(row.value)), Cell(error))
+            rows.append((*cells, Cell(told, format_p_value(row.p)), Cell(documents)))
     columns = ("Task", "Model", "Right", "Standard error", "Difference, points", "Documents")
     bounded = any(row.stderr is not None for row in facts.run.tasks)
     note = "Higher is better." + (" Lines are 95 % intervals, from the standard errors." if bounded else "")
-    title = f"Right answers of {listed([model.label for model in facts.models if facts.tasks(model)])}"
-    chart = bar_chart(title, f"Bars of accuracy for {listed(tasks)}. The numbers are in the table below.", groups)
+    title = f"Right answers of {join_names([model.label for model in facts.models if facts.tasks(model)])}"
+    chart = bar_chart(title, f"Bars of accuracy for {join_names(tasks)}. The numbers are in the table below.", groups)
     return Figure(chart, Table("Zero-shot tasks", columns, tuple(rows), words=(0, 1)), note)
 
 
@@ -182,9 +176,9 @@ def _speed_figure(facts: Facts, costs: Mapping[Model, SpeedRow], timed: Sequence
     for model in timed:
         seconds, rate = costs[model].prefill_seconds or 0.0, costs[model].decode_tokens_per_second
         bars = groups["prefill, milliseconds (shorter is better)"]
-        bars.append(Bar(model.label, 1000 * seconds, seconds_text(seconds), model.tone))
-        rows.append((Cell(model.label), Cell(seconds_text(seconds)), Cell("" if rate is None else f"{rate:.1f}")))
-    title = f"Time to read a prompt: {listed([model.label for model in timed])}"
+        bars.append(Bar(model.label, 1000 * seconds, format_seconds(seconds), model.tone))
+        rows.append((Cell(model.label), Cell(format_seconds(seconds)), Cell("" if rate is None else f"{rate:.1f}")))
+    title = f"Time to read a prompt: {join_names([model.label for model in timed])}"
     chart = bar_chart(title, "Bars of milliseconds. The numbers are in the table below.", groups)
     columns = ("Model", "Prefill", "Decode, tokens/s")
     return Figure(chart, Table("Speed", columns, tuple(rows)), "All models took turns on one machine.")
@@ -200,7 +194,7 @@ def _grid_table(costs: Mapping[Model, SpeedRow]) -> Table:
             prefill = row.prefill_seconds if row else None
             decode = row.decode_tokens_per_second if row else None
             peak = row.peak_bytes if row else None
-            cells.append(Cell("" if prefill is None else seconds_text(prefill)))
+            cells.append(Cell("" if prefill is None else format_seconds(prefill)))
             cells.append(Cell("" if decode is None else f"{decode:.1f}"))
             cells.append(Cell("" if peak is None else format_bytes(peak)))
         rows.append(tuple(cells))
@@ -217,7 +211,9 @@ def _operator_table(costs: Mapping[Model, SpeedRow]) -> Table:
         cells = [Cell(name)]
         for _, macs in measured:
             before = None if macs is first else first.get(name)
-            cells.append(Cell("" if name not in macs else format_macs(macs[name]), change(before, macs.get(name))))
+            cells.append(
+                Cell("" if name not in macs else format_macs(macs[name]), format_change(before, macs.get(name)))
+            )
         rows.append(tuple(cells))
     return Table("Multiply-accumulates", ("Operator", *(model.label for model, _ in measured)), tuple(rows))
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from secateur.discovery.summary import KINDS_IN_WORDS
 from secateur.errors import CheckpointError
 from secateur.files import read_json
-from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table, change
+from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table
 from secateur.report.charts import Band, Series, heat_map, histogram, line_plot
+from secateur.report.formatting import format_change
 from secateur.report.models import Facts, folder_of, same_model
 from secateur.report.reading import CutRow, KeptGroup
 from secateur.scoring.scores import Scores
@@ -58,9 +59,9 @@ def _asked(cut: CutRow) -> str:
         told.append(f"target {asked['target']:,} of {asked.get('of')}")
     told += [f"{name} {asked[name]}" for name in ("score", "scope", "shape", "choose", "repair") if asked.get(name)]
     dense, pruned = cut.parameters.get("dense"), cut.parameters.get("pruned")
-    inner = change(cut.parameters.get("dense_non_embedding"), cut.parameters.get("pruned_non_embedding"))
-    macs = change(cut.macs.get("dense"), cut.macs.get("pruned"))
-    took = f"Parameters {change(dense, pruned)}, outside the embeddings {inner}, multiply-accumulates {macs}."
+    inner = format_change(cut.parameters.get("dense_non_embedding"), cut.parameters.get("pruned_non_embedding"))
+    macs = format_change(cut.macs.get("dense"), cut.macs.get("pruned"))
+    took = f"Parameters {format_change(dense, pruned)}, outside the embeddings {inner}, multiply-accumulates {macs}."
     return f"{took} Asked for: {', '.join(told)}."
 
 

@@ -1,4 +1,4 @@
-"""Profiles and sweeps as tables and lines for people: what a cut costs, and whether it pays."""
+"""A profile -> size and speed of every model, and whether a cut saves the time that its MACs promise."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from secateur.evaluation.flops import Cell, Sizes
 from secateur.evaluation.profile import Profile
-from secateur.pipeline.sweep import Sweep
 from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent
+from secateur.report.tables.layout import make_table, titled
 
 PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
+
+
 SMALL = 0.98  # of the MACs: cuts that leave more promise nothing that could be told from noise
 
 
 def profile_tables(rows: Sequence[Profile | Sizes]) -> Iterator[RenderableType]:
     """A row for every model; where the work lies; the grid, if it has several cells; the cuts that do not pay."""
-    table = Table()
     columns = ["model", "parameters", "non-embedding", "MACs", "weights", "cache"]
     measured = [row for row in rows if isinstance(row, Profile)]
     beside = [row.against for row in measured if row.against is not None]
     columns += ["peak memory", "prefill", "decode"] if measured else []
     columns += [f"prefill, beside {rows[0].model}", f"decode, beside {rows[0].model}"] if beside else []
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+    table = make_table(columns)
     for row in rows:
         cells = [
             row.model,
@@ -48,30 +47,22 @@ def profile_tables(rows: Sequence[Profile | Sizes]) -> Iterator[RenderableType]:
                     f"{row.against.decode_speedup:.2f} x for {row.against.weight_bytes_ratio:.2f} of the weights",
                 ]
         table.add_row(*cells)
-    yield from _titled("Size and speed" if measured else "Size", table)
+    yield from titled("Size and speed" if measured else "Size", table)
     if rows:
         first = rows[0].grid[0]
         read = "1 token" if first.seq_len == 1 else f"{first.seq_len:,} tokens"
         yield f"MACs and cache are of one sequence of {read}" + (
             f"; memory and speed of a batch of {first.batch}" if measured and first.batch > 1 else ""
         )
-        yield from _titled("Where the MACs are", _macs(rows))
+        yield from titled("Where the MACs are", _macs(rows))
         if len(rows[0].grid) > 1:
-            yield from _titled("Batch and length", _grid(rows))
+            yield from titled("Batch and length", _grid(rows))
     yield from verdicts(rows)
-
-
-def _titled(title: str, table: Table) -> Iterator[RenderableType]:
-    yield Text(title, style="italic")
-    yield table
 
 
 def _macs(rows: Sequence[Profile | Sizes]) -> Table:
     """MACs by kind of group, then by kind of operator; with several models, the share of the first that is left."""
-    table = Table()
-    table.add_column("")
-    for row in rows:
-        table.add_column(row.model, justify="right")
+    table = make_table(["", *(row.model for row in rows)], text=("",))
 
     def add(label: str, counts: Sequence[int], whole: Sequence[int]) -> None:
         cells = [
@@ -89,13 +80,11 @@ def _macs(rows: Sequence[Profile | Sizes]) -> Table:
 
 
 def _grid(rows: Sequence[Profile | Sizes]) -> Table:
-    table = Table()
     measured = isinstance(rows[0], Profile)
     columns = ["model", "batch", "tokens", "MACs", "cache"]
     columns += ["peak memory", "prefill", "quartiles", "decode"] if measured else []
     columns += ["speed-up"] if measured and len(rows) > 1 else []
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+    table = make_table(columns)
     for row in rows:
         for cell in row.grid:
             cache = "unknown" if cell.kv_cache_bytes is None else format_bytes(cell.kv_cache_bytes)
@@ -153,34 +142,3 @@ def pays_little(macs_ratio: float, speedup: float) -> bool:
     (True, False, False)
     """
     return macs_ratio < SMALL and speedup < 1 + PAYS * (1 / macs_ratio - 1)
-
-
-def sweep_tables(found: Sweep) -> Iterator[RenderableType]:
-    """A row for every cut, the largest model first; what nothing beats is marked, what cannot be done is told."""
-    table = Table()
-    panels = [f"{entry['data']} @{entry['seq_len']}" for entry in found.rows[0].perplexity]
-    columns = ["", "ratio", "parameters", "left", "MACs", *panels, "nats/token", "frontier"]
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    dense = found.rows[0]
-    for row in found.rows:
-        table.add_row(
-            row.label,
-            f"{row.ratio:g}",
-            format_count(row.parameters),
-            f"{row.parameters / dense.parameters:.1%}",
-            format_macs(row.macs),
-            *("inf" if entry["ppl"] is None else f"{entry['ppl']:.2f}" for entry in row.perplexity),
-            f"{row.nll:.4f}",
-            "*" if row.frontier else "",
-        )
-    if found.refused:
-        table.add_section()
-    for refused in found.refused:
-        table.add_row(refused.label, f"{refused.ratio:g}", *[""] * (len(panels) + 4), "refused")
-    yield from _titled(f"{found.model}: quality against size", table)
-    yield f"*: no other cut has as few {'MACs' if found.size == 'macs' else found.size} and as few nats per token"
-    for refused in found.refused:
-        yield Text(f"{refused.label} {refused.ratio:g} refused: {refused.why}")
-    for path in found.pictures:
-        yield Text(f"drawn: {path}")

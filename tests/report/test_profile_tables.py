@@ -14,7 +14,8 @@ from rich.console import Console, RenderableType
 from secateur.evaluation.flops import Cell, Sizes
 from secateur.evaluation.profile import Against, Profile
 from secateur.pipeline.sweep import Point, Refused, Sweep
-from secateur.report.efficiency import pays_little, profile_tables, sweep_tables, verdicts
+from secateur.report.tables.profile import pays_little, profile_tables, verdicts
+from secateur.report.tables.sweep import sweep_tables
 
 
 def shown(renderables: Iterable[RenderableType]) -> str:

@@ -1,0 +1,135 @@
+"""A discovery -> what can be cut, how much of the model that reaches, and what is frozen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from secateur.discovery.counting import count_parameters
+from secateur.discovery.groups import Discovery
+from secateur.discovery.summary import (
+    KINDS_IN_WORDS,
+    GroupFold,
+    LayerFold,
+    fold_layers,
+    frozen_reasons,
+    reach,
+    reach_of_all,
+    spans,
+)
+from secateur.report.formatting import format_count, format_percent
+from secateur.report.tables.layout import make_table, titled
+
+JUSTIFY: tuple[Literal["left", "right"], ...] = ("left", "right", "right")
+
+
+def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
+    """The groups layer by layer, layers that are alike folded; how much they reach; what is frozen and why."""
+    folds = fold_layers(discovery)
+    layers = sum(len(fold.layers) for fold in folds)
+    size = f"{format_count(count_parameters(discovery))} parameters, {layers} layer{'s' * (layers != 1)}"
+    yield Text(f"{discovery.model}: {size}; cuts reach {format_percent(reach_of_all(discovery).share)}")
+    yield ""
+    yield Text("What can be cut", style="italic")
+    heading = ("group", "units", "share", Text("one unit is"))
+    rows = [[_group_row(group) for group in fold.groups] for fold in folds]
+    columns = list(zip(heading, *itertools.chain(*rows), strict=True))
+    widths = [max(map(len, column)) for column in columns[:-1]]
+    yield Padding(_line(*heading, widths), (0, 0, 0, 4), expand=False)
+    tree = Tree("", hide_root=True)
+    for fold, lines in zip(folds, rows, strict=True):
+        branch = tree.add(_layers(fold))
+        for line in lines:
+            branch.add(_line(*line, widths))
+    yield tree
+    yield ""
+    yield from titled("How much can be reached", _reach_table(discovery))
+    yield (
+        "A share is of the model's parameters: all those of the weights in which a group has an axis, layers that are "
+        "alike together. Several kinds may reach the same parameter."
+    )
+    yield ""
+    yield Text("What is frozen, and why", style="italic")
+    yield from _frozen(discovery)
+
+
+def _group_row(group: GroupFold) -> tuple[str, str, str, Text]:
+    return group.name, f"{group.units:,}", format_percent(group.share), _unit(group)
+
+
+def _line(name: str, units: str, share: str, unit: Text, widths: Sequence[int]) -> Table:
+    """A line of columns, of which only the last may be broken."""
+    line = Table.grid(padding=(0, 2, 0, 0))
+    for width, justify in zip(widths, JUSTIFY, strict=True):
+        line.add_column(width=width, no_wrap=True, justify=justify)
+    line.add_column(overflow="fold")
+    line.add_row(Text(name, style="cyan"), units, share, unit)
+    return line
+
+
+def _layers(fold: LayerFold) -> Text:
+    share = f"{format_percent(fold.share)} of the parameters"
+    if not fold.layers:
+        return Text.assemble(("the whole model", "bold"), f" ({share} lie outside the layers)")
+    if len(fold.layers) == 1:
+        return Text.assemble((f"layer {fold.layers[0]}", "bold"), f": {share}")
+    return Text.assemble((f"layers {spans(fold.layers)}", "bold"), f" ({len(fold.layers)} alike): {share}")
+
+
+def _unit(group: GroupFold) -> Text:
+    """What one unit is, in words and in slices; what to know before cutting."""
+    text = Text(group.unit)
+    if group.slices:
+        text.append(": " + "; ".join(map(str, group.slices)))
+    if group.chosen:
+        needed = f"; {group.least} must stay" if group.least > 1 else ""
+        text.append(f". The model chooses among them{needed}", style="yellow")
+    if group.normed:
+        text.append(". A norm runs across them", style="yellow")
+    return text
+
+
+def _reach_table(discovery: Discovery) -> Table:
+    table = make_table(("kind", "groups", "units", "share", "its units are"), text=("kind", "its units are"))
+    found = reach(discovery)
+    for kind, row in found.items():
+        table.add_row(kind, f"{row.groups:,}", f"{row.units:,}", format_percent(row.share), KINDS_IN_WORDS[kind].units)
+    everything = reach_of_all(discovery)
+    table.add_section()
+    table.add_row("any", f"{everything.groups:,}", f"{everything.units:,}", format_percent(everything.share), "")
+    return table
+
+
+def _frozen(discovery: Discovery) -> Iterator[RenderableType]:
+    tree = Tree("", hide_root=True)
+    for frozen in frozen_reasons(discovery):
+        branch = tree.add(Text(frozen.reason, style="bold"))
+        axes = f"{frozen.axes:,} axes" if frozen.axes > 1 else "1 axis"
+        if frozen.partly == frozen.axes:
+            axes = f"a part of {axes}"
+        elif frozen.partly:
+            axes += f", of {frozen.partly:,} only a part"
+        branch.add(f"{axes}; in weights with {format_percent(frozen.share)} of the parameters")
+        branch.add(Text(", ".join(frozen.weights)))
+    yield tree
+    yield _out_of_reach(discovery)
+
+
+def _out_of_reach(discovery: Discovery) -> str:
+    parameters = count_parameters(discovery)
+    by_axes = parameters - reach_of_all(discovery, layers=False).parameters
+    by_any = parameters - reach_of_all(discovery).parameters
+    if not by_axes:
+        return "Every parameter is in a weight that some group has an axis in."
+    outside = f", {format_percent(by_any / parameters) if by_any else 'none of them'} outside the layers" * (
+        by_any != by_axes
+    )
+    share = format_percent(by_axes / parameters)
+    return f"{share} of the parameters lie in weights that no group has an axis in{outside}."

@@ -1,0 +1,92 @@
+"""What was written -> the files of a folder that was verified, quantized, exported or merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from secateur.checkpoint.verification import Verified
+from secateur.export.gguf_file import Exported
+from secateur.export.int8 import Quantised
+from secateur.export.merge import Merged
+from secateur.report.formatting import format_bytes, format_count
+from secateur.report.tables.layout import make_table, titled
+
+SCHEME_IN_WORDS = {
+    "weight-only": "products in the model's dtype",
+    "dynamic": "products in int8, activations quantized per token",
+}
+
+
+def verify_tables(found: Verified) -> Iterator[RenderableType]:
+    """A row for every file, and the problems that no single file shows."""
+    table = make_table(("file", "bytes", "sha256", "as written"), text=("file", "sha256", "as written"))
+    for file in found.files:
+        digest = "" if file.sha256 is None else file.sha256[:12]
+        table.add_row(file.name, f"{file.bytes:,}", digest, "yes" if file.problem is None else f"no: {file.problem}")
+    yield from titled(found.folder, table)
+    between = [problem for problem in found.problems if not any(problem.startswith(f"{f.name} ") for f in found.files)]
+    yield from (Text(problem) for problem in between)
+    if not found.problems:
+        built = "and the model of its config has these tensors and the plan's sizes"
+        unbuilt = "no model was built of its config: the weights are packed, or custom code needs --trust-remote-code"
+        yield Text(f"whole: {found.tensors:,} tensors in {len(found.files)} files, {built if found.built else unbuilt}")
+
+
+def int8_tables(done: Quantised) -> Iterator[RenderableType]:
+    """The layers packed to int8, what kept its dtype and why, and the bytes before and after."""
+    table = make_table(("weights", "tensors", "why"), text=("weights", "why"))
+    table.add_row("int8", str(len(done.layers)), f"linear layers; {SCHEME_IN_WORDS[done.scheme]}")
+    reasons: dict[str, list[str]] = {}
+    for name, why in done.left.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        table.add_row(names[0] + (" ..." if len(names) > 1 else ""), str(len(names)), f"unchanged: {why}")
+    yield from titled("What is int8", table)
+    before, after = done.weight_bytes["before"], done.weight_bytes["after"]
+    yield (
+        f"weights: {format_bytes(before)} before, {format_bytes(after)} after ({after / before:.2f}); "
+        f"files: {format_bytes(done.file_bytes)} in {done.out}"
+    )
+    if done.unaligned and done.scheme == "dynamic":
+        yield (
+            f"{len(done.unaligned)} layers have sizes that are not multiples of 8 ({done.unaligned[0]}): on CUDA, "
+            "torchao computes their dynamic products on the CPU. Prune with --round-to 8, or use weight-only"
+        )
+
+
+def export_tables(written: Exported) -> Iterator[RenderableType]:
+    """The GGUF file, and how llama.cpp's tokens and logits compare with torch's."""
+    table = Table(show_header=False)
+    table.add_row("file", str(written.out))
+    table.add_row("architecture", written.architecture)
+    table.add_row(
+        "weights", f"{written.dtype}, {format_count(written.parameters)} parameters, {format_bytes(written.bytes)}"
+    )
+    table.add_row("pre-tokenizer", written.pre)
+    checked = written.checked
+    if checked is not None:
+        table.add_row("compared in", f"llama.cpp, by llama-cpp-python {checked.version}")
+        table.add_row("texts tokenized alike", f"{checked.texts - len(checked.other_tokens)} of {checked.texts}")
+        table.add_row("greedy tokens as torch's", f"{checked.same_tokens} of {checked.new_tokens}")
+        table.add_row(
+            "logits differ by",
+            f"{checked.difference:.2g} of their spread ({checked.rounding:.2g} from rounding weights alone)",
+        )
+    yield from titled("Written", table)
+    for note in written.notes:
+        yield f"note: {note}"
+    if checked is None:
+        yield "not compared with torch: pip install 'secateur[gguf]', and export with --check"
+    elif checked.other_tokens:
+        yield f"note: llama.cpp tokenizes differently: {', '.join(repr(text) for text in checked.other_tokens[:3])}"
+
+
+def merge_lines(merged: Merged) -> Iterator[RenderableType]:
+    """What a merged adapter changed."""
+    yield f"merged {merged.adapter} (rank {merged.rank}) into {merged.base}"
+    yield f"{len(merged.changed)} weights changed, by {100 * merged.largest:.3g} % of their norm at most"
+    yield f"wrote {merged.out}"

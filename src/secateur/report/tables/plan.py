@@ -1,0 +1,98 @@
+"""A plan -> what every kind of group keeps; the demo's run -> what the cut cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+
+from secateur.discovery.summary import spans
+from secateur.planning.plan import Plan, PlannedGroup, by_kind
+from secateur.report.formatting import format_count, format_macs
+from secateur.report.tables.layout import make_table, titled
+
+NEAR = 0.005  # of a budget; a plan farther from it gets a warning
+
+
+UNEVEN = 3  # sizes of one kind; more are drawn as bars instead of listed
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def plan_tables(planned: Plan) -> Iterator[RenderableType]:
+    """What every kind of group keeps, the sizes before and after, and the config settings."""
+    table = make_table(("kind", "layers", "units", "kept"), text=("kind", "layers"))
+    for kind, groups in by_kind(planned).items():
+        sizes: dict[tuple[int, int], list[int]] = {}
+        for group in groups:
+            sizes.setdefault((group.units, group.kept), []).append(-1 if group.layer is None else group.layer)
+        if len(sizes) > UNEVEN:
+            table.add_row(kind, *_uneven(planned, kind, groups))
+            continue
+        for (units, kept), layers in sizes.items():
+            where = "the model" if layers == [-1] else spans(layers)
+            table.add_row(kind, where, str(units), str(kept))
+    sizes_table = make_table(("", "dense", "pruned", "removed"))
+    for label, dense, pruned in (
+        ("parameters", planned.parameters["dense"], planned.parameters["pruned"]),
+        ("non-embedding", planned.parameters["dense_non_embedding"], planned.parameters["pruned_non_embedding"]),
+        ("MACs of 64 tokens", planned.macs["dense"], planned.macs["pruned"]),
+    ):
+        text = format_macs if label.startswith("MACs") else format_count
+        sizes_table.add_row(label, text(dense), text(pruned), f"{1 - pruned / dense:.2%}")
+    yield from titled(f"{planned.model}: what the cut leaves", table)
+    yield sizes_table
+    missed = _missed(planned)
+    if missed is not None:
+        yield missed
+    rounding = planned.scored.get("rounding")
+    if rounding is not None:
+        yield (
+            f"rounded to multiples of {planned.options.round_to}, the cut takes {rounding['planned']:.4g} "
+            f"{rounding['measure']}; with any widths, {rounding['any_widths']:.4g}"
+        )
+    if planned.settings is not None:
+        yield "config: " + ", ".join(f"{name} = {_setting(v)}" for name, v in planned.settings.items())
+    elif planned.refusal is not None:
+        yield f"no stock folder, but one with a file of code (trust_remote_code=True): {planned.refusal}"
+
+
+def _uneven(planned: Plan, kind: str, groups: Sequence[PlannedGroup]) -> tuple[str, str, str]:
+    """Groups of many sizes in one row, with a bar for the share that each layer keeps."""
+    shares = {group.layer: group.kept / group.units for group in groups if group.layer is not None}
+    last = max((layer for layer in shares), default=0)
+    bars = "".join(BARS[round(shares.get(layer, 1.0) * (len(BARS) - 1))] for layer in range(last + 1))
+    units = sorted({group.units for group in groups})
+    kept = [group.kept for group in groups]
+    return (
+        f"0-{last} {bars}",
+        str(units[0]) if len(units) == 1 else f"{units[0]}-{units[-1]}",
+        f"{min(kept)} to {max(kept)} in {len(groups)}",
+    )
+
+
+def _missed(planned: Plan) -> str | None:
+    """A warning where whole units cannot come within half a percent of the ratio asked for."""
+    options = planned.options
+    sizes = {
+        "parameters": (planned.parameters["dense"], planned.parameters["pruned"]),
+        "memory": (planned.parameters["dense"], planned.parameters["pruned"]),
+        "non-embedding": (planned.parameters["dense_non_embedding"], planned.parameters["pruned_non_embedding"]),
+        "macs": (planned.macs["dense"], planned.macs["pruned"]),
+    }
+    if options.ratio is None or options.of not in sizes:
+        return None
+    dense, pruned = sizes[options.of]
+    removed = 1 - pruned / dense
+    if abs(removed - options.ratio) <= NEAR:
+        return None
+    return (
+        f"the nearest that whole units allow: {removed:.2%} of {options.of}, for the {options.ratio:.2%} asked for. "
+        "More axes or layers, or --shape free, may come nearer"
+    )
+
+
+def _setting(value: Any) -> str:
+    return f"({len(value)} entries)" if isinstance(value, list) else str(value)
