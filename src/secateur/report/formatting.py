@@ -137,7 +137,7 @@ def format_p_value(p: float | None) -> str:
     """
     if p is None:
         return ""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def join_names(names: Sequence[str]) -> str:
