@@ -198,7 +198,7 @@ def pieces(model_type: str, *, own: bool, peer: bool) -> Iterator[Outcome]:
         if peer:
             yield {"peer": dict.fromkeys((DISCOVER, *parts), "not measured: it is asked for the groups that we find")}
         return
-    parts = parts_of(tested.kinds, has_attention=bool(tested.state.scored), has_experts=has_experts)
+    parts = parts_of(tested.kinds, has_attention=bool(tested.state.beside_softmax), has_experts=has_experts)
     yield {"parts": parts, "checks": {DISCOVER: None}, **anatomy(tested.discovery)}
     if own:
         report = Report(model_type)

@@ -61,7 +61,7 @@ model = skeleton(load_config(sys.argv[1]))
 start = time.perf_counter()
 """
 PARTS = {
-    "recorded graph": "from secateur.discovery.graph import trace\nresult = len(trace(model).nodes)",
+    "recorded graph": "from secateur.discovery.tracing import trace\nresult = len(trace(model).nodes)",
     "torch.export, decomposed": (
         "ids = torch.zeros(5, 7, dtype=torch.long, device='meta')\n"
         "exported = torch.export.export(model, (), {'input_ids': ids, 'use_cache': False}, strict=False)\n"

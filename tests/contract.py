@@ -29,9 +29,12 @@ from secateur.checkpoint.stock import save
 from secateur.discovery.algebra import kept_along, variables_in
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.discover import discover
-from secateur.discovery.graph import Ref, trace
-from secateur.discovery.groups import Discovery, Group, group_axes
-from secateur.discovery.rules import Inference, infer
+from secateur.discovery.graph import Ref
+from secateur.discovery.groups import Discovery, Group
+from secateur.discovery.inference import infer
+from secateur.discovery.joining import group_axes
+from secateur.discovery.rules.state import Inference
+from secateur.discovery.tracing import trace
 from secateur.errors import PlanError
 from secateur.models.loading import EXPERTS, quiet
 from secateur.planning.options import CutOptions
@@ -139,7 +142,7 @@ def attention_frozen(tested: Subject) -> str | None:
     if {"attention", "query"} & set(tested.kinds):
         return None
     state = tested.state
-    heads = {v for dim in state.scored for v in variables_in(state.unifier.resolve(dim))}
+    heads = {v for dim in state.beside_softmax for v in variables_in(state.unifier.resolve(dim))}
     reasons = {state.unifier.reason(v) for v in heads if not v.name.startswith(("batch", "sequence"))}
     return f"frozen: {'; '.join(sorted(filter(None, reasons)))}" if reasons else None
 
@@ -365,11 +368,11 @@ class OverKept(TorchDispatchMode):
         groups = _group_of_variable(tested)
         by_variable = {v: keep[group] for v, group in groups.items() if group in keep}
         across: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-        for each in state.across:
+        for each in state.reductions:
             dim = state.unifier.resolve(each.dim)
             kept = kept_along(dim, by_variable)
             if len(kept) < dim.size:
-                across[each.node].append((each.along, kept))
+                across[each.node].append((each.tensor_dim, kept))
         self.kept: dict[str, list[list[tuple[int, list[int]]]]] = defaultdict(list)
         for i, node in enumerate(graph.nodes):
             self.kept[node.op.rstrip("_")].append(across.get(i, []))
@@ -392,7 +395,7 @@ def _group_of_variable(tested: Subject) -> dict[str, str]:
     found: dict[str, str] = {}
     numbers = tested.state.graph.parameters | tested.state.graph.buffers
     for weight in tested.discovery.weights:
-        for before, after in zip(state.of(Ref(numbers[weight.name])), weight.dims, strict=True):
+        for before, after in zip(state.dims_of(Ref(numbers[weight.name])), weight.dims, strict=True):
             free = [v.name for v in variables_in(before) if state.unifier.reason(v) is None]
             found.update(zip(free, [v.name for v in variables_in(after)], strict=True))
     return found

@@ -11,25 +11,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from secateur.discovery.algebra import (
-    CUT_INSIDE,
-    FIXED_POSITIONS,
-    NO_COMMON_FACTOR,
     ONE,
     Concat,
     Expression,
     Fixed,
     Product,
-    Unifier,
     Variable,
     concat,
     kept_along,
-    parse,
     product,
-    show,
     size_after,
     units_along,
     variables_in,
 )
+from secateur.discovery.unification import CUT_INSIDE, FIXED_POSITIONS, NO_COMMON_FACTOR, Unifier
 
 Unit = tuple[str, int]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -265,24 +260,6 @@ def test_resolving_gives_the_normal_form_and_keeps_every_index_where_it_is(data:
         normal = world.unifier.resolve(e)
         assert is_normal(normal)
         assert world.unifier.resolve(normal) == normal
-
-
-@many
-@given(st.data())
-def test_what_is_shown_can_be_read_back(data: st.DataObject) -> None:
-    world = World(data.draw)
-    expression = world.unifier.resolve(world.expression(data.draw(SIZES)))
-    sizes = {variable.name: variable.size for variable in variables_in(expression)}
-    assert parse(show(expression), sizes) == expression
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("kv·", "ends too early"), ("kv + ", "ends too early"), ("kv)", r"cannot read 'kv\)': '\)' was not expected")],
-)
-def test_text_that_is_no_expression_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse(text, {"kv": 2})
 
 
 # --- what a cut leaves ------------------------------------------------------------------------------------------

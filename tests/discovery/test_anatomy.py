@@ -22,7 +22,7 @@ from secateur.cli.main import run
 from secateur.discovery.algebra import Variable, units_along
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import KINDS, Discovery, Frozen, Weight, from_json
+from secateur.discovery.groups import KINDS, Discovery, Frozen, Weight
 from secateur.discovery.summary import (
     KINDS_IN_WORDS,
     FrozenReason,
@@ -416,11 +416,10 @@ def test_what_a_page_says_of_what_is_out_of_reach() -> None:
     assert f"{start}, {embeddings:.1%} outside the layers.\n" in with_layers
 
 
-def test_json_holds_the_reach_and_can_be_read_back(tiny: Path, tmp_path: Path) -> None:
+def test_json_holds_the_discovery_and_its_reach(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     assert run(["discover", str(tiny), "--quiet", "--json", str(file)]) == 0
     data = json.loads(file.read_text(encoding="utf-8"))
-    discovery = from_json(data)
-    assert data["reach"] == reach_as_json(discovery)
+    discovery = discover(str(tiny))
+    assert data == discovery.to_json() | {"reach": reach_as_json(discovery)}
     assert data["reach"]["any"]["share"] == 1
-    assert (discovery.groups, discovery.frozen) == (discover(str(tiny)).groups, discover(str(tiny)).frozen)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur.discovery.graph import Graph, Ref, colliding_with_nothing, trace
+from secateur.discovery.graph import Graph, Ref
+from secateur.discovery.tracing import batch_and_sequence, trace
 from secateur.errors import DiscoveryError
 from secateur.models.loading import skeleton
 
@@ -104,8 +105,8 @@ def test_arguments_are_by_name_with_tensors_replaced_by_references() -> None:
 
 
 def test_the_items_of_a_module_list_are_noted_with_what_they_take_and_give(graph: Graph) -> None:
-    assert list(graph.calls) == ["model.layers.0", "model.layers.1"]
-    (first, middle), (also_middle, last) = graph.calls.values()
+    assert list(graph.item_calls) == ["model.layers.0", "model.layers.1"]
+    (first, middle), (also_middle, last) = graph.item_calls.values()
     assert middle == also_middle
     assert {graph.shapes[number] for number in (first, middle, last)} == {(graph.batch, graph.sequence, HIDDEN)}
 
@@ -141,7 +142,7 @@ def test_two_traces_are_equal(graph: Graph) -> None:
 
 @given(st.sets(st.integers(0, 1000), max_size=8))
 def test_batch_and_sequence_divide_no_size(sizes: set[int]) -> None:
-    batch, sequence = colliding_with_nothing(sizes)
+    batch, sequence = batch_and_sequence(sizes)
     assert 5 <= batch < sequence
     assert all(size % batch and size % sequence for size in sizes if size)
     assert all(n % d for n in (batch, sequence) for d in range(2, n))
@@ -182,8 +183,8 @@ def test_positions_that_the_code_writes_out_are_kept(
     function: Callable[[Tensor, Any], Tensor], values: list[tuple[int, ...]]
 ) -> None:
     graph = trace(Plain(function, positions=torch.tensor([4, 2])))
-    assert list(graph.values.values()) == values
-    assert set(graph.values) == {ref.tensor for _, by in lookups(graph) for ref in by if ref and values}
+    assert list(graph.literal_indices.values()) == values
+    assert set(graph.literal_indices) == {ref.tensor for _, by in lookups(graph) for ref in by if ref and values}
 
 
 def test_a_branch_on_activations_is_taken() -> None:

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.discovery.algebra import Concat, Expression, Fixed, Product, Variable, kept_along, show, variables_in
-from secateur.discovery.graph import Ref, trace
-from secateur.discovery.groups import group_axes
-from secateur.discovery.rules import COMPUTED_WITH, RULES, Inference, infer
+from secateur.discovery.graph import Ref
+from secateur.discovery.inference import infer
+from secateur.discovery.joining import group_axes
+from secateur.discovery.rules.indexing import COMPUTED_WITH
+from secateur.discovery.rules.registry import RULES
+from secateur.discovery.rules.state import Inference
+from secateur.discovery.tracing import trace
 
 VOCABULARY, HIDDEN, OUTPUTS = 26, 6, 7
 BATCH, SEQUENCE = 3, 4  # of the runs with numbers
@@ -80,7 +84,7 @@ def inferred(case: Case) -> tuple[Inference, dict[str, tuple[Expression, ...]]]:
     weights = random_weights(case)
     state = infer(trace(OneOperator(case, case.units, weights)))
     group_axes(state, "")  # freezes what the operators together leave free but no group can hold
-    return state, {name: state.of(Ref(state.graph.parameters[name])) for name in weights}
+    return state, {name: state.dims_of(Ref(state.graph.parameters[name])) for name in weights}
 
 
 def letters(state: Inference, dims: dict[str, tuple[Expression, ...]]) -> dict[str, str]:
@@ -1018,11 +1022,11 @@ class OverKept(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         ops = [node.op for node in state.graph.nodes]
         self.kept: dict[tuple[str, int], dict[int, Tensor]] = {}  # the n-th call of an operator -> dimension -> kept
-        for across in state.across:
-            positions = torch.tensor(kept_along(state.unifier.resolve(across.dim), keep))
-            if len(positions) < across.dim.size:
-                call = ops[across.node], ops[: across.node].count(ops[across.node])
-                self.kept.setdefault(call, {})[across.along] = positions
+        for reduction in state.reductions:
+            positions = torch.tensor(kept_along(state.unifier.resolve(reduction.dim), keep))
+            if len(positions) < reduction.dim.size:
+                call = ops[reduction.node], ops[: reduction.node].count(ops[reduction.node])
+                self.kept.setdefault(call, {})[reduction.tensor_dim] = positions
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from every_type import tiny_config
 from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, discover, plan, prune, score
-from secateur.discovery.groups import Discovery, from_json
+from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import calibration_for, check_score, options_for, preset, settled
 from secateur.planning.plan import Plan, plan_from_json, read_plan, removed_units, top_units
@@ -159,7 +159,6 @@ def test_stacked_experts_keep_to_widths_that_grouped_products_take() -> None:
     assert {(group.units, group.multiple) for group in experts} == {(84, 4)}
     assert found.group("hidden").multiple == 8
     assert {group.multiple for group in found.groups if group.kind == "attention"} == {1}
-    assert from_json(json.loads(json.dumps(found.to_json()))).groups == found.groups
     for ratio in (0.1, 0.25, 0.4):
         for of in ("units", "non-embedding"):
             for multiple, each in ((1, 4), (3, 12)):

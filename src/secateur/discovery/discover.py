@@ -1,30 +1,15 @@
-"""Which dimensions of which weights shrink together: axis inference by unification.
-
-`algebra` unifies dimensions, `rules` reads them off the operators, `groups` joins and names what they share.
-"""
+"""MODEL argument, config or model -> its groups: trace the operators, infer the dimensions, join the axes."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.discovery.counting import count_macs, count_parameters
-from secateur.discovery.graph import trace
-from secateur.discovery.groups import Axis, Discovery, Frozen, Group, Weight, group_axes
-from secateur.discovery.rules import infer
+from secateur.discovery.groups import Discovery
+from secateur.discovery.inference import infer
+from secateur.discovery.joining import group_axes
+from secateur.discovery.tracing import trace
 from secateur.models.loading import load_config, runs_remote_code, skeleton
-
-__all__ = [
-    "Axis",
-    "Discovery",
-    "Frozen",
-    "Group",
-    "Weight",
-    "count_macs",
-    "count_parameters",
-    "discover",
-    "discover_groups",
-]
 
 
 def discover(
@@ -47,12 +32,12 @@ def discover(
         config = model if isinstance(model, PreTrainedConfig) else model.config
         trust_remote_code |= isinstance(model, PreTrainedModel) and runs_remote_code(model)
     twin = skeleton(config, trust_remote_code=trust_remote_code)
-    if isinstance(model, PreTrainedModel) and _shapes(model) != _shapes(twin):
+    if isinstance(model, PreTrainedModel) and _parameter_shapes(model) != _parameter_shapes(twin):
         twin = model  # cut in a way that its config does not say
     return discover_groups(twin, name=name or type(twin).__name__)
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -20,10 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.discovery.algebra import size_after, variables_in
 from secateur.discovery.config_settings import with_settings
 from secateur.discovery.counting import count_macs, count_parameters
-from secateur.discovery.graph import run_without_memory
-from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Discovery
+from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Discovery, Operation
 from secateur.discovery.layers import layer_of
-from secateur.discovery.rules import Operation
+from secateur.discovery.tracing import run_without_memory
 from secateur.errors import DiscoveryError
 from secateur.evaluation.perplexity import STATE_NAMES, evaluation_mode, input_device, vocabulary_size
 from secateur.models.loading import plain_tensors, skeleton
