@@ -40,7 +40,7 @@ from secateur.discovery.algebra import (
     variables_in,
 )
 from secateur.discovery.groups import Group
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 
 ROOTS = 4  # layers that are tried as the first one cut
 LONGEST = 1000  # entries of a pruning group; those of the tiny models that end have a few dozen

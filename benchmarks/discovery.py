@@ -56,7 +56,8 @@ PREPARE = """
 import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
-from secateur.models.loading import load_config, skeleton
+from secateur.models.config import load_config
+from secateur.models.loading import skeleton
 model = skeleton(load_config(sys.argv[1]))
 start = time.perf_counter()
 """

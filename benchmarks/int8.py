@@ -20,7 +20,10 @@ from secateur.data.calibration import demo_texts
 from secateur.evaluation.perplexity import Perplexity, evaluate, read_evaluation_text
 from secateur.evaluation.profile import Profile, profile
 from secateur.export.int8 import SCHEMES, export_int8
-from secateur.models.loading import DEMO, file_bytes, load, load_tokenizer
+from secateur.models.loading import load
+from secateur.models.sources import DEMO
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.weight_files import weight_file_bytes
 from secateur.pipeline.run import prune_model
 from secateur.report.formatting import format_bytes
 
@@ -86,7 +89,7 @@ def main() -> None:
             perplexity[name] = evaluate(model, tokenizer, texts, seq_lens=SEQ_LENS, max_tokens=options.tokens)
             console.print(name, *(f"{p.data}@{p.seq_len} {p.ppl:.3f}" for p in perplexity[name]))
         rows = profile(models)
-        files = {name: file_bytes(path) for name, path in folders.items()}
+        files = {name: weight_file_bytes(path) for name, path in folders.items()}
         console.print(
             f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.preset}, {options.ratio}"
         )

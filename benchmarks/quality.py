@@ -48,7 +48,9 @@ from secateur.data.calibration import calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.evaluation.perplexity import evaluate, read_evaluation_text
-from secateur.models.loading import load, load_tokenizer, quiet
+from secateur.models.loading import load
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.options import CutOptions, calibration_for, preset, settled
 from secateur.planning.plan import Plan, groups_to_cut, plan
 from secateur.progress import peak_rss

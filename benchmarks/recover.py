@@ -45,7 +45,8 @@ from secateur.data.options import DataOptions
 from secateur.data.reading import read_tuning_data
 from secateur.data.rows import Rows, collate, training_order
 from secateur.evaluation.perplexity import evaluate, read_evaluation_text
-from secateur.models.loading import load, load_tokenizer
+from secateur.models.loading import load
+from secateur.models.tokenizer import load_tokenizer
 from secateur.recovery.course import Course, Settings
 from secateur.recovery.distillation import KeptTeacher, keep_teacher
 from secateur.recovery.loop import train

@@ -39,7 +39,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from secateur.data.calibration import CalibrationOptions, demo_texts, read_calibration, sample_windows
 from secateur.discovery.discover import discover
-from secateur.models.loading import load, load_tokenizer, quiet, skeleton
+from secateur.models.loading import load, skeleton
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import load_tokenizer
 from secateur.scoring.scores import statistics_for
 from secateur.scoring.statistics import read_statistics, write_statistics
 

@@ -30,7 +30,9 @@ from transformers import (
 from secateur.data.calibration import read_calibration, sample_windows
 from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate, join_rows, read_evaluation_text
-from secateur.models.loading import load, load_tokenizer, quiet
+from secateur.models.loading import load
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.options import calibration_for, options_for, settled
 from secateur.planning.plan import groups_to_cut, plan
 from secateur.pruning.prune import prune

@@ -10,7 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.models.loading import load, load_tokenizer
+from secateur.models.loading import load
+from secateur.models.tokenizer import load_tokenizer
 from tiny import write_tiny
 
 

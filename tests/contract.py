@@ -36,7 +36,8 @@ from secateur.discovery.joining import group_axes
 from secateur.discovery.rules.state import Inference
 from secateur.discovery.tracing import trace
 from secateur.errors import PlanError
-from secateur.models.loading import EXPERTS, quiet
+from secateur.models.loading import EXPERTS
+from secateur.models.silence import quiet
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune

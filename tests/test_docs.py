@@ -10,7 +10,7 @@ import pytest
 
 from secateur import CutOptions
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
-from secateur.models.loading import _TEXT_FILES
+from secateur.models.folder_files import TOKENIZER_FILES
 from secateur.models.manifest import MANIFEST_FILE, Entry
 from secateur.planning.plan import Plan, PlannedGroup
 
@@ -62,7 +62,8 @@ def test_the_page_on_the_format_has_every_file_and_key() -> None:
     keys = {f.name for kind in (Plan, CutOptions, PlannedGroup, Record, Entry) for f in fields(kind)}
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
     assert (
-        sorted(name for name in (*_TEXT_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE) if f"`{name}`" not in page) == []
+        sorted(name for name in (*TOKENIZER_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE) if f"`{name}`" not in page)
+        == []
     )
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from secateur.data.calibration import demo_texts
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 
 VOCABULARY = 300
 SIZES: dict[str, Any] = {

@@ -42,7 +42,9 @@ from secateur.evaluation.tasks import TaskResult, load_tasks, zero_shot
 from secateur.export.gguf_file import Exported, export_gguf
 from secateur.export.int8 import Quantised, export_int8
 from secateur.export.merge import Merged, merge_adapter
-from secateur.models.loading import load, load_tokenizer, register
+from secateur.models.config import register
+from secateur.models.loading import load
+from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.run import Pruned, plan_model, prune_model
 from secateur.pipeline.sweep import Sweep, sweep
 from secateur.planning.options import CutOptions

@@ -21,7 +21,12 @@ from secateur.errors import CheckpointError
 from secateur.evaluation.perplexity import Perplexity, evaluate, sample_text
 from secateur.evaluation.profile import Profile, profile
 from secateur.files import atomic_folder, check_vacant, write_json
-from secateur.models.loading import DEMO, LoadOptions, check_finite, load, load_config, load_tokenizer, quiet
+from secateur.models.config import load_config
+from secateur.models.loading import LoadOptions, load
+from secateur.models.silence import quiet
+from secateur.models.sources import DEMO
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.run import Pruned
 from secateur.pipeline.run_log import append_entry
 from secateur.planning.options import CutOptions, calibration_for, options_for, settled

@@ -24,8 +24,10 @@ from secateur import CutOptions, discover, plan, prune, prune_model, save, score
 from secateur.checkpoint.accounts import account
 from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError
-from secateur.models.loading import load, quiet, text_files
+from secateur.models.loading import load
 from secateur.models.manifest import read_manifest
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import text_files
 from secateur.planning.plan import Plan
 from tiny import tiny_model, tiny_tokenizer, write_tiny
 

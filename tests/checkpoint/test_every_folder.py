@@ -25,7 +25,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from contract import DISCOVER, Report, Subject, said, subject, uneven, uniform_plan
 from every_type import tiny_type_model
 from secateur.checkpoint.stock import save
-from secateur.models.loading import load, quiet
+from secateur.models.loading import load
+from secateur.models.silence import quiet
 from secateur.planning.plan import Plan
 from secateur.pruning.prune import prune
 from stranger import NEW_TOKENS, Stranger, stranger

@@ -32,9 +32,13 @@ from secateur.checkpoint.per_layer import as_per_layer, differences, is_per_laye
 from secateur.checkpoint.stock import check_stock
 from secateur.cli.main import run
 from secateur.errors import CheckpointError, ModelError, PlanError
-from secateur.models.loading import load, load_config, load_tokenizer, quiet, register, runs_remote_code, skeleton
+from secateur.models.config import load_config, register
+from secateur.models.loading import load, skeleton
 from secateur.models.manifest import MANIFEST_FILE
 from secateur.models.modeling_per_layer import PER_LAYER, apply_in_place, per_layer_class
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.trust import runs_remote_code
 from secateur.planning.plan import Plan, PlannedGroup
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
 

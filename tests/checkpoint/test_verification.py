@@ -31,8 +31,10 @@ from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, read_record
 from secateur.cli.main import run
 from secateur.errors import CheckpointError, ModelError
 from secateur.files import write_json
-from secateur.models.loading import load, load_config, load_tokenizer
+from secateur.models.config import load_config
+from secateur.models.loading import load
 from secateur.models.manifest import MANIFEST_FILE, write_manifest
+from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.plan import Plan, read_plan
 from tiny import write_tiny
 

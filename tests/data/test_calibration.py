@@ -32,7 +32,6 @@ import secateur.data.calibration
 from secateur.data.calibration import (
     CalibrationOptions,
     calibration_windows,
-    check_positions,
     demo_texts,
     digest,
     overlap,
@@ -43,6 +42,7 @@ from secateur.data.calibration import (
     self_written,
 )
 from secateur.errors import DataError
+from secateur.models.config import check_positions
 from secateur.scoring.scores import score
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -438,7 +438,7 @@ class TestPositions:
         if length <= positions:
             check_positions(config, length)
             return
-        match = rf"^length={length} is longer than the model's {positions} positions.*\(length={positions}\)\.$"
+        match = rf"^length={length} is longer than the model's {positions} positions.*length={positions} "
         with pytest.raises(DataError, match=match):
             check_positions(config, length)
 

@@ -34,7 +34,11 @@ from secateur.cli.main import run
 from secateur.discovery.config_settings import _shallow, stock_settings
 from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError, PlanError
-from secateur.models.loading import LoadOptions, load, load_config, load_tokenizer, quiet, runs_remote_code, skeleton
+from secateur.models.config import load_config
+from secateur.models.loading import LoadOptions, load, skeleton
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.trust import runs_remote_code
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.scoring.scores import score

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from every_type import EXCEPTIONS, FLOAT32, NOT_BUILT, TYPES, initial_model, tiny_config, tiny_inputs, tiny_type_model
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 
 BUILT = tuple(model_type for model_type in TYPES if model_type not in NOT_BUILT)
 RUN = (

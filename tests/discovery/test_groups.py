@@ -29,7 +29,7 @@ from secateur.discovery.discover import discover, discover_groups
 from secateur.discovery.groups import KINDS, Discovery
 from secateur.discovery.layers import layer_lists, layer_of, residual_lists
 from secateur.discovery.tracing import trace
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 
 SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 LAYERS: dict[str, Any] = {**SHARED, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16}

@@ -16,7 +16,8 @@ from secateur.discovery.counting import count_macs
 from secateur.errors import PlanError
 from secateur.evaluation.flops import cache_bytes_by_layer, count_macs_by_kind, sizes_of, sizes_of_model
 from secateur.evaluation.profile import profile_models
-from secateur.models.loading import quiet, skeleton
+from secateur.models.loading import skeleton
+from secateur.models.silence import quiet
 from secateur.planning.options import options_for
 from secateur.report.formatting import format_macs
 

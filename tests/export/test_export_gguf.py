@@ -39,7 +39,7 @@ from secateur.export.architectures import TABLE, architecture, known_types, type
 from secateur.export.gguf_file import TYPES, Exported
 from secateur.export.tensors import resize, take_apart
 from secateur.export.vocabulary import known_pre_tokenizers, vocabulary
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 from secateur.planning.plan import Plan, PlannedGroup
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
 

@@ -20,7 +20,7 @@ from secateur.checkpoint.record import read_record
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import CheckpointError, ExportError, TrainingError
 from secateur.export.merge import merge_adapter
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 from secateur.pipeline.run import prune_model
 from secateur.planning.plan import read_plan
 from tiny import names, write_tiny

@@ -29,9 +29,12 @@ from secateur.data.calibration import demo_texts
 from secateur.errors import CheckpointError, ModelError
 from secateur.evaluation.profile import weight_bytes
 from secateur.export.int8 import SCHEMES, Quantised, export_int8, int8_copy
-from secateur.models.loading import file_bytes, load, load_tokenizer, plain_tensors, quiet
+from secateur.models.loading import load
 from secateur.models.modeling_per_layer import PER_LAYER
-from secateur.models.silence import hushed
+from secateur.models.silence import quiet, silence_imports
+from secateur.models.tensors import plain_tensors
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.weight_files import weight_file_bytes
 from secateur.pipeline.run import plan_model, prune_model
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
 
@@ -207,7 +210,7 @@ class TestFolder:
         assert len(packed) == len(done.layers) > 0
         for key in packed:
             assert stored[key.replace("qdata", "scale")] == ("F32", [stored[key][1][0], 1])
-        assert done.file_bytes == file_bytes(str(done.out))
+        assert done.file_bytes == weight_file_bytes(str(done.out))
         assert done.weight_bytes["after"] < done.file_bytes < done.weight_bytes["before"]
         config = json.loads((done.out / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "torchao"
@@ -406,7 +409,7 @@ def test_only_what_is_said_on_import_is_left_out(
 ) -> None:
     logging.getLogger(name).addHandler(caplog.handler)
     try:
-        with hushed():
+        with silence_imports():
             logging.getLogger(name).warning(message)
         assert bool(caplog.records) == heard
         caplog.clear()

@@ -29,7 +29,8 @@ from families import family_config, family_model
 from secateur import CutOptions, discover, plan, prune, save, score
 from secateur.cli.main import run
 from secateur.export.serving import tensor_parallel_sizes
-from secateur.models.loading import load, load_tokenizer
+from secateur.models.loading import load
+from secateur.models.tokenizer import load_tokenizer
 from tiny import tiny_model, tiny_tokenizer, write_tiny
 
 FAMILIES = ("llama", "qwen2", "gpt_neox")

@@ -39,18 +39,13 @@ from transformers.utils import logging as transformers_logging
 
 import secateur.models.loading
 from secateur.errors import ModelError, UntrustedCodeError
-from secateur.models.loading import (
-    DTYPES,
-    Source,
-    check_finite,
-    has_weights,
-    load,
-    load_config,
-    load_tokenizer,
-    quiet,
-    resolve,
-    skeleton,
-)
+from secateur.models.config import load_config
+from secateur.models.loading import DTYPES, load, skeleton
+from secateur.models.silence import quiet
+from secateur.models.sources import Source, hub_is_reachable, resolve
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.weight_files import has_weights
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -250,11 +245,11 @@ class TestConfig:
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(urllib.request, "getproxies", dict)
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
-        assert secateur.models.loading._hub_is_reachable()
+        assert hub_is_reachable()
         monkeypatch.setattr(socket, "getaddrinfo", no_address)
-        assert not secateur.models.loading._hub_is_reachable()
+        assert not hub_is_reachable()
         monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "proxy"})
-        assert secateur.models.loading._hub_is_reachable()
+        assert hub_is_reachable()
 
     def test_code_beside_the_model_runs_only_when_trusted(
         self, dense: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,8 @@ import pytest
 
 from kills import Commands, Moment, after, commands, contents, partial, while_writing
 from secateur import verify
-from secateur.models.loading import load, load_tokenizer
+from secateur.models.loading import load
+from secateur.models.tokenizer import load_tokenizer
 from tiny import names, write_tiny
 
 TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60

@@ -25,7 +25,9 @@ from secateur import CalibrationOptions, SecateurError
 from secateur.checkpoint.record import read_record
 from secateur.data.calibration import calibration_windows, digest, self_written
 from secateur.errors import CheckpointError, DataError, DiskError, PlanError, ScoreError
-from secateur.models.loading import LoadOptions, load, load_tokenizer, quiet
+from secateur.models.loading import LoadOptions, load
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import kept_scores, kept_windows
 from secateur.pipeline.run import Pruned, cut_as_planned, plan_model, prune_model
 from secateur.planning.options import calibration_for

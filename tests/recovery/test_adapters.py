@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, load, recover, verify
 from secateur.export.merge import merge_adapter
-from secateur.models.loading import LoadOptions, quiet
+from secateur.models.loading import LoadOptions
+from secateur.models.silence import quiet
 from secateur.pipeline.run import prune_model
 from secateur.recovery.lora import LoraOptions, merged, stacked_weights, with_adapter
 from tiny import SIZES, tiny_model, tiny_tokenizer

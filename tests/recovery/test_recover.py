@@ -27,7 +27,9 @@ from secateur.checkpoint.record import read_record
 from secateur.data.calibration import demo_texts
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError
 from secateur.evaluation.perplexity import encode, perplexity, read_evaluation_text
-from secateur.models.loading import LoadOptions, load, load_tokenizer, quiet
+from secateur.models.loading import LoadOptions, load
+from secateur.models.silence import quiet
+from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.run import prune_model
 from secateur.planning.plan import read_plan
 from secateur.recovery.callbacks import Steady

@@ -14,7 +14,7 @@ from every_type import tiny_type_model
 from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, discover, score
 from secateur.errors import PlanError, ScoreError
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 from secateur.planning.options import check_score
 from secateur.scoring.obs import DAMPING, removal_costs
 from secateur.scoring.scores import SCORES, register_score, statistics_for, unit_scores

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from every_type import tiny_type_model
 from secateur.errors import ScoreError
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 from secateur.scoring.gradients import stream_gradients
 
 WINDOWS = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from torch import Tensor
 from every_type import tiny_type_model
 from secateur import discover, processes, score
 from secateur.errors import ScoreError
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 from secateur.planning.plan import read_plan
 from secateur.scoring.scores import SCORES
 

@@ -18,8 +18,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from secateur.discovery.module_attributes import plain_attributes
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError, ModelError
-from secateur.models.loading import quiet, runs_remote_code, skeleton, takes
+from secateur.models.config import takes
+from secateur.models.loading import skeleton
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class, skip_in_place
+from secateur.models.silence import quiet
+from secateur.models.trust import runs_remote_code
 
 # What a config says beside its settings: where it comes from, and how to compute.
 NO_SETTINGS = {PER_LAYER, "architectures", "auto_map", "dtype", "model_type", "transformers_version"}

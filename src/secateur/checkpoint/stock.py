@@ -16,8 +16,10 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DiscoveryError
 from secateur.files import atomic_folder, check_vacant, copy_in, write_json
-from secateur.models.loading import per_layer_model_class, quiet, runs_remote_code
+from secateur.models.config import per_layer_model_class
 from secateur.models.manifest import WEIGHTS, tensors_in, write_manifest
+from secateur.models.silence import quiet
+from secateur.models.trust import runs_remote_code
 from secateur.planning.plan import Plan
 
 SHARD = "2GB"  # of a file of weights

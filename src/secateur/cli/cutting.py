@@ -27,7 +27,7 @@ from secateur.discovery.discover import discover
 from secateur.discovery.summary import reach_as_json
 from secateur.errors import PlanError
 from secateur.export.serving import serving_note, tensor_parallel_sizes
-from secateur.models.loading import load_config
+from secateur.models.config import load_config
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.pipeline.sweep import ratios_in, sweep
 from secateur.planning.plan import read_plan

@@ -14,7 +14,9 @@ from secateur.errors import CheckpointError, ExportError
 from secateur.export.gguf_file import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
 from secateur.export.int8 import export_int8_of
 from secateur.export.merge import merge_adapter
-from secateur.models.loading import load, load_config, load_tokenizer
+from secateur.models.config import load_config
+from secateur.models.loading import load
+from secateur.models.tokenizer import load_tokenizer
 from secateur.report.tables.files import export_tables, int8_tables, merge_lines, verify_tables
 
 

@@ -16,7 +16,10 @@ from secateur.cli.reading import counts, named_texts
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.measures import Measured, as_json, measure, plan_measures
 from secateur.evaluation.profile import profile_models, weight_bytes
-from secateur.models.loading import file_bytes, load, load_config, load_tokenizer
+from secateur.models.config import load_config
+from secateur.models.loading import load
+from secateur.models.tokenizer import load_tokenizer
+from secateur.models.weight_files import weight_file_bytes
 from secateur.pipeline.run import cut_as_planned
 from secateur.planning.plan import Plan, read_plan
 from secateur.report.tables.evaluation import evaluation_tables
@@ -98,7 +101,7 @@ def evaluate_command(
             variants[f"{name} + {plan_file}"] = cut_as_planned(model, planned, tokenizer, bars=common.bars)
         for label, each in variants.items():
             measured = measure(label, each, tokenizer, measures, bars=common.bars)
-            results.append(measured.with_sizes(weight_bytes(each), file_bytes(name) if label == name else None))
+            results.append(measured.with_sizes(weight_bytes(each), weight_file_bytes(name) if label == name else None))
     finish(as_json(results), common.json_file, context, models)
     if not common.quiet:
         show(evaluation_tables(results))

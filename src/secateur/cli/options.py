@@ -18,7 +18,8 @@ from typer.core import TyperCommand
 from secateur.cli.output import progress_bars
 from secateur.cli.reading import count, given, layer_range, names, proportion
 from secateur.data.calibration import COLUMN, CalibrationOptions
-from secateur.models.loading import DEMO, LoadOptions
+from secateur.models.loading import LoadOptions
+from secateur.models.sources import DEMO
 from secateur.planning.options import calibration_for
 from secateur.progress import ProgressBars
 from secateur.scoring.scores import SCORES

@@ -15,7 +15,10 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError
 from secateur.evaluation.profile import measure_speed, weight_bytes
-from secateur.models.loading import LoadOptions, check_finite, load, load_config, load_tokenizer
+from secateur.models.config import load_config, max_positions
+from secateur.models.loading import LoadOptions, load
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +63,7 @@ class Side:
     @property
     def positions(self) -> int | None:
         """The longest text that the model reads, in tokens; None where its config names no limit."""
-        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        return max_positions(self.config)
 
 
 def load_sides(models: Sequence[str], *, loading: LoadOptions | None = None, seed: int = 0) -> tuple[Side, ...]:
@@ -161,6 +163,5 @@ def _peaks(models: Mapping[str, PreTrainedModel], *, seed: int) -> dict[str, int
 
 def _measured_tokens(models: Mapping[str, PreTrainedModel]) -> int:
     """64, or what the model of fewest positions reads beside the one token that it writes."""
-    positions = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models.values()]
-    known = [length for length in positions if isinstance(length, int) and length > 0]
-    return max(1, min([HEADLINE_TOKENS, *(length - 1 for length in known)]))
+    lengths = [max_positions(model.config) for model in models.values()]
+    return max(1, min([HEADLINE_TOKENS, *(length - 1 for length in lengths if length is not None)]))

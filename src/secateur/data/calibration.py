@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import DataError, SecateurError, one_line
-from secateur.models.loading import quiet
+from secateur.models.config import check_positions
+from secateur.models.silence import quiet
 
 DEMO = "demo"
 SELF = "self"
@@ -389,22 +390,6 @@ def self_written(
             if progress is not None:
                 progress(first + count, options.samples)
     return _shuffled(torch.cat(written), options)
-
-
-def check_positions(config: PreTrainedConfig, length: int) -> None:
-    """Raise `DataError` when samples of `length` tokens are longer than the positions of the config's model.
-
-    >>> from transformers import AutoConfig
-    >>> check_positions(AutoConfig.for_model("opt", max_position_embeddings=8), 9)
-    Traceback (most recent call last):
-    secateur.errors.DataError: length=9 is longer than the model's 8 positions. ... CalibrationOptions(length=8).
-    """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < length:  # -1 and the like: there is no limit
-        raise DataError(
-            f"length={length} is longer than the model's {positions} positions. Expected at most as many tokens in a "
-            f"sample: CalibrationOptions(length={positions})."
-        )
 
 
 def overlap(windows: Iterable[str], text: str | Iterable[str], *, words: int = OVERLAP_WORDS) -> float:

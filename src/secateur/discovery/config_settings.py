@@ -15,7 +15,6 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
 from secateur.errors import DiscoveryError, PlanError
 from secateur.models.loading import skeleton
+from secateur.models.silence import silence_logger
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _uneven(discovery: Discovery, pruned: PrunedSizes) -> str | None:
 def has_structure(model: nn.Module, wanted: Mapping[str, list[str]]) -> bool:
     """Whether discovery finds exactly that structure; not, where the model does not even run."""
     try:
-        with hushed("torch._subclasses.fake_tensor"):
+        with silence_logger("torch._subclasses.fake_tensor"):
             return structure_after(discover_groups(model), PrunedSizes()) == wanted
     except DiscoveryError as error:
         logger.debug("%s does not run: %s", type(model).__name__, error)
@@ -278,24 +278,12 @@ def _build(
     config: PreTrainedConfig, changes: Mapping[str, Any], refusals: list[str], *, trust_remote_code: bool
 ) -> PreTrainedModel | None:
     try:
-        with hushed():
+        with silence_logger("transformers"):
             return skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may refuse a value in any way it likes
         text = " ".join(str(error).split())
         refusals.append(f"{', '.join(f'{k}={v}' for k, v in changes.items())}: {text.rpartition('Error: ')[2]}")
         return None
-
-
-@contextmanager
-def hushed(name: str = "transformers") -> Iterator[None]:
-    """Libraries log what they think of odd values; while searching that is noise."""
-    source = logging.getLogger(name)
-    level = source.level
-    source.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        source.setLevel(level)
 
 
 def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
@@ -324,7 +312,7 @@ def _asked_for(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
     probe = copy.deepcopy(config)
     probe.__class__ = type(known.__name__, (known,), {"__getattr__": missing})
     try:
-        with hushed(), torch.device("meta"):
+        with silence_logger("transformers"), torch.device("meta"):
             type(model)(probe)
     except Exception as error:
         logger.debug("probing %s for settings it asks for failed: %s", known.__name__, error)

@@ -9,7 +9,9 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.inference import infer
 from secateur.discovery.joining import group_axes
 from secateur.discovery.tracing import trace
-from secateur.models.loading import load_config, runs_remote_code, skeleton
+from secateur.models.config import load_config
+from secateur.models.loading import skeleton
+from secateur.models.trust import runs_remote_code
 
 
 def discover(

@@ -25,8 +25,9 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.layers import layer_of
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
 from secateur.errors import DiscoveryError
-from secateur.models.loading import runs_remote_code, skeleton
+from secateur.models.loading import skeleton
 from secateur.models.modeling_per_layer import skip_in_place
+from secateur.models.trust import runs_remote_code
 
 logger = logging.getLogger(__name__)
 

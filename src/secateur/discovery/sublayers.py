@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from secateur.discovery.algebra import size_after
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
-from secateur.models.loading import quiet
 from secateur.models.modeling_per_layer import Skipped, skip_in_place
+from secateur.models.silence import quiet
 
 KINDS = ("attention", "mlp")  # of groups that can go as a whole
 TOKENS = 7  # of the sample that shows what a sub-layer gives

@@ -25,7 +25,8 @@ from secateur.discovery.layers import layer_of
 from secateur.discovery.tracing import run_without_memory
 from secateur.errors import DiscoveryError
 from secateur.evaluation.perplexity import STATE_NAMES, evaluation_mode, input_device, vocabulary_size
-from secateur.models.loading import plain_tensors, skeleton
+from secateur.models.loading import skeleton
+from secateur.models.tensors import plain_tensors
 from secateur.planning.plan import Plan
 from secateur.pruning.prune import check_plan, prune
 

@@ -28,7 +28,10 @@ from secateur.errors import DataError
 from secateur.evaluation.flops import Cell, Sizes, cut_to_sizes, sizes_of, sizes_of_model
 from secateur.evaluation.flops import weight_bytes as weight_bytes
 from secateur.evaluation.perplexity import evaluation_mode, greedy_steps, input_device, known_positions, vocabulary_size
-from secateur.models.loading import DTYPES, LoadOptions, has_weights, load, load_config, plain_tensors
+from secateur.models.config import load_config
+from secateur.models.loading import DTYPES, LoadOptions, load
+from secateur.models.tensors import plain_tensors
+from secateur.models.weight_files import has_weights
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.errors import ExportError
-from secateur.models.loading import per_layer_model_class
+from secateur.models.config import per_layer_model_class
 from secateur.models.modeling_per_layer import PER_LAYER
 
 TABLE = Path(__file__).with_name("architectures.json")

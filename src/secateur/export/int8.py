@@ -28,20 +28,14 @@ from secateur.errors import CheckpointError, ModelError, SecateurError
 from secateur.evaluation.perplexity import evaluation_mode, input_device, vocabulary_size
 from secateur.evaluation.profile import weight_bytes
 from secateur.files import atomic_folder, check_apart, check_vacant, copy_in
-from secateur.models.loading import (
-    LoadOptions,
-    check_unpacked,
-    load,
-    load_config,
-    load_tokenizer,
-    plain_tensors,
-    quiet,
-    resolve,
-    runs_remote_code,
-    skeleton,
-    text_files,
-)
+from secateur.models.config import check_not_quantised, load_config
+from secateur.models.loading import LoadOptions, load, skeleton
 from secateur.models.manifest import write_manifest
+from secateur.models.silence import quiet
+from secateur.models.sources import resolve
+from secateur.models.tensors import plain_tensors
+from secateur.models.tokenizer import load_tokenizer, text_files
+from secateur.models.trust import runs_remote_code
 
 SCHEMES = ("weight-only", "dynamic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,7 +150,7 @@ def int8_copy(
         quantize_,
     )
 
-    check_unpacked(model.config)
+    check_not_quantised(model.config)
     _check_holdable(model)
     layers, left = _sorted_out(model)
     if not layers:
@@ -200,7 +194,7 @@ def export_int8_of(
     check_vacant(out, overwrite=overwrite)
     check_apart(resolve(model).path, out)
     source = resolve(model)
-    check_unpacked(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
+    check_not_quantised(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
     folder = source.path if source.kind == "folder" else None
     loaded = load(model, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)

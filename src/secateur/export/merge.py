@@ -19,16 +19,11 @@ from secateur.checkpoint.record import make_record, read_record
 from secateur.checkpoint.stock import save_again
 from secateur.errors import ExportError, ModelError
 from secateur.files import check_apart, check_vacant
-from secateur.models.loading import (
-    LoadOptions,
-    check_finite,
-    check_unpacked,
-    load,
-    load_config,
-    load_tokenizer,
-    resolve,
-    text_files,
-)
+from secateur.models.config import check_not_quantised, load_config
+from secateur.models.loading import LoadOptions, load
+from secateur.models.sources import resolve
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.recovery.lora import check_peft, loaded_adapter, merged
 
 SETTINGS_FILE = "adapter_config.json"
@@ -82,7 +77,7 @@ def merge_adapter(
     check_vacant(out, overwrite=overwrite)
     check_peft()
     weights = _weights(folder)
-    check_unpacked(load_config(base, trust_remote_code=loading.trust_remote_code), name=base)
+    check_not_quantised(load_config(base, trust_remote_code=loading.trust_remote_code), name=base)
     whole = load(base, dtype=loading.dtype, device="cpu", trust_remote_code=loading.trust_remote_code)
     path = resolve(base).path
     source = path if path is not None and path.is_dir() else None

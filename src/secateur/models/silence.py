@@ -1,19 +1,24 @@
-"""What other libraries say while they are imported: nothing that the user of ours could change.
+"""The messages and progress bars of other libraries, switched off for a while.
 
-Where torchao is installed, transformers imports it. It then logs which of its extensions were not built for this
-machine, and torch that two of torchao's enumerations are declared in an old way. Both are the concern of those who
-build them, and the first lines that a command writes to stderr must be its own.
+`secateur/__init__` imports this module first. Where torchao is installed, transformers imports it, and both then log
+what nobody but their makers can change; the first lines that a command writes to stderr must be its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Logger -> how the messages begin that are left out.
-SAID_ON_IMPORT = {
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+# Logger -> how the messages begin that are left out: extensions that were not built for this machine, and enumerations
+# of torchao that are declared in an old way.
+IMPORT_MESSAGES = {
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
     "torchao.kernel.intmm": ("Warning: Detected no triton",),
     "torch.utils._pytree": ("<enum ",),
@@ -21,25 +26,81 @@ SAID_ON_IMPORT = {
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
-    """While open, the messages above are left out; all others, and all loggers, are as they were.
+def silence_imports() -> Iterator[None]:
+    """Leave out the messages in `IMPORT_MESSAGES`, and no other.
 
-    >>> with hushed():
+    >>> with silence_imports():
     ...     logging.getLogger("torchao").warning("Failed to load an extension")
     """
 
-    def others(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(SAID_ON_IMPORT[record.name])
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(IMPORT_MESSAGES[record.name])
 
-    loggers = [logging.getLogger(name) for name in SAID_ON_IMPORT]
+    loggers = [logging.getLogger(name) for name in IMPORT_MESSAGES]
     for logger in loggers:
-        logger.addFilter(others)
+        logger.addFilter(is_other)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(others)
+            logger.removeFilter(is_other)
 
 
-with hushed():
+@contextmanager
+def silence_logger(name: str) -> Iterator[None]:
+    """Leave out all that a logger, and those below it, say short of a critical error.
+
+    >>> with silence_logger("transformers"):
+    ...     logging.getLogger("transformers").error("an odd value in a config")
+    """
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Switch off the messages and progress bars of transformers and the hub client, and restore both afterwards.
+
+    The switches belong to the process, not to a thread: other threads are silenced for that time, too.
+
+    >>> with quiet():
+    ...     transformers_logging.is_progress_bar_enabled()
+    False
+    """
+    loggers = (transformers_logging, hub_logging)
+    levels = [each.get_verbosity() for each in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
+    with _without_warnings():
+        transformers_logging.disable_progress_bar()  # the hub's, too
+    for each in loggers:
+        each.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.set_verbosity(level)
+        with _without_warnings():
+            if bars:
+                transformers_logging.enable_progress_bar()  # the hub's, too
+            if hub_bars:
+                enable_progress_bars()
+            else:
+                disable_progress_bars()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    # The hub client warns when its environment variable has the last word on progress bars.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+with silence_imports():
     importlib.import_module("transformers.modeling_utils")

@@ -24,7 +24,8 @@ from secateur import __version__, processes
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, SecateurError
 from secateur.files import atomic_folder, make_folder, read_json, read_tensors, write_json, write_tensors
-from secateur.models.loading import LoadOptions, resolve
+from secateur.models.loading import LoadOptions
+from secateur.models.sources import resolve
 from secateur.planning.allocation import Curve
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan_from_json

@@ -26,7 +26,6 @@ from secateur.data.calibration import (
     SELF,
     CalibrationOptions,
     calibration_windows,
-    check_positions,
     digest,
     self_written,
 )
@@ -37,19 +36,12 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError, PlanError
 from secateur.evaluation.timing import latency_table
 from secateur.files import check_apart, check_vacant
-from secateur.models.loading import (
-    LoadOptions,
-    check_finite,
-    check_unpacked,
-    has_weights,
-    load,
-    load_config,
-    load_on_meta,
-    load_tokenizer,
-    per_layer_model_class,
-    resolve,
-    text_files,
-)
+from secateur.models.config import check_not_quantised, check_positions, load_config, per_layer_model_class
+from secateur.models.loading import LoadOptions, load, load_on_meta
+from secateur.models.sources import resolve
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import load_tokenizer, text_files
+from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import (
     PASS_FOLDER,
     RunFolder,
@@ -140,7 +132,7 @@ def plan_model(
     sizes = plan(discovery, options, config=config, latency=table, trust_remote_code=loading.trust_remote_code)
     if sizes_only or not has_weights(model):
         return sizes
-    check_unpacked(config, name=model)
+    check_not_quantised(config, name=model)
     calibration = settled(calibration or calibration_for(preset), options)
     windows = _windows(model, config, options, calibration, loading)
 
@@ -195,7 +187,7 @@ def prune_model(
         raise ModelError(
             f"{model!r} has a config and no weights to cut; `secateur plan {model}` says what a cut leaves"
         )
-    check_unpacked(config, name=model)
+    check_not_quantised(config, name=model)
     with clock.stage("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     if given is not None:

@@ -29,15 +29,11 @@ from secateur.errors import CheckpointError, DataError, PlanError, SecateurError
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
 from secateur.files import atomic_file, make_folder, read_json, write_json
-from secateur.models.loading import (
-    LoadOptions,
-    check_finite,
-    check_unpacked,
-    load,
-    load_config,
-    load_tokenizer,
-    resolve,
-)
+from secateur.models.config import check_not_quantised, load_config
+from secateur.models.loading import LoadOptions, load
+from secateur.models.sources import resolve
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import recovery_key, run_key
 from secateur.pipeline.run import cut_loaded
 from secateur.planning.options import CutOptions, calibration_for, options_for, settled
@@ -151,7 +147,7 @@ def sweep(
     folder = _made(run / FOLDER)
     bars = bars or (lambda stage: nullcontext())
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
-    check_unpacked(config, name=model)
+    check_not_quantised(config, name=model)
     with bars("discover"):
         discovery = discover(model, trust_remote_code=loading.trust_remote_code)
     asked, refused = _asked(discovery, ratios, scores, presets, cut or {}, calibration or {})

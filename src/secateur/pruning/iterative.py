@@ -18,7 +18,7 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import PlanError
-from secateur.models.loading import runs_remote_code
+from secateur.models.trust import runs_remote_code
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup, groups_to_cut, plan
 from secateur.progress import Progress

@@ -22,7 +22,9 @@ from secateur.discovery.module_attributes import attributes_after, set_attribute
 from secateur.discovery.sizes import PrunedSizes, names_left, renamed
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
-from secateur.models.loading import check_unpacked, quiet, runs_remote_code
+from secateur.models.config import check_not_quantised
+from secateur.models.silence import quiet
+from secateur.models.trust import runs_remote_code
 from secateur.planning.plan import Plan
 
 
@@ -54,7 +56,7 @@ def prune(
     >>> prune(model, decided).config.ffn_dim
     12
     """
-    check_unpacked(model.config)
+    check_not_quantised(model.config)
     discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -27,7 +27,7 @@ from secateur.data.rows import IGNORED, Rows, collate
 from secateur.errors import CheckpointError, ModelError, TrainingError
 from secateur.evaluation.perplexity import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
 from secateur.files import write_tensors
-from secateur.models.loading import all_finite
+from secateur.models.tensors import all_finite
 from secateur.recovery.hidden_states import Counterparts, gathered, states_at
 
 SHARD_ROWS = 256  # of a file; a run that was killed goes on after the last whole one

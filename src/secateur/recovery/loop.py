@@ -21,7 +21,7 @@ from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.errors import TrainingError
 from secateur.evaluation.perplexity import evaluation_mode, perplexity
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 from secateur.progress import Progress
 from secateur.recovery.callbacks import SCORE, Shown, Steady, got_stuck
 from secateur.recovery.checkpoints import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import TrainingError
-from secateur.models.loading import quiet
+from secateur.models.silence import quiet
 
 EVERYWHERE = "all-linear"  # peft's word for every linear layer but the one that gives the logits
 FOLDER = "adapter"  # in a model's folder, where the adapter is kept

@@ -26,7 +26,10 @@ from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, TrainingError
 from secateur.evaluation.perplexity import encode
 from secateur.files import check_apart, check_vacant
-from secateur.models.loading import LoadOptions, check_unpacked, load_config, load_tokenizer, resolve
+from secateur.models.config import check_not_quantised, check_positions, load_config
+from secateur.models.loading import LoadOptions
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock
 from secateur.recovery.distillation import check_teacher
@@ -100,8 +103,8 @@ def prepare(
         check_plot()
     check_surroundings(options.track)
     config = load_config(pruned, trust_remote_code=loading.trust_remote_code)
-    check_unpacked(config, name=pruned)
-    _check_positions(config, data.max_length)
+    check_not_quantised(config, name=pruned)
+    check_positions(config, data.max_length, name="max_length")
     tokenizer = load_tokenizer(pruned, trust_remote_code=loading.trust_remote_code)
     teacher = _teacher(pruned, teacher, tokenizer, config, loading) if options.has_teacher else None
     with clock.stage("read"):
@@ -228,15 +231,6 @@ def _has_bf16(device: str) -> bool:
     has_products = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return has_products and (bool(torch.cpu._is_amx_tile_supported()) if is_x86 else True)
-
-
-def _check_positions(config: PreTrainedConfig, length: int) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < length:  # -1 and the like: there is no limit
-        raise DataError(
-            f"max_length={length} is longer than the model's {positions} positions. Expected at most as many "
-            f"tokens in a row: --max-length {positions}"
-        )
 
 
 def _enough(name: str, ids: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ from secateur.checkpoint.record import make_record, read_record
 from secateur.checkpoint.stock import save_again
 from secateur.data.options import DataOptions, split_weight
 from secateur.files import write_json
-from secateur.models.loading import LoadOptions, check_finite, load, resolve, text_files
+from secateur.models.loading import LoadOptions, load
+from secateur.models.sources import resolve
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import text_files
 from secateur.pipeline.cache import recovery_key, work_folder
 from secateur.planning.plan import Plan
 from secateur.progress import Clock, ProgressBars, peak_rss

@@ -27,7 +27,11 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.files import MODEL_MARK, write_json
-from secateur.models.loading import LoadOptions, check_finite, has_weights, load, load_config, text_files
+from secateur.models.config import load_config
+from secateur.models.loading import LoadOptions, load
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import text_files
+from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import recovery_key, work_folder
 from secateur.pipeline.run import may_be_free, prune_model, unplaced_in
 from secateur.planning.options import CutOptions, calibration_for, options_for

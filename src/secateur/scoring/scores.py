@@ -22,7 +22,6 @@ from secateur.data.calibration import (
     SELF,
     CalibrationOptions,
     calibration_windows,
-    check_positions,
     digest,
     self_written,
 )
@@ -31,7 +30,7 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError, ScoreError, did_you_mean
 from secateur.files import read_tensors, write_tensors
-from secateur.models.loading import check_unpacked
+from secateur.models.config import check_not_quantised, check_positions
 from secateur.progress import Progress
 from secateur.scoring.statistics import (
     Salience,
@@ -191,7 +190,7 @@ def score(
     torch.Size([24])
     """
     known(name, SCORES, "score")
-    check_unpacked(model.config)
+    check_not_quantised(model.config)
     discovery = discovery or discover(model)
     reduce = reduce or SCORES[name].reduce
     known(reduce, REDUCTIONS, "reduction")

@@ -1,0 +1,224 @@
+"""MODEL -> its config, and what a config says: the class of the model, packed weights, the number of positions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from secateur.errors import DataError, ModelError
+from secateur.models.gguf import gguf_reader
+from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
+from secateur.models.silence import quiet
+from secateur.models.sources import DEMO, check_unchanged, loader_arguments, resolve
+from secateur.models.trust import model_errors
+
+MOST_BLOCKS = 10_000  # layers or experts that a config may name: each costs milliseconds to build, on `meta` too
+_BLOCKS = re.compile(r"n(um)?_\w*(layer|expert|block)s?")
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the config of a causal language model; a GGUF's metadata becomes an ordinary, unquantised config.
+
+    With `trust_remote_code` the Python files beside the config may run. Raises `ModelError` when there is none, when
+    it cannot be read, when it needs such files and they are not trusted, or when its model type is not a causal
+    language model.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AutoConfig.for_model("opt", num_hidden_layers=3).save_pretrained(folder)
+    ...     load_config(folder).num_hidden_layers
+    3
+    """
+    return _text_part(whole_config(model, trust_remote_code=trust_remote_code))
+
+
+def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read a config as `load_config` does, with the parts around the language model that the file may describe."""
+    source = resolve(model)
+    location, options = loader_arguments(source)
+    check_unchanged(source, lambda name: name == "config.json")
+    errors = model_errors(source, "its config cannot be read", trust_remote_code=trust_remote_code)
+    with quiet(), gguf_reader(), errors:
+        written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
+        _check_blocks(written)
+        if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
+            return _per_layer_config(written)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise ModelError(
+            f"{model!r}: model type {config.model_type!r} is not a causal language model. Expected a model that "
+            f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
+        )
+    return config
+
+
+def _check_blocks(written: Any, prefix: str = "") -> None:
+    """Raise ValueError for more layers or experts than any model has: to build them would take hours."""
+    for name, value in written.items() if isinstance(written, dict) else ():
+        if isinstance(value, dict) and not prefix:
+            _check_blocks(value, f"{name}.")
+        elif type(value) is int and value > MOST_BLOCKS and _BLOCKS.fullmatch(str(name)):
+            raise ValueError(f"{prefix}{name}={value}, and no model has more than {MOST_BLOCKS}")
+
+
+def _text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config that the causal language model has: where that is a part of a larger model, the part's."""
+    model_class = causal_class(config) if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    text = config.sub_configs.get("text_config")
+    if model_class is not None and text is not None and model_class.config_class == text:
+        return config.get_text_config()
+    return config
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that AutoModelForCausalLM builds for a config, or else the one beside it that takes such a config.
+
+    >>> causal_class(AutoConfig.for_model("opt")) is transformers.OPTForCausalLM
+    True
+    """
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # declared as if it held pairs of classes
+    if type(config) in mapping:
+        return cast(type[PreTrainedModel], mapping[type(config)])
+    package = type(config).__module__.rpartition(".")[0]
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if package.endswith(f".{model_type_to_module_name(model_type)}"):
+            model_class = mapping[CONFIG_MAPPING[model_type]]
+            if model_class.config_class is type(config):
+                return cast(type[PreTrainedModel], model_class)
+    return None
+
+
+def takes(model_class: Any, config_class: Any) -> bool:
+    """Whether a model class of transformers is made from such configs: its own, or those that the auto class gives it.
+
+    >>> takes(transformers.OPTForCausalLM, transformers.OPTConfig)
+    True
+    >>> takes(transformers.OPTForCausalLM, transformers.BertConfig)
+    False
+    """
+    if getattr(model_class, "config_class", None) is config_class:
+        return True
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return config_class in mapping and mapping[config_class] is model_class
+
+
+def _per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a per-layer model, for our own class: no code that lies beside it is run."""
+    stock_type = written["model_type"].removeprefix(f"{PER_LAYER}_")
+    if stock_type not in CONFIG_MAPPING:
+        raise ValueError(f"{PER_LAYER} of the model type {stock_type!r}, which transformers does not know")
+    stock = CONFIG_MAPPING[stock_type]
+    config: PreTrainedConfig = per_layer_class(stock).from_dict(written)
+    about = getattr(config, PER_LAYER)
+    architecture = about.get("architecture") if isinstance(about, dict) else None
+    model_class = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    if model_class is None or not takes(model_class, stock):
+        raise ValueError(f"{PER_LAYER}, architecture: {architecture!r:.60} is no model class of transformers for it")
+    module = per_layer_class.__module__.rpartition(".")[2]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{type(config).__name__}",
+        "AutoModelForCausalLM": f"{module}.{per_layer_class(model_class, stock).__name__}",
+    }
+    return config
+
+
+def per_layer_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Our class for the config of a per-layer model, which needs no remote code; None for any other config.
+
+    >>> per_layer_model_class(AutoConfig.for_model("bert")) is None
+    True
+    """
+    if type(config).__module__ != per_layer_class.__module__:
+        return None
+    stock = type(config).__mro__[1]
+    model_class = getattr(transformers, getattr(config, PER_LAYER)["architecture"])
+    return cast(type[PreTrainedModel], per_layer_class(model_class, stock))
+
+
+def register(model: str) -> None:
+    """Let the Auto classes of transformers read per-layer models such as MODEL without remote code, in this process.
+
+    For programs that load by `AutoModelForCausalLM` themselves: afterwards it builds such models with the classes that
+    we have, and runs nothing that lies in a folder. Raises `ModelError` for a model that needs nothing of the kind.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AutoConfig.for_model("opt").save_pretrained(folder)
+    ...     register(folder)
+    Traceback (most recent call last):
+    secateur.errors.ModelError: ... has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is
+    """
+    config = load_config(model)
+    model_class = per_layer_model_class(config)
+    if model_class is None:
+        raise ModelError(f"{model!r} has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is")
+    AutoConfig.register(config.model_type, type(config), exist_ok=True)
+    AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
+
+
+# --- what a config says -----------------------------------------------------------------------------------------------
+
+
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """How the weights of a model with this config are packed, as its quantiser is called; None where they are not.
+
+    >>> quantisation(AutoConfig.for_model("opt", quantization_config={"quant_method": "gptq"}))
+    'gptq'
+    """
+    about = getattr(config, "quantization_config", None)
+    if about is None:
+        return None
+    method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def check_not_quantised(config: PreTrainedConfig, *, name: str | None = None) -> None:
+    """Raise `ModelError` for the config of a quantised model: the packed weights of most formats cannot be cut.
+
+    >>> check_not_quantised(AutoConfig.for_model("opt"))
+    """
+    method = quantisation(config)
+    if method is not None:
+        name = name or config.name_or_path or config.model_type
+        raise ModelError(
+            f"{name!r} is quantised ({method}), and packed weights cannot be scored, cut or packed again. "
+            f"Prune the model that it was made from and quantise the result; `secateur plan {name} --sizes-only` "
+            "says what a cut leaves"
+        )
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The number of tokens that a model has positions for; None where there is no limit.
+
+    >>> max_positions(AutoConfig.for_model("opt", max_position_embeddings=8))
+    8
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None  # -1 and the like: no limit
+
+
+def check_positions(config: PreTrainedConfig, length: int, *, name: str = "length") -> None:
+    """Raise `DataError` when samples of `length` tokens are longer than the positions of the config's model.
+
+    `name` is that of the option which sets the length.
+
+    >>> check_positions(AutoConfig.for_model("opt", max_position_embeddings=8), 9)
+    Traceback (most recent call last):
+    secateur.errors.DataError: length=9 is longer than the model's 8 positions. Expected at most length=8 (--length 8)
+    """
+    positions = max_positions(config)
+    if positions is not None and length > positions:
+        flag = f"--{name.replace('_', '-')}"
+        raise DataError(
+            f"{name}={length} is longer than the model's {positions} positions. Expected at most {name}={positions} "
+            f"({flag} {positions})"
+        )

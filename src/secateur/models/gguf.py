@@ -1,0 +1,66 @@
+"""What the GGUF reader of transformers lacks: it parses a file once, and shows no progress bar."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def gguf_reader() -> Iterator[None]:
+    """Let transformers read GGUF files silently, and parse a file once for its config, tokenizer and weights.
+
+    By itself transformers parses the file for each of them, which takes seconds for a vocabulary, and maps the names
+    of its tensors anew for every module.
+    """
+    gguf = _module("gguf")  # without it transformers says what is to be installed
+    reader = _module("transformers.modeling_gguf_pytorch_utils")  # a later transformers may do without that module
+    with (
+        _replaced(gguf, "GGUFReader", _read_once),
+        _replaced(gguf, "get_tensor_name_map", functools.cache),
+        _replaced(reader, "tqdm", lambda tqdm: functools.partial(tqdm, disable=True)),
+    ):
+        yield
+
+
+def forget_gguf() -> None:
+    """Release the file that was parsed last: after its weights it is seldom read, and it takes memory."""
+    _parse.cache_clear()
+
+
+def _module(name: str) -> Any:
+    with suppress(ImportError):
+        return importlib.import_module(name)
+    return None
+
+
+@contextmanager
+def _replaced(module: Any, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace an attribute of a module, where there is one, and put it back."""
+    original = getattr(module, name, None)
+    if original is None:
+        yield
+        return
+    setattr(module, name, change(original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _read_once(parser: Callable[[str], Any]) -> Callable[[str | os.PathLike[str]], Any]:
+    def read(path: str | os.PathLike[str]) -> Any:
+        state = Path(path).stat()
+        return _parse(parser, os.fspath(path), (state.st_ino, state.st_mtime_ns, state.st_size))
+
+    return read
+
+
+@functools.lru_cache(maxsize=1)
+def _parse(parser: Callable[[str], Any], path: str, _: tuple[int, ...]) -> Any:
+    return parser(path)

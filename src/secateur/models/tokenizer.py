@@ -1,0 +1,98 @@
+"""MODEL -> its tokenizer, and the files that tokenizer and processors are read from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from secateur.errors import ModelError
+from secateur.models.folder_files import TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
+from secateur.models.gguf import gguf_reader
+from secateur.models.silence import quiet
+from secateur.models.sources import DEMO, check_unchanged, hub_options, loader_arguments, resolve
+from secateur.models.trust import model_errors
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of MODEL, with its chat template. Raises `ModelError` when there is none.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import AutoConfig, PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"?": 0, "prune": 1}, unk_token="?"))
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AutoConfig.for_model("opt").save_pretrained(folder)
+    ...     _ = PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    ...     load_tokenizer(folder)("prune").input_ids
+    [1]
+    """
+    source = resolve(model)
+    if source.kind == "config":
+        raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
+    location, options = loader_arguments(source)
+    check_unchanged(source, lambda name: name == "config.json" or is_tokenizer_file(name))  # the config names a class
+    errors = model_errors(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code)
+    with quiet(), gguf_reader(), errors:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=trust_remote_code, **options
+        )
+    if tokenizer.vocab_size == 0:  # what transformers makes of a folder without any tokenizer file
+        raise ModelError(
+            f"{model!r}: no tokenizer can be loaded; there is no vocabulary. Expected tokenizer.json or the vocabulary "
+            "files of the model's family; copy them from the model that this one was made from."
+        )
+    return tokenizer
+
+
+def text_files(model: str, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Path]:
+    """The files of MODEL that its tokenizer, chat template and processors are read from, by name; a GGUF has none.
+
+    With its tokenizer, those that its class names, too.
+
+    >>> text_files("demo")
+    {}
+    """
+    source = resolve(model)
+    named = {name for name in getattr(tokenizer, "vocab_files_names", {}).values() if isinstance(name, str)}
+    names = sorted(TOKENIZER_FILES | named)
+    if source.kind == "hub":
+        cached = {name: _cached(model, name) for name in names}
+        return {name: path for name, path in cached.items() if path is not None}
+    if source.kind != "folder" or source.path is None:
+        return {}
+    names += [f"{TEMPLATES}{path.name}" for path in source.path.glob(f"{TEMPLATES}*")]
+    return {name: source.path / name for name in names if _is_in(source.path, name)}
+
+
+def _is_in(folder: Path, name: str) -> bool:
+    """Whether a file lies in a folder, or is a link to where the cache of the hub keeps what is in its folders.
+
+    A copy of what any other link leads to may be published with a model, and be a secret.
+    """
+    path = folder / name
+    homes = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        homes.append(folder.resolve().parent.parent / "blobs")
+    inside = any(path.resolve().is_relative_to(home) for home in homes)
+    if path.is_file() and not inside:
+        logger.warning("%s is a link out of its folder, and is not carried over: put a copy in its place", path)
+    return path.is_file() and inside
+
+
+def _cached(model: str, name: str) -> Path | None:
+    """A file of a model of the hub, where it has one."""
+    with quiet():
+        path = cached_file(
+            model,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+            **hub_options(),
+        )
+    return None if path is None else Path(path)
