@@ -542,7 +542,7 @@ class TestDataSet:
 
     def test_whatever_fails_is_one_line(self, datasets: ModuleType) -> None:
         def load_dataset(*_: object, **__: object) -> None:
-            raise ConnectionError("the hub\n\nis far away")
+            raise ConnectionError("the hub\nis far away")
 
         datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
         with pytest.raises(
