@@ -20,6 +20,7 @@ from secateur.data.calibration import demo_texts
 from secateur.evaluation.perplexity import Perplexity, evaluate, read_evaluation_text
 from secateur.evaluation.profile import Profile, profile
 from secateur.export.int8 import SCHEMES, export_int8
+from secateur.export.options import Int8Options
 from secateur.models.loading import load
 from secateur.models.sources import DEMO
 from secateur.models.tokenizer import load_tokenizer
@@ -77,8 +78,8 @@ def main() -> None:
             export_int8(
                 load(str(pruned), device="cpu"),
                 out,
+                Int8Options(dynamic=scheme == "dynamic"),
                 tokenizer=tokenizer,
-                dynamic=scheme == "dynamic",
                 source=pruned,
                 overwrite=True,
             )

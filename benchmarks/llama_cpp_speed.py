@@ -17,35 +17,38 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from llama_cpp import Llama
+from llama_cpp_py_sync import Llama
 from rich.console import Console
 from rich.table import Table
 
 from secateur import export_gguf, load, load_tokenizer
-from secateur.export.gguf_file import Exported
+from secateur.export.gguf_file import GgufResult
+from secateur.export.options import GgufOptions, GgufType
 from secateur.files import write_json
 
 
-def write_files(model: str, types: list[str], folder: Path, label: str) -> dict[str, Exported]:
+def write_files(model: str, types: list[str], folder: Path, label: str) -> dict[str, GgufResult]:
     """Export a model in every type."""
     loaded, tokenizer = load(model, device="cpu"), load_tokenizer(model)
     return {
-        dtype: export_gguf(loaded, tokenizer, folder / f"{label}-{dtype}.gguf", dtype=dtype, check=False)
+        dtype: export_gguf(
+            loaded, tokenizer, folder / f"{label}-{dtype}.gguf", GgufOptions(cast(GgufType, dtype), check=False)
+        )
         for dtype in types
     }
 
 
 def measure(engine: Any, prompt: list[int], new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Tokens per second of reading the prompt and of writing after it."""
-    engine.reset()
+    engine._clear_context_state()  # the binding has no public call that reads tokens and samples none
     start = clock()
-    engine.eval(prompt)
+    place = engine._eval_tokens(prompt, 0)
     read = clock()
     for token in prompt[:new_tokens]:  # which ones does not matter to the speed, and so all files write the same
-        engine.eval([token])
+        place = engine._eval_tokens([token], place)
     end = clock()
     return len(prompt) / (read - start), new_tokens / (end - read)
 
@@ -88,12 +91,11 @@ def main() -> None:
                 n_threads=options.threads,
                 n_threads_batch=options.threads,
                 n_gpu_layers=0,
-                flash_attn=True,  # as llama.cpp's own programs do where they can
-                verbose=False,
+                flash_attn_type=1,  # on, as in llama.cpp's own programs
             )
             for key in keys
         }
-        words = min(engine.n_vocab() for engine in engines.values())
+        words = min(engine.n_vocab for engine in engines.values())
         prompt = np.random.default_rng(options.seed).integers(100, words, options.prompt).tolist()
         speeds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in keys}
         for number in range(options.rounds + 1):

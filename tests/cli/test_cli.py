@@ -623,10 +623,15 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "JSON is a folder": ("tiny is a folder, and a file is to be written", (*PRUNE, "--json", "tiny")),
     "plan without a parent": ("no/p.json: the folder .*/no does not exist", ("plan", "tiny", "--out", "no/p.json")),
     "demo exists": ("tiny exists", ("demo", "--out", "tiny")),
-    "export to nothing": ("out: say what to write, --gguf TYPE or --int8", ("export", "tiny", "out")),
-    "export dynamic what": ("--dynamic is how int8 products are computed", ("export", "tiny", "out", "--dynamic")),
-    "export both": ("--int8 writes a folder, and", ("export", "tiny", "out", "--int8", "--gguf", "f16")),
-    "export int8 to a file": ("--int8 writes a folder, and", ("export", "tiny", "out.gguf", "--int8")),
+    "export to nothing": ("out: no format to write. Expected --gguf TYPE or --int8", ("export", "tiny", "out")),
+    "export both": (
+        "--int8 writes a folder, and --gguf a .gguf file",
+        ("export", "tiny", "out", "--int8", "--gguf", "f16"),
+    ),
+    "export int8 to a file": (
+        "--int8 writes a folder, and --gguf a .gguf file",
+        ("export", "tiny", "out.gguf", "--int8"),
+    ),
     "export what is packed": (
         r"'packed' is quantised \(gptq\), and packed weights cannot be scored, cut or packed again",
         ("export", "packed", "out", "--int8", "--dynamic"),

@@ -29,6 +29,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import secateur.export.check
 import secateur.export.gguf_file
+import secateur.export.llama_cpp
 import secateur.export.tensors
 from families import family_model
 from secateur import CutOptions, discover, export_gguf, load, load_tokenizer, prune, save
@@ -36,8 +37,11 @@ from secateur.cli.main import run
 from secateur.data.calibration import demo_texts
 from secateur.errors import CheckpointError, ExportError
 from secateur.export.architectures import TABLE, architecture, known_types, type_of
-from secateur.export.gguf_file import TYPES, Exported
-from secateur.export.tensors import resize, take_apart
+from secateur.export.gguf_file import GgufResult as Exported
+from secateur.export.mapping import map_model as take_apart
+from secateur.export.options import GgufOptions
+from secateur.export.padding import pad_layers as resize
+from secateur.export.tensors import TYPES
 from secateur.export.vocabulary import known_pre_tokenizers, vocabulary
 from secateur.models.silence import quiet
 from secateur.planning.plan import Plan, PlannedGroup
@@ -143,7 +147,7 @@ def some(cases: Iterable[str]) -> list[Any]:
 @pytest.fixture
 def engine() -> None:
     """Skips where llama.cpp cannot be asked."""
-    pytest.importorskip("llama_cpp", reason="runs files in llama.cpp: pip install 'secateur[gguf]'")
+    pytest.importorskip("llama_cpp_py_sync", reason="runs files in llama.cpp: pip install 'secateur[gguf]'")
 
 
 @functools.cache
@@ -153,7 +157,10 @@ def case_model(case: str) -> PreTrainedModel:
 
 
 def write(model: PreTrainedModel, out: Path, **options: Any) -> Exported:
-    return export_gguf(model, tiny_tokenizer(), out, **{"dtype": "f32", "check": False, **options})
+    rest = {name: options.pop(name) for name in ("overwrite", "progress") if name in options}
+    if "dtype" in options:
+        options["gguf"] = options.pop("dtype")
+    return export_gguf(model, tiny_tokenizer(), out, GgufOptions(**{"gguf": "f32", "check": False, **options}), **rest)
 
 
 def uneven(model: PreTrainedModel) -> Plan:
@@ -283,7 +290,7 @@ class TestSizes:
         written = write(cut, tmp_path / "m.gguf", pad=True, check=True)
         assert written.architecture == CASES[case][0]
         assert written.parameters == sum(weight.numel() for weight in cut.parameters()) + written.added
-        assert f"{written.added:,} zeros fill layers up" in written.notes[-1]
+        assert f"{written.added:,} zeros pad layers" in written.notes[-1]
         agree(written)
 
     @pytest.mark.parametrize("case", NOT_UNEVEN)
@@ -298,7 +305,7 @@ class TestSizes:
 
     def test_a_norm_of_all_heads(self, tmp_path: Path) -> None:
         model = case_model("olmo2")
-        with pytest.raises(ExportError, match="layer 1: attn_q_norm is taken over all heads at once"):
+        with pytest.raises(ExportError, match="layer 1: attn_q_norm normalises all heads together"):
             write(prune(model, uneven(model)), tmp_path / "m.gguf", pad=True)
 
     def test_sizes_are_said_for_each_layer(self, tmp_path: Path) -> None:
@@ -392,9 +399,7 @@ class TestTypes:
         assert "blk.0.ffn_down.weight" not in written.plain
 
     def test_no_row_divides_into_blocks(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            ExportError, match=r"q8_0 wants rows of multiples of 32 numbers, and the hidden width is 50,"
-        ):
+        with pytest.raises(ExportError, match=r"q8_0 stores rows in blocks of 32 numbers, and the hidden width is 50,"):
             write(
                 tiny_model(hidden_size=50, num_attention_heads=5, num_key_value_heads=5),
                 tmp_path / "m.gguf",
@@ -429,14 +434,14 @@ class TestTypes:
     def test_one_tensor_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """No weight is read before the file is open, and none twice."""
         read: list[str] = []
-        plain = secateur.export.gguf_file._stored
+        plain = secateur.export.tensors.encode
 
         def note(name: str, values: torch.Tensor, kind: str) -> Any:
             assert names(tmp_path) == [f".m.gguf.{os.getpid()}.partial"]
             read.append(name)
             return plain(name, values, kind)
 
-        monkeypatch.setattr(secateur.export.gguf_file, "_stored", note)
+        monkeypatch.setattr(secateur.export.gguf_file, "encode", note)
         done: list[tuple[int, int]] = []
         write(tiny_model(), tmp_path / "m.gguf", progress=lambda *step: done.append(step))
         assert len(read) == len(set(read)) == 3 * 9 + 3
@@ -447,7 +452,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("family", "changes", "match"),
         [
-            ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot be said in a GGUF file: .* with 'silu'"),
+            ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot be written to a GGUF file: .* with 'silu'"),
             ("qwen3", {"attention_bias": True}, "it has no bias for attn_k, attn_output, attn_q, attn_v"),
             ("gemma2", {"query_pre_attn_scalar": 10, **WINDOWS}, "query_pre_attn_scalar = 10 .* by the root of 24"),
             (
@@ -462,12 +467,12 @@ class TestRefused:
             ),
             ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 4}, "norm_topk_prob = False .* computes with True"),
             ("stablelm", {"qk_layernorm": True, "head_dim": None}, "GGUF has no name for the weight .*layernorm"),
-            ("llama", rope("dynamic", factor=2.0), "rope_type 'dynamic' cannot be said .* 'llama'"),
-            ("qwen3", LLAMA3, "rope_type 'llama3' cannot be said in a GGUF file for the architecture 'qwen3'"),
+            ("llama", rope("dynamic", factor=2.0), "rope_type 'dynamic' cannot be written .* 'llama'"),
+            ("qwen3", LLAMA3, "rope_type 'llama3' cannot be written to a GGUF file for the architecture 'qwen3'"),
             (
                 "llama",
                 rope("yarn", factor=2.0, beta_fast=16, original_max_position_embeddings=64),
-                "rope_type 'yarn' that sets beta_fast cannot be said",
+                "rope_type 'yarn' that sets beta_fast cannot be written",
             ),
             (
                 "gemma",
@@ -478,7 +483,7 @@ class TestRefused:
             (
                 "opt",
                 {},
-                r"model type 'opt' cannot be written as GGUF: .* Written are cohere, gemma, .*convert_hf_to_gguf",
+                r"model type 'opt' cannot be written as GGUF: .* Expected one of cohere, gemma, .*convert_hf_to_gguf",
             ),
         ],
     )
@@ -504,7 +509,7 @@ class TestRefused:
 
     def test_a_quantised_model(self) -> None:
         config = AutoConfig.for_model("llama", quantization_config={"quant_method": "gptq", "bits": 4})
-        with pytest.raises(ExportError, match="the model is quantised already"):
+        with pytest.raises(ExportError, match="the model is quantized already"):
             type_of(config)
 
     def test_a_type(self, tmp_path: Path) -> None:
@@ -532,7 +537,7 @@ class TestRefused:
         attention: Any = model.get_submodule("model.layers.2.self_attn")
         attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :80])
         with pytest.raises(
-            ExportError, match="layer 2: 80 numbers of queries and 48 of keys are no heads of 16 in groups"
+            ExportError, match="layer 2: query width 80 and key width 48 do not divide into heads of 16"
         ):
             write(model, tmp_path / "m.gguf")
 
@@ -540,7 +545,7 @@ class TestRefused:
         config = AutoConfig.for_model("qwen2", **EVEN)
         model = family_model(config, dtype=torch.float32)
         model.config.sliding_window, model.config.layer_types = 8, ["full_attention", "chunked_attention"] * 2
-        with pytest.raises(ExportError, match="no word for layers of the kind chunked_attention"):
+        with pytest.raises(ExportError, match="no key for layers of the kind chunked_attention"):
             write(model, tmp_path / "m.gguf")
 
     def test_heads_rotated_by_two_tables(self, tmp_path: Path) -> None:
@@ -552,9 +557,7 @@ class TestRefused:
     def test_heads_that_never_fill_the_hidden_width(self) -> None:
         parts = take_apart(case_model("starcoder2"), type_of(case_model("starcoder2").config))
         narrow = dataclasses.replace(parts, head_dim=25)
-        with pytest.raises(
-            ExportError, match=r"of 25 numbers, cannot be filled up to the hidden width of 96; .*--axes mlp"
-        ):
+        with pytest.raises(ExportError, match=r"of size 25, cannot be padded to the hidden width of 96; .*--axes mlp"):
             resize(narrow, architecture("starcoder2"))
 
 
@@ -577,7 +580,7 @@ class TestFile:
             write(tiny_model(), tmp_path / "no" / "m.gguf")
 
     def test_it_is_named_otherwise(self, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match=r"m\.bin is not named as a GGUF file is; name it .*m\.bin\.gguf"):
+        with pytest.raises(ExportError, match=r"m\.bin does not end in \.gguf; name it .*m\.bin\.gguf"):
             write(tiny_model(), tmp_path / "m.bin")
 
     def test_it_cannot_be_written(self) -> None:
@@ -586,7 +589,7 @@ class TestFile:
 
     def test_a_failure_leaves_what_was_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "m.gguf").write_text("before")
-        monkeypatch.setattr(secateur.export.gguf_file, "_stored", lambda *_: 1 / 0)
+        monkeypatch.setattr(secateur.export.gguf_file, "encode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write(tiny_model(), tmp_path / "m.gguf", overwrite=True)
         assert names(tmp_path) == ["m.gguf"]
@@ -648,14 +651,14 @@ class TestCheck:
 
     @pytest.mark.usefixtures("engine")
     def test_a_file_that_does_not_load(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        plain = secateur.export.tensors.put_together
+        plain = secateur.export.tensors.file_tensors
 
         def forget(*arguments: Any) -> dict[str, Any]:
             found = plain(*arguments)
             del found["blk.1.ffn_up.weight"]
             return found
 
-        monkeypatch.setattr(secateur.export.gguf_file, "put_together", forget)
+        monkeypatch.setattr(secateur.export.gguf_file, "file_tensors", forget)
         with pytest.raises(ExportError, match=r"llama\.cpp does not load the file"):
             write(case_model("llama"), tmp_path / "m.gguf", check=True)
         assert names(tmp_path) == []
@@ -664,7 +667,9 @@ class TestCheck:
     def test_words_that_are_split_otherwise(self, tmp_path: Path) -> None:
         tokenizer = level_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         with pytest.raises(ExportError, match=r"llama\.cpp splits '.*' into other tokens .*--pre NAME"):
-            export_gguf(tiny_model(vocab_size=400), tokenizer, tmp_path / "m.gguf", pre="smollm", check=True)
+            export_gguf(
+                tiny_model(vocab_size=400), tokenizer, tmp_path / "m.gguf", GgufOptions(pre="smollm", check=True)
+            )
         assert names(tmp_path) == []
 
     @pytest.mark.usefixtures("engine")
@@ -758,7 +763,9 @@ class TestVocabulary:
     @pytest.mark.usefixtures("engine")
     def test_words_are_split_alike(self, name: str, tmp_path: Path) -> None:
         tokenizer = WORDS[name]()
-        written = export_gguf(tiny_model(vocab_size=410), tokenizer, tmp_path / "m.gguf", dtype="f32", check=True)
+        written = export_gguf(
+            tiny_model(vocab_size=410), tokenizer, tmp_path / "m.gguf", GgufOptions("f32", check=True)
+        )
         assert written.pre == name
         agree(written)
         assert fields(tmp_path / "m.gguf")["tokenizer.ggml.pre"] == name
@@ -767,7 +774,7 @@ class TestVocabulary:
     @pytest.mark.usefixtures("engine")
     def test_pieces(self, kind: str, prefix: bool, tmp_path: Path) -> None:
         model = tiny_model(vocab_size=640)
-        written = export_gguf(model, piece_tokenizer(kind), tmp_path / "m.gguf", dtype="f32", check=True)
+        written = export_gguf(model, piece_tokenizer(kind), tmp_path / "m.gguf", GgufOptions("f32", check=True))
         assert written.checked is not None
         # A text that begins with a space gets no second one from the scheme "first", and from llama.cpp it does.
         assert all(text.startswith(" ") for text in written.checked.other_tokens)
@@ -884,7 +891,7 @@ class TestCommand:
         assert run(command) == 0
         shown = capsys.readouterr()
         assert shown.err == ""
-        assert "texts split alike        │ 15 of 15" in shown.out
+        assert "texts tokenized alike    │ 15 of 15" in shown.out
         checked = json.loads((tmp_path / "m.json").read_text())["checked"]
         assert checked["difference"] < 1e-4
         assert run([*command, "--overwrite", "--quiet"]) == 0
@@ -893,8 +900,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            (("out.bin",), r"out\.bin: say what to write, --gguf TYPE or --int8, or name the file out\.bin\.gguf"),
-            (("out.bin", "--gguf", "f16"), r"out\.bin is not named as a GGUF file is"),
+            (
+                ("out.bin",),
+                r"out\.bin: no format to write\. Expected --gguf TYPE or --int8, or a file named out\.bin\.gguf",
+            ),
+            (("out.bin", "--gguf", "f16"), r"out\.bin does not end in \.gguf"),
             (("out.gguf", "--gguf", "f17"), "--gguf f17: no such type"),
             (("no/out.gguf",), "does not exist; make it first: mkdir -p"),
         ],
@@ -909,7 +919,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("secateur.cli.folders.load", lambda *_, **__: pytest.fail("weights were read"))
+        monkeypatch.setattr("secateur.export.source.load", lambda *_, **__: pytest.fail("weights were read"))
         assert run(["export", str(tiny), *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("secateur: error: ")
@@ -932,7 +942,7 @@ def test_the_demo_cut_to_layers_of_many_sizes(tmp_path: Path, capsys: pytest.Cap
 
     torch computes in float32 with the matrices rounded to float16, as the file holds them.
     """
-    pytest.importorskip("llama_cpp", reason="runs files in llama.cpp: pip install 'secateur[gguf]'")
+    pytest.importorskip("llama_cpp_py_sync", reason="runs files in llama.cpp: pip install 'secateur[gguf]'")
     cut = str(tmp_path / "cut")
     assert run(["prune", "demo", cut, "--preset", "fast", "--shape", "free", "--quiet"]) == 0
     for dtype in ("f16", "q8_0"):
@@ -948,7 +958,7 @@ def test_the_demo_cut_to_layers_of_many_sizes(tmp_path: Path, capsys: pytest.Cap
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.copy_(weight.half().float())
-    engine = secateur.export.check.Engine(tmp_path / "f16.gguf", context=64)
+    engine = secateur.export.llama_cpp.Engine(tmp_path / "f16.gguf", context=64)
     try:
         for prompt in secateur.export.check.PROMPTS:
             ids = tokenizer(prompt).input_ids
@@ -957,7 +967,7 @@ def test_the_demo_cut_to_layers_of_many_sizes(tmp_path: Path, capsys: pytest.Cap
             torchs = plain.generate(
                 torch.tensor([ids]), max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0
             )[0, len(ids) :].tolist()
-            assert engine.continued(ids, 16)[0] == torchs
+            assert engine.greedy(ids, 16)[0] == torchs
     finally:
         engine.close()
     assert capsys.readouterr().err == ""

@@ -13,19 +13,20 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_recover import TEXT, farthest
 
 from secateur import SecateurError, load, verify
 from secateur.checkpoint.record import read_record
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import CheckpointError, ExportError, TrainingError
 from secateur.export.merge import merge_adapter
+from secateur.export.options import MergeOptions
 from secateur.models.silence import quiet
 from secateur.pipeline.run import prune_model
 from secateur.planning.plan import read_plan
 from tiny import names, write_tiny
 
 IDS = torch.arange(40)[None]
+TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
 
 
 def write_adapter(base: str, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
@@ -88,7 +89,11 @@ class TestMerged:
     def test_it_computes_what_both_do(self, base: str, named: bool, place: Path) -> None:
         adapter = write_adapter(base, place / "adapter")
         before = hashlib.sha256(Path(base, "model.safetensors").read_bytes()).hexdigest()
-        done = merge_adapter(base, "here/out", adapter=adapter) if named else merge_adapter("here/adapter", "here/out")
+        done = (
+            merge_adapter(base, "here/out", MergeOptions(adapter))
+            if named
+            else merge_adapter("here/adapter", "here/out")
+        )
         assert hashlib.sha256(Path(base, "model.safetensors").read_bytes()).hexdigest() == before
         expected = applied(base, adapter)
         assert torch.allclose(logits_of("here/out"), expected, atol=1e-5)
@@ -125,7 +130,7 @@ class TestMerged:
         write_adapter("here/half", place / "adapter")
         merge_adapter("here/adapter", "here/out")
         assert {weight.dtype for weight in load_file(place / "out/model.safetensors").values()} == {torch.bfloat16}
-        assert farthest("here/out", "here/half") > 0
+        assert not torch.equal(logits_of("here/out"), logits_of("here/half"))
 
 
 def spoil(folder: Path, **changes: Any) -> None:
@@ -138,11 +143,16 @@ class TestRefused:
     """One line, and nothing left behind."""
 
     def check(
-        self, error: type[SecateurError], match: str, place: Path, model: str = "here/adapter", **given: Any
+        self,
+        error: type[SecateurError],
+        match: str,
+        place: Path,
+        model: str = "here/adapter",
+        adapter: Path | None = None,
     ) -> None:
         before = names(place)
         with pytest.raises(error, match=match):
-            merge_adapter(model, "here/out", **given)
+            merge_adapter(model, "here/out", MergeOptions(adapter))
         assert names(place) == before
 
     def test_a_pickle(self, place: Path) -> None:
@@ -168,7 +178,7 @@ class TestRefused:
 
     def test_no_base(self, place: Path) -> None:
         spoil(write_adapter("free", place / "adapter"), base_model_name_or_path=None)
-        self.check(ExportError, "does not say which model the adapter belongs to", place)
+        self.check(ExportError, "does not name the model that the adapter belongs to", place)
 
     def test_damaged_settings(self, place: Path) -> None:
         (write_adapter("free", place / "adapter") / "adapter_config.json").write_text("{")

@@ -27,8 +27,9 @@ from secateur import CutOptions, discover, evaluate, plan, profile, prune, save,
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, make_record
 from secateur.data.calibration import demo_texts
 from secateur.errors import CheckpointError, ModelError
-from secateur.evaluation.profile import weight_bytes
-from secateur.export.int8 import SCHEMES, Quantised, export_int8, int8_copy
+from secateur.evaluation.flops import weight_bytes
+from secateur.export.int8 import SCHEMES, Int8Result, export_int8, int8_copy
+from secateur.export.options import Int8Options
 from secateur.models.loading import load
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.silence import quiet, silence_imports
@@ -110,7 +111,7 @@ class Written:
 
     dense: Tensor  # logits
     packed: PreTrainedModel
-    done: Quantised
+    done: Int8Result
 
 
 def logits_of(model: PreTrainedModel) -> Tensor:
@@ -146,8 +147,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
         before = logits_of(model)
         for scheme in SCHEMES:
             case = f"{name} {scheme}"
-            packed, _, _ = int8_copy(model, dynamic=scheme == "dynamic")
-            done = export_int8(model, parent / case, tokenizer=tiny_tokenizer(), dynamic=scheme == "dynamic")
+            packed, _, _ = int8_copy(model, Int8Options(scheme == "dynamic"))
+            done = export_int8(model, parent / case, Int8Options(scheme == "dynamic"), tokenizer=tiny_tokenizer())
             found[case] = Written(before, packed, done)
         assert torch.equal(logits_of(model), before)  # it is left as it was
         assert getattr(model.config, "quantization_config", None) is None
@@ -313,12 +314,13 @@ class TestRefused:
         with quiet():
             model = tiny_type_model("musicgen").float()
         with pytest.raises(
-            ModelError, match=r"MusicgenForCausalLM: how it uses its weights shows .* cannot; RuntimeErr"
+            ModelError,
+            match=r"MusicgenForCausalLM: a forward pass over tokens alone .* it fails; RuntimeErr",
         ):
             export_int8(model, tmp_path / "out")
 
     def test_cut_in_memory(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"LlamaForCausalLM: its config does not say its sizes, .* folder"):
+        with pytest.raises(CheckpointError, match=r"LlamaForCausalLM: its config does not have its sizes, .* folder"):
             export_int8(free_family("llama"), tmp_path / "out")
 
     def test_what_transformers_cannot_read_back(self, tmp_path: Path) -> None:

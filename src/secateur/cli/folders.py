@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from secateur.checkpoint.verification import verify
 from secateur.cli.options import Common, Journal, ModelArgument, argument, option
 from secateur.cli.output import check_files, finish, show
-from secateur.errors import CheckpointError, ExportError
-from secateur.export.gguf_file import DEFAULT_TYPE, SUFFIX, TYPES, check_gguf, export_gguf
-from secateur.export.int8 import export_int8_of
-from secateur.export.merge import merge_adapter
-from secateur.models.config import load_config
-from secateur.models.loading import load
-from secateur.models.tokenizer import load_tokenizer
-from secateur.report.tables.files import export_tables, int8_tables, merge_lines, verify_tables
+from secateur.errors import CheckpointError
+from secateur.export.formats import choose_format, export_model
+from secateur.export.options import GGUF_TYPES, GgufOptions, GgufType, Int8Options, MergeOptions
+from secateur.report.tables.files import export_tables, verify_tables
 
 
 def verify_command(
@@ -46,21 +42,21 @@ def export_command(
     *,
     gguf: Annotated[
         str | None,
-        option("--gguf", f"A GGUF file for llama.cpp: {', '.join(TYPES)}. [default: {DEFAULT_TYPE}]", metavar="TYPE"),
+        option("--gguf", f"A GGUF file for llama.cpp: {', '.join(GGUF_TYPES)}. [default: f16]", metavar="TYPE"),
     ] = None,
-    pad: Annotated[
-        bool, typer.Option("--pad", help="Fill layers up with zeros where llama.cpp wants all alike.")
-    ] = False,
-    pre: Annotated[str | None, option("--pre", "llama.cpp's way to split words.", metavar="NAME")] = None,
+    pad: Annotated[bool, typer.Option("--pad", help="Pad layers with zeros where llama.cpp wants all alike.")] = False,
+    pre: Annotated[
+        str | None, option("--pre", "llama.cpp's pre-tokenizer, where it is not recognised.", metavar="NAME")
+    ] = None,
     check: Annotated[
         bool | None,
         option(
             "--check/--no-check",
-            "Compare the file with torch in llama.cpp. [default: where llama-cpp-python is installed]",
+            "Compare the file with torch in llama.cpp. [default: where llama.cpp is installed]",
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="A folder with int8 weights, packed by torchao.")] = False,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="With --int8: products in int8, activations too.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="--int8 with int8 products, activations too.")] = False,
     merge_lora: Annotated[
         bool, typer.Option("--merge-lora", help="A folder; MODEL is a LoRA adapter, or has one by --adapter.")
     ] = False,
@@ -75,49 +71,24 @@ def export_command(
     --int8 writes a folder that transformers reads where torchao is installed. --merge-lora writes an ordinary folder
     with a LoRA adapter merged into the weights.
     """
-    merging = merge_lora or adapter is not None
-    of_gguf = gguf is not None or pad or pre is not None or check is not None or out.suffix == SUFFIX
-    check_files(common.json_file, made=out if int8 or merging else None, run=run_folder)
-    if merging:
-        if int8 or of_gguf:
-            raise ExportError("--merge-lora writes an ordinary folder: merge first, then export that folder")
-        with common.bars("merge"):
-            merged = merge_adapter(
-                model, out, adapter=adapter, loading=common.loading, overwrite=overwrite, command=context.obj
-            )
-        result, tables = merged.to_json(), merge_lines(merged)
-    elif int8:
-        if of_gguf:
-            raise ExportError(
-                f"--int8 writes a folder, and {SUFFIX} files are something else: export twice, to two OUTs"
-            )
-        with common.bars("pack"):
-            packed = export_int8_of(model, out, dynamic=dynamic, loading=common.loading, overwrite=overwrite)
-        result, tables = packed.to_json(), int8_tables(packed)
-    else:
-        if dynamic:
-            raise ExportError("--dynamic is how int8 products are computed: use it with --int8")
-        if gguf is None and out.suffix != SUFFIX:
-            raise ExportError(f"{out}: say what to write, --gguf TYPE or --int8, or name the file {out}{SUFFIX}")
-        trust, wanted = common.trust_remote_code, gguf or DEFAULT_TYPE
-        config = load_config(model, trust_remote_code=trust)
-        check_gguf(config, out, dtype=wanted, check=check, overwrite=overwrite)
-        with common.bars("load"):
-            loaded = load(model, dtype=common.dtype, device=common.device, trust_remote_code=trust)
-            tokenizer = load_tokenizer(model, trust_remote_code=trust)
-        with common.bars("write") as progress:
-            written = export_gguf(
-                loaded,
-                tokenizer,
-                out,
-                dtype=wanted,
-                pad=pad,
-                pre=pre,
-                check=check,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        result, tables = written.to_json(), export_tables(written)
-    finish(result, common.json_file, context, [model, str(out)])
+    asked_gguf = gguf is not None or pad or pre is not None or check is not None
+    options = choose_format(
+        out,
+        gguf=GgufOptions(cast(GgufType, gguf or "f16"), pad, pre, check) if asked_gguf else None,
+        int8=Int8Options(dynamic) if int8 or dynamic else None,
+        merge=MergeOptions(adapter) if merge_lora or adapter is not None else None,
+    )
+    check_files(common.json_file, made=None if isinstance(options, GgufOptions) else out, run=run_folder)
+    with common.bars("export") as progress:
+        written = export_model(
+            model,
+            out,
+            options,
+            loading=common.loading,
+            overwrite=overwrite,
+            progress=progress,
+            command=context.obj,
+        )
+    finish(written.to_json(), common.json_file, context, [model, str(out)])
     if not common.quiet:
-        show(tables)
+        show(export_tables(written))

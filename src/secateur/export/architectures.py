@@ -1,7 +1,7 @@
 """What llama.cpp's architectures can hold, and which of them a model type of transformers may become.
 
-All that is particular to one architecture or one model type is data, in `architectures.json` beside this file. A model
-type is in it when tiny models of it give the logits of torch in llama.cpp (`tests/test_export_gguf.py`).
+All that is particular to one architecture or one model type is data, in `architectures.json` beside this file: that is
+where a new model type goes, once tiny models of it give torch's logits in llama.cpp (`tests/export/test_check.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ class Architecture:
     """One of llama.cpp's architectures: what its code reads from a file."""
 
     name: str
-    rotary: (
-        str  # which numbers of a head are rotated together: "halves" (i and i + n/2), "pairs" (2i and 2i + 1), "none"
-    )
+    rotary: str  # numbers of a head rotated together: "halves" (i and i + n/2), "pairs" (2i and 2i + 1) or "none"
     biases: tuple[str, ...] | str  # the tensors that may have a bias, or "all", where each must have one
     per_layer: bool = False  # every layer may have sizes of its own
     skips_attention: bool = False  # a layer may have no attention, with no tensors for it
@@ -43,21 +41,21 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class ModelType:
-    """One of transformers' model types: how its weights and settings are said in a file."""
+    """One of transformers' model types: how its weights and settings are written to a file."""
 
     name: str
-    architectures: tuple[str, ...]  # that can hold it, best first
+    architectures: tuple[str, ...]  # that may hold it, best first
     rotary: str = "halves"  # as in `Architecture`
     norm_offset: float = 0.0  # what its norms add to their weights
     metadata: Mapping[str, str] = field(default_factory=dict)  # key of the file -> setting
     optional: Mapping[str, str] = field(default_factory=dict)  # the same, for settings that may be unset
     constants: Mapping[str, float] = field(default_factory=dict)  # key of the file -> what the code has
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # setting -> the values that llama.cpp computes
-    query_scalar: Mapping[str, Any] | None = None  # the setting of what scores are divided by the root of
+    query_scalar: Mapping[str, Any] | None = None  # the setting whose root divides attention scores
     in_weights: tuple[str, ...] = ()  # settings that the shapes of weights show
-    neutral: tuple[str, ...] = ()  # settings that change nothing that is computed
-    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # end of a weight's name -> what it holds
-    split_by_head: bool = False  # such a weight holds the queries, keys and values of one head, then of the next
+    neutral: tuple[str, ...] = ()  # settings that change no output
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # end of a fused weight's name -> its parts
+    split_by_head: bool = False  # a fused weight holds queries, keys and values of one head, then of the next
 
 
 def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,8 +81,8 @@ def _table() -> dict[str, Any]:
 
 def architecture(name: str) -> Architecture:
     """An architecture of the table, by its name in GGUF files."""
-    found: Architecture = _table()["architectures"][name]
-    return found
+    entry: Architecture = _table()["architectures"][name]
+    return entry
 
 
 def known_types() -> tuple[str, ...]:
@@ -96,8 +94,18 @@ def known_types() -> tuple[str, ...]:
     return tuple(_table()["types"])
 
 
+def stock_type(config: PreTrainedConfig) -> str:
+    """The model type of transformers' own code; a per-layer model has that of its dense model.
+
+    >>> from transformers import AutoConfig
+    >>> stock_type(AutoConfig.for_model("granite"))
+    'granite'
+    """
+    return config.model_type.removeprefix(f"{PER_LAYER}_")
+
+
 def type_of(config: PreTrainedConfig) -> ModelType:
-    """The entry of a config's model type; a model of per-layer shapes has that of its dense model.
+    """The entry of a config's model type.
 
     Raises `ExportError` when there is none, and when the code is not transformers' own.
 
@@ -105,13 +113,13 @@ def type_of(config: PreTrainedConfig) -> ModelType:
     >>> type_of(AutoConfig.for_model("granite")).architectures
     ('granite',)
     """
-    name = config.model_type.removeprefix(f"{PER_LAYER}_")
-    found: ModelType | None = _table()["types"].get(name)
-    if found is None:
+    name = stock_type(config)
+    entry: ModelType | None = _table()["types"].get(name)
+    if entry is None:
         raise ExportError(
-            f"model type {name!r} cannot be written as GGUF: we have not seen llama.cpp give torch's "
-            f"logits for it. Written are {', '.join(known_types())}; for another, llama.cpp's own "
-            "convert_hf_to_gguf.py reads a folder of uniform shapes (secateur prune --shape uniform)"
+            f"model type {name!r} cannot be written as GGUF: llama.cpp is not tested to give torch's logits for it. "
+            f"Expected one of {', '.join(known_types())}; for another, llama.cpp's own convert_hf_to_gguf.py reads a "
+            "folder of uniform shapes (secateur prune --shape uniform)"
         )
     if type(config) is not CONFIG_MAPPING[name] and per_layer_model_class(config) is None:
         raise ExportError(
@@ -120,12 +128,12 @@ def type_of(config: PreTrainedConfig) -> ModelType:
         )
     if getattr(config, "quantization_config", None):
         raise ExportError(
-            "the model is quantised already; export the one that it was made from, and choose how with --gguf TYPE"
+            "the model is quantized already; export the one that it was made from, and choose the type with --gguf TYPE"
         )
-    return found
+    return entry
 
 
 def is_neutral(name: str, model_type: ModelType) -> bool:
-    """Whether a setting of a config needs no word in the file: weights show it, or nothing is computed with it."""
+    """Whether a setting needs no key in the file: weights show it, or no output depends on it."""
     table = _table()
     return name in table["neutral"] | table["in_weights"] | {*model_type.in_weights, *model_type.neutral}

@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.checkpoint.verification import Verified
-from secateur.export.gguf_file import Exported
-from secateur.export.int8 import Quantised
-from secateur.export.merge import Merged
+from secateur.export.formats import ExportResult
+from secateur.export.gguf_file import GgufResult
+from secateur.export.int8 import Int8Result
+from secateur.export.merge import MergeResult
 from secateur.report.formatting import format_bytes, format_count
 from secateur.report.tables.layout import make_table, titled
 
@@ -36,7 +37,18 @@ def verify_tables(found: Verified) -> Iterator[RenderableType]:
         yield Text(f"whole: {found.tensors:,} tensors in {len(found.files)} files, {built if found.built else unbuilt}")
 
 
-def int8_tables(done: Quantised) -> Iterator[RenderableType]:
+def export_tables(written: ExportResult) -> Iterator[RenderableType]:
+    """What was written, in any format."""
+    match written:
+        case GgufResult():
+            yield from gguf_tables(written)
+        case Int8Result():
+            yield from int8_tables(written)
+        case MergeResult():
+            yield from merge_lines(written)
+
+
+def int8_tables(done: Int8Result) -> Iterator[RenderableType]:
     """The layers packed to int8, what kept its dtype and why, and the bytes before and after."""
     table = make_table(("weights", "tensors", "why"), text=("weights", "why"))
     table.add_row("int8", str(len(done.layers)), f"linear layers; {SCHEME_IN_WORDS[done.scheme]}")
@@ -58,7 +70,7 @@ def int8_tables(done: Quantised) -> Iterator[RenderableType]:
         )
 
 
-def export_tables(written: Exported) -> Iterator[RenderableType]:
+def gguf_tables(written: GgufResult) -> Iterator[RenderableType]:
     """The GGUF file, and how llama.cpp's tokens and logits compare with torch's."""
     table = Table(show_header=False)
     table.add_row("file", str(written.out))
@@ -69,7 +81,7 @@ def export_tables(written: Exported) -> Iterator[RenderableType]:
     table.add_row("pre-tokenizer", written.pre)
     checked = written.checked
     if checked is not None:
-        table.add_row("compared in", f"llama.cpp, by llama-cpp-python {checked.version}")
+        table.add_row("compared in", f"llama.cpp {checked.version}")
         table.add_row("texts tokenized alike", f"{checked.texts - len(checked.other_tokens)} of {checked.texts}")
         table.add_row("greedy tokens as torch's", f"{checked.same_tokens} of {checked.new_tokens}")
         table.add_row(
@@ -85,7 +97,7 @@ def export_tables(written: Exported) -> Iterator[RenderableType]:
         yield f"note: llama.cpp tokenizes differently: {', '.join(repr(text) for text in checked.other_tokens[:3])}"
 
 
-def merge_lines(merged: Merged) -> Iterator[RenderableType]:
+def merge_lines(merged: MergeResult) -> Iterator[RenderableType]:
     """What a merged adapter changed."""
     yield f"merged {merged.adapter} (rank {merged.rank}) into {merged.base}"
     yield f"{len(merged.changed)} weights changed, by {100 * merged.largest:.3g} % of their norm at most"
