@@ -52,7 +52,8 @@ from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.options import CutOptions, calibration_for, preset, settled
-from secateur.planning.plan import Plan, groups_to_cut, plan
+from secateur.planning.plan import Plan, plan
+from secateur.planning.selection import groups_to_cut
 from secateur.progress import peak_rss
 from secateur.pruning.iterative import cut_in_steps
 from secateur.pruning.prune import prune

@@ -34,7 +34,8 @@ from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.options import calibration_for, options_for, settled
-from secateur.planning.plan import groups_to_cut, plan
+from secateur.planning.plan import plan
+from secateur.planning.selection import groups_to_cut
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import repair
 from secateur.scoring.scores import scores_from, statistics_for

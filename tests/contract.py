@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from every_type import initial_model, tiny_config, tiny_inputs, tiny_type_model
-from secateur.checkpoint.stock import save
+from secateur.checkpoint.save import save
 from secateur.discovery.algebra import kept_along, variables_in
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.discover import discover

@@ -23,7 +23,7 @@ Moment = Callable[[float], bool]  # seconds since the start -> whether to kill n
 # Reads the arguments of a command from each line, and tells the number of its process and, at its end, its status.
 SERVER = """
 import json, os, sys, traceback
-import secateur.checkpoint.stock
+import secateur.checkpoint.save
 import secateur.cli.main
 import transformers.models.llama.modeling_llama
 for line in sys.stdin:
@@ -33,7 +33,7 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 70
         try:
-            secateur.checkpoint.stock.SHARD = "20KB"  # many files, and time between the first and the last
+            secateur.checkpoint.save.SHARD = "20KB"  # many files, and time between the first and the last
             status = secateur.cli.main.run(json.loads(line))
         except BaseException:
             traceback.print_exc()

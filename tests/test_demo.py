@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur.demo
-from secateur.checkpoint.stock import save
+from secateur.checkpoint.save import save
 from secateur.cli.main import run
 from secateur.demo import demonstrate
 from secateur.errors import CheckpointError, PlanError

@@ -15,7 +15,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 import secateur.models.silence  # noqa: F401 - before all that imports transformers
-from secateur.checkpoint.stock import save
+from secateur.checkpoint.save import save
 from secateur.checkpoint.verification import Verified, verify
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions

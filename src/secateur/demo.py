@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.checkpoint.accounts import account
 from secateur.checkpoint.record import make_record
-from secateur.checkpoint.stock import check_stock, save
+from secateur.checkpoint.save import check_saveable, save
+from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions, calibration_windows, demo_texts
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
@@ -30,7 +30,8 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.run import Pruned
 from secateur.pipeline.run_log import append_entry
 from secateur.planning.options import CutOptions, calibration_for, options_for, settled
-from secateur.planning.plan import Plan, groups_to_cut, plan
+from secateur.planning.plan import Plan, plan
+from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock, ProgressBars, peak_rss
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import repair
@@ -99,7 +100,7 @@ def demonstrate(
         discovery = discover(DEMO)
     options = options_for(preset, discovery, cut or {})
     config = load_config(DEMO)
-    check_stock(plan(discovery, options, config=config), config=config, discovery=discovery)
+    check_saveable(plan(discovery, options, config=config), config=config, discovery=discovery)
     with atomic_folder(out, overwrite=overwrite, mark=SUMMARY_FILE) as folder:
         found = _run(
             out,
@@ -194,7 +195,7 @@ def _run(
             calibration_options=decided.scored["calibration_options"],
             seed=calibration.seed,
             command=command,
-            tensors=account(dense, pruned, decided, discovery),
+            tensors=account_for_tensors(dense, pruned, decided, discovery),
         )
         save(pruned, folder / "pruned", plan=decided, tokenizer=tokenizer, record=record)
     with clock.stage("reload"):

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur.files
 from secateur import CutOptions, discover, plan, prune, save, score
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record, weights_digest
-from secateur.checkpoint.stock import check_stock
+from secateur.checkpoint.save import check_saveable
 from secateur.errors import CheckpointError
 from secateur.files import atomic_folder, check_vacant, check_writable, write_json
 from secateur.planning.plan import Plan, PlannedGroup, read_plan
@@ -201,21 +201,21 @@ class TestSave:
     def test_a_plan_without_a_stock_folder(self, pruned: Saved, tmp_path: Path) -> None:
         """What no config can say has a folder with code (`test_per_layer`), unless there is no such model."""
         refused = replace(pruned.plan, settings=None, refusal="no setting gives these sizes.")
-        check_stock(refused)
+        check_saveable(refused)
         dense = tiny_model()
         discovery = discover(dense)
-        check_stock(refused, config=dense.config, discovery=discovery)
+        check_saveable(refused, config=dense.config, discovery=discovery)
         layers = (PlannedGroup("layers", "layer", None, 3, 2, (0, 2)),)
         with pytest.raises(CheckpointError, match=r"no folder can hold .*: no setting gives these sizes\. Drop other"):
-            check_stock(replace(refused, groups=layers))
+            check_saveable(replace(refused, groups=layers))
         with pytest.raises(CheckpointError, match=r"no folder can hold"):
             save(pruned.model, tmp_path / "out", plan=replace(refused, groups=layers))
         heads = (PlannedGroup("layers.0.head_dim", "head_dim", 0, 16, 3, (0, 1, 2)),)
         with pytest.raises(CheckpointError, match=r"no model can be made of what the plan leaves: no setting .*, and "):
-            check_stock(replace(refused, groups=heads), config=dense.config, discovery=discovery)
+            check_saveable(replace(refused, groups=heads), config=dense.config, discovery=discovery)
         dense.config.auto_map = {"AutoModelForCausalLM": "code.Model"}
         with pytest.raises(CheckpointError, match="and of a model with custom code only a cut that its config can say"):
-            check_stock(refused, config=dense.config, discovery=discovery)
+            check_saveable(refused, config=dense.config, discovery=discovery)
         assert names(tmp_path) == []
 
 

@@ -24,7 +24,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from contract import DISCOVER, Report, Subject, said, subject, uneven, uniform_plan
 from every_type import tiny_type_model
-from secateur.checkpoint.stock import save
+from secateur.checkpoint.save import save
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.planning.plan import Plan

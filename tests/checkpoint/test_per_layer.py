@@ -29,7 +29,7 @@ from every_type import tiny_type_model
 from families import FAMILIES, family_config, family_model
 from secateur import CutOptions, discover, plan, profile, prune, save, score
 from secateur.checkpoint.per_layer import as_per_layer, differences, is_per_layer
-from secateur.checkpoint.stock import check_stock
+from secateur.checkpoint.save import check_saveable
 from secateur.cli.main import run
 from secateur.errors import CheckpointError, ModelError, PlanError
 from secateur.models.config import load_config, register
@@ -272,7 +272,7 @@ class TestModel:
         options = CutOptions(ratio=0.4, of="units", axes=("layers",), score="l2")
         decided = plan(discover(once), options, config=once.config, scores=score(once, name="l2"))
         with pytest.raises(CheckpointError, match=r"no folder can hold what the plan leaves: .*Drop other layers"):
-            check_stock(decided)
+            check_saveable(decided)
 
     def test_a_random_one(self, folder: Path) -> None:
         config = load_config(str(folder))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import secateur.checkpoint.stock
+import secateur.checkpoint.save
 from secateur import SecateurError, prune_model, verify
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, read_record
 from secateur.cli.main import run
@@ -66,7 +66,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
     for name, cut in CUTS.items():
         with pytest.MonkeyPatch.context() as patch:
             if name == "sharded":
-                patch.setattr(secateur.checkpoint.stock, "SHARD", "100KB")
+                patch.setattr(secateur.checkpoint.save, "SHARD", "100KB")
             made = prune_model(str(parent / "dense"), parent / name, cut={**cut, "repair": "none", "choose": "score"})
         found[name] = Whole(parent / name, logits_of(load(str(parent / name), device="cpu")), made.plan)
     assert (parent / "sharded" / INDEX).is_file()

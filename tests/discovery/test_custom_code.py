@@ -29,7 +29,7 @@ from custom_code.configuration_glm_like import GlmLikeConfig
 from custom_code.modeling_glm_like import GlmLikeForCausalLM
 from custom_code.tokenization_glm_like import GlmLikeTokenizer
 from secateur import CutOptions, discover, plan, prune
-from secateur.checkpoint.stock import save
+from secateur.checkpoint.save import save
 from secateur.cli.main import run
 from secateur.discovery.config_settings import _shallow, stock_settings
 from secateur.discovery.groups import Discovery

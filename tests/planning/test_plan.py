@@ -20,7 +20,9 @@ from secateur import CalibrationOptions, CutOptions, discover, plan, prune, scor
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import calibration_for, check_score, options_for, preset, settled
-from secateur.planning.plan import Plan, plan_from_json, read_plan, removed_units, top_units
+from secateur.planning.plan import Plan, plan_from_json, read_plan
+from secateur.planning.selection import top_units
+from secateur.planning.sizes import removed_units
 from secateur.scoring.scores import Scores
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)

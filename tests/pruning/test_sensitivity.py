@@ -19,8 +19,10 @@ from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.groups import Group
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.allocation import Curve, damage_at, least_damage
-from secateur.planning.plan import Plan, PlannedGroup, top_units
+from secateur.planning.allocation import DamageCurve, SizeRules, damage_at, knapsack_by_damage
+from secateur.planning.budget import Budget
+from secateur.planning.plan import Plan, PlannedGroup
+from secateur.planning.selection import top_units
 from secateur.pruning.iterative import cut_in_steps
 from secateur.pruning.sensitivity import SHARES, _Dense, damage_curves
 
@@ -160,7 +162,7 @@ CURVE = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(
 
 @given(st.lists(CURVE, min_size=1, max_size=4), st.lists(st.integers(1, 5), min_size=4, max_size=4), st.floats(0, 1))
 @settings(deadline=None, max_examples=100)
-def test_no_other_sizes_do_less_damage(curves: list[Curve], sizes: list[int], share: float) -> None:
+def test_no_other_sizes_do_less_damage(curves: list[DamageCurve], sizes: list[int], share: float) -> None:
     groups = [Group(str(i), "mlp", i, 8, ()) for i in range(len(curves))]
     by_name = {str(i): curve for i, curve in enumerate(curves)}
 
@@ -168,7 +170,7 @@ def test_no_other_sizes_do_less_damage(curves: list[Curve], sizes: list[int], sh
         return sum(size * kept.get(str(i), 8) for i, size in zip(range(len(curves)), sizes, strict=False))
 
     wanted = round(count(dict.fromkeys(by_name, 1)) + share * (count({}) - count(dict.fromkeys(by_name, 1))))
-    kept = least_damage([groups], by_name, count, wanted, uniform=False, at_least=0.0, round_to=lambda group: 1)
+    kept = knapsack_by_damage([groups], by_name, Budget(count, wanted), SizeRules(False, 0.0, lambda group: 1))
     damage = sum(damage_at(by_name[name], units) for name, units in kept.items())
     assert abs(count(kept) - wanted) <= max(sizes)
     saves_as_much = [

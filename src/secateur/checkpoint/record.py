@@ -44,7 +44,9 @@ class Record:
     versions: Mapping[str, str]
     command: str | None  # as typed; None from Python
     calibration_options: Mapping[str, Any] | None = None  # text, samples, length, seed, column, chat; None if not known
-    tensors: Mapping[str, str] | None = None  # what became of every dense tensor (see `account`); None if not known
+    tensors: Mapping[str, str] | None = (
+        None  # what became of every dense tensor (see `account_for_tensors`); None if not known
+    )
     recovery: Mapping[str, Any] | None = None  # how it was trained after the cut; None where it was not
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from secateur.models.loading import LoadOptions
 from secateur.pipeline.cache import RunFolder
 from secateur.pipeline.run import plan_model
 from secateur.planning.options import AXES, BUDGETS, CutOptions, calibration_for, options_for, settled
-from secateur.planning.plan import Plan, groups_to_cut, plan
+from secateur.planning.plan import Plan, plan
+from secateur.planning.selection import groups_to_cut
 from secateur.progress import Progress
 from secateur.scoring.scores import Scores, holds, scores_from
 from secateur.scoring.statistics import Statistics, read_statistics

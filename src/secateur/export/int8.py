@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
-from secateur.checkpoint.stock import SHARD
+from secateur.checkpoint.save import SHARD
 from secateur.errors import CheckpointError, ModelError, SecateurError, one_line
 from secateur.evaluation.flops import weight_bytes
 from secateur.evaluation.perplexity import evaluation_mode, input_device, vocabulary_size

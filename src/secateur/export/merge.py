@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from secateur import __version__
 from secateur.checkpoint.record import make_record, read_record
-from secateur.checkpoint.stock import save_again
+from secateur.checkpoint.save import save_updated
 from secateur.errors import ExportError, ModelError
 from secateur.export.options import MergeOptions
 from secateur.export.source import load_source
@@ -90,7 +90,7 @@ def merge_adapter(
         "secateur": __version__,
         "before": record.recovery,
     }
-    with save_again(
+    with save_updated(
         result,
         out,
         source=source.folder,

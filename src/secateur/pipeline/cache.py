@@ -26,7 +26,7 @@ from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, S
 from secateur.files import atomic_folder, make_folder, read_json, read_tensors, write_json, write_tensors
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
-from secateur.planning.allocation import Curve
+from secateur.planning.allocation import DamageCurve
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan_from_json
 from secateur.pruning.iterative import Step
@@ -114,7 +114,7 @@ def keep_scores(work: Path, scores: Scores) -> None:
         shutil.rmtree(work / PASS_FOLDER, ignore_errors=True)
 
 
-def kept_damage(work: Path | None, scores: Scores) -> dict[str, Curve] | None:
+def kept_damage(work: Path | None, scores: Scores) -> dict[str, DamageCurve] | None:
     """The damage that an earlier run measured with these scores, if it can be read; by all processes or none."""
     found = None
     if work is not None:
@@ -130,7 +130,7 @@ def kept_damage(work: Path | None, scores: Scores) -> dict[str, Curve] | None:
     return None if processes.largest(int(found is None)) else found
 
 
-def keep_damage(work: Path | None, scores: Scores, damage: Mapping[str, Curve]) -> None:
+def keep_damage(work: Path | None, scores: Scores, damage: Mapping[str, DamageCurve]) -> None:
     """Leave the damage that was measured for a run that goes on."""
     if work is not None and processes.is_first():
         write_json(work / DAMAGE_FILE, {"scores": _scores_hash(scores), "damage": dict(damage)})

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
-from secateur.checkpoint.accounts import account
 from secateur.checkpoint.record import make_record
-from secateur.checkpoint.stock import check_stock, save
+from secateur.checkpoint.save import check_saveable, save
+from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import (
     SELF,
     CalibrationOptions,
@@ -58,10 +58,11 @@ from secateur.pipeline.cache import (
     run_key,
     work_folder,
 )
-from secateur.planning.allocation import Curve
+from secateur.planning.allocation import DamageCurve
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions, calibration_for, options_for, settled
-from secateur.planning.plan import Plan, groups_to_cut, plan
+from secateur.planning.plan import Plan, plan
+from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock, Progress, ProgressBars, peak_rss
 from secateur.pruning.iterative import Step, cut_in_steps
 from secateur.pruning.prune import check_plan, prune
@@ -210,9 +211,9 @@ def prune_model(
         options = replace(options, shape="uniform")
     table = None if given is not None else _latency(loaded_now, discovery, options, clock)
     sizes = given or plan(
-        discovery, options, config=config, latency=table, kept=kept, trust_remote_code=loading.trust_remote_code
+        discovery, options, config=config, latency=table, fixed_sizes=kept, trust_remote_code=loading.trust_remote_code
     )
-    check_stock(sizes, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
+    check_saveable(sizes, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
     if announce is not None and (given is not None or options.scope == "local"):
         announce(sizes)
 
@@ -262,11 +263,11 @@ def prune_model(
             scores=scores,
             latency=table,
             damage=damage,
-            kept=kept,
+            fixed_sizes=kept,
             trust_remote_code=loading.trust_remote_code,
         )
         if given is None and options.scope != "local":  # sizes that depend on the scores
-            check_stock(decided, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
+            check_saveable(decided, config=config, discovery=discovery, trust_remote_code=loading.trust_remote_code)
             if announce is not None:
                 announce(decided)
         if processes.is_first():
@@ -400,7 +401,7 @@ def _damage(
     clock: Clock,
     *,
     work: Path | None = None,
-) -> dict[str, Curve] | None:
+) -> dict[str, DamageCurve] | None:
     """The damage of cutting each group to a few sizes, where the sizes are to be found by it."""
     if options.scope != "sensitivity":
         return None
@@ -529,7 +530,7 @@ def _save(
             calibration_options=decided.scored.get("calibration_options"),
             seed=decided.scored.get("seed", calibration.seed),
             command=command,
-            tensors=account(loaded, pruned, decided, discovery, unplaced=unplaced_in(name, loading)),
+            tensors=account_for_tensors(loaded, pruned, decided, discovery, unplaced=unplaced_in(name, loading)),
         )
         files = text_files(name, tokenizer)
         save(pruned, out, plan=decided, tokenizer=tokenizer, record=record, files=files, overwrite=overwrite)

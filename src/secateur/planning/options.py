@@ -10,9 +10,10 @@ from typing import Any
 from secateur.data.calibration import COLUMN, DEMO, SELF, CalibrationOptions
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, ScoreError, did_you_mean
+from secateur.planning.budget import COUNTERS
 from secateur.scoring.scores import REDUCTIONS, SCORES
 
-BUDGETS = ("units", "parameters", "non-embedding", "macs", "memory", "latency")
+BUDGETS = ("units", *COUNTERS)
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCOPES = ("local", "global", "sensitivity")
 SHAPES = ("uniform", "free")

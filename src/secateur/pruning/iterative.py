@@ -20,7 +20,8 @@ from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import PlanError
 from secateur.models.trust import runs_remote_code
 from secateur.planning.options import CutOptions
-from secateur.planning.plan import Plan, PlannedGroup, groups_to_cut, plan
+from secateur.planning.plan import Plan, PlannedGroup, plan
+from secateur.planning.selection import groups_to_cut
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
@@ -96,7 +97,7 @@ def cut_in_steps(
             config=smaller.config,
             scores=scores,
             damage=damage,
-            kept=kept,
+            fixed_sizes=kept,
             trust_remote_code=runs_remote_code(smaller),
         )
         weights: Mapping[str, Tensor] = {}

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.allocation import Curve
+from secateur.planning.allocation import DamageCurve
 from secateur.planning.options import CutOptions
-from secateur.planning.plan import Plan, PlannedGroup, top_units
+from secateur.planning.plan import Plan, PlannedGroup
+from secateur.planning.selection import top_units
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
 from secateur.scoring.gradients import LOGITS_BYTES
@@ -43,7 +44,7 @@ def damage_curves(
     windows: Tensor,
     *,
     progress: Progress | None = None,
-) -> dict[str, Curve]:
+) -> dict[str, DamageCurve]:
     """By group: units kept, ascending to all of them, and the damage: KL(dense, cut) in nats per token.
 
     Windows are int64, samples x length, of which the first that hold `TOKENS` tokens are looked at. Raises `PlanError`
@@ -66,7 +67,7 @@ def damage_curves(
     few = windows[: max(1, TOKENS // windows.shape[1])].to(entrance(model))
     dense = _Dense(model, few, [f"{prefix}.{i}" for prefix in discovery.layer_lists for i in range(discovery.depth)])
     total, done = sum(len(_sizes(group)) for group in groups), 0
-    found: dict[str, Curve] = {}
+    found: dict[str, DamageCurve] = {}
     for group in groups:
         points = []
         for kept in _sizes(group):

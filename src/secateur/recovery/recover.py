@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from secateur import __version__, processes
 from secateur.checkpoint.record import make_record, read_record
-from secateur.checkpoint.stock import save_again
+from secateur.checkpoint.save import save_updated
 from secateur.data.options import DataOptions, split_weight
 from secateur.files import write_json
 from secateur.models.loading import LoadOptions, load
@@ -290,7 +290,7 @@ def _save(
         put_weights_in_place(model, weights)
     check_finite(model)
     curves = {"loss": found.loss, "evaluation": [dict(entry) for entry in found.evaluation]}
-    with save_again(
+    with save_updated(
         model,
         found.out,
         source=folder,

@@ -18,9 +18,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from secateur import processes
-from secateur.checkpoint.accounts import account
 from secateur.checkpoint.record import PLAN_FILE, make_record, read_record
-from secateur.checkpoint.stock import check_stock, save_again
+from secateur.checkpoint.save import check_saveable, save_updated
+from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions, split_weight
 from secateur.discovery.discover import discover
@@ -166,8 +166,8 @@ def _check_sizes(
     """Raise `PlanError` or `CheckpointError` for sizes that cannot be cut, or that no folder can hold."""
     trust = loading.trust_remote_code
     try:
-        sizes = plan(dense, share, config=config, kept=kept, trust_remote_code=trust)
-        check_stock(sizes, config=config, discovery=dense, trust_remote_code=trust)
+        sizes = plan(dense, share, config=config, fixed_sizes=kept, trust_remote_code=trust)
+        check_saveable(sizes, config=config, discovery=dense, trust_remote_code=trust)
     except PlanError as error:
         raise PlanError(f"{name}: {error}") from error
 
@@ -351,9 +351,9 @@ def _save(
         calibration_options=decided.scored.get("calibration_options"),
         seed=decided.scored.get("seed", ready.options.seed),
         command=command,
-        tensors=account(model, smaller, decided, dense, unplaced=unplaced_in(ready.pruned, ready.loading)),
+        tensors=account_for_tensors(model, smaller, decided, dense, unplaced=unplaced_in(ready.pruned, ready.loading)),
     )
-    with save_again(
+    with save_updated(
         smaller,
         found.out,
         plan=decided,

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from secateur.discovery.summary import spans
-from secateur.planning.plan import Plan, PlannedGroup, by_kind
+from secateur.planning.plan import Plan, PlannedGroup
 from secateur.report.formatting import format_count, format_macs
 from secateur.report.tables.layout import make_table, titled
 
@@ -24,7 +24,7 @@ BARS = "▁▂▃▄▅▆▇█"
 def plan_tables(planned: Plan) -> Iterator[RenderableType]:
     """What every kind of group keeps, the sizes before and after, and the config settings."""
     table = make_table(("kind", "layers", "units", "kept"), text=("kind", "layers"))
-    for kind, groups in by_kind(planned).items():
+    for kind, groups in planned.groups_by_kind.items():
         sizes: dict[tuple[int, int], list[int]] = {}
         for group in groups:
             sizes.setdefault((group.units, group.kept), []).append(-1 if group.layer is None else group.layer)

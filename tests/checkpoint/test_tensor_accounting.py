@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import secateur.checkpoint.stock
+import secateur.checkpoint.save
 from contract import uneven
 from every_type import tiny_type_model
 from families import family_config, family_model
 from secateur import CutOptions, discover, plan, prune, prune_model, save, score, verify
-from secateur.checkpoint.accounts import account
 from secateur.checkpoint.record import read_record
+from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.errors import CheckpointError
 from secateur.models.loading import load
 from secateur.models.manifest import read_manifest
@@ -56,7 +56,7 @@ def cut(model: PreTrainedModel, *, ratio: float = 0.34, **options: Any) -> tuple
 
 
 def fates(model: PreTrainedModel, pruned: PreTrainedModel, decided: Plan) -> dict[str, str]:
-    return account(model, pruned, decided, discover(model))
+    return account_for_tensors(model, pruned, decided, discover(model))
 
 
 def kinds(found: dict[str, str]) -> dict[str, int]:
@@ -135,7 +135,7 @@ class TestAccount:
     def test_what_has_no_place_in_the_model(self) -> None:
         model = tiny_model()
         pruned, decided = cut(model, axes=("mlp",))
-        found = account(model, pruned, decided, discover(model), unplaced=["visual.patch.weight"])
+        found = account_for_tensors(model, pruned, decided, discover(model), unplaced=["visual.patch.weight"])
         assert found["visual.patch.weight"] == "unplaced"
         assert len(found) == len(model.state_dict()) + 1
 
@@ -221,7 +221,7 @@ class TestShards:
         if shape == "free":
             options |= {"scope": "global"}
         prune_model(str(tmp_path / "one"), tmp_path / "whole", cut=options)
-        monkeypatch.setattr(secateur.checkpoint.stock, "SHARD", "50KB")
+        monkeypatch.setattr(secateur.checkpoint.save, "SHARD", "50KB")
         prune_model(str(tmp_path / "dense"), tmp_path / "out", cut=options)
         shards = sorted((tmp_path / "out").glob("*.safetensors"))
         assert len(shards) > 3

@@ -31,7 +31,7 @@ DTYPE_CODES = {  # as files of weights name them
 }
 
 
-def check_stock(
+def check_saveable(
     plan: Plan,
     *,
     config: PreTrainedConfig | None = None,
@@ -98,7 +98,7 @@ def save(
     ...     AutoModelForCausalLM.from_pretrained(path).config.ffn_dim
     12
     """
-    check_stock(plan)
+    check_saveable(plan)
     out = Path(out)
     if plan.settings is None or is_per_layer(model):
         check_vacant(out, overwrite=overwrite)
@@ -113,7 +113,7 @@ def save(
 
 
 @contextmanager
-def save_again(
+def save_updated(
     model: PreTrainedModel,
     out: str | Path,
     *,
@@ -133,7 +133,7 @@ def save_again(
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with save_again(AutoModelForCausalLM.from_config(config), Path(folder) / "out") as unfinished:
+    ...     with save_updated(AutoModelForCausalLM.from_config(config), Path(folder) / "out") as unfinished:
     ...         _ = (unfinished / "notes.txt").write_text("trained")
     ...     AutoModelForCausalLM.from_pretrained(Path(folder) / "out").config.ffn_dim
     24

@@ -17,7 +17,7 @@ from secateur.planning.plan import Plan
 BYTES_AT_ONCE = 2**26  # of two tensors that are compared
 
 
-def account(
+def account_for_tensors(
     dense: nn.Module, pruned: nn.Module, plan: Plan, discovery: Discovery, *, unplaced: Iterable[str] = ()
 ) -> dict[str, str]:
     """Name of a dense tensor -> its fate, dtype and shape, and its name in the pruned model where that is another.
@@ -36,7 +36,7 @@ def account(
     >>> model = AutoModelForCausalLM.from_config(config)
     >>> options = CutOptions(ratio=0.5, of="units", axes=("layers",), score="l2")
     >>> decided = plan(discover(config), options, config=config, scores=score(model, name="l2"))
-    >>> fates = account(model, prune(model, decided), decided, discover(config))
+    >>> fates = account_for_tensors(model, prune(model, decided), decided, discover(config))
     >>> sorted({fate.split()[0] for fate in fates.values()}), fates["lm_head.weight"]
     (['dropped', 'kept', 'tied'], 'tied to model.decoder.embed_tokens.weight')
     """

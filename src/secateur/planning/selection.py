@@ -1,0 +1,87 @@
+"""Options -> the groups that are cut; scores and sizes -> the units that stay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from secateur.discovery.groups import Discovery, Group
+from secateur.discovery.sublayers import may_go
+from secateur.errors import PlanError, ScoreError
+from secateur.planning.options import AXES, CutOptions
+from secateur.scoring.scores import Scores
+
+
+def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
+    """The groups that the options cut, by axis; in a layer range, those of its layers.
+
+    Raises `PlanError` for a range outside the model, and for an axis without a group in it.
+
+    >>> from transformers import AutoConfig
+    >>> from secateur.discovery.discover import discover
+    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
+    >>> discovery = discover(AutoConfig.for_model("opt", num_hidden_layers=2, **sizes))
+    >>> [group.name for group in groups_to_cut(discovery, CutOptions(ratio=0.5, axes=("mlp",)))["mlp"]]
+    ['layers.0.mlp', 'layers.1.mlp']
+    """
+    depth = discovery.depth
+    first, last = options.layers if options.layers is not None else (0, depth)
+    if not 0 <= first < last <= depth:
+        raise PlanError(f"layers={first}:{last} is outside the model: it has layers 0:{depth} (the end is left out)")
+    if options.layers is not None and "hidden" in options.axes:
+        raise PlanError("hidden runs through every layer: leave layers out")
+    by_axis: dict[str, list[Group]] = {}
+    for axis in options.axes:
+        groups = [group for group in discovery.groups if group.kind in AXES[axis]]
+        if axis == "attention":
+            # With one KV head there is nothing to choose from but its query heads.
+            layers = {group.layer for group in groups}
+            groups += [g for g in discovery.groups if g.kind == "query" and g.layer not in layers]
+        groups = [g for g in groups if g.layer is None or first <= g.layer < last]
+        if options.sublayers:
+            groups = [replace(g, least=0) if may_go(discovery, g) else g for g in groups]
+        if not groups:
+            kinds = ", ".join(sorted({group.kind for group in discovery.groups}))
+            raise PlanError(
+                f"axes={axis}: {discovery.model} has no group of that kind in layers {first}:{last}; it has: {kinds}"
+            )
+        by_axis[axis] = groups
+    return by_axis
+
+
+def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) -> tuple[int, ...]:
+    """The best units of a group, ascending; of the layers, those outside of the options' range stay.
+
+    Raises `ScoreError` for scores that are missing, too few or not finite, and `PlanError` where more layers would go
+    than the range holds.
+    """
+    if group.name not in scores.units:
+        raise ScoreError(f"there are no scores for {group.name}: score the model that is to be cut")
+    scores_U = scores.units[group.name]
+    if len(scores_U) != group.units:
+        raise ScoreError(f"{group.name} has {group.units} units and {len(scores_U)} scores")
+    if not torch.isfinite(scores_U).all():
+        raise ScoreError(f"the scores of {group.name} hold NaN or Inf")
+    if group.kind == "layer" and options.layers is not None:
+        first, last = options.layers
+        protected_U = torch.ones(group.units, dtype=torch.bool)
+        protected_U[first:last] = False
+        if kept < int(protected_U.sum()):
+            raise PlanError(
+                f"layers={first}:{last} holds {last - first} layers, fewer than the {group.units - kept} to drop"
+            )
+        scores_U = scores_U.masked_fill(protected_U, math.inf)
+    return top_units(scores_U, kept)
+
+
+def top_units(scores_U: Tensor, kept: int) -> tuple[int, ...]:
+    """The indices of the `kept` highest scores, ascending; of equal scores the first stays.
+
+    >>> top_units(torch.tensor([0.5, 2.0, 0.5, 1.0]), 3)
+    (0, 1, 3)
+    """
+    order_U = torch.sort(scores_U.double(), descending=True, stable=True).indices
+    return tuple(sorted(order_U[:kept].tolist()))

@@ -1,0 +1,261 @@
+"""Groups, options and measurements -> how many units each group keeps.
+
+Without a ranking (scope `local`), every group gives the same share of its units. The budget `units` says that share;
+any other budget is met by searching for it. Groups of few units (heads, layers) are coarse: they lose whole units of a
+noticeable size, so they are rounded down and the wide groups (MLP channels, hidden width) settle the difference. With
+the scopes `global` and `sensitivity`, `allocation` decides instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from secateur.discovery.groups import Discovery, Group
+from secateur.errors import PlanError
+from secateur.planning.allocation import (
+    DamageCurve,
+    SizeRules,
+    damage_at,
+    greedy_by_score,
+    knapsack_by_damage,
+)
+from secateur.planning.budget import Budget, Sizes, counter
+from secateur.planning.latency import LatencyTable
+from secateur.planning.options import CutOptions
+from secateur.scoring.scores import Scores
+
+WIDE_KINDS = ("mlp", "expert_mlp", "shared_mlp", "latent", "hidden")  # wide, however few units they have
+MANY_UNITS = 64  # a group of so many units is wide, whatever its kind
+
+
+@dataclass(frozen=True)
+class SizeSearch:
+    """The groups that are cut, the options, and what was measured of the model: sizes are searched for these."""
+
+    discovery: Discovery
+    axes: Mapping[str, Sequence[Group]]
+    options: CutOptions
+    scores: Scores | None = None
+    latency: LatencyTable | None = None
+    damage: Mapping[str, DamageCurve] | None = None
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The groups of all axes."""
+        return [group for groups in self.axes.values() for group in groups]
+
+    @cached_property
+    def count(self) -> Callable[[Sizes], int]:
+        """What the budget counts."""
+        return counter(self.options.of, self.discovery, item_bytes=self.options.item_bytes, latency=self.latency)
+
+    @cached_property
+    def dense(self) -> int:
+        """The count of the dense model."""
+        return self.count({})
+
+    @cached_property
+    def least(self) -> int:
+        """The count when every group keeps the fewest units it may."""
+        return self.count(fewest_units(self.groups))
+
+    @cached_property
+    def budget(self) -> Budget:
+        """What may be left. Raises `PlanError` where the groups cannot give so much, or the target is above all."""
+        options, dense, least = self.options, self.dense, self.least
+        target = options.target if options.target is not None else round(dense * (1 - (options.ratio or 0)))
+        if target > dense:
+            raise PlanError(f"target={target:,} is more than the dense model's {dense:,} ({options.of})")
+        if target < least:
+            raise PlanError(
+                f"{format_budget(options)} leaves {target:,} ({options.of}), but cutting {', '.join(self.axes)} down "
+                f"to the fewest units leaves {least:,}: at most ratio={1 - least / dense:.4f}, or more axes or layers"
+            )
+        return Budget(self.count, target)
+
+    @cached_property
+    def _weights(self) -> Mapping[int, float]:
+        if self.options.schedule is None:
+            return {}
+        layers = [group.layer or 0 for group in self.groups]
+        first, (low, high) = min(layers), self.options.schedule
+        depth = max(max(layers) - first, 1)
+        by_layer = {layer: low + (high - low) * (layer - first) / depth for layer in layers}
+        mean = sum(by_layer[layer] for layer in layers) / len(layers)
+        if mean == 0:  # one layer, whose share is the first of the two
+            return {}
+        return {layer: weight / mean for layer, weight in by_layer.items()}
+
+    def weight(self, group: Group) -> float:
+        """The share of its units that a group gives, relative to the mean: 1, or by the schedule a line over layers."""
+        return self._weights.get(group.layer or 0, 1.0)
+
+    def without(self, group: Group, share: float) -> int:
+        """Units that a group keeps when it gives a share of them, rounded down; never fewer than the model needs."""
+        exact = group.units * (share * self.weight(group))
+        return max(group.least, group.units - math.floor(exact + 1e-9))
+
+    def multiple_of(self, group: Group) -> int:
+        """What the widths of a group are multiples of: as asked for, and as the kernels that read them need."""
+        return math.lcm(self.options.round_to, group.multiple)
+
+    def rounded(self, group: Group, kept: int) -> int:
+        """The nearest width that is a multiple; heads and layers are not rounded.
+
+        Raises `PlanError` where no multiple is small enough, and where too few units are left.
+        """
+        multiple = self.multiple_of(group)
+        if is_wide(group):
+            if multiple > group.units:
+                raise PlanError(
+                    f"round_to={self.options.round_to} is more than the {group.units} units of {group.name}"
+                )
+            if multiple > 1 and kept < group.units:
+                kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
+        if kept < group.least:
+            leaves = "empty it" if group.least == 1 else f"leave fewer than the {group.least} that the model chooses"
+            raise PlanError(
+                f"{group.name}: removing {group.units - kept} of its {group.units} units would {leaves}; "
+                f"ratio={(group.units - group.least) / group.units:.4f} is the most it can give"
+            )
+        return kept
+
+
+def is_wide(group: Group) -> bool:
+    """Whether a group is cut to a width, of which single units hardly count; others are coarse: heads, layers."""
+    return group.units >= MANY_UNITS or group.kind in WIDE_KINDS
+
+
+def fewest_units(groups: Iterable[Group]) -> Sizes:
+    """The fewest units that groups may keep."""
+    return {group.name: group.least for group in groups}
+
+
+def format_budget(options: CutOptions) -> str:
+    """The size of a budget, as an option."""
+    return f"target={options.target:,}" if options.target is not None else f"ratio={options.ratio:g}"
+
+
+def removed_units(units: int, ratio: float) -> int:
+    """Units that a share takes: rounded down for few (heads, layers), up for many (channels), as LLM-Pruner does.
+
+    LLM-Pruner keeps int(C * (1 - ratio)) of C channels and then whole heads: 60 % of 32 heads is 19, of 11008
+    channels 6605.
+
+    >>> removed_units(32, 0.6), removed_units(11008, 0.6)
+    (19, 6605)
+    """
+    exact = units * ratio
+    return math.floor(exact + 1e-9) if units < MANY_UNITS else math.ceil(exact - 1e-9)
+
+
+def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
+    """Units kept by group, the nearest to the budget first.
+
+    The candidates after the first have other numbers of heads, for configs that refuse some. Raises `PlanError` when
+    the budget cannot be met.
+    """
+    options = search.options
+    if options.of == "units":
+        yield _share_of_units(search)
+        return
+    budget = search.budget
+    if options.scope != "local" and search.scores is not None:
+        yield _allocated(search, search.scores)
+        if options.shape == "free":
+            return
+    coarse = [group for group in search.groups if not is_wide(group)]
+    wide = [group for group in search.groups if is_wide(group)]
+    # 1. All groups give the same share; the coarse ones are rounded down to whole units.
+    steps = max((group.units for group in coarse), default=1)
+    by_step = [{group.name: search.without(group, step / steps) for group in coarse} for step in range(steps)]
+    if not wide:
+        yield budget.closest(by_step)
+        return
+    # 2. The wide groups settle the difference; from step to step, the coarse ones move further from their share.
+    share = (search.dense - budget.target) / max(1, search.dense - search.least)
+    usual = math.floor(steps * share + 1e-9)
+    extremes, met = [], False  # nothing of the wide groups removed, or all that can be
+    for step in sorted(range(steps), key=lambda step: (abs(step - usual), step)):
+        most, least = by_step[step], by_step[step] | fewest_units(wide)
+        extremes += [most, least]
+        if budget.count(least) <= budget.target <= budget.count(most):
+            met = True
+            yield _settle_widths(search, wide, most)
+    # 3. Where a head weighs more than all that the wide groups can give, the nearest will do.
+    if not met:
+        yield {group.name: group.units for group in search.groups} | budget.closest(extremes)
+
+
+def _share_of_units(search: SizeSearch) -> Sizes:
+    """The same share of the units of every group."""
+    options, sizes = search.options, {}
+    for group in search.groups:
+        kept = group.units - removed_units(group.units, (options.ratio or 0) * search.weight(group))
+        if options.schedule is not None:  # a layer may be given more than all of its units
+            kept = max(group.least, kept)
+        sizes[group.name] = search.rounded(group, kept)
+    return sizes
+
+
+def _allocated(search: SizeSearch, scores: Scores) -> Sizes:
+    """Sizes by one ranking of all units, or by the damage that was measured."""
+    options, axes = search.options, [*search.axes.values()]
+
+    def multiple_of(group: Group) -> int:
+        return search.multiple_of(group) if is_wide(group) else 1
+
+    rules = SizeRules(options.shape == "uniform", options.at_least, multiple_of)
+    if options.scope == "global":
+        return greedy_by_score(axes, scores.units, search.budget, rules, coarse=lambda group: not is_wide(group))
+    if search.damage is None:
+        raise PlanError("scope=sensitivity needs the damage of cuts: see secateur.pruning.sensitivity.damage_curves")
+    return knapsack_by_damage(axes, search.damage, search.budget, rules)
+
+
+def _settle_widths(search: SizeSearch, wide: Sequence[Group], settled: Sizes) -> Sizes:
+    """The one share of the units of all wide groups that comes nearest to the budget, beside the settled sizes."""
+    widest = max(group.units for group in wide)
+    lightest = min((weight for group in wide if (weight := search.weight(group)) > 0), default=1.0)
+
+    def sizes_at(step: int) -> Sizes:
+        share = step / widest
+        return settled | {group.name: search.rounded(group, search.without(group, share)) for group in wide}
+
+    return search.budget.bisect(sizes_at, math.ceil((widest - 1) / min(lightest, 1.0)))
+
+
+def rounding_cost(search: SizeSearch, kept: Sizes) -> dict[str, Any]:
+    """What widths that are multiples cost, beside any widths: in nats where damage was measured, else in scores.
+
+    Needs scores. Empty where widths are not rounded.
+    """
+    if search.options.round_to == 1:
+        return {}
+    any_widths = replace(search, options=replace(search.options, round_to=1))
+    cost, measure = _removed_scores, "share of all scores"
+    if search.damage is not None:
+        cost, measure = _damage, "nats per token"
+    best = next(candidate_sizes(any_widths), {})
+    return {"rounding": {"measure": measure, "planned": cost(search, kept), "any_widths": cost(search, best)}}
+
+
+def _damage(search: SizeSearch, kept: Sizes) -> float:
+    curves = search.damage or {}
+    return sum(damage_at(curves[group.name], kept.get(group.name, group.units)) for group in search.groups)
+
+
+def _removed_scores(search: SizeSearch, kept: Sizes) -> float:
+    """The share of the sum of all scores that goes when the lowest units of every group do."""
+    whole = gone = 0.0
+    for group in search.groups:
+        scores_U = search.scores.units[group.name].double().abs() if search.scores is not None else torch.zeros(0)
+        whole += float(scores_U.sum())
+        gone += float(scores_U.sort().values[: group.units - kept.get(group.name, group.units)].sum())
+    return gone / max(whole, 1e-30)
