@@ -231,7 +231,7 @@ def _settle_widths(search: SizeSearch, wide: Sequence[Group], settled: Sizes) ->
     return search.budget.bisect(sizes_at, math.ceil((widest - 1) / min(lightest, 1.0)))
 
 
-def rounding_cost(search: SizeSearch, kept: Sizes) -> dict[str, Any]:
+def rounding_cost(search: SizeSearch, kept: Mapping[str, int]) -> dict[str, Any]:
     """What widths that are multiples cost, beside any widths: in nats where damage was measured, else in scores.
 
     Needs scores. Empty where widths are not rounded.
@@ -246,12 +246,12 @@ def rounding_cost(search: SizeSearch, kept: Sizes) -> dict[str, Any]:
     return {"rounding": {"measure": measure, "planned": cost(search, kept), "any_widths": cost(search, best)}}
 
 
-def _damage(search: SizeSearch, kept: Sizes) -> float:
+def _damage(search: SizeSearch, kept: Mapping[str, int]) -> float:
     curves = search.damage or {}
     return sum(damage_at(curves[group.name], kept.get(group.name, group.units)) for group in search.groups)
 
 
-def _removed_scores(search: SizeSearch, kept: Sizes) -> float:
+def _removed_scores(search: SizeSearch, kept: Mapping[str, int]) -> float:
     """The share of the sum of all scores that goes when the lowest units of every group do."""
     whole = gone = 0.0
     for group in search.groups:
