@@ -19,9 +19,9 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_processes import ROOT, launch
 from transformers import AutoModelForCausalLM
 
+from launching import launch
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, SecateurError, recover
 from secateur.checkpoint.record import read_record
 from secateur.data.calibration import demo_texts
@@ -559,7 +559,7 @@ class TestProcesses:
         alone = self.train_alone(method)
         (tmp_path / "stopping.py").write_text(STOPPING)
         script = [str(tmp_path / "stopping.py"), config]
-        file = ROOT / "docs" / "accelerate" / f"{config}.yaml"
+        file = Path(__file__).parents[2] / "docs" / "accelerate" / f"{config}.yaml"
         stopped = launch(*script, "5", *self.command(method), config=file)
         assert stopped.returncode != 0
         assert last_checkpoint(Path("here/.out.secateur/training")).name == "checkpoint-4"  # type: ignore[union-attr]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import launch
 from test_recover import HELD_OUT, KILLING, ROWS, TEXT, farthest, interrupt
 
+from launching import launch
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, SecateurError, load, recover, verify
 from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,23 +10,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from every_type import tiny_type_model
+from launching import launch
 from secateur import discover, processes, score
+from secateur.cli.main import run
 from secateur.errors import ScoreError
 from secateur.models.silence import quiet
 from secateur.planning.plan import read_plan
 from secateur.scoring.scores import SCORES
 
-TESTS = Path(__file__).parents[1]
-ROOT = TESTS.parent
-TYPES = ("llama", "mixtral", "gpt2")
-WINDOWS = torch.randint(
-    3, 100, (5, 12), generator=torch.Generator().manual_seed(3)
-)  # 3 for one process, 2 for the other
+TYPES = ("mixtral", "gpt2")  # gated and stacked experts with rotary positions; transposed weights with learned ones
+# 3 for one process, 2 for the other.
+WINDOWS = torch.randint(3, 100, (5, 12), generator=torch.Generator().manual_seed(3))
 SCORING = f"""
 import sys
-sys.path.insert(0, {str(TESTS)!r})
-import torch
-from safetensors.torch import save_file
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from safetensors.torch import save_file
 from secateur import processes
 from test_processes import all_scores
@@ -56,19 +49,6 @@ def all_scores() -> dict[str, Tensor]:
     return found
 
 
-def launch(
-    *arguments: str, processes: int = 2, config: Path | None = None, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run a program as two processes, as a user would; with a config file of accelerate's, as that says."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    how = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 --multi_gpu --num_processes"
-    command += [*how.split(), str(processes)] if config is None else ["--config_file", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_DISABLE_RICH": "1"}
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=300, **options
-    )
-
-
 def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
     script, out = tmp_path / "scoring.py", tmp_path / "scores.safetensors"
     script.write_text(SCORING)
@@ -80,34 +60,30 @@ def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
     for name, units in expected.items():
         scale = float(units.abs().max())
         worst = float((found[name] - units).abs().max())
-        assert worst <= 1e-5 * scale, name
+        rounding = 1e-4 if " obs " in name else 1e-5  # products in float32, of which the inverse is taken
+        assert worst <= rounding * scale, name
 
 
-def test_the_command_line_in_two_processes(tiny: Path, tmp_path: Path) -> None:
-    command = ["prune", str(tiny), "out", "--samples", "5", "--length", "16", "--json", "out.json"]
-    done = launch("-m", "secateur", *command, cwd=tmp_path)
+def test_two_processes_write_the_folder_of_one(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--samples", "5", "--length", "16", "--json", "out.json"]
+    done = launch("-m", "secateur", "prune", str(tiny), "out", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote out") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.json"]
-    alone = subprocess.run(
-        [sys.executable, "-m", "secateur", *command[:2], "alone", *command[3:]],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
-    assert alone.returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(["prune", str(tiny), "alone", *arguments]) == 0
     one, other = (read_plan(tmp_path / name / "secateur_plan.json") for name in ("out", "alone"))
     assert [group.keep for group in one.groups] == [group.keep for group in other.groups]
 
 
-def test_fewer_samples_than_processes(tiny: Path, tmp_path: Path) -> None:
+def test_fewer_samples_than_processes_are_an_error(tiny: Path, tmp_path: Path) -> None:
     done = launch("-m", "secateur", "prune", str(tiny), "out", "--samples", "1", "--length", "16", cwd=tmp_path)
     assert done.returncode != 0
     assert "1 calibration samples for 2 processes: each needs at least one" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_is_not_in_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_is_in_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     processes.join()
     assert (processes.count(), processes.is_first()) == (1, True)
