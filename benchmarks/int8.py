@@ -17,8 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.data.calibration import demo_texts
-from secateur.evaluation.perplexity import Perplexity, evaluate, read_evaluation_text
-from secateur.evaluation.profile import Profile, profile
+from secateur.evaluation.costs import Profile
+from secateur.evaluation.perplexity import Perplexity, evaluate
+from secateur.evaluation.profile import profile
+from secateur.evaluation.protocols import Protocol
+from secateur.evaluation.texts import read_evaluation_text
 from secateur.export.int8 import SCHEMES, export_int8
 from secateur.export.options import Int8Options
 from secateur.models.loading import load
@@ -41,13 +44,14 @@ def table(
         shown.add_column(column, justify="right" if column else "left")
     for row in rows:
         size = files[row.model]
+        assert row.speed is not None
         shown.add_row(
             row.model,
             format_bytes(row.weight_bytes),
             "" if size is None else format_bytes(size),
-            format_bytes(row.peak_bytes),
-            f"{row.prefill_seconds * 1000:.1f} ms",
-            f"{row.decode_tokens_per_second:.1f} tokens/s",
+            format_bytes(row.speed.peak_bytes),
+            f"{row.speed.prefill_seconds * 1000:.1f} ms",
+            f"{row.speed.decode_tokens_per_second:.1f} tokens/s",
             *(f"{p.ppl:.2f}" for p in perplexity[row.model]),
         )
     return shown
@@ -87,7 +91,9 @@ def main() -> None:
         models = {name: load(path, device="cpu") for name, path in folders.items()}
         perplexity = {}
         for name, model in models.items():
-            perplexity[name] = evaluate(model, tokenizer, texts, seq_lens=SEQ_LENS, max_tokens=options.tokens)
+            perplexity[name] = evaluate(
+                model, tokenizer, texts, protocols=[Protocol(n) for n in SEQ_LENS], max_tokens=options.tokens
+            )
             console.print(name, *(f"{p.data}@{p.seq_len} {p.ppl:.3f}" for p in perplexity[name]))
         rows = profile(models)
         files = {name: weight_file_bytes(path) for name, path in folders.items()}

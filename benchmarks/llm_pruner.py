@@ -27,7 +27,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secateur
-from secateur.evaluation.perplexity import read_evaluation_text
+from secateur.evaluation.protocols import Protocol
+from secateur.evaluation.texts import read_evaluation_text
 from secateur.planning.options import calibration_for, options_for
 
 SEQ_LENS = (128, 1024)
@@ -118,7 +119,7 @@ def measured(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], max_tokens: int
 ) -> list[float]:
     """Perplexities in the order of `COLUMNS`."""
-    found = secateur.evaluate(model, tokenizer, texts, seq_lens=SEQ_LENS, max_tokens=max_tokens)
+    found = secateur.evaluate(model, tokenizer, texts, protocols=[Protocol(n) for n in SEQ_LENS], max_tokens=max_tokens)
     by_name = {f"{p.data}@{p.seq_len}": p.ppl for p in found}
     return [round(by_name[column], 2) for column in COLUMNS]
 

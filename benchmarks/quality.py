@@ -47,7 +47,9 @@ from secateur import __version__
 from secateur.data.calibration import calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.evaluation.perplexity import evaluate, read_evaluation_text
+from secateur.evaluation.perplexity import evaluate
+from secateur.evaluation.protocols import Protocol
+from secateur.evaluation.texts import read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
@@ -158,7 +160,7 @@ def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -
         found["groups"] = [[g.name, g.units, g.kept] for g in decided.groups]
     model = model.to(getattr(torch, arguments.dtype))
     texts = {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
-    results = evaluate(model, tokenizer, texts, seq_lens=LENGTHS, max_tokens=arguments.tokens)
+    results = evaluate(model, tokenizer, texts, protocols=[Protocol(n) for n in LENGTHS], max_tokens=arguments.tokens)
     found["nll"] = {f"{result.data}@{result.seq_len}": result.nll for result in results}
     return found
 

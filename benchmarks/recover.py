@@ -44,7 +44,9 @@ from torch import Tensor
 from secateur.data.options import DataOptions
 from secateur.data.reading import read_tuning_data
 from secateur.data.rows import Rows, collate, training_order
-from secateur.evaluation.perplexity import evaluate, read_evaluation_text
+from secateur.evaluation.perplexity import evaluate
+from secateur.evaluation.protocols import Protocol
+from secateur.evaluation.texts import read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recovery.course import Course, Settings
@@ -91,7 +93,9 @@ def main() -> None:
     for name, folder in folders.items() if options.rows else ():
         if f"perplexity, {name}" not in results:
             model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
-            found = evaluate(model, tokenizer, texts, seq_lens=LENGTHS, max_tokens=options.tokens)
+            found = evaluate(
+                model, tokenizer, texts, protocols=[Protocol(n) for n in LENGTHS], max_tokens=options.tokens
+            )
             keep(f"perplexity, {name}", {f"{each.data}@{each.seq_len}": each.ppl for each in found})
     if options.rows:
         console.print(_damage(results, options.rows))

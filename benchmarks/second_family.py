@@ -29,7 +29,8 @@ from transformers import (
 
 from secateur.data.calibration import read_calibration, sample_windows
 from secateur.discovery.discover import discover
-from secateur.evaluation.perplexity import evaluate, join_rows, read_evaluation_text
+from secateur.evaluation.perplexity import evaluate
+from secateur.evaluation.texts import join_rows, read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer

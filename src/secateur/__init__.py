@@ -36,9 +36,11 @@ from secateur.errors import (
     TrainingError,
     UntrustedCodeError,
 )
+from secateur.evaluation.costs import Profile
 from secateur.evaluation.perplexity import Perplexity, evaluate
-from secateur.evaluation.profile import Profile, profile
-from secateur.evaluation.tasks import TaskResult, load_tasks, zero_shot
+from secateur.evaluation.profile import profile
+from secateur.evaluation.task_results import TaskResult
+from secateur.evaluation.tasks import load_tasks, zero_shot
 from secateur.export.gguf_file import GgufResult, export_gguf
 from secateur.export.int8 import Int8Result, export_int8
 from secateur.export.merge import MergeResult, merge_adapter

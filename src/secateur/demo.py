@@ -18,8 +18,12 @@ from secateur.data.calibration import CalibrationOptions, calibration_windows, d
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError
-from secateur.evaluation.perplexity import Perplexity, evaluate, sample_text
-from secateur.evaluation.profile import Profile, profile
+from secateur.evaluation.costs import Profile
+from secateur.evaluation.inference import sample_text
+from secateur.evaluation.perplexity import Perplexity, evaluate
+from secateur.evaluation.profile import profile
+from secateur.evaluation.protocols import Protocol
+from secateur.evaluation.texts import DEMO_TEXT
 from secateur.files import atomic_folder, check_vacant, write_json
 from secateur.models.config import load_config
 from secateur.models.loading import LoadOptions, load
@@ -41,7 +45,6 @@ from secateur.scoring.scores import score, write_scores
 PROMPT = "A pruning saw cuts"
 SEQ_LENS = (128, 1024)
 MAX_TOKENS = 4096
-TEXT = "python reference"
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"  # by which a folder is known to be a run of the demo
 
@@ -201,11 +204,14 @@ def _run(
     with clock.stage("reload"):
         reloaded = _reload(folder / "pruned", pruned, stock=decided.settings is not None)
     models = {"dense": dense, "pruned": reloaded}
-    evaluation = {TEXT: demo_texts()[1]}
+    evaluation = {DEMO_TEXT: demo_texts()[1]}
     perplexity = {}
     for name, each in models.items():
         with clock.stage(f"evaluate {name}") as progress:
-            results = evaluate(each, tokenizer, evaluation, seq_lens=SEQ_LENS, max_tokens=MAX_TOKENS, progress=progress)
+            protocols = [Protocol(length) for length in SEQ_LENS]
+            results = evaluate(
+                each, tokenizer, evaluation, protocols=protocols, max_tokens=MAX_TOKENS, progress=progress
+            )
         perplexity[name] = tuple(results)
     write_json(folder / "evaluation.json", {name: [asdict(p) for p in found] for name, found in perplexity.items()})
     with clock.stage("profile"):

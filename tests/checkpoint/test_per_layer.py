@@ -32,6 +32,7 @@ from secateur.checkpoint.per_layer import as_per_layer, differences, is_per_laye
 from secateur.checkpoint.save import check_saveable
 from secateur.cli.main import run
 from secateur.errors import CheckpointError, ModelError, PlanError
+from secateur.evaluation.options import ProfileOptions
 from secateur.models.config import load_config, register
 from secateur.models.loading import load, skeleton
 from secateur.models.manifest import MANIFEST_FILE
@@ -249,7 +250,7 @@ class TestModel:
 
     def test_it_is_measured_as_it_is(self, folder: Path) -> None:
         loaded = load(str(folder), device="cpu")
-        (row,) = profile({"free": loaded}, seq_len=4, new_tokens=1)
+        (row,) = profile({"free": loaded}, ProfileOptions(seq_lens=(4,), new_tokens=1))
         assert row.parameters == sum(parameter.numel() for parameter in loaded.parameters())
 
     def test_cut_again(self, folder: Path, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ class TestGolden:
 
     def test_evaluate_tasks(self, capsys: pytest.CaptureFixture[str]) -> None:
         tasks = ("--tasks", "zero-shot", "--tasks-data", "questions", "--limit", "2")
-        texts = ("--ppl", "cats=text.txt", "--protocol", "gptq@64", "--protocol", "sliding@32/16")
+        texts = ("--ppl", "cats=text.txt", "--protocol", "llm-pruner@64", "--protocol", "sliding@32/16")
         text = succeed(capsys, "evaluate", "tiny", "--plan", "uneven.json", *tasks, *texts)
         check_golden("evaluate_tasks", loose(re.sub(r"p < [\d.]+", "p #", text)))
 
@@ -354,10 +354,10 @@ class TestJson:
             assert result["weight_bytes"] <= result["file_bytes"]
 
     def test_evaluate_by_protocols(self, capsys: pytest.CaptureFixture[str]) -> None:
-        protocols = ["--protocol", "gptq@64", "--protocol", "sliding@64/16", "--seq-len", "32"]
+        protocols = ["--protocol", "llm-pruner@64", "--protocol", "sliding@64/16", "--seq-len", "32"]
         data = written(capsys, "evaluate", "tiny", "deep", "tiny", "--ppl", "cats=text.txt", *protocols)
         first, second, again = (result["perplexity"] for result in data["results"])
-        assert [row["protocol"] for row in first] == ["llm-pruner@32", "gptq@64", "sliding@64/16"]
+        assert [row["protocol"] for row in first] == ["llm-pruner@32", "llm-pruner@64", "sliding@64/16"]
         assert [row["stride"] for row in first] == [32, 64, 16]
         for row in first:
             assert row["ppl_low"] < row["ppl"] < row["ppl_high"]
@@ -371,7 +371,7 @@ class TestJson:
         assert [row["against"]["p"] for row in again] == [1.0] * 3
 
     def test_evaluate_tasks(self, capsys: pytest.CaptureFixture[str]) -> None:
-        data = written(capsys, "evaluate", "tiny", "deep", "--tasks", "all", "--tasks-data", "questions")
+        data = written(capsys, "evaluate", "tiny", "deep", "--tasks", "zero-shot", "--tasks-data", "questions")
         first, second = data["results"]
         assert first["perplexity"] == []
         seven = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
@@ -657,7 +657,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "second model missing": ("'./no-such': no such file", ("evaluate", "tiny", "./no-such")),
     "second profile missing": ("'./no-such': no such file", ("profile", "tiny", "./no-such")),
     "unknown protocol": (
-        "protocol='gtpq' is unknown. Expected llm-pruner@128, gptq@2048 or sliding@1024/512",
+        "protocol='gtpq@9' is unknown. Expected llm-pruner@N or sliding@N/STRIDE, for example",
         ("evaluate", "tiny", "--protocol", "gtpq@9"),
     ),
     "unknown local task": (
@@ -669,19 +669,19 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "tiny"),
     ),
     "no limit": (
-        "limit=0 leaves no question",
+        "limit=0: expected at least 1, for example 200",
         ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "questions", "--limit", "0"),
     ),
     "questions of no task": (
-        "--tasks-data questions is about tasks",
+        "tasks_data=questions is about tasks",
         ("evaluate", "tiny", "--tasks-data", "questions"),
     ),
     "no task": ("tasks=',' names no task", ("evaluate", "tiny", "--tasks", ",")),
     "an empty prompt": ("prompt='' has no tokens", ("evaluate", "tiny", "--prompt", "")),
     "windows of one": ("llm-pruner@1: a window of 1 scores nothing", ("evaluate", "tiny", "--seq-len", "1")),
-    "no tokens": ("max_tokens=0 leaves nothing to score", ("evaluate", "tiny", "--max-tokens", "0")),
+    "no tokens": ("max_tokens=0: expected at least 1", ("evaluate", "tiny", "--max-tokens", "0")),
     "profile letters": ("--seq-len 8;9: expected whole numbers", ("profile", "tiny", "--seq-len", "8;9")),
-    "profile no batch": ("batch=0: expected at least 1", ("profile", "sizes/config.json", "--batch", "0")),
+    "profile no batch": ("batch_sizes=0: expected at least 1", ("profile", "sizes/config.json", "--batch", "0")),
     "profile another plan": ("the plan cuts layers.3", ("profile", "tiny", "--plan", "deep.json", "--sizes-only")),
     "sweep letters": ("--ratios a:b: expected first:last:step", ("sweep", "tiny", "--ratios", "a:b")),
     "sweep unknown": ("unknown score 'l3'", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
@@ -689,7 +689,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         "plan.json is a file, and --run needs a folder for the run.s log",
         ("sweep", "tiny", "--ratios", "0.2", "--run", "plan.json"),
     ),
-    "profile nothing": ("seq_len=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
+    "profile nothing": ("seq_lens=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
     # comparing
     "compare with nothing": ("'./no-such': no such file", ("compare", "--port", "0", "tiny", "./no-such")),
     "compare, shard missing": ("shardless.*is missing", ("compare", "--port", "0", "tiny", "shardless")),

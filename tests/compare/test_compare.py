@@ -26,7 +26,7 @@ from secateur.compare.sides import Side, load_sides
 from secateur.compare.turns import Turns
 from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, PageError, PlanError
-from secateur.evaluation.perplexity import sample_text
+from secateur.evaluation.inference import sample_text
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.planning.options import calibration_for

@@ -27,7 +27,7 @@ from secateur.compare.cuts import Workplace
 from secateur.compare.page import build_page
 from secateur.compare.server import bind, quiet_gradio, server_config, url_of
 from secateur.compare.sides import load_sides
-from secateur.evaluation.perplexity import sample_text
+from secateur.evaluation.inference import sample_text
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from tiny import write_tiny

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
+from word_models import word_tokenizer
 
+from secateur.data.calibration import CalibrationOptions, calibration_windows, digest
 from secateur.data.options import DataOptions
 from secateur.data.reading import read_tuning_data
 from secateur.evaluation.contamination import warn_of_overlap
 from tiny import tiny_tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
 
 WORDS = " ".join(f"word{i}" for i in range(200))
 
@@ -93,3 +102,53 @@ def test_nothing_is_said_where_the_file_has_changed(rows: Path, caplog: pytest.L
     recovery = recovered(str(rows))
     rows.write_text(f"More and {WORDS}")
     assert warnings(recovery, caplog) == []
+
+
+class TestCalibration:
+    TEXT = " ".join(f"w{i}" for i in range(90))
+
+    @pytest.fixture
+    def calibrated(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> dict[str, Any]:
+        (tmp_path / "x.txt").write_text(self.TEXT)
+        options = CalibrationOptions(str(tmp_path / "x.txt"), samples=4, length=20)
+        tokens = calibration_windows(tokenizer, options)
+        return {"calibration": digest(tokens), "calibration_options": asdict(options)}
+
+    def warnings(
+        self, tokenizer: PreTrainedTokenizerFast, calibrated: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> list[str]:
+        warn_of_overlap("pruned", tokenizer, {"far": "another text", "near": f"x {self.TEXT}"}, calibrated)
+        return [record.getMessage() for record in caplog.records]
+
+    def test_the_text_is_named(
+        self, tokenizer: PreTrainedTokenizerFast, calibrated: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (message,) = self.warnings(tokenizer, calibrated, caplog)
+        assert message.startswith("pruned: 100 % of its calibration windows, from ")
+        assert message.endswith(
+            "share 13 words in a row with the evaluation text near; this flatters the result, so calibrate on another "
+            "text"
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"seed": 1},
+            {"text": "no-such.txt"},
+            {"text": "organisation/name"},
+            {"text": "self"},
+            {"length": 500},
+            {"colour": "green"},
+        ],
+        ids=str,
+    )
+    def test_nothing_is_said_of_what_cannot_be_drawn_again(
+        self,
+        change: dict[str, Any],
+        tokenizer: PreTrainedTokenizerFast,
+        calibrated: dict[str, Any],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        changed = {**calibrated, "calibration_options": {**calibrated["calibration_options"], **change}}
+        assert self.warnings(tokenizer, changed, caplog) == []
+        assert self.warnings(tokenizer, {"calibration": None, "calibration_options": None}, caplog) == []

@@ -27,7 +27,8 @@ from secateur import CutOptions, discover, evaluate, plan, profile, prune, save,
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, make_record
 from secateur.data.calibration import demo_texts
 from secateur.errors import CheckpointError, ModelError
-from secateur.evaluation.flops import weight_bytes
+from secateur.evaluation.memory import weight_bytes
+from secateur.evaluation.options import ProfileOptions
 from secateur.export.int8 import SCHEMES, Int8Result, export_int8, int8_copy
 from secateur.export.options import Int8Options
 from secateur.models.loading import load
@@ -383,7 +384,8 @@ class TestAround:
         done = export_int8(model, tmp_path / "int8", tokenizer=tokenizer)
         int8 = load(str(done.out), device="cpu")
         before = logits_of(int8)
-        rows = {row.model: row for row in profile({"dense": model, "int8": int8}, seq_len=8, new_tokens=2)}
+        options = ProfileOptions(seq_lens=(8,), new_tokens=2)
+        rows = {row.model: row for row in profile({"dense": model, "int8": int8}, options)}
         assert torch.equal(logits_of(int8), before)
         assert rows["int8"].parameters == rows["dense"].parameters
         assert rows["int8"].macs == rows["dense"].macs
@@ -391,7 +393,10 @@ class TestAround:
             done.weight_bytes["before"],
             done.weight_bytes["after"],
         )
-        assert rows["int8"].peak_bytes < rows["dense"].peak_bytes
+        packed, dense = rows["int8"].speed, rows["dense"].speed
+        assert packed is not None
+        assert dense is not None
+        assert packed.peak_bytes < dense.peak_bytes
         (a,), (b,) = (evaluate(each, tokenizer, {"text": demo_texts()[1][:4000]}) for each in (model, int8))
         assert a.tokens == b.tokens
         assert 0 < abs(b.nll - a.nll) < 0.01

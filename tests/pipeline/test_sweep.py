@@ -124,10 +124,12 @@ def test_a_point_is_what_plan_and_evaluate_give(tiny: Path, tmp_path: Path) -> N
     calibration = calibration_for("best", **FAST["calibration"])
     decided = plan_model(str(tiny), cut={"ratio": 0.2}, calibration=calibration)
     tokenizer = load_tokenizer(str(tiny))
-    [alone] = evaluate(cut_as_planned(load(str(tiny)), decided, tokenizer), tokenizer, TEXTS, seq_lens=(16,))
+    [alone] = evaluate(
+        cut_as_planned(load(str(tiny)), decided, tokenizer), tokenizer, TEXTS, protocols=["llm-pruner@16"]
+    )
     assert (row.parameters, row.macs) == (decided.parameters["pruned"], decided.macs["pruned"])
     assert row.perplexity[0]["nll"] == pytest.approx(alone.nll, abs=1e-6)
-    [dense] = evaluate(load(str(tiny)), tokenizer, TEXTS, seq_lens=(16,))
+    [dense] = evaluate(load(str(tiny)), tokenizer, TEXTS, protocols=["llm-pruner@16"])
     assert found.rows[0].perplexity[0]["nll"] == dense.nll
     assert {row.score for row in found.rows} == {"dense", "fisher", "param_first"}
 

@@ -20,7 +20,7 @@ from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
-from secateur.evaluation.timing import latency_table
+from secateur.evaluation.latency import latency_table
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import options_for, preset
 from secateur.planning.plan import Plan
@@ -361,7 +361,7 @@ def test_a_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [units for units, _ in table.savings["attention"]] == [1, 2, 3]
     assert [units for units, _ in table.savings["mlp"]] == [21, 42, 63, 84]
     assert table.dense_seconds > 0
-    monkeypatch.setattr("secateur.evaluation.timing.measure_speed", None)
+    monkeypatch.setattr("secateur.evaluation.latency.measure_speed", None)
     assert latency_table(model, discovery, groups, seq_len=8, cache=tmp_path) == table
     (file,) = tmp_path.iterdir()
     file.write_text("{")

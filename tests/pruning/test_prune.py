@@ -15,6 +15,7 @@ from secateur import CutOptions, discover, evaluate, plan, profile, prune, score
 from secateur.discovery.module_attributes import attributes_after
 from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import DiscoveryError, PlanError
+from secateur.evaluation.options import ProfileOptions
 from secateur.planning.plan import Plan, PlannedGroup
 
 
@@ -71,7 +72,7 @@ def test_linear_layers_say_their_size(family: str, layers: tuple[int, int] | Non
 def test_a_model_cut_in_memory_is_measured_as_it_is(model: PreTrainedModel) -> None:
     cut = decided(model, layers=(1, 2))
     assert cut.settings is None
-    (row,) = profile({"pruned": prune(model, cut)}, seq_len=4, new_tokens=1)
+    (row,) = profile({"pruned": prune(model, cut)}, ProfileOptions(seq_lens=(4,), new_tokens=1))
     assert row.parameters == cut.parameters["pruned"]
     assert evaluate(prune(model, cut), None, {}) == []  # type: ignore[arg-type]
 

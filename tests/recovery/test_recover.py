@@ -26,7 +26,9 @@ from secateur import CalibrationOptions, DataOptions, RecoverOptions, SecateurEr
 from secateur.checkpoint.record import read_record
 from secateur.data.calibration import demo_texts
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError
-from secateur.evaluation.perplexity import encode, perplexity, read_evaluation_text
+from secateur.evaluation.perplexity import perplexity
+from secateur.evaluation.protocols import Protocol
+from secateur.evaluation.texts import encode, read_evaluation_text
 from secateur.models.loading import LoadOptions, load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
@@ -209,7 +211,9 @@ class TestResult:
         assert read_plan(Path("here/out/secateur_plan.json")) == read_plan(Path(f"{shape}/secateur_plan.json"))
         assert farthest("here/out", shape) > 1e-4
         model = load("here/out", device="cpu")
-        found_again = perplexity(model, encode(load_tokenizer("here/out"), HELD_OUT), data="reference", seq_len=128)
+        found_again = perplexity(
+            model, encode(load_tokenizer("here/out"), HELD_OUT), data="reference", protocol=Protocol(128)
+        )
         best = next(entry for entry in found.evaluation if entry["step"] == found.best_step)
         assert found_again.ppl == pytest.approx(best["perplexity"]["reference"], rel=1e-5)
         assert best["score"] == min(entry["score"] for entry in found.evaluation[1:])

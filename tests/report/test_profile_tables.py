@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from secateur.evaluation.flops import Cell, Sizes
-from secateur.evaluation.profile import Against, Profile
+from secateur.evaluation.costs import BatchCost, Profile, RelativeCost
+from secateur.evaluation.speed import Speed
 from secateur.pipeline.sweep import Point, Refused, Sweep
 from secateur.report.tables.profile import pays_little, profile_tables, verdicts
 from secateur.report.tables.sweep import sweep_tables
@@ -26,29 +26,24 @@ def shown(renderables: Iterable[RenderableType]) -> str:
     return capture.get()
 
 
-def row(name: str, macs: int, *milliseconds: float, against: Against | None = None) -> Profile:
+def row(name: str, macs: int, *milliseconds: float, first: str | None = None, macs_ratio: float = 1.0) -> Profile:
     """A profile of a grid with as many batches as there are times, each with quartiles of 5 % around it."""
-    kinds = {"attention": macs // 4, "mlp": macs - macs // 4}
-    sizes = Sizes(name, 10**6, 8 * 10**5, 64, macs, {"matmul": macs}, kinds, 4 * 10**6, 2048, (1024, 1024), ())
-    cells = []
+    grid = []
     for number, each in enumerate(milliseconds):
         seconds, batch = each / 1000, 2**number
-        around = (0.95 * seconds, 1.05 * seconds)
-        cells.append(Cell(batch, 64, batch * macs, batch * 2048, seconds, around, 50.0, 5 * 10**6))
-    if against is not None:
-        first = 100.0
-        cells = [
-            replace(cell, macs_ratio=against.macs_ratio, prefill_speedup=first / each, decode_speedup=1.1)
-            for cell, each in zip(cells, milliseconds, strict=True)
-        ]
-    return Profile.of(sizes, cells, against)
+        speed = Speed(seconds, (0.95 * seconds, 1.05 * seconds), 50.0, 5 * 10**6)
+        against = None if first is None else RelativeCost(macs_ratio, 100.0 / each, 1.1)
+        grid.append(BatchCost(batch, 64, batch * macs, batch * 2048, speed, against))
+    kinds = {"attention": macs // 4, "mlp": macs - macs // 4}
+    counts = (10**6, 8 * 10**5, 64, macs, {"matmul": macs}, kinds, 4 * 10**6, 2048, (1024, 1024))
+    return Profile(name, *counts, tuple(grid), first, None if first is None else 0.81)
 
 
 DENSE = row("dense", 10**9, 100.0, 100.0)
 
 
 def cut(*milliseconds: float, macs: int = 8 * 10**8) -> Profile:
-    return row("cut", macs, *milliseconds, against=Against("dense", macs / 10**9, 0.81, 100 / milliseconds[0], 1.1))
+    return row("cut", macs, *milliseconds, first="dense", macs_ratio=macs / 10**9)
 
 
 def test_a_cut_that_pays_is_told_nothing() -> None:
@@ -66,8 +61,9 @@ def test_a_cut_that_does_not_pay_is_told_where() -> None:
 def test_noise_says_nothing() -> None:
     """0.97 x, but the quartiles reach half of the gain."""
     noisy = cut(103.0)
-    [cell] = noisy.grid
-    noisy = replace(noisy, grid=(replace(cell, prefill_quartiles=(0.085, 0.120)),))
+    [cost] = noisy.grid
+    assert cost.speed is not None
+    noisy = replace(noisy, grid=(replace(cost, speed=replace(cost.speed, prefill_quartiles=(0.085, 0.120))),))
     assert [*verdicts([replace(DENSE, grid=DENSE.grid[:1]), noisy])] == []
 
 
@@ -97,7 +93,7 @@ def test_the_table_of_a_profile() -> None:
 
 
 def test_sizes_alone_have_no_column_of_speed() -> None:
-    sizes = Sizes("m", 10, 8, 64, 100, {"matmul": 100}, {"mlp": 100}, 40, None, (), (Cell(1, 64, 100, None),))
+    sizes = Profile("m", 10, 8, 64, 100, {"matmul": 100}, {"mlp": 100}, 40, None, (), (BatchCost(1, 64, 100, None),))
     text = shown(profile_tables([sizes]))
     assert "prefill" not in text
     assert "unknown" in text  # the cache

@@ -22,10 +22,11 @@ from secateur.cli.options import (
     option_names,
 )
 from secateur.cli.output import check_files, finish, show
-from secateur.cli.reading import named_texts, run_own_scores
+from secateur.cli.reading import run_own_scores
 from secateur.discovery.discover import discover
 from secateur.discovery.summary import reach_as_json
 from secateur.errors import PlanError
+from secateur.evaluation.texts import read_texts
 from secateur.export.serving import serving_note, tensor_parallel_sizes
 from secateur.models.config import load_config
 from secateur.pipeline.run import plan_model, prune_model
@@ -175,7 +176,7 @@ def sweep_command(
         presets=[name.strip() for name in presets.split(",")],
         cut=cut.options(),
         calibration=calibration.about(common.seed),
-        texts=named_texts(ppl or []),
+        texts=read_texts(ppl or []),
         seq_lens=seq_len or [128],
         max_tokens=max_tokens,
         run=run_folder,

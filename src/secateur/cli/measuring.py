@@ -12,10 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from secateur.checkpoint.record import read_record
 from secateur.cli.options import Common, Journal, MaxTokens, ModelArguments, Texts, option
 from secateur.cli.output import check_files, finish, show
-from secateur.cli.reading import counts, named_texts
+from secateur.cli.reading import counts, names
+from secateur.errors import TaskError
 from secateur.evaluation.contamination import warn_of_overlap
-from secateur.evaluation.measures import Measured, as_json, measure, plan_measures
-from secateur.evaluation.profile import profile_models, weight_bytes
+from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs
+from secateur.evaluation.memory import weight_bytes
+from secateur.evaluation.options import EvaluationOptions, ProfileOptions
+from secateur.evaluation.profile import profile_models
 from secateur.models.config import load_config
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
@@ -36,7 +39,7 @@ def evaluate_command(
         typer.Option(
             "--protocol",
             metavar="NAME",
-            help="llm-pruner@N, gptq@N or sliding@N/STRIDE; may be repeated. [default: llm-pruner@128]",
+            help="llm-pruner@N or sliding@N/STRIDE; may be repeated. [default: llm-pruner@128]",
         ),
     ] = None,
     seq_len: Annotated[
@@ -73,35 +76,45 @@ def evaluate_command(
     --prompt the text is the half of Python's language reference that calibration does not see.
     """
     check_files(common.json_file, run=run_folder)
-    others = (tasks is not None or bool(prompt)) and not (protocol or seq_len or max_tokens)
-    texts = {} if others and not ppl else named_texts(ppl or [])
-    _check_models(models, trust_remote_code=common.trust_remote_code)
-    planned = read_plan(plan_file) if plan_file is not None else None
-    measures = plan_measures(
-        texts,
-        seq_lens=seq_len or None,
-        protocols=protocol or (),
+    protocols = (*(f"llm-pruner@{length}" for length in seq_len or ()), *(protocol or ()))
+    if tasks is not None and not names(tasks):
+        raise TaskError(f"tasks={tasks!r} names no task. Expected for example --tasks boolq,piqa, or --tasks zero-shot")
+    options = EvaluationOptions(
+        texts=tuple(ppl or ()),
+        protocols=protocols or EvaluationOptions().protocols,
         max_tokens=max_tokens,
-        tasks=tasks,
-        folder=tasks_data,
+        tasks=names(tasks or ""),
+        tasks_data=None if tasks_data is None else str(tasks_data),
         limit=limit,
         batch_size=batch_size,
-        prompts=prompt or (),
+        prompts=tuple(prompt or ()),
         new_tokens=new_tokens,
     )
-    results: list[Measured] = []
+    _check_models(models, trust_remote_code=common.trust_remote_code)
+    planned = read_plan(plan_file) if plan_file is not None else None
+    inputs = load_inputs(options)
+    results: list[ModelEvaluation] = []
     for name in models:
         with common.bars(f"load {name}"):
             model = load(name, dtype=common.dtype, device=common.device, trust_remote_code=common.trust_remote_code)
             tokenizer = load_tokenizer(name, trust_remote_code=common.trust_remote_code)
         if not common.quiet:
-            _warn_of_overlap(name, tokenizer, texts, planned)
+            _warn_of_overlap(name, tokenizer, inputs.texts, planned)
         variants = {name: model}
         if planned:
             variants[f"{name} + {plan_file}"] = cut_as_planned(model, planned, tokenizer, bars=common.bars)
         for label, each in variants.items():
-            measured = measure(label, each, tokenizer, measures, bars=common.bars)
-            results.append(measured.with_sizes(weight_bytes(each), weight_file_bytes(name) if label == name else None))
+            results.append(
+                evaluate_model(
+                    label,
+                    each,
+                    tokenizer,
+                    inputs,
+                    bars=common.bars,
+                    weight_bytes=weight_bytes(each),
+                    file_bytes=weight_file_bytes(name) if label == name else None,
+                )
+            )
     finish(as_json(results), common.json_file, context, models)
     if not common.quiet:
         show(evaluation_tables(results))
@@ -133,17 +146,20 @@ def profile_command(
     """
     check_files(common.json_file, run=run_folder)
     _check_models(models, trust_remote_code=common.trust_remote_code)
+    options = ProfileOptions(
+        seq_lens=tuple(counts(seq_len, option="--seq-len")),
+        batch_sizes=tuple(counts(batch, option="--batch")),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        sizes_only=sizes_only,
+        seed=common.seed,
+    )
     with common.bars("profile") as progress:
         rows = profile_models(
             models,
+            options,
             plan=None if plan_file is None else read_plan(plan_file),
             plan_name=str(plan_file),
-            sizes_only=sizes_only,
-            seq_len=counts(seq_len, option="--seq-len"),
-            batch=counts(batch, option="--batch"),
-            new_tokens=new_tokens,
-            repeats=repeats,
-            seed=common.seed,
             loading=common.loading,
             progress=progress,
         )

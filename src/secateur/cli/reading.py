@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.data.calibration import demo_texts
-from secateur.demo import TEXT
 from secateur.errors import DataError, PlanError, ScoreError, SecateurError
-from secateur.evaluation.perplexity import read_evaluation_text
 from secateur.scoring.scores import SCORES
 
 
@@ -85,21 +81,6 @@ def proportion(text: str) -> tuple[float, float]:
         return float(first), float(last)
     except ValueError:
         raise PlanError(f"--schedule {text}: expected two numbers, for example 0.5:1.5") from None
-
-
-def named_texts(named: Sequence[str], *, option: str = "--ppl") -> dict[str, str]:
-    """Name -> text; without any, the half of the Python reference that calibration does not see."""
-    if not named:
-        return {TEXT: demo_texts()[1]}
-    texts = {}
-    for item in named:
-        name, equals, file = item.partition("=")
-        if not equals or not name or not file:
-            raise DataError(f"{option} {item}: expected NAME=FILE, for example {option} wikitext2=wiki.test.raw")
-        if name in texts:
-            raise DataError(f"{option} {item}: {name} is the name of another text already; give each its own")
-        texts[name] = read_evaluation_text(file)
-    return texts
 
 
 def run_own_scores(file: Path | None) -> None:

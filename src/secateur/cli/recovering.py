@@ -23,8 +23,9 @@ from secateur.cli.options import (
     spread,
 )
 from secateur.cli.output import check_files, finish, show
-from secateur.cli.reading import given, named_texts, run_own_scores
+from secateur.cli.reading import given, run_own_scores
 from secateur.errors import PlanError, TrainingError
+from secateur.evaluation.texts import read_texts
 from secateur.recovery.options import options_for
 from secateur.recovery.recover import recover
 from secateur.recovery.rounds import prune_and_recover
@@ -145,7 +146,7 @@ def recover_command(
     how: dict[str, Any] = {
         "data": reading,
         "options": options,
-        "texts": named_texts(eval_text, option="--eval") if eval_text else {},
+        "texts": read_texts(eval_text, option="--eval") if eval_text else {},
         "teacher": teacher,
         "loading": common.loading,
         "plot": plot,

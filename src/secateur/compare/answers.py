@@ -32,7 +32,7 @@ from transformers import (
 from secateur.compare.sides import Side
 from secateur.compare.turns import TURNS
 from secateur.errors import DataError, SecateurError
-from secateur.evaluation.perplexity import STATE_NAMES, input_device, vocabulary_size
+from secateur.evaluation.inference import STATE_NAMES, input_device, vocabulary_size
 
 LENGTH, END, STOPPED, FAILED = "length", "end of text", "stopped", "failed"  # why an answer ended
 LONGEST_ANSWER = 4096  # tokens

@@ -14,7 +14,9 @@ from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError
-from secateur.evaluation.profile import measure_speed, weight_bytes
+from secateur.evaluation.memory import weight_bytes
+from secateur.evaluation.options import ProfileOptions
+from secateur.evaluation.speed import measure_speed
 from secateur.models.config import load_config, max_positions
 from secateur.models.loading import LoadOptions, load
 from secateur.models.tensors import check_finite
@@ -157,7 +159,8 @@ def _peaks(models: Mapping[str, PreTrainedModel], *, seed: int) -> dict[str, int
             free / 2**30,
         )
         return {}
-    speeds = measure_speed(models, seq_len=_measured_tokens(models), new_tokens=1, repeats=1, seed=seed)
+    options = ProfileOptions(seq_lens=(_measured_tokens(models),), new_tokens=1, repeats=1, seed=seed)
+    [speeds] = measure_speed(models, options)
     return {letter: speed.peak_bytes for letter, speed in speeds.items()}
 
 

@@ -19,7 +19,7 @@ from secateur.data.options import DataOptions, split_weight
 from secateur.data.reading import read_tuning_data
 from secateur.data.rows import Rows
 from secateur.errors import DataError
-from secateur.evaluation.perplexity import decode
+from secateur.evaluation.texts import decode
 
 logger = logging.getLogger(__name__)
 

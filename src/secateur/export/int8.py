@@ -26,8 +26,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.checkpoint.save import SHARD
 from secateur.errors import CheckpointError, ModelError, SecateurError, one_line
-from secateur.evaluation.flops import weight_bytes
-from secateur.evaluation.perplexity import evaluation_mode, input_device, vocabulary_size
+from secateur.evaluation.inference import evaluation_mode, input_device, vocabulary_size
+from secateur.evaluation.memory import weight_bytes
 from secateur.export.options import Int8Options
 from secateur.files import atomic_folder, check_vacant, copy_in
 from secateur.models.config import check_not_quantised

@@ -34,7 +34,7 @@ from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import ModelError, PlanError
-from secateur.evaluation.timing import latency_table
+from secateur.evaluation.latency import latency_table
 from secateur.files import check_apart, check_vacant
 from secateur.models.config import check_not_quantised, check_positions, load_config, per_layer_model_class
 from secateur.models.loading import LoadOptions, load, load_on_meta

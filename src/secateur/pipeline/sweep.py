@@ -28,6 +28,7 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, DataError, PlanError, SecateurError
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
+from secateur.evaluation.protocols import Protocol
 from secateur.files import atomic_file, make_folder, read_json, write_json
 from secateur.models.config import check_not_quantised, load_config
 from secateur.models.loading import LoadOptions, load
@@ -405,8 +406,9 @@ class _Measuring:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, title: str
     ) -> tuple[dict[str, Any], ...]:
         with self.bars(f"{title}: evaluate") as progress:
+            protocols = [Protocol(length) for length in self.seq_lens]
             results = evaluate(
-                model, tokenizer, self.texts, seq_lens=self.seq_lens, max_tokens=self.max_tokens, progress=progress
+                model, tokenizer, self.texts, protocols=protocols, max_tokens=self.max_tokens, progress=progress
             )
         return tuple(asdict(result) for result in results)
 

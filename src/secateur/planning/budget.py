@@ -38,7 +38,7 @@ class SizedModel:
     def microseconds(self) -> int:
         """Time of one forward pass by the latency table. Raises `PlanError` where there is none."""
         if self.latency is None:
-            raise PlanError("a budget of latency needs a latency table: see secateur.evaluation.timing.latency_table")
+            raise PlanError("a budget of latency needs a latency table: see secateur.evaluation.latency.latency_table")
         return round(self.latency.seconds(self.discovery, self.kept) * 1e6)
 
 

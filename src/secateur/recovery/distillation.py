@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.errors import CheckpointError, ModelError, TrainingError
-from secateur.evaluation.perplexity import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
+from secateur.evaluation.inference import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
 from secateur.files import write_tensors
 from secateur.models.tensors import all_finite
 from secateur.recovery.hidden_states import Counterparts, gathered, states_at

@@ -20,7 +20,9 @@ from transformers.trainer_callback import PrinterCallback
 from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.errors import TrainingError
-from secateur.evaluation.perplexity import evaluation_mode, perplexity
+from secateur.evaluation.inference import evaluation_mode
+from secateur.evaluation.perplexity import perplexity
+from secateur.evaluation.protocols import Protocol
 from secateur.models.silence import quiet
 from secateur.progress import Progress
 from secateur.recovery.callbacks import SCORE, Shown, Steady, got_stuck
@@ -206,7 +208,7 @@ class RecoveryTrainer(Trainer):
                 metrics["eval_validation"] = self._validation_loss(model)
             logs = {}
             for name, ids in course.texts.items():
-                found = perplexity(model, ids, data=name, seq_len=course.window)
+                found = perplexity(model, ids, data=name, protocol=Protocol(course.window))
                 metrics[f"eval_perplexity_{name}"], logs[name] = found.ppl, found.nll
         # Held-out text tells of overfitting to the rows what rows of the same kind cannot.
         metrics[SCORE] = sum(logs.values()) / len(logs) if logs else metrics["eval_validation"]

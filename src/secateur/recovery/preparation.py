@@ -24,7 +24,7 @@ from secateur.data.reading import TuningData, read_tuning_data
 from secateur.data.rows import training_order, whole_steps
 from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, TrainingError
-from secateur.evaluation.perplexity import encode
+from secateur.evaluation.texts import encode
 from secateur.files import check_apart, check_vacant
 from secateur.models.config import check_not_quantised, check_positions, load_config
 from secateur.models.loading import LoadOptions

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from secateur.evaluation.costs import Profile
 from secateur.evaluation.perplexity import Perplexity
-from secateur.evaluation.profile import Profile
 from secateur.planning.plan import Plan
 from secateur.report.formatting import format_bytes, format_count, format_macs, format_rate, format_seconds
 from secateur.report.tables.layout import make_table, titled

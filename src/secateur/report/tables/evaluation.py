@@ -8,16 +8,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from secateur.evaluation.measures import Measured, differences
+from secateur.evaluation.evaluate import ModelEvaluation, loss_differences
 from secateur.evaluation.significance import Difference
-from secateur.evaluation.tasks import HEADLINES, TaskResult, beside_first, mean_of
+from secateur.evaluation.task_results import HEADLINES, TaskResult, mean_accuracy, task_difference
 from secateur.report.formatting import format_bytes, format_p_value, format_with_error
 from secateur.report.tables.layout import make_table, titled
 
 
-def evaluation_tables(results: Sequence[Measured]) -> Iterator[RenderableType]:
+def evaluation_tables(results: Sequence[ModelEvaluation]) -> Iterator[RenderableType]:
     """Perplexity by text and protocol, accuracy by task, samples of text and bytes, for every model."""
-    if any(measured.texts for measured in results):
+    if any(result.losses for result in results):
         yield from titled("Perplexity", _perplexity_table(results))
     if any(measured.tasks for measured in results):
         yield from titled("Accuracy, %", _task_table(results))
@@ -34,13 +34,13 @@ def evaluation_tables(results: Sequence[Measured]) -> Iterator[RenderableType]:
             yield f"{measured.model}: {format_bytes(measured.weight_bytes)} of weights{files}"
 
 
-def _perplexity_table(results: Sequence[Measured]) -> Table:
+def _perplexity_table(results: Sequence[ModelEvaluation]) -> Table:
     """A row for every model, text and protocol, with the difference to the first model in nats per token."""
     difference = ("difference, nats/token",) * (len(results) > 1)
     columns = ("model", "text", "protocol", "tokens scored", "nats/token", "bits/byte", "perplexity", "95 % interval")
     table = make_table((*columns, *difference), text=("model", "text", "protocol"))
     for measured in results:
-        for p, worse in zip(measured.perplexity, differences(measured, results[0]), strict=True):
+        for p, worse in zip(measured.perplexity, loss_differences(measured, results[0]), strict=True):
             ends = "" if p.ppl_low is None or p.ppl_high is None else f"{p.ppl_low:.2f} to {p.ppl_high:.2f}"
             bits = "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}"
             scored = (p.data, p.protocol, f"{p.tokens:,}", f"{p.nll:.4f}", bits, f"{p.ppl:.2f}", ends)
@@ -50,7 +50,7 @@ def _perplexity_table(results: Sequence[Measured]) -> Table:
     return table
 
 
-def _task_table(results: Sequence[Measured]) -> Table:
+def _task_table(results: Sequence[ModelEvaluation]) -> Table:
     """A row for every task and one for their mean, a column for every model."""
     columns = ("task", "metric", "questions", *(measured.model for measured in results))
     table = make_table(columns, text=("task", "metric"))
@@ -60,10 +60,10 @@ def _task_table(results: Sequence[Measured]) -> Table:
         shown = next(result for result in found if result is not None)
         cells = []
         for result in found:
-            beside = beside_first(result, first.tasks[name]) if result is not None and name in first.tasks else None
+            beside = None if result is None else task_difference(result, first.tasks.get(name))
             cells.append("" if result is None else _accuracy(result, None if result is found[0] else beside))
         table.add_row(name, shown.metric, f"{shown.documents:,}", *cells)
-    means = [mean_of(measured.tasks, first.tasks) for measured in results]
+    means = [mean_accuracy(measured.tasks, first.tasks) for measured in results]
     if means[0] is not None and len(means[0]["tasks"]) > 1:
         table.add_section()
         cells = []

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
-from secateur.evaluation.flops import Cell, Sizes
-from secateur.evaluation.profile import Profile
+from secateur.evaluation.costs import BatchCost, Profile
 from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent
 from secateur.report.tables.layout import make_table, titled
 
@@ -18,11 +17,11 @@ PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay
 SMALL = 0.98  # of the MACs: cuts that leave more promise nothing that could be told from noise
 
 
-def profile_tables(rows: Sequence[Profile | Sizes]) -> Iterator[RenderableType]:
+def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
     """A row for every model; where the work lies; the grid, if it has several cells; the cuts that do not pay."""
     columns = ["model", "parameters", "non-embedding", "MACs", "weights", "cache"]
-    measured = [row for row in rows if isinstance(row, Profile)]
-    beside = [row.against for row in measured if row.against is not None]
+    measured = any(row.speed is not None for row in rows)
+    beside = any(row.first_model is not None for row in rows)
     columns += ["peak memory", "prefill", "decode"] if measured else []
     columns += [f"prefill, beside {rows[0].model}", f"decode, beside {rows[0].model}"] if beside else []
     table = make_table(columns)
@@ -35,16 +34,16 @@ def profile_tables(rows: Sequence[Profile | Sizes]) -> Iterator[RenderableType]:
             format_bytes(row.weight_bytes),
             "unknown" if row.kv_cache_bytes is None else format_bytes(row.kv_cache_bytes),
         ]
-        if isinstance(row, Profile):
+        if row.speed is not None:
             cells += [
-                format_bytes(row.peak_bytes),
-                f"{row.prefill_seconds * 1000:.1f} ms",
-                f"{row.decode_tokens_per_second:.1f} tokens/s",
+                format_bytes(row.speed.peak_bytes),
+                f"{row.speed.prefill_seconds * 1000:.1f} ms",
+                f"{row.speed.decode_tokens_per_second:.1f} tokens/s",
             ]
-            if row.against is not None:
+            if (against := row.grid[0].against) is not None:
                 cells += [
-                    f"{row.against.prefill_speedup:.2f} x for {row.against.macs_ratio:.2f} of the MACs",
-                    f"{row.against.decode_speedup:.2f} x for {row.against.weight_bytes_ratio:.2f} of the weights",
+                    f"{against.prefill_speedup:.2f} x for {against.macs_ratio:.2f} of the MACs",
+                    f"{against.decode_speedup:.2f} x for {row.weight_bytes_ratio:.2f} of the weights",
                 ]
         table.add_row(*cells)
     yield from titled("Size and speed" if measured else "Size", table)
@@ -60,7 +59,7 @@ def profile_tables(rows: Sequence[Profile | Sizes]) -> Iterator[RenderableType]:
     yield from verdicts(rows)
 
 
-def _macs(rows: Sequence[Profile | Sizes]) -> Table:
+def _macs(rows: Sequence[Profile]) -> Table:
     """MACs by kind of group, then by kind of operator; with several models, the share of the first that is left."""
     table = make_table(["", *(row.model for row in rows)], text=("",))
 
@@ -79,48 +78,50 @@ def _macs(rows: Sequence[Profile | Sizes]) -> Table:
     return table
 
 
-def _grid(rows: Sequence[Profile | Sizes]) -> Table:
-    measured = isinstance(rows[0], Profile)
+def _grid(rows: Sequence[Profile]) -> Table:
+    measured = rows[0].speed is not None
     columns = ["model", "batch", "tokens", "MACs", "cache"]
     columns += ["peak memory", "prefill", "quartiles", "decode"] if measured else []
     columns += ["speed-up"] if measured and len(rows) > 1 else []
     table = make_table(columns)
     for row in rows:
-        for cell in row.grid:
-            cache = "unknown" if cell.kv_cache_bytes is None else format_bytes(cell.kv_cache_bytes)
-            texts = [row.model, f"{cell.batch:,}", f"{cell.seq_len:,}", format_macs(cell.macs), cache]
-            if cell.prefill_seconds is not None and cell.prefill_quartiles is not None and cell.peak_bytes is not None:
-                low, high = cell.prefill_quartiles
+        for cost in row.grid:
+            cache = "unknown" if cost.kv_cache_bytes is None else format_bytes(cost.kv_cache_bytes)
+            texts = [row.model, f"{cost.batch:,}", f"{cost.seq_len:,}", format_macs(cost.macs), cache]
+            if cost.speed is not None:
+                low, high = cost.speed.prefill_quartiles
                 texts += [
-                    format_bytes(cell.peak_bytes),
-                    f"{cell.prefill_seconds * 1000:.1f} ms",
+                    format_bytes(cost.speed.peak_bytes),
+                    f"{cost.speed.prefill_seconds * 1000:.1f} ms",
                     f"{low * 1000:.1f} to {high * 1000:.1f}",
-                    f"{cell.decode_tokens_per_second:.1f} tokens/s",
+                    f"{cost.speed.decode_tokens_per_second:.1f} tokens/s",
                 ]
-            if cell.macs_ratio is not None:
-                texts.append(f"{cell.prefill_speedup:.2f} x for {cell.macs_ratio:.2f} of the MACs")
+            if cost.against is not None:
+                texts.append(f"{cost.against.prefill_speedup:.2f} x for {cost.against.macs_ratio:.2f} of the MACs")
             table.add_row(*texts)
         table.add_section()
     return table
 
 
-def verdicts(rows: Sequence[Profile | Sizes]) -> Iterator[str]:
+def verdicts(rows: Sequence[Profile]) -> Iterator[str]:
     """A line for every model whose prefill is clearly less faster than its MACs promise, with where that is so.
 
     0.8 of the MACs promise 1.25 x. A cut that brings less than half of that gain does not pay. It is only said where it
     holds for the slow quartile of the first model beside the fast quartile of this one, so that noise says nothing.
     """
     for row in rows[1:]:
-        cells = [
-            (cell, best)
-            for cell, first in zip(row.grid, rows[0].grid, strict=True)
-            if (best := best_case(cell, first)) is not None and pays_little(cell.macs / first.macs, best)
+        poor = [
+            (cost, cost.against)
+            for cost, first in zip(row.grid, rows[0].grid, strict=True)
+            if cost.against is not None
+            and (best := best_case(cost, first)) is not None
+            and pays_little(cost.against.macs_ratio, best)
         ]
-        if cells:
+        if poor:
             where = ", ".join(
-                f"{cell.prefill_speedup:.2f} x at batch {cell.batch} x {cell.seq_len}" for cell, _ in cells
+                f"{against.prefill_speedup:.2f} x at batch {cost.batch} x {cost.seq_len}" for cost, against in poor
             )
-            ratio = cells[0][0].macs_ratio or 1.0
+            ratio = poor[0][1].macs_ratio
             yield (
                 f"{row.model}: {ratio:.2f} of the MACs promise {1 / ratio:.2f} x, and reading a prompt is {where}: in "
                 "time, this cut does not pay here. Widths that are multiples of 64 (--round-to 64), or fewer layers "
@@ -128,11 +129,11 @@ def verdicts(rows: Sequence[Profile | Sizes]) -> Iterator[str]:
             )
 
 
-def best_case(cell: Cell, first: Cell) -> float | None:
+def best_case(cost: BatchCost, first: BatchCost) -> float | None:
     """The speed-up between the slow quartile of the first model and the fast one of this; None without measurements."""
-    if cell.prefill_quartiles is None or first.prefill_quartiles is None:
+    if cost.speed is None or first.speed is None:
         return None
-    return first.prefill_quartiles[1] / cell.prefill_quartiles[0]
+    return first.speed.prefill_quartiles[1] / cost.speed.prefill_quartiles[0]
 
 
 def pays_little(macs_ratio: float, speedup: float) -> bool:

@@ -1,6 +1,6 @@
 """Model -> its latency table: each kind of group is cut to a few sizes in all layers, and timed beside the dense model.
 
-A table is measured once for a model, a machine and a length, and kept in the user's cache folder.
+A table is measured once for a model, a machine and a length, and lies in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median_high
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 from secateur import __version__
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError
-from secateur.evaluation.profile import measure_speed
+from secateur.evaluation.options import ProfileOptions
+from secateur.evaluation.speed import measure_speed
 from secateur.files import make_folder, read_json, write_json
 from secateur.planning.latency import LatencyTable, table_from_json
 from secateur.planning.options import CutOptions
@@ -26,7 +28,7 @@ from secateur.planning.plan import Plan, PlannedGroup
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
 
-SHARES = (0.25, 0.5, 0.75)  # of a group's units, at which it is timed
+TIMED_SHARES = (0.25, 0.5, 0.75)  # of a group's units
 REPEATS = 9
 SEQ_LEN = 64
 
@@ -43,8 +45,8 @@ def latency_table(
     """The table for these groups' kinds, from the cache if it was measured before, else measured now.
 
     Measured is the prefill of one window of `seq_len` tokens; every cut is timed in turns with the dense model, so what
-    slows the machine slows both, and the share that a cut saves is kept. `cache` is a folder, by default
-    `~/.cache/secateur`.
+    slows the machine slows both, and the share that a cut saves is recorded. `cache` is a folder, by default
+    `~/.cache/secateur`. Raises `DiskError` when the table cannot be written there.
 
     >>> import tempfile
     >>> from secateur.discovery.discover import discover
@@ -60,69 +62,65 @@ def latency_table(
     kinds: dict[str, list[Group]] = {}
     for group in groups:
         kinds.setdefault(group.kind, []).append(group)
-    path = _folder(cache) / f"latency-{_key(model, kinds, seq_len)[:24]}.json"
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+    path = folder / f"latency-{_key(model, kinds, seq_len)[:24]}.json"
     try:
         return table_from_json(read_json(path))
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):
         pass  # there is none yet, or it is damaged
-    table = _measured(model, discovery, kinds, seq_len, progress)
+    table = _measure(model, discovery, kinds, seq_len, progress)
     make_folder(path.parent)
     write_json(path, table.to_json())
     return table
 
 
-def _measured(
+def _measure(
     model: PreTrainedModel,
     discovery: Discovery,
-    kinds: dict[str, list[Group]],
+    kinds: Mapping[str, Sequence[Group]],
     seq_len: int,
     progress: Progress | None,
 ) -> LatencyTable:
-    sizes = {kind: _sizes(members[0]) for kind, members in kinds.items()}
-    total, done = sum(len(found) for found in sizes.values()), 0
-    dense: list[float] = []
-    shares: dict[str, list[tuple[int, float]]] = {}
-    for kind, members in kinds.items():
-        for kept in sizes[kind]:
-            cut = prune(model, _cut_to(discovery, members, kept), discovery=discovery)
-            speeds = measure_speed({"dense": model, "cut": cut}, seq_len=seq_len, new_tokens=1, repeats=REPEATS)
-            dense.append(speeds["dense"].prefill_seconds)
-            share = 1 - speeds["cut"].prefill_seconds / speeds["dense"].prefill_seconds
-            shares.setdefault(kind, []).append((kept, share / len(members)))
-            done += 1
-            if progress is not None:
-                progress(done, total)
-    whole = sorted(dense)[len(dense) // 2]
+    options = ProfileOptions(seq_lens=(seq_len,), new_tokens=1, repeats=REPEATS)
+    work = [(kind, units) for kind, members in kinds.items() for units in _timed_sizes(members[0])]
+    dense_seconds: list[float] = []
+    saved: dict[str, list[tuple[int, float]]] = {}  # kind -> units, and the share of the time that one group saves
+    for done, (kind, units) in enumerate(work, start=1):
+        cut = prune(model, _plan(discovery, kinds[kind], units), discovery=discovery)
+        [speeds] = measure_speed({"dense": model, "cut": cut}, options)
+        dense_seconds.append(speeds["dense"].prefill_seconds)
+        share = 1 - speeds["cut"].prefill_seconds / speeds["dense"].prefill_seconds
+        saved.setdefault(kind, []).append((units, share / len(kinds[kind])))
+        if progress is not None:
+            progress(done, len(work))
+    whole = median_high(dense_seconds)
     savings = {
-        kind: (*((kept, share * whole) for kept, share in found), (kinds[kind][0].units, 0.0))
-        for kind, found in shares.items()
+        kind: (*((units, share * whole) for units, share in points), (kinds[kind][0].units, 0.0))
+        for kind, points in saved.items()
     }
     return LatencyTable(_device(model), seq_len, whole, savings)
 
 
-def _sizes(group: Group) -> list[int]:
+def _timed_sizes(group: Group) -> list[int]:
     """The sizes to time, ascending; of few units, all."""
-    if group.units <= len(SHARES) + 1:
+    if group.units <= len(TIMED_SHARES) + 1:
         return [*range(group.least, group.units)]
-    return sorted({max(group.least, round(group.units * share)) for share in SHARES})
+    return sorted({max(group.least, round(group.units * share)) for share in TIMED_SHARES})
 
 
-def _cut_to(discovery: Discovery, members: Sequence[Group], kept: int) -> Plan:
+def _plan(discovery: Discovery, members: Sequence[Group], units: int) -> Plan:
+    """A plan that keeps the first `units` units of each group."""
     groups = tuple(
-        PlannedGroup(group.name, group.kind, group.layer, group.units, kept, tuple(range(kept))) for group in members
+        PlannedGroup(group.name, group.kind, group.layer, group.units, units, tuple(range(units))) for group in members
     )
     return Plan(discovery.model, CutOptions(ratio=0.0), groups, {}, {})
-
-
-def _folder(cache: Path | None) -> Path:
-    return cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
 
 
 def _device(model: PreTrainedModel) -> str:
     return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor() or "cpu"
 
 
-def _key(model: PreTrainedModel, kinds: dict[str, list[Group]], seq_len: int) -> str:
+def _key(model: PreTrainedModel, kinds: Mapping[str, Sequence[Group]], seq_len: int) -> str:
     """What the times depend on, as a hash."""
     about = [
         [(name, list(parameter.shape), str(parameter.dtype)) for name, parameter in model.named_parameters()],

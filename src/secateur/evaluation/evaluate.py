@@ -1,0 +1,160 @@
+"""Models, one after the other -> perplexities, accuracies and samples of text, each beside the first model's.
+
+The first model is the dense one, as a rule. All models see the same windows and the same questions, so they are
+compared window by window and question by question (`significance.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.evaluation.inference import sample_text
+from secateur.evaluation.options import EvaluationOptions
+from secateur.evaluation.perplexity import Perplexity, WindowLosses, evaluate_windows
+from secateur.evaluation.significance import Difference, paired_ratio
+from secateur.evaluation.task_results import TaskResult, mean_accuracy, task_difference
+from secateur.evaluation.tasks import LoadedTask, load_tasks, zero_shot
+from secateur.evaluation.texts import read_texts
+from secateur.progress import ProgressBars
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationInputs:
+    """The options of an evaluation with what they name: texts and questions are read once, for all models.
+
+    >>> load_inputs(EvaluationOptions(prompts=("Once upon a time",))).texts
+    {}
+    """
+
+    options: EvaluationOptions
+    texts: Mapping[str, str]  # name -> text
+    tasks: tuple[LoadedTask, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEvaluation:
+    """What was measured of one model.
+
+    >>> ModelEvaluation("demo", weight_bytes=2).perplexity
+    []
+    """
+
+    model: str
+    losses: tuple[WindowLosses, ...] = ()  # by text and protocol
+    tasks: Mapping[str, TaskResult] = field(default_factory=dict)
+    samples: Mapping[str, str] = field(default_factory=dict)  # prompt -> its greedy continuation
+    weight_bytes: int | None = None  # in memory
+    file_bytes: int | None = None  # None where there are no files
+
+    @property
+    def perplexity(self) -> list[Perplexity]:
+        """The perplexities, by text and protocol."""
+        return [each.perplexity for each in self.losses]
+
+
+def load_inputs(options: EvaluationOptions) -> EvaluationInputs:
+    """Read the texts and the questions, so that what is missing is known before a model is loaded.
+
+    Raises `DataError` for a text, and `TaskError` for a task, that cannot be read.
+
+    >>> list(load_inputs(EvaluationOptions()).texts)
+    ['python reference']
+    """
+    defaults = EvaluationOptions()
+    about_texts = options.texts or (options.protocols, options.max_tokens) != (defaults.protocols, defaults.max_tokens)
+    texts = read_texts(options.texts) if about_texts or not (options.tasks or options.prompts) else {}
+    return EvaluationInputs(options, texts, tuple(load_tasks(options.tasks, folder=options.tasks_data)))
+
+
+def evaluate_model(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: EvaluationInputs,
+    *,
+    bars: ProgressBars,
+    weight_bytes: int | None = None,
+    file_bytes: int | None = None,
+) -> ModelEvaluation:
+    """Evaluate one loaded model; its sizes are for the record. Raises as `evaluate`, `zero_shot` and `sample_text` do.
+
+    >>> from contextlib import nullcontext
+    >>> inputs = EvaluationInputs(EvaluationOptions(), texts={}, tasks=())
+    >>> evaluate_model("none", None, None, inputs, bars=nullcontext).perplexity
+    []
+    """
+    options = inputs.options
+    losses: list[WindowLosses] = []
+    if inputs.texts:
+        with bars(f"evaluate {name}") as progress:
+            losses = evaluate_windows(
+                model,
+                tokenizer,
+                inputs.texts,
+                protocols=options.protocols,
+                max_tokens=options.max_tokens,
+                progress=progress,
+            )
+    tasks: dict[str, TaskResult] = {}
+    for task in inputs.tasks:
+        with bars(f"{task.name} {name}") as progress:
+            tasks |= zero_shot(
+                model, tokenizer, [task], limit=options.limit, batch_size=options.batch_size, progress=progress
+            )
+    with bars(f"write {name}"):
+        samples = {
+            prompt: sample_text(model, tokenizer, prompt, new_tokens=options.new_tokens) for prompt in options.prompts
+        }
+    return ModelEvaluation(name, tuple(losses), tasks, samples, weight_bytes, file_bytes)
+
+
+def loss_differences(evaluation: ModelEvaluation, first: ModelEvaluation) -> list[Difference | None]:
+    """How many nats per token a model is worse than the first in every text, window by window.
+
+    None where the two did not read the same windows, as with another tokenizer.
+
+    >>> one = ModelEvaluation("a", (WindowLosses(Perplexity("t", 3, 4, 1.0, 0.0), (1.0, 2.0), (2, 2)),))
+    >>> loss_differences(one, one)
+    [Difference(difference=0.0, stderr=0.0, p=1.0)]
+    """
+    known = {(each.perplexity.data, each.perplexity.protocol): each for each in first.losses}
+    differences: list[Difference | None] = []
+    for each in evaluation.losses:
+        other = known.get((each.perplexity.data, each.perplexity.protocol))
+        same = other is not None and (each.tokens, each.perplexity.bytes) == (other.tokens, other.perplexity.bytes)
+        differences.append(paired_ratio(each.nats, other.nats, each.tokens) if other is not None and same else None)
+    return differences
+
+
+def as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
+    """Plain data, as `secateur evaluate --json` writes it; every model but the first stands beside the first.
+
+    >>> as_json([ModelEvaluation("demo")])["results"][0]["model"]
+    'demo'
+    """
+    return {"results": [_as_json(each, evaluations[0] if number else None) for number, each in enumerate(evaluations)]}
+
+
+def _as_json(evaluation: ModelEvaluation, first: ModelEvaluation | None) -> dict[str, Any]:
+    perplexity = [asdict(each) for each in evaluation.perplexity]
+    tasks = {name: result.to_json() for name, result in evaluation.tasks.items()}
+    if first is not None:
+        for entry, difference in zip(perplexity, loss_differences(evaluation, first), strict=True):
+            if difference is not None:
+                entry["against"] = {"model": first.model, **asdict(difference)}
+        for name, result in evaluation.tasks.items():
+            if (difference := task_difference(result, first.tasks.get(name))) is not None:
+                tasks[name]["against"] = {"model": first.model, **asdict(difference)}
+    return {
+        "model": evaluation.model,
+        "perplexity": perplexity,
+        "tasks": tasks,
+        "tasks_mean": mean_accuracy(evaluation.tasks, first.tasks if first is not None else None),
+        "samples": [{"prompt": prompt, "text": text} for prompt, text in evaluation.samples.items()],
+        "weight_bytes": evaluation.weight_bytes,
+        "file_bytes": evaluation.file_bytes,
+    }

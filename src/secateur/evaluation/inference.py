@@ -1,0 +1,183 @@
+"""A model in evaluation mode -> its device, vocabulary and batch size; greedy text, token by token.
+
+Tensor names end in their axes: B batch, T token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import DataError, ModelError
+from secateur.evaluation.options import check_count
+from secateur.evaluation.texts import decode, encode
+
+LOGITS_BYTES = 256 * 2**20  # of one batch; a single row may need more
+BATCH_TOKENS = 8192  # where the vocabulary is small, activations are the limit
+
+# What models call the keys and values, or the recurrent state, that they return and take back: transformers from
+# 5.24 on, transformers before that, and the names that remote code and recurrent models use.
+STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and put every module back as it was.
+
+    >>> model = nn.Dropout()
+    >>> with evaluation_mode(model):
+    ...     model.training
+    False
+    >>> model.training
+    True
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def position_errors(model: PreTrainedModel, length: int, *, flag: str) -> Iterator[None]:
+    """Turn the IndexError of a model that reads `length` tokens but has fewer positions into a DataError naming `flag`.
+
+    Models with a table of positions fail; those that compute them (rotary, ALiBi) read on, and worse.
+
+    >>> from types import SimpleNamespace as Model
+    >>> try:
+    ...     with position_errors(Model(config=Model(max_position_embeddings=8)), 9, flag="--seq-len"):
+    ...         torch.zeros(8)[8]
+    ... except DataError as error:
+    ...     print(error)
+    the model has 8 positions, but reads 9 tokens at once. --seq-len takes at most 8.
+    """
+    try:
+        yield
+    except IndexError as error:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is None or length <= positions:
+            raise
+        raise DataError(
+            f"the model has {positions} positions, but reads {length} tokens at once. {flag} takes at most {positions}."
+        ) from error
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model has an embedding for, as its config states it.
+
+    >>> from transformers import PretrainedConfig
+    >>> vocabulary_size(PreTrainedModel(PretrainedConfig(vocab_size=8)))
+    8
+    """
+    return int(model.config.get_text_config().vocab_size)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device to put token ids on: that of the weights, or the CPU where accelerate moves them.
+
+    Raises ModelError if the weights are on `meta` and nothing will load them.
+
+    >>> input_device(nn.Linear(1, 1))
+    device(type='cpu')
+    """
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    if not hasattr(model, "_hf_hook"):  # accelerate's; it loads each layer as it runs and moves what goes in
+        raise ModelError(
+            f"{type(model).__name__}: its weights are on device='meta', which holds shapes and no values; expected "
+            "loaded weights. load(model, device='cpu') reads them."
+        )
+    return torch.device("cpu")
+
+
+def random_ids(models: Iterable[PreTrainedModel], batch: int, length: int, *, seed: int = 0) -> Tensor:
+    """Draw ids_BT (batch x length), int64, on the CPU, from the token ids that all models have.
+
+    >>> from transformers import PretrainedConfig
+    >>> random_ids([PreTrainedModel(PretrainedConfig(vocab_size=1))], 2, 3).tolist()
+    [[0, 0, 0], [0, 0, 0]]
+    """
+    smallest = min(vocabulary_size(model) for model in models)
+    return torch.randint(smallest, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def fitting_batch(length: int, vocabulary: int, *, limit: int = LOGITS_BYTES) -> int:
+    """How many rows of `length` tokens keep their float32 logits under `limit` bytes, and their tokens under 8192.
+
+    >>> fitting_batch(128, 49152)
+    10
+    """
+    return max(1, min(limit // (4 * vocabulary * length), BATCH_TOKENS // length))
+
+
+def greedy_steps(model: PreTrainedModel, prompt_BT: Tensor) -> Iterator[Tensor]:
+    """Yield the most likely next token, ids_B1 (int64), once per forward pass and without end.
+
+    The first pass reads the whole prompt, each later one the token just yielded, with the keys and values (or the
+    recurrent state) that the model returned. A model that returns none reads everything again. The caller sets
+    evaluation and inference mode.
+
+    >>> from transformers.modeling_outputs import CausalLMOutput
+    >>> def counting(input_ids, **_):
+    ...     return CausalLMOutput(logits=nn.functional.one_hot(input_ids + 1, 128))
+    >>> steps = greedy_steps(counting, torch.tensor([[1, 5]]))
+    >>> int(next(steps)), int(next(steps))
+    (6, 7)
+    """
+    input_BT, seen_BT, state = prompt_BT, prompt_BT, dict[str, Any]()
+    while True:
+        outputs = model(input_ids=input_BT, use_cache=True, **state)
+        next_B1 = outputs.logits[:, -1:].argmax(dim=-1)
+        # the first name only: newer outputs answer to the older names as well
+        state = next(({name: outputs[name]} for name in STATE_NAMES if name in outputs), {})
+        del outputs  # the logits of the prompt need not outlive the pass
+        yield next_B1
+        seen_BT = torch.cat([seen_BT, next_B1], dim=1)
+        input_BT = next_B1 if state else seen_BT
+
+
+def sample_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, new_tokens: int = 48
+) -> str:
+    """Continue `prompt` with the most likely tokens and return the continuation alone.
+
+    Deterministic, with the prompt as it stands: no chat template, no sampling, none of the model's generation
+    settings. Ends after `new_tokens` tokens, or before the model's or the tokenizer's end-of-text token.
+    Raises DataError if the prompt has no tokens or `new_tokens` is below 1.
+
+    >>> from transformers import PretrainedConfig
+    >>> from transformers.modeling_outputs import CausalLMOutput
+    >>> class Counting(PreTrainedModel):  # predicts the next letter
+    ...     def forward(self, input_ids, **_):
+    ...         return CausalLMOutput(logits=nn.functional.one_hot(input_ids + 1, 128).float())
+    >>> class Letters:
+    ...     eos_token_id = None
+    ...     __call__ = staticmethod(lambda text, **_: {"input_ids": list(text.encode())})
+    ...     decode = staticmethod(lambda ids, **_: bytes(ids).decode())
+    >>> sample_text(Counting(PretrainedConfig(vocab_size=128)), Letters(), "abc", new_tokens=4)
+    'defg'
+    """
+    check_count("new_tokens", new_tokens, 48)
+    prompt_T = encode(tokenizer, prompt)
+    if not len(prompt_T):
+        raise DataError(f"prompt={prompt!r} has no tokens. prompt='Once upon a time' has some.")
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
+    written: list[int] = []
+    with evaluation_mode(model), torch.inference_mode():
+        steps = greedy_steps(model, prompt_T[None].to(input_device(model)))
+        while len(written) < new_tokens and (token := int(next(steps))) not in ends:
+            written.append(token)
+    # Some tokenizers drop the space before the first word they decode: decode with the prompt, then cut it off.
+    before = decode(tokenizer, prompt_T.tolist())
+    whole = decode(tokenizer, prompt_T.tolist() + written)
+    return whole[len(before) :] if whole.startswith(before) else decode(tokenizer, written)
