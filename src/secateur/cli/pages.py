@@ -32,7 +32,7 @@ def report_command(
     written = write_report(run_folder, out, overwrite=overwrite)
     finish(written.to_json(), common.json_file)
     if not common.quiet:
-        show([*written.sentences, f"report: {written.out}"])
+        show([*map(str, written.key_figures), f"report: {written.out}"])
 
 
 def demo_command(

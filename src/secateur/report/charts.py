@@ -1,410 +1,215 @@
-"""Numbers -> the geometry of charts, in shares of their width, so that they fit a phone and a desk alike.
+"""Numbers -> charts as inline SVG, drawn by matplotlib; None where it is not installed.
 
-The templates write the SVG. All x positions and lengths are percents of the width; heights are pixels; within the area
-of a `Plot` y is in percents, too. Nothing is measured in text widths: labels have columns or lines of their own.
+A chart is as wide as a phone, so that its text stays readable there; a desk shows it larger, or two side by side. Its
+colors become variables of the page's style sheet, which has light, dark and print values.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec
 
-LABEL = 27.0  # percent of the width that the names of bars take
-VALUE = 18.0  # and their numbers
-AXIS = 13.0  # and the numbers of a plot's y axis
-MOST_POINTS = 400  # of a line; a chart has no more pixels for them
-MOST_TICKS = 6
-FEWEST_TICKS = 3  # of powers of ten, their doubles and halves; a range too narrow for them has ticks at equal steps
+from secateur.report.formatting import printable
+
+INK, SOFT, RULE = "#1b1f24", "#555d66", "#d5d9dd"
+TONES = ("#595f66", "#0072b2", "#c25200", "#007a5a", "#8f3f7f")  # dense, pruned, recovered, exported, measured
+VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", **{tone: f"--tone{i}" for i, tone in enumerate(TONES)}}
+LINES = tuple((tone, style) for style in ("-", "--", ":") for tone in TONES[1:])
+WIDTH = 4.8  # inches of 72 pixels
+MOST_POINTS = 400  # of a line; a chart has no more pixels
+BINS = 32
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "secateur",  # the same chart from the same numbers
+    "text.parse_math": False,  # a name with dollars is no formula
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+}
+P = ParamSpec("P")
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """A number at a place."""
+def _inline_svg(draw: Callable[Concatenate[Any, P], None]) -> Callable[P, str | None]:
+    """Make of a function that draws on given axes one that gives the chart as SVG."""
 
-    at: float
-    text: str
+    @functools.wraps(draw)
+    def chart(*arguments: P.args, **options: P.kwargs) -> str | None:
+        if importlib.util.find_spec("matplotlib") is None:
+            return None
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a glyph that the measuring font lacks, in a model's name
+            figure = Figure(figsize=(WIDTH, 3.0))
+            draw(figure.add_subplot(), *arguments, **options)
+            file = io.StringIO()
+            no_date = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=0.03, transparent=True, metadata=no_date)
+        return _for_a_page(file.getvalue())
+
+    return chart
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One value with its interval, to be drawn; None where it is infinite."""
+    """One bar with its 95 % interval; an infinite value, None, has no bar."""
 
     label: str
     value: float | None
     text: str
-    tone: int
+    color: int
     low: float | None = None
     high: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DrawnBar:
-    """A bar with its places; `low` and `high` of the interval, if there is one."""
+@_inline_svg
+def bar_chart(axes: Any, groups: Mapping[str, Sequence[Bar]]) -> None:
+    """Horizontal bars from zero, in titled groups below each other.
 
-    label: str
-    text: str
-    tone: int
-    y: int
-    width: float
-    low: float | None
-    high: float | None
-
-    @property
-    def end(self) -> float:
-        """Where its number begins."""
-        return round(max(LABEL + self.width, self.high or 0.0) + 1.2, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class Heading:
-    """The name of a group of bars."""
-
-    text: str
-    y: int
-
-
-@dataclass(frozen=True, slots=True)
-class BarChart:
-    """Bars from the left, in groups one below the other."""
-
-    title: str
-    description: str
-    height: int
-    headings: tuple[Heading, ...]
-    bars: tuple[DrawnBar, ...]
-    left: float = LABEL
-
-
-ROW, HEAD, GAP = 22, 24, 10  # pixels: of a bar, of a group's name, between groups
-
-
-def bar_chart(title: str, description: str, groups: Mapping[str, Sequence[Bar]]) -> BarChart:
-    """Bars that begin at zero; the longest bar or interval takes all of the width that labels leave.
-
-    >>> chart = bar_chart("t", "d", {"text": [Bar("dense", 10.0, "10", 0), Bar("pruned", 20.0, "20", 1, 15, 25)]})
-    >>> [(bar.y, bar.width) for bar in chart.bars], chart.height
-    ([(24, 22.0), (46, 44.0)], 68)
+    >>> "dense" in bar_chart({"a text": [Bar("dense", 10.0, "10.00", 0, 9.0, 11.0)]})
+    True
     """
-    every = [bar for bars in groups.values() for bar in bars]
-    ends = [end for bar in every for end in (bar.value, bar.high) if end is not None]
-    scale = (100 - LABEL - VALUE) / (max(ends, default=1.0) or 1.0)
-    headings: list[Heading] = []
-    drawn: list[DrawnBar] = []
-    y = 0
+    axes.figure.set_figheight(0.25 * sum(len(bars) + 1.3 for bars in groups.values()) + 0.1)
+    ends = [end for bars in groups.values() for bar in bars for end in (bar.value, bar.high) if end is not None]
+    longest = max([*ends, 1e-12])
+    y, labels = 0.0, []
     for name, bars in groups.items():
-        y += GAP if headings else 0
-        headings.append(Heading(name, y))
-        y += HEAD
-        for bar in bars:
-            has_interval = bar.low is not None and bar.high is not None and bar.value is not None
-            drawn.append(
-                DrawnBar(
-                    label=bar.label,
-                    text=bar.text,
-                    tone=bar.tone,
-                    y=y,
-                    width=round(max(bar.value or 0.0, 0.0) * scale, 3),
-                    low=round(LABEL + max(bar.low or 0.0, 0.0) * scale, 3) if has_interval else None,
-                    high=round(LABEL + max(bar.high or 0.0, 0.0) * scale, 3) if has_interval else None,
-                )
-            )
-            y += ROW
-    return BarChart(title, description, y, tuple(headings), tuple(drawn))
-
-
-# --- the heat map -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One layer of one kind: the share of its units that stays."""
-
-    x: float
-    width: float
-    kept: float  # 0 to 1
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Strip:
-    """One kind: a row of layers."""
-
-    label: str
-    y: int
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class HeatMap:
-    """Kinds below each other, layers from left to right."""
-
-    title: str
-    description: str
-    height: int
-    strips: tuple[Strip, ...]
-    ticks: tuple[Tick, ...]
-
-
-STRIP_LABEL, STRIP = 22, 30  # pixels
-
-
-def heat_map(title: str, description: str, kinds: Mapping[str, Mapping[int, tuple[int, int]]], layers: int) -> HeatMap:
-    """A strip of cells for each kind (name -> layer -> units kept and units); a layer without the kind has no cell.
-
-    >>> drawn = heat_map("t", "d", {"mlp": {0: (3, 4), 1: (4, 4)}}, 2)
-    >>> [(cell.x, cell.kept, cell.text) for cell in drawn.strips[0].cells]
-    [(0.0, 0.75, 'layer 0: 3 of 4'), (50.0, 1.0, 'layer 1: 4 of 4')]
-    """
-    strips, y, width = [], 0, 100 / layers
-    for name, found in kinds.items():
-        cells = tuple(
-            Cell(
-                x=round(layer * width, 3),
-                width=round(width, 3),
-                kept=round(kept / units, 4),
-                text=f"layer {layer}: {kept:,} of {units:,}",
-            )
-            for layer, (kept, units) in sorted(found.items())
+        axes.text(
+            0, y, printable(name), color=INK, fontweight="bold", va="center", transform=axes.get_yaxis_transform()
         )
-        strips.append(Strip(name, y + STRIP_LABEL, cells))
-        y += STRIP_LABEL + STRIP + GAP
-    step = max(1, math.ceil(layers / 8))
-    step = step if step <= 2 else 5 * math.ceil(step / 5)
-    ticks = tuple(Tick(round((layer + 0.5) * width, 3), str(layer)) for layer in range(0, layers, step))
-    return HeatMap(title, description, y + 16, tuple(strips), ticks)
+        for bar in bars:
+            y += 1
+            labels.append((y, printable(bar.label)))
+            end = bar.value or 0.0
+            axes.barh(y, end, height=0.75, color=TONES[bar.color])
+            if bar.value is not None and bar.low is not None and bar.high is not None:
+                axes.errorbar(y=y, x=end, xerr=[[end - bar.low], [bar.high - end]], color=INK, capsize=2, lw=1.2)
+                end = max(end, bar.high)
+            axes.text(end + 0.015 * longest, y, bar.text, color=INK, va="center")
+        y += 1.3
+    axes.set(xlim=(0, 1.2 * longest), ylim=(y - 0.7, -0.6), yticks=[at for at, _ in labels])
+    axes.set_yticklabels([label for _, label in labels], color=INK)
+    axes.tick_params(left=False, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
 
 
-# --- lines --------------------------------------------------------------------------------------------------------
+@_inline_svg
+def heat_map(axes: Any, kinds: Mapping[str, Mapping[int, tuple[int, int]]]) -> None:
+    """A row for each kind, a cell for each layer: the darker, the larger the share of its units that stays.
+
+    Takes kind -> layer -> (units kept, units); a layer without the kind has no cell, one that keeps nothing is empty.
+
+    >>> "mlp" in heat_map({"mlp": {0: (3, 4), 1: (4, 4)}})
+    True
+    """
+    layers = 1 + max(layer for found in kinds.values() for layer in found)
+    axes.figure.set_figheight(0.45 * len(kinds) + 0.45)
+    for row, (name, found) in enumerate(kinds.items()):
+        axes.text(-0.5, row - 0.32, printable(name), color=INK, va="bottom")
+        for layer, (kept, units) in found.items():
+            box = {"height": 0.5, "width": 0.92, "edgecolor": RULE, "lw": 0.5}
+            axes.bar(layer, bottom=row - 0.25, color=TONES[1], alpha=0.08 + 0.92 * kept / units, **box)
+    axes.set(xlim=(-0.5, layers - 0.5), ylim=(len(kinds) - 0.6, -0.75), yticks=[], xlabel="layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[:].set_visible(False)
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
-    """A named line through (x, y)."""
-
-    label: str
-    tone: int
-    points: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """The area between two values at each x."""
-
-    label: str
-    strength: int  # 1 is pale, 2 is dark
-    points: tuple[tuple[float, float, float], ...]  # x, low, high
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A drawn series: the points of its line within the plot, and its marks within the chart."""
-
-    label: str
-    tone: int
-    path: str
-    marks: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A drawn bar of a histogram, in percents of the plot."""
-
-    x: float
-    width: float
-    y: float
-    height: float
-    tone: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """Lines, bands and columns over two axes."""
-
-    title: str
-    description: str
-    x_label: str
-    y_label: str
-    lines: tuple[Line, ...]
-    bands: tuple[tuple[int, str], ...]
-    columns: tuple[Column, ...]
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    legend: tuple[tuple[int, str], ...]
-    left: float = AXIS
-    height: int = 220  # of the area within the axes
-
-
-def line_plot(
-    title: str,
-    description: str,
-    series: Sequence[Series],
+@_inline_svg
+def line_chart(
+    axes: Any,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
     *,
     x_label: str,
     y_label: str,
     log_y: bool = False,
-    bands: Sequence[Band] = (),
-    whole_x: bool = True,
-) -> Plot:
-    """Lines over linear x and linear or logarithmic y.
+    bands: Sequence[Sequence[tuple[float, float, float]]] = (),
+) -> None:
+    """Lines through (x, y) over bands of (x, low, high).
 
-    >>> drawn = line_plot("t", "d", [Series("loss", 0, ((0, 1.0), (10, 3.0)))], x_label="step", y_label="nats")
-    >>> drawn.lines[0].path, [tick.text for tick in drawn.x_ticks]
-    ('0,100 100,0', ['0', '2', '4', '6', '8', '10'])
+    >>> "step" in line_chart({"loss": [(0, 1.0), (10, 3.0)]}, x_label="step", y_label="nats")
+    True
     """
-    xs = [x for each in series for x, _ in each.points] + [x for band in bands for x, _, _ in band.points]
-    ys = [y for each in series for _, y in each.points] + [y for band in bands for p in band.points for y in p[1:]]
-    x_axis = _Axis.over(xs, whole=whole_x)
-    y_axis = _Axis.over(ys, log=log_y)
-    lines = []
-    for each in series:
-        at = [(x_axis.at(x), 100 - y_axis.at(y)) for x, y in _thinned(each.points)]
-        marks = tuple((_in_chart(x), y) for x, y in at) if len(at) <= 60 else ()
-        lines.append(Line(each.label, each.tone, " ".join(f"{x:g},{y:g}" for x, y in at), marks))
-    areas = []
     for band in bands:
-        above = [f"{x_axis.at(x):g},{100 - y_axis.at(high):g}" for x, _, high in band.points]
-        below = [f"{x_axis.at(x):g},{100 - y_axis.at(low):g}" for x, low, _ in reversed(band.points)]
-        areas.append((band.strength, " ".join(above + below)))
-    return Plot(
-        title=title,
-        description=description,
-        x_label=x_label,
-        y_label=y_label,
-        lines=tuple(lines),
-        bands=tuple(areas),
-        columns=(),
-        x_ticks=tuple(Tick(_in_chart(tick.at), tick.text) for tick in x_axis.ticks()),
-        y_ticks=tuple(Tick(100 - tick.at, tick.text) for tick in y_axis.ticks()),
-        legend=tuple((each.tone, each.label) for each in series),
-    )
+        xs, lows, highs = zip(*band, strict=True)
+        axes.fill_between(xs, lows, highs, color=TONES[1], alpha=0.18, lw=0)
+    for (name, points), (color, style) in zip(lines.items(), 10 * LINES, strict=False):
+        shown = [*points[:: 1 + len(points) // MOST_POINTS], points[-1]]
+        marker = "o" if len(points) <= 30 else ""
+        axes.plot(*zip(*shown, strict=True), style, color=color, marker=marker, ms=3.5, label=printable(name))
+    _finish_axes(axes, x_label, y_label, legend=len(lines) > 1, log_y=log_y)
 
 
-def histogram(
-    title: str,
-    description: str,
-    edges: Sequence[float],
-    stacks: Sequence[tuple[str, int, Sequence[int]]],
-    *,
-    x_label: str,
-    y_label: str,
-    log_x: bool = False,
-) -> Plot:
-    """Counts between edges (their powers of ten where `log_x`), one upon the other: label, tone, counts.
+@_inline_svg
+def histogram(axes: Any, stacks: Mapping[str, Sequence[float]], *, log_x: bool = False) -> None:
+    """How many values lie where, one stack upon the other.
 
-    >>> drawn = histogram("t", "d", [0, 1, 2], [("kept", 0, [2, 4]), ("cut", 1, [2, 0])], x_label="x", y_label="n")
-    >>> [(column.x, column.y, column.height) for column in drawn.columns]
-    [(0.0, 50.0, 50.0), (50.0, 0.0, 100.0), (0.0, 0.0, 50.0)]
+    >>> "units" in histogram({"stay": [1.0, 2.0], "go": [0.5]})
+    True
     """
-    totals = [sum(counts[i] for _, _, counts in stacks) for i in range(len(edges) - 1)]
-    y_axis = _Axis(0.0, float(max(totals, default=1) or 1), whole=True)
-    x_axis = _Axis(edges[0], edges[-1], log=log_x)
-    places = [x_axis.at(10**edge if log_x else edge) for edge in edges]
-    done = [0] * len(totals)
-    columns = []
-    for _, tone, counts in stacks:
-        for i, count in enumerate(counts):
-            if count:
-                top = 100 - y_axis.at(done[i] + count)
-                width = round(places[i + 1] - places[i], 3)
-                columns.append(Column(places[i], width, top, round(100 - y_axis.at(done[i]) - top, 3), tone))
-                done[i] += count
-    return Plot(
-        title=title,
-        description=description,
-        x_label=x_label,
-        y_label=y_label,
-        lines=(),
-        bands=(),
-        columns=tuple(columns),
-        x_ticks=tuple(Tick(_in_chart(tick.at), tick.text) for tick in x_axis.ticks()),
-        y_ticks=tuple(Tick(100 - tick.at, tick.text) for tick in y_axis.ticks()),
-        legend=tuple((tone, label) for label, tone, _ in stacks),
-        height=160,
-    )
+    axes.figure.set_figheight(2.4)
+    edges = bin_edges([value for values in stacks.values() for value in values], log=log_x)
+    axes.hist([*stacks.values()], bins=edges, stacked=True, color=TONES[1 : 1 + len(stacks)], label=[*stacks])
+    _finish_axes(axes, "score", "units", legend=len(stacks) > 1, log_x=log_x)
 
 
-def _in_chart(x: float) -> float:
-    """From percents of the plot to percents of the chart, whose right edge leaves room for half a number."""
-    return round(AXIS + x * (100 - AXIS - 4) / 100, 3)
+def bin_edges(values: Sequence[float], *, log: bool) -> list[float]:
+    """Edges of BINS bins over all values, of equal width or of equal ratio.
+
+    >>> bin_edges([0.0, 32.0], log=False)[:3]
+    [0.0, 1.0, 2.0]
+    """
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        margin = max(abs(low) * 0.01, 1e-9)
+        low, high = low - margin, high + margin
+    if log:
+        return [low * (high / low) ** (i / BINS) for i in range(BINS)] + [high]
+    return [low + (high - low) * i / BINS for i in range(BINS)] + [high]
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """A range of numbers, and where in it a number lies, in percents."""
+def _finish_axes(
+    axes: Any, x_label: str, y_label: str, *, legend: bool, log_x: bool = False, log_y: bool = False
+) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-    low: float
-    high: float
-    log: bool = False
-    whole: bool = False
-
-    @classmethod
-    def over(cls, values: Sequence[float], *, log: bool = False, whole: bool = False) -> _Axis:
-        low, high = min(values, default=0.0), max(values, default=1.0)
+    for axis, set_scale, log in ((axes.xaxis, axes.set_xscale, log_x), (axes.yaxis, axes.set_yscale, log_y)):
+        low, high = axis.get_data_interval()
         if log and low > 0:
-            low, high = math.log10(low), math.log10(high)
-        else:
-            log = False
-        if high - low < 1e-9 * max(abs(low), abs(high), 1e-12):
-            margin = 0.5 if log or whole else max(abs(low) * 0.05, 1e-12)
-            low, high = low - margin, high + margin
-        return cls(low, high, log, whole)
-
-    def at(self, value: float) -> float:
-        number = math.log10(value) if self.log else value
-        return round(100 * (number - self.low) / (self.high - self.low), 3)
-
-    def ticks(self) -> list[Tick]:
-        if self.log:
-            low, high = 10**self.low, 10**self.high
-            every = [m * 10.0**p for p in range(math.floor(self.low), math.floor(self.high) + 1) for m in (1, 2, 5)]
-            chosen = [value for value in every if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-            if len(chosen) > MOST_TICKS:
-                chosen = [value for value in chosen if f"{value:e}".startswith("1.0")]
-            chosen = chosen[:: max(1, math.ceil(len(chosen) / MOST_TICKS))]
-            if len(chosen) >= FEWEST_TICKS:
-                return [Tick(self.at(value), _number(value)) for value in chosen]
-        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
-        step = _step((high - low) / 4)
-        if self.whole:
-            step = max(1.0, step)
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        return [Tick(self.at(i * step), _number(i * step, step)) for i in range(first, last + 1)]
+            set_scale("log")
+            decades = math.log10(high / low)
+            steps = (1, 2, 5) if decades < 2.5 else (1,)
+            axis.set_major_locator(MaxNLocator(5) if decades < 0.7 else LogLocator(subs=steps, numticks=7))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        elif max(abs(low), abs(high)) >= 10_000:
+            axis.set_major_formatter(EngFormatter())
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(axis="y", color=RULE, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, labelcolor=INK)
 
 
-def _step(rough: float) -> float:
-    """The nearest 1, 2 or 5 times a power of ten.
-
-    >>> _step(0.23), _step(37)
-    (0.2, 50.0)
-    """
-    power = math.floor(math.log10(rough))
-    nearest = min((1, 2, 5, 10), key=lambda m: abs(math.log(m * 10.0**power / rough)))
-    return float(nearest * 10**power if power >= 0 else nearest / 10**-power)
-
-
-def _number(value: float, step: float = 0.0) -> str:
-    """A number as an axis has it, with as many decimals as its neighbours at `step` from it need.
-
-    >>> _number(1e-7), _number(0.25), _number(1500), _number(2_500_000), _number(305.2, 0.05)
-    ('1e-7', '0.25', '1,500', '2.5 M', '305.20')
-    """
-    if value and abs(value) < 1e-3:
-        mantissa, _, exponent = f"{value:.1e}".partition("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    for size, suffix in ((1e9, " B"), (1e6, " M")):
-        if abs(value) >= size:
-            return f"{value / size:,.{_decimals(step / size)}f}{suffix}" if step else f"{value / size:.3g}{suffix}"
-    if step:
-        return f"{value:,.{_decimals(step)}f}"
-    return f"{round(value):,}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _decimals(step: float) -> int:
-    return max(0, -math.floor(math.log10(step) + 1e-9))
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> Iterable[tuple[float, float]]:
-    """Every n-th point where there are more than a chart can show, and the last."""
-    step = math.ceil(len(points) / MOST_POINTS)
-    return points if step <= 1 else (*points[:-1:step], points[-1])
+def _for_a_page(svg: str) -> str:
+    """Only the svg element, with colors of the style sheet, at any width, and without names for its groups."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns:xlink="[^"]*"| version="[^"]*"|(?<=<g) id="[^"]*"', "", svg)
+    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", svg, count=1)
+    svg = svg.replace("xlink:href", "href")
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return re.sub(r">\s+<", ">\n<", svg)

@@ -1,125 +1,81 @@
-"""What changes along a line: quality with size, and loss with the steps of a training."""
+"""A run -> its curves: quality against size, and the course of every training."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from secateur.report.blocks import Block, Cell, Figure, Paragraph, Section, Subheading, Table
-from secateur.report.charts import Series, line_plot
-from secateur.report.formatting import format_count, format_perplexity, join_names
-from secateur.report.models import Facts, same_model
+from secateur.report.charts import line_chart
+from secateur.report.content import Cell, Figure, Section, Table
+from secateur.report.entries import Training
+from secateur.report.formatting import format_count, format_perplexity
+from secateur.report.run import Run
 
-LINES = 4  # tones of lines
 MOST_STEPS = 60  # rows of a table of steps
 
 
-def frontier_section(facts: Facts) -> Section | None:
-    """Perplexity against parameters, where there are several sizes: of sweeps, and of this run's models."""
-    curves: dict[str, dict[str, list[tuple[int, float, str]]]] = {}  # test -> line -> parameters, perplexity, what
-    for sweep in facts.run.sweeps:
-        dense = [row for row in sweep if row.ratio == 0]
-        scores = list(dict.fromkeys(row.score for row in sweep if row.ratio))
-        for score in scores:
-            for row in (*dense, *(row for row in sweep if row.ratio and row.score == score)):
-                for measured in row.perplexity:
+def frontier_section(run: Run) -> Section | None:
+    """Perplexity against parameters: of sweeps, and of the run's models where they have three sizes."""
+    curves: dict[str, dict[str, dict[int, float]]] = {}  # test -> line -> parameters -> perplexity
+    for sweep in run.sweeps:
+        for score in dict.fromkeys(row.score for row in sweep.rows if row.ratio and row.score):
+            for row in sweep.rows:
+                for measured in row.perplexity if row.score == score or not row.ratio else ():
                     if measured.ppl is not None:
-                        line = curves.setdefault(measured.test, {}).setdefault(score, [])
-                        line.append((row.parameters, measured.ppl, f"ratio {row.ratio:g}"))
-    for model in facts.models:
-        parameters = facts.cost(model).parameters
-        for test, measured in facts.perplexity(model).items():
-            if parameters is not None and measured.ppl is not None and model.role in ("dense", "pruned"):
-                line = curves.setdefault(test, {}).setdefault("models of this run", [])
-                line.append((parameters, measured.ppl, model.label))
-    figures = [
-        figure
-        for test, lines in curves.items()
-        if (figure := _frontier(test, {name: sorted(line) for name, line in lines.items()})) is not None
-    ]
+                        curves.setdefault(measured.test, {}).setdefault(score, {})[row.parameters] = measured.ppl
+    for model in run.models if len(run.cuts) > 1 else ():
+        for test, measured in model.perplexity.items():
+            if model.cost.parameters and measured.ppl is not None and model.role in ("dense", "pruned"):
+                line = curves.setdefault(test, {}).setdefault("models of this run", {})
+                line[model.cost.parameters] = measured.ppl
+    figures = []
+    for test, lines in curves.items():
+        shown = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 2}
+        if shown:
+            rows = [
+                (Cell(name), Cell(format_count(parameters)), Cell(format_perplexity(ppl)))
+                for name, points in shown.items()
+                for parameters, ppl in points
+            ]
+            title = f"Perplexity on {test} by parameters"
+            svg = line_chart(shown, x_label="parameters", y_label="perplexity", log_y=True)
+            figures.append(Figure(title, svg, Table(title, ("Line", "Parameters", "Perplexity"), tuple(rows))))
     return Section("frontier", "Quality against size", tuple(figures)) if figures else None
 
 
-def _frontier(test: str, lines: Mapping[str, Sequence[tuple[int, float, str]]]) -> Figure | None:
-    shown = {name: line for name, line in lines.items() if len({size for size, _, _ in line}) > 2}
-    if not shown:
-        return None
-    series = [
-        Series(name, i % LINES, tuple((float(size), ppl) for size, ppl, _ in line))
-        for i, (name, line) in enumerate(shown.items())
-    ]
-    rows = [
-        (Cell(name), Cell(what), Cell(format_count(size)), Cell(format_perplexity(ppl)))
-        for name, line in shown.items()
-        for size, ppl, what in line
-    ]
-    chart = line_plot(
-        f"Perplexity on {test} against parameters",
-        f"Lines for {join_names(list(shown))}; the dense model is at the right. The numbers are in the table below.",
-        series,
-        x_label="parameters",
-        y_label="perplexity",
-        log_y=True,
-    )
-    columns = ("Line", "Cut", "Parameters", "Perplexity")
-    return Figure(chart, Table(f"Perplexity on {test}", columns, tuple(rows), words=(0, 1)), f"On {test}.")
-
-
-def recovery_section(facts: Facts) -> Section | None:
-    """How each training went."""
-    blocks: list[Block] = []
-    for training in facts.run.trainings:
-        label = next((m.label for m in facts.models if same_model(m.name, training.out)), training.out)
-        if len(facts.run.trainings) > 1:
-            blocks.append(Subheading(f"{label}: {training.out}" if label != training.out else label))
+def recovery_section(run: Run) -> Section | None:
+    """The loss, and the perplexity on held-out texts, of every training."""
+    blocks: list[str | Figure] = []
+    for training in run.trainings:
+        model = run.model(training.out)
+        label = model.label if model is not None else training.out
         blocks.append(
-            Paragraph(
-                f"{training.steps:,} steps of {training.method or 'training'} over {training.tokens:,} tokens; the "
-                f"weights are those of step {training.best_step:,}."
-            )
+            f"{label}: {training.steps:,} steps of {training.method} over {training.tokens:,} tokens; the weights are "
+            f"those of step {training.best_step:,}."
         )
-        curves = [
-            Series(name, tone, points)
-            for name, tone, points in (("training", 0, training.loss), ("validation", 1, training.validation))
-            if len(points) > 1
-        ]
-        if curves:
-            plot = line_plot(
-                f"Loss of {label} by step",
-                f"Lines for {join_names([each.label for each in curves])}. The numbers are in the table below.",
-                curves,
-                x_label="step",
-                y_label="nats per token",
-            )
-            blocks.append(Figure(plot, _by_step("Loss, nats per token", curves)))
-        texts = [
-            Series(name, i % LINES, points)
-            for i, (name, points) in enumerate(training.perplexity.items())
-            if len(points) > 1
-        ]
-        if texts:
-            plot = line_plot(
-                f"Perplexity of {label} by step",
-                f"Lines for {join_names([each.label for each in texts])}. The numbers are in the table below.",
-                texts,
-                x_label="step",
-                y_label="perplexity",
-                log_y=True,
-            )
-            blocks.append(Figure(plot, _by_step("Perplexity on held-out text", texts)))
+        blocks += _training_figures(label, training)
     return Section("recovery", "Recovery", tuple(blocks)) if blocks else None
 
 
-def _by_step(caption: str, curves: Sequence[Series]) -> Table:
-    """A row for each step at which all but the longest curve has a value, or else evenly chosen ones."""
-    values = [dict(each.points) for each in curves]
-    steps = sorted({x for each in curves for x, _ in each.points})
-    if len(steps) > MOST_STEPS:
-        every = math.ceil(len(steps) / MOST_STEPS)
-        fewest = min((set(each) for each in values), key=len)
-        steps = sorted(set(steps[::every]) | (fewest if len(fewest) <= MOST_STEPS else set()) | {steps[-1]})
+def _training_figures(label: str, training: Training) -> Iterator[Figure]:
+    losses = {"training": training.loss, "validation": [(each.step, each.validation) for each in training.evaluation]}
+    texts = {
+        name: [(each.step, each.perplexity.get(name)) for each in training.evaluation]
+        for name in dict.fromkeys(name for each in training.evaluation for name in each.perplexity)
+    }
+    for curves, title, y_label in ((losses, "Loss", "nats per token"), (texts, "Perplexity", "perplexity")):
+        known = {name: [(x, y) for x, y in points if y is not None] for name, points in curves.items()}
+        shown = {name: points for name, points in known.items() if len(points) > 1}
+        if shown:
+            svg = line_chart(shown, x_label="step", y_label=y_label, log_y=title == "Perplexity")
+            yield Figure(f"{title} of {label} by step", svg, _by_step(f"{title} of {label}", shown))
+
+
+def _by_step(caption: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Table:
+    """A row for each step; of a long training, for evenly chosen ones."""
+    values = [dict(points) for points in curves.values()]
+    steps = sorted({step for each in values for step in each})
+    shown = sorted({*steps[:: 1 + len(steps) // MOST_STEPS], steps[-1]})
     rows = tuple(
-        (Cell(f"{step:,.0f}"), *(Cell(f"{each[step]:.4g}" if step in each else "") for each in values))
-        for step in steps
+        (Cell(f"{step:,}"), *(Cell(f"{each[step]:.4g}" if step in each else "") for each in values)) for step in shown
     )
-    return Table(caption, ("Step", *(each.label for each in curves)), rows)
+    return Table(caption, ("Step", *curves), rows)

@@ -1,11 +1,13 @@
-"""The run in a few numbers and sentences: size, quality, speed and memory, before and after."""
+"""A run -> its key figures: size, quality, speed and memory, before and after."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from statistics import fmean
+from typing import Any
 
-from secateur.report.blocks import KeyFigure
+from secateur.report.content import KeyFigure
 from secateur.report.formatting import (
     ARROW,
     TIMES,
@@ -15,162 +17,101 @@ from secateur.report.formatting import (
     format_count,
     format_p_value,
     format_perplexity,
+    format_rate,
     format_seconds,
     format_signed,
-    join_names,
 )
-from secateur.report.models import Facts, Model, same_model
+from secateur.report.run import Model, Run
 
-ALIKE = 0.02  # times as fast that are no difference: speeds are measured on a machine that does other things, too
-
-
-def headline(facts: Facts) -> tuple[tuple[KeyFigure, ...], tuple[str, ...]]:
-    """The key figures, and the sentences that say the same."""
-    result = facts.result
-    dense = facts.baseline(result) if result is not None else None
-    if result is None or dense is None:
-        return (), _without_result(facts)
-    found = [
-        each
-        for each in (
-            _size(facts, dense, result),
-            _quality(facts, dense, result),
-            _speed(facts, dense, result),
-            _memory(facts, dense, result),
-        )
-        if each is not None
-    ]
-    sentences = [sentence for _, sentence in found]
-    if gained := _regained(facts, dense, result):
-        sentences.insert(2 if len(sentences) > 1 else 1, gained)
-    for pronoun, subject in (("It ", f"The {_role(result)} model "), ("Its ", f"The {_role(result)} model's ")):
-        if sentences and sentences[0].startswith(pronoun):  # no other sentence before it says what "it" is
-            sentences[0] = subject + sentences[0].removeprefix(pronoun)
-    return tuple(figure for figure, _ in found), tuple(sentences)
+SAME_SPEED = 0.02  # a machine that does other things, too, gives speeds that differ by so much
 
 
-def _without_result(facts: Facts) -> tuple[str, ...]:
-    planned = [cut for cut in facts.run.cuts if cut.out is None]
-    if planned and (plan := planned[-1]).parameters:
-        before, after = plan.parameters["dense"], plan.parameters["pruned"]
-        return (
-            f"Nothing has been cut yet. The plan would take {plan.model} from {format_count(before)} to "
-            f"{format_count(after)} parameters ({format_change(before, after)}).",
-        )
-    names = [model.label for model in facts.models]
-    return (f"What was measured of {join_names(names)}; nothing has been cut in this run.",) if names else ()
+def key_figures(run: Run) -> tuple[KeyFigure, ...]:
+    """The run's result beside the dense model; the plan, where nothing was cut."""
+    result = run.result
+    dense = run.baseline(result) if result is not None else None
+    if result is not None and dense is not None:
+        found = (_size, _accuracy, _perplexity, _regained, _speed, _memory)
+        return tuple(figure for each in found for figure in each(run, dense, result))
+    if plans := [cut for cut in run.cuts if cut.out is None]:
+        before, after = plans[-1].parameters["dense"], plans[-1].parameters["pruned"]
+        detail = f"{plans[-1].model}: {_arrow(format_count, before, after)}, not cut yet"
+        return (KeyFigure("Planned parameters", format_change(before, after), detail, None),)
+    return ()
 
 
-def _size(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | None:
-    before, after = facts.cost(dense), facts.cost(result)
-    if before.parameters is None or after.parameters is None:
-        return None
-    sizes = f"{format_count(before.parameters)} {ARROW} {format_count(after.parameters)}"
-    inner = format_change(before.non_embedding_parameters, after.non_embedding_parameters)
-    outside = f", {inner} of those outside the embeddings" if inner else ""
-    sentence = (
-        f"The {_role(result)} model has {format_count(after.parameters)} parameters, {dense.name} has "
-        f"{format_count(before.parameters)}: {format_change(before.parameters, after.parameters)}{outside}."
-    )
-    return KeyFigure("Parameters", format_change(before.parameters, after.parameters), sizes, None), sentence
+def _arrow(text: Callable[[Any], str], before: float | None, after: float | None) -> str:
+    return f"{text(before)} {ARROW} {text(after)}"
 
 
-def _quality(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | None:
-    if (means := _means(facts, dense, result)) is not None:
-        before, after, count, p = means
+def _size(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
+    before, after = dense.cost, result.cost
+    if before.parameters is not None and after.parameters is not None:
+        inner = format_change(before.non_embedding_parameters, after.non_embedding_parameters)
+        outside = f"; outside the embeddings {inner}" if inner else ""
+        detail = _arrow(format_count, before.parameters, after.parameters) + outside
+        yield KeyFigure("Parameters", format_change(before.parameters, after.parameters), detail, None)
+
+
+def _accuracy(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
+    both = [task for task in dense.tasks if task in result.tasks]
+    if both:
+        before, after = (fmean(model.tasks[task].value for task in both) for model in (dense, result))
+        same = dense.tasks.keys() == result.tasks.keys()
+        p = format_p_value(result.tasks_mean.p) if same and result.tasks_mean is not None else ""
         points = format_signed(after - before, f"{100 * abs(after - before):.1f}") + " points"
-        sure = f" ({format_p_value(p)})" if p is not None else ""
-        sentence = (
-            f"It answers {format_accuracy(after)} of {count} zero-shot tasks right on average, the dense model "
-            f"{format_accuracy(before)}: {points}{sure}."
-        )
-        detail = f"{format_accuracy(before)} {ARROW} {format_accuracy(after)}, mean of {count} tasks"
-        return KeyFigure("Accuracy", points, detail, after >= before), sentence
-    test = _headline_test(facts, dense, result)
-    if test is None:
-        return None
-    before_row, after_row = facts.perplexity(dense)[test], facts.perplexity(result)[test]
-    worse = before_row.ppl is not None and (after_row.ppl is None or after_row.ppl > before_row.ppl)
-    told = format_change(before_row.ppl, after_row.ppl) or ("infinite" if after_row.ppl is None else "")
-    sentence = (
-        f"Its perplexity on {test} is {format_perplexity(after_row.ppl)}, the dense model's "
-        f"{format_perplexity(before_row.ppl)} ({told}; lower is better)."
-    )
-    detail = f"{format_perplexity(before_row.ppl)} {ARROW} {format_perplexity(after_row.ppl)}, {test}"
-    return KeyFigure("Perplexity", told, detail, not worse), sentence
+        detail = f"{_arrow(format_accuracy, before, after)}, mean of {len(both)} tasks" + (f", {p}" if p else "")
+        yield KeyFigure("Accuracy", points, detail, after >= before)
 
 
-def _headline_test(facts: Facts, dense: Model, result: Model) -> str | None:
-    """Of the tests that both have: the first text, in its longest windows."""
-    both = [row for name, row in facts.perplexity(dense).items() if name in facts.perplexity(result)]
+def _perplexity(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
+    test = _first_test(dense, result)
+    if test is not None:
+        before, after = dense.perplexity[test].ppl, result.perplexity[test].ppl
+        worse = before is not None and (after is None or after > before)
+        change = format_change(before, after) or format_perplexity(after)
+        yield KeyFigure("Perplexity", change, f"{_arrow(format_perplexity, before, after)}, {test}", not worse)
+
+
+def _first_test(dense: Model, result: Model) -> str | None:
+    """Of the tests that both models have: the first text, in its longest windows."""
+    both = [row for test, row in dense.perplexity.items() if test in result.perplexity]
     first = [row for row in both if row.data == both[0].data]
     return max(first, key=lambda row: row.seq_len).test if first else None
 
 
-def _means(facts: Facts, dense: Model, result: Model) -> tuple[float, float, int, float | None] | None:
-    a, b = facts.tasks(dense), facts.tasks(result)
-    both = [task for task in a if task in b]
-    if not both:
-        return None
-    p = None
-    if set(a) == set(b):
-        p = next((row.p for row in facts.run.task_means if same_model(row.model, result.name)), None)
-    return fmean(a[task].value for task in both), fmean(b[task].value for task in both), len(both), p
+def _regained(run: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
+    """How much of the damage of the cut the training took back, in nats per token."""
+    cut = run.model(result.parent) if result.role == "recovered" and result.parent else None
+    test = _first_test(dense, result)
+    if cut is None or test is None or test not in cut.perplexity:
+        return
+    before, worst, after = (model.perplexity[test].ppl for model in (dense, cut, result))
+    if before is not None and worst is not None and after is not None and before < worst:
+        share = math.log(worst / after) / math.log(worst / before)
+        detail = f"of the damage in nats per token; perplexity was {format_perplexity(worst)} before the training"
+        yield KeyFigure("Recovered", f"{100 * share:.0f} %", detail, share > 0)
 
 
-def _speed(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | None:
-    before, after = facts.cost(dense), facts.cost(result)
-    if not before.prefill_seconds or not after.prefill_seconds:
-        return None
-    times = before.prefill_seconds / after.prefill_seconds
-    told = f"{TIMES} {times:.2f}"
-    alike = abs(times - 1) <= ALIKE
-    how = "reads a prompt as fast as the dense model" if alike else f"reads a prompt {times:.2f} times as fast"
-    sentence = f"It {how} ({format_seconds(before.prefill_seconds)} {ARROW} {format_seconds(after.prefill_seconds)})"
+def _speed(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
+    before, after = dense.cost, result.cost
+    if before.prefill_seconds and after.prefill_seconds:
+        times = before.prefill_seconds / after.prefill_seconds
+        detail = f"{_arrow(format_seconds, before.prefill_seconds, after.prefill_seconds)} for a prompt"
+        if before.macs and after.macs:
+            detail += f", {after.macs / before.macs:.2f} of the MACs"
+        good = None if abs(times - 1) <= SAME_SPEED else times > 1
+        yield KeyFigure("Prefill speed", f"{TIMES} {times:.2f}", detail, good)
     if before.decode_tokens_per_second and after.decode_tokens_per_second:
-        rate = after.decode_tokens_per_second / before.decode_tokens_per_second
-        sentence += (
-            f" and writes {rate:.2f} times as fast ({before.decode_tokens_per_second:.1f} {ARROW} "
-            f"{after.decode_tokens_per_second:.1f} tokens per second)"
-        )
-    if before.macs and after.macs:
-        sentence += f"; the arithmetic of a pass is {after.macs / before.macs:.2f} of the dense model's"
-    detail = f"{format_seconds(before.prefill_seconds)} {ARROW} {format_seconds(after.prefill_seconds)} for a prompt"
-    return KeyFigure("Reading speed", told, detail, None if alike else times > 1), sentence + "."
+        rates = before.decode_tokens_per_second, after.decode_tokens_per_second
+        times = rates[1] / rates[0]
+        good = None if abs(times - 1) <= SAME_SPEED else times > 1
+        yield KeyFigure("Decode speed", f"{TIMES} {times:.2f}", _arrow(format_rate, *rates), good)
 
 
-def _memory(facts: Facts, dense: Model, result: Model) -> tuple[KeyFigure, str] | None:
-    before, after = facts.cost(dense), facts.cost(result)
-    for name, field in (("peak memory", "peak_bytes"), ("weights", "weight_bytes")):
-        a, b = getattr(before, field), getattr(after, field)
-        if a and b:
-            verb = "needs" if field == "peak_bytes" else "has"
-            sentence = f"It {verb} {format_bytes(b)} of {name} ({format_change(a, b)})."
-            return KeyFigure(
-                name.capitalize(), format_change(a, b), f"{format_bytes(a)} {ARROW} {format_bytes(b)}", b <= a
-            ), sentence
-    return None
-
-
-def _regained(facts: Facts, dense: Model, result: Model) -> str | None:
-    """How much of what the cut had cost the training has brought back."""
-    if result.role != "recovered" or result.parent is None:
-        return None
-    cut = next((model for model in facts.models if same_model(model.name, result.parent)), None)
-    test = _headline_test(facts, dense, result)
-    if cut is None or test is None or test not in facts.perplexity(cut):
-        return None
-    dense_ppl, cut_ppl, result_ppl = (facts.perplexity(model)[test].ppl for model in (dense, cut, result))
-    told = f"Before it was trained its perplexity was {format_perplexity(cut_ppl)}"
-    if dense_ppl is None or cut_ppl is None or result_ppl is None or not dense_ppl < cut_ppl:
-        return f"{told}."
-    if result_ppl <= dense_ppl:
-        return f"{told}; training brought back all that the cut had cost, and more."
-    share = math.log(cut_ppl / result_ppl) / math.log(cut_ppl / dense_ppl)
-    if share <= 0:
-        return f"{told}; training brought nothing back."
-    return f"{told}; training brought back {100 * share:.0f} % of what the cut had cost, in nats per token."
-
-
-def _role(model: Model) -> str:
-    return model.role if model.role != "measured" else model.label
+def _memory(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
+    for name, field in (("Peak memory", "peak_bytes"), ("Weights", "weight_bytes")):
+        before, after = getattr(dense.cost, field), getattr(result.cost, field)
+        if before and after:
+            yield KeyFigure(name, format_change(before, after), _arrow(format_bytes, before, after), after <= before)
+            return

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from secateur.files import atomic_file
-from secateur.report.blocks import Figure, KeyFigure, Section
+from secateur.report.content import Figure, KeyFigure, Section
 from secateur.report.curves import frontier_section, recovery_section
-from secateur.report.headline import headline
-from secateur.report.measurements import models_section, quality_section, samples_section, speed_section
-from secateur.report.models import Facts
+from secateur.report.cuts import cuts_section, scores_section
+from secateur.report.formatting import printable
+from secateur.report.headline import key_figures
 from secateur.report.provenance import provenance_section
-from secateur.report.reading import Run, read_run
-from secateur.report.units import cut_section, scores_section
+from secateur.report.quality import models_section, quality_section, samples_section
+from secateur.report.run import Run, load_run
+from secateur.report.speed import speed_section
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
@@ -23,7 +24,7 @@ SECTIONS = (
     quality_section,
     speed_section,
     frontier_section,
-    cut_section,
+    cuts_section,
     scores_section,
     recovery_section,
     samples_section,
@@ -33,12 +34,11 @@ SECTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a page says: the headline and the sections that a run has something for."""
+    """What a page shows: the headline, and the sections that the run has data for."""
 
     out: Path
     title: str
-    figures: tuple[KeyFigure, ...]
-    sentences: tuple[str, ...]
+    key_figures: tuple[KeyFigure, ...]
     sections: tuple[Section, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Report:
         return {
             "out": str(self.out),
             "title": self.title,
-            "headline": list(self.sentences),
+            "headline": [str(figure) for figure in self.key_figures],
             "sections": [section.id for section in self.sections],
             "charts": sum(isinstance(block, Figure) for section in self.sections for block in section.blocks),
         }
@@ -55,8 +55,8 @@ class Report:
 def write_report(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Report:
     """Write the page of a run folder as one file that needs no other, no network and no JavaScript.
 
-    Raises `CheckpointError` where there is no run folder, it holds nothing, a file of it is damaged, or the page cannot
-    be written.
+    Charts need matplotlib; without it the page has the tables of their numbers. Raises `CheckpointError` where there is
+    no run folder, it has no log, a file of it is damaged, or the page cannot be written.
 
     >>> import tempfile
     >>> from secateur.pipeline.run_log import append_entry
@@ -67,56 +67,38 @@ def write_report(run: str | Path, out: str | Path, *, overwrite: bool = False) -
     ...     (Path(folder) / "report.html").read_text()[:15], [section.id for section in report.sections]
     ('<!DOCTYPE html>', ['models', 'provenance'])
     """
-    found = read_run(Path(run))
-    report = report_of(found, Path(out))
-    page = render(report, found)
+    loaded = load_run(Path(run))
+    sections = tuple(section for make in SECTIONS if (section := make(loaded)) is not None)
+    about = (loaded.baseline(loaded.result) if loaded.result else None) or next(iter(loaded.models), None)
+    title = f"{about.name}: pruning report" if about is not None else "Pruning report"
+    report = Report(Path(out), title, key_figures(loaded), sections)
+    page = render(report, loaded)
     with atomic_file(Path(out), overwrite=overwrite) as file:
         file.write_text(page, encoding="utf-8")
     return report
 
 
-# What HTML does not hold (control characters, lone surrogates), and what turns the direction of all that follows it.
-_ODD = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
-)
-
-
-def _printable(value: Any) -> Any:
-    if type(value) is not str:
-        return value
-    return re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", _ODD.sub("\N{REPLACEMENT CHARACTER}", value))
-
-
-def report_of(run: Run, out: Path) -> Report:
-    """What the page of a run says."""
-    facts = Facts.of(run)
-    figures, sentences = headline(facts)
-    result = facts.result
-    base = facts.baseline(result) if result is not None else None
-    about = base or result or next(iter(facts.models), None)
-    title = f"{about.name}: pruning report" if about is not None else "Pruning report"
-    sections = tuple(found for section in SECTIONS if (found := section(facts)) is not None)
-    return Report(out, title, figures, sentences, sections)
-
-
 def render(report: Report, run: Run) -> str:
-    """The page itself. What comes from the log is text, whatever it holds: the templates escape all of it."""
+    """The page itself. Whatever the log holds is text: the templates and matplotlib escape all of it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_printable,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.get_template("page.html.j2")
-    first, last = run.entries[0].time, run.entries[-1].time
-    return template.render(
-        report=report,
-        first=first.strftime("%Y-%m-%d"),
-        last=last.strftime("%Y-%m-%d"),
-        versions=run.entries[-1].versions,
-    )
+    environment.filters["with_ids_of"] = _with_ids_of
+    return environment.get_template("page.html.j2").render(report=report, first=run.entries[0], last=run.entries[-1])
+
+
+def _with_ids_of(svg: str, figure: str) -> str:
+    """A chart whose ids (of clip paths and markers) no other chart of the page has.
+
+    >>> _with_ids_of('<path id="m1"/><use href="#m1"/>', "a")
+    '<path id="a-m1"/><use href="#a-m1"/>'
+    """
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{figure}-", svg)

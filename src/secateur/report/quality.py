@@ -1,0 +1,119 @@
+"""A run -> what its models cost and how good they are: sizes, perplexity, tasks, samples of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from secateur.report.charts import Bar, bar_chart
+from secateur.report.content import Cell, Figure, Section, Table, optional
+from secateur.report.formatting import (
+    format_accuracy,
+    format_bytes,
+    format_change,
+    format_count,
+    format_macs,
+    format_p_value,
+    format_perplexity,
+    format_seconds,
+    format_signed,
+)
+from secateur.report.run import Run
+
+_COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("Parameters", "parameters", format_count),
+    ("Outside embeddings", "non_embedding_parameters", format_count),
+    ("MACs", "macs", format_macs),
+    ("Weights", "weight_bytes", format_bytes),
+    ("File", "file_bytes", format_bytes),
+    ("Peak memory", "peak_bytes", format_bytes),
+    ("KV cache", "kv_cache_bytes", format_bytes),
+    ("Prefill", "prefill_seconds", format_seconds),
+    ("Decode, tokens/s", "decode_tokens_per_second", lambda rate: f"{rate:.1f}"),
+)
+
+
+def models_section(run: Run) -> Section | None:
+    """A row for every model with all that is known of its size and speed, beside the model it was made from."""
+    columns = [each for each in _COSTS if any(getattr(model.cost, each[1]) is not None for model in run.models)]
+    rows = []
+    for model in run.models:
+        base = run.baseline(model)
+        cells = [Cell(model.label, ": ".join(word for word in (model.role, model.name) if word != model.label))]
+        for _, field, text in columns:
+            value, before = getattr(model.cost, field), getattr(base.cost, field) if base else None
+            cells.append(Cell("" if value is None else text(value), format_change(before, value)))
+        if any(cell.text for cell in cells[1:]):
+            rows.append(tuple(cells))
+    if not rows:
+        return None
+    table = Table("Size and speed", ("Model", *(name for name, _, _ in columns)), tuple(rows))
+    note = "Changes are relative to the dense model. MACs are multiply-accumulates of one pass."
+    return Section("models", "Models", (table, note))
+
+
+def quality_section(run: Run) -> Section | None:
+    """Perplexity and tasks, as bars and as tables with differences."""
+    blocks = [
+        *([_perplexity_figure(run)] if any(model.perplexity for model in run.models) else []),
+        *([_task_figure(run)] if any(model.tasks for model in run.models) else []),
+    ]
+    return Section("quality", "Quality", tuple(blocks)) if blocks else None
+
+
+def _perplexity_figure(run: Run) -> Figure:
+    groups: dict[str, list[Bar]] = {}
+    rows = []
+    for test in dict.fromkeys(test for model in run.models for test in model.perplexity):
+        for model in run.models:
+            if (row := model.perplexity.get(test)) is not None:
+                ppl, ends = format_perplexity(row.ppl), (row.ppl_low, row.ppl_high)
+                groups.setdefault(test, []).append(Bar(model.label, row.ppl, ppl, model.color, *ends))
+                base = run.baseline(model)
+                before = base.perplexity.get(test) if base is not None else None
+                interval = "" if None in ends else f"{format_perplexity(ends[0])} to {format_perplexity(ends[1])}"
+                change = Cell(format_change(before.ppl if before else None, row.ppl))
+                bits = optional(row.bits_per_byte, lambda bits: f"{bits:.4f}")
+                rows.append((Cell(test), Cell(model.label), Cell(ppl, interval), change, bits, Cell(f"{row.tokens:,}")))
+    columns = ("Text", "Model", "Perplexity", "Change", "Bits per byte", "Tokens scored")
+    table = Table("Perplexity", columns, tuple(rows), text_columns=(0, 1))
+    return Figure("Perplexity, with 95 % intervals over windows; lower is better", bar_chart(groups), table)
+
+
+def _task_figure(run: Run) -> Figure:
+    groups: dict[str, list[Bar]] = {}
+    rows = []
+    every = [(model, f"{task} ({row.metric})", row) for model in run.models for task, row in model.tasks.items()]
+    for model in run.models:
+        if model.tasks_mean is not None and len(model.tasks) > 1:
+            every.append((model, f"mean of {len(model.tasks)} tasks", model.tasks_mean))
+    for task in dict.fromkeys(name for _, name, _ in every):
+        for model, _, row in (each for each in every if each[1] == task):
+            half = 0.0 if row.stderr is None else 1.96 * row.stderr
+            ends = (row.value - half, row.value + half) if half else (None, None)
+            right = format_accuracy(row.value)
+            groups.setdefault(task, []).append(Bar(model.label, row.value, right, model.color, *ends))
+            difference = optional(row.paired.difference, lambda d: format_signed(d, f"{100 * abs(d):.1f}"))
+            paired = Cell(difference.text, format_p_value(row.paired.p))
+            error = optional(row.stderr, lambda error: f"{100 * error:.1f}")
+            documents = optional(row.documents, lambda count: f"{count:,}")
+            rows.append((Cell(task), Cell(model.label), Cell(right), error, paired, documents))
+    columns = ("Task", "Model", "Right", "Standard error", "Paired difference, points", "Documents")
+    table = Table("Zero-shot tasks", columns, tuple(rows), text_columns=(0, 1))
+    return Figure("Zero-shot tasks, with 95 % intervals; higher is better", bar_chart(groups), table)
+
+
+def samples_section(run: Run) -> Section | None:
+    """What the models write after the same prompts."""
+    prompts = dict.fromkeys(prompt for model in run.models for prompt in model.samples)
+    tables = [
+        Table(
+            prompt,
+            ("Model", "Continuation"),
+            tuple((Cell(m.label), Cell(m.samples[prompt].strip())) for m in run.models if prompt in m.samples),
+            text_columns=(0, 1),
+        )
+        for prompt in prompts
+    ]
+    note = "Greedy continuations of the same prompt."
+    return Section("samples", "Samples", (note, *tables)) if tables else None
