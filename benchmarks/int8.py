@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from secateur.data.calibration import demo_texts
+from secateur.data.text import demo_texts
 from secateur.evaluation.costs import Profile
 from secateur.evaluation.perplexity import Perplexity, evaluate
 from secateur.evaluation.profile import profile

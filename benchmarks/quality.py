@@ -44,7 +44,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quality_table import DENSE, SETTINGS, Key, TableError, missing, write_tables
 from secateur import __version__
-from secateur.data.calibration import calibration_windows, digest
+from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.evaluation.perplexity import evaluate

@@ -128,7 +128,7 @@ def _unseen_answers(options: argparse.Namespace) -> dict[str, str]:
 
 def _reference(options: argparse.Namespace) -> Path:
     """The half of Python's language reference that no calibration sees, as a file."""
-    from secateur.data.calibration import demo_texts
+    from secateur.data.text import demo_texts
 
     file: Path = options.folder / "reference.txt"
     file.write_text(demo_texts()[1], encoding="utf-8")

@@ -37,7 +37,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from secateur.data.calibration import CalibrationOptions, demo_texts, read_calibration, sample_windows
+from secateur.data.calibration import CalibrationOptions
+from secateur.data.text import demo_texts, read_calibration
+from secateur.data.windows import sample_windows
 from secateur.discovery.discover import discover
 from secateur.models.loading import load, skeleton
 from secateur.models.silence import quiet

@@ -27,7 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from secateur.data.calibration import read_calibration, sample_windows
+from secateur.data.text import read_calibration
+from secateur.data.windows import sample_windows
 from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.texts import join_rows, read_evaluation_text

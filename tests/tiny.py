@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from secateur.data.calibration import demo_texts
+from secateur.data.text import demo_texts
 from secateur.models.silence import quiet
 
 VOCABULARY = 300

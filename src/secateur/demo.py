@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from secateur.checkpoint.record import make_record
 from secateur.checkpoint.save import check_saveable, save
 from secateur.checkpoint.tensor_accounting import account_for_tensors
-from secateur.data.calibration import CalibrationOptions, calibration_windows, demo_texts
+from secateur.data.calibration import CalibrationOptions
+from secateur.data.text import demo_texts
+from secateur.data.windows import calibration_windows
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError

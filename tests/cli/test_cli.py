@@ -838,7 +838,7 @@ class TestCalibration:
     def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
         options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
-        options |= {"for_scores": 64, "shuffled": 0.25}
+        options |= {"score_samples": 64, "shuffled": 0.25}
         assert self.record()["calibration_options"] == options
 
     def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:

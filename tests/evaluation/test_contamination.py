@@ -11,9 +11,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from word_models import word_tokenizer
 
-from secateur.data.calibration import CalibrationOptions, calibration_windows, digest
+from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.data.reading import read_tuning_data
+from secateur.data.windows import calibration_windows, digest
 from secateur.evaluation.contamination import warn_of_overlap
 from tiny import tiny_tokenizer
 

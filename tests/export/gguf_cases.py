@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from families import family_model
 from secateur import CutOptions, discover, export_gguf
-from secateur.data.calibration import demo_texts
+from secateur.data.text import demo_texts
 from secateur.export.check import NEW_TOKENS, PROMPTS
 from secateur.export.gguf_file import GgufResult
 from secateur.export.llama_cpp import is_installed

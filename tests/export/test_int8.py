@@ -25,7 +25,7 @@ from every_type import tiny_type_model
 from families import FAMILIES, family_config, family_model
 from secateur import CutOptions, discover, evaluate, plan, profile, prune, save, score
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, make_record
-from secateur.data.calibration import demo_texts
+from secateur.data.text import demo_texts
 from secateur.errors import CheckpointError, ModelError
 from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import ProfileOptions

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from secateur import export_gguf
-from secateur.data.calibration import demo_texts
+from secateur.data.text import demo_texts
 from secateur.errors import ExportError
 from secateur.export.options import GgufOptions
 from secateur.export.vocabulary import known_pre_tokenizers, vocabulary

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from secateur import CalibrationOptions, SecateurError
 from secateur.checkpoint.record import read_record
-from secateur.data.calibration import calibration_windows, digest, self_written
+from secateur.data.generated import generate_windows
+from secateur.data.windows import calibration_windows, digest
 from secateur.errors import CheckpointError, DataError, DiskError, PlanError, ScoreError
 from secateur.models.loading import LoadOptions, load
 from secateur.models.silence import quiet
@@ -383,7 +384,7 @@ class TestLayerByLayer:
             prune(calibration=own)
         monkeypatch.undo()
         monkeypatch.chdir(place.parent)
-        monkeypatch.setattr("secateur.pipeline.run.self_written", lambda *_, **__: pytest.fail("written again"))
+        monkeypatch.setattr("secateur.pipeline.run.generate_windows", lambda *_, **__: pytest.fail("written again"))
         prune(calibration=own, resume=True)
 
     def test_a_full_disk_is_one_line(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +473,7 @@ class TestRunFolder:
 
     def test_what_repair_alone_sees_does_not_matter(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Scores look at the same windows, whether the last ones are in random order or not."""
-        text = CalibrationOptions("in/text.txt", 8, 16, for_scores=6)
+        text = CalibrationOptions("in/text.txt", 8, 16, score_samples=6)
         plan_model("in/tiny", cut={"choose": "score", "repair": "none"}, calibration=text, run="here/run")
         monkeypatch.setattr("secateur.pipeline.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
         made = prune(run="here/run", calibration=replace(text, shuffled=0.25)).plan
@@ -562,7 +563,7 @@ class TestRecord:
         assert CalibrationOptions(**(record.calibration_options or {})) == options
         assert (record.calibration, record.seed) == (pruned.plan.scored["calibration"], 4)
         model, tokenizer = load("in/tiny", device="cpu"), load_tokenizer("in/tiny")
-        tokens = self_written(model, options) if options.text == "self" else calibration_windows(tokenizer, options)
+        tokens = generate_windows(model, options) if options.text == "self" else calibration_windows(tokenizer, options)
         assert record.calibration == digest(tokens)
         given = prune_model("in/tiny", "here/given", given=pruned.plan)
         again = read_record(given.out)

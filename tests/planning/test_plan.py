@@ -223,10 +223,10 @@ def test_presets(discovery: Discovery) -> None:
     assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "free")
     assert (best.choose, best.repair) == ("obs", "least-squares")
     assert preset("fast", 32) == best
-    assert calibration_for("fast") == replace(calibration_for("best"), samples=24, for_scores=8)
+    assert calibration_for("fast") == replace(calibration_for("best"), samples=24, score_samples=8)
     assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
     assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
-        "a.txt", samples=256, length=256, for_scores=64, shuffled=None
+        "a.txt", samples=256, length=256, score_samples=64, shuffled=None
     )
     for options, shuffled in ((best, 0.25), (replace(best, choose="score", repair="none"), 0.0)):
         assert settled(calibration_for("best"), options).shuffled == shuffled

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from launching import launch
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, SecateurError, recover
 from secateur.checkpoint.record import read_record
-from secateur.data.calibration import demo_texts
+from secateur.data.text import demo_texts
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError
 from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.protocols import Protocol

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.data.calibration import digest
+from secateur.data.windows import digest
 
 GROUPED_STEPS = 16  # whose rows are sorted by length together, where that is asked for
 IGNORED = -100  # of a target: nothing is to be learned there

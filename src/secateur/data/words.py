@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.calibration import COLUMN, DEMO, MESSAGES, holds_documents, read_calibration, read_documents
+from secateur.data.calibration import COLUMN, DEMO
+from secateur.data.documents import holds_documents, read_documents
 from secateur.data.options import DataOptions
+from secateur.data.text import MESSAGES, read_calibration
 from secateur.errors import DataError
 
 # The prompt of Stanford Alpaca, as LLM-Pruner trains with it. It is data: a comma less is another prompt.

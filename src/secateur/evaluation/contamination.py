@@ -14,10 +14,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.calibration import DEMO, OVERLAP_WORDS, CalibrationOptions, calibration_windows, digest, overlap
+from secateur.data.calibration import DEMO, CalibrationOptions
 from secateur.data.options import DataOptions, split_weight
+from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.reading import read_tuning_data
 from secateur.data.rows import Rows
+from secateur.data.windows import calibration_windows, digest
 from secateur.errors import DataError
 from secateur.evaluation.texts import decode
 

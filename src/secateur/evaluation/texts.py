@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.calibration import demo_texts, read_rows
+from secateur.data.text import demo_texts, read_rows
 from secateur.errors import DataError
 from secateur.evaluation.options import check_count
 

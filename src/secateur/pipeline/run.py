@@ -22,13 +22,9 @@ from secateur import processes
 from secateur.checkpoint.record import make_record
 from secateur.checkpoint.save import check_saveable, save
 from secateur.checkpoint.tensor_accounting import account_for_tensors
-from secateur.data.calibration import (
-    SELF,
-    CalibrationOptions,
-    calibration_windows,
-    digest,
-    self_written,
-)
+from secateur.data.calibration import SELF, CalibrationOptions
+from secateur.data.generated import generate_windows
+from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
@@ -455,7 +451,7 @@ def _own_text(
     """The text that the model writes itself, the same all through a run; `alone`, no other process asks for it."""
     windows = kept_windows(work)
     if windows is None:
-        windows = self_written(model, calibration, progress=progress)
+        windows = generate_windows(model, calibration, progress=progress)
         windows = windows if alone else processes.from_first(windows)
         keep_windows(work, windows)
     return windows

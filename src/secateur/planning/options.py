@@ -201,8 +201,8 @@ def calibration_for(
     """
     usual = {
         "llm-pruner": CalibrationOptions(samples=10, length=64),
-        "fast": CalibrationOptions(samples=24, length=256, for_scores=8, shuffled=None),
-        "best": CalibrationOptions(samples=256, length=256, for_scores=64, shuffled=None),
+        "fast": CalibrationOptions(samples=24, length=256, score_samples=8, shuffled=None),
+        "best": CalibrationOptions(samples=256, length=256, score_samples=64, shuffled=None),
     }.get(name, CalibrationOptions())
     if text == SELF:  # it takes a model as long to write as everything else together
         most, longest = min(usual.samples, 64), min(usual.length, 128)

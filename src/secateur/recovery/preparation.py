@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from secateur import processes
 from secateur.checkpoint.record import PLAN_FILE, read_record
-from secateur.data.calibration import OVERLAP_WORDS, overlap
 from secateur.data.options import DataOptions
+from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.reading import TuningData, read_tuning_data
 from secateur.data.rows import training_order, whole_steps
 from secateur.discovery.discover import discover

@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.calibration import (
-    SELF,
-    CalibrationOptions,
-    calibration_windows,
-    digest,
-    self_written,
-)
+from secateur.data.calibration import SELF, CalibrationOptions
+from secateur.data.generated import generate_windows
+from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.algebra import units_along, variables_in
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
@@ -202,7 +198,7 @@ def score(
             raise ScoreError(f"score {name} needs calibration text: give a tokenizer, or windows of token ids")
         check_positions(model.config, options.length if windows is None else windows.shape[1])
         if windows is None and options.text == SELF:
-            windows = self_written(model, options, progress=progress)
+            windows = generate_windows(model, options, progress=progress)
         elif windows is None and tokenizer is not None:
             windows = calibration_windows(tokenizer, options)
         windows = windows if not drawn or windows is None else options.scored(windows)

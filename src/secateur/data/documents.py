@@ -1,0 +1,157 @@
+"""Files and data sets -> rows with named fields, each with the place where it stands.
+
+Files are UTF-8. A `.jsonl`, `.json` or `.parquet` file holds rows; any other file is plain text. Every other name is
+that of a data set on the hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.data.calibration import DEMO
+from secateur.errors import DataError, one_line
+
+_EXTRA = "pip install 'secateur[data]'"
+
+
+def read_documents(name_or_path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a `.jsonl`, `.json` or `.parquet` file or of a data set, each with the place where it stands.
+
+    A data set is named `name` or `name:config`, and its split `train` is streamed. Raises `DataError` for a file that
+    is missing or damaged, a data set that cannot be read, a package that is missing, and a row that is no object.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "rows.jsonl"
+    ...     _ = file.write_text('{"question": "Why?"}', encoding="utf-8")
+    ...     [row for _, row in read_documents(file)]
+    [{'question': 'Why?'}]
+    """
+    if is_data_set(name_or_path):
+        rows = data_set_rows(str(name_or_path))
+    else:
+        path = existing_file(name_or_path)
+        rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else json_rows(path)
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a JSON {type(row).__name__} is no row. Expected an object with named fields.")
+        yield where, row
+
+
+def holds_documents(name_or_path: str | Path) -> bool:
+    """Tell whether `read_documents` reads it; anything else is a file of plain text.
+
+    >>> holds_documents("rows.jsonl"), holds_documents("book.txt"), holds_documents("organisation/set")
+    (True, False, True)
+    """
+    return is_data_set(name_or_path) or Path(name_or_path).suffix.lower() in (".jsonl", ".json", ".parquet")
+
+
+def is_data_set(name_or_path: str | Path) -> bool:
+    """Tell whether a string that is not an existing path may name a data set: `[organisation/]name[:config]`.
+
+    >>> is_data_set("organisation/set"), is_data_set("book.txt")
+    (True, False)
+    """
+    path = Path(name_or_path)
+    if isinstance(name_or_path, Path) or not name_or_path or name_or_path.count("/") > 1 or "\\" in name_or_path:
+        return False
+    is_path = path.exists() or path.is_absolute() or name_or_path.startswith((".", "~"))
+    return not is_path and path.suffix.lower() not in (".jsonl", ".json", ".parquet", ".txt", ".raw", ".md", ".text")
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path of a file, with `~` expanded. Raises `DataError` when it is missing or a folder."""
+    expanded = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    if not expanded.exists():
+        raise DataError(f"{str(path)!r}: no such file. Expected a text file, .jsonl, .json or .parquet, or {DEMO!r}.")
+    if not expanded.is_file():
+        raise DataError(f"{str(path)!r}: this is a folder. Expected one text file, .jsonl, .json or .parquet.")
+    return expanded
+
+
+def decoded(path: Path) -> str:
+    """The text of a UTF-8 file. Raises `DataError` when it is not UTF-8 or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark; newlines become \n
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(path)!r}: byte {error.start} is not UTF-8. Expected text in UTF-8; convert the file first."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{str(path)!r}: the file cannot be read ({error.strerror}).") from error
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """What a `.json` or `.jsonl` file holds, one after the other, each with the place where it stands."""
+    text = decoded(path)
+    if path.suffix.lower() == ".json":
+        try:
+            whole = json.loads(text)
+        except ValueError:
+            pass  # one object a line, as in .jsonl
+        else:
+            items = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{str(path)!r}, item {i}", item) for i, item in enumerate(items, start=1))
+            return
+    for number, line in enumerate(io.StringIO(text), start=1):
+        where = f"{str(path)!r}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise DataError(f'{where}: not JSON ({error}). Expected one object a line: {{"text": "..."}}.') from error
+        yield where, item
+
+
+@contextmanager
+def parquet_reader(path: Path) -> Iterator[Any]:
+    """The module `pyarrow.parquet`, whose errors become `DataError`."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise DataError(f"{str(path)!r}: reading Parquet needs pyarrow. Run: {_EXTRA}")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield pyarrow.parquet
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{str(path)!r}: not a readable Parquet file ({one_line(error)}).") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    with parquet_reader(path) as parquet:
+        rows = parquet.read_table(path).to_pylist()
+    yield from ((f"{str(path)!r}, row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+def data_set_rows(name: str) -> Iterator[tuple[str, object]]:
+    """The rows of a data set's split `train`, streamed: a few windows do not need a whole corpus on the disk."""
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(
+            f"{name!r}: no such file, and the name of a data set needs the package datasets. Run: {_EXTRA}, or give a "
+            f"text file or {DEMO!r}."
+        )
+    import datasets
+
+    try:
+        repository, _, config = name.partition(":")
+        rows = iter(datasets.load_dataset(repository, config or None, split="train", streaming=True))
+        for number in itertools.count(1):
+            row = next(rows, None)
+            if row is None:
+                return
+            yield f"{name!r}, row {number}", row
+    except Exception as error:  # whatever the hub, the network or the data set's format makes of it
+        raise DataError(
+            f"{name!r}: no such file, and no data set of that name can be read ({one_line(error)}). Check the name "
+            f"and the network, or give a text file or {DEMO!r}."
+        ) from error

@@ -1,0 +1,108 @@
+"""Model -> calibration windows of text that it generates itself: calibration without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from secateur.data.calibration import DEMO, SELF, CalibrationOptions
+from secateur.data.windows import shuffle_last
+from secateur.errors import DataError, SecateurError, one_line
+from secateur.models.config import check_positions
+from secateur.models.silence import quiet
+
+BATCH_TOKENS = 2048  # of samples that are generated at once; the keys and values of so many tokens are held
+_INSTEAD = f"Give a text instead: CalibrationOptions({DEMO!r})."
+
+
+def generate_windows(
+    model: PreTrainedModel, options: CalibrationOptions, *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Let the model generate its own calibration text; returns int64 ids on the CPU, samples x length.
+
+    Calibration without data, as in LLM-QAT (arXiv 2305.17888): every token is drawn from the model's own distribution
+    at temperature 1, with none of its generation settings. A sample starts after the start token that the model's
+    configs name, else the first end-of-text token, else token 0, and does not hold it; an end of text within it is a
+    token like any other, so all samples have the same length. The same model, options and machine give the same
+    tokens. `progress` counts samples. Raises `DataError` for a model that cannot generate, or whose logits hold NaN,
+    and as `check_positions` does.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> generate_windows(model, CalibrationOptions("self", samples=3, length=5)).shape
+    torch.Size([3, 5])
+    """
+    check_positions(model.config, options.length)
+    any_model: Any = model
+    if not hasattr(any_model, "generate"):
+        raise DataError(f"text={SELF!r}: {type(model).__name__} has no generate, so it writes no text. {_INSTEAD}")
+    sampling = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, max_new_tokens=options.length
+    )
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # accelerate moves what goes in
+    at_once = max(1, BATCH_TOKENS // options.length)
+    batches: list[Tensor] = []
+    with _seeded(options.seed, device), _without_generation_settings(any_model), quiet():
+        for first in range(0, options.samples, at_once):
+            count = min(at_once, options.samples - first)
+            start = torch.full((count, 1), _start_token(model), device=device)
+            batches.append(_generate(any_model, start, sampling))
+            if progress is not None:
+                progress(first + count, options.samples)
+    return shuffle_last(torch.cat(batches), options)
+
+
+def _generate(model: Any, start: Tensor, sampling: GenerationConfig) -> Tensor:
+    """Token ids on the CPU that follow the start tokens."""
+    name = type(model).__name__
+
+    def check(_: Tensor, logits: Tensor) -> Tensor:
+        if logits.isnan().any():
+            raise DataError(f"text={SELF!r}: the logits of {name} hold NaN, so it writes no text.")
+        return logits
+
+    try:
+        ids = model.generate(input_ids=start, generation_config=sampling, logits_processor=[check])
+    except SecateurError:
+        raise
+    except Exception as error:  # whatever the model's own code makes of it
+        raise DataError(f"text={SELF!r}: {name} writes no text ({one_line(error)}). {_INSTEAD}") from error
+    generated: Tensor = ids[:, 1:].cpu()
+    return generated
+
+
+def _start_token(model: PreTrainedModel) -> int:
+    """The token that a text starts after: see `generate_windows`."""
+    config = model.config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id"):
+        for source in (config, getattr(model, "generation_config", None)):
+            token = getattr(source, name, None)
+            token = token[0] if isinstance(token, list | tuple) and token else token
+            if isinstance(token, int) and 0 <= token < config.vocab_size:  # some configs name tokens that are not there
+                return token
+    return 0
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random numbers, and put them back as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _without_generation_settings(model: Any) -> Iterator[None]:
+    """Take the model's generation settings away for a while: generate reads those that it is not given from there."""
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = settings

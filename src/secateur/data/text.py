@@ -1,0 +1,247 @@
+r"""Files, data sets and the demo -> text.
+
+`read_rows` gives a file's rows as the perplexity protocol wants them, `read_calibration` what calibration windows are
+taken from: one text, or documents that no window crosses.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from secateur.data.calibration import COLUMN, DEMO, SELF
+from secateur.data.documents import (
+    data_set_rows,
+    decoded,
+    existing_file,
+    holds_documents,
+    is_data_set,
+    json_rows,
+    parquet_reader,
+)
+from secateur.data.overlap import word_runs
+from secateur.errors import DataError, one_line
+
+MESSAGES = "messages"
+MAX_CHARACTERS = 2_000_000  # of a calibration text; a few seconds of tokenising, and far more than windows need
+
+
+def demo_texts() -> tuple[str, str]:
+    """Return a calibration text and an evaluation text that every Python has: its own language reference.
+
+    The topics of `pydoc_data.topics`, by name: those at even places are for calibration, those at odd places for
+    evaluation. A text that stands under several names counts once. Some topics repeat parts of others; one for
+    calibration that has `OVERLAP_WORDS` words in a row of the evaluation text is left out. The wording differs between
+    Python versions, therefore results name the version or the `digest` of the tokens.
+
+    >>> calibration, evaluation = demo_texts()
+    >>> min(len(calibration), len(evaluation)) > 100_000
+    True
+    """
+    from pydoc_data.topics import topics
+
+    halves: tuple[list[str], list[str]] = ([], [])
+    seen: set[str] = set()
+    for place, name in enumerate(sorted(topics)):
+        if topics[name] not in seen:
+            seen.add(topics[name])
+            halves[place % 2].append(topics[name])
+    calibration, evaluation = halves
+    tested = {run for topic in evaluation for run in word_runs(topic)}
+    calibration = [topic for topic in calibration if tested.isdisjoint(word_runs(topic))]
+    return "\n\n".join(calibration), "\n\n".join(evaluation)
+
+
+def read_rows(path: str | Path) -> list[str]:
+    r"""Read a file's rows, ready to be joined with a blank line as the perplexity protocol does.
+
+    - `.jsonl` and `.json`: the `text` of each object, as it is. `.json` may be one array instead of one object a line.
+    - `.parquet`: the `text` column, as it is.
+    - anything else, if some line is blank (nothing or white space): prose laid out in lines, such as WikiText's raw
+      files. Every line is a row and keeps its newline; a blank line is the row `""`.
+    - anything else without blank lines, such as PTB's files: every line is a row, stripped.
+
+    The newline that ends a file starts no further row. Raises `DataError` for a file that is missing, not UTF-8, empty
+    or without such texts, naming the line, and for Parquet without the packages that read it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "wiki.txt"
+    ...     _ = file.write_text(" \n = Title = \n \n A line . \n", encoding="utf-8")
+    ...     read_rows(file)
+    ['', ' = Title = \n', '', ' A line . \n']
+    """
+    path = existing_file(path)
+    rows = _file_texts(path, _Field()) if holds_documents(path) else lines_of(decoded(path))
+    _check_not_empty(path, rows)
+    return rows
+
+
+def lines_of(text: str) -> list[str]:
+    """The rows of a plain text: see `read_rows`."""
+    lines = list(io.StringIO(text))  # splits at \n alone, where str.splitlines knows ten other characters
+    if any(not line.strip() for line in lines):
+        return [line if line.strip() else "" for line in lines]
+    return [line.strip() for line in lines]
+
+
+def read_calibration(
+    name_or_path: str | Path, *, column: str = COLUMN, chat: PreTrainedTokenizerBase | None = None
+) -> str | list[str]:
+    """Read what calibration windows are taken from: one text, or documents that no window crosses.
+
+    `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents is a list of
+    them; any other name is a data set on the hub (`name`, or `name:config`), of which the split `train` is read up to
+    `MAX_CHARACTERS`. A document's text is its field `column`: a string, or a dialogue's utterances (a list of strings),
+    which are joined by newlines.
+
+    With a tokenizer as `chat`, every document is put into its chat template: a text as one message of the user,
+    utterances as messages of user and assistant in turns, and a list of messages (`role` and `content`) as it is;
+    `messages` is read rather than `text` where there is such a field and no other `column` is named. A plain text is
+    then one long message.
+
+    Raises `DataError` as `read_rows` does, for a data set that cannot be read, for a column that is not there, and
+    for a tokenizer without a template.
+
+    >>> isinstance(read_calibration("demo"), str)
+    True
+    """
+    if name_or_path == SELF:
+        raise DataError(f"{SELF!r} is no text to read: the model generates it, by generate_windows(model, options).")
+    if chat is not None and not chat.chat_template:
+        raise DataError(
+            "chat=True, but the tokenizer has no chat template. Leave it out: CalibrationOptions(chat=False), or give "
+            "it one: tokenizer.chat_template = ..."
+        )
+    field = _Field(column, chat)
+    text: str | list[str]
+    if name_or_path == DEMO:
+        text = demo_texts()[0]
+    elif is_data_set(name_or_path):
+        text = _data_set_texts(str(name_or_path), field)
+    else:
+        path = existing_file(name_or_path)
+        text = _file_texts(path, field) if holds_documents(path) else decoded(path)
+    _check_not_empty(name_or_path, [text] if isinstance(text, str) else text)
+    if not isinstance(text, str):
+        return text
+    if column != COLUMN:
+        raise DataError(
+            f"{str(name_or_path)!r}: column={column!r} names a field of documents, and this is one text. Leave it out, "
+            "or give a .jsonl, .json or .parquet file."
+        )
+    return text if chat is None else _in_template(text, repr(str(name_or_path)), chat)
+
+
+def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{str(name)!r}: there is no text in it. Expected text in UTF-8, or {DEMO!r}.")
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """Which field of a document is its text, and the tokenizer whose chat template it is put into, if any."""
+
+    column: str = COLUMN
+    chat: PreTrainedTokenizerBase | None = None
+
+    def among(self, names: Iterable[str]) -> str | None:
+        """The field of these to read."""
+        columns = (MESSAGES, COLUMN) if self.chat is not None and self.column == COLUMN else (self.column,)
+        return next((column for column in columns if column in names), None)
+
+
+def _file_texts(path: Path, field: _Field) -> list[str]:
+    if path.suffix.lower() != ".parquet":
+        return [_text_of(item, where, field) for where, item in json_rows(path)]
+    with parquet_reader(path) as parquet:
+        schema = parquet.read_schema(path)
+        column = field.among(schema.names)
+        if column is None:
+            texts = [name for name in schema.names if str(schema.field(name).type).endswith("string")]
+            raise _no_column(repr(str(path)), field.column, schema.names, texts)
+        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+    return [_text_of({column: value}, f"{str(path)!r}, row {i}", field) for i, value in enumerate(values, start=1)]
+
+
+def _data_set_texts(name: str, field: _Field) -> list[str]:
+    documents: list[str] = []
+    size = 0
+    for where, item in data_set_rows(name):
+        documents.append(_text_of(item, where, field))
+        size += len(documents[-1])
+        if size >= MAX_CHARACTERS:
+            break
+    return documents
+
+
+def _text_of(item: object, where: str, field: _Field) -> str:
+    """The text of one document, in the chat template if there is to be one."""
+    if not isinstance(item, dict):
+        raise DataError(
+            f'{where}: a JSON {type(item).__name__} is no document. Expected an object with a text: {{"text": "..."}}.'
+        )
+    column = field.among(item)
+    if column is None:
+        texts = [name for name, value in item.items() if isinstance(value, str) or (value and _is_dialogue(value))]
+        raise _no_column(where, field.column, list(item), texts)
+    value, where = item[column], f"{where}: its {column!r}"
+    if _is_chat(value) and field.chat is None:
+        raise DataError(
+            f"{where} holds messages of a chat. Put them into the chat template: "
+            f"CalibrationOptions(column={column!r}, chat=True)."
+        )
+    if not (isinstance(value, str) or _is_dialogue(value) or _is_chat(value)):
+        raise DataError(
+            f"{where} is of type {type(value).__name__}, not a text. Expected a string, or a list of strings; with "
+            'chat=True also a list of {"role": "...", "content": "..."}.'
+        )
+    if field.chat is not None:
+        return _in_template(value, where, field.chat)
+    return value if isinstance(value, str) else "\n".join(value)
+
+
+def _is_dialogue(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(utterance, str) for utterance in value)
+
+
+def _is_chat(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and message.keys() >= {"role", "content"} for message in value)
+    )
+
+
+def _no_column(where: str, column: str, names: Iterable[str], texts: Sequence[str]) -> DataError:
+    """The error for a column that is not there; `texts` are columns that hold text."""
+    if texts:
+        remedy = f"{texts[0]!r} holds text: name it, CalibrationOptions(column={texts[0]!r}), or rename it {COLUMN!r}."
+    else:
+        remedy = 'Expected an object with a text: {"text": "..."}.'
+    return DataError(f"{where}: no column {column!r} among {sorted(names)}. {remedy}")
+
+
+def _in_template(value: Any, where: str, chat: PreTrainedTokenizerBase) -> str:
+    """A text, utterances or messages as the chat template writes them."""
+    messages: list[dict[str, str]]
+    if _is_chat(value):
+        messages = value
+    else:
+        turns = [value] if isinstance(value, str) else value
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    try:
+        return str(chat.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates refuse what they do not expect, each in its own way
+        raise DataError(
+            f"{where}: the chat template does not take it ({one_line(error)}). Mend the messages, or leave the "
+            "template out: CalibrationOptions(chat=False)."
+        ) from error

@@ -1,0 +1,347 @@
+"""Text is read as documented, and what is wrong with a file is said."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+import secateur.data.text
+from letters import LETTERS, letter_tokenizer, spell
+from secateur.data.calibration import CalibrationOptions
+from secateur.data.overlap import overlap
+from secateur.data.text import demo_texts, lines_of, read_calibration, read_rows
+from secateur.data.windows import calibration_windows
+from secateur.errors import DataError
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+class TestDemoTexts:
+    def test_every_text_is_in_one_half_at_most(self) -> None:
+        from pydoc_data.topics import topics
+
+        calibration, evaluation = demo_texts()
+        for text in topics.values():
+            assert not (text in calibration and text in evaluation)
+        n_distinct, held = len(set(topics.values())), len(calibration) + len(evaluation)
+        assert 0.7 < held / (sum(map(len, set(topics.values()))) + 2 * (n_distinct - 2)) <= 1
+
+    def test_the_halves_share_no_run_of_words(self) -> None:
+        calibration, evaluation = demo_texts()
+        assert overlap([calibration], evaluation) == 0
+        assert overlap([calibration + evaluation[1000:2000]], evaluation) == 1
+
+    def test_a_topic_that_repeats_part_of_the_evaluation_text_is_left_out(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shared = "one two three four five six seven eight nine ten eleven twelve thirteen"
+        topics = {"a": f"first {shared}", "b": f"{shared} last", "c": shared.replace("six", "6"), "d": "fourth"}
+        monkeypatch.setattr("pydoc_data.topics.topics", topics)
+        assert demo_texts() == (topics["c"], f"{topics['b']}\n\nfourth")
+
+    def test_a_text_of_two_names_counts_at_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        topics = {"d": "two", "a": "one", "b": "two", "c": "three", "e": "five"}
+        monkeypatch.setattr("pydoc_data.topics.topics", topics)
+        assert demo_texts() == ("one\n\nthree\n\nfive", "two")
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("text", "rows"),
+        [
+            (" \n = Title = \n \n A line . \n \n", ["", " = Title = \n", "", " A line . \n", ""]),
+            (" one line \n another\n", ["one line", "another"]),
+            (" one line \n another", ["one line", "another"]),
+            ("a\n\nb", ["a\n", "", "b"]),
+            ("a\r\n\r\nb\r\n", ["a\n", "", "b\n"]),
+            ("\ufeffa\nb\n", ["a", "b"]),
+            ("a\u2028b\x0cc\n", ["a\u2028b\x0cc"]),
+        ],
+    )
+    def test_plain_text(self, text: str, rows: list[str], tmp_path: Path) -> None:
+        for name in ("x.txt", "x.raw", "x.md", "x"):
+            assert read_rows(write(tmp_path, name, text)) == rows
+
+    @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1)))
+    def test_joined_rows_of_prose_are_the_lines(self, lines: list[str]) -> None:
+        text = "".join(f"{line}\n" for line in ["x", "", *lines])
+        rows = lines_of(text)
+        assert len(rows) == len(lines) + 2
+        assert all(
+            row == f"{line}\n" or (row == "" and not line.strip()) for row, line in zip(rows[2:], lines, strict=True)
+        )
+
+    def test_documents(self, tmp_path: Path) -> None:
+        texts = ["a\nb\n", " c ", "ö"]
+        lines = [json.dumps({"text": text, "id": 1}) for text in texts]
+        for name, content in (
+            ("x.jsonl", "\n".join(lines)),
+            ("x.JSONL", "\n\n".join(lines) + "\n"),
+            ("x.json", "\n".join(lines)),
+            ("x.json", f"[{','.join(lines)}]"),
+            ("x.jsonl", "\ufeff" + "\n".join(lines)),
+        ):
+            assert read_rows(write(tmp_path, name, content)) == texts
+        assert read_rows(str(write(tmp_path, "one.json", lines[0]))) == texts[:1]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "match"),
+        [
+            (
+                "x.jsonl",
+                '{"text": "a"}\n{"body": "b", "a": 1}',
+                r"x\.jsonl', line 2: no column 'text' among \['a', 'body'\]\. 'body' holds",
+            ),
+            ("x.jsonl", '{"text": "a"}\n\n["b"]', r"line 3: a JSON list is no document\. Expected an object"),
+            ("x.jsonl", '{"text": 1}', r"line 1: its 'text' is of type int, not a text\. Expected a string, or a list"),
+            ("x.jsonl", '{"text": "a"}\n{"text', r"line 2: not JSON \(.*\)\. Expected one object a line"),
+            (
+                "x.json",
+                '[{"text": "a"}, {"body": "b"}]',
+                r"x\.json', item 2: no column 'text' among \['body'\]",
+            ),
+            ("x.json", "7", r"item 1: a JSON int is no document"),
+            ("x.txt", b"ok\xff", r"x\.txt': byte 2 is not UTF-8\. Expected text in UTF-8"),
+            ("x.txt", "", r"x\.txt': there is no text in it"),
+            ("x.txt", " \n\n", r"x\.txt': there is no text in it"),
+            ("x.jsonl", '{"text": " "}', r"x\.jsonl': there is no text in it"),
+        ],
+    )
+    def test_a_file_that_is_not_what_it_should_be(
+        self, name: str, content: str | bytes, match: str, tmp_path: Path
+    ) -> None:
+        file = write(tmp_path, name, content)
+        for function in (read_rows, read_calibration):
+            with pytest.raises(DataError, match=match):
+                function(file)
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"x\.txt': no such file\. Expected a text file"):
+            read_rows(tmp_path / "x.txt")
+        with pytest.raises(DataError, match="this is a folder"):
+            read_rows(tmp_path)
+
+    def test_a_file_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forbidden(*_: object, **__: object) -> str:
+            raise PermissionError(13, "Permission denied")
+
+        file = write(tmp_path, "x.txt", "a")
+        monkeypatch.setattr(Path, "read_text", forbidden)
+        with pytest.raises(DataError, match=r"x\.txt': the file cannot be read \(Permission denied\)"):
+            read_rows(file)
+
+
+class TestParquet:
+    def test_without_the_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(DataError, match=r"reading Parquet needs pyarrow\. Run: pip install 'secateur\[data\]'"):
+            read_rows(write(tmp_path, "x.parquet", b"PAR1"))
+
+    def test_the_text_column(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"text": ["a\n", ""], "n": [1, 2]}), tmp_path / "x.parquet")
+        assert read_rows(tmp_path / "x.parquet") == ["a\n", ""]
+        parquet.write_table(pyarrow.table({"n": [1, 2]}), tmp_path / "x.parquet")
+        with pytest.raises(DataError, match=r"no column 'text' among \['n'\]"):
+            read_rows(tmp_path / "x.parquet")
+        parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "x.parquet")
+        with pytest.raises(DataError, match=r"row 2: its 'text' is of type NoneType"):
+            read_rows(tmp_path / "x.parquet")
+        with pytest.raises(DataError, match="not a readable Parquet file"):
+            read_rows(write(tmp_path, "y.parquet", b"PAR1"))
+
+
+class TestCalibrationText:
+    def test_demo(self) -> None:
+        assert read_calibration("demo") == demo_texts()[0]
+
+    def test_plain_text_stays_as_it_is(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "x.txt", "\ufeff a \n\n b\n")
+        assert read_calibration(file) == " a \n\n b\n"
+
+    def test_documents_are_kept_apart(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "x.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+        assert read_calibration(file) == ["a", "b"]
+
+    @pytest.mark.parametrize("name", ["./x", "/no/x", "~/no-such-x", "x.txt", "x.jsonl", "a/b/c", "x.RAW", "a\\x"])
+    def test_a_missing_file_is_not_taken_for_a_data_set(self, name: str) -> None:
+        with pytest.raises(DataError, match=r"no such file\. Expected a text file"):
+            read_calibration(name)
+
+    @pytest.mark.parametrize("name", ["bookcorpus", "organisation/name", "set-v1.0"])
+    def test_a_data_set_without_the_package(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(DataError, match=rf"'{name}': no such file, and .* needs the package datasets\. Run: pip"):
+            read_calibration(name)
+
+
+class TestColumn:
+    ROWS = ({"id": 1, "body": "a b", "turns": ["Hi.", "Hello."], "text": ""}, {"id": 2, "body": "c", "turns": []})
+
+    @pytest.fixture(params=["jsonl", "json", "parquet"])
+    def file(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        path = tmp_path / f"x.{request.param}"
+        if request.param == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(list(self.ROWS)), path)
+        elif request.param == "json":
+            path.write_text(json.dumps(self.ROWS))
+        else:
+            path.write_text("\n".join(map(json.dumps, self.ROWS)))
+        return path
+
+    def test_it_is_read(self, file: Path) -> None:
+        assert read_calibration(file, column="body") == ["a b", "c"]
+        assert read_calibration(file, column="turns") == ["Hi.\nHello.", ""]
+
+    def test_one_that_is_not_there(self, file: Path) -> None:
+        found = r"\['body', 'id', 'text', 'turns'\]\. 'body' holds text: name it, Cal.*Options\(column='body'\)"
+        with pytest.raises(DataError, match=rf"{file.name}'(, (line|item) 1)?: no column 'bdy' among {found}"):
+            read_calibration(file, column="bdy")
+
+    def test_one_without_text(self, file: Path) -> None:
+        with pytest.raises(DataError, match=r"(line|item|row) 1: its 'id' is of type int, not a text"):
+            read_calibration(file, column="id")
+
+    def test_no_column_of_text(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"no column 'text' among \['a'\]\. Expected an object with a text"):
+            read_calibration(write(tmp_path, "x.jsonl", '{"a": 1}'))
+
+    def test_a_plain_text_has_none(self, tmp_path: Path) -> None:
+        for name in (write(tmp_path, "x.txt", "a b"), "demo"):
+            with pytest.raises(DataError, match=r"column='body' names a field of documents, and this is one text"):
+                read_calibration(name, column="body")
+
+
+class TestChat:
+    TEMPLATE = (
+        "{% for m in messages %}{{ raise_exception('who?') if m.role == 'narrator' }}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+
+    @pytest.fixture
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = letter_tokenizer()
+        tokenizer.chat_template = self.TEMPLATE
+        return tokenizer
+
+    @pytest.mark.parametrize(
+        ("row", "column", "expected"),
+        [
+            ({"text": "a"}, "text", "<user>a"),
+            ({"text": ["a", "b", "c"]}, "text", "<user>a<assistant>b<user>c"),
+            ({"messages": [{"role": "system", "content": "a", "id": 7}]}, "messages", "<system>a"),
+            ({"messages": [{"role": "system", "content": "a"}], "text": "b"}, "text", "<system>a"),
+            ({"messages": [{"role": "system", "content": "a"}], "body": "b"}, "body", "<user>b"),
+        ],
+    )
+    def test_documents_are_put_into_the_template(
+        self, row: Any, column: str, expected: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        file = write(tmp_path, "x.jsonl", json.dumps(row))
+        assert read_calibration(file, column=column, chat=tokenizer) == [expected]
+
+    def test_a_plain_text_is_one_message(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+        assert read_calibration(write(tmp_path, "x.txt", "a\nb"), chat=tokenizer) == "<user>a\nb"
+
+    def test_messages_of_parquet(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"messages": [[{"role": "user", "content": "a"}]], "text": ["b"]})
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+        assert read_calibration(tmp_path / "x.parquet", chat=tokenizer) == ["<user>a"]
+
+    def test_windows_are_of_what_the_template_writes(self, tmp_path: Path) -> None:
+        tokenizer = letter_tokenizer()
+        tokenizer.chat_template = "xyz{{ messages[0].content }}"
+        file = write(tmp_path, "x.jsonl", '{"text": "abc"}')
+        options = CalibrationOptions(str(file), samples=1, length=6, chat=True)
+        assert [spell(row) for row in calibration_windows(tokenizer, options).tolist()] == ["xyzabc"]
+
+    def test_messages_without_the_template(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "x.jsonl", '{"messages": [{"role": "user", "content": "a"}]}')
+        with pytest.raises(
+            DataError, match=r"its 'messages' holds messages of a chat\. .*\(column='messages', chat=True"
+        ):
+            read_calibration(file, column="messages")
+
+    def test_no_template(self) -> None:
+        with pytest.raises(DataError, match=r"the tokenizer has no chat template\. .*CalibrationOptions\(chat=False\)"):
+            calibration_windows(LETTERS, CalibrationOptions(chat=True))
+
+    def test_a_template_that_refuses(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+        file = write(tmp_path, "x.jsonl", '{"messages": [{"role": "narrator", "content": "a"}]}')
+        with pytest.raises(DataError, match=r"line 1: its 'messages': the chat template does not take it \(.*who\?\)"):
+            read_calibration(file, chat=tokenizer)
+
+
+class TestDataSet:
+    """With a stand-in for the package `datasets`, which has its way to the hub only."""
+
+    @pytest.fixture
+    def datasets(self, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        module = ModuleType("datasets")
+        module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+        monkeypatch.setitem(sys.modules, "datasets", module)
+        return module
+
+    def test_its_train_split_is_read_as_far_as_needed(
+        self, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+            assert config is None
+            assert (name, split, streaming) == ("organisation/name", "train", True)
+            while True:
+                yield {"text": "abc"}
+
+        datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
+        monkeypatch.setattr(secateur.data.text, "MAX_CHARACTERS", 10)
+        assert read_calibration("organisation/name") == ["abc"] * 4
+
+    def test_a_config_of_one(self, datasets: ModuleType) -> None:
+        def load_dataset(name: str, config: str | None, **_: object) -> list[dict[str, str]]:
+            return [{"text": f"{name} {config}"}]
+
+        datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
+        assert read_calibration("organisation/name:some-config") == ["organisation/name some-config"]
+
+    def test_a_column_of_another_name(self, datasets: ModuleType) -> None:
+        datasets.load_dataset = lambda *_, **__: [{"body": "a"}]  # type: ignore[attr-defined]
+        with pytest.raises(DataError, match=r"'name', row 1: no column 'text' among \['body'\]"):
+            read_calibration("name")
+
+    def test_an_empty_one(self, datasets: ModuleType) -> None:
+        for rows in ([], [{"text": " "}]):
+            datasets.load_dataset = lambda *_, rows=rows, **__: rows  # type: ignore[attr-defined]
+            with pytest.raises(DataError, match=r"^'name': there is no text in it"):
+                read_calibration("name")
+
+    def test_utterances_are_lines(self, datasets: ModuleType) -> None:
+        datasets.load_dataset = lambda *_, **__: [{"dialog": ["Hi.", "Hello."]}]  # type: ignore[attr-defined]
+        assert read_calibration("name", column="dialog") == ["Hi.\nHello."]
+
+    def test_whatever_fails_is_one_line(self, datasets: ModuleType) -> None:
+        def load_dataset(*_: object, **__: object) -> None:
+            raise ConnectionError("the hub\nis far away")
+
+        datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
+        with pytest.raises(
+            DataError, match=r"^'name': no such file, and no data set .*: the hub is far away\)\. Check.*$"
+        ):
+            read_calibration("name")
