@@ -1,4 +1,4 @@
-"""The manifest names every file and tensor; JSON that may be anything is read or refused in one line."""
+"""The manifest names every file and tensor of a folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import secateur.files
 from secateur.errors import CheckpointError
-from secateur.files import read_json
 from secateur.models.manifest import (
     MANIFEST_FILE,
     Entry,
@@ -154,29 +152,3 @@ class TestTensors:
         (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             tensors_in(tmp_path / "x.safetensors")
-
-
-class TestJson:
-    @pytest.mark.parametrize(
-        ("raw", "match"),
-        [
-            (b"{", "Expecting property name"),
-            (b"\xff\xfe", "can't decode byte"),
-            (b"[" * 100_000, "maximum recursion depth"),
-            (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice in one object"),
-        ],
-    )
-    def test_what_cannot_be_read(self, raw: bytes, match: str, tmp_path: Path) -> None:
-        (tmp_path / "x.json").write_bytes(raw)
-        with pytest.raises(CheckpointError, match=rf"^x\.json cannot be read; [^\n]*{match}[^\n]*$"):
-            read_json(tmp_path / "x.json")
-
-    def test_what_is_no_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(CheckpointError, match="it is no regular file"):
-            read_json(tmp_path)
-        with pytest.raises(CheckpointError, match="there is no such file"):
-            read_json(tmp_path / "x.json")
-        monkeypatch.setattr(secateur.files, "MOST_JSON", 10)
-        (tmp_path / "x.json").write_text(" " * 11)
-        with pytest.raises(CheckpointError, match="it has 11 bytes; at most 10 are read"):
-            read_json(tmp_path / "x.json")
