@@ -28,6 +28,7 @@ from secateur.models.loading import load
 from secateur.models.sources import DEMO
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.weight_files import weight_file_bytes
+from secateur.pipeline.recipe import prune_recipe
 from secateur.pipeline.run import prune_model
 from secateur.report.formatting import format_bytes
 
@@ -74,7 +75,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         pruned = folder / "pruned"
         if not pruned.exists():
-            prune_model(DEMO, pruned, preset=options.preset, cut={"ratio": options.ratio})
+            prune_model(prune_recipe(DEMO, preset=options.preset, cut={"ratio": options.ratio}), pruned)
         tokenizer = load_tokenizer(str(pruned))
         folders = {"dense": DEMO, "pruned": str(pruned)}
         for scheme in SCHEMES:

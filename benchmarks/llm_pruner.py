@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import secateur
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
-from secateur.planning.options import calibration_for, options_for
+from secateur.planning.options import with_preset
 
 SEQ_LENS = (128, 1024)
 BLOCK: Mapping[str, Any] = {"layers": (6, 24), "ratio": 0.3335, "of": "units"}  # 1 of 3 KV heads, 513 of 1536 channels
@@ -103,11 +103,10 @@ def cut_as(
 ) -> PreTrainedModel:
     """The model cut by the paper's preset with the options of that row."""
     discovery = secateur.discover(model)
-    name = "llm-pruner"
     more: dict[str, Any] = {"samples": 64, "length": 128} if cut == "all layers" else {}
-    windows = calibration_for(name, text=str(calibration), seed=seed, **more)
+    text = {"text": str(calibration), "seed": seed, **more}
+    options, windows = with_preset("llm-pruner", {**CUTS[cut], "score": score}, text)
     scores = secateur.score(model, tokenizer, discovery=discovery, name=score, calibration=windows)
-    options = options_for(name, discovery, {**CUTS[cut], "score": score})
     plan = secateur.plan(discovery, options, scores=scores)
     removed = 1 - plan.parameters["pruned_non_embedding"] / plan.parameters["dense_non_embedding"]
     assert abs(removed - 0.2) < 0.002, removed

@@ -53,11 +53,12 @@ from secateur.evaluation.texts import read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
-from secateur.planning.options import CutOptions, calibration_for, preset, settled
+from secateur.pipeline.pipeline import Pipeline
+from secateur.pipeline.recipe import PruneRecipe
+from secateur.planning.options import CutOptions, settled, with_preset
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import peak_rss
-from secateur.pruning.iterative import cut_in_steps
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import Repaired, repair
@@ -68,7 +69,7 @@ from secateur.scoring.statistics import read_statistics, write_statistics
 MODEL = "demo"
 LENGTHS = (128, 1024)
 MAX_TOKENS = 40_000  # by default
-BEST = preset("best", 30)
+BEST = CutOptions()
 SEEDED = ["best", "llm-pruner, MLP", "wanda-sp"]  # rows that are measured with every seed
 PAPER_LAYERS = {0.2: (6, 24), 0.5: (3, 29)}  # of 30, of which the paper's share of units gives the ratio
 
@@ -92,7 +93,9 @@ class Row:
 def rows(ratio: float) -> dict[str, Row]:
     """All rows at a ratio."""
     best = replace(BEST, ratio=ratio)
-    local = CutOptions(ratio=ratio)
+    local = CutOptions(
+        ratio=ratio, score="param_second", scope="local", shape="uniform", choose="score", repair="none", min_keep=0.0
+    )
     paper = replace(local, layers=PAPER_LAYERS.get(ratio))
     found = {
         "best": Row("our default", best),
@@ -104,7 +107,7 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, sensitivity": Row("sizes by measured damage instead", replace(best, scope="sensitivity")),
         "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
-        "best, two steps": Row("plan, cut, repair, score again", replace(best, steps=2)),
+        "best, two steps": Row("plan, cut, repair, score again", replace(best, iterations=2)),
         "best, longer windows": Row("as many tokens, in windows of 512", best, samples=128, length=512),
         "best, in order": Row("ablation: no text in random order", best, shuffled=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
@@ -120,17 +123,17 @@ def rows(ratio: float) -> dict[str, Row]:
         "wanda-sp": Row("", replace(local, score="wanda")),
         "flap": Row(
             "with its bias",
-            replace(local, score="fluctuation", scope="global", shape="free", repair="bias"),
+            replace(local, score="fluctuation", scope="global", shape="per-layer", repair="bias"),
             standardise=True,
             add_bias=True,
             shuffled=0.0,
         ),
-        "shortgpt": Row("whole layers", replace(local, score="block_influence", axes=("layers",))),
+        "shortgpt": Row("whole layers", CutOptions(ratio=ratio, score="block_influence", axes=("layers",))),
     }
     for score in ("param_first", "param_second", "param_mix", "vectorize", "fluctuation", "obs", "fisher"):
         found[f"score {score}, local"] = Row("no repair", replace(local, score=score))
         found[f"score {score}, global"] = Row(
-            "no repair", replace(local, score=score, scope="global", shape="free", at_least=0.05)
+            "no repair", replace(local, score=score, scope="global", shape="per-layer", min_keep=0.05)
         )
     return found
 
@@ -183,13 +186,15 @@ def cut(
     options = row.options
     discovery = discover(model)
     samples = arguments.samples or row.samples
-    text = calibration_for(row.preset, text=arguments.calibration, seed=seed, samples=samples, length=row.length)
+    given = {"text": arguments.calibration, "seed": seed, "samples": samples, "length": row.length}
+    text = with_preset(row.preset, {}, {name: value for name, value in given.items() if value is not None})[1]
     text = settled(text if row.shuffled is None else replace(text, shuffled=row.shuffled), options)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    if options.steps > 1:
+    if options.iterations > 1:
         with quiet():
-            return *cut_in_steps(model, discovery, options, windows, calibration=text), 0.0
+            recipe = PruneRecipe(MODEL, cut=options, calibration=text)
+            return *Pipeline(recipe, model=model, discovery=discovery, windows=windows).cut(), 0.0
     about = f"{digest(text.scored(windows))} {options.score} {' '.join(sorted(group.name for group in groups))}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
     shared = Path(arguments.shared)

@@ -35,7 +35,7 @@ from secateur.evaluation.texts import join_rows, read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
-from secateur.planning.options import calibration_for, options_for, settled
+from secateur.planning.options import settled, with_preset
 from secateur.planning.plan import plan
 from secateur.planning.selection import groups_to_cut
 from secateur.pruning.prune import prune
@@ -90,10 +90,9 @@ def cut(
 ) -> PreTrainedModel:
     """The model as a preset cuts it; LLM-Pruner's share is of units, so it is set to remove as much."""
     discovery = discover(model)
-    given: dict[str, Any] = {"ratio": ratio} | ({"of": "non-embedding"} if name == "llm-pruner" else {})
-    options = options_for(name, discovery, given)
+    options, text = with_preset(name, {"ratio": ratio})  # of the non-embedding parameters, under both presets
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    text = settled(calibration_for(name), options)
+    text = settled(text, options)
     windows = sample_windows(seen, tokenizer, text)
     statistics = statistics_for(options.score, model, discovery, text.scored(windows), groups=groups)
     scores = scores_from(discovery, statistics, groups=groups, name=options.score)

@@ -32,7 +32,7 @@ def plan_json(ratio: float, out: str | None = None, **changes: Any) -> dict[str,
         "format": 1,
         "model": "tiny",
         "options": {"ratio": ratio, "of": "non-embedding", "target": None, "axes": ["attention", "mlp"]}
-        | {"score": "fisher", "scope": "global", "shape": "free", "choose": "score", "repair": "none"},
+        | {"score": "fisher", "scope": "global", "shape": "per-layer", "choose": "score", "repair": "none"},
         "groups": groups,
         "parameters": {**sizes, "pruned_non_embedding": round(78096 * (1 - ratio))},
         "macs": {"dense": 8445696, "pruned": round(8445696 * (1 - ratio))},

@@ -1,13 +1,12 @@
-"""Cut whole heads, channels and layers out of a language model and keep an ordinary model.
+"""Structured pruning of language models: cut heads, channels, experts and layers, keep an ordinary model.
 
 import secateur
 
-model, tokenizer = secateur.load("demo"), secateur.load_tokenizer("demo")
-discovery = secateur.discover(model)
-scores = secateur.score(model, tokenizer, discovery=discovery)
-plan = secateur.plan(discovery, secateur.CutOptions(ratio=0.2), config=model.config, scores=scores)
-pruned = secateur.prune(model, plan)
-secateur.save(pruned, "smaller", plan=plan, tokenizer=tokenizer)
+secateur.prune_model("demo", "smaller")  # the default recipe: 20 % of the non-embedding parameters
+
+The folders of the package are the stages, in the order in which data flows through them: models, data, discovery,
+scoring, planning, pruning, checkpoint, evaluation, pipeline, recovery, export, report, compare, cli. What is not named
+here is imported from them.
 """
 
 from __future__ import annotations
@@ -16,114 +15,52 @@ __version__ = "0.1.0"
 
 import secateur.models.silence  # noqa: F401 - before all that imports transformers
 from secateur.checkpoint.save import save
-from secateur.checkpoint.verification import Verified, verify
+from secateur.checkpoint.verification import verify
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery
-from secateur.errors import (
-    CheckpointError,
-    DataError,
-    DiscoveryError,
-    DiskError,
-    ExportError,
-    ModelError,
-    PageError,
-    PlanError,
-    ScoreError,
-    SecateurError,
-    TaskError,
-    TrainingError,
-    UntrustedCodeError,
-)
-from secateur.evaluation.costs import Profile
-from secateur.evaluation.perplexity import Perplexity, evaluate
+from secateur.errors import SecateurError
+from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.profile import profile
-from secateur.evaluation.task_results import TaskResult
-from secateur.evaluation.tasks import load_tasks, zero_shot
-from secateur.export.gguf_file import GgufResult, export_gguf
-from secateur.export.int8 import Int8Result, export_int8
-from secateur.export.merge import MergeResult, merge_adapter
-from secateur.export.options import GgufOptions, Int8Options, MergeOptions
-from secateur.models.config import register
+from secateur.export.gguf_file import export_gguf
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
-from secateur.pipeline.run import Pruned, plan_model, prune_model
-from secateur.pipeline.sweep import Sweep, sweep
+from secateur.pipeline.recipe import PruneRecipe, RunOptions, load_recipe, prune_recipe
+from secateur.pipeline.run import plan_model, prune_model
+from secateur.pipeline.sweep import sweep
 from secateur.planning.options import CutOptions
-from secateur.planning.plan import Plan, plan
-from secateur.pruning.iterative import cut_in_steps
+from secateur.planning.plan import plan
 from secateur.pruning.prune import prune
-from secateur.pruning.repair import Repaired, repair
+from secateur.pruning.repair import repair
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recover import recover
-from secateur.recovery.result import Recovered
-from secateur.recovery.rounds import prune_and_recover
-from secateur.report.page import Report, write_report
-from secateur.scoring.scores import Scores, register_score, score
-from secateur.scoring.statistics import Evidence, Statistics
+from secateur.scoring.scores import register_score, score
 
 __all__ = [
     "CalibrationOptions",
-    "CheckpointError",
     "CutOptions",
-    "DataError",
     "DataOptions",
-    "Discovery",
-    "DiscoveryError",
-    "DiskError",
-    "Evidence",
-    "ExportError",
-    "GgufOptions",
-    "GgufResult",
-    "Int8Options",
-    "Int8Result",
-    "MergeOptions",
-    "MergeResult",
-    "ModelError",
-    "PageError",
-    "Perplexity",
-    "Plan",
-    "PlanError",
-    "Profile",
-    "Pruned",
+    "PruneRecipe",
     "RecoverOptions",
-    "Recovered",
-    "Repaired",
-    "Report",
-    "ScoreError",
-    "Scores",
+    "RunOptions",
     "SecateurError",
-    "Statistics",
-    "Sweep",
-    "TaskError",
-    "TaskResult",
-    "TrainingError",
-    "UntrustedCodeError",
-    "Verified",
-    "cut_in_steps",
     "discover",
     "evaluate",
     "export_gguf",
-    "export_int8",
     "load",
-    "load_tasks",
+    "load_recipe",
     "load_tokenizer",
-    "merge_adapter",
     "plan",
     "plan_model",
     "profile",
     "prune",
-    "prune_and_recover",
     "prune_model",
+    "prune_recipe",
     "recover",
-    "register",
     "register_score",
     "repair",
     "save",
     "score",
     "sweep",
     "verify",
-    "write_report",
-    "zero_shot",
 ]

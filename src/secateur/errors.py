@@ -38,6 +38,10 @@ class ScoreError(SecateurError):
     """An unknown score or reduction, or weights and gradients that hold NaN or Inf."""
 
 
+class RecipeError(SecateurError):
+    """A recipe file that cannot be read, or one with an unknown key or a value of the wrong type."""
+
+
 class PlanError(SecateurError):
     """A cut that cannot be done: a budget, a layer range, a width or a kind of group that does not exist."""
 

@@ -64,7 +64,9 @@ CASES = {
     "hidden": Case({"hidden_size"}, CutOptions(ratio=0.25, of="units", axes=("hidden",)), {}),
     "layers": Case({"num_hidden_layers"}, CutOptions(ratio=0.4, of="units", axes=("layers",)), {}),
     "tied": Case({"hidden_size"}, CutOptions(ratio=0.25, of="units", axes=("hidden",)), {"tie_word_embeddings": True}),
-    "bfloat16": Case({"intermediate_size"}, CutOptions(ratio=0.3, axes=("mlp",)), {}, torch.bfloat16),
+    "bfloat16": Case(
+        {"intermediate_size"}, CutOptions(ratio=0.3, axes=("mlp",), scope="local", shape="uniform"), {}, torch.bfloat16
+    ),
     "query heads": Case({"num_attention_heads"}, CutOptions(ratio=0.5, of="units", axes=("query",)), {}),
 }
 

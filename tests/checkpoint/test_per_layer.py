@@ -304,7 +304,13 @@ def test_what_is_computed_otherwise_is_refused(tmp_path: Path) -> None:
     """The scale of embeddings is computed when a model is loaded, from a width that the one in memory has not."""
     dense = family_model(family_config("gemma"))
     keep = tuple(range(41))
-    decided = Plan("m", CutOptions(ratio=0.1), (PlannedGroup("hidden", "hidden", None, 48, 41, keep),), {}, {})
+    decided = Plan(
+        "m",
+        CutOptions(ratio=0.1, scope="local", shape="uniform"),
+        (PlannedGroup("hidden", "hidden", None, 48, 41, keep),),
+        {},
+        {},
+    )
     pruned = prune(dense, decided)
     scale: Any = pruned.get_input_embeddings()
     scale.embed_scale.fill_(1.0)

@@ -20,6 +20,7 @@ import secateur.checkpoint.save
 from contract import uneven
 from every_type import tiny_type_model
 from families import family_config, family_model
+from recipes import recipe
 from secateur import CutOptions, discover, plan, prune, prune_model, save, score, verify
 from secateur.checkpoint.record import read_record
 from secateur.checkpoint.tensor_accounting import account_for_tensors
@@ -101,7 +102,7 @@ class TestAccount:
 
     def test_sublayers_that_go_as_a_whole(self, tmp_path: Path) -> None:
         model = tiny_model()
-        options = CutOptions(ratio=0.5, score="l2", scope="global", shape="free", sublayers=True)
+        options = CutOptions(ratio=0.5, score="l2", scope="global", shape="per-layer", sublayers=True, min_keep=0.0)
         decided = plan(discover(model), options, config=model.config, scores=score(model, name="l2"))
         assert decided.sizes.emptied
         pruned = prune(model, decided)
@@ -175,7 +176,7 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_each_is_kept(self, dtype: torch.dtype, tmp_path: Path) -> None:
         write_tiny(tmp_path / "dense", dtype=dtype)
-        prune_model(str(tmp_path / "dense"), tmp_path / "out", cut={**UNIFORM, "ratio": 0.3})
+        prune_model(recipe(str(tmp_path / "dense"), cut={**UNIFORM, "ratio": 0.3}), tmp_path / "out")
         assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
         record = read_record(tmp_path / "out")
@@ -220,9 +221,9 @@ class TestShards:
         options = {**UNIFORM, "shape": shape, "ratio": 0.3}
         if shape == "free":
             options |= {"scope": "global"}
-        prune_model(str(tmp_path / "one"), tmp_path / "whole", cut=options)
+        prune_model(recipe(str(tmp_path / "one"), cut=options), tmp_path / "whole")
         monkeypatch.setattr(secateur.checkpoint.save, "SHARD", "50KB")
-        prune_model(str(tmp_path / "dense"), tmp_path / "out", cut=options)
+        prune_model(recipe(str(tmp_path / "dense"), cut=options), tmp_path / "out")
         shards = sorted((tmp_path / "out").glob("*.safetensors"))
         assert len(shards) > 3
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -250,7 +251,7 @@ class TestCarriedOver:
 
     @pytest.mark.parametrize("options", [UNIFORM, {**UNIFORM, "axes": ("layers",)}, {**UNIFORM, "axes": ("hidden",)}])
     def test_files_settings_and_ids(self, options: dict[str, Any], dense: Path, tmp_path: Path) -> None:
-        prune_model(str(dense), tmp_path / "out", cut={**options, "ratio": 0.34})
+        prune_model(recipe(str(dense), cut={**options, "ratio": 0.34}), tmp_path / "out")
         for name in (*CARRIED, "tokenizer.json", "tokenizer_config.json"):
             assert (tmp_path / "out" / name).read_bytes() == (dense / name).read_bytes()
         before, after = (
@@ -272,7 +273,7 @@ class TestCarriedOver:
         for name in others:
             (dense / name).write_text("x")
         (dense / "optimizer.safetensors").unlink()
-        prune_model(str(dense), tmp_path / "out", cut={**UNIFORM, "ratio": 0.3})
+        prune_model(recipe(str(dense), cut={**UNIFORM, "ratio": 0.3}), tmp_path / "out")
         assert not {path.name for path in (tmp_path / "out").iterdir()} & set(others)
 
     def test_files_of_the_hub(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +322,7 @@ class TestCarriedOver:
         weights = load_file(dense / "model.safetensors")
         weights["visual.patch.weight"] = torch.zeros(3)
         save_file(weights, dense / "model.safetensors", {"format": "pt"})
-        prune_model(str(dense), tmp_path / "out", cut={**UNIFORM, "ratio": 0.3})
+        prune_model(recipe(str(dense), cut={**UNIFORM, "ratio": 0.3}), tmp_path / "out")
         record = read_record(tmp_path / "out")
         assert record is not None
         assert record.tensors is not None

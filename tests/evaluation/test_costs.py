@@ -19,7 +19,7 @@ from secateur.models.silence import quiet
 
 TOKENS = 9
 CUTS: dict[str, dict[str, Any]] = {
-    "llama": {"ratio": 0.4, "scope": "global", "shape": "free", "at_least": 0.1},
+    "llama": {"ratio": 0.4, "scope": "global", "shape": "per-layer", "min_keep": 0.1},
     "gemma2": {"ratio": 0.4, "axes": ("layers",)},
     "gpt2": {"ratio": 0.34, "of": "units"},
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from recipes import recipe
 from secateur.evaluation import speed
 from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import ProfileOptions
@@ -77,7 +78,7 @@ def test_every_batch_and_length_is_warmed_up_and_timed_in_turns(monkeypatch: pyt
 
 def test_models_by_name_are_read_once_and_cut_as_a_plan_says(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of sizes alone: speed does not depend on which units stay."""
-    decided = plan_model(str(tiny), cut={"ratio": 0.3}, sizes_only=True)
+    decided = plan_model(recipe(str(tiny), cut={"ratio": 0.3}), sizes_only=True)
     options = ProfileOptions(seq_lens=(8,), new_tokens=1, repeats=1)
     dense, cut = profile_models([str(tiny), str(tiny)], options, plan=decided)
     assert cut.speed is not None

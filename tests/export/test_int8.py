@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from every_type import tiny_type_model
 from families import FAMILIES, family_config, family_model
+from recipes import recipe
 from secateur import CutOptions, discover, evaluate, plan, profile, prune, save, score
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, make_record
 from secateur.data.text import demo_texts
@@ -287,7 +288,9 @@ class TestRefused:
     def test_quantised_already(self, tmp_path: Path) -> None:
         write_tiny(tmp_path / "tiny")
         dense = load(str(tmp_path / "tiny"), device="cpu")
-        decided = plan(discover(dense), CutOptions(ratio=0.3), scores=score(dense, name="l2"))
+        decided = plan(
+            discover(dense), CutOptions(ratio=0.3, scope="local", shape="uniform"), scores=score(dense, name="l2")
+        )
         int8 = str(export_int8(dense, tmp_path / "int8", tokenizer=tiny_tokenizer()).out)
         loaded = load(int8, device="cpu")
         match = r"int8' is quantised \(torchao\), .* Prune the model that it was made from and quantise the result"
@@ -342,7 +345,12 @@ class TestRefused:
 class TestAround:
     def test_what_lies_beside_the_weights_comes_along(self, tmp_path: Path) -> None:
         dense = tiny_model()
-        decided = plan(discover(dense), CutOptions(ratio=0.3), config=dense.config, scores=score(dense, name="l2"))
+        decided = plan(
+            discover(dense),
+            CutOptions(ratio=0.3, scope="local", shape="uniform"),
+            config=dense.config,
+            scores=score(dense, name="l2"),
+        )
         pruned = prune(dense, decided)
         pruned.generation_config.max_length = 77
         folder = save(pruned, tmp_path / "pruned", plan=decided, record=make_record(dense, name="tiny"))
@@ -430,7 +438,7 @@ def test_only_what_is_said_on_import_is_left_out(
 @pytest.mark.demo_model
 def test_the_demo_pruned_and_packed(tmp_path: Path) -> None:
     """In a process of plain transformers, the pruned demo with int8 weights has less than 2 % more perplexity."""
-    pruned = prune_model("demo", tmp_path / "pruned", preset="fast").out
+    pruned = prune_model(recipe("demo", preset="fast"), tmp_path / "pruned").out
     tokenizer = load_tokenizer(str(pruned))
     before = load(str(pruned), device="cpu")
     done = export_int8(before, tmp_path / "int8", tokenizer=tokenizer, source=pruned)

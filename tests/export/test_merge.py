@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from recipes import recipe
 from secateur import SecateurError, load, verify
 from secateur.checkpoint.record import read_record
 from secateur.data.calibration import CalibrationOptions
@@ -69,7 +70,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     text = CalibrationOptions(str(folder / "text.txt"), 4, 16)
     for shape in ("uniform", "free"):
-        prune_model(str(folder / "dense"), folder / shape, cut={"ratio": 0.3, "shape": shape}, calibration=text)
+        prune_model(recipe(str(folder / "dense"), cut={"ratio": 0.3, "shape": shape}, calibration=text), folder / shape)
     return folder
 
 

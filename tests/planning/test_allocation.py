@@ -16,21 +16,20 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
+from recipes import cut_in_memory
 from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.evaluation.latency import latency_table
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import options_for, preset
 from secateur.planning.plan import Plan
-from secateur.pruning.iterative import cut_in_steps
 from secateur.report.tables.plan import plan_tables
 from secateur.scoring.scores import Scores, statistics_for
 from secateur.scoring.statistics import _parts_of
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
-GLOBAL: dict[str, Any] = {"scope": "global", "shape": "free", "score": "l2"}
+GLOBAL: dict[str, Any] = {"min_keep": 0.0, "scope": "global", "shape": "per-layer", "score": "l2"}
 WINDOWS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -55,7 +54,7 @@ def kept(decided: Plan) -> dict[str, int]:
 
 @given(st.floats(0.05, 0.8), st.sampled_from(["parameters", "non-embedding", "macs", "memory"]), st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
-def test_the_budget_is_met_within_half_a_percent(ratio: float, of: str, seed: int) -> None:
+def test_the_budget_is_met_within_half_a_percent(ratio: float, of: Any, seed: int) -> None:
     discovery = discover_once()
     decided = plan(discovery, CutOptions(ratio=ratio, of=of, **GLOBAL), scores=drawn(discovery, seed))
     sizes = decided.sizes.sizes
@@ -126,9 +125,9 @@ def test_layers_that_matter_keep_all(discovery: Discovery) -> None:
 def test_what_must_stay(discovery: Discovery) -> None:
     scores = drawn(discovery, 0, spread=0.0)
     scores.units["layers.2.mlp"].mul_(1e-9)
-    options = CutOptions(ratio=0.3, axes=("mlp",), at_least=0.25, **GLOBAL)
+    options = CutOptions(ratio=0.3, axes=("mlp",), **{**GLOBAL, "min_keep": 0.25})
     assert kept(plan(discovery, options, scores=scores))["layers.2.mlp"] == 200
-    assert kept(plan(discovery, replace(options, at_least=0.0), scores=scores))["layers.2.mlp"] == 1
+    assert kept(plan(discovery, replace(options, min_keep=0.0), scores=scores))["layers.2.mlp"] == 1
 
 
 @pytest.mark.parametrize("multiple", [8, 32, 64, 128])
@@ -196,11 +195,14 @@ def test_scores_below_zero_have_no_price(discovery: Discovery) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"scope": "globel"}, r"scope='globel' is unknown\. Known: local, global, sensitivity\. Did you mean global\?"),
+        (
+            {"scope": "globel"},
+            r"scope='globel' is unknown\. Known: auto, local, global, sensitivity\. Did you mean global\?",
+        ),
         ({"shape": "round"}, "shape='round'"),
         ({"repair": "glue"}, "repair='glue'"),
         ({"choose": "dice"}, "choose='dice'"),
-        ({"at_least": 1.0}, "at_least=1 is outside"),
+        ({"min_keep": 1.0}, "min_keep=1 is outside"),
         ({"scope": "global", "of": "units"}, "use scope=local"),
         ({"scope": "sensitivity", "axes": ("layers",)}, "axes=layers needs scope=local"),
     ],
@@ -210,14 +212,14 @@ def test_refusals(given: dict[str, Any], said: str) -> None:
         CutOptions(ratio=0.2, **given)
 
 
-def test_the_best_preset_yields_to_what_is_given(discovery: Discovery) -> None:
-    assert options_for("best", discovery, {}) == preset("best", 4)
-    assert options_for("best", discovery, {"score": "l2"}).choose == "score"
-    units = options_for("best", discovery, {"of": "units"})
+def test_automatic_options_follow_from_the_others() -> None:
+    assert CutOptions().choose == "obs"
+    assert CutOptions(score="l2").choose == "score"
+    units = CutOptions(of="units")
     assert (units.scope, units.shape, units.repair) == ("local", "uniform", "least-squares")
-    hidden = options_for("best", discovery, {"axes": ("hidden",)})
+    hidden = CutOptions(axes=("hidden",))
     assert (hidden.scope, hidden.repair, hidden.choose) == ("local", "least-squares", "score")
-    assert options_for("best", discovery, {"axes": ("layers",), "score": "layer_loss"}).repair == "none"
+    assert CutOptions(axes=("layers",), score="layer_loss").repair == "none"
 
 
 # --- the Fisher information of masks ----------------------------------------------------------------------------------
@@ -299,12 +301,12 @@ def test_fisher_information_of_stacked_experts() -> None:
 
 
 @pytest.mark.parametrize("of", ["units", "parameters", "non-embedding", "macs", "memory"])
-def test_steps_end_at_the_budget(of: str) -> None:
+def test_steps_end_at_the_budget(of: Any) -> None:
     model = family_model(family_config("llama", intermediate_size=400), dtype=torch.float32)
     discovery = discover(model)
-    options = CutOptions(ratio=0.4, of=of, axes=("mlp",), score="l2", steps=3)
-    smaller, decided = cut_in_steps(model, discovery, options, None)
-    one = plan(discovery, replace(options, steps=1), config=model.config)
+    options = CutOptions(ratio=0.4, of=of, axes=("mlp",), score="l2", iterations=3, scope="local", shape="uniform")
+    smaller, decided = cut_in_memory(model, discovery, options, None)
+    one = plan(discovery, replace(options, iterations=1), config=model.config)
     assert decided.parameters["dense"] == count_parameters(discovery)
     assert decided.parameters["pruned"] == sum(p.numel() for p in smaller.parameters())
     assert decided.parameters["pruned"] == pytest.approx(one.parameters["pruned"], rel=0.01)
@@ -314,8 +316,8 @@ def test_steps_end_at_the_budget(of: str) -> None:
 def test_a_plan_made_in_steps_is_one_of_the_dense_model() -> None:
     model = family_model(family_config("llama"), dtype=torch.float64)
     discovery = discover(model)
-    options = CutOptions(ratio=0.4, scope="global", shape="free", score="l2", steps=3)
-    smaller, decided = cut_in_steps(model, discovery, options, None)
+    options = CutOptions(ratio=0.4, scope="global", shape="per-layer", score="l2", iterations=3, min_keep=0.0)
+    smaller, decided = cut_in_memory(model, discovery, options, None)
     at_once = prune(model, decided, discovery=discovery)
     with torch.no_grad():
         assert torch.allclose(at_once(WINDOWS).logits, smaller(WINDOWS).logits, rtol=1e-9, atol=1e-9)
@@ -324,20 +326,21 @@ def test_a_plan_made_in_steps_is_one_of_the_dense_model() -> None:
 def test_every_step_scores_and_repairs_what_the_last_one_left() -> None:
     model = family_model(family_config("llama"), dtype=torch.float64)
     discovery = discover(model)
-    options = replace(preset("best", 3), ratio=0.4)
+    options = CutOptions(ratio=0.4)
     seen: list[str] = []
-    _, twice = cut_in_steps(
-        model, discovery, replace(options, steps=2), WINDOWS, progress=lambda stage: seen.append(stage)
-    )
-    _, once = cut_in_steps(model, discovery, options, WINDOWS)
-    assert seen == ["score, step 1", "repair, step 1", "score, step 2", "repair, step 2"]
+    _, twice = cut_in_memory(model, discovery, replace(options, iterations=2), WINDOWS, seen)
+    _, once = cut_in_memory(model, discovery, options, WINDOWS)
+    assert seen == [
+        *("score, iteration 1", "repair, iteration 1", "cut, iteration 1"),
+        *("score, iteration 2", "repair, iteration 2", "cut, iteration 2"),
+    ]
     assert twice.groups != once.groups
     assert twice.parameters["pruned"] == pytest.approx(once.parameters["pruned"], rel=0.02)
 
 
 def test_no_steps() -> None:
-    with pytest.raises(PlanError, match="steps=0 cuts nothing"):
-        CutOptions(ratio=0.2, steps=0)
+    with pytest.raises(PlanError, match="iterations=0 cuts nothing"):
+        CutOptions(ratio=0.2, iterations=0, scope="local", shape="uniform")
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from families import family_config, family_model
 from secateur import CalibrationOptions, CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.options import calibration_for, check_score, options_for, preset, settled
+from secateur.planning.options import check_score, settled, with_preset
 from secateur.planning.plan import Plan, plan_from_json, read_plan
 from secateur.planning.selection import top_units
 from secateur.planning.sizes import removed_units
@@ -71,22 +71,22 @@ def paper(**cut: Any) -> tuple[str, str]:
     """Parameters in B and MACs in G of LLaMA-7B after a cut, with the paper's decimals."""
     config = AutoConfig.for_model("llama")  # its defaults are LLaMA-7B's sizes
     found = discover(config)
-    decided = plan(found, options_for("llm-pruner", found, cut))
+    decided = plan(found, with_preset("llm-pruner", cut)[0])
     return f"{decided.parameters['pruned'] / 1e9:.2f}", f"{decided.macs['pruned'] / 1e9:.2f}"
 
 
 def test_the_papers_sizes_of_a_7b_model() -> None:
     """LLM-Pruner, table of sizes: 20 % and 50 %, block and channel."""
     assert paper() == ("5.42", "339.60")
-    assert paper(ratio=0.6, layers=(3, 31)) == ("3.35", "206.59")
-    assert paper(ratio=0.2, strategy="channel") == ("5.39", "339.36")
-    assert paper(ratio=0.5, strategy="channel") == ("3.37", "212.58")
+    assert paper(ratio=0.6, of="units", layers=(3, 31)) == ("3.35", "206.59")
+    assert paper(ratio=0.2, of="units", axes=("hidden",)) == ("5.39", "339.36")
+    assert paper(ratio=0.5, of="units", axes=("hidden",)) == ("3.37", "212.58")
 
 
 @pytest.mark.parametrize("of", ["non-embedding", "parameters", "macs"])
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 0.7])
-def test_a_budget_is_met(discovery: Discovery, of: str, ratio: float) -> None:
-    decided = plan(discovery, CutOptions(ratio=ratio, of=of))
+def test_a_budget_is_met(discovery: Discovery, of: Any, ratio: float) -> None:
+    decided = plan(discovery, CutOptions(ratio=ratio, of=of, scope="local", shape="uniform"))
     before, after = {
         "non-embedding": (decided.parameters["dense_non_embedding"], decided.parameters["pruned_non_embedding"]),
         "parameters": (decided.parameters["dense"], decided.parameters["pruned"]),
@@ -96,13 +96,13 @@ def test_a_budget_is_met(discovery: Discovery, of: str, ratio: float) -> None:
 
 
 def test_a_target_is_what_is_left(discovery: Discovery) -> None:
-    dense = plan(discovery, CutOptions(ratio=0.2)).parameters["dense_non_embedding"]
-    decided = plan(discovery, CutOptions(target=dense // 2))
+    dense = plan(discovery, CutOptions(ratio=0.2, scope="local", shape="uniform")).parameters["dense_non_embedding"]
+    decided = plan(discovery, CutOptions(target=dense // 2, scope="local", shape="uniform"))
     assert decided.parameters["pruned_non_embedding"] == pytest.approx(dense // 2, rel=0.005)
 
 
 def test_sizes_are_those_of_the_model_that_is_cut(discovery: Discovery, scores: Scores) -> None:
-    decided = plan(discovery, CutOptions(ratio=0.3), config=CONFIG, scores=scores)
+    decided = plan(discovery, CutOptions(ratio=0.3, scope="local", shape="uniform"), config=CONFIG, scores=scores)
     pruned = prune(family_model(CONFIG, dtype=torch.float32), decided)
     assert sum(p.numel() for p in pruned.parameters()) == decided.parameters["pruned"]
     assert discover(pruned.config).group("layers.0.mlp").units == kept(decided)["layers.0.mlp"]
@@ -127,13 +127,13 @@ def test_units_kept_are_the_best(discovery: Discovery, scores: Scores) -> None:
         assert max(values[dropped]) <= min(values[list(group.keep)])
 
 
-def test_channel_strategy_cuts_the_hidden_width(discovery: Discovery) -> None:
-    options = options_for("best", discovery, {"strategy": "channel", "ratio": 0.25, "of": "units"})
+def test_axes_hidden_cuts_the_hidden_width(discovery: Discovery) -> None:
+    options = CutOptions(axes=("hidden",), ratio=0.25, of="units")
     assert kept(plan(discovery, options, config=CONFIG)) == {"hidden": 90}
 
 
-def test_layer_strategy_drops_the_lowest_layers(discovery: Discovery, scores: Scores) -> None:
-    options = options_for("best", discovery, {"strategy": "layer", "ratio": 0.25})
+def test_axes_layers_drops_the_lowest_layers(discovery: Discovery, scores: Scores) -> None:
+    options = CutOptions(axes=("layers",), ratio=0.25)
     (group,) = plan(discovery, options, scores=scores, config=CONFIG).groups
     assert (group.name, group.kept) == ("layers", 3)
     assert set(range(4)) - set(group.keep or ()) == {int(scores.units["layers"].argmin())}
@@ -142,14 +142,14 @@ def test_layer_strategy_drops_the_lowest_layers(discovery: Discovery, scores: Sc
 def test_layers_out_of_range_are_not_dropped(discovery: Discovery, scores: Scores) -> None:
     lowest = int(scores.units["layers"].argmin())
     outside = (0, lowest) if lowest > 1 else (lowest + 1, 4)
-    options = options_for("best", discovery, {"strategy": "layer", "ratio": 0.25, "layers": outside})
+    options = CutOptions(axes=("layers",), ratio=0.25, layers=outside)
     (group,) = plan(discovery, options, scores=scores).groups
     assert lowest in (group.keep or ())
 
 
 @pytest.mark.parametrize("multiple", [8, 32])
 def test_widths_are_multiples(discovery: Discovery, multiple: int) -> None:
-    decided = plan(discovery, CutOptions(ratio=0.3, round_to=multiple))
+    decided = plan(discovery, CutOptions(ratio=0.3, round_to=multiple, scope="local", shape="uniform"))
     assert {size % multiple for name, size in kept(decided).items() if name.endswith("mlp")} == {0}
 
 
@@ -164,13 +164,16 @@ def test_stacked_experts_keep_to_widths_that_grouped_products_take() -> None:
     for ratio in (0.1, 0.25, 0.4):
         for of in ("units", "non-embedding"):
             for multiple, each in ((1, 4), (3, 12)):
-                decided = plan(found, CutOptions(ratio=ratio, of=of, axes=("mlp",), round_to=multiple))
+                decided = plan(
+                    found,
+                    CutOptions(ratio=ratio, of=of, axes=("mlp",), round_to=multiple, scope="local", shape="uniform"),
+                )
                 assert {group.kept % each for group in decided.groups} == {0}
 
 
 @pytest.mark.parametrize(("first", "last"), [(0.5, 1.5), (1.5, 0.5), (0.0, 2.0), (1.0, 1.0)])
 def test_a_schedule_gives_layers_shares_on_a_line(discovery: Discovery, first: float, last: float) -> None:
-    options = CutOptions(ratio=0.3, shape="free", schedule=(first, last))
+    options = CutOptions(ratio=0.3, shape="per-layer", schedule=(first, last))
     decided = plan(discovery, options)
     assert plan_from_json(json.loads(json.dumps(decided.to_json()))) == decided
     left = decided.parameters["pruned_non_embedding"] / decided.parameters["dense_non_embedding"]
@@ -188,10 +191,10 @@ def test_a_schedule_gives_layers_shares_on_a_line(discovery: Discovery, first: f
 
 def test_a_schedule_never_empties_a_layer(discovery: Discovery) -> None:
     for of in ("units", "non-embedding"):
-        decided = plan(discovery, CutOptions(ratio=0.6, of=of, axes=("mlp",), shape="free", schedule=(0, 1)))
+        decided = plan(discovery, CutOptions(ratio=0.6, of=of, axes=("mlp",), shape="per-layer", schedule=(0, 1)))
         assert min(kept(decided).values()) >= 1
     one = plan(
-        discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",), layers=(1, 2), shape="free", schedule=(0, 1))
+        discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",), layers=(1, 2), shape="per-layer", schedule=(0, 1))
     )
     assert kept(one) == {"layers.1.mlp": 400}
 
@@ -200,7 +203,7 @@ def test_heads_that_the_config_refuses_are_left_whole() -> None:
     """The config wants the hidden width to divide by the heads; what no number of heads can give, the MLP gives."""
     config = family_config("llama", hidden_size=112, num_attention_heads=7, num_key_value_heads=7, head_dim=16)
     found = discover(config)
-    decided = plan(found, CutOptions(ratio=0.3), config=config)
+    decided = plan(found, CutOptions(ratio=0.3, scope="local", shape="uniform"), config=config)
     assert decided.settings is not None
     assert decided.parameters["pruned_non_embedding"] / decided.parameters["dense_non_embedding"] == pytest.approx(
         0.7, abs=0.02
@@ -208,59 +211,87 @@ def test_heads_that_the_config_refuses_are_left_whole() -> None:
 
 
 def test_a_plan_survives_json(discovery: Discovery, scores: Scores, tmp_path: Path) -> None:
-    decided = plan(discovery, CutOptions(ratio=0.3, layers=(1, 3)), config=CONFIG, scores=scores)
+    decided = plan(
+        discovery, CutOptions(ratio=0.3, layers=(1, 3), scope="local", shape="uniform"), config=CONFIG, scores=scores
+    )
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(decided.to_json()))
     assert read_plan(file) == decided
-    sizes = plan(discovery, CutOptions(ratio=0.3), config=CONFIG)
+    sizes = plan(discovery, CutOptions(ratio=0.3, scope="local", shape="uniform"), config=CONFIG)
     assert not sizes.decided
     assert plan_from_json(json.loads(json.dumps(sizes.to_json()))) == sizes
 
 
-def test_presets(discovery: Discovery) -> None:
-    assert preset("llm-pruner", 32) == CutOptions(ratio=0.25, of="units", layers=(4, 30), score="param_first")
-    best = preset("best", 32)
-    assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "free")
+def test_the_default_options_are_the_best_preset() -> None:
+    best, calibration = with_preset("best")
+    assert (best, calibration) == (CutOptions(), CalibrationOptions())
+    assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "per-layer")
     assert (best.choose, best.repair) == ("obs", "least-squares")
-    assert preset("fast", 32) == best
-    assert calibration_for("fast") == replace(calibration_for("best"), samples=24, score_samples=8)
-    assert calibration_for("llm-pruner") == CalibrationOptions(samples=10, length=64)
-    assert calibration_for("best", text="a.txt", length=256) == CalibrationOptions(
-        "a.txt", samples=256, length=256, score_samples=64, shuffled=None
+
+
+def test_presets_depart_from_the_default() -> None:
+    assert with_preset("fast") == (
+        CutOptions(),
+        CalibrationOptions(samples=24, score_samples=8),
     )
-    for options, shuffled in ((best, 0.25), (replace(best, choose="score", repair="none"), 0.0)):
-        assert settled(calibration_for("best"), options).shuffled == shuffled
-        assert settled(calibration_for("best", shuffled=0.0), options).shuffled == 0
-        assert settled(calibration_for("fast"), options).shuffled == shuffled
-        assert settled(calibration_for("best", text="self"), options).shuffled == 0
-    scheduled = options_for("best", discovery, {"schedule": (0.5, 1.5)})
-    assert (scheduled.scope, scheduled.shape, scheduled.repair) == ("local", "free", "least-squares")
+    paper, text = with_preset("llm-pruner")
+    assert (paper.ratio, paper.of, paper.score, paper.repair) == (0.25, "units", "param_first", "none")
+    assert paper.layer_range(32) == (4, 30)
+    assert (text.samples, text.length, text.score_samples) == (10, 64, None)
     with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):
-        preset("bets", 32)
+        with_preset("bets")
+
+
+@pytest.mark.parametrize("preset", ["best", "fast", "llm-pruner"])
+def test_a_ratio_means_the_same_under_every_preset(preset: str) -> None:
+    assert with_preset(preset, {"ratio": 0.2})[0].of == "non-embedding"
+    assert with_preset(preset, {"target": 10**6})[0].of == "non-embedding"
+    assert with_preset(preset, {"ratio": 0.2, "of": "macs"})[0].of == "macs"
+
+
+@pytest.mark.parametrize(("cut", "shuffled"), [({}, 0.25), ({"choose": "score", "repair": "none"}, 0.0)])
+def test_windows_are_shuffled_where_a_repair_looks_at_them(cut: dict[str, Any], shuffled: float) -> None:
+    for preset in ("best", "fast"):
+        options, calibration = with_preset(preset, cut)
+        assert settled(calibration, options).shuffled == shuffled
+        assert settled(replace(calibration, shuffled=0.0), options).shuffled == 0
+    assert settled(with_preset("best", cut, {"text": "self"})[1], options).shuffled == 0
+
+
+@pytest.mark.parametrize("depth", range(2, 100))
+def test_shares_of_the_depth_are_the_papers_layers(depth: int) -> None:
+    first, last = with_preset("llm-pruner")[0].layer_range(depth)
+    assert (first, depth - last) == (round(depth * 4 / 32), round(depth * 2 / 32))
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan])
 def test_a_ratio_outside_is_refused(ratio: float) -> None:
     with pytest.raises(PlanError, match=r"ratio=.* is outside \[0, 1\): .* for example ratio=0\.2"):
-        CutOptions(ratio=ratio)
+        CutOptions(ratio=ratio, scope="local", shape="uniform")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either a ratio .* or a target"),
+        ({"ratio": 0.2, "target": 9}, "either a ratio .* or a target"),
         ({"ratio": 0.2, "target": 5}, "either a ratio .* or a target"),
-        ({"ratio": 0.2, "of": "parameter"}, "of='parameter' is no budget.*Did you mean parameters?"),
+        ({"ratio": 0.2, "of": "parameter"}, "of='parameter' is unknown.*Did you mean parameters?"),
         ({"target": 5, "of": "units"}, "a target counts parameters, macs, bytes"),
-        ({"ratio": 0.2, "axes": ("atention",)}, "axes='atention' cannot be cut.*Did you mean attention?"),
+        ({"ratio": 0.2, "axes": ("atention",)}, "axes='atention' is unknown.*Did you mean attention?"),
         ({"ratio": 0.2, "axes": ()}, "axes is empty"),
         ({"ratio": 0.2, "axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),
         ({"ratio": 0.2, "round_to": 0}, "round_to=0 is not a width"),
-        ({"ratio": 0.2, "shape": "free", "schedule": (-1, 1)}, "schedule=-1:1: expected shares in proportion"),
-        ({"ratio": 0.2, "shape": "free", "schedule": (0, 0)}, "schedule=0:0: expected shares in proportion"),
-        ({"ratio": 0.2, "schedule": (1, 2)}, "schedule=1:2 gives every layer its share .* scope=local and shape=free"),
-        ({"ratio": 0.2, "shape": "free", "scope": "global", "schedule": (1, 2)}, "scope=local and shape=free"),
-        ({"ratio": 0.2, "shape": "free", "axes": ("hidden",), "schedule": (1, 2)}, "axes inside layers"),
+        ({"ratio": 0.2, "shape": "per-layer", "schedule": (-1, 1)}, "schedule=-1:1: expected shares in proportion"),
+        ({"ratio": 0.2, "shape": "per-layer", "schedule": (0, 0)}, "schedule=0:0: expected shares in proportion"),
+        (
+            {"ratio": 0.2, "schedule": (1, 2)},
+            "schedule=1:2 gives every layer its share .* scope=local and shape=per-layer",
+        ),
+        (
+            {"ratio": 0.2, "shape": "per-layer", "scope": "global", "schedule": (1, 2)},
+            "scope=local and shape=per-layer",
+        ),
+        ({"ratio": 0.2, "shape": "per-layer", "axes": ("hidden",), "schedule": (1, 2)}, "axes inside layers"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
@@ -270,9 +301,10 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 
 def test_scores_and_reductions_are_checked() -> None:
     with pytest.raises(ScoreError, match="score='L1' is unknown"):
-        check_score(CutOptions(ratio=0.2, score="L1"))
-    with pytest.raises(ScoreError, match=r"reduce='sums' is unknown.*Did you mean sum\?"):
-        CutOptions(ratio=0.2, reduce="sums")
+        check_score(CutOptions(ratio=0.2, score="L1", scope="local", shape="uniform"))
+    wrong: Any = "sums"
+    with pytest.raises(PlanError, match=r"reduce='sums' is unknown.*Did you mean sum\?"):
+        CutOptions(ratio=0.2, reduce=wrong, scope="local", shape="uniform")
 
 
 @pytest.mark.parametrize(
@@ -293,12 +325,11 @@ def test_scores_and_reductions_are_checked() -> None:
         ({"ratio": 0.99}, r"ratio=0\.99 leaves .* at most ratio=0\.\d+"),
         ({"ratio": None, "target": 10**12}, r"target=1,000,000,000,000 is more than the dense model's"),
         ({"round_to": 1000}, r"round_to=1000 is more than the 800 units of layers\.0\.mlp"),
-        ({"strategy": "blocks"}, r"strategy='blocks' is unknown.*Did you mean block\?"),
     ],
 )
 def test_what_cannot_be_done_is_refused(discovery: Discovery, cut: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        plan(discovery, options_for("best", discovery, cut), config=CONFIG)
+        plan(discovery, CutOptions(**cut), config=CONFIG)
 
 
 def test_a_kind_that_the_model_lacks_is_refused() -> None:
@@ -335,8 +366,8 @@ def test_plan_files_that_are_none_are_refused(tmp_path: Path) -> None:
     for text, message in (
         ("{", "is not a plan"),
         ("[]", "expected a JSON object, found list"),
-        ('{"format": 0}', "has format 0, this version reads 1"),
-        ('{"format": 1, "modle": 1}', r"unknown or missing keys \(modle\)"),
+        ('{"format": 0}', "has format 0, this version reads 2"),
+        ('{"format": 2, "modle": 1}', r"unknown or missing keys \(modle\)"),
     ):
         file.write_text(text)
         with pytest.raises(PlanError, match=message):

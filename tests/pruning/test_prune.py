@@ -101,7 +101,7 @@ def test_sizes_alone_do_not_cut(model: PreTrainedModel) -> None:
 )
 def test_a_plan_that_does_not_fit_is_refused(model: PreTrainedModel, change: dict[str, Any], message: str) -> None:
     good = PlannedGroup("layers.0.mlp", "mlp", 0, 84, 2, (0, 1))
-    bad = Plan("m", CutOptions(ratio=0.5), (replace(good, **change),), {}, {})
+    bad = Plan("m", CutOptions(ratio=0.5, scope="local", shape="uniform"), (replace(good, **change),), {}, {})
     with pytest.raises(PlanError, match=message):
         prune(model, bad)
 

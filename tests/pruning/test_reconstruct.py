@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
+from recipes import cut_in_memory
 from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
-from secateur.pruning.iterative import cut_in_steps
 from secateur.pruning.reconstruct import Training, reconstruct_in_place
 
 WINDOWS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -121,17 +121,17 @@ def test_one_window_is_enough() -> None:
 
 
 @pytest.mark.parametrize(("axis", "said"), [("layers", "needs all layers"), ("hidden", "hidden width")])
-def test_layers_and_hidden_width_are_refused(axis: str, said: str) -> None:
+def test_layers_and_hidden_width_are_refused(axis: Any, said: str) -> None:
     model, cut, discovery = cut_model("llama", axes=(axis,))
     with pytest.raises(PlanError, match=said):
         reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
     with pytest.raises(PlanError, match=f"repair=reconstruct.*axes={axis}"):
-        CutOptions(ratio=0.2, axes=(axis,), repair="reconstruct")
+        CutOptions(ratio=0.2, axes=(axis,), repair="reconstruct", scope="local", shape="uniform")
 
 
 def test_steps_end_with_a_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, discovery = cut_model("llama")
-    options = CutOptions(ratio=0.4, of="units", axes=("mlp",), score="l2", steps=2, repair="reconstruct")
+    options = CutOptions(ratio=0.4, of="units", axes=("mlp",), score="l2", iterations=2, repair="reconstruct")
     bars: list[str] = []
     seen: list[Tensor] = []
 
@@ -139,8 +139,8 @@ def test_steps_end_with_a_reconstruction(monkeypatch: pytest.MonkeyPatch) -> Non
         assert dense is model
         seen.append(cut.model.layers[0].mlp.down_proj.weight)
 
-    monkeypatch.setattr("secateur.pruning.iterative.reconstruct_in_place", told)
-    smaller, decided = cut_in_steps(model, discovery, options, WINDOWS, progress=lambda stage: bars.append(stage))
+    monkeypatch.setattr("secateur.pipeline.pipeline.reconstruct_in_place", told)
+    smaller, decided = cut_in_memory(model, discovery, options, WINDOWS, bars)
     assert bars[-1] == "reconstruct"
     assert seen[0] is smaller.model.layers[0].mlp.down_proj.weight
     assert decided.options.repair == "reconstruct"

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
+from recipes import cut_in_memory
 from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.groups import Group
@@ -23,7 +24,6 @@ from secateur.planning.allocation import DamageCurve, SizeRules, damage_at, knap
 from secateur.planning.budget import Budget
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.planning.selection import top_units
-from secateur.pruning.iterative import cut_in_steps
 from secateur.pruning.sensitivity import SHARES, _Dense, damage_curves
 
 WINDOWS = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -62,7 +62,11 @@ def test_damage_is_the_divergence_of_the_cut_model(family: str) -> None:
         for kept, damage in points:
             keep = top_units(scores.units[group.name], kept)
             one = PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep)
-            cut = prune(model, Plan("", CutOptions(ratio=0.0), (one,), {}, {}), discovery=discovery)
+            cut = prune(
+                model,
+                Plan("", CutOptions(ratio=0.0, scope="local", shape="uniform"), (one,), {}, {}),
+                discovery=discovery,
+            )
             assert damage == pytest.approx(divergence(model, cut), rel=1e-3, abs=1e-6)
             assert damage > 0
 
@@ -182,9 +186,9 @@ def test_no_other_sizes_do_less_damage(curves: list[DamageCurve], sizes: list[in
         assert damage <= min(saves_as_much) + 1e-9
 
 
-@pytest.mark.parametrize("shape", ["free", "uniform"])
+@pytest.mark.parametrize("shape", ["per-layer", "uniform"])
 @pytest.mark.parametrize("of", ["non-embedding", "macs"])
-def test_a_plan_by_measured_damage_meets_the_budget(shape: str, of: str) -> None:
+def test_a_plan_by_measured_damage_meets_the_budget(shape: Any, of: Any) -> None:
     config = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
     discovery = discover(config)
     model = family_model(config, dtype=torch.float32)
@@ -194,7 +198,7 @@ def test_a_plan_by_measured_damage_meets_the_budget(shape: str, of: str) -> None
     for group in discovery.groups:
         harm = float(torch.rand((), generator=generator)) * (50 if group.layer == 0 else 1)
         curves[group.name] = ((group.units // 4, harm), (group.units // 2, harm / 3), (group.units, 0.0))
-    options = CutOptions(ratio=0.3, of=of, scope="sensitivity", shape=shape, score="l2", at_least=0.1)
+    options = CutOptions(ratio=0.3, of=of, scope="sensitivity", shape=shape, score="l2", min_keep=0.1)
     decided = plan(discovery, options, config=config, scores=scores, damage=curves)
     if of == "non-embedding":
         whole = count_parameters(discovery, embeddings=False)
@@ -215,8 +219,13 @@ def test_a_plan_by_measured_damage_meets_the_budget(shape: str, of: str) -> None
 
 def test_steps_measure_anew() -> None:
     model = family_model(family_config("llama"), dtype=torch.float32)
-    options = CutOptions(ratio=0.3, scope="sensitivity", shape="free", score="l2", steps=2)
+    options = CutOptions(
+        ratio=0.3, scope="sensitivity", shape="per-layer", score="l2", repair="none", iterations=2, min_keep=0.0
+    )
     bars: list[str] = []
-    smaller, decided = cut_in_steps(model, discover(model), options, WINDOWS, progress=lambda stage: bars.append(stage))
-    assert bars == ["score, step 1", "measure damage, step 1", "score, step 2", "measure damage, step 2"]
+    smaller, decided = cut_in_memory(model, discover(model), options, WINDOWS, bars)
+    assert bars == [
+        *("score, iteration 1", "measure damage, iteration 1", "cut, iteration 1"),
+        *("score, iteration 2", "measure damage, iteration 2", "cut, iteration 2"),
+    ]
     assert decided.parameters["pruned"] == sum(parameter.numel() for parameter in smaller.parameters())

@@ -11,6 +11,7 @@ import torch
 from test_recover import ROWS, TEXT, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from recipes import recipe
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, load, recover, verify
 from secateur.export.merge import merge_adapter
 from secateur.models.loading import LoadOptions
@@ -37,10 +38,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.json").write_text(json.dumps(ROWS))
     for shape in ("uniform", "free"):
         prune_model(
-            str(folder / "dense"),
+            recipe(
+                str(folder / "dense"),
+                cut={"ratio": 0.2, "shape": shape},
+                calibration=CalibrationOptions(str(folder / "text.txt"), 4, 16),
+            ),
             folder / shape,
-            cut={"ratio": 0.2, "shape": shape},
-            calibration=CalibrationOptions(str(folder / "text.txt"), 4, 16),
         )
     return folder
 

@@ -14,6 +14,7 @@ import torch
 from test_distill import some_rows
 from test_recover import ROWS, TEXT, farthest, stopped_at
 
+from recipes import recipe
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, recover
 from secateur.data.reading import read_tuning_data
 from secateur.data.rows import IGNORED, collate
@@ -28,7 +29,7 @@ from secateur.recovery.result import Recovered
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
 
 CUTS: dict[str, dict[str, Any]] = {
-    "mlp": {"ratio": 0.3, "shape": "free"},
+    "mlp": {"ratio": 0.3, "shape": "per-layer"},
     "hidden": {"ratio": 0.34, "axes": ("hidden",), "of": "units"},
     "layers": {"ratio": 0.4, "axes": ("layers",), "of": "units", "layers": (0, 2)},
 }
@@ -43,7 +44,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.json").write_text(json.dumps(ROWS))
     text = CalibrationOptions(str(folder / "text.txt"), 4, 16)
     for name, cut in CUTS.items():
-        prune_model(str(folder / "dense"), folder / name, cut=cut, calibration=text)
+        prune_model(recipe(str(folder / "dense"), cut=cut, calibration=text), folder / name)
     return folder
 
 
@@ -132,7 +133,7 @@ class TestCounterparts:
 def read_plan_of(folder: Path) -> Any:
     """A plan that cuts nothing but the MLP of a folder's first layer."""
     cut = {"ratio": 0.02, "layers": (0, 1), "axes": ("mlp",), "score": "l2", "repair": "none"}
-    prune_model(str(folder), folder.with_name("cut"), cut=cut)
+    prune_model(recipe(str(folder), cut=cut), folder.with_name("cut"))
     return read_plan(folder.with_name("cut") / "secateur_plan.json")
 
 

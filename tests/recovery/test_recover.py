@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launching import launch
+from recipes import recipe
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, SecateurError, recover
 from secateur.checkpoint.record import read_record
 from secateur.data.text import demo_texts
@@ -121,10 +122,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     for shape in ("uniform", "free"):
         prune_model(
-            dense,
+            recipe(
+                dense,
+                cut={"ratio": 0.3, "shape": shape},
+                calibration=CalibrationOptions(str(folder / "text.txt"), 4, 16),
+            ),
             folder / shape,
-            cut={"ratio": 0.3, "shape": shape},
-            calibration=CalibrationOptions(str(folder / "text.txt"), 4, 16),
         )
     (folder / "rows.json").write_text(json.dumps(ROWS))
     shutil.copytree(folder / "dense", folder / "sharp")  # one that is surer than random weights make it
@@ -278,7 +281,9 @@ class TestResult:
 
     def test_it_can_be_cut_again(self, place: Path) -> None:
         train("uniform", method="lora")
-        prune_model("here/out", "here/smaller", cut={"ratio": 0.2}, calibration=CalibrationOptions("text.txt", 4, 16))
+        prune_model(
+            recipe("here/out", cut={"ratio": 0.2}, calibration=CalibrationOptions("text.txt", 4, 16)), "here/smaller"
+        )
         assert load("here/smaller", device="cpu").num_parameters() < load("here/out", device="cpu").num_parameters()
 
     def test_a_stock_folder_needs_nothing_of_ours(self, place: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_recover import HELD_OUT, KILLING, ROWS, TEXT, farthest, interrupt
 
 from launching import launch
+from recipes import recipe
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, SecateurError, load, recover, verify
 from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError
@@ -74,14 +75,11 @@ def in_turns(
 ) -> Recovered:
     """Three rounds of four steps unless other options are given."""
     return prune_and_recover(
-        model,
+        recipe(model, cut={"ratio": 0.3} if cut is None else cut, calibration=calibration, loading=EXACT),
         out,
-        steps=steps,
-        cut={"ratio": 0.3} if cut is None else cut,
-        calibration=calibration,
+        rounds=steps,
         data=DATA,
         options=options(**given),
-        loading=EXACT,
         plot=plot,
         resume=resume,
         overwrite=overwrite,
@@ -108,7 +106,7 @@ class TestResult:
     def test_one_round_is_to_prune_and_then_to_recover(self, shape: str, method: str, place: Path) -> None:
         cut = {"ratio": 0.3, "shape": shape}
         found = in_turns(steps=1, cut=cut, method=method)
-        prune_model("dense", "here/pruned", cut=cut, calibration=TEXTS, loading=EXACT)
+        prune_model(recipe("dense", cut=cut, calibration=TEXTS, loading=EXACT), "here/pruned")
         expected = recover("here/pruned", "here/expected", data=DATA, options=options(method=method), loading=EXACT)
         assert farthest("here/out", "here/expected") == 0
         assert read_plan(place / "out/secateur_plan.json") == read_plan(place / "expected/secateur_plan.json")
@@ -126,7 +124,7 @@ class TestResult:
         plan = read_plan(place / "out/secateur_plan.json")
         dense, pruned = (plan.parameters[f"{which}_non_embedding"] for which in ("dense", "pruned"))
         assert pruned == pytest.approx((1 - ratio) * dense, rel=0.01)
-        assert (plan.options.ratio, plan.options.steps, plan.model) == (ratio, 3, "dense")
+        assert (plan.options.ratio, plan.options.iterations, plan.model) == (ratio, 3, "dense")
         assert plan.decided
         model = load("here/out", device="cpu")
         assert model.num_parameters() == plan.parameters["pruned"] == found.rounds[-1]["parameters"]
@@ -139,7 +137,7 @@ class TestResult:
     def test_shares_of_units_are_those_of_one_cut(self, place: Path) -> None:
         cut = {"ratio": 0.4, "of": "units"}  # 84 channels: 28, 25 and 21 after shares that are rounded up every time
         in_turns(cut=cut, max_steps=1, method="lora")
-        prune_model("dense", "here/pruned", cut=cut, calibration=TEXTS, loading=EXACT)
+        prune_model(recipe("dense", cut=cut, calibration=TEXTS, loading=EXACT), "here/pruned")
         kept = [
             {group.name: group.kept for group in read_plan(place / name / "secateur_plan.json").groups}
             for name in ("out", "pruned")

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from secateur.evaluation.costs import BatchCost, Profile, RelativeCost
 from secateur.evaluation.speed import Speed
-from secateur.pipeline.sweep import Point, Refused, Sweep
+from secateur.pipeline.frontier import Point, Refused, Sweep
 from secateur.report.tables.profile import pays_little, profile_tables, verdicts
 from secateur.report.tables.sweep import sweep_tables
 

@@ -181,7 +181,7 @@ def test_the_users_own_score_is_one_function(model: PreTrainedModel) -> None:
     found = score(model, windows=WINDOWS, name="squared_gradient")
     assert found.score == "squared_gradient"
     assert found.units["layers.1.mlp"].gt(0).all()
-    assert CutOptions(ratio=0.2, score="squared_gradient").score == "squared_gradient"
+    assert CutOptions(ratio=0.2, score="squared_gradient", scope="local", shape="uniform").score == "squared_gradient"
 
 
 @pytest.mark.usefixtures("clean_scores")
@@ -214,7 +214,7 @@ def test_names_of_own_scores() -> None:
 
 def test_scores_of_other_kinds_of_groups_are_refused() -> None:
     with pytest.raises(PlanError, match="block_influence compares whole layers: use axes=layers"):
-        check_score(CutOptions(ratio=0.2, score="block_influence"))
+        check_score(CutOptions(ratio=0.2, score="block_influence", scope="local", shape="uniform"))
     with pytest.raises(PlanError, match="obs is not for whole layers: use score=block_influence"):
         check_score(CutOptions(ratio=0.2, score="obs", axes=("layers",)))
 

@@ -1,36 +1,41 @@
-"""Commands that say what can be cut, plan a cut, cut, and cut in many ways."""
+"""Commands that say what can be cut, plan a cut, prune, and compare many cuts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
 from secateur.cli.options import (
-    Calibration,
-    Common,
+    CUTTING,
+    MAIN,
+    MODEL,
+    RUN,
     Cut,
-    MaxTokens,
-    ModelArgument,
-    OutFolder,
-    Overwrite,
-    Statistics,
-    Texts,
-    Without,
-    option,
-    option_names,
+    Fields,
+    Folder,
+    Given,
+    Loading,
+    Output,
+    Quiet,
+    Run,
+    Trust,
+    main,
+    recipe_of,
 )
-from secateur.cli.output import check_files, finish, show
-from secateur.cli.reading import run_own_scores
+from secateur.cli.output import check_files, finish, run_options, show
+from secateur.cli.reading import comma_separated, run_score_file
 from secateur.discovery.discover import discover
 from secateur.discovery.summary import reach_as_json
-from secateur.errors import PlanError
+from secateur.errors import PlanError, RecipeError
 from secateur.evaluation.texts import read_texts
 from secateur.export.serving import serving_note, tensor_parallel_sizes
 from secateur.models.config import load_config
-from secateur.pipeline.run import plan_model, prune_model
-from secateur.pipeline.sweep import ratios_in, sweep
+from secateur.pipeline.recipe import PruneRecipe
+from secateur.pipeline.run import Pruned, plan_model, prune_model
+from secateur.pipeline.sweep import SweepOptions, ratios_in, sweep
 from secateur.planning.plan import read_plan
 from secateur.report.formatting import format_bytes
 from secateur.report.tables.discovery import discovery_tables
@@ -38,161 +43,163 @@ from secateur.report.tables.plan import plan_tables
 from secateur.report.tables.sweep import sweep_tables
 
 
-def discover_command(model: ModelArgument, common: Common) -> None:
+def discover_command(model: Annotated[str, MODEL], /, *, loading: Trust, output: Quiet) -> None:
     """Show what can be cut, and what is frozen and why.
 
     Groups of weight dimensions that shrink together, their units and the slices of each. Reads no weights.
     """
-    check_files(common.json_file)
-    discovery = discover(model, trust_remote_code=common.trust_remote_code)
-    finish(discovery.to_json() | {"reach": reach_as_json(discovery)}, common.json_file)
-    if not common.quiet:
+    check_files(output.json)
+    discovery = discover(model, trust_remote_code=loading.trust_remote_code)
+    finish(discovery.to_json() | {"reach": reach_as_json(discovery)}, output.json)
+    if not output.quiet:
         show(discovery_tables(discovery))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOutput:
+    """What `plan` writes."""
+
+    out: Path | None = None
+    """Write the plan to this file."""
+    sizes_only: bool = False
+    """Do not score: how many units stay, not which."""
+
+
 def plan_command(
-    context: typer.Context,
-    model: ModelArgument,
+    model: Annotated[str | None, MODEL] = None,
+    /,
     *,
-    out: Annotated[Path | None, typer.Option("--out", metavar="plan.json", help="Write the plan here.")] = None,
-    cut: Cut,
-    calibration: Calibration,
-    run_folder: Statistics = None,
-    sizes_only: Annotated[bool, typer.Option("--sizes-only", help="Do not score: say how many, not which.")] = False,
-    common: Common,
+    cutting: Cut,
+    wanted: Annotated[PlanOutput, Fields(PlanOutput, group=MAIN, build=True)],
+    run: Folder,
+    loading: Loading,
+    output: Quiet,
 ) -> None:
     """Say what a cut would leave, before anything is cut.
 
-    A config without weights is enough for the sizes; with weights, the plan says which units stay.
+    A config.json without weights is enough for the sizes; with weights, the plan says which units stay.
     """
-    check_files(common.json_file, out, run=run_folder)
-    run_own_scores(cut.own_scores)
-    planned = plan_model(
-        model,
-        preset=cut.preset,
-        cut=cut.options(),
-        calibration=calibration.of_preset(cut.preset, common.seed),
-        loading=common.loading,
-        sizes_only=sizes_only,
-        run=run_folder,
-        bars=common.bars,
-    )
-    finish(planned.to_json(), common.json_file, context, [model])
-    finish(planned.to_json(), out)
-    if not common.quiet:
+    check_files(output.json, wanted.out, run=run.get("folder"))
+    recipe = recipe_of(model, cutting, loading)
+    planned = plan_model(recipe, sizes_only=wanted.sizes_only, run=run_options(run, quiet=output.quiet))
+    seed, models = recipe.calibration.seed, [recipe.model]
+    finish(planned.to_json(), output.json, run=run.get("folder"), command="plan", seed=seed, models=models)
+    finish(planned.to_json(), wanted.out)
+    if not output.quiet:
         show(plan_tables(planned))
 
 
 def prune_command(
-    context: typer.Context,
-    model: ModelArgument,
-    out: OutFolder,
+    model: Annotated[str, MODEL],
+    out: Annotated[Path | None, Parameter(help="Folder to write. With --recipe, OUT alone is enough.")] = None,
+    /,
     *,
-    plan_file: Annotated[Path | None, option("--plan", "Cut what this plan says.", metavar="plan.json")] = None,
-    cut: Cut,
-    calibration: Calibration,
-    run_folder: Statistics = None,
-    overwrite: Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run has kept.")] = False,
-    common: Common,
+    cutting: Cut,
+    plan: Annotated[Path | None, Parameter(group=MAIN, help="Prune what this plan says; no other options.")] = None,
+    run: Run,
+    loading: Loading,
+    output: Quiet,
 ) -> None:
     """Write a smaller model that the usual loaders read.
 
-    Scores every unit, plans the cut, cuts, and writes a folder with the plan and a record of the run beside the
-    weights.
+    Scores every unit, plans the cut, repairs and prunes, and writes a folder with the plan, the recipe and a record of
+    the run beside the weights.
     """
-    check_files(common.json_file, made=out, run=run_folder)
-    run_own_scores(cut.own_scores)
-    if plan_file is not None:
-        _check_alone(context, plan_file)
+    name, folder = _model_and_out(model, out, cutting.get("recipe"))
+    check_files(output.json, made=folder, run=run.get("folder"))
+    if plan is not None:
+        _check_alone(plan, cutting)
+    recipe = recipe_of(name, cutting, loading)
     pruned = prune_model(
-        model,
-        out,
-        preset=cut.preset,
-        cut=cut.options(),
-        given=read_plan(plan_file) if plan_file is not None else None,
-        calibration=calibration.of_preset(cut.preset, common.seed),
-        loading=common.loading,
-        overwrite=overwrite,
-        resume=resume,
-        run=run_folder,
-        command=context.obj,
-        bars=common.bars,
-        announce=None if common.quiet else lambda sizes: show(plan_tables(sizes)),
+        recipe,
+        folder,
+        plan=None if plan is None else read_plan(plan),
+        run=run_options(run, quiet=output.quiet),
+        announce=None if output.quiet else lambda sizes: show(plan_tables(sizes)),
     )
-    result, note = pruned.to_json(), None
+    _report(pruned, recipe, run, output)
+
+
+def _check_alone(plan: Path, cutting: Given) -> None:
+    """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
+    given: list[str] = [name for name in ("preset", "recipe") if name in cutting]
+    given += [f"{part}.{name}" for part in ("cut", "calibration") for name in cutting.get(part, ())]
+    if given:
+        raise PlanError(f"--plan {plan} says all about the cut: leave out {CUTTING.option(given[0])}")
+
+
+def _model_and_out(model: str, out: Path | None, recipe: Path | None) -> tuple[str | None, Path]:
+    """MODEL and OUT; with a recipe, which names the model, one argument is OUT."""
+    if out is not None:
+        return model, out
+    if recipe is None:
+        raise RecipeError(f"OUT is missing: secateur prune {model} OUT writes a folder; with --recipe FILE, OUT alone")
+    return None, Path(model)
+
+
+def _report(pruned: Pruned, recipe: PruneRecipe, run: Given, output: Output) -> None:
+    result, note, trust = pruned.to_json(), None, recipe.loading.trust_remote_code
     if pruned.plan.settings is not None:
-        dense, smaller = [load_config(name, trust_remote_code=common.trust_remote_code) for name in (model, str(out))]
+        dense, smaller = [load_config(name, trust_remote_code=trust) for name in (recipe.model, str(pruned.out))]
         result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(smaller))
         note = serving_note(dense, smaller)
-    finish(result, common.json_file, context, [model, str(out)])
-    if not common.quiet:
-        if note is not None:
-            print(note)
-        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
-        if resume:
-            print("went on from what was kept" if pruned.resumed else "nothing was kept of this cut: started anew")
-        print(f"wrote {pruned.out} ({stages}; peak memory {format_bytes(pruned.peak_rss_bytes)})")
+    models, seed = [recipe.model, str(pruned.out)], recipe.calibration.seed
+    finish(result, output.json, run=run.get("folder"), command="prune", seed=seed, models=models)
+    if output.quiet:
+        return
+    if note is not None:
+        print(note)
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
+    if run.get("resume"):
+        print("resumed a killed run" if pruned.resumed else "no killed run of this cut to resume: started anew")
+    print(f"wrote {pruned.out} ({stages}; peak memory {format_bytes(pruned.peak_rss_bytes)})")
+
+
+SWEEP = Fields(
+    SweepOptions,
+    main="ratios scores presets protocols max_tokens plot",
+    names={"protocols": "--protocol"},
+    read={"ratios": ratios_in, "scores": comma_separated, "presets": comma_separated},
+)
+SWEPT = replace(
+    CUTTING,
+    main="cut.of cut.axes cut.shape calibration.text calibration.samples",
+    omit="preset recipe cut.ratio cut.target cut.score",
+)
 
 
 def sweep_command(
-    context: typer.Context,
-    model: ModelArgument,
+    model: Annotated[str, MODEL],
+    /,
     *,
-    ratios: Annotated[str, option("--ratios", "From A to B, or numbers with commas.", metavar="A:B:STEP")],
-    scores: Annotated[
-        str | None, option("--scores", "Scores to compare. [default: the preset's]", metavar="a,b")
-    ] = None,
-    presets: Annotated[str, typer.Option("--presets", metavar="a,b", help="Presets to compare.")] = "best",
-    ppl: Texts = None,
-    seq_len: Annotated[
-        list[int] | None,
-        typer.Option("--seq-len", metavar="N", help="Tokens of a window; may be repeated. [default: 128]"),
-    ] = None,
-    max_tokens: MaxTokens = None,
-    cut: Annotated[Cut, Without("preset", "ratio", "target", "score")],
-    calibration: Calibration,
-    run_folder: Annotated[
-        Path, typer.Option("--run", metavar="FOLDER", help="Keep statistics, points and the picture here.")
-    ] = Path("secateur-sweep"),
-    plot: Annotated[
-        bool | None,
-        option("--plot/--no-plot", "Draw the frontier. [default: where matplotlib is installed]"),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the points that are done.")] = False,
-    common: Common,
+    options: Annotated[Given, SWEEP],
+    ppl: Annotated[list[str] | None, main("Text to score, NAME=FILE; may be repeated.")] = None,
+    cutting: Annotated[Given, SWEPT],
+    run: Annotated[Given, replace(RUN, main="folder resume", omit="overwrite command bars")],
+    loading: Loading,
+    output: Quiet,
 ) -> None:
     """Cut by several ratios and scores; show what each costs.
 
     Every cut is made and repaired in memory, and its perplexity measured. What no other cut beats in both size and
-    perplexity is marked, and drawn.
+    perplexity is marked, and drawn. Points are kept in the run folder (`secateur-sweep`, unless --run names another).
     """
-    check_files(common.json_file, run=run_folder)
-    run_own_scores(cut.own_scores)
+    folder = run.get("folder", Path("secateur-sweep"))
+    check_files(output.json, run=folder)
+    run_score_file(cutting.get("score_file"))
+    if "ratios" not in options:
+        raise PlanError("--ratios is missing: name the shares to remove, for example --ratios 0.1:0.6:0.1")
+    calibration = cutting.get("calibration", {})
     found = sweep(
         model,
-        ratios=ratios_in(ratios),
-        scores=() if scores is None else [name.strip() for name in scores.split(",")],
-        presets=[name.strip() for name in presets.split(",")],
-        cut=cut.options(),
-        calibration=calibration.about(common.seed),
+        SweepOptions(**options),
         texts=read_texts(ppl or []),
-        seq_lens=seq_len or [128],
-        max_tokens=max_tokens,
-        run=run_folder,
-        loading=common.loading,
-        resume=resume,
-        plot=plot,
-        bars=common.bars,
+        cut=cutting.get("cut"),
+        calibration=calibration,
+        loading=loading,
+        run=run_options({**run, "folder": folder}, quiet=output.quiet),
     )
-    finish(found.to_json(), common.json_file, context, [model])
-    if not common.quiet:
+    seed = calibration.get("seed", 0)
+    finish(found.to_json(), output.json, run=folder, command="sweep", seed=seed, models=[model])
+    if not output.quiet:
         show(sweep_tables(found))
-
-
-def _check_alone(context: typer.Context, plan_file: Path) -> None:
-    """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
-    for name in (*option_names(Cut), *option_names(Calibration)):
-        source = context.get_parameter_source(name)
-        if name != "own_scores" and source is not None and source.name == "COMMANDLINE":
-            raise PlanError(f"--plan {plan_file} says all about the cut: leave out --{name.replace('_', '-')}")

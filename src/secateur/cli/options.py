@@ -1,222 +1,238 @@
-"""What commands can be told. Options that several commands have are written once, in groups; a command takes groups.
+"""Options dataclasses -> options of a command: names, types, choices, defaults and help come from their fields.
 
-`spread` makes of a function that takes groups a command that takes their options, under the same names.
+A command is a function whose parameters may be annotated with `Fields(SomeOptions)`. `command` replaces each by one
+option per field. The first section of a help page has what a common task needs, the second the rest.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import typer
-from typer.core import TyperCommand
+from cyclopts import Group, Parameter
+from docstring_parser import parse_from_object
 
-from secateur.cli.output import progress_bars
-from secateur.cli.reading import count, given, layer_range, names, proportion
-from secateur.data.calibration import COLUMN, CalibrationOptions
+from secateur.cli.reading import comma_separated, count, layer_range, proportion, run_score_file
+from secateur.data.calibration import CalibrationOptions
 from secateur.models.loading import LoadOptions
-from secateur.models.sources import DEMO
-from secateur.planning.options import calibration_for
-from secateur.progress import ProgressBars
-from secateur.scoring.scores import SCORES
+from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
+from secateur.planning.options import PRESETS, CutOptions
+
+MAIN = Group("Options", sort_key=1)
+ADVANCED = Group("Advanced options", sort_key=2)
+COMMON = Group("Common options", sort_key=3)
 
 
-class Command(TyperCommand):
-    """A command whose usage line is written as the documentation writes it: `prune [OPTIONS] MODEL OUT`."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The pieces without the braces that typer may put around them."""
-        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+def flag(text: str) -> Parameter:
+    """A switch of a command's own."""
+    return Parameter(group=MAIN, negative=(), help=text)
 
 
-def argument(metavar: str, about: str) -> Any:
-    """An argument that has to be given."""
-    return typer.Argument(metavar=metavar, help=about, show_default=False)
+def main(text: str, **more: Any) -> Parameter:
+    """An option of a command's own, in the first section."""
+    return Parameter(group=MAIN, help=text, **more)
 
 
-def option(name: str, about: str, *, metavar: str | None = None) -> Any:
-    """An option whose default its help tells, if any."""
-    return typer.Option(name, help=about, metavar=metavar, show_default=False)
-
-
-MODEL_HELP = "A hub name, a folder, a .gguf file, a config.json, or `demo`."
-ModelArgument = Annotated[str, argument("MODEL", MODEL_HELP)]
-ModelArguments = Annotated[list[str], argument("MODEL", MODEL_HELP)]
-OutFolder = Annotated[Path, argument("OUT", "The folder to write.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON, too.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
-Journal = Annotated[Path | None, option("--run", "Keep the result here, for `report`.", metavar="FOLDER")]
-Statistics = Annotated[
-    Path | None,
-    option("--run", "Keep statistics here, for other plans, and the result, for `report`.", metavar="FOLDER"),
-]
-Texts = Annotated[list[str] | None, option("--ppl", "A text to score; may be repeated.", metavar="NAME=FILE")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Score the first N tokens only.")]
+MODEL = Parameter(help="Hub name, folder, .gguf file, config.json, or `demo`.")
+OUT = Parameter(help="Folder to write.")
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
-    """What every command can be told."""
+class Fields:
+    """The fields of an options dataclass as options of a command; those of a nested dataclass count as `outer.inner`.
 
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False
-    json_file: Json = None
-    seed: Annotated[int, typer.Option("--seed", help="Of calibration windows and random scores.")] = 0
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, or balanced (over all GPUs).")] = (
-        "auto"
-    )
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")] = "auto"
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python files run.")
-    ] = False
+    The command gets a mapping of the options that were given, nested as the dataclass is; with `build`, the dataclass.
+    """
 
-    @property
-    def loading(self) -> LoadOptions:
-        """How models are loaded."""
-        return LoadOptions(self.dtype, self.device, self.trust_remote_code)
+    kind: type
+    main: str = ""  # names of the fields that a common task needs
+    omit: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)  # field -> option, where it has another name
+    read: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)  # field -> what reads its text
+    group: Group | None = None  # of all fields
+    build: bool = False
 
-    @property
-    def bars(self) -> ProgressBars:
-        """What shows how far the work is."""
-        return progress_bars(quiet=self.quiet)
+    def parameters(self, kind: type | None = None, outer: str = "") -> dict[str, inspect.Parameter]:
+        """One keyword parameter for each field, by the field's name."""
+        kind = kind or self.kind
+        hints, about = get_type_hints(kind), help_of(kind)
+        found: dict[str, inspect.Parameter] = {}
+        for each in fields(kind):
+            name, hint = outer + each.name, hints[each.name]
+            if name in self.omit.split():
+                continue
+            if is_dataclass(hint) and isinstance(hint, type):
+                found |= self.parameters(hint, f"{name}.")
+                continue
+            text = _with_default(about.get(each.name, ""), each, hint, reads=name in self.read)
+            group = self.group or (MAIN if name in self.main.split() else ADVANCED)
+            negative = f"--no-{self.option(name)[2:]}" if hint == (bool | None) else ()
+            parameter = Parameter(name=self.option(name), help=text, group=group, negative=negative)
+            found[name] = inspect.Parameter(
+                self.option(name).removeprefix("--").replace("-", "_"),
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=Annotated[(str if name in self.read else _as_option(hint)) | None, parameter],
+                default=None,
+            )
+        return found
 
+    def option(self, name: str) -> str:
+        """The option of a field.
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How to cut: what was given, None elsewhere."""
+        >>> CUTTING.option("calibration.text"), CUTTING.option("calibration.score_samples")
+        ('--calibration', '--score-samples')
+        """
+        return self.names.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
 
-    preset: Annotated[str, typer.Option("--preset", help="best, fast, or llm-pruner (the paper's recipe).")] = "best"
-    ratio: Annotated[float | None, option("--ratio", "The share to remove, 0 to 1.")] = None
-    of: Annotated[str | None, option("--of", "Of what: units, parameters, non-embedding, macs, memory or latency.")] = (
-        None
-    )
-    target: Annotated[str | None, option("--target", "What is to be left instead, for example 100M.")] = None
-    axes: Annotated[str | None, option("--axes", "Any of attention,mlp,query; or hidden; or layers.")] = None
-    strategy: Annotated[str | None, option("--strategy", "LLM-Pruner's names: block, channel or layer.")] = None
-    layers: Annotated[str | None, option("--layers", "Only layers A to B-1.", metavar="A:B")] = None
-    score: Annotated[str | None, option("--score", f"{', '.join(SCORES)}; or one of yours (--own-scores).")] = None
-    own_scores: Annotated[
-        Path | None, option("--own-scores", "Run this file of yours, which registers scores.", metavar="FILE.py")
-    ] = None
-    reduce: Annotated[str | None, option("--reduce", "Over a group's axes: sum, mean, max, prod, first, last.")] = None
-    round_to: Annotated[int | None, option("--round-to", "Widths are multiples of this.")] = None
-    scope: Annotated[
-        str | None,
-        option("--scope", "local: the same share everywhere; global: one ranking; sensitivity: by measured damage."),
-    ] = None
-    shape: Annotated[str | None, option("--shape", "uniform: layers alike; free: each its own.")] = None
-    schedule: Annotated[
-        str | None,
-        option("--schedule", "Shares of the first and the last layer, in proportion: 0.5:1.5.", metavar="A:B"),
-    ] = None
-    at_least: Annotated[float | None, option("--at-least", "The share of each group that stays.")] = None
-    choose: Annotated[str | None, option("--choose", "Which units go: by score, or by obs while repairing.")] = None
-    repair: Annotated[str | None, option("--repair", "none, bias, least-squares or reconstruct.")] = None
-    steps: Annotated[int | None, option("--steps", "Plan, cut, repair and score again so often.")] = None
-    sublayers: Annotated[
-        bool | None, option("--sublayers/--no-sublayers", "An attention or MLP may go as a whole.")
-    ] = None
-    at_dtype: Annotated[str | None, option("--at-dtype", "In which memory is counted: bfloat16, int8.")] = None
+    def value(self, given: Mapping[str, Any]) -> Any:
+        """What the command gets, from what was given by field."""
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is not None:
+                outer, _, inner = name.rpartition(".")
+                place = values.setdefault(outer, {}) if outer else values
+                place[inner] = self._read(name, value)
+        return self.kind(**values) if self.build else values
 
-    def options(self) -> dict[str, Any]:
-        """What was given, in the form that `CutOptions` takes."""
-        told = asdict(self)
-        del told["preset"], told["own_scores"]
-        read = {"target": count, "axes": names, "layers": layer_range, "schedule": proportion}
-        return {name: read[name](value) if name in read else value for name, value in given(**told).items()}
+    def _read(self, name: str, value: Any) -> Any:
+        if name in self.read:
+            return self.read[name](value)
+        return tuple(value) if isinstance(value, list) else value
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Which text a cut looks at, and how much of it."""
-
-    calibration: Annotated[
-        str,
-        typer.Option("--calibration", help="`demo`, a file, the name of a data set, or `self`: what the model writes."),
-    ] = DEMO
-    samples: Annotated[
-        int | None, option("--samples", "Calibration windows: 256 (64 for scores), fast 24 (8), llm-pruner 10.")
-    ] = None
-    length: Annotated[int | None, option("--length", "Tokens of a window: 256; llm-pruner 64.")] = None
-    column: Annotated[
-        str, typer.Option("--column", help="The field of calibration documents that holds their text.")
-    ] = COLUMN
-    chat: Annotated[bool, typer.Option("--chat", help="Put calibration documents into the chat template.")] = False
-    shuffled: Annotated[
-        float | None,
-        option(
-            "--shuffled",
-            "Share of the windows that repair sees with their tokens in random order: 0.25 with preset best.",
-        ),
-    ] = None
-
-    def about(self, seed: int) -> dict[str, Any]:
-        """What was given, as `calibration_for` takes it."""
-        told = asdict(self)
-        return given(text=told.pop("calibration"), seed=seed, **told)
-
-    def of_preset(self, preset: str, seed: int) -> CalibrationOptions:
-        """The calibration of a preset, but for what was given."""
-        return calibration_for(preset, **self.about(seed))
+def help_of(kind: type) -> dict[str, str]:
+    """Field -> its docstring, on one line."""
+    parsed = parse_from_object(kind)
+    return {each.arg_name: " ".join((each.description or "").split()) for each in parsed.params}
 
 
-@dataclass(frozen=True, slots=True)
-class Without:
-    """Options of a group that a command does not have, as in `Annotated[Cut, Without("score")]`."""
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that its parameters annotated with `Fields` stand for.
 
-    options: tuple[str, ...]
-
-    def __init__(self, *options: str) -> None:
-        object.__setattr__(self, "options", options)
-
-
-def option_names(group: type) -> list[str]:
-    """The options of a group, as parameters of a command are called."""
-    return [each.name for each in fields(group)]
-
-
-def spread(function: Callable[..., None]) -> Callable[..., None]:
-    """Make the command of a function that takes groups of options: it takes the options, each by its name.
-
-    >>> def shown(model: ModelArgument, common: Annotated[Common, Without("seed", "device", "dtype")]) -> None:
-    ...     print(model, common.quiet)
-    >>> command = spread(shown)
-    >>> list(inspect.signature(command).parameters)
-    ['model', 'quiet', 'json_file', 'trust_remote_code']
-    >>> command(model="demo", quiet=True, json_file=None, trust_remote_code=False)
-    demo True
+    >>> def shown(model: str, /, *, loading: Annotated[LoadOptions, Fields(LoadOptions, build=True)]) -> None:
+    ...     print(model, loading.dtype)
+    >>> list(inspect.signature(command(shown)).parameters)
+    ['model', 'dtype', 'device', 'trust_remote_code']
+    >>> command(shown)("demo", dtype="float32")
+    demo float32
     """
     parameters: list[inspect.Parameter] = []
-    groups: dict[str, tuple[type, list[str]]] = {}
+    spread: dict[str, tuple[Fields, dict[str, str]]] = {}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        annotated = get_origin(parameter.annotation) is Annotated
-        group, *about = get_args(parameter.annotation) if annotated else (parameter.annotation,)
-        if not (isinstance(group, type) and is_dataclass(group)):
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        about = [each for each in get_args(parameter.annotation)[1:] if isinstance(each, Fields)]
+        if not about:
+            parameters.append(parameter)
             continue
-        left_out = {name for each in about if isinstance(each, Without) for name in each.options}
-        hints = get_type_hints(group, include_extras=True)
-        own = [
-            inspect.Parameter(
-                each.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                annotation=hints[each.name],
-                default=inspect.Parameter.empty if each.default is MISSING else each.default,
-            )
-            for each in fields(group)
-            if each.name not in left_out
-        ]
-        parameters += own
-        groups[parameter.name] = group, [each.name for each in own]
+        own = about[0].parameters()
+        parameters += own.values()
+        spread[parameter.name] = about[0], {each.name: name for name, each in own.items()}
 
     @functools.wraps(function)
-    def command(**told: Any) -> None:
-        made = {name: group(**{each: told.pop(each) for each in own}) for name, (group, own) in groups.items()}
-        function(**told, **made)
+    def run(*positional: Any, **options: Any) -> None:
+        groups = {
+            name: kind.value({each: options.pop(option, None) for option, each in own.items()})
+            for name, (kind, own) in spread.items()
+        }
+        function(*positional, **options, **groups)
 
-    vars(command)["__signature__"] = inspect.Signature(parameters)  # what typer looks at
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return command
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    vars(run)["__signature__"] = inspect.Signature(parameters)  # what the parser looks at
+    return run
+
+
+def _as_option(hint: Any) -> Any:
+    """The type of an option: without None, and lists for tuples of any length."""
+    if get_origin(hint) in (Union, type(int | None)):
+        hint = next(each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
+        return list[get_args(hint)[0]]  # type: ignore[misc]  # a type made at run time
+    return hint
+
+
+def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:
+    """The help of an option, with its choices where the parser cannot know them, and its default."""
+    default = each.default
+    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
+    if reads and choices:
+        text += f" [choices: {', '.join(map(str, choices))}]"
+    if default in (None, MISSING, "", (), False):
+        return text
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    return f"{text} [default: {default}]"
+
+
+# --- groups that several commands have --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a command prints and writes besides its result."""
+
+    quiet: bool = False
+    """Print nothing but errors."""
+    json: Path | None = None
+    """Also write the result to this file, as JSON."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """All that decides a cut."""
+
+    preset: Literal["best", "fast", "llm-pruner"] | None = None
+    """best (the default), fast (a tenth of the text), or llm-pruner: the paper's recipe, 25 % of the units of the
+    middle layers."""
+    recipe: Path | None = None
+    """Take options from this YAML file; options on the command line win."""
+    cut: CutOptions
+    calibration: CalibrationOptions
+    score_file: Path | None = None
+    """Run this Python file first; it registers scores of your own."""
+
+
+READ: dict[str, Callable[[str], Any]] = {
+    "cut.target": count,
+    "cut.axes": comma_separated,
+    "cut.layers": layer_range,
+    "cut.schedule": functools.partial(proportion, option="--schedule"),
+}
+CUTTING = Fields(
+    Cutting,
+    main="preset recipe cut.ratio cut.of cut.target cut.axes cut.shape cut.repair calibration.text calibration.samples",
+    names={"calibration.text": "--calibration"},
+    read=READ,
+)
+CALIBRATION = Fields(CalibrationOptions, main="text samples", names={"text": "--calibration"})
+LOADING = Fields(LoadOptions, group=COMMON, build=True)
+TRUST = Fields(LoadOptions, group=COMMON, build=True, omit="dtype device")
+OUTPUT = Fields(Output, group=COMMON, build=True)
+RUN = Fields(RunOptions, main="folder overwrite resume", names={"folder": "--run"}, omit="command bars")
+FOLDER = Fields(RunOptions, main="folder", names={"folder": "--run"}, omit="command bars overwrite resume")
+OVERWRITE = Fields(RunOptions, main="overwrite", omit="folder command bars resume")
+
+Given = dict[str, Any]
+Cut = Annotated[Given, CUTTING]
+Run = Annotated[Given, RUN]
+Folder = Annotated[Given, FOLDER]
+Loading = Annotated[LoadOptions, LOADING]
+Trust = Annotated[LoadOptions, TRUST]
+Quiet = Annotated[Output, OUTPUT]
+assert set(PRESETS) == set(get_args(get_args(get_type_hints(Cutting)["preset"])[0]))  # the help lists what there is
+
+
+def recipe_of(model: str | None, cutting: Given, loading: LoadOptions) -> PruneRecipe:
+    """The recipe that a command line asks for. Raises `SecateurError`."""
+    run_score_file(cutting.get("score_file"))
+    given = {name: value for name, value in asdict(loading).items() if value != getattr(LoadOptions(), name)}
+    return prune_recipe(
+        model,
+        preset=cutting.get("preset"),
+        file=cutting.get("recipe"),
+        cut=cutting.get("cut"),
+        calibration=cutting.get("calibration"),
+        loading=given,
+    )

@@ -1,15 +1,15 @@
-"""Results -> tables on standard output, JSON files and the log of a run; progress on standard error."""
+"""Results -> tables on standard output, JSON files and the journal of a run; progress on standard error."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import psutil
-import typer
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -25,6 +25,7 @@ from rich.text import Text
 
 from secateur import processes
 from secateur.files import check_writable, write_json
+from secateur.pipeline.recipe import RunOptions
 from secateur.pipeline.run_log import append_entry, check_run_folder
 from secateur.progress import ProgressBars
 from secateur.report.formatting import format_bytes
@@ -32,10 +33,13 @@ from secateur.report.formatting import format_bytes
 PIPE_WIDTH = 240  # columns of a table that no terminal shows
 
 
+COMMAND: ContextVar[str] = ContextVar("command", default="secateur")  # the command line, for records and the run log
+
+
 def check_files(*files: Path | None, made: Path | None = None, run: Path | None = None) -> None:
     """Raise `CheckpointError` when a file to write cannot be written; one in the folder `made` need not be yet.
 
-    Nor when the log of the run folder `run` cannot be written.
+    Nor can a run log be kept in a run folder `run` that is none.
     """
     if run is not None:
         check_run_folder(run)
@@ -44,14 +48,27 @@ def check_files(*files: Path | None, made: Path | None = None, run: Path | None 
             check_writable(file)
 
 
-def finish(result: Any, file: Path | None, context: typer.Context | None = None, models: Sequence[str] = ()) -> None:
-    """Write a result as JSON where that was asked for, and to the log of the command's run folder."""
+def finish(
+    result: Any,
+    file: Path | None,
+    *,
+    run: Path | None = None,
+    command: str = "",
+    seed: int = 0,
+    models: Sequence[str] = (),
+) -> None:
+    """Write a result as JSON where that was asked for, and into the log of the run folder, if there is one."""
     if not processes.is_first():
         return
     if file is not None:
         write_json(file, result)
-    if context is not None and (run := context.params["run_folder"]) is not None:
-        append_entry(run, context.obj, str(context.info_name), result, seed=context.params["seed"], models=models)
+    if run is not None:
+        append_entry(run, COMMAND.get(), command, result, seed=seed, models=models)
+
+
+def run_options(given: Mapping[str, Any], *, quiet: bool) -> RunOptions:
+    """How the command runs: what was given, its command line, and progress bars unless it is to be quiet."""
+    return RunOptions(**given, command=COMMAND.get(), bars=progress_bars(quiet=quiet))
 
 
 def show(renderables: Iterable[RenderableType]) -> None:

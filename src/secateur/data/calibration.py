@@ -25,10 +25,10 @@ class CalibrationOptions:
     text: str = DEMO
     """A file, the name of a data set, demo (Python's language reference) or self (text that the model generates)."""
 
-    samples: int = 64
-    """Number of calibration windows. LLM-Pruner takes 10 of 64 tokens."""
+    samples: int = 256
+    """Number of calibration windows."""
 
-    length: int = 128
+    length: int = 256
     """Tokens per window."""
 
     seed: int = 0
@@ -40,15 +40,12 @@ class CalibrationOptions:
     chat: bool = False
     """Put every document into the tokenizer's chat template."""
 
-    score_samples: int | None = None
+    score_samples: int | None = 64
     """Number of windows that scores look at, the first ones; repairs look at all. None: scores look at all, too."""
 
-    shuffled: float | None = 0.0
-    """Share of the windows, the last ones, whose tokens are in random order, 0 <= shuffled < 1.
-
-    Scores do not look at them: they are for repairs, which then fit weights to words, too, that the text seldom has
-    side by side. None: a quarter where a repair looks at windows, none elsewhere (`plan.settled` says which).
-    """
+    shuffled: float | None = None
+    """Share of the windows, the last ones, whose tokens are shuffled: repairs look at them, scores do not.
+    Default: 0.25 where the cut has a repair, else 0."""
 
     def __post_init__(self) -> None:
         if not self.text:

@@ -1,9 +1,8 @@
-"""What a run keeps while it works, and between runs: scores, statistics, layers of a pass that was killed.
+"""What a run keeps: its finished stages, so that a killed run resumes, and statistics, for other plans.
 
-While `prune` works, its values lie in a folder beside the output (`.OUT.secateur`), with a key that says for what. The
-same command with resume reads them; one that succeeds, or fails for a reason that a repetition would meet again,
-removes them. A full disk is no such reason. A run folder that the user names keeps the statistics of a model on a
-text, for other plans, and the scores, for the report.
+While `prune` works, the results of its stages lie in a folder beside the output (`.OUT.secateur`), with a key that says
+for what. The same command with `resume` reads them; a run that succeeds, or that fails for a reason that a repetition
+would meet again, removes them. A run folder that the user names keeps the statistics of a model on a text.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,46 +25,160 @@ from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, S
 from secateur.files import atomic_folder, make_folder, read_json, read_tensors, write_json, write_tensors
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
+from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.allocation import DamageCurve
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan_from_json
-from secateur.pruning.iterative import Step
 from secateur.pruning.repair import Repaired
 from secateur.scoring.scores import SCORES, Scores, read_scores, write_scores
 from secateur.scoring.statistics import Statistics, read_statistics, write_statistics
 
-SCORES_FILE = "scores.safetensors"
-STEP_FILE = "step.safetensors"
-DAMAGE_FILE = "damage.json"
-REPAIRED_FILE = "repaired.safetensors"
-PASS_FOLDER = "pass"
-WINDOWS_FILE = "windows.safetensors"
+Value = TypeVar("Value")
+DAMAGED = (CheckpointError, KeyError, ValueError, TypeError, AttributeError, PlanError)
 
 
-# --- while a run works ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What a pruning iteration left: the plan of the dense model so far, and the weights of the smaller one."""
+
+    number: int
+    plan: Plan
+    weights: Mapping[str, Tensor]
 
 
-def has_scored(work: Path) -> bool:
-    """Whether a cut that is stopped leaves something to go on from: scores, a step, a layer that has been scored.
+class Cache:
+    """The finished stages of one run, as files; without a folder nothing is kept, and nothing is there.
 
-    >>> has_scored(Path("no-such-folder"))
-    False
+    Every `load_*` gives None where there is nothing, or where it is damaged or of other options. Of several processes
+    the first writes, and either all load a stage or none.
     """
-    files = [work / SCORES_FILE, work / STEP_FILE]
-    return any(file.exists() for file in files) or any((work / PASS_FOLDER).glob("*.safetensors"))
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to resume from: scores, an iteration, a layer that has been scored.
+
+        >>> Cache(None).begun
+        False
+        """
+        if self.folder is None:
+            return False
+        patterns = ("scores-*.safetensors", "iteration.safetensors", "layers-*/*.safetensors")
+        return any(any(self.folder.glob(pattern)) for pattern in patterns)
+
+    def layers(self, iteration: int) -> Path | None:
+        """The folder of layers that have been scored."""
+        return None if self.folder is None else self.folder / f"layers-{iteration}"
+
+    def load_scores(self, iteration: int) -> Scores | None:
+        """The scores of an iteration."""
+        found = None if self.folder is None else _scores_in(self.folder / f"scores-{iteration}.safetensors")
+        return _by_all(found)
+
+    def save_scores(self, iteration: int, scores: Scores) -> None:
+        """Keep the scores; the layers that led to them are needed no more."""
+        if self.folder is not None and processes.is_first():
+            write_scores(self.folder / f"scores-{iteration}.safetensors", scores)
+            shutil.rmtree(self.folder / f"layers-{iteration}", ignore_errors=True)
+
+    def load_damage(self, scores: Scores) -> dict[str, DamageCurve] | None:
+        """The damage curves that were measured with these scores."""
+        found: dict[str, DamageCurve] | None = None
+        try:
+            if self.folder is not None and (data := read_json(self.folder / "damage.json"))["scores"] == _id(scores):
+                found = {
+                    str(name): tuple((int(kept), float(damage)) for kept, damage in points)
+                    for name, points in data["damage"].items()
+                }
+        except DAMAGED:
+            pass
+        return _by_all(found)
+
+    def save_damage(self, scores: Scores, damage: Mapping[str, DamageCurve]) -> None:
+        """Keep the damage curves."""
+        if self.folder is not None and processes.is_first():
+            write_json(self.folder / "damage.json", {"scores": _id(scores), "damage": dict(damage)})
+
+    def load_repair(self, plan: Plan) -> Repaired | None:
+        """The repaired weights of a plan."""
+        if self.folder is None:
+            return None
+        try:
+            weights, about = read_tensors(self.folder / "repaired.safetensors")
+            if about["plan"] != _hash(plan.to_json()):
+                return None
+            errors = {name: (float(before), float(after)) for name, (before, after) in about["errors"].items()}
+            return Repaired(plan_from_json(about["repaired"]), weights, errors)
+        except DAMAGED:
+            return None
+
+    def save_repair(self, plan: Plan, repaired: Repaired) -> None:
+        """Keep the repaired weights."""
+        if self.folder is not None and processes.is_first():
+            about = {"plan": _hash(plan.to_json()), "repaired": repaired.plan.to_json(), "errors": repaired.errors}
+            write_tensors(self.folder / "repaired.safetensors", repaired.weights, about)
+
+    def load_iteration(self, options: CutOptions) -> Iteration | None:
+        """The last iteration that was finished with these options."""
+        found = None
+        try:
+            if self.folder is not None:
+                weights, about = read_tensors(self.folder / "iteration.safetensors")
+                if about["options"] == _hash(asdict(options)):
+                    found = Iteration(int(about["number"]), plan_from_json(about["plan"]), weights)
+        except DAMAGED:
+            pass
+        return _by_all(found)
+
+    def save_iteration(self, options: CutOptions, iteration: Iteration) -> None:
+        """Keep what an iteration left."""
+        if self.folder is not None and processes.is_first():
+            about = {
+                "options": _hash(asdict(options)),
+                "number": iteration.number,
+                "plan": iteration.plan.to_json(),
+            }
+            weights = {name: weight.detach() for name, weight in iteration.weights.items()}
+            write_tensors(self.folder / "iteration.safetensors", weights, about)
+
+    def load_windows(self) -> Tensor | None:
+        """The calibration windows that the model wrote itself."""
+        try:
+            return None if self.folder is None else read_tensors(self.folder / "windows.safetensors")[0]["windows"]
+        except DAMAGED:
+            return None
+
+    def save_windows(self, windows: Tensor) -> None:
+        """Keep them: a resumed run must not have others."""
+        if self.folder is not None and processes.is_first():
+            write_tensors(self.folder / "windows.safetensors", {"windows": windows})
+
+
+def _by_all(found: Value | None) -> Value | None:
+    """The value where every process has loaded one, else None."""
+    return None if processes.largest(int(found is None)) else found
+
+
+def _scores_in(path: Path) -> Scores | None:
+    try:
+        return read_scores(path)
+    except ScoreError:
+        return None
 
 
 @contextmanager
 def work_folder(
-    out: Path, key: str, *, resume: bool, worth_keeping: Callable[[Path], bool] = has_scored
+    out: Path, key: str, *, resume: bool, worth_keeping: Callable[[Path], bool] = lambda folder: Cache(folder).begun
 ) -> Iterator[Path]:
-    """The folder of a run's values: emptied unless it is to be resumed and was made for the same key.
+    """The folder beside OUT for what a run keeps: emptied unless the run resumes one of the same key.
 
     A run that is stopped, or has no room on the disk, leaves it where it is worth keeping. Of several processes, the
     first prepares and removes it.
     """
     work = out.absolute().with_name(f".{out.absolute().name}.secateur")
-    if processes.is_first() and not (resume and _read_key(work) == key):
+    if processes.is_first() and not (resume and _key_in(work) == key):
         shutil.rmtree(work, ignore_errors=True)
         with atomic_folder(work) as fresh:
             write_json(fresh / "key.json", {"key": key})
@@ -84,9 +197,12 @@ def work_folder(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def run_key(model: str, options: CutOptions, calibration: CalibrationOptions, loading: LoadOptions) -> str:
-    """What scores depend on, as a hash: a run may only go on from scores made for the same."""
-    return _hash([_about(model, calibration, loading), options.score, options.reduce, options.axes, options.layers])
+def run_key(recipe: PruneRecipe) -> str:
+    """What scores depend on, as a hash: a run may only resume from scores made for the same."""
+    cut = recipe.cut
+    return _hash(
+        [_about(recipe.model, recipe.calibration, recipe.loading), cut.score, cut.reduce, cut.axes, cut.layers]
+    )
 
 
 def recovery_key(paths: Sequence[str], about: Any) -> str:
@@ -98,114 +214,18 @@ def recovery_key(paths: Sequence[str], about: Any) -> str:
     return _hash([[_stamp(path) for path in paths], about, __version__, torch.__version__])
 
 
-def kept_scores(work: Path) -> Scores | None:
-    """The scores that an earlier run left, if they can be read; by all processes or none."""
-    try:
-        found = read_scores(work / SCORES_FILE)
-    except ScoreError:
-        found = None
-    return None if processes.largest(int(found is None)) else found
-
-
-def keep_scores(work: Path, scores: Scores) -> None:
-    """Leave the scores for a run that goes on; the layers that led to them are needed no more."""
-    if processes.is_first():
-        write_scores(work / SCORES_FILE, scores)
-        shutil.rmtree(work / PASS_FOLDER, ignore_errors=True)
-
-
-def kept_damage(work: Path | None, scores: Scores) -> dict[str, DamageCurve] | None:
-    """The damage that an earlier run measured with these scores, if it can be read; by all processes or none."""
-    found = None
-    if work is not None:
-        try:
-            data = read_json(work / DAMAGE_FILE)
-            if data["scores"] == _scores_hash(scores):
-                found = {
-                    str(name): tuple((int(kept), float(damage)) for kept, damage in points)
-                    for name, points in data["damage"].items()
-                }
-        except (CheckpointError, ValueError, LookupError, TypeError, AttributeError):
-            pass  # there is none, or it is damaged
-    return None if processes.largest(int(found is None)) else found
-
-
-def keep_damage(work: Path | None, scores: Scores, damage: Mapping[str, DamageCurve]) -> None:
-    """Leave the damage that was measured for a run that goes on."""
-    if work is not None and processes.is_first():
-        write_json(work / DAMAGE_FILE, {"scores": _scores_hash(scores), "damage": dict(damage)})
-
-
-def _scores_hash(scores: Scores) -> str:
-    return _hash([scores.score, scores.calibration, [[n, x.tolist()] for n, x in sorted(scores.units.items())]])
-
-
-def kept_repair(work: Path, decided: Plan) -> Repaired | None:
-    """The repaired weights that an earlier run left for a plan, if they can be read."""
-    try:
-        weights, about = read_tensors(work / REPAIRED_FILE)
-        if about["decided"] != _hash(decided.to_json()):
-            return None
-        errors = {name: (float(before), float(after)) for name, (before, after) in about["errors"].items()}
-        return Repaired(plan_from_json(about["plan"]), weights, errors)
-    except (CheckpointError, KeyError, ValueError, TypeError, PlanError):
-        return None
-
-
-def keep_repair(work: Path, decided: Plan, repaired: Repaired) -> None:
-    """Leave the repaired weights for a run that goes on."""
-    about = {"decided": _hash(decided.to_json()), "plan": repaired.plan.to_json(), "errors": dict(repaired.errors)}
-    write_tensors(work / REPAIRED_FILE, repaired.weights, about)
-
-
-def kept_step(work: Path, options: CutOptions) -> Step | None:
-    """The last step that an earlier run with these options has done, if it can be read; by all processes or none."""
-    found = None
-    try:
-        weights, about = read_tensors(work / STEP_FILE)
-        if about["options"] == _hash(asdict(options)):
-            found = Step(int(about["number"]), plan_from_json(about["plan"]), weights)
-    except (CheckpointError, KeyError, ValueError, TypeError, PlanError):
-        pass  # there is none, or it is damaged
-    return None if processes.largest(int(found is None)) else found
-
-
-def keep_step(work: Path, options: CutOptions, step: Step) -> None:
-    """Leave a step for a run that goes on."""
-    if processes.is_first():
-        about = {"options": _hash(asdict(options)), "number": step.number, "plan": step.plan.to_json()}
-        weights = {name: weight.detach() for name, weight in step.weights.items()}
-        write_tensors(work / STEP_FILE, weights, about)
-
-
-def kept_windows(work: Path | None) -> Tensor | None:
-    """The tokens that the model wrote for a run that was killed, if they can be read."""
-    if work is None:
-        return None
-    try:
-        return read_tensors(work / WINDOWS_FILE)[0]["windows"].clone()
-    except (CheckpointError, KeyError):
-        return None  # there are none, or they are damaged
-
-
-def keep_windows(work: Path | None, windows: Tensor) -> None:
-    """Leave them for a run that goes on, which must not have others."""
-    if work is not None and processes.is_first():
-        write_tensors(work / WINDOWS_FILE, {"windows": windows})
-
-
-def _read_key(work: Path) -> Any:
+def _key_in(work: Path) -> Any:
     try:
         return read_json(work / "key.json")["key"]
-    except (CheckpointError, LookupError, TypeError):
-        return None  # there is none, or it is damaged
+    except DAMAGED:
+        return None
 
 
 # --- between runs -----------------------------------------------------------------------------------------------------
 
 
-class RunFolder:
-    """A folder of the user's in which statistics are kept, one file for each model and calibration."""
+class StatisticsFolder:
+    """A run folder that the user names: one file of statistics for each model and calibration, and the scores."""
 
     def __init__(self, folder: Path, model: str, calibration: CalibrationOptions, loading: LoadOptions) -> None:
         self.key = _hash([_about(model, calibration.as_scored(), loading)])
@@ -216,22 +236,22 @@ class RunFolder:
             )
         make_folder(folder)
 
-    def statistics(self) -> Statistics | None:
-        """What is kept, if anything is; by all processes or none."""
+    def load(self) -> Statistics | None:
+        """The statistics; None where there are none. By all processes or none."""
         try:
             found = read_statistics(self.path, about=self.key)
         except ScoreError:
             found = None
         return None if processes.largest(int(found is None)) else found
 
-    def keep(self, statistics: Statistics) -> None:
+    def save(self, statistics: Statistics) -> None:
         """Keep statistics, but for those of the user's own scores, whose code may change."""
         own = {name for name, how in SCORES.items() if how.own}
         ours = {name: sums for name, sums in statistics.sums.items() if name not in own}
         if processes.is_first():
             write_statistics(self.path, replace(statistics, sums=ours), about=self.key)
 
-    def keep_scores(self, scores: Scores) -> None:
+    def save_scores(self, scores: Scores) -> None:
         """Keep the scores, which the report shows: one file for each score, reduction and choice of groups."""
         if processes.is_first():
             key = _hash([self.key, scores.reduce, sorted(scores.units)])
@@ -248,6 +268,10 @@ def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) ->
         __version__,
         torch.__version__,
     ]
+
+
+def _id(scores: Scores) -> str:
+    return _hash([scores.score, scores.calibration, [[n, x.tolist()] for n, x in sorted(scores.units.items())]])
 
 
 def _hash(about: Any) -> str:

@@ -1,24 +1,25 @@
-"""What to cut and how much: the options of a cut, and the presets that stand for some of them."""
+"""What to cut and how much: the options of a cut, and the presets.
+
+Every option has one default, and `auto` options follow from the others, so equal options mean the same everywhere: in
+Python, on the command line and in a recipe. `CutOptions()` is the default preset, `best`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
-from secateur.data.calibration import COLUMN, DEMO, SELF, CalibrationOptions
-from secateur.discovery.groups import Discovery
+from secateur.data.calibration import SELF, CalibrationOptions
 from secateur.errors import PlanError, ScoreError, did_you_mean
-from secateur.planning.budget import COUNTERS
-from secateur.scoring.scores import REDUCTIONS, SCORES
+from secateur.scoring.scores import SCORES
 
-BUDGETS = ("units", *COUNTERS)
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-SCOPES = ("local", "global", "sensitivity")
-SHAPES = ("uniform", "free")
-REPAIRS = ("none", "bias", "least-squares", "reconstruct")
-AXES = {
+AxisName = Literal["attention", "mlp", "query", "experts", "latent", "state", "hidden", "layers"]
+BudgetName = Literal["non-embedding", "parameters", "macs", "memory", "latency", "units"]
+Reduction = Literal["auto", "sum", "mean", "max", "prod", "first", "last"]
+
+AXES: dict[str, tuple[str, ...]] = {  # axis -> the kinds of group that it cuts
     "attention": ("attention",),
     "query": ("query",),
     "mlp": ("mlp", "expert_mlp", "shared_mlp"),
@@ -28,207 +29,268 @@ AXES = {
     "hidden": ("hidden",),
     "layers": ("layer",),
 }
-STRATEGIES = {"block": ("attention", "mlp"), "channel": ("hidden",), "layer": ("layers",)}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SHUFFLED = 0.25  # of the windows that repair sees; measured in docs/choosing.md
+ALONE = ("hidden", "layers")  # axes that run through all layers: each is cut in a run of its own
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CutOptions:
-    """What to cut, and how much of it. `ratio` is the share removed of what `of` names; `target` is what is left."""
+    """What to cut, and how much of it.
+
+    Raises `PlanError` or `ScoreError` for a value that cannot be, alone or with the others.
+
+    >>> options = CutOptions()
+    >>> options.ratio, options.score, options.scope, options.shape, options.choose, options.repair
+    (0.2, 'fisher', 'global', 'per-layer', 'obs', 'least-squares')
+    >>> CutOptions(ratio=0.25, of="units").shape
+    'uniform'
+    """
 
     ratio: float | None = None
-    of: str = "non-embedding"
+    """Share to remove of what `of` counts, 0 <= ratio < 1. Default: 0.2, unless `target` is given."""
+    of: BudgetName = "non-embedding"
+    """What ratio and target count: parameters (all, or without embeddings), MACs of 64 tokens, bytes of the weights,
+    measured time on this machine, or the units of each group."""
     target: int | None = None
-    axes: tuple[str, ...] = ("attention", "mlp")
-    layers: tuple[int, int] | None = None  # half-open, of the dense model
-    score: str = "param_second"
-    reduce: str | None = None
+    """Size to leave instead of a ratio: a number of parameters or MACs, bytes (memory), microseconds (latency)."""
+    axes: tuple[AxisName, ...] = ("attention", "mlp")
+    """What to cut. `hidden` and `layers` each need a run of their own."""
+    shape: Literal["auto", "uniform", "per-layer"] = "auto"
+    """`uniform`: all layers keep the same sizes, which a stock config can say. `per-layer`: each its own.
+    Auto: per-layer, but uniform for of=units, hidden and layers."""
+    repair: Literal["auto", "none", "bias", "least-squares", "reconstruct"] = "auto"
+    """Fit the weights that stay to make up for those that go: output biases, least squares on what reads cut units,
+    or that and then training layer by layer. Auto: least-squares, none for whole layers."""
+    score: str = "auto"
+    """Importance of a unit. Auto: `fisher`; `param_second` for hidden and layers."""
+    reduce: Reduction = "auto"
+    """How the scores of a unit's weights become one. Auto: the score's own, usually their sum."""
+    choose: Literal["auto", "score", "obs"] = "auto"
+    """Which units of a group go: those of the lowest score, or by optimal brain surgeon during repair.
+    Auto: obs with the score fisher."""
+    scope: Literal["auto", "local", "global", "sensitivity"] = "auto"
+    """How the budget is shared: the same share of every group, one ranking of all units by score per parameter, or by
+    the measured damage of cutting each group. Auto: global; local for of=units, hidden, layers and a schedule."""
+    layers: tuple[float, float] | None = None
+    """Cut only layers first <= i < last: numbers of layers, or shares of the depth such as 0.125:0.9375."""
+    schedule: tuple[float, float] | None = None
+    """Cut the first and the last layer in this proportion, linear between, for example 0.5:1.5."""
+    min_keep: float = 0.05
+    """Share of each group's units that stays whatever the ranking says."""
     round_to: int = 1
-    scope: str = "local"  # the same share of every group, one ranking of all units, or by the damage that is measured
-    shape: str = "uniform"  # layers alike, as stock configs want them, or each with its own sizes
-    at_least: float = 0.0  # the share of a group's units that stays where scopes are not local
-    choose: str = "score"  # which units of a group go: by the score, or by optimal brain surgeon while repairing
-    repair: str = "none"
-    at_dtype: str = "bfloat16"  # in which bytes of memory are counted
-    steps: int = 1  # of plan, cut, repair and scoring anew
-    sublayers: bool = False  # whether the attention or MLP of a layer may go as a whole
-    schedule: tuple[float, float] | None = None  # the shares of the first and last layer, in proportion; linear between
+    """Widths are multiples of this."""
+    iterations: int = 1
+    """Number of pruning iterations: score, plan, repair and prune what the one before left."""
+    sublayers: bool = False
+    """Allow the attention or MLP of a layer to go as a whole."""
+    memory_dtype: Literal["bfloat16", "float32", "float16", "int8"] = "bfloat16"
+    """Dtype in which of=memory counts bytes."""
 
     def __post_init__(self) -> None:
-        """Check every value on its own; what depends on the model is checked by `plan`."""
-        if self.of not in BUDGETS:
-            raise PlanError(f"of={self.of!r} is no budget. Known: {', '.join(BUDGETS)}{did_you_mean(self.of, BUDGETS)}")
-        if (self.ratio is None) == (self.target is None):
-            raise PlanError(
-                "give either a ratio (the share to remove) or a target (what is left), for example ratio=0.2"
-            )
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise PlanError(f"ratio={self.ratio:g} is outside [0, 1): it is the share to remove, for example ratio=0.2")
-        if self.target is not None and self.of == "units":
-            raise PlanError(
-                "a target counts parameters, macs, bytes (of=memory) or microseconds (of=latency): use one of these or "
-                "of=non-embedding with it"
-            )
+        """Check each value, fill in what is automatic, then check what must go together."""
+        for name, known in _CHOICES.items():
+            _check_choice(name, getattr(self, name), known)
         for axis in self.axes:
-            if axis not in AXES:
-                raise PlanError(f"axes={axis!r} cannot be cut. Known: {', '.join(AXES)}{did_you_mean(axis, AXES)}")
+            _check_choice("axes", axis, AXES)
         if not self.axes:
             raise PlanError(f"axes is empty: name what to cut, for example axes=mlp. Known: {', '.join(AXES)}")
-        if len(self.axes) > 1 and {"hidden", "layers"} & set(self.axes):
-            raise PlanError(f"axes={','.join(self.axes)}: hidden and layers are cut alone, for example axes=hidden")
-        if self.reduce is not None and self.reduce not in REDUCTIONS:
-            hint = did_you_mean(self.reduce, REDUCTIONS)
-            raise ScoreError(f"reduce={self.reduce!r} is unknown. Known: {', '.join(REDUCTIONS)}{hint}")
-        for name, value, known in (
-            ("scope", self.scope, SCOPES),
-            ("shape", self.shape, SHAPES),
-            ("choose", self.choose, ("score", "obs")),
-            ("repair", self.repair, REPAIRS),
-            ("at_dtype", self.at_dtype, tuple(ITEM_BYTES)),
-        ):
-            if value not in known:
-                raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{did_you_mean(value, known)}")
-        if self.scope != "local" and self.of == "units":
-            raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
-        if self.scope == "sensitivity" and {"hidden", "layers"} & set(self.axes):
-            raise PlanError(
-                f"scope=sensitivity weighs groups of single layers: axes={','.join(self.axes)} needs scope=local"
-            )
-        if self.repair == "reconstruct" and {"hidden", "layers"} & set(self.axes):
-            raise PlanError(
-                f"repair=reconstruct fits every layer to the dense model's, which axes={','.join(self.axes)} changes: "
-                "use repair=none"
-            )
-        if not 0 <= self.at_least < 1:
-            raise PlanError(f"at_least={self.at_least:g} is outside [0, 1): a share of units, for example 0.1")
-        if self.sublayers and (self.scope == "local" or self.shape != "free"):
-            raise PlanError("sublayers=True lets single layers lose one: use shape=free and scope=global with it")
-        if self.schedule is not None:
-            first, last = self.schedule
-            if not (0 <= first < math.inf and 0 <= last < math.inf and first + last > 0):
-                raise PlanError(f"schedule={first:g}:{last:g}: expected shares in proportion, for example 0.5:1.5")
-            if self.scope != "local" or self.shape != "free" or {"hidden", "layers"} & set(self.axes):
-                raise PlanError(
-                    f"schedule={first:g}:{last:g} gives every layer its share of units: use scope=local and shape=free "
-                    "with it, and axes inside layers"
-                )
-        if self.steps < 1:
-            raise PlanError(f"steps={self.steps} cuts nothing: give 1, or for example 4")
-        if self.round_to < 1:
-            raise PlanError(f"round_to={self.round_to} is not a width: give 1 for any width, or for example 64")
+        _fill_in(self)
+        _check_numbers(self)
+        _check_together(self)
 
     @property
     def repairs(self) -> bool:
-        """Whether a pass over the text follows that fits what is left, or chooses it."""
+        """Whether a pass over the calibration windows fits what stays, or chooses it."""
         return self.repair != "none" or self.choose == "obs"
 
     @property
     def closed_form(self) -> str:
-        """The repair that comes first, in closed form."""
+        """The repair in closed form that comes first."""
         return "least-squares" if self.repair == "reconstruct" else self.repair
 
     @property
     def item_bytes(self) -> int:
         """Bytes of a weight, as a budget of memory counts them."""
-        return ITEM_BYTES[self.at_dtype]
+        return ITEM_BYTES[self.memory_dtype]
+
+    def layer_range(self, depth: int) -> tuple[int, int]:
+        """The layers that may be cut, first <= i < last, of a model with so many. Raises `PlanError` outside it.
+
+        >>> CutOptions(layers=(0.125, 0.9375)).layer_range(32), CutOptions(layers=(3, 5)).layer_range(6)
+        ((4, 30), (3, 5))
+        """
+        first, last = self.layers if self.layers is not None else (0, depth)
+        if isinstance(first, float) or isinstance(last, float):
+            first, last = round(first * depth), round(last * depth)
+        if not 0 <= first < last <= depth:
+            raise PlanError(
+                f"layers={first}:{last} is outside the model: it has layers 0:{depth} (the end is left out)"
+            )
+        return first, last
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "of": get_args(BudgetName),
+    "shape": ("auto", "uniform", "per-layer"),
+    "repair": ("auto", "none", "bias", "least-squares", "reconstruct"),
+    "reduce": get_args(Reduction),
+    "choose": ("auto", "score", "obs"),
+    "scope": ("auto", "local", "global", "sensitivity"),
+    "memory_dtype": tuple(ITEM_BYTES),
+}
+
+
+def _check_choice(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        hint = did_you_mean(value, known)
+        raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{hint}")
+
+
+def _fill_in(options: CutOptions) -> None:
+    """Replace every `auto` by what follows from the other options."""
+    alone, whole_layers = bool(set(ALONE) & set(options.axes)), options.axes == ("layers",)
+    even = options.of == "units" or alone
+    score = options.score if options.score != "auto" else "param_second" if alone else "fisher"
+    automatic = {
+        "ratio": 0.2 if options.target is None and options.ratio is None else options.ratio,
+        "score": score,
+        "scope": "local" if even or options.schedule is not None else "global",
+        "shape": "uniform" if even else "per-layer",
+        "choose": "obs" if score == "fisher" and not alone else "score",
+        "repair": "none" if whole_layers else "least-squares",
+    }
+    for name, value in automatic.items():
+        if getattr(options, name) in ("auto", None):
+            object.__setattr__(options, name, value)
+
+
+def _check_numbers(options: CutOptions) -> None:
+    if options.ratio is not None and options.target is not None:
+        raise PlanError(
+            f"ratio={options.ratio:g} and target={options.target:,}: give either a ratio (the share to remove) or a "
+            "target (what is left), for example ratio=0.2"
+        )
+    if options.ratio is not None and not 0 <= options.ratio < 1:
+        raise PlanError(f"ratio={options.ratio:g} is outside [0, 1): it is the share to remove, for example ratio=0.2")
+    if options.target is not None and options.of == "units":
+        raise PlanError(
+            "a target counts parameters, macs, bytes (of=memory) or microseconds (of=latency): use one of these or "
+            "of=non-embedding with it"
+        )
+    if not 0 <= options.min_keep < 1:
+        raise PlanError(f"min_keep={options.min_keep:g} is outside [0, 1): a share of units, for example 0.1")
+    if options.iterations < 1:
+        raise PlanError(f"iterations={options.iterations} cuts nothing: give 1, or for example 4")
+    if options.round_to < 1:
+        raise PlanError(f"round_to={options.round_to} is not a width: give 1 for any width, or for example 64")
+
+
+def _check_together(options: CutOptions) -> None:
+    alone = bool(set(ALONE) & set(options.axes))
+    if len(options.axes) > 1 and alone:
+        raise PlanError(f"axes={','.join(options.axes)}: hidden and layers are cut alone, for example axes=hidden")
+    if options.scope != "local" and options.of == "units":
+        raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
+    if options.scope == "sensitivity" and alone:
+        raise PlanError(
+            f"scope=sensitivity weighs groups of single layers: axes={','.join(options.axes)} needs scope=local"
+        )
+    if options.repair == "reconstruct" and alone:
+        raise PlanError(
+            f"repair=reconstruct fits every layer to the dense model's, which axes={','.join(options.axes)} changes: "
+            "use repair=none"
+        )
+    if options.sublayers and (options.scope == "local" or options.shape != "per-layer"):
+        raise PlanError("sublayers=True lets single layers lose one: use shape=per-layer and scope=global with it")
+    if options.schedule is not None:
+        first, last = options.schedule
+        if not (0 <= first < math.inf and 0 <= last < math.inf and first + last > 0):
+            raise PlanError(f"schedule={first:g}:{last:g}: expected shares in proportion, for example 0.5:1.5")
+        if options.scope != "local" or options.shape != "per-layer" or alone:
+            raise PlanError(
+                f"schedule={first:g}:{last:g} gives every layer its share of units: use scope=local and "
+                "shape=per-layer with it, and axes inside layers"
+            )
 
 
 def check_score(options: CutOptions) -> None:
-    """Raise an error when the score is unknown, or says nothing of such axes.
+    """Raise an error when the score is unknown, or cannot score such axes.
 
     Plans that are read are not held to it: which units stay is decided, and the score may be one that its maker has.
     """
     if options.score not in SCORES:
-        raise ScoreError(
-            f"score={options.score!r} is unknown. Known: {', '.join(SCORES)}{did_you_mean(options.score, SCORES)}"
-        )
+        hint = did_you_mean(options.score, SCORES)
+        raise ScoreError(f"score={options.score!r} is unknown. Known: {', '.join(SCORES)}{hint}")
     if SCORES[options.score].needs in ("layers", "losses") and options.axes != ("layers",):
         raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
     if SCORES[options.score].needs in ("grams", "masks") and options.axes == ("layers",):
         raise PlanError(f"score={options.score} is not for whole layers: use score=block_influence with axes=layers")
 
 
-PRESETS = ("best", "fast", "llm-pruner")
-SHUFFLED = 0.25  # of the windows of `best` and `fast`; measured in docs/choosing.md
+# Preset -> the options in which it departs from the defaults. `llm-pruner` is the paper's recipe (arXiv 2305.11627):
+# 25 % of the heads and MLP channels of layers 4 to 30 of 32, by first-order Taylor scores on 10 windows of 64 tokens.
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "best": {"cut": {}, "calibration": {}},
+    "fast": {"cut": {}, "calibration": {"samples": 24, "score_samples": 8}},
+    "llm-pruner": {
+        "cut": {
+            "ratio": 0.25,
+            "of": "units",
+            "layers": (4 / 32, 30 / 32),
+            "score": "param_first",
+            "scope": "local",
+            "shape": "uniform",
+            "choose": "score",
+            "repair": "none",
+        },
+        "calibration": {"samples": 10, "length": 64, "score_samples": None},
+    },
+}
+WRITTEN = {
+    "samples": 64,
+    "length": 128,
+    "score_samples": None,
+    "shuffled": 0.0,
+}  # writing them takes as long as the rest
 
 
-def preset(name: str, layers: int) -> CutOptions:
-    """The options of a preset for a model with that many layers.
+def with_preset(
+    name: str, cut: Mapping[str, Any] | None = None, calibration: Mapping[str, Any] | None = None
+) -> tuple[CutOptions, CalibrationOptions]:
+    """The options of a preset, but for those that are given by name. Raises `PlanError` for an unknown preset.
 
-    `llm-pruner` is the paper's recipe: 25 % of the heads and MLP channels of layers 4 to 30 of 32 (as shares of the
-    depth for other models), first-order Taylor scores. `best` cuts 20 % of the non-embedding parameters: how much of
-    which layer by one ranking of all units by their Fisher information per parameter, which of a layer's units by
-    optimal brain surgeon, and least squares for what reads them. `fast` is the same on a tenth of the text. See
-    `calibration_for` for their text.
+    A ratio or target that is given counts non-embedding parameters under every preset, unless `of` is given, too.
 
-    >>> preset("llm-pruner", 32).layers, preset("best", 32).repair
-    ((4, 30), 'least-squares')
+    >>> cut, calibration = with_preset("llm-pruner")
+    >>> cut.ratio, cut.of, cut.layers, calibration.samples
+    (0.25, 'units', (0.125, 0.9375), 10)
+    >>> with_preset("llm-pruner", {"ratio": 0.2})[0].of
+    'non-embedding'
     """
-    if name == "llm-pruner":
-        first, last = round(layers * 4 / 32), round(layers * 2 / 32)
-        return CutOptions(ratio=0.25, of="units", layers=(first, layers - last), score="param_first")
-    if name in ("best", "fast"):
-        return CutOptions(
-            ratio=0.2,
-            score="fisher",
-            scope="global",
-            shape="free",
-            at_least=0.05,
-            choose="obs",
-            repair="least-squares",
-        )
-    raise PlanError(f"preset {name!r} is unknown. Known: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
-
-
-def calibration_for(
-    name: str,
-    *,
-    text: str = DEMO,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    column: str = COLUMN,
-    chat: bool = False,
-    shuffled: float | None = None,
-) -> CalibrationOptions:
-    """The calibration of a preset, with what is given: the paper's 10 windows of 64 tokens, or ours.
-
-    How much of a text `best` and `fast` read in random order is `settled` with the cut; of what the model writes,
-    nothing.
-
-    >>> usual = calibration_for("llm-pruner", seed=3)
-    >>> usual.text, usual.samples, usual.length, usual.seed
-    ('demo', 10, 64, 3)
-    """
-    usual = {
-        "llm-pruner": CalibrationOptions(samples=10, length=64),
-        "fast": CalibrationOptions(samples=24, length=256, score_samples=8, shuffled=None),
-        "best": CalibrationOptions(samples=256, length=256, score_samples=64, shuffled=None),
-    }.get(name, CalibrationOptions())
-    if text == SELF:  # it takes a model as long to write as everything else together
-        most, longest = min(usual.samples, 64), min(usual.length, 128)
-        usual = CalibrationOptions(samples=most, length=longest)
-    return replace(
-        usual,
-        text=text,
-        seed=seed,
-        column=column,
-        chat=chat,
-        shuffled=usual.shuffled if shuffled is None else shuffled,
-        samples=usual.samples if samples is None else samples,
-        length=usual.length if length is None else length,
-    )
+    _check_choice("preset", name, PRESETS)
+    cut, calibration = dict(cut or {}), dict(calibration or {})
+    preset = dict(PRESETS[name]["cut"])
+    if cut.keys() & {"ratio", "target"}:
+        for budget in ("ratio", "target", "of"):
+            preset.pop(budget, None)
+    if set(ALONE) & set(cut.get("axes", ())):  # no range of layers, and scores of their own
+        for inside in ("layers", "score"):
+            preset.pop(inside, None)
+    usual = dict(PRESETS[name]["calibration"])
+    if calibration.get("text") == SELF:
+        usual = {**WRITTEN, **{key: min(value, WRITTEN[key]) for key, value in usual.items() if key == "samples"}}
+    return CutOptions(**{**preset, **cut}), CalibrationOptions(**{**usual, **calibration})
 
 
 def settled(calibration: CalibrationOptions, options: CutOptions) -> CalibrationOptions:
-    """The calibration, with a share of windows in random order that suits the cut where none was named.
+    """The calibration with its share of shuffled windows filled in: a quarter where the cut has a repair.
 
-    Raises `PlanError` where they are asked for and no repair looks at them.
+    Raises `PlanError` where a share is given and no repair looks at it.
 
-    >>> settled(calibration_for("best"), preset("best", 30)).shuffled
+    >>> settled(CalibrationOptions(), CutOptions()).shuffled
     0.25
-    >>> settled(calibration_for("best"), CutOptions(ratio=0.2)).shuffled
-    0.0
-    >>> settled(CalibrationOptions(shuffled=0.5), CutOptions(ratio=0.2))
+    >>> settled(CalibrationOptions(shuffled=0.5), CutOptions(repair="none", choose="score"))
     Traceback (most recent call last):
     secateur.errors.PlanError: shuffled=0.5 is for repair, and repair=none does without: leave it out, or use ...
     """
@@ -240,30 +302,3 @@ def settled(calibration: CalibrationOptions, options: CutOptions) -> Calibration
             "repair=least-squares, as preset=best does"
         )
     return calibration
-
-
-def options_for(name: str, discovery: Discovery, given: Mapping[str, Any]) -> CutOptions:
-    """The preset's options with those that are given; `strategy` is a shorthand for axes."""
-    changes = dict(given)
-    strategy = changes.pop("strategy", None)
-    if strategy is not None:
-        if strategy not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise PlanError(f"strategy={strategy!r} is unknown. Known: {known}{did_you_mean(strategy, STRATEGIES)}")
-        changes.setdefault("axes", STRATEGIES[strategy])
-    base = preset(name, discovery.depth)
-    if {"hidden", "layers"} & set(changes.get("axes", ())):
-        axes = changes.pop("axes")
-        repair = base.repair if axes == ("hidden",) else "none"
-        base = replace(CutOptions(ratio=base.ratio, of=base.of), axes=axes, repair=repair)
-    if changes.get("of") == "units":  # a share of each group's units
-        changes = {"scope": "local", "shape": "uniform", **changes}
-    if "schedule" in changes:
-        changes = {"scope": "local", "shape": "free", **changes}
-    if "score" in changes:  # then it decides
-        changes.setdefault("choose", "score")
-    if "target" in changes and changes["target"] is not None:
-        changes.setdefault("ratio", None)
-    options = replace(base, **changes)
-    check_score(options)
-    return options

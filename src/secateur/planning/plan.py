@@ -30,7 +30,7 @@ from secateur.planning.selection import groups_to_cut, units_to_keep
 from secateur.planning.sizes import SizeSearch, candidate_sizes, format_budget, rounding_cost
 from secateur.scoring.scores import Scores
 
-FORMAT = 1
+FORMAT = 2
 MOST_WIDTHS = 256  # on each side of a width that the config refuses, tried to name the nearest that it accepts
 
 

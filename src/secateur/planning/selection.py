@@ -27,10 +27,7 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
     >>> [group.name for group in groups_to_cut(discovery, CutOptions(ratio=0.5, axes=("mlp",)))["mlp"]]
     ['layers.0.mlp', 'layers.1.mlp']
     """
-    depth = discovery.depth
-    first, last = options.layers if options.layers is not None else (0, depth)
-    if not 0 <= first < last <= depth:
-        raise PlanError(f"layers={first}:{last} is outside the model: it has layers 0:{depth} (the end is left out)")
+    first, last = options.layer_range(discovery.depth)
     if options.layers is not None and "hidden" in options.axes:
         raise PlanError("hidden runs through every layer: leave layers out")
     by_axis: dict[str, list[Group]] = {}
@@ -66,7 +63,7 @@ def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) 
     if not torch.isfinite(scores_U).all():
         raise ScoreError(f"the scores of {group.name} hold NaN or Inf")
     if group.kind == "layer" and options.layers is not None:
-        first, last = options.layers
+        first, last = options.layer_range(group.units)
         protected_U = torch.ones(group.units, dtype=torch.bool)
         protected_U[first:last] = False
         if kept < int(protected_U.sum()):

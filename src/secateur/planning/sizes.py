@@ -168,7 +168,7 @@ def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
     budget = search.budget
     if options.scope != "local" and search.scores is not None:
         yield _allocated(search, search.scores)
-        if options.shape == "free":
+        if options.shape == "per-layer":
             return
     coarse = [group for group in search.groups if not is_wide(group)]
     wide = [group for group in search.groups if is_wide(group)]
@@ -211,7 +211,7 @@ def _allocated(search: SizeSearch, scores: Scores) -> Sizes:
     def multiple_of(group: Group) -> int:
         return search.multiple_of(group) if is_wide(group) else 1
 
-    rules = SizeRules(options.shape == "uniform", options.at_least, multiple_of)
+    rules = SizeRules(options.shape == "uniform", options.min_keep, multiple_of)
     if options.scope == "global":
         return greedy_by_score(axes, scores.units, search.budget, rules, coarse=lambda group: not is_wide(group))
     if search.damage is None:

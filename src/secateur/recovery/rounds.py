@@ -11,7 +11,7 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import recovery_key, work_folder
-from secateur.pipeline.run import may_be_free, prune_model, unplaced_in
-from secateur.planning.options import CutOptions, calibration_for, options_for
+from secateur.pipeline.pipeline import may_be_per_layer, unplaced_in
+from secateur.pipeline.recipe import PruneRecipe, RunOptions
+from secateur.pipeline.run import prune_model
+from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
+from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan, plan_from_json, read_plan
 from secateur.progress import Clock, ProgressBars, peak_rss
-from secateur.pruning.iterative import as_of_dense, composed, share_of_step, units_after_step
 from secateur.pruning.prune import prune
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.preparation import Prepared, prepare
@@ -57,48 +59,42 @@ class Round:
 
 
 def prune_and_recover(
-    model: str,
+    recipe: PruneRecipe,
     out: str | Path,
     *,
-    steps: int,
-    cut: Mapping[str, Any],
-    preset: str = "best",
-    calibration: CalibrationOptions | None = None,
+    rounds: int,
     data: DataOptions,
     options: RecoverOptions | None = None,
     texts: Mapping[str, str] | None = None,
     teacher: str | None = None,
-    loading: LoadOptions | None = None,
     plot: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     command: str | None = None,
     bars: ProgressBars | None = None,
 ) -> Recovered:
-    """Cut a MODEL and train what is left, so many times, and write one ordinary folder.
+    """Prune a model and train what is left, so many times, and write one ordinary folder.
 
-    `cut` holds the options of the whole cut, as `prune_model` takes them, and `preset` and `calibration` go with it.
-    Round i of `steps` leaves what the dense model has but for i shares of what the whole cut takes, so the end has the
-    size that one cut would have had. Every round is trained as the options say: of n rounds, each as long as one
-    training. The order of rows is another one in each. The other arguments are those of `recover`; the teacher is the
-    MODEL, unless another is named. With `resume`, a run that was killed goes on to the same weights. Raises
-    `SecateurError`.
+    `recipe` is that of the whole cut. Round i of `rounds` leaves what the dense model has but for i shares of what the
+    whole cut takes, so the end has the size that one cut would have had. Every round is trained as the options say, the
+    order of its rows another one each time. The other arguments are those of `recover`; the teacher is the dense
+    model, unless another is named. With `resume`, a killed run continues to the same weights. Raises `SecateurError`.
     """
     processes.join()
-    out, options, loading = Path(out), options or RecoverOptions(), loading or LoadOptions()
-    texts, calibration = texts or {}, calibration or calibration_for(preset)
+    out, options, texts = Path(out), options or RecoverOptions(), texts or {}
+    model, loading, calibration = recipe.model, recipe.loading, recipe.calibration
     clock = Clock(bars) if bars else Clock()
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
     if not has_weights(model):
         raise ModelError(f"{model!r} has a config and no weights to cut and train; name a folder with weights")
     with clock.stage("discover"):
         dense = discover(model, trust_remote_code=loading.trust_remote_code)
-    whole = replace(options_for(preset, dense, cut), steps=steps)
-    if whole.shape == "free" and not may_be_free(config):
+    whole = replace(recipe.cut, iterations=rounds)
+    if whole.shape == "per-layer" and not may_be_per_layer(config):
         whole = replace(whole, shape="uniform")
-    shares = [_of_round(whole, dense, number) for number in range(1, steps + 1)]
+    shares = [_of_round(whole, dense, number) for number in range(1, rounds + 1)]
     for number, (share, kept) in enumerate(shares, start=1):  # what cannot be cut is known before the first is
-        _check_sizes(dense, _from_dense(share, whole), kept, config, loading, f"round {number} of {steps}")
+        _check_sizes(dense, _from_dense(share, whole), kept, config, loading, f"round {number} of {rounds}")
     ready = prepare(
         model,
         out,
@@ -131,13 +127,13 @@ def prune_and_recover(
         for number, (share, kept) in enumerate(shares, start=1):
             found = _read_round(work, number)
             if processes.largest(int(found is None)):
-                found = _round(ready, work, out, number, steps, share, kept, dense, done, calibration, texts, clock)
+                found = _round(ready, work, out, number, rounds, share, kept, dense, done, calibration, texts, clock)
             assert found is not None
             done.append(found)
         result = _joined(out, ready, done, clock, resumed=resumed)
         if processes.is_first():
             with clock.stage("save"):
-                last = work / f"round-{steps}" / "trained"
+                last = work / f"round-{rounds}" / "trained"
                 _save(ready, dense, whole, done, last, result, plot=plot, overwrite=overwrite, command=command)
         processes.wait()
     return replace(result, seconds={**result.seconds, **clock.seconds}, peak_rss_bytes=peak_rss())
@@ -145,9 +141,9 @@ def prune_and_recover(
 
 def _of_round(whole: CutOptions, dense: Discovery, number: int) -> tuple[CutOptions, dict[str, int] | None]:
     """The options of a round's cut, as they are for what the round before has left, and units by group if known."""
-    if whole.steps == 1:
+    if whole.iterations == 1:
         return whole, None
-    return share_of_step(whole, dense, number), units_after_step(whole, dense, number)
+    return options_of_iteration(whole, dense, number), sizes_after_iteration(whole, dense, number)
 
 
 def _from_dense(share: CutOptions, whole: CutOptions) -> CutOptions:
@@ -177,7 +173,7 @@ def _round(
     work: Path,
     out: Path,
     number: int,
-    steps: int,
+    rounds: int,
     share: CutOptions,
     kept: Mapping[str, int] | None,
     dense: Discovery,
@@ -193,19 +189,15 @@ def _round(
     if processes.is_first():
         folder.mkdir(exist_ok=True)
     processes.wait()
-    own = Clock(lambda stage: clock.bars(f"{stage}, round {number} of {steps}"))
+    own = Clock(lambda stage: clock.bars(f"{stage}, round {number} of {rounds}"))
     is_cut, is_trained = ((path / MODEL_MARK).is_file() for path in (pruned, trained))
     processes.wait()  # all have looked, so one may write
     if not is_cut and not is_trained:
         cut = prune_model(
-            source,
+            PruneRecipe(source, cut=share, calibration=calibration, loading=ready.loading),
             pruned,
-            cut={each.name: getattr(share, each.name) for each in fields(share)},
-            kept=kept,
-            calibration=calibration,
-            loading=ready.loading,
-            resume=True,
-            bars=own.bars,
+            fixed_sizes=kept,
+            run=RunOptions(resume=True, bars=own.bars),
         )
         own.seconds["prune"] = sum(cut.seconds.values())
         gc.collect()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.text import Text
 
-from secateur.pipeline.sweep import Sweep
+from secateur.pipeline.frontier import Sweep
 from secateur.report.formatting import format_count, format_macs
 from secateur.report.tables.layout import make_table, titled
 

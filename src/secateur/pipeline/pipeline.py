@@ -1,0 +1,451 @@
+"""The pipeline: one model on its way through the stages, from discovery to the folder.
+
+Every command that cuts walks along it: `plan` stops after stage 7, `prune` goes on to the end, `sweep` and rounds of
+cutting and training come back with other options. A stage that an earlier run has finished is read from the cache.
+Started as several processes (by `accelerate launch`), all score, each its share of the windows, and the first prunes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur import processes
+from secateur.checkpoint.record import PLAN_FILE, make_record
+from secateur.checkpoint.save import check_saveable, save_updated
+from secateur.checkpoint.tensor_accounting import account_for_tensors
+from secateur.data.calibration import DEMO, SELF, CalibrationOptions
+from secateur.data.generated import generate_windows
+from secateur.data.windows import calibration_windows, digest
+from secateur.discovery.config_settings import stock_settings
+from secateur.discovery.counting import count_parameters
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery, Group
+from secateur.errors import PlanError
+from secateur.evaluation.latency import latency_table
+from secateur.models.config import check_positions, load_config, per_layer_model_class
+from secateur.models.loading import LoadOptions, load, load_on_meta
+from secateur.models.sources import resolve
+from secateur.models.tensors import check_finite
+from secateur.models.tokenizer import load_tokenizer, text_files
+from secateur.models.trust import runs_remote_code
+from secateur.pipeline.cache import Cache, Iteration, StatisticsFolder
+from secateur.pipeline.recipe import RECIPE_FILE, PruneRecipe, RunOptions, recipe_text
+from secateur.planning.allocation import DamageCurve
+from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
+from secateur.planning.latency import LatencyTable
+from secateur.planning.options import CutOptions, check_score, settled
+from secateur.planning.plan import Plan, plan
+from secateur.planning.selection import groups_to_cut
+from secateur.progress import Clock
+from secateur.pruning.prune import check_plan, prune
+from secateur.pruning.reconstruct import reconstruct_in_place
+from secateur.pruning.repair import repair
+from secateur.pruning.sensitivity import damage_curves
+from secateur.scoring.scores import SCORES, Scores, holds, scores_from, statistics_for
+
+CACHE_LAYERS_FROM = 2**30  # bytes of weights: of larger models each scored layer is kept, for a run that resumes
+IN_MEMORY = 0.25  # of the free memory: a model that takes more is pruned into a file
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a pruning iteration starts: the model by then, and what the iteration is to cut."""
+
+    number: int
+    options: CutOptions
+    discovery: Discovery
+    fixed_sizes: Mapping[str, int] | None = None
+    model: PreTrainedModel | None = None  # None: the dense model, which is loaded when a stage needs it
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups that the options cut."""
+        return [group for each in groups_to_cut(self.discovery, self.options).values() for group in each]
+
+
+class Pipeline:
+    """A model, its discovery, its calibration windows, the cache and the clock, and the stages between them.
+
+    `given` is a plan that was made before: scoring and planning are left out. What the caller has already (the model,
+    its tokenizer, its discovery, windows of int64 samples x length) is not loaded again. Raises `SecateurError` for
+    what can be refused before weights are read.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> options = CutOptions(ratio=0.5, of="units", axes=("mlp",), score="l2", repair="none")
+    >>> recipe = PruneRecipe("tiny", cut=options)
+    >>> smaller, decided = Pipeline(recipe, model=AutoModelForCausalLM.from_config(config)).cut()
+    >>> smaller.config.ffn_dim, [group.kept for group in decided.groups]
+    (12, [12])
+    """
+
+    def __init__(
+        self,
+        recipe: PruneRecipe,
+        *,
+        given: Plan | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        discovery: Discovery | None = None,
+        windows: Tensor | None = None,
+        fixed_sizes: Mapping[str, int] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.name, self.loading = recipe.model, recipe.loading
+        self.clock, self.cache = clock or Clock(), Cache(None)
+        self.trust = recipe.loading.trust_remote_code or (model is not None and runs_remote_code(model))
+        self.statistics: StatisticsFolder | None = None
+        self._model, self._tokenizer = model, tokenizer
+        self._windows = windows
+        self._table: LatencyTable | None = None
+        self.config: PreTrainedConfig = (
+            model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
+        )
+        # 1. Discovery: which weight dimensions shrink together. Needs no weights.
+        if discovery is None:
+            with self.clock.stage("discover"):
+                discovery = discover(model if model is not None else self.name, trust_remote_code=self.trust)
+        self.discovery = discovery
+        options, calibration = recipe.cut, recipe.calibration
+        if given is not None:
+            given = fitted(given, discovery, self.config, trust_remote_code=self.trust)
+            options = given.options
+            if given.scored.get("calibration_options"):
+                calibration = CalibrationOptions(**given.scored["calibration_options"])
+        elif options.shape == "per-layer" and not may_be_per_layer(self.config):
+            options = replace(options, shape="uniform")
+        if given is None:
+            check_score(options)
+        if given is None and options.iterations > 1:
+            options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
+        self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
+        self.calibration = settled(calibration, options)
+        self.recipe = replace(recipe, cut=options, calibration=self.calibration)
+
+    # --- what the stages share ---
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """2. The dense model, loaded when a stage first needs it."""
+        if self._model is None:
+            with self.clock.stage("load"):
+                options = self.loading
+                self._model = load(self.name, dtype=options.dtype, device=options.device, trust_remote_code=self.trust)
+                check_finite(self._model)
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.name, trust_remote_code=self.trust)
+        return self._tokenizer
+
+    @property
+    def needs_windows(self) -> bool:
+        """Whether any stage looks at text."""
+        options = self.options
+        return options.repairs or options.scope == "sensitivity" or SCORES[options.score].needs != "weights"
+
+    def windows(self) -> Tensor:
+        """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
+        if self._windows is None:
+            check_positions(self.config, self.calibration.length)
+            if self.calibration.text != SELF:
+                self._windows = calibration_windows(self.tokenizer, self.calibration)
+            else:
+                self._windows = self.cache.load_windows()
+        if self._windows is None:
+            model = self.model
+            with self.clock.stage("write") as progress:
+                written = generate_windows(model, self.calibration, progress=progress)
+            self._windows = processes.from_first(written)
+            self.cache.save_windows(self._windows)
+        return self._windows
+
+    def start(self) -> Position:
+        """The first iteration: the dense model, and its share of the cut."""
+        return self._position(1, self.discovery, None)
+
+    def _position(self, number: int, discovery: Discovery, model: PreTrainedModel | None) -> Position:
+        if self.given is not None or self.options.iterations == 1:
+            return Position(number, self.options, discovery, self.fixed_sizes, model)
+        options = options_of_iteration(self.options, self.discovery, number)
+        return Position(number, options, discovery, sizes_after_iteration(self.options, self.discovery, number), model)
+
+    def _title(self, stage: str, at: Position) -> str:
+        return stage if self.options.iterations == 1 else f"{stage}, iteration {at.number}"
+
+    # --- the stages of an iteration ---
+
+    def latency(self, at: Position) -> LatencyTable | None:
+        """4. What sizes take on this machine, where the budget is of time."""
+        if at.options.of == "latency" and self._table is None and self.given is None:
+            model = self.model
+            with self.clock.stage("measure") as progress:
+                self._table = latency_table(model, at.discovery, at.groups, progress=progress)
+        return self._table
+
+    def scores(self, at: Position) -> Scores:
+        """5. One score per unit: from the cache, from kept statistics, or from a pass over the model."""
+        found = self.cache.load_scores(at.number)
+        if found is not None:
+            return found
+        first = at.model is None
+        statistics = self.statistics.load() if self.statistics is not None and first else None
+        if statistics is None or not holds(statistics, at.options.score, at.discovery, at.groups):
+            windows = self.windows() if SCORES[at.options.score].needs != "weights" else None
+            model = at.model or self.model
+            in_parts = processes.count() == 1 and bytes_of(model) >= CACHE_LAYERS_FROM
+            with self.clock.stage(self._title("score", at)) as progress:
+                new = statistics_for(
+                    at.options.score,
+                    model,
+                    at.discovery,
+                    None if windows is None else self.calibration.scored(windows),
+                    groups=at.groups,
+                    journal=self.cache.layers(at.number) if in_parts else None,
+                    progress=progress,
+                )
+            statistics = new if statistics is None else statistics.joined(new)
+            if self.statistics is not None and first:
+                self.statistics.save(statistics)
+        found = scores_from(
+            at.discovery,
+            statistics,
+            groups=at.groups,
+            name=at.options.score,
+            reduce=None if at.options.reduce == "auto" else at.options.reduce,
+            options=self.calibration,
+        )
+        if self.statistics is not None and first:
+            self.statistics.save_scores(found)
+        self.cache.save_scores(at.number, found)
+        return found
+
+    def damage(self, at: Position, scores: Scores) -> dict[str, DamageCurve] | None:
+        """6. The damage of cutting each group to a few sizes, where the budget is shared by it."""
+        if at.options.scope != "sensitivity":
+            return None
+        found = self.cache.load_damage(scores)
+        if found is None:
+            windows, model = self.windows(), at.model or self.model
+            with self.clock.stage(self._title("measure damage", at)) as progress:
+                found = damage_curves(model, at.discovery, at.groups, scores, windows, progress=progress)
+            self.cache.save_damage(scores, found)
+        return found
+
+    def sizes(self, at: Position) -> Plan:
+        """What the cut leaves, before anything is scored: how many units, not which."""
+        return self.given or plan(
+            at.discovery,
+            at.options,
+            config=self.config,
+            latency=self.latency(at),
+            fixed_sizes=at.fixed_sizes,
+            trust_remote_code=self.trust,
+        )
+
+    def check_folder(self, decided: Plan) -> None:
+        """Raise `CheckpointError` or `PlanError` for sizes that no folder can hold."""
+        check_saveable(decided, config=self.config, discovery=self.discovery, trust_remote_code=self.trust)
+
+    def plan(self, at: Position) -> Plan:
+        """7. Which units stay, by scores and budget."""
+        if self.given is not None:
+            return self.given
+        scores = self.scores(at)
+        return plan(
+            at.discovery,
+            at.options,
+            config=self.config if at.model is None else at.model.config,
+            scores=scores,
+            latency=self.latency(at),
+            damage=self.damage(at, scores),
+            fixed_sizes=at.fixed_sizes,
+            trust_remote_code=self.trust,
+        )
+
+    def repair(self, at: Position, decided: Plan) -> tuple[Plan, Mapping[str, Tensor]]:
+        """8. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
+        if not at.options.repairs:
+            return decided, {}
+        found = self.cache.load_repair(decided)
+        if found is None:
+            windows, model = self.windows(), at.model or self.model
+            with self.clock.stage(self._title("repair", at)) as progress:
+                found = repair(
+                    model,
+                    decided,
+                    at.discovery,
+                    windows,
+                    method=at.options.closed_form,
+                    choose=at.options.choose == "obs",
+                    progress=progress,
+                )
+            text = {"calibration": digest(windows), "calibration_options": asdict(self.calibration)}
+            found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **text}))
+            self.cache.save_repair(decided, found)
+        return found.plan, found.weights
+
+    def prune(
+        self, at: Position, decided: Plan, weights: Mapping[str, Tensor], room: Path | None = None
+    ) -> PreTrainedModel:
+        """9. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
+        model = at.model or self.model
+        with self.clock.stage(self._title("cut", at)):
+            large = bytes_of(model) > IN_MEMORY * psutil.virtual_memory().available
+            return prune(model, decided, discovery=at.discovery, weights=weights, room=room if large else None)
+
+    # --- all of them, as many iterations as the options ask for ---
+
+    @property
+    def iterations(self) -> int:
+        """How often stages 4 to 9 run."""
+        return 1 if self.given is not None else self.options.iterations
+
+    def decide(self) -> Decision:
+        """Everything up to the last plan; of several processes, all take part."""
+        at, before = self._resumed()
+        while at.number < self.iterations:
+            smaller, before = self._step(at, self.plan(at), before)
+            self.cache.save_iteration(self.options, Iteration(at.number, before, dict(smaller.named_parameters())))
+            at = self._position(at.number + 1, discover(smaller), smaller)
+        return Decision(at, self.plan(at), before)
+
+    def apply(self, decision: Decision, *, room: Path | None = None) -> tuple[PreTrainedModel, Plan]:
+        """Repair and prune as decided: the smaller model, and the plan of the dense model that leads to it."""
+        smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
+        if self.options.repair == "reconstruct":
+            # 10. Reconstruction: each layer is trained to give what the dense one gives.
+            windows, model = self.windows(), self.model
+            with self.clock.stage("reconstruct") as progress:
+                reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
+        return smaller, whole
+
+    def cut(self) -> tuple[PreTrainedModel, Plan]:
+        """The smaller model in memory, and the plan that leads to it; the dense model stays as it is."""
+        return self.apply(self.decide())
+
+    def _step(
+        self, at: Position, decided: Plan, before: Plan | None, room: Path | None = None
+    ) -> tuple[PreTrainedModel, Plan]:
+        decided, weights = self.repair(at, decided)
+        smaller = self.prune(at, decided, weights, room)
+        if self.iterations == 1:
+            return smaller, decided
+        whole = decided if before is None else composed(before, decided, self.discovery)
+        return smaller, as_of_dense(whole, self.options, self.discovery, self.model)
+
+    def _resumed(self) -> tuple[Position, Plan | None]:
+        """Where to start: behind the last iteration that the cache has."""
+        kept = self.cache.load_iteration(self.options) if self.iterations > 1 else None
+        if kept is None:
+            return self.start(), None
+        smaller = prune(self.model, kept.plan, discovery=self.discovery)
+        for name, parameter in smaller.named_parameters():
+            parameter.data = kept.weights[name].to(parameter.device)
+        return self._position(kept.number + 1, discover(smaller), smaller), kept.plan
+
+    def save(self, pruned: PreTrainedModel, decided: Plan, out: Path, run: RunOptions) -> None:
+        """11. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""
+        with self.clock.stage("save"):
+            record = make_record(
+                self.model,
+                name=self.name,
+                calibration=decided.scored.get("calibration"),
+                calibration_options=decided.scored.get("calibration_options"),
+                seed=decided.scored.get("seed", self.calibration.seed),
+                command=run.command,
+                tensors=account_for_tensors(
+                    self.model, pruned, decided, self.discovery, unplaced=unplaced_in(self.name, self.loading)
+                ),
+            )
+            with save_updated(
+                pruned,
+                out,
+                plan=decided,
+                tokenizer=self.tokenizer,
+                record=record,
+                files=text_files(self.name, self.tokenizer),
+                overwrite=run.overwrite,
+            ) as folder:
+                recipe = replayable(self.recipe, given=self.given is not None)
+                (folder / RECIPE_FILE).write_text(recipe_text("prune", recipe), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The last plan of a run, where it starts from, and the plan of the iterations before it."""
+
+    at: Position
+    plan: Plan
+    before: Plan | None
+
+
+def replayable(recipe: PruneRecipe, *, given: bool) -> PruneRecipe:
+    """The recipe with absolute paths; a cut by a given plan follows the plan that lies in the folder."""
+
+    def absolute(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if name not in (DEMO, SELF) and path.exists() else name
+
+    return replace(
+        recipe,
+        model=absolute(recipe.model),
+        calibration=replace(recipe.calibration, text=absolute(recipe.calibration.text)),
+        plan=PLAN_FILE if given else None,
+    )
+
+
+def unplaced_in(name: str, loading: LoadOptions) -> tuple[str, ...]:
+    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names.
+
+    >>> unplaced_in("model.gguf", LoadOptions())
+    Traceback (most recent call last):
+    secateur.errors.ModelError: 'model.gguf': no such file or folder. ...
+    """
+    if resolve(name).kind == "gguf":
+        return ()
+    return load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]
+
+
+def bytes_of(model: PreTrainedModel) -> int:
+    """Bytes of a model's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def may_be_per_layer(config: PreTrainedConfig) -> bool:
+    """Whether a folder can hold layers of different sizes: of custom code, only what its config can say.
+
+    >>> may_be_per_layer(PreTrainedConfig())
+    True
+    """
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return not custom or per_layer_model_class(config) is not None
+
+
+def fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:
+    """The plan with the settings that this config needs for it. Raises `PlanError` when it is of another model."""
+    check_plan(given, discovery)
+    planned, found = given.parameters.get("dense"), count_parameters(discovery)
+    if planned != found:
+        raise PlanError(
+            f"the plan is of another model: of one with {planned} parameters ({given.model}), and {discovery.model} "
+            f"has {found}; plan again with `secateur plan {discovery.model} --out plan.json`"
+        )
+    if given.settings is None:
+        return given
+    try:
+        settings = stock_settings(config, discovery, given.sizes, trust_remote_code=trust_remote_code)
+    except PlanError as error:
+        if given.options.shape == "per-layer":
+            return replace(given, settings=None, refusal=str(error))
+        raise
+    return replace(given, settings=settings)
