@@ -21,9 +21,9 @@ from word_models import VOCABULARY, FixedLogits, word_model, word_tokenizer
 from secateur.errors import DataError
 from secateur.evaluation.inference import (
     BATCH_TOKENS,
+    decode_steps,
     evaluation_mode,
     fitting_batch,
-    greedy_steps,
     random_ids,
     sample_text,
 )
@@ -74,22 +74,22 @@ def test_greedy_steps_equal_greedy_without_a_cache(make: Callable[[], PreTrained
     torch.manual_seed(0)
     model = make().double().eval()
     with torch.inference_mode():
-        steps = greedy_steps(model, torch.tensor([[5, 6, 7]]))
+        steps = decode_steps(model, torch.tensor([[5, 6, 7]]))
         assert [int(next(steps)) for _ in range(8)] == plain_greedy(model, [5, 6, 7], 8)
 
 
-def test_greedy_steps_read_one_token_with_a_cache_and_everything_without(model: LlamaForCausalLM) -> None:
+def test_steps_read_one_token_with_a_cache_and_everything_without(model: LlamaForCausalLM) -> None:
     lengths: list[int] = []
     model.register_forward_pre_hook(
         lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     with torch.inference_mode():
-        steps = greedy_steps(model, torch.tensor([[5, 6, 7]]))
+        steps = decode_steps(model, torch.tensor([[5, 6, 7]]))
         for _ in range(3):
             next(steps)
     assert lengths == [3, 1, 1]
     stateless = FixedLogits(torch.tensor([0.0, 1.0]))
-    steps = greedy_steps(stateless, torch.tensor([[0, 0, 0]]))
+    steps = decode_steps(stateless, torch.tensor([[0, 0, 0]]))
     for _ in range(3):
         next(steps)
     assert stateless.shapes == [(1, 3), (1, 4), (1, 5)]

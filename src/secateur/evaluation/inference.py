@@ -1,11 +1,11 @@
-"""A model in evaluation mode -> its device, vocabulary and batch size; greedy text, token by token.
+"""A model in evaluation mode -> its device, vocabulary and batch size; text, token by token.
 
-Tensor names end in their axes: B batch, T token.
+Tensor names end in their axes: B batch, T token, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,24 +119,35 @@ def fitting_batch(length: int, vocabulary: int, *, limit: int = LOGITS_BYTES) ->
     return max(1, min(limit // (4 * vocabulary * length), BATCH_TOKENS // length))
 
 
-def greedy_steps(model: PreTrainedModel, prompt_BT: Tensor) -> Iterator[Tensor]:
-    """Yield the most likely next token, ids_B1 (int64), once per forward pass and without end.
+def most_likely(logits_BV: Tensor) -> Tensor:
+    """The token of the highest logit, ids_B1.
 
-    The first pass reads the whole prompt, each later one the token just yielded, with the keys and values (or the
+    >>> most_likely(torch.tensor([[0.5, 2.0]]))
+    tensor([[1]])
+    """
+    return logits_BV.argmax(dim=-1, keepdim=True)
+
+
+def decode_steps(
+    model: PreTrainedModel, prompt_BT: Tensor, choose: Callable[[Tensor], Tensor] = most_likely
+) -> Iterator[Tensor]:
+    """Yield the next token, ids_B1 (int64), once per forward pass and without end.
+
+    `choose` takes logits_BV and returns ids_B1. The first pass reads the whole prompt, each later one the token just yielded, with the keys and values (or the
     recurrent state) that the model returned. A model that returns none reads everything again. The caller sets
     evaluation and inference mode.
 
     >>> from transformers.modeling_outputs import CausalLMOutput
     >>> def counting(input_ids, **_):
     ...     return CausalLMOutput(logits=nn.functional.one_hot(input_ids + 1, 128))
-    >>> steps = greedy_steps(counting, torch.tensor([[1, 5]]))
+    >>> steps = decode_steps(counting, torch.tensor([[1, 5]]))
     >>> int(next(steps)), int(next(steps))
     (6, 7)
     """
     input_BT, seen_BT, state = prompt_BT, prompt_BT, dict[str, Any]()
     while True:
         outputs = model(input_ids=input_BT, use_cache=True, **state)
-        next_B1 = outputs.logits[:, -1:].argmax(dim=-1)
+        next_B1 = choose(outputs.logits[:, -1])
         # the first name only: newer outputs answer to the older names as well
         state = next(({name: outputs[name]} for name in STATE_NAMES if name in outputs), {})
         del outputs  # the logits of the prompt need not outlive the pass
@@ -174,7 +185,7 @@ def sample_text(
     ends = {tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
     written: list[int] = []
     with evaluation_mode(model), torch.inference_mode():
-        steps = greedy_steps(model, prompt_T[None].to(input_device(model)))
+        steps = decode_steps(model, prompt_T[None].to(input_device(model)))
         while len(written) < new_tokens and (token := int(next(steps))) not in ends:
             written.append(token)
     # Some tokenizers drop the space before the first word they decode: decode with the prompt, then cut it off.

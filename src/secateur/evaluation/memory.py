@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.tracing import run_without_memory
-from secateur.evaluation.inference import STATE_NAMES, evaluation_mode, greedy_steps, input_device, random_ids
+from secateur.evaluation.inference import STATE_NAMES, decode_steps, evaluation_mode, input_device, random_ids
 from secateur.models.tensors import plain_tensors
 
 
@@ -107,7 +107,7 @@ def activation_bytes(model: PreTrainedModel, prompts_BT: Tensor) -> int:
     2056
     """
     devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
-    steps = greedy_steps(model, prompts_BT.to(input_device(model)))
+    steps = decode_steps(model, prompts_BT.to(input_device(model)))
     if devices:
         before = {device: torch.cuda.memory_allocated(device) for device in devices}
         for device in devices:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.evaluation.inference import evaluation_mode, greedy_steps, input_device, position_errors, random_ids
+from secateur.evaluation.inference import decode_steps, evaluation_mode, input_device, position_errors, random_ids
 from secateur.evaluation.memory import activation_bytes, weight_bytes
 from secateur.evaluation.options import ProfileOptions
 from secateur.models.tensors import plain_tensors
@@ -113,7 +113,7 @@ def _copy_weights_in_place(model: nn.Module) -> None:
 def _time_steps(model: PreTrainedModel, prompts_BT: Tensor, *, new_tokens: int) -> list[float]:
     """Return the seconds of the prefill, then of each of `new_tokens` greedy steps."""
     with torch.inference_mode():
-        steps = greedy_steps(model, prompts_BT.to(input_device(model)))
+        steps = decode_steps(model, prompts_BT.to(input_device(model)))
         timer = _timer(model)
         timer.mark()
         for _ in range(1 + new_tokens):
