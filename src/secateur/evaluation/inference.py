@@ -133,9 +133,9 @@ def decode_steps(
 ) -> Iterator[Tensor]:
     """Yield the next token, ids_B1 (int64), once per forward pass and without end.
 
-    `choose` takes logits_BV and returns ids_B1. The first pass reads the whole prompt, each later one the token just yielded, with the keys and values (or the
-    recurrent state) that the model returned. A model that returns none reads everything again. The caller sets
-    evaluation and inference mode.
+    `choose` takes logits_BV and returns ids_B1. The first pass reads the whole prompt, each later one the token just
+    yielded, with the keys and values (or the recurrent state) that the model returned. A model that returns none reads
+    everything again. The caller sets evaluation and inference mode.
 
     >>> from transformers.modeling_outputs import CausalLMOutput
     >>> def counting(input_ids, **_):

@@ -1,1 +1,0 @@
-"""Two models -> a local web page that shows them side by side."""
