@@ -1,0 +1,1 @@
+"""Two models -> a local web page that shows them side by side."""
