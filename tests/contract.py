@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,30 @@ class Report:
     uniform: tuple[str, ...] = ()  # the kinds that the stock folder was cut in
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Subject:
-    """A tiny model of one type and what is known of it."""
+    """A tiny model of one type and what is known of it; what several checks need is computed once."""
 
     model_type: str
     model: PreTrainedModel
     inputs: dict[str, Any]
     state: Inference
     discovery: Discovery
+    settings: dict[frozenset[tuple[str, int]], dict[str, Any] | str] = field(default_factory=dict)
+    """Sizes -> the config settings that say them, or why none do."""
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of the dense model."""
+        return logits(self.model, self.inputs)
+
+    @cached_property
+    def families(self) -> dict[tuple[str, str], list[Group]]:
+        """(kind, name without the layer's number) -> its groups, one in each layer."""
+        families: dict[tuple[str, str], list[Group]] = defaultdict(list)
+        for group in self.discovery.groups:
+            families[group.kind, family(group.name)].append(group)
+        return families
 
     @property
     def kinds(self) -> list[str]:
@@ -165,12 +180,9 @@ def check_cut(tested: Subject, kind: str) -> None:
     """Cut a quarter to a half of every group of a kind, and compare with the mask."""
     if kind == "layer":
         return check_layers(tested)
-    families: dict[str, list[Group]] = defaultdict(list)
-    for group in tested.discovery.groups:
-        if group.kind == kind:
-            families[family(group.name)].append(group)
-    for groups in families.values():
-        check_groups(tested, kind, groups)
+    for (of_kind, _), groups in tested.families.items():
+        if of_kind == kind:
+            check_groups(tested, kind, groups)
     return None
 
 
@@ -200,14 +212,13 @@ def check_groups(tested: Subject, kind: str, groups: Sequence[Group]) -> None:
         expected = logits(reference, inputs)
     if kept is not None:
         expected = expected[..., kept]
-    whole = logits(tested.model, inputs)
     within = tolerance(tested)
-    assert torch.isfinite(whole).all(), "the dense model gives NaN or Inf"
+    assert torch.isfinite(tested.logits).all(), "the dense model gives NaN or Inf"
     assert got.shape == expected.shape, f"logits {tuple(got.shape)} instead of {tuple(expected.shape)}"
     off = (got - expected).abs().max()
     assert off < within, f"the cut model is off by {off:.1e}"
     if kind != "vocabulary":
-        assert (expected - whole).abs().max() > 10 * within, "the mask changes nothing"
+        assert (expected - tested.logits).abs().max() > 10 * within, "the mask changes nothing"
 
 
 def tolerance(tested: Subject) -> float:
@@ -273,11 +284,17 @@ def kept_of(units: int) -> int:
 
 def _with_settings(tested: Subject, groups: tuple[PlannedGroup, ...]) -> Plan:
     plan = Plan(tested.discovery.model, CutOptions(ratio=0.5, of="units"), groups, {}, {})
-    try:
-        with quiet():
-            return replace(plan, settings=stock_settings(tested.model.config, tested.discovery, plan.sizes))
-    except PlanError as error:
-        return replace(plan, refusal=str(error))
+    sizes = frozenset((group.name, group.kept) for group in groups) | frozenset(
+        (f"layer {layer}", 0) for layer in plan.sizes.dropped_layers
+    )
+    if sizes not in tested.settings:
+        try:
+            with quiet():
+                tested.settings[sizes] = stock_settings(tested.model.config, tested.discovery, plan.sizes)
+        except PlanError as error:
+            tested.settings[sizes] = str(error)
+    settings = tested.settings[sizes]
+    return replace(plan, refusal=settings) if isinstance(settings, str) else replace(plan, settings=settings)
 
 
 def masked(model: PreTrainedModel, plan: Plan, discovery: Discovery) -> PreTrainedModel:
@@ -445,22 +462,19 @@ def _uniform_first(kind: str) -> int:
 def uniform_plan(tested: Subject) -> tuple[Plan, tuple[str, ...]]:
     """A plan that cuts every kind of group that the stock config can say, and these kinds."""
     refusals = []
-    groups: list[Group] = []
-    kinds: dict[str, None] = {}
-    families: dict[tuple[str, str], list[Group]] = defaultdict(list)
-    for group in tested.discovery.groups:
-        families[group.kind, family(group.name)].append(group)
-    for (kind, _), more in sorted(families.items(), key=lambda item: _uniform_first(item[0][0])):
-        if kind not in UNIFORM or (kind == "hidden" and kinds):
-            continue
-        plan = planned(tested, [*groups, *more])
-        if plan.settings is not None:
-            kinds[kind] = None
-            groups += more
-        else:
+    sayable: dict[str, list[Group]] = defaultdict(list)
+    for (kind, _), groups in sorted(tested.families.items(), key=lambda item: _uniform_first(item[0][0])):
+        if kind in UNIFORM and not (kind == "hidden" and sayable):
+            plan = planned(tested, groups)
+            if plan.settings is not None:
+                sayable[kind] += groups
             refusals.append(plan.refusal or "")
-    assert kinds, f"no kind of group can be cut uniformly: {'; '.join(refusals)[:300]}"
-    return planned(tested, groups), tuple(kinds)
+    assert sayable, f"no kind of group can be cut uniformly: {'; '.join(refusals)[:300]}"
+    plan = planned(tested, [group for groups in sayable.values() for group in groups])
+    while plan.settings is None:  # what it can say alone it may not be able to say together: fewer kinds, then
+        sayable.popitem()
+        plan = planned(tested, [group for groups in sayable.values() for group in groups])
+    return plan, tuple(sayable)
 
 
 def check_folder(tested: Subject, report: Report) -> None:

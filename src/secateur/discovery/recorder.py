@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -35,7 +36,7 @@ class Recorder(TorchDispatchMode):
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor; a new one where it is new."""
-        known, shape = self._numbers.get(id(tensor)), tuple(int(size) for size in tensor.shape)
+        known, shape = self._numbers.get(id(tensor)), tuple(tensor.shape)
         if known is None or self.shapes[known] != shape:  # an operator may change a shape in place
             self._numbers[id(tensor)] = len(self.shapes)
             self._alive.append(tensor)
@@ -50,10 +51,9 @@ class Recorder(TorchDispatchMode):
             if id(tensor) not in self._numbers:
                 self.unregistered.append(self.number(tensor))
         # Arguments by their schema names, whether given by position, by name or not at all.
-        schema = func._schema.arguments
-        given = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)]
-        arguments = {a.name: self._with_refs(value) for a, value in zip(schema, given, strict=True)}
-        written = next((a.name for a in schema if a.alias_info is not None and a.alias_info.is_write), None)
+        defaults, written = _signature(func)
+        given = [args[i] if i < len(args) else kwargs.get(name, value) for i, (name, value) in enumerate(defaults)]
+        arguments = {name: self._with_refs(value) for (name, _), value in zip(defaults, given, strict=True)}
         result = self.execute(func, args, kwargs)
         outputs = tuple(self.number(tensor) for tensor in tensors_in(result))
         # `x[..., [0, 2]]` lifts a tensor of the code into the trace, or indexes by it at once: its numbers are real.
@@ -220,6 +220,14 @@ def _some_choice(func: Any, args: Sequence[Any], output: Tensor) -> Tensor | Non
 
 def _sizes(args: Sequence[Any]) -> list[int]:
     return [n for a in args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
+
+
+@functools.cache
+def _signature(func: Any) -> tuple[tuple[tuple[str, Any], ...], str | None]:
+    """The names and defaults of an operator's arguments, and the argument that it writes to."""
+    schema = func._schema.arguments
+    written = next((a.name for a in schema if a.alias_info is not None and a.alias_info.is_write), None)
+    return tuple((a.name, a.default_value) for a in schema), written
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
