@@ -249,10 +249,13 @@ def parts_of(kinds: Sequence[str], *, has_attention: bool, has_experts: bool) ->
 
 def anatomy(discovery: Any) -> Outcome:
     """What share of the parameters each kind of group reaches, and what is frozen and why."""
-    from secateur.discovery.summary import frozen_reasons, reach
+    from secateur.discovery.coverage import coverage_by_kind, frozen_reasons
 
     frozen = [[round(each.share, 3), each.reason] for each in frozen_reasons(discovery)]
-    return {"kinds": {kind: round(found.share, 3) for kind, found in reach(discovery).items()}, "frozen": frozen}
+    return {
+        "kinds": {kind: round(found.share, 3) for kind, found in coverage_by_kind(discovery).items()},
+        "frozen": frozen,
+    }
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------

@@ -462,19 +462,22 @@ def _uniform_first(kind: str) -> int:
 def uniform_plan(tested: Subject) -> tuple[Plan, tuple[str, ...]]:
     """A plan that cuts every kind of group that the stock config can say, and these kinds."""
     refusals = []
-    sayable: dict[str, list[Group]] = defaultdict(list)
+    sayable: list[list[Group]] = []  # the groups of one family each
     for (kind, _), groups in sorted(tested.families.items(), key=lambda item: _uniform_first(item[0][0])):
         if kind in UNIFORM and not (kind == "hidden" and sayable):
             plan = planned(tested, groups)
             if plan.settings is not None:
-                sayable[kind] += groups
+                sayable.append(groups)
             refusals.append(plan.refusal or "")
     assert sayable, f"no kind of group can be cut uniformly: {'; '.join(refusals)[:300]}"
-    plan = planned(tested, [group for groups in sayable.values() for group in groups])
-    while plan.settings is None:  # what it can say alone it may not be able to say together: fewer kinds, then
-        sayable.popitem()
-        plan = planned(tested, [group for groups in sayable.values() for group in groups])
-    return plan, tuple(sayable)
+    plan = planned(tested, [group for groups in sayable for group in groups])
+    if plan.settings is None:  # what it can say alone it may not be able to say together: one family after the other
+        chosen: list[Group] = []
+        for groups in sayable:
+            if planned(tested, [*chosen, *groups]).settings is not None:
+                chosen += groups
+        plan = planned(tested, chosen)
+    return plan, tuple(dict.fromkeys(group.kind for group in plan.groups))
 
 
 def check_folder(tested: Subject, report: Report) -> None:

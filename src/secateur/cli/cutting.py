@@ -27,8 +27,8 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import check_files, finish, run_options, show
 from secateur.cli.reading import comma_separated, run_score_file
+from secateur.discovery.coverage import coverage_as_json
 from secateur.discovery.discover import discover
-from secateur.discovery.summary import reach_as_json
 from secateur.errors import PlanError, RecipeError
 from secateur.evaluation.texts import read_texts
 from secateur.export.serving import serving_note, tensor_parallel_sizes
@@ -50,7 +50,7 @@ def discover_command(model: Annotated[str, MODEL], /, *, loading: Trust, output:
     """
     check_files(output.json)
     discovery = discover(model, trust_remote_code=loading.trust_remote_code)
-    finish(discovery.to_json() | {"reach": reach_as_json(discovery)}, output.json)
+    finish(discovery.to_json() | {"coverage": coverage_as_json(discovery)}, output.json)
     if not output.quiet:
         show(discovery_tables(discovery))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from secateur.discovery.summary import KINDS_IN_WORDS
+from secateur.discovery.descriptions import KIND_DESCRIPTIONS
 from secateur.report.charts import heat_map, histogram, line_chart
 from secateur.report.content import Cell, Figure, Section, Table
 from secateur.report.entries import Cut, KeptGroup
@@ -70,7 +70,7 @@ def _kept(found: tuple[int, int] | None) -> Cell:
 
 
 def _words(kind: str) -> str:
-    return KINDS_IN_WORDS[kind].units.partition(";")[0] if kind in KINDS_IN_WORDS else kind
+    return KIND_DESCRIPTIONS[kind].units.partition(";")[0] if kind in KIND_DESCRIPTIONS else kind
 
 
 def _by_kind(run: Run, cut: Cut) -> dict[str, dict[int, tuple[int, int]]]:
@@ -89,7 +89,7 @@ def _by_kind(run: Run, cut: Cut) -> dict[str, dict[int, tuple[int, int]]]:
         if group.kind == "layer":
             stays = set(range(group.kept) if group.keep is None else group.keep)
             by_kind["layer"] = {layer: (int(layer in stays), 1) for layer in range(min(group.units, MOST_LAYERS))}
-    order = [*KINDS_IN_WORDS, *by_kind]
+    order = [*KIND_DESCRIPTIONS, *by_kind]
     return {kind: by_kind[kind] for kind in order if kind in by_kind}
 
 

@@ -13,17 +13,11 @@ from rich.text import Text
 from rich.tree import Tree
 
 from secateur.discovery.counting import count_parameters
+from secateur.discovery.coverage import coverage_by_kind, frozen_reasons, total_coverage
+from secateur.discovery.descriptions import KIND_DESCRIPTIONS
 from secateur.discovery.groups import Discovery
-from secateur.discovery.summary import (
-    KINDS_IN_WORDS,
-    GroupFold,
-    LayerFold,
-    fold_layers,
-    frozen_reasons,
-    reach,
-    reach_of_all,
-    spans,
-)
+from secateur.discovery.summary import GroupSummary, LayerSummary, summarize_layers
+from secateur.discovery.weight_names import format_ranges
 from secateur.report.formatting import format_count, format_percent
 from secateur.report.tables.layout import make_table, titled
 
@@ -32,25 +26,25 @@ JUSTIFY: tuple[Literal["left", "right"], ...] = ("left", "right", "right")
 
 def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
     """The groups layer by layer, layers that are alike folded; how much they reach; what is frozen and why."""
-    folds = fold_layers(discovery)
-    layers = sum(len(fold.layers) for fold in folds)
+    summaries = summarize_layers(discovery)
+    layers = sum(len(summary.layers) for summary in summaries)
     size = f"{format_count(count_parameters(discovery))} parameters, {layers} layer{'s' * (layers != 1)}"
-    yield Text(f"{discovery.model}: {size}; cuts reach {format_percent(reach_of_all(discovery).share)}")
+    yield Text(f"{discovery.model}: {size}; cuts reach {format_percent(total_coverage(discovery).share)}")
     yield ""
     yield Text("What can be cut", style="italic")
     heading = ("group", "units", "share", Text("one unit is"))
-    rows = [[_group_row(group) for group in fold.groups] for fold in folds]
+    rows = [[_group_row(group) for group in summary.groups] for summary in summaries]
     columns = list(zip(heading, *itertools.chain(*rows), strict=True))
     widths = [max(map(len, column)) for column in columns[:-1]]
     yield Padding(_line(*heading, widths), (0, 0, 0, 4), expand=False)
     tree = Tree("", hide_root=True)
-    for fold, lines in zip(folds, rows, strict=True):
-        branch = tree.add(_layers(fold))
+    for summary, lines in zip(summaries, rows, strict=True):
+        branch = tree.add(_layers(summary))
         for line in lines:
             branch.add(_line(*line, widths))
     yield tree
     yield ""
-    yield from titled("How much can be reached", _reach_table(discovery))
+    yield from titled("How much can be reached", _coverage_table(discovery))
     yield (
         "A share is of the model's parameters: all those of the weights in which a group has an axis, layers that are "
         "alike together. Several kinds may reach the same parameter."
@@ -60,8 +54,9 @@ def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
     yield from _frozen(discovery)
 
 
-def _group_row(group: GroupFold) -> tuple[str, str, str, Text]:
-    return group.name, f"{group.units:,}", format_percent(group.share), _unit(group)
+def _group_row(summary: GroupSummary) -> tuple[str, str, str, Text]:
+    units, share = summary.group.units, summary.coverage.share
+    return summary.name, f"{units:,}", format_percent(share), _unit(summary)
 
 
 def _line(name: str, units: str, share: str, unit: Text, widths: Sequence[int]) -> Table:
@@ -74,20 +69,23 @@ def _line(name: str, units: str, share: str, unit: Text, widths: Sequence[int]) 
     return line
 
 
-def _layers(fold: LayerFold) -> Text:
-    share = f"{format_percent(fold.share)} of the parameters"
-    if not fold.layers:
+def _layers(summary: LayerSummary) -> Text:
+    share = f"{format_percent(summary.share)} of the parameters"
+    if not summary.layers:
         return Text.assemble(("the whole model", "bold"), f" ({share} lie outside the layers)")
-    if len(fold.layers) == 1:
-        return Text.assemble((f"layer {fold.layers[0]}", "bold"), f": {share}")
-    return Text.assemble((f"layers {spans(fold.layers)}", "bold"), f" ({len(fold.layers)} alike): {share}")
+    if len(summary.layers) == 1:
+        return Text.assemble((f"layer {summary.layers[0]}", "bold"), f": {share}")
+    return Text.assemble(
+        (f"layers {format_ranges(summary.layers)}", "bold"), f" ({len(summary.layers)} alike): {share}"
+    )
 
 
-def _unit(group: GroupFold) -> Text:
+def _unit(summary: GroupSummary) -> Text:
     """What one unit is, in words and in slices; what to know before cutting."""
-    text = Text(group.unit)
-    if group.slices:
-        text.append(": " + "; ".join(map(str, group.slices)))
+    text = Text(summary.unit)
+    if summary.slices:
+        text.append(": " + "; ".join(map(str, summary.slices)))
+    group = summary.group
     if group.chosen:
         needed = f"; {group.least} must stay" if group.least > 1 else ""
         text.append(f". The model chooses among them{needed}", style="yellow")
@@ -96,12 +94,14 @@ def _unit(group: GroupFold) -> Text:
     return text
 
 
-def _reach_table(discovery: Discovery) -> Table:
+def _coverage_table(discovery: Discovery) -> Table:
     table = make_table(("kind", "groups", "units", "share", "its units are"), text=("kind", "its units are"))
-    found = reach(discovery)
-    for kind, row in found.items():
-        table.add_row(kind, f"{row.groups:,}", f"{row.units:,}", format_percent(row.share), KINDS_IN_WORDS[kind].units)
-    everything = reach_of_all(discovery)
+    coverages = coverage_by_kind(discovery)
+    for kind, row in coverages.items():
+        table.add_row(
+            kind, f"{row.groups:,}", f"{row.units:,}", format_percent(row.share), KIND_DESCRIPTIONS[kind].units
+        )
+    everything = total_coverage(discovery)
     table.add_section()
     table.add_row("any", f"{everything.groups:,}", f"{everything.units:,}", format_percent(everything.share), "")
     return table
@@ -124,8 +124,8 @@ def _frozen(discovery: Discovery) -> Iterator[RenderableType]:
 
 def _out_of_reach(discovery: Discovery) -> str:
     parameters = count_parameters(discovery)
-    by_axes = parameters - reach_of_all(discovery, layers=False).parameters
-    by_any = parameters - reach_of_all(discovery).parameters
+    by_axes = parameters - total_coverage(discovery, layers=False).parameters
+    by_any = parameters - total_coverage(discovery).parameters
     if not by_axes:
         return "Every parameter is in a weight that some group has an axis in."
     outside = f", {format_percent(by_any / parameters) if by_any else 'none of them'} outside the layers" * (

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from secateur.discovery.summary import spans
+from secateur.discovery.weight_names import format_ranges
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.report.formatting import format_count, format_macs
 from secateur.report.tables.layout import make_table, titled
@@ -32,7 +32,7 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
             table.add_row(kind, *_uneven(planned, kind, groups))
             continue
         for (units, kept), layers in sizes.items():
-            where = "the model" if layers == [-1] else spans(layers)
+            where = "the model" if layers == [-1] else format_ranges(layers)
             table.add_row(kind, where, str(units), str(kept))
     sizes_table = make_table(("", "dense", "pruned", "removed"))
     for label, dense, pruned in (

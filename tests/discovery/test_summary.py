@@ -21,20 +21,18 @@ from every_type import tiny_config
 from secateur.cli.main import run
 from secateur.discovery.algebra import Variable, units_along
 from secateur.discovery.counting import count_parameters
+from secateur.discovery.coverage import (
+    FrozenReason,
+    coverage_as_json,
+    coverage_by_kind,
+    frozen_reasons,
+    total_coverage,
+)
+from secateur.discovery.descriptions import KIND_DESCRIPTIONS
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import KINDS, Discovery, Frozen, Weight
-from secateur.discovery.summary import (
-    KINDS_IN_WORDS,
-    FrozenReason,
-    GroupFold,
-    fold_layers,
-    fold_names,
-    frozen_reasons,
-    reach,
-    reach_as_json,
-    reach_of_all,
-    spans,
-)
+from secateur.discovery.summary import GroupSummary, summarize_layers
+from secateur.discovery.weight_names import fold_names, format_ranges
 from secateur.report.tables.discovery import discovery_tables
 
 TYPES = ("bloom", "deepseek_v3", "gemma3_text", "gpt2", "jamba", "llama", "mamba2", "mixtral", "qwen3_next", "xlm")
@@ -62,9 +60,9 @@ def small(*, tied: bool = False) -> Discovery:
     return discover(config, name="small")
 
 
-def group_of(discovery: Discovery, name: str) -> GroupFold:
+def group_of(discovery: Discovery, name: str) -> GroupSummary:
     """The first group of that name in the folds."""
-    return next(group for fold in fold_layers(discovery) for group in fold.groups if group.name == name)
+    return next(group for fold in summarize_layers(discovery) for group in fold.groups if group.name == name)
 
 
 def without_numbers(text: str) -> str:
@@ -85,7 +83,7 @@ def without_numbers(text: str) -> str:
     ],
 )
 def test_layers_that_are_alike_come_once(model_type: str, layers: list[tuple[int, ...]]) -> None:
-    assert [fold.layers for fold in fold_layers(of_type(model_type))] == layers
+    assert [fold.layers for fold in summarize_layers(of_type(model_type))] == layers
 
 
 def first_group_normed(discovery: Discovery) -> Discovery:
@@ -107,13 +105,13 @@ def first_reason_other(discovery: Discovery) -> Discovery:
 
 @pytest.mark.parametrize("change", [first_group_normed, first_weight_saved, first_reason_other])
 def test_layers_that_differ_do_not(change: Callable[[Discovery], Discovery]) -> None:
-    assert [fold.layers for fold in fold_layers(change(of_type("llama")))] == [(0,), (1, 2), ()]
+    assert [fold.layers for fold in summarize_layers(change(of_type("llama")))] == [(0,), (1, 2), ()]
 
 
 @every_type
 def test_folds_hold_every_layer_and_group(model_type: str) -> None:
     discovery = of_type(model_type)
-    *folds, whole = fold_layers(discovery)
+    *folds, whole = summarize_layers(discovery)
     layers = sorted(layer for fold in folds for layer in fold.layers)
     assert layers == sorted({weight.layer for weight in discovery.weights if weight.layer is not None})
     held = [f"layers.{layer}.{group.name}" for fold in folds for layer in fold.layers for group in fold.groups]
@@ -125,7 +123,7 @@ def test_folds_hold_every_layer_and_group(model_type: str) -> None:
 
 
 def test_every_kind_has_words() -> None:
-    assert set(KINDS_IN_WORDS) == set(KINDS)
+    assert set(KIND_DESCRIPTIONS) == set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_units_of_a_state_lie_in_each_other() -> None:
 @every_type
 def test_slices_are_as_large_as_the_axes_say(model_type: str) -> None:
     discovery = of_type(model_type)
-    for fold in fold_layers(discovery)[:-1]:
+    for fold in summarize_layers(discovery)[:-1]:
         for folded in fold.groups:
             group = discovery.group(f"layers.{fold.layers[0]}.{folded.name}")
             wanted = Counter(units_along(axis.expression, group.name).count(0) for axis in group.axes)
@@ -207,7 +205,7 @@ def test_short_names_tell_weights_apart(model_type: str) -> None:
     discovery = of_type(model_type)
     names = [weight.name.removesuffix(".weight") for weight in discovery.weights]
     paths = {re.sub(r"^.*?\.\d+\.|\.\d+$", "", name) for name in names}
-    for fold in fold_layers(discovery):
+    for fold in summarize_layers(discovery):
         for group in fold.groups:
             for part in group.slices:
                 assert len(set(part.weights)) == len(part.weights)
@@ -221,7 +219,7 @@ def test_short_names_tell_weights_apart(model_type: str) -> None:
 
 
 def numbers_in(text: str) -> set[int]:
-    """Read back what `spans` wrote."""
+    """Read back what `format_ranges` wrote."""
     held, _, lacking = text.partition(" except ")
     if lacking:
         return numbers_in(held) - numbers_in(lacking)
@@ -234,14 +232,14 @@ def numbers_in(text: str) -> set[int]:
 
 
 @given(st.sets(st.integers(0, 70), min_size=1))
-def test_spans_can_be_read_back(numbers: set[int]) -> None:
-    assert numbers_in(spans(sorted(numbers))) == numbers
+def test_ranges_can_be_read_back(numbers: set[int]) -> None:
+    assert numbers_in(format_ranges(sorted(numbers))) == numbers
 
 
 @given(st.integers(0, 9), st.integers(1, 9), st.integers(4, 40))
-def test_a_regular_list_is_one_span(first: int, step: int, count: int) -> None:
+def test_a_regular_list_is_one_range(first: int, step: int, count: int) -> None:
     numbers = range(first, first + step * count, step)
-    assert spans(numbers) == f"{first}-{numbers[-1]}" + (f" by {step}" if step > 1 else "")
+    assert format_ranges(numbers) == f"{first}-{numbers[-1]}" + (f" by {step}" if step > 1 else "")
 
 
 @pytest.mark.parametrize(
@@ -256,8 +254,8 @@ def test_a_regular_list_is_one_span(first: int, step: int, count: int) -> None:
         ([n for n in range(61) if n % 6 != 5], "0-60 except 5-59 by 6"),
     ],
 )
-def test_spans(numbers: list[int], text: str) -> None:
-    assert spans(numbers) == text
+def test_format_ranges(numbers: list[int], text: str) -> None:
+    assert format_ranges(numbers) == text
 
 
 def test_names_are_folded_at_every_number() -> None:
@@ -268,7 +266,7 @@ def test_names_are_folded_at_every_number() -> None:
 # --- shares -----------------------------------------------------------------------------------------------------
 
 
-def test_reach_counted_by_hand() -> None:
+def test_coverage_counted_by_hand() -> None:
     q = o = 16 * 16
     k = v = 8 * 16
     mlp = 3 * 24 * 16
@@ -284,25 +282,25 @@ def test_reach_counted_by_hand() -> None:
         "vocabulary": (1, 50, 2 * 50 * 16),
         "layer": (1, 2, layers),
     }
-    found = reach(small())
+    found = coverage_by_kind(small())
     assert {kind: (r.groups, r.units, r.parameters) for kind, r in found.items()} == wanted
     assert all(r.share == r.parameters / everything for r in found.values())
-    assert reach_of_all(small()).share == 1
-    for fold in fold_layers(small()):
+    assert total_coverage(small()).share == 1
+    for fold in summarize_layers(small()):
         for group in fold.groups:
-            assert group.parameters == found[group.kind].parameters
+            assert group.coverage.parameters == found[group.group.kind].parameters
 
 
 def test_tied_parameters_count_once() -> None:
-    assert reach(small(tied=True))["vocabulary"].parameters == 50 * 16
-    assert reach_of_all(small(tied=True)).parameters == reach_of_all(small()).parameters - 50 * 16
+    assert coverage_by_kind(small(tied=True))["vocabulary"].parameters == 50 * 16
+    assert total_coverage(small(tied=True)).parameters == total_coverage(small()).parameters - 50 * 16
 
 
-def test_reach_with_and_without_layers() -> None:
+def test_coverage_with_and_without_layers() -> None:
     discovery = small()
     only_layers = dataclasses.replace(discovery, groups=tuple(g for g in discovery.groups if g.kind == "layer"))
-    assert reach_of_all(only_layers).parameters == reach(discovery)["layer"].parameters
-    assert reach_of_all(only_layers, layers=False).parameters == 0
+    assert total_coverage(only_layers).parameters == coverage_by_kind(discovery)["layer"].parameters
+    assert total_coverage(only_layers, layers=False).parameters == 0
 
 
 def test_frozen_reasons_counted_by_hand() -> None:
@@ -355,7 +353,7 @@ def test_reasons_are_told_without_the_number_of_the_layer() -> None:
     )
     changed = dataclasses.replace(discovery, frozen=frozen)
     assert [reason.reason for reason in frozen_reasons(changed)] == ["it meets model.layers.*.x.weight"]
-    assert [fold.layers for fold in fold_layers(changed)] == [(0, 1, 2), ()]
+    assert [fold.layers for fold in summarize_layers(changed)] == [(0, 1, 2), ()]
 
 
 # --- the page and the JSON --------------------------------------------------------------------------------------
@@ -376,7 +374,7 @@ def words(text: str) -> list[str]:
 def test_a_dimension_may_follow_the_sequence() -> None:
     discovery = small()
     table = Weight("model.layers.0.table", (Variable("sequence", 13), Variable("hidden", 16)), layer=0, parameter=False)
-    folds = fold_layers(dataclasses.replace(discovery, weights=(*discovery.weights, table)))
+    folds = summarize_layers(dataclasses.replace(discovery, weights=(*discovery.weights, table)))
     assert [fold.layers for fold in folds] == [(0,), (1,), ()]
 
 
@@ -408,7 +406,7 @@ def test_what_a_page_says_of_what_is_out_of_reach() -> None:
     discovery = small()
     groups = tuple(g if g.kind == "attention" else dataclasses.replace(g, axes=()) for g in discovery.groups)
     embeddings = (2 * 50 * 16 + 16) / count_parameters(discovery)
-    rest = 1 - reach(discovery)["attention"].share
+    rest = 1 - coverage_by_kind(discovery)["attention"].share
     start = f"\n{rest:.1%} of the parameters lie in weights that no group has an axis in"
     without_layers = page(dataclasses.replace(discovery, groups=groups[:-1]), 200)
     with_layers = page(dataclasses.replace(discovery, groups=groups), 200)
@@ -416,10 +414,10 @@ def test_what_a_page_says_of_what_is_out_of_reach() -> None:
     assert f"{start}, {embeddings:.1%} outside the layers.\n" in with_layers
 
 
-def test_json_holds_the_discovery_and_its_reach(tiny: Path, tmp_path: Path) -> None:
+def test_json_holds_the_discovery_and_its_coverage(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     assert run(["discover", str(tiny), "--quiet", "--json", str(file)]) == 0
     data = json.loads(file.read_text(encoding="utf-8"))
     discovery = discover(str(tiny))
-    assert data == discovery.to_json() | {"reach": reach_as_json(discovery)}
-    assert data["reach"]["any"]["share"] == 1
+    assert data == discovery.to_json() | {"coverage": coverage_as_json(discovery)}
+    assert data["coverage"]["any"]["share"] == 1
