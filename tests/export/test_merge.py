@@ -14,20 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recipes import recipe
-from secateur import SecateurError, load, verify
-from secateur.checkpoint.record import read_record
-from secateur.data.calibration import CalibrationOptions
+from secateur import CutOptions, SecateurError, discover, load, plan, prune, save, score, verify
+from secateur.checkpoint.record import make_record, read_record
 from secateur.errors import CheckpointError, ExportError, TrainingError
 from secateur.export.merge import merge_adapter
 from secateur.export.options import MergeOptions
 from secateur.models.silence import quiet
-from secateur.pipeline.run import prune_model
 from secateur.planning.plan import read_plan
-from tiny import names, write_tiny
+from tiny import names, tiny_tokenizer, write_tiny
 
 IDS = torch.arange(40)[None]
-TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
 
 
 def write_adapter(base: str, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
@@ -64,13 +60,19 @@ def logits_of(folder: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model and two cuts of it."""
+    """A dense model, two cuts of it with plan and record, and adapters for the dense one and the per-layer one."""
     folder = tmp_path_factory.mktemp("shelf")
-    write_tiny(folder / "dense")
-    (folder / "text.txt").write_text(TEXT)
-    text = CalibrationOptions(str(folder / "text.txt"), 4, 16)
-    for shape in ("uniform", "free"):
-        prune_model(recipe(str(folder / "dense"), cut={"ratio": 0.3, "shape": shape}, calibration=text), folder / shape)
+    dense = load(str(write_tiny(folder / "dense")), device="cpu")
+    discovery, scores = discover(dense), score(dense, name="l2")
+    for name, layers in (("uniform", None), ("per_layer", (1, 3))):
+        options = CutOptions(ratio=0.3, of="units", layers=layers, score="l2")
+        decided = plan(discovery, options, config=dense.config, scores=scores)
+        record = make_record(dense, name="dense")
+        save(prune(dense, decided), folder / name, plan=decided, tokenizer=tiny_tokenizer(), record=record)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for base in ("dense", "per_layer"):
+            write_adapter(base, folder / f"{base}_adapter")
     return folder
 
 
@@ -85,16 +87,12 @@ def place(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestMerged:
-    @pytest.mark.parametrize("base", ["dense", "uniform", "free"])
-    @pytest.mark.parametrize("named", [False, True])
+    @pytest.mark.parametrize(("base", "named"), [("dense", True), ("uniform", False), ("per_layer", False)])
     def test_it_computes_what_both_do(self, base: str, named: bool, place: Path) -> None:
         adapter = write_adapter(base, place / "adapter")
         before = hashlib.sha256(Path(base, "model.safetensors").read_bytes()).hexdigest()
-        done = (
-            merge_adapter(base, "here/out", MergeOptions(adapter))
-            if named
-            else merge_adapter("here/adapter", "here/out")
-        )
+        options = MergeOptions(adapter if named else None)
+        done = merge_adapter(base if named else "here/adapter", "here/out", options)
         assert hashlib.sha256(Path(base, "model.safetensors").read_bytes()).hexdigest() == before
         expected = applied(base, adapter)
         assert torch.allclose(logits_of("here/out"), expected, atol=1e-5)
@@ -108,9 +106,9 @@ class TestMerged:
         assert {"tokenizer.json", "config.json", "secateur_record.json"} <= set(names(place / "out"))
 
     def test_the_record_goes_on(self, place: Path) -> None:
-        write_adapter("free", place / "adapter")
+        copied("per_layer", place)
         merge_adapter("here/adapter", "here/out", command="secateur export")
-        before, after = read_record(Path("free")), read_record(place / "out")
+        before, after = read_record(Path("per_layer")), read_record(place / "out")
         assert before is not None
         assert after is not None
         assert (after.model, after.weights, after.tensors) == (before.model, before.weights, before.tensors)
@@ -122,9 +120,9 @@ class TestMerged:
 
     @pytest.mark.parametrize("settings", [{"use_rslora": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}])
     def test_other_kinds_of_lora(self, settings: dict[str, Any], place: Path) -> None:
-        adapter = write_adapter("free", place / "adapter", **settings)
+        adapter = write_adapter("per_layer", place / "adapter", **settings)
         merge_adapter("here/adapter", "here/out")
-        assert torch.allclose(logits_of("here/out"), applied("free", adapter), atol=1e-5)
+        assert torch.allclose(logits_of("here/out"), applied("per_layer", adapter), atol=1e-5)
 
     def test_the_dtype_stays(self, place: Path) -> None:
         write_tiny(place / "half", dtype=torch.bfloat16)
@@ -134,10 +132,9 @@ class TestMerged:
         assert not torch.equal(logits_of("here/out"), logits_of("here/half"))
 
 
-def spoil(folder: Path, **changes: Any) -> None:
-    file = folder / "adapter_config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps({**settings, **changes}))
+def copied(base: str, place: Path) -> Path:
+    """A copy of an adapter from the shelf."""
+    return Path(shutil.copytree(f"{base}_adapter", place / "adapter"))
 
 
 class TestRefused:
@@ -157,63 +154,64 @@ class TestRefused:
         assert names(place) == before
 
     def test_a_pickle(self, place: Path) -> None:
-        folder = write_adapter("free", place / "adapter")
+        folder = copied("per_layer", place)
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
         self.check(ExportError, "adapter_model.bin is a pickle, which can run code and is not read", place)
 
     def test_a_model_that_is_none(self, place: Path) -> None:
-        self.check(ExportError, "'free' is no folder with an adapter_config.json", place, model="free")
+        self.check(ExportError, "'per_layer' is no folder with an adapter_config.json", place, model="per_layer")
 
     def test_a_folder_with_an_adapter_that_is_merged(self, place: Path) -> None:
-        shutil.copytree(Path("free").resolve(), place / "trained")
-        write_adapter("free", place / "trained" / "adapter")
+        shutil.copytree(Path("per_layer").resolve(), place / "trained")
+        copied("per_layer", place / "trained")
         self.check(ExportError, "which is merged into here/trained already", place, model="here/trained")
 
-    def test_another_kind(self, place: Path) -> None:
-        spoil(write_adapter("free", place / "adapter"), peft_type="PREFIX_TUNING")
-        self.check(ExportError, "of type PREFIX_TUNING is not merged here", place)
-
-    def test_a_base_that_is_gone(self, place: Path) -> None:
-        spoil(write_adapter("free", place / "adapter"), base_model_name_or_path="/gone/model")
-        self.check(ExportError, "belongs to '/gone/model', which is not here .* --adapter here/adapter", place)
-
-    def test_no_base(self, place: Path) -> None:
-        spoil(write_adapter("free", place / "adapter"), base_model_name_or_path=None)
-        self.check(ExportError, "does not name the model that the adapter belongs to", place)
+    @pytest.mark.parametrize(
+        ("setting", "value", "match"),
+        [
+            ("peft_type", "PREFIX_TUNING", "of type PREFIX_TUNING is not merged here"),
+            ("base_model_name_or_path", "/gone", "belongs to '/gone', which is not here .* --adapter here/adapter"),
+            ("base_model_name_or_path", None, "does not name the model that the adapter belongs to"),
+        ],
+    )
+    def test_other_settings(self, setting: str, value: str | None, match: str, place: Path) -> None:
+        file = copied("per_layer", place) / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), setting: value}))
+        self.check(ExportError, match, place)
 
     def test_damaged_settings(self, place: Path) -> None:
-        (write_adapter("free", place / "adapter") / "adapter_config.json").write_text("{")
+        (copied("per_layer", place) / "adapter_config.json").write_text("{")
         self.check(ExportError, "adapter_config.json cannot be read", place)
 
     def test_damaged_weights(self, place: Path) -> None:
-        (write_adapter("free", place / "adapter") / "adapter_model.safetensors").write_bytes(b"half")
+        (copied("per_layer", place) / "adapter_model.safetensors").write_bytes(b"half")
         self.check(ExportError, "adapter_model.safetensors cannot be read", place)
 
     def test_of_another_size(self, place: Path) -> None:
-        adapter = write_adapter("free", place / "adapter")
+        adapter = copied("per_layer", place)
         self.check(TrainingError, "does not take the adapter .*size mismatch", place, model="dense", adapter=adapter)
 
     def test_of_another_depth(self, place: Path) -> None:
         write_tiny(place / "deep", num_hidden_layers=4)
-        adapter = write_adapter("dense", place / "adapter")
+        adapter = copied("dense", place)
         file = adapter / "adapter_model.safetensors"
         save_file({name: x for name, x in load_file(file).items() if "layers.1." not in name}, file)
         self.check(ExportError, "do not have .*layers.1.* in common", place, model="dense", adapter=adapter)
 
     def test_nan(self, place: Path) -> None:
-        file = write_adapter("dense", place / "adapter") / "adapter_model.safetensors"
+        file = copied("dense", place) / "adapter_model.safetensors"
         broken = load_file(file)
         next(iter(broken.values()))[0, 0] = float("nan")
         save_file(broken, file)
         self.check(TrainingError, "the adapter cannot be merged", place)
 
     def test_the_adapter_s_own_folder(self, place: Path) -> None:
-        write_adapter("dense", place / "adapter")
+        copied("dense", place)
         with pytest.raises(SecateurError, match=r"holds the (adapter itself|MODEL)"):
             merge_adapter("here/adapter", "here/adapter", overwrite=True)
         assert (place / "adapter/adapter_model.safetensors").is_file()
 
     def test_a_folder_that_is_there(self, place: Path) -> None:
-        write_adapter("dense", place / "adapter")
+        copied("dense", place)
         (place / "out").mkdir()
         self.check(CheckpointError, "here/out exists", place)

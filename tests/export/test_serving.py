@@ -16,8 +16,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +25,15 @@ from transformers import PreTrainedModel
 
 from families import family_config, family_model
 from secateur import CutOptions, discover, plan, prune, save, score
-from secateur.cli.main import run
-from secateur.export.serving import tensor_parallel_sizes
+from secateur.export.serving import serving_note, tensor_parallel_sizes
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
-from tiny import tiny_model, tiny_tokenizer, write_tiny
+from tiny import tiny_model, tiny_tokenizer
 
 FAMILIES = ("llama", "qwen2", "gpt_neox")
 START = "import sys\nsys.modules['secateur'] = None\n"
 
-# Every way to generate, each compared with the plain one.
+# Every way to generate from each folder, compared with the plain one.
 WAYS = (
     START
     + """
@@ -44,69 +41,69 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager").eval()
-ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+def check_ways(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager").eval()
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
-def written(inputs, model=model, **options):
-    mask = options.pop("attention_mask", torch.ones_like(inputs))
-    return model.generate(inputs, attention_mask=mask, **settings, **options)[:, inputs.shape[1]:]
+    def generated(inputs, model=model, **options):
+        mask = options.pop("attention_mask", torch.ones_like(inputs))
+        return model.generate(inputs, attention_mask=mask, **settings, **options)[:, inputs.shape[1]:]
 
-plain = written(ids, use_cache=False)
-assert torch.equal(written(ids), plain), "dynamic cache"
-assert torch.equal(written(ids, cache_implementation="static"), plain), "static cache"
-assert torch.equal(written(ids[:1], assistant_model=model), plain[:1]), "assisted"
-assert torch.equal(written(ids[:1], prompt_lookup_num_tokens=2), plain[:1]), "prompt look-up"
-beams = written(ids, num_beams=3, use_cache=False)
-assert torch.equal(written(ids, num_beams=3), beams), "beams"
+    plain = generated(ids, use_cache=False)
+    assert torch.equal(generated(ids), plain), "dynamic cache"
+    assert torch.equal(generated(ids, cache_implementation="static"), plain), "static cache"
+    assert torch.equal(generated(ids[:1], assistant_model=model), plain[:1]), "assisted"
+    assert torch.equal(generated(ids[:1], prompt_lookup_num_tokens=2), plain[:1]), "prompt look-up"
+    beams = generated(ids, num_beams=3, use_cache=False)
+    assert torch.equal(generated(ids, num_beams=3), beams), "beams"
 
-padded = torch.cat([torch.zeros(2, 4, dtype=ids.dtype), ids], dim=1)
-mask = (torch.arange(padded.shape[1]) >= 4).long().expand(2, -1)
-assert torch.equal(written(padded, attention_mask=mask), plain), "left padding"
+    padded = torch.cat([torch.zeros(2, 4, dtype=ids.dtype), ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 4).long().expand(2, -1)
+    assert torch.equal(generated(padded, attention_mask=mask), plain), "left padding"
 
-with torch.no_grad():
-    logits = model(ids).logits
-(layers,) = [name for name, module in model.named_modules() if type(module) is nn.ModuleList and "." in name][:1]
-places = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
-places = {name: place for name, place in places.items() if not name.startswith(layers + ".")}
-places |= {f"{layers}.{number}": "disk" for number in range(model.config.num_hidden_layers)}
-offloaded = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, attn_implementation="eager", device_map=places, offload_folder=folder + " offload"
-).eval()
-assert {p.device.type for p in offloaded.get_submodule(layers).parameters()} == {"meta"}
-with torch.no_grad():
-    torch.testing.assert_close(offloaded(ids).logits, logits, atol=1e-4, rtol=0)
-assert torch.equal(written(ids, model=offloaded), plain), "from the disk"
+    with torch.no_grad():
+        logits = model(ids).logits
+    (layers,) = [name for name, module in model.named_modules() if type(module) is nn.ModuleList and "." in name][:1]
+    places = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
+    places = {name: place for name, place in places.items() if not name.startswith(layers + ".")}
+    places |= {f"{layers}.{number}": "disk" for number in range(model.config.num_hidden_layers)}
+    options = {"trust_remote_code": True, "attn_implementation": "eager"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=folder + " offload", **options
+    ).eval()
+    assert {p.device.type for p in offloaded.get_submodule(layers).parameters()} == {"meta"}
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(ids).logits, logits, atol=1e-4, rtol=0)
+    assert torch.equal(generated(ids, model=offloaded), plain), "from the disk"
 
-tokenizer = AutoTokenizer.from_pretrained(folder)
-pipe = pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu")
-prompt = "the cat sat"
-read = tokenizer(prompt, return_tensors="pt").input_ids
-text = tokenizer.decode(written(read)[0], skip_special_tokens=True)
-said = pipe(prompt, return_full_text=False, **settings)[0]["generated_text"]
-assert said == text and text, (said, text)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pipe = pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu")
+    prompt = "the cat sat"
+    read = tokenizer(prompt, return_tensors="pt").input_ids
+    text = tokenizer.decode(generated(read)[0], skip_special_tokens=True)
+    answer = pipe(prompt, return_full_text=False, **settings)[0]["generated_text"]
+    assert answer == text and text, (answer, text)
+
+
+def check_compiled(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="sdpa").eval()
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, plain, atol=1e-3, rtol=0)
+
+for folder in sys.argv[2:]:
+    check_ways(folder)
+if sys.argv[1] == "compile":
+    check_compiled(sys.argv[2])
 """
 )
 
-COMPILED = (
-    START
-    + """
-import torch
-from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, attn_implementation="sdpa").eval()
-ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    plain = model(ids, use_cache=False).logits
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, plain, atol=1e-3, rtol=0)
-"""
-)
-
-
-def free_folder(family: str, out: Path) -> Path:
+def per_layer_folder(family: str, out: Path) -> Path:
     """A folder with heads and channels of some layers cut, so that layers differ."""
     dense = family_model(family_config(family, vocab_size=len(tiny_tokenizer())), dtype=torch.float32)
     options = CutOptions(ratio=0.3, of="units", axes=("attention", "mlp"), layers=(1, 3), score="l2")
@@ -116,37 +113,50 @@ def free_folder(family: str, out: Path) -> Path:
 
 
 def uniform_folder(out: Path) -> Path:
-    """A stock folder with fewer heads and channels, and a chat template."""
+    """A stock folder with fewer heads and channels."""
     dense: PreTrainedModel = tiny_model()
     options = CutOptions(ratio=0.34, of="units", axes=("attention", "mlp"), scope="local", score="l2")
     decided = plan(discover(dense), options, config=dense.config, scores=score(dense, name="l2"))
     assert decided.settings is not None
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    try:
-        return save(prune(dense, decided), out, plan=decided, tokenizer=tokenizer)
-    finally:
-        tokenizer.chat_template = None  # it is shared
+    return save(prune(dense, decided), out, plan=decided, tokenizer=tiny_tokenizer())
 
 
-def stranger(code: str, *arguments: str, place: Path) -> None:
-    """Run code in a process of its own."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules")}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.slow
+def test_layers_of_different_sizes_generate_in_every_way_and_compile_as_one_graph(tmp_path: Path) -> None:
+    folders = [str(per_layer_folder(family, tmp_path / family)) for family in FAMILIES]
+    compiling = "skip" if shutil.which("g++") is None else "compile"  # on the CPU it calls a C++ compiler
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", WAYS, compiling, *folders]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_way_to_generate_from_layers_of_different_sizes(family: str, tmp_path: Path) -> None:
-    stranger(WAYS, str(free_folder(family, tmp_path / "free")), place=tmp_path)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "expected"),
+    [
+        (12, 12, 120, (1, 2, 3, 4, 6)),
+        (12, 2, 120, (1, 2, 4, 6)),  # KV heads are repeated, two or three times
+        (9, 3, 1536, (1, 3)),
+        (8, 8, 86, (1, 2)),
+        (7, 7, 85, (1,)),
+    ],
+)
+def test_a_model_is_split_over_gpus_that_divide_heads_and_width(
+    heads: int, kv_heads: int, width: int, expected: tuple[int, ...]
+) -> None:
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = family_config("llama", intermediate_size=width, **sizes)
+    assert tensor_parallel_sizes(config) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_layers_of_different_sizes_compile_as_one_graph(tmp_path: Path) -> None:
-    stranger(COMPILED, str(free_folder("llama", tmp_path / "free")), place=tmp_path)
+def test_a_note_tells_what_a_pruned_model_cannot_be_split_over() -> None:
+    dense, heads_cut, mlp_cut = (
+        family_config("llama", num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=width)
+        for heads, width in ((4, 80), (3, 60), (4, 60))
+    )
+    note = "serving: vLLM splits it over 1 or 3 GPUs (the dense model: 1, 2 or 4); --axes mlp --round-to 64 keeps more"
+    assert serving_note(dense, heads_cut) == note
+    assert serving_note(dense, mlp_cut) is None
 
 
 def free_port() -> int:
@@ -166,101 +176,38 @@ def ask(port: int, path: str, **body: object) -> dict[str, Any]:
     return data
 
 
-needs_server = pytest.mark.skipif(
+@pytest.mark.slow
+@pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "openai", "pydantic")),
     reason="transformers serve is not installed: pip install 'secateur[serve]'",
 )
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "expected"),
-    [
-        (12, 12, 120, (1, 2, 3, 4, 6)),
-        (12, 2, 120, (1, 2, 4, 6)),  # KV heads are repeated, two or three times
-        (9, 3, 1536, (1, 3)),
-        (8, 8, 86, (1, 2)),
-        (7, 7, 85, (1,)),
-    ],
-)
-def test_over_how_many_gpus(heads: int, kv_heads: int, width: int, expected: tuple[int, ...]) -> None:
-    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    config = family_config("llama", intermediate_size=width, **sizes)
-    assert tensor_parallel_sizes(config) == expected
-
-
-def test_what_can_be_split_no_more_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tiny(tmp_path / "tiny", num_attention_heads=4, num_key_value_heads=4, intermediate_size=80)
-    cut = [
-        "prune",
-        str(tmp_path / "tiny"),
-        "--score",
-        "l1",
-        "--shape",
-        "uniform",
-        "--scope",
-        "local",
-        "--repair",
-        "none",
-    ]
-    arguments = [*cut, "--of", "units", "--ratio", "0.25", "--json", str(tmp_path / "x.json")]
-    assert run([*arguments, str(tmp_path / "out")]) == 0
-    assert "serving: vLLM splits it over 1 or 3 GPUs (the dense model: 1, 2 or 4)" in capsys.readouterr().out
-    assert json.loads((tmp_path / "x.json").read_text())["tensor_parallel_sizes"] == [1, 3]
-    assert run([*arguments, str(tmp_path / "mlp"), "--axes", "mlp", "--round-to", "20"]) == 0
-    assert "serving:" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "x.json").read_text())["tensor_parallel_sizes"] == [1, 2, 4]
-
-
-@contextmanager
-def serving(folder: Path, port: int, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """Start `transformers serve` in a process of its own; gives it and its log."""
-    code = START + "from transformers.cli.transformers import main\nsys.argv[0] = 'transformers'\nmain()"
-    arguments = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", *options]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules")}
-    log = folder.parent / "log"
-    with (
-        log.open("w") as writing,
-        subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], env=environment, stdout=writing, stderr=subprocess.STDOUT
-        ) as server,
-    ):
-        try:
-            yield server, log
-        finally:
-            server.terminate()
-
-
-@pytest.mark.slow
-@needs_server
 def test_transformers_serves_a_uniform_folder(tmp_path: Path) -> None:
     """The server gives the greedy tokens of the model in this process."""
     folder, port, prompt = uniform_folder(tmp_path / "pruned"), free_port(), "the cat sat on"
-    with serving(folder, port) as (server, log):
-        until = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                assert server.poll() is None, log.read_text()
-                assert time.monotonic() < until, log.read_text()
-                time.sleep(0.5)
-        answer = ask(
-            port, "/v1/completions", model=str(folder), prompt=prompt, max_tokens=5, temperature=0, stream=False
-        )
+    code = START + "from transformers.cli.transformers import main\nsys.argv[0] = 'transformers'\nmain()"
+    arguments = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as writing,
+        subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.STDOUT) as server,
+    ):
+        try:
+            until = time.monotonic() + 240
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except (urllib.error.URLError, ConnectionError, TimeoutError):
+                    assert server.poll() is None, log.read_text()
+                    assert time.monotonic() < until, log.read_text()
+                    time.sleep(0.5)
+            settings = {"model": str(folder), "prompt": prompt, "max_tokens": 5, "temperature": 0, "stream": False}
+            answer = ask(port, "/v1/completions", **settings)
+        finally:
+            server.terminate()
     model: Any = load(str(folder), device="cpu")
     tokenizer = load_tokenizer(str(folder))
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer["choices"][0]["text"] == text
-
-
-@pytest.mark.slow
-@needs_server
-def test_transformers_serves_no_custom_code(tmp_path: Path) -> None:
-    """It looks for the class in transformers alone. Should it load such folders one day, docs/serving.md changes."""
-    folder = free_folder("llama", tmp_path / "pruned")
-    with serving(folder, free_port(), "--trust-remote-code") as (server, log):
-        assert server.wait(timeout=240) != 0
-    assert "module transformers has no attribute FreeLlamaForCausalLM" in log.read_text()
