@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from every_type import tiny_type_model
 from families import FAMILIES, family_config, family_model
-from recipes import recipe
 from secateur import CutOptions, discover, evaluate, plan, profile, prune, save, score
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, make_record
 from secateur.data.text import demo_texts
@@ -150,8 +149,8 @@ def check_files(done: Int8Result, *, per_layer: bool) -> None:
     assert len(packed) == len(done.layers) > 0
     for key in packed:
         assert stored[key.replace("qdata", "scale")] == ("F32", [stored[key][1][0], 1])
-    assert done.weight_file_bytes == weight_file_bytes(str(done.out))
-    assert done.weight_bytes["after"] < done.weight_file_bytes < done.weight_bytes["before"]
+    assert done.file_bytes == weight_file_bytes(str(done.out))
+    assert done.weight_bytes["after"] < done.file_bytes < done.weight_bytes["before"]
     config = json.loads((done.out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "torchao"
     assert str(config["model_type"]).startswith(PER_LAYER) == per_layer
