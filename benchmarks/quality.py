@@ -64,7 +64,7 @@ from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import Repaired, repair
 from secateur.pruning.sensitivity import damage_curves
 from secateur.scoring.scores import Scores, scores_from, statistics_for
-from secateur.scoring.statistics import read_statistics, write_statistics
+from secateur.scoring.statistics import load_statistics, save_statistics
 
 MODEL = "demo"
 LENGTHS = (128, 1024)
@@ -200,12 +200,12 @@ def cut(
     shared = Path(arguments.shared)
     saved, file, clock = 0.0, shared / f"{name}.safetensors", shared / f"{name}.seconds"
     if file.exists() and clock.exists():
-        statistics, saved = read_statistics(file, about=about), float(clock.read_text())
+        statistics, saved = load_statistics(file, about=about), float(clock.read_text())
     else:
         start = time.perf_counter()
         statistics = statistics_for(options.score, model, discovery, text.scored(windows), groups=groups)
         shared.mkdir(parents=True, exist_ok=True)
-        write_statistics(file, statistics, about=about)
+        save_statistics(file, statistics, about=about)
         clock.write_text(str(time.perf_counter() - start))
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
     if row.standardise:

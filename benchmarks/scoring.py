@@ -45,7 +45,7 @@ from secateur.models.loading import load, skeleton
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.scoring.scores import statistics_for
-from secateur.scoring.statistics import read_statistics, write_statistics
+from secateur.scoring.statistics import load_statistics, save_statistics
 
 SAMPLES, LENGTH = 10, 64  # LLM-Pruner's defaults
 RUNS = 3  # of part (a), of which the least CPU time counts
@@ -160,7 +160,7 @@ def work(kind: str, second_order: bool, out: Path) -> None:
             groups = [group for group in discovery.groups if group.kind in ("attention", "mlp")]
             name = "param_mix" if second_order else "param_first"
             statistics = statistics_for(name, model, discovery, windows, groups=groups)
-    write_statistics(out / "sums.safetensors", statistics)
+    save_statistics(out / "sums.safetensors", statistics)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     (out / "usage.json").write_text(
         json.dumps(
@@ -190,7 +190,7 @@ def run(kind: str, second_order: bool) -> dict[str, Any]:
         command = [sys.executable, __file__, "--work", kind, folder, *(["--second-order"] if second_order else [])]
         subprocess.run(command, check=True)
         usage: dict[str, Any] = json.loads((Path(folder) / "usage.json").read_text())
-        usage["sums"] = read_statistics(Path(folder) / "sums.safetensors").sums
+        usage["sums"] = load_statistics(Path(folder) / "sums.safetensors").sums
     return usage
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from secateur.pipeline.run_log import append_entry
-from secateur.scoring.scores import Scores, write_scores
+from secateur.scoring.scores import Scores, save_scores
 
 UNITS, LAYERS = 84, 6
 CALIBRATION = "a0c9" * 16
@@ -182,5 +182,5 @@ def write_run(folder: Path, *kinds: str) -> Path:
         units = {f"layers.{layer}.mlp": torch.rand(UNITS).exp2() / 2**layer for layer in range(LAYERS)}
         units |= {f"layers.{layer}.attention": torch.rand(3) for layer in range(LAYERS)}
         units["hidden"] = torch.randn(48)
-        write_scores(folder / "scores.safetensors", Scores("fisher", "sum", units, CALIBRATION))
+        save_scores(folder / "scores.safetensors", Scores("fisher", "sum", units, CALIBRATION))
     return folder

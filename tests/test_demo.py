@@ -21,7 +21,7 @@ from secateur.errors import CheckpointError
 from secateur.pipeline.recipe import RunOptions
 from secateur.pipeline.run_log import load_entries
 from secateur.planning.plan import read_plan
-from secateur.scoring.scores import read_scores
+from secateur.scoring.scores import load_scores
 from tiny import names
 
 FILES = ["log", "pruned", "report.html", "scores-fisher-*.safetensors", "statistics-*.safetensors", "summary.json"]
@@ -48,7 +48,7 @@ def check_folder(out: Path) -> None:
     summary, plan = read(out / "summary.json"), read_plan(out / "pruned" / "secateur_plan.json")
     assert summary["plan"] == read(out / "pruned" / "secateur_plan.json")
     assert plan.decided
-    scored = read_scores(next(out.glob("scores-*.safetensors"))).units.keys()
+    scored = load_scores(next(out.glob("scores-*.safetensors"))).units.keys()
     assert {group.name for group in plan.groups} <= scored
     dense, pruned = summary["profiles"]
     assert (dense["model"], pruned["model"]) == ("dense", "pruned")

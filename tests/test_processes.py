@@ -16,7 +16,7 @@ from secateur.cli.main import run
 from secateur.errors import ScoreError
 from secateur.models.silence import quiet
 from secateur.planning.plan import read_plan
-from secateur.scoring.scores import SCORES
+from secateur.scoring.registry import SCORES
 
 TYPES = ("mixtral", "gpt2")  # gated and stacked experts with rotary positions; transposed weights with learned ones
 # 3 for one process, 2 for the other.

@@ -34,7 +34,8 @@ from secateur.pruning.prune import prune
 from secateur.pruning.repair import repair
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recover import recover
-from secateur.scoring.scores import register_score, score
+from secateur.scoring.registry import register_score
+from secateur.scoring.scores import score
 
 __all__ = [
     "CalibrationOptions",

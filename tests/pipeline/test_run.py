@@ -38,9 +38,10 @@ from secateur.pipeline.run import Pruned, plan_model, prune_as_planned, prune_mo
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.repair import repair
-from secateur.scoring.gradients import _Call
-from secateur.scoring.scores import SCORES, Score, Scores, read_scores
-from secateur.scoring.statistics import _Journal
+from secateur.scoring.passes.layer_cache import LayerCache
+from secateur.scoring.passes.recomputation import ModuleCall
+from secateur.scoring.registry import SCORES, Score
+from secateur.scoring.scores import Scores, load_scores
 from tiny import names, write_tiny
 
 TEXT = "a cat and a dog and a bird sat on a log and sang\n" * 60
@@ -300,7 +301,7 @@ class TestResume:
         assert names(place) == []
 
     def test_the_scores_that_are_kept(self, interrupted: Path) -> None:
-        kept = read_scores(interrupted / ".out.secateur" / "scores.safetensors")
+        kept = load_scores(interrupted / ".out.secateur" / "scores.safetensors")
         assert (kept.score, kept.reduce, kept.seed) == ("fisher", "sum", 0)
         assert kept.units["layers.0.mlp"].shape == (84,)
 
@@ -329,15 +330,15 @@ class TestLayerByLayer:
 
     def stopped_after(self, writes: int, cut: dict[str, Any]) -> None:
         """Ctrl-C when so many stages of layers are kept."""
-        write = _Journal.write
+        write = LayerCache.write
 
-        def stop(journal: _Journal, *arguments: Any) -> None:
+        def stop(journal: LayerCache, *arguments: Any) -> None:
             write(journal, *arguments)
             if len(list(journal.folder.glob("*.safetensors"))) == writes:
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_Journal, "write", stop)
+            patch.setattr(LayerCache, "write", stop)
             with pytest.raises(KeyboardInterrupt):
                 prune(cut=cut)
 
@@ -366,13 +367,13 @@ class TestLayerByLayer:
         self.stopped_after(writes, {"score": score})
         assert sum(name.startswith(".out.secateur/pass/") for name in names(place)) == writes
         runs: list[str] = []
-        run = _Call.run
+        run = ModuleCall.run
 
-        def counted(call: _Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+        def counted(call: ModuleCall, tensors: Sequence[Tensor]) -> list[Tensor]:
             runs.append(call.path)
             return run(call, tensors)
 
-        monkeypatch.setattr(_Call, "run", counted)
+        monkeypatch.setattr(ModuleCall, "run", counted)
         assert prune(resume=True, cut={"score": score}).resumed
         assert len([path for path in runs if path.count(".") == 2]) == 6 - writes
         assert weights("here/out") == weights("in/whole")
@@ -499,7 +500,7 @@ class TestRunFolder:
     def test_scores_are_kept_for_the_report(self, place: Path) -> None:
         for score, axes in (("l1", ("mlp",)), ("l1", ("mlp",)), ("l1", ("hidden",)), ("l2", ("mlp",))):
             decided = self.plan(score=score, axes=axes)
-        kept = [read_scores(file) for file in sorted((place / "run").glob("scores-*.safetensors"))]
+        kept = [load_scores(file) for file in sorted((place / "run").glob("scores-*.safetensors"))]
         assert sorted((scores.score, "hidden" in scores.units) for scores in kept) == [
             ("l1", False),
             ("l1", True),

@@ -25,8 +25,8 @@ from secateur.evaluation.latency import latency_table
 from secateur.planning.latency import LatencyTable
 from secateur.planning.plan import Plan
 from secateur.report.tables.plan import plan_tables
+from secateur.scoring.passes.memory import fitting_batches
 from secateur.scoring.scores import Scores, statistics_for
-from secateur.scoring.statistics import _parts_of
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
 GLOBAL: dict[str, Any] = {"min_keep": 0.0, "scope": "global", "shape": "per-layer", "score": "l2"}
@@ -381,7 +381,7 @@ def test_fisher_information_in_parts_is_that_at_once(family: str, monkeypatch: p
     model = family_model(config, dtype=torch.float32)
     whole = score(model, name="fisher", windows=WINDOWS)
     monkeypatch.setattr(
-        "secateur.scoring.statistics._parts_of", lambda model, windows, *_: list(windows.tensor_split(3))
+        "secateur.scoring.collect_masks.fitting_batches", lambda model, windows, *_: list(windows.tensor_split(3))
     )
     parts = score(model, name="fisher", windows=WINDOWS)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -392,5 +392,5 @@ def test_fisher_information_in_parts_is_that_at_once(family: str, monkeypatch: p
 def test_parts_are_as_many_as_fit() -> None:
     model = family_model(family_config("llama"), dtype=torch.float32)
     layers = [f"model.layers.{i}" for i in range(3)]
-    assert len(_parts_of(model, WINDOWS, layers, 2**30)) == 1
-    assert [len(part) for part in _parts_of(model, WINDOWS, layers, 1)] == [1] * 5
+    assert len(fitting_batches(model, WINDOWS, layers, 2**30)) == 1
+    assert [len(part) for part in fitting_batches(model, WINDOWS, layers, 1)] == [1] * 5

@@ -118,7 +118,7 @@ def test_a_model_that_cannot_be_split_is_run_as_a_whole(monkeypatch: pytest.Monk
     scores = score(model, discovery=discovery, name="l2")
     groups = [discovery.group("layers.1.mlp"), discovery.group("layers.0.attention")]
     usual = damage_curves(model, discovery, groups, scores, WINDOWS)
-    monkeypatch.setattr("secateur.pruning.sensitivity.split_before_head", lambda *_: None)
+    monkeypatch.setattr("secateur.pruning.sensitivity.split_output_head", lambda *_: None)
     whole = damage_curves(model, discovery, groups, scores, WINDOWS)
     for name, points in usual.items():
         assert [kept for kept, _ in whole[name]] == [kept for kept, _ in points]

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.scoring.gram import STRIP, gram
 from secateur.scoring.obs import damped, least_squares, output_error, removal_costs, unit_costs
 
 
@@ -23,7 +22,7 @@ def problem(seed: int, rows: int = 5, columns: int = 8, tokens: int = 40) -> tup
 
 
 @given(st.integers(0, 10**6), st.sets(st.integers(0, 7), min_size=1, max_size=7))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_least_squares_is_the_normal_equations_solution(seed: int, kept: set[int]) -> None:
     w, x = problem(seed)
     at = torch.tensor(sorted(kept))
@@ -38,7 +37,7 @@ def test_removing_nothing_changes_nothing(damping: float) -> None:
     assert torch.allclose(least_squares(w, x.t() @ x, torch.arange(8), damping=damping), w, rtol=1e-9, atol=1e-9)
 
 
-def test_another_target() -> None:
+def test_the_target_may_be_that_of_other_inputs() -> None:
     w, x = problem(2)
     dense = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     at = torch.tensor([0, 2, 3, 6])
@@ -47,8 +46,8 @@ def test_another_target() -> None:
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=20)
-def test_a_unit_costs_what_the_best_correction_leaves(seed: int) -> None:
+@settings(deadline=None, max_examples=12)
+def test_a_units_cost_is_the_error_that_least_squares_leaves(seed: int) -> None:
     w, x = problem(seed)
     unit_of = torch.tensor([0, 0, 1, -1, 2, 2, 2, 3])
     gram = x.t() @ x
@@ -60,8 +59,8 @@ def test_a_unit_costs_what_the_best_correction_leaves(seed: int) -> None:
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=20)
-def test_greedy_costs_add_up_to_the_error_of_all_that_went(seed: int) -> None:
+@settings(deadline=None, max_examples=12)
+def test_greedy_costs_add_up_to_the_error_of_all_removed_units(seed: int) -> None:
     w, x = problem(seed)
     gram = x.t() @ x
     order, costs = removal_costs(w, gram, torch.arange(8), keep=3, damping=0.0)
@@ -72,22 +71,16 @@ def test_greedy_costs_add_up_to_the_error_of_all_that_went(seed: int) -> None:
     assert float(costs.sum()) == pytest.approx(output_error(change - w, gram), rel=1e-6)
 
 
-@pytest.mark.parametrize("columns", [1, 5, STRIP, STRIP + 1, 3 * STRIP - 7])
-def test_a_gram_matrix_in_strips(columns: int) -> None:
-    _, x = problem(2, columns=columns)
-    assert torch.allclose(gram(x), x.t() @ x, rtol=1e-12, atol=1e-9)
-
-
-def test_what_is_given_stays_as_it_is() -> None:
+def test_the_arguments_are_left_unchanged() -> None:
     w, x = problem(3)
     product = x.t() @ x
-    given_w, given_product = w.clone(), product.clone()
+    w_before, product_before = w.clone(), product.clone()
     removal_costs(w, product, torch.arange(8))
-    assert torch.equal(w, given_w)
-    assert torch.equal(product, given_product)
+    assert torch.equal(w, w_before)
+    assert torch.equal(product, product_before)
 
 
-def test_greedy_finds_the_pair_that_one_by_one_misses() -> None:
+def test_greedy_removal_finds_the_pair_that_single_costs_miss() -> None:
     # Columns 0 and 1 read the same feature: alone, each costs nothing; together they cost most.
     x = torch.randn(200, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x = torch.stack([x[:, 0], x[:, 0] + 1e-3 * x[:, 1], 0.5 * x[:, 2]], 1)
@@ -104,14 +97,14 @@ def test_greedy_finds_the_pair_that_one_by_one_misses() -> None:
     assert error(tuple(order)) == pytest.approx(min(error(pair) for pair in itertools.combinations(range(3), 2)))
 
 
-def test_units_without_columns_go_first_and_for_nothing() -> None:
+def test_units_without_columns_go_first_and_cost_nothing() -> None:
     w, x = problem(4)
     order, costs = removal_costs(w, x.t() @ x, torch.tensor([0, 0, 2, 2, 2, 3, 3, 3]), keep=2)
     assert order[0] == 1
     assert float(costs[0]) == 0
 
 
-def test_a_gram_matrix_without_inverse_is_damped() -> None:
+def test_damping_makes_a_singular_gram_matrix_invertible() -> None:
     w, x = problem(5, tokens=3)
     assert torch.isfinite(unit_costs(w, x.t() @ x, torch.arange(8))).all()
     assert bool((torch.linalg.eigvalsh(damped(x.t() @ x)) > 0).all())

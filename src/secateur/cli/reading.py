@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 from secateur.errors import DataError, PlanError, ScoreError, SecateurError
-from secateur.scoring.scores import SCORES
+from secateur.scoring.registry import SCORES
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

@@ -26,8 +26,9 @@ from secateur.planning.options import AXES, BudgetName, settled
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Progress
-from secateur.scoring.scores import Scores, holds, scores_from
-from secateur.scoring.statistics import Statistics, read_statistics
+from secateur.scoring.scores import Scores, scores_from
+from secateur.scoring.statistics import Statistics, load_statistics
+from secateur.scoring.unit_scores import covers
 
 SHARES_OF = tuple(name for name in get_args(BudgetName) if name != "latency")  # which a machine has to measure first
 
@@ -157,7 +158,7 @@ def by_layer(side: Side, planned: Plan) -> list[Kept]:
 
 
 def about(side: Side, planned: Plan) -> str:
-    """What a plan holds, and what can be done with it, in one or two sentences."""
+    """What a plan covers, and what can be done with it, in one or two sentences."""
     options = planned.options
     if not planned.decided:
         moves = options.scope != "local" and options.shape == "per-layer"
@@ -187,7 +188,7 @@ def _kept_scores(side: Side, recipe: PruneRecipe, place: Workplace) -> Scores | 
         return None
     statistics = _read(folder.path, folder.path.stat().st_mtime_ns, folder.key)
     groups = [group for each in groups_to_cut(side.discovery, options).values() for group in each]
-    if statistics is None or not holds(statistics, options.score, side.discovery, groups):
+    if statistics is None or not covers(statistics, options.score, side.discovery, groups):
         return None
     return scores_from(
         side.discovery,
@@ -202,6 +203,6 @@ def _kept_scores(side: Side, recipe: PruneRecipe, place: Workplace) -> Scores | 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, _changed: int, key: str) -> Statistics | None:
     try:
-        return read_statistics(path, about=key)
+        return load_statistics(path, about=key)
     except SecateurError:
         return None  # there are none, or they are damaged

@@ -17,7 +17,7 @@ from secateur.errors import SecateurError
 from secateur.files import write_json
 from secateur.planning.options import PRESETS
 from secateur.planning.plan import Plan
-from secateur.scoring.scores import SCORES
+from secateur.scoring.registry import SCORES
 
 EVERY = 0.05  # seconds between two states of an answer that are sent to a browser
 LONGEST = 1024  # tokens of an answer that the slider goes up to

@@ -30,8 +30,9 @@ from secateur.planning.allocation import DamageCurve
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan_from_json
 from secateur.pruning.repair import Repaired
-from secateur.scoring.scores import SCORES, Scores, read_scores, write_scores
-from secateur.scoring.statistics import Statistics, read_statistics, write_statistics
+from secateur.scoring.registry import SCORES
+from secateur.scoring.scores import Scores, load_scores, save_scores
+from secateur.scoring.statistics import Statistics, load_statistics, save_statistics
 
 Value = TypeVar("Value")
 DAMAGED = (CheckpointError, KeyError, ValueError, TypeError, AttributeError, PlanError)
@@ -80,7 +81,7 @@ class Cache:
     def save_scores(self, iteration: int, scores: Scores) -> None:
         """Keep the scores; the layers that led to them are needed no more."""
         if self.folder is not None and processes.is_first():
-            write_scores(self.folder / f"scores-{iteration}.safetensors", scores)
+            save_scores(self.folder / f"scores-{iteration}.safetensors", scores)
             shutil.rmtree(self.folder / f"layers-{iteration}", ignore_errors=True)
 
     def load_damage(self, scores: Scores) -> dict[str, DamageCurve] | None:
@@ -163,7 +164,7 @@ def _by_all(found: Value | None) -> Value | None:
 
 def _scores_in(path: Path) -> Scores | None:
     try:
-        return read_scores(path)
+        return load_scores(path)
     except ScoreError:
         return None
 
@@ -239,7 +240,7 @@ class StatisticsFolder:
     def load(self) -> Statistics | None:
         """The statistics; None where there are none. By all processes or none."""
         try:
-            found = read_statistics(self.path, about=self.key)
+            found = load_statistics(self.path, about=self.key)
         except ScoreError:
             found = None
         return None if processes.largest(int(found is None)) else found
@@ -249,13 +250,13 @@ class StatisticsFolder:
         own = {name for name, how in SCORES.items() if how.own}
         ours = {name: sums for name, sums in statistics.sums.items() if name not in own}
         if processes.is_first():
-            write_statistics(self.path, replace(statistics, sums=ours), about=self.key)
+            save_statistics(self.path, replace(statistics, sums=ours), about=self.key)
 
     def save_scores(self, scores: Scores) -> None:
         """Keep the scores, which the report shows: one file for each score, reduction and choice of groups."""
         if processes.is_first():
             key = _hash([self.key, scores.reduce, sorted(scores.units)])
-            write_scores(self.path.with_name(f"scores-{scores.score}-{key[:16]}.safetensors"), scores)
+            save_scores(self.path.with_name(f"scores-{scores.score}-{key[:16]}.safetensors"), scores)
 
 
 def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) -> list[Any]:

@@ -47,7 +47,9 @@ from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
 from secateur.pruning.sensitivity import damage_curves
-from secateur.scoring.scores import SCORES, Scores, holds, scores_from, statistics_for
+from secateur.scoring.registry import SCORES
+from secateur.scoring.scores import Scores, scores_from, statistics_for
+from secateur.scoring.unit_scores import covers
 
 CACHE_LAYERS_FROM = 2**30  # bytes of weights: of larger models each scored layer is kept, for a run that resumes
 IN_MEMORY = 0.25  # of the free memory: a model that takes more is pruned into a file
@@ -199,7 +201,7 @@ class Pipeline:
             return found
         first = at.model is None
         statistics = self.statistics.load() if self.statistics is not None and first else None
-        if statistics is None or not holds(statistics, at.options.score, at.discovery, at.groups):
+        if statistics is None or not covers(statistics, at.options.score, at.discovery, at.groups):
             windows = self.windows() if SCORES[at.options.score].needs != "weights" else None
             model = at.model or self.model
             in_parts = processes.count() == 1 and bytes_of(model) >= CACHE_LAYERS_FROM
@@ -210,7 +212,7 @@ class Pipeline:
                     at.discovery,
                     None if windows is None else self.calibration.scored(windows),
                     groups=at.groups,
-                    journal=self.cache.layers(at.number) if in_parts else None,
+                    layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
                 )
             statistics = new if statistics is None else statistics.joined(new)

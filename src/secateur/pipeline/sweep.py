@@ -40,7 +40,7 @@ from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
 from secateur.planning.options import check_score
 from secateur.planning.plan import Plan
 from secateur.progress import Clock
-from secateur.scoring.scores import SCORES, known
+from secateur.scoring.registry import SCORES, check_known
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         for score in self.scores:
-            known(score, SCORES, "score")
+            check_known(score, SCORES, "score")
         if not self.presets:
             raise PlanError("presets is empty: name one, for example --presets best")
         _check_ratios(self.ratios)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from secateur.data.calibration import SELF, CalibrationOptions
 from secateur.errors import PlanError, ScoreError, did_you_mean
-from secateur.scoring.scores import SCORES
+from secateur.scoring.registry import SCORES
 
 AxisName = Literal["attention", "mlp", "query", "experts", "latent", "state", "hidden", "layers"]
 BudgetName = Literal["non-embedding", "parameters", "macs", "memory", "latency", "units"]

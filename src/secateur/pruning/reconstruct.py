@@ -21,8 +21,14 @@ from transformers import PreTrainedModel
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.progress import Progress
-from secateur.scoring.activations import experts_one_by_one
-from secateur.scoring.probe import entrance, per_sample, replaced_forward, split_before_head, two_samples
+from secateur.scoring.passes.forward import (
+    eager_experts,
+    input_device,
+    probe_windows,
+    replaced_forward,
+    rows_per_sample,
+    split_output_head,
+)
 
 STEPS = 150  # of training, for every layer
 BATCH_TOKENS = 1024  # of a step, as whole windows
@@ -74,11 +80,11 @@ def reconstruct_in_place(
     """
     training = training or Training()
     pass_ = _Pass(dense, cut, discovery, windows, training, progress)
-    ids = windows.to(entrance(cut))
+    ids = windows.to(input_device(cut))
     with ExitStack() as stack:
         for model in (dense, cut):
-            stack.enter_context(experts_one_by_one(model))
-        tail = split_before_head(cut, two_samples(windows).to(ids.device))
+            stack.enter_context(eager_experts(model))
+        tail = split_output_head(cut, probe_windows(windows).to(ids.device))
         for path in pass_.layers:
             layer = cut.get_submodule(path)
             stack.enter_context(replaced_forward(layer, pass_.forward_of(path, layer.forward)))
@@ -217,7 +223,7 @@ class _Call:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         hidden = args[0] if args else kwargs["hidden_states"]
         at = next(i for i, leaf in enumerate(leaves) if leaf is hidden)
-        found = {i: per_sample(leaf, samples) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        found = {i: rows_per_sample(leaf, samples) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         return cls(forward, leaves, spec, {i: step for i, step in found.items() if step is not None}, at)
 
     @property

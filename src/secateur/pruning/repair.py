@@ -30,10 +30,11 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
-from secateur.scoring.activations import Product, Products, experts_one_by_one, reading_dims
 from secateur.scoring.gram import add_cross_gram, add_gram
 from secateur.scoring.obs import DAMPING, least_squares, output_error, removal_costs
-from secateur.scoring.probe import entrance, split_before_head, two_samples
+from secateur.scoring.passes.activations import input_dims
+from secateur.scoring.passes.forward import eager_experts, input_device, probe_windows, split_output_head
+from secateur.scoring.passes.products import WeightProduct, WeightProducts
 
 METHODS = ("none", "bias", "least-squares")
 TARGETS = ("prefix", "dense")
@@ -91,18 +92,18 @@ def repair(
         raise PlanError(f"repair={method!r} is unknown. Known: {', '.join(METHODS)}")
     if target not in TARGETS:
         raise PlanError(f"repair target {target!r} is unknown. Known: {', '.join(TARGETS)}")
-    reads = reading_dims(model, two_samples(windows))
+    reads = input_dims(model, probe_windows(windows))
     pass_ = _RepairPass(model, plan, discovery, reads, windows, method, target, choose, damping)
     pass_.sequential = sequential
     if pass_.units:
-        ids = windows.to(entrance(model))
+        ids = windows.to(input_device(model))
         if target == "dense":
             ids = torch.cat([ids, ids])  # the first half stays dense, the second is cut
         layers = [f"{prefix}.{i}" for prefix in discovery.layer_lists for i in range(discovery.depth)]
         modules = dict(model.named_modules())
         with ExitStack() as stack:
-            stack.enter_context(experts_one_by_one(model))
-            tail = split_before_head(model, two_samples(windows).to(ids.device))
+            stack.enter_context(eager_experts(model))
+            tail = split_output_head(model, probe_windows(windows).to(ids.device))
             done = 0
 
             def passed(*_: Any) -> None:
@@ -178,7 +179,7 @@ class _RepairPass:
         self.sequential = True
         self.done: set[tuple[str, int | None]] = set()
         wanted = {name: parameter for name, parameter in model.named_parameters() if name in self.units}
-        self.products = Products(wanted, self._look)
+        self.products = WeightProducts(wanted, self._look)
 
     def plan(self) -> Plan:
         """The plan with the units that stay, for good."""
@@ -213,7 +214,7 @@ class _RepairPass:
 
         return hook
 
-    def _look(self, product: Product) -> Tensor | None:
+    def _look(self, product: WeightProduct) -> Tensor | None:
         weight = self.parameters[product.weight]
         halves = self._halves(product.inputs)
         new = self.weights.setdefault(product.weight, weight.detach().clone())
@@ -227,16 +228,16 @@ class _RepairPass:
         if not self.sequential:
             return None
         if not halves:
-            return product.again(product.inputs, new, new_bias)
+            return product.compute(product.inputs, new, new_bias)
         dense, cut = product.inputs.chunk(2)
-        return torch.cat([product.again(dense, weight, product.bias), product.again(cut, new, new_bias)])
+        return torch.cat([product.compute(dense, weight, product.bias), product.compute(cut, new, new_bias)])
 
     def _halves(self, inputs: Tensor) -> bool:
         """Whether the first half of the inputs is the dense model's; of what a router picks, none can be told."""
         rows = (2 * self.samples, 2 * self.samples * self.length)
         return self.target == "dense" and inputs.shape[0] in rows and inputs.dim() > 1
 
-    def _refit(self, product: Product, index: int | None, inputs: _Inputs, bias: str | None) -> None:
+    def _refit(self, product: WeightProduct, index: int | None, inputs: _Inputs, bias: str | None) -> None:
         """Decide which columns of a matrix stay, fit them, and write them into the new weight."""
         name = product.weight
         new = self.weights[name] if index is None else self.weights[name][index]

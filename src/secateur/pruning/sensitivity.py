@@ -25,8 +25,14 @@ from secateur.planning.plan import Plan, PlannedGroup
 from secateur.planning.selection import top_units
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
-from secateur.scoring.gradients import LOGITS_BYTES
-from secateur.scoring.probe import Tail, entrance, replaced_forward, split_before_head, two_samples
+from secateur.scoring.passes.forward import (
+    LOGITS_BYTES,
+    OutputHead,
+    input_device,
+    probe_windows,
+    replaced_forward,
+    split_output_head,
+)
 from secateur.scoring.scores import Scores
 
 SHARES = (0.25, 0.5, 0.75)  # of a group's units, to which it is cut
@@ -64,7 +70,7 @@ def damage_curves(
     for group in groups:
         if group.layer is None or group.kind == "layer":
             raise PlanError(f"{group.name} runs through all layers: its damage cannot be weighed against others")
-    few = windows[: max(1, TOKENS // windows.shape[1])].to(entrance(model))
+    few = windows[: max(1, TOKENS // windows.shape[1])].to(input_device(model))
     dense = _Dense(model, few, [f"{prefix}.{i}" for prefix in discovery.layer_lists for i in range(discovery.depth)])
     total, done = sum(len(_sizes(group)) for group in groups), 0
     found: dict[str, DamageCurve] = {}
@@ -98,7 +104,7 @@ class _Dense:
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> None:
         self.ids = ids
-        self.tail = split_before_head(model, two_samples(ids))
+        self.tail = split_output_head(model, probe_windows(ids))
         self.outputs: dict[str, Any] = {}  # of the layers, in their order; none where they are not to be replaced
         modules = dict(model.named_modules())
         self.vocabulary = model.get_output_embeddings().weight.shape[0] if self.tail else model.config.vocab_size
@@ -146,7 +152,7 @@ class _Dense:
                 total += _divergence(wanted, logits)
             return total / self.ids.numel()
         base: Any = getattr(cut, cut.base_model_prefix)
-        tail = Tail(cut, base)
+        tail = OutputHead(cut, base)
         with ExitStack() as stack:
             self._replace(cut, [path for path in self.outputs if int(path.rpartition(".")[2]) < layer], stack)
             hidden = tail.hidden(self.ids)

@@ -17,7 +17,7 @@ from secateur.errors import CheckpointError, ScoreError
 from secateur.pipeline.run_log import LogEntry, load_entries
 from secateur.report.decode import decode
 from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training
-from secateur.scoring.scores import Scores, read_scores
+from secateur.scoring.scores import Scores, load_scores
 
 ROLES = ("dense", "pruned", "recovered", "exported", "measured")
 LONGEST_LABEL = 26  # characters; the table of models has the whole name
@@ -247,6 +247,6 @@ def _labelled(models: list[Model]) -> Iterator[Model]:
 
 def _load_scores(folder: Path) -> tuple[Scores, ...]:
     try:
-        return tuple(read_scores(path) for path in sorted(folder.glob("scores*.safetensors")))
+        return tuple(load_scores(path) for path in sorted(folder.glob("scores*.safetensors")))
     except ScoreError as error:
         raise CheckpointError(f"{error}. Remove it to make the report without it") from error

@@ -3,7 +3,8 @@
 Optimal brain surgeon for whole units (Hassibi and Stork 1992; for units of language models ZipLM, arXiv 2302.04089): a
 matrix W reads features x with the Gram matrix H = sum of x x'. To leave out the columns S at the least
 squared error of the outputs costs tr(W_S ((H^-1)_SS)^-1 W_S'), when all other columns change by
--W_S ((H^-1)_SS)^-1 (H^-1)_S. All in float64. Names of tensors end in their axes: R rows (outputs), C columns (inputs).
+-W_S ((H^-1)_SS)^-1 (H^-1)_S. All in float64. Axes: R rows (outputs), C columns
+(inputs), S the columns of one unit, K the columns that are kept, U units.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
-AT_ONCE = 1 / 64  # of the columns that are there, removed between two updates
+AT_ONCE = 1 / 64  # of the units that are left, removed between two updates
 
 
 def damped(gram_CC: Tensor, damping: float = DAMPING) -> Tensor:
@@ -23,9 +24,9 @@ def damped(gram_CC: Tensor, damping: float = DAMPING) -> Tensor:
     >>> damped(torch.zeros(2, 2)).diagonal().min() > 0, damped(torch.eye(2), 0.5)[0].tolist()
     (tensor(True), [1.5, 0.0])
     """
-    found = gram_CC.double().clone()
-    found.diagonal().add_(damping * found.diagonal().mean().clamp_min(1e-12))
-    return found
+    gram_CC = gram_CC.double().clone()
+    gram_CC.diagonal().add_(damping * gram_CC.diagonal().mean().clamp_min(1e-12))
+    return gram_CC
 
 
 def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float = DAMPING) -> Tensor:
@@ -36,11 +37,8 @@ def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float
     >>> unit_costs(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.tensor([0, 1]), damping=0.0).tolist()
     [9.0, 16.0]
     """
-    return _costs(
-        w_RC.double(),
-        torch.linalg.inv(damped(gram_CC, damping)),
-        [place.to(w_RC.device) for place in _places(unit_of)],
-    )
+    columns = [each.to(w_RC.device) for each in _columns_of_units(unit_of)]
+    return _costs(w_RC.double(), torch.linalg.inv(damped(gram_CC, damping)), columns)
 
 
 def removal_costs(
@@ -56,36 +54,39 @@ def removal_costs(
     >>> order, bool(costs[1] > 100 * costs[0])  # one of the twins goes for nothing, the other does not
     ([0, 2], True)
     """
-    w, inverse = w_RC.double().clone(), torch.linalg.inv(damped(gram_CC, damping))
-    places = [place.to(w.device) for place in _places(unit_of)]
-    removed = max(0, len(places) - keep)
-    order = [unit for unit, place in enumerate(places) if not len(place)][:removed]
+    w_RC, inverse_CC = w_RC.double().clone(), torch.linalg.inv(damped(gram_CC, damping))
+    columns = [each.to(w_RC.device) for each in _columns_of_units(unit_of)]
+    n_removed = max(0, len(columns) - keep)
+    # Units without columns go first and cost nothing.
+    order = [unit for unit, own in enumerate(columns) if not len(own)][:n_removed]
     costs = [0.0] * len(order)
-    alive = [unit for unit, place in enumerate(places) if len(place)]
-    at = _columns([places[unit] for unit in alive])
-    while len(order) < removed:
-        if at is None:
-            each, count = _costs(w, inverse, [places[unit] for unit in alive]), 1
+    left = [unit for unit, own in enumerate(columns) if len(own)]
+    single_U = _single_columns([columns[unit] for unit in left])
+    while len(order) < n_removed:
+        # 1. Score the units that are left; of units with one column, a few go at a time.
+        if single_U is None:
+            cost_U, count = _costs(w_RC, inverse_CC, [columns[unit] for unit in left]), 1
         else:
-            each, count = _column_costs(w, inverse, at), max(1, int(len(alive) * AT_ONCE))
-        count = min(count, removed - len(order))
-        going = each.argsort(stable=True)[:count].tolist()
-        gone = torch.cat([places[alive[i]] for i in going])
-        change = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # ((H^-1)_SS)^-1 (H^-1)_S
-        w.addmm_(w[:, gone], change, alpha=-1)
-        inverse.addmm_(inverse[:, gone], change, alpha=-1)
-        w[:, gone] = 0
-        inverse[gone] = 0
-        inverse[:, gone] = 0
-        inverse[gone, gone] = 1
-        order += [alive[i] for i in going]
-        costs += [float(each[i]) for i in going]
-        taken = set(going)
-        alive = [unit for i, unit in enumerate(alive) if i not in taken]
-        if at is not None:
-            left = torch.ones(len(at), dtype=torch.bool, device=at.device)
-            left[going] = False
-            at = at[left]
+            cost_U, count = _column_costs(w_RC, inverse_CC, single_U), max(1, int(len(left) * AT_ONCE))
+        cheapest = cost_U.argsort(stable=True)[: min(count, n_removed - len(order))].tolist()
+        # 2. The other columns make up for them, and the inverse becomes that of the Gram matrix without them.
+        gone = torch.cat([columns[left[i]] for i in cheapest])
+        change = torch.linalg.solve(inverse_CC[gone][:, gone], inverse_CC[gone])  # ((H^-1)_SS)^-1 (H^-1)_S
+        w_RC.addmm_(w_RC[:, gone], change, alpha=-1)
+        inverse_CC.addmm_(inverse_CC[:, gone], change, alpha=-1)
+        w_RC[:, gone] = 0
+        inverse_CC[gone] = 0
+        inverse_CC[:, gone] = 0
+        inverse_CC[gone, gone] = 1
+        # 3. Note them.
+        order += [left[i] for i in cheapest]
+        costs += [float(cost_U[i]) for i in cheapest]
+        removed = set(cheapest)
+        left = [unit for i, unit in enumerate(left) if i not in removed]
+        if single_U is not None:
+            stays = torch.ones(len(single_U), dtype=torch.bool, device=single_U.device)
+            stays[cheapest] = False
+            single_U = single_U[stays]
     return order, torch.tensor(costs, dtype=torch.float64)
 
 
@@ -102,30 +103,30 @@ def least_squares(
     >>> least_squares(w, x.t() @ x, torch.tensor([0]), damping=0.0)
     tensor([[2.]], dtype=torch.float64)
     """
-    w, gram = w_RC.double(), gram_CC.double()
-    ridge = damping * float(gram.diagonal().mean().clamp_min(1e-12))
-    inner = gram[kept][:, kept]
-    inner.diagonal().add_(ridge)
-    wanted = w @ (gram if cross_CC is None else cross_CC.double())[:, kept] + ridge * w[:, kept]
+    w_RC, gram_CC = w_RC.double(), gram_CC.double()
+    ridge = damping * float(gram_CC.diagonal().mean().clamp_min(1e-12))
+    inner_KK = gram_CC[kept][:, kept]
+    inner_KK.diagonal().add_(ridge)
+    target_RK = w_RC @ (gram_CC if cross_CC is None else cross_CC.double())[:, kept] + ridge * w_RC[:, kept]
     if ridge:
-        found: Tensor = torch.cholesky_solve(wanted.t(), torch.linalg.cholesky(inner))
+        fitted_KR: Tensor = torch.cholesky_solve(target_RK.t(), torch.linalg.cholesky(inner_KK))
     else:
-        found = torch.linalg.solve(inner, wanted.t())
-    return found.t()
+        fitted_KR = torch.linalg.solve(inner_KK, target_RK.t())
+    return fitted_KR.t()
 
 
 def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
-    """The squared error of the outputs that a change of the matrix makes, over all the tokens of the Gram matrix.
+    """The squared error of the outputs when the matrix changes so, over all tokens of the Gram matrix.
 
     >>> output_error(torch.tensor([[1.0, 0.0]]), torch.eye(2))
     1.0
     """
-    change = change_RC.to(gram_CC.dtype)
-    return float(((change @ gram_CC) * change).sum())
+    change_RC = change_RC.to(gram_CC.dtype)
+    return float(((change_RC @ gram_CC) * change_RC).sum())
 
 
-def _places(unit_of: Tensor) -> list[Tensor]:
-    """The columns of every unit."""
+def _columns_of_units(unit_of: Tensor) -> list[Tensor]:
+    """The columns of each unit."""
     units = int(unit_of.max()) + 1 if len(unit_of) else 0
     order = unit_of.argsort(stable=True)
     order = order[unit_of[order] >= 0]
@@ -133,25 +134,25 @@ def _places(unit_of: Tensor) -> list[Tensor]:
     return list(order.split(sizes))
 
 
-def _columns(places: Sequence[Tensor]) -> Tensor | None:
-    """The column of every unit, where each has exactly one."""
-    return torch.cat(list(places)) if places and all(len(place) == 1 for place in places) else None
+def _single_columns(columns: Sequence[Tensor]) -> Tensor | None:
+    """The column of each unit, where each has exactly one."""
+    return torch.cat(list(columns)) if columns and all(len(own) == 1 for own in columns) else None
 
 
-def _costs(w: Tensor, inverse: Tensor, places: Sequence[Tensor]) -> Tensor:
-    at = _columns(places)
-    if at is not None:
-        return _column_costs(w, inverse, at)
-    return torch.stack([_cost(w[:, place], inverse[place][:, place]) for place in places])
+def _costs(w_RC: Tensor, inverse_CC: Tensor, columns: Sequence[Tensor]) -> Tensor:
+    single_U = _single_columns(columns)
+    if single_U is not None:
+        return _column_costs(w_RC, inverse_CC, single_U)
+    return torch.stack([_cost(w_RC[:, own], inverse_CC[own][:, own]) for own in columns])
 
 
-def _column_costs(w: Tensor, inverse: Tensor, at: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.vector_norm(w, dim=0).square()
-    return squares[at] / inverse.diagonal()[at]
+def _column_costs(w_RC: Tensor, inverse_CC: Tensor, single_U: Tensor) -> Tensor:
+    squares_C: Tensor = torch.linalg.vector_norm(w_RC, dim=0).square()
+    return squares_C[single_U] / inverse_CC.diagonal()[single_U]
 
 
-def _cost(columns: Tensor, inverse: Tensor) -> Tensor:
-    if not columns.shape[1]:
-        return columns.new_zeros(())
-    found: Tensor = (columns.t() * torch.linalg.solve(inverse, columns.t())).sum()
-    return found
+def _cost(w_RS: Tensor, inverse_SS: Tensor) -> Tensor:
+    if not w_RS.shape[1]:
+        return w_RS.new_zeros(())
+    cost: Tensor = (w_RS.t() * torch.linalg.solve(inverse_SS, w_RS.t())).sum()
+    return cost

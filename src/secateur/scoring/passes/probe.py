@@ -1,0 +1,252 @@
+"""Two short samples -> how a model uses its parameters: what has to be known before gradients can be streamed.
+
+The gradient of a linear layer's weight is a product of its input and its output's gradient. The probe finds which
+parameters have such a gradient, and for all others the smallest module around them that can be run sample by sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.scoring.passes.forward import OutputHead, input_device, probe_windows, rows_per_sample
+from secateur.scoring.passes.memory import ActivationMemory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model uses its parameters, and which modules the backward pass computes again."""
+
+    uses: Mapping[str, int]
+    """Parameter -> how often linear layers or embeddings use it in one forward pass."""
+    owner: Mapping[str, str]
+    """Parameter -> path of the (first) module that has it."""
+    tied: frozenset[str]
+    """Parameters that several modules or calls use."""
+    by_autograd: frozenset[str]
+    """Parameters whose gradients are left to autograd: norms, stacked experts, convolutions."""
+    conditional: frozenset[str]
+    """Of these, those whose use depends on the text: experts that not all of it is routed to."""
+    recomputed: tuple[str, ...]
+    """Layers that are computed again in the backward pass because their activations take too much memory."""
+    one_by_one: frozenset[str]
+    """Modules that are computed again sample by sample, so that autograd gives the gradient of each sample."""
+    independent: frozenset[str]
+    """Modules that treat each sample independently of the others."""
+    calls: Mapping[str, int]
+    """Module that is computed again -> its calls in one forward pass."""
+    whole_model: bool
+    """Some parameter has no independent module around it: the whole model runs sample by sample."""
+    head: OutputHead | None
+    """The output head, where the model can be split before it."""
+
+
+@torch.no_grad()
+def probe(
+    model: PreTrainedModel,
+    windows: Tensor,
+    parameters: Mapping[str, Tensor],
+    *,
+    second_order: bool,
+    layers: Sequence[str],
+    memory: int,
+) -> Layout:
+    """Run two short samples through the model and see how it uses the parameters (name -> parameter).
+
+    With `second_order`, the squared gradient of each sample is needed. Of the layers, the last ones whose activations
+    fit into `memory` bytes are held, the others recomputed. The parameters must require gradients as in the real pass.
+    """
+    ids_BT = probe_windows(windows).to(input_device(model))
+    products = _ProductModules(model, parameters, ids_BT)
+    head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows)
+
+    # 1. One forward pass, watched: which operators and which modules use a parameter, and what autograd saves.
+    with ExitStack() as stack:
+        products.register_hooks(model, stack)
+        uses = stack.enter_context(_OperatorUses(products.name_of))
+        if head is not None:
+            stack.enter_context(head.recording())
+        stack.enter_context(activations.recording(model))
+        stack.enter_context(torch.set_grad_enabled(bool(memory and layers)))
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.detach()
+    recomputed = activations.recomputed(memory) if memory else tuple(layers)
+
+    # 2. A gradient is left to autograd unless every use of its parameter is in a linear layer or an embedding.
+    by_autograd = {n for n in parameters if n not in products.owned or uses.counts[n] != products.calls[n]}
+    used = {_without_numbers(name) for name in parameters if uses.counts[name]}
+    unused = {name for name in parameters if not uses.counts[name] and _without_numbers(name) in used}
+    conditional = products.irregular | unused
+    by_autograd |= conditional
+
+    # 3. Autograd adds up samples. For squares, the smallest independent module around each such parameter is run
+    #    sample by sample; where there is none, the whole model.
+    apart = {path for name in by_autograd for path in products.owners[name]} if second_order else set()
+    independent, calls = _independent_modules(model, ids_BT, apart, recomputed)
+    nearest = {path: next((p for p in _path_and_parents(path) if p in independent), None) for path in apart}
+    owner = {name: products.owners[name][0] for name in parameters}
+    tied = {name for name in parameters if len(products.owners[name]) > 1 or products.calls[name] > 1}
+    tied |= {name for name in by_autograd if second_order and calls[nearest[owner[name]] or ""] > 1}
+    return Layout(
+        uses=products.calls,
+        owner=owner,
+        tied=frozenset(tied),
+        by_autograd=frozenset(by_autograd),
+        conditional=frozenset(conditional),
+        recomputed=recomputed,
+        one_by_one=frozenset(path for path in nearest.values() if path is not None),
+        independent=frozenset(independent),
+        calls=calls,
+        whole_model=None in nearest.values(),
+        head=head if head is not None and head.reproduces(ids_BT, logits_BTV) else None,
+    )
+
+
+class _OperatorUses(TorchFunctionMode):
+    """Counts the operators that take a parameter and return tensors."""
+
+    def __init__(self, name_of: Mapping[int, str]) -> None:
+        super().__init__()
+        self.name_of = name_of
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple, list)):
+            for argument in itertools.chain(args, (kwargs or {}).values()):
+                for each in argument if isinstance(argument, (tuple, list)) else (argument,):
+                    if isinstance(each, nn.Parameter) and id(each) in self.name_of:
+                        self.counts[self.name_of[id(each)]] += 1
+        return result
+
+
+class _ProductModules:
+    """Linear layers and embeddings: which parameters they own, and how often each is called."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], ids_BT: Tensor) -> None:
+        self.samples, self.tokens = ids_BT.shape
+        self.name_of = {id(parameter): name for name, parameter in parameters.items()}
+        self.calls: Counter[str] = Counter()  # by parameter
+        self.irregular: set[str] = set()  # parameters of modules whose rows are not samples
+        self.owned: set[str] = set()
+        self.owners: dict[str, list[str]] = defaultdict(list)  # of every parameter, whatever module has it
+
+    def register_hooks(self, model: nn.Module, stack: ExitStack) -> None:
+        """Watch the modules until the stack is closed."""
+        for path, module in model.named_modules():
+            own = self._own(module)
+            for name in own:
+                self.owners[name].append(path)
+            if own and _has_product_gradient(module):
+                self.owned.update(own)
+                stack.callback(module.register_forward_hook(self._count).remove)
+
+    def _own(self, module: nn.Module) -> list[str]:
+        own = (self.name_of.get(id(parameter)) for parameter in module.parameters(recurse=False))
+        return [name for name in own if name is not None]
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            regular = False
+        elif isinstance(module, nn.Embedding):
+            regular = output.dim() == 3 and tuple(x.shape) in ((self.samples, self.tokens), (1, self.tokens))
+        else:
+            regular = x.shape[0] in (self.samples, self.samples * self.tokens)
+        for name in self._own(module):
+            self.calls[name] += 1
+            if not regular:
+                self.irregular.add(name)
+
+
+def _without_numbers(name: str) -> str:
+    """A name without its numbers: the same for all layers and experts.
+
+    >>> _without_numbers("layers.0.experts.3.weight")
+    'layers.*.experts.*.weight'
+    """
+    return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
+
+
+def _has_product_gradient(module: nn.Module) -> bool:
+    """Whether the weight's gradient follows from the module's input and its output's gradient."""
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward and module.max_norm is None
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def _independent_modules(
+    model: PreTrainedModel, ids_BT: Tensor, apart: set[str], recomputed: Sequence[str]
+) -> tuple[set[str], Counter[str]]:
+    """Of the modules `apart`, those around them and the recomputed ones: which are independent; the calls of each."""
+    candidates = {path for each in apart for path in _path_and_parents(each)} | set(recomputed)
+    independent: dict[str, bool] = {}
+    calls: Counter[str] = Counter()
+    testing = False  # the test runs modules, whose hooks must not test in turn
+
+    def hook_of(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal testing
+            if not testing:
+                testing = True
+                calls[path] += 1
+                independent[path] = independent.get(path, True) and _is_independent(
+                    module, (args, kwargs), output, len(ids_BT)
+                )
+                testing = False
+
+        return hook
+
+    if candidates:
+        with ExitStack() as stack:
+            for path in candidates:
+                hook = model.get_submodule(path).register_forward_hook(hook_of(path), with_kwargs=True)
+                stack.callback(hook.remove)
+            model(input_ids=ids_BT, use_cache=False)
+    return {path for path, verdict in independent.items() if verdict}, calls
+
+
+def _path_and_parents(path: str) -> list[str]:
+    """A path and those of the modules around it, except the model itself.
+
+    >>> _path_and_parents("model.layers.0")
+    ['model.layers.0', 'model.layers', 'model']
+    """
+    pieces = path.split(".") if path else []
+    return [".".join(pieces[:i]) for i in range(len(pieces), 0, -1)]
+
+
+def _is_independent(module: nn.Module, arguments: tuple[Any, Any], output: Any, samples: int) -> bool:
+    """Whether the first sample alone gives the first part of the output."""
+    leaves, spec = pytree.tree_flatten(arguments)
+    results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    steps = [rows_per_sample(result, samples) for result in results]
+    if None in steps or not any(isinstance(leaf, Tensor) and rows_per_sample(leaf, samples) for leaf in leaves):
+        return False
+    of_first = [
+        leaf[:step] if isinstance(leaf, Tensor) and (step := rows_per_sample(leaf, samples)) is not None else leaf
+        for leaf in leaves
+    ]
+    try:
+        args, kwargs = pytree.tree_unflatten(of_first, spec)
+        again = [leaf for leaf in pytree.tree_leaves(module.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    except Exception as error:  # model code with fewer samples than it expects may fail in any way
+        logger.debug("%s takes no single sample: %s", type(module).__name__, error)
+        return False
+    return len(again) == len(results) and all(
+        part.shape == result[:step].shape and torch.allclose(part.float(), result[:step].float(), rtol=1e-2, atol=1e-3)
+        for part, result, step in zip(again, results, steps, strict=True)
+    )
