@@ -394,7 +394,7 @@ class TestLayerByLayer:
         prune(calibration=own, resume=True)
 
     def test_a_full_disk_is_one_line(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("secateur.scoring.statistics.save_file", raiser(OSError(28, os.strerror(28))))
+        monkeypatch.setattr("secateur.files.save_file", raiser(OSError(28, os.strerror(28))))
         with pytest.raises(CheckpointError, match=r"forward-0\.safetensors cannot be written: No space left on device"):
             prune()
         assert names(place) == []
@@ -674,7 +674,7 @@ class TestFailure:
         assert [name for name in names(place) if "/" not in name] == [".out.secateur"]
 
     def test_scores_that_cannot_be_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("secateur.scoring.statistics.save_file", raiser(OSError(28, os.strerror(28))))
+        monkeypatch.setattr("secateur.files.save_file", raiser(OSError(28, os.strerror(28))))
         with pytest.raises(CheckpointError, match=r"scores\.safetensors cannot be written: No space left on device"):
             prune()
         assert names(place) == []
