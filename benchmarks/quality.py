@@ -28,8 +28,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,12 +35,10 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quality_table import DENSE, SETTINGS, Key, TableError, missing, write_tables
+from quality_table import DENSE, SETTINGS, Key, TableError, missing, table, write_tables
 from secateur import __version__
 from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
@@ -50,6 +46,7 @@ from secateur.discovery.groups import Discovery
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
+from secateur.files import write_json
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
@@ -107,7 +104,7 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, sensitivity": Row("sizes by measured damage instead", replace(best, scope="sensitivity")),
         "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
-        "best, two steps": Row("plan, cut, repair, score again", replace(best, iterations=2)),
+        "best, two iterations": Row("plan, cut, repair, score again", replace(best, iterations=2)),
         "best, longer windows": Row("as many tokens, in windows of 512", best, samples=128, length=512),
         "best, in order": Row("ablation: no text in random order", best, shuffled=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
@@ -271,7 +268,7 @@ def wanted(arguments: argparse.Namespace) -> list[Key]:
     return found
 
 
-def run_all(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what is missing; results are on the disk after every row."""
     out = Path(arguments.out)
     results: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
@@ -280,59 +277,12 @@ def run_all(arguments: argparse.Namespace, console: Console) -> list[dict[str, A
             other = " ".join(f"{name}={result.get(name)}" for name in SETTINGS)
             raise TableError(f"{out} holds results with {other}; no table has both: name another file with --out")
     for name, ratio, seed in missing(results, [DENSE, *wanted(arguments)]):
-        command = [
-            sys.executable,
-            __file__,
-            "--one",
-            name,
-            str(ratio),
-            str(seed),
-            "--dtype",
-            arguments.dtype,
-            "--tokens",
-            str(arguments.tokens),
-            "--shared",
-            arguments.shared,
-        ]
-        command += ["--samples", str(arguments.samples)] if arguments.samples else []
-        command += ["--calibration", arguments.calibration, *(f"--text={text}" for text in arguments.text)]
-        console.print(f"{name}, {ratio:.0%}, seed {seed}")
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", name, str(ratio), str(seed)]
+        print(f"{name}, {ratio:.0%}, seed {seed}", flush=True)
         finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results.append(json.loads(finished.stdout.splitlines()[-1]))
-        temporary = out.with_suffix(".partial")
-        temporary.write_text(json.dumps(results, indent=1))
-        temporary.replace(out)
+        write_json(out, results)
     return results
-
-
-def damages(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], dict[str, list[float]]]:
-    """Row and ratio -> text and window -> damage, one number for each seed."""
-    dense = next(result["nll"] for result in results if result["row"] == "dense")
-    found: dict[tuple[str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        if result["row"] != "dense":
-            for text, nll in result["nll"].items():
-                found[result["row"], result["ratio"]][text].append(nll - dense[text])
-    return found
-
-
-def show(results: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """The table: damage, seconds and memory of every row."""
-    dense = next(result["nll"] for result in results if result["row"] == "dense")
-    texts = [*dense]
-    table = Table("", "removed", *texts, "seconds", "peak GiB", title=f"{MODEL}: damage in nats per token, nats")
-    table.add_row("dense, nats per token", "", *(f"{dense[text]:.3f}" for text in texts), "", "")
-    for (name, ratio), by_text in damages(results).items():
-        mine = [result for result in results if result["row"] == name and result["ratio"] == ratio]
-        cells = []
-        for text in texts:
-            values = by_text[text]
-            spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.3f}{spread}")
-        seconds = sum(result["seconds"] for result in mine) / len(mine)
-        memory = max(result["peak_rss_bytes"] for result in mine) / 2**30
-        table.add_row(name, f"{mine[0]['removed']:.1%}", *cells, f"{seconds:.0f}", f"{memory:.1f}")
-    console.print(table)
 
 
 def main() -> None:
@@ -357,18 +307,17 @@ def main() -> None:
         name, ratio, seed = arguments.one
         print(json.dumps(measure(name, float(ratio), int(seed), arguments)))
         return
-    console = Console()
     try:
         if arguments.table:
             results = json.loads(Path(arguments.out).read_text())
         elif not arguments.calibration or not arguments.text:
             parser.error("expected --calibration FILE and --text NAME=FILE, or --table with --out FILE")
         else:
-            results = run_all(arguments, console)
-            show(results, console)
+            results = run_all(arguments)
+            print(table(results, wanted(arguments), costs=True))
         if arguments.table or (arguments.write and not arguments.rows):
             for path in write_tables(results, wanted(arguments)):
-                console.print(f"wrote the table of {path}")
+                print(f"wrote the table of {path}")
     except (TableError, OSError, ValueError) as error:
         sys.exit(f"quality.py: {error}")
 

@@ -6,11 +6,12 @@ settings, so that what has been measured before is never replaced by less.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from secateur.files import atomic_file
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
@@ -31,7 +32,7 @@ LABELS = {
     "best, sensitivity": "`best --scope sensitivity`",
     "best, reconstruct": "`best --repair reconstruct`",
     "best, sublayers": "`best --sublayers`",
-    "best, two steps": "`best --steps 2`",
+    "best, two iterations": "`best --iterations 2`",
     "llm-pruner, MLP": "LLM-Pruner's recipe, MLP of layers 3-27",
     "llm-pruner": "LLM-Pruner's recipe, heads and MLP",
     "wanda-sp": "Wanda-sp",
@@ -222,10 +223,6 @@ def write_tables(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *,
         except TableError as error:
             raise TableError(f"{path.name}: {error}") from error
     for path, text in made.items():
-        temporary = path.with_suffix(".partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with atomic_file(path, overwrite=True) as file:
+            file.write_text(text, encoding="utf-8")
     return [*made]

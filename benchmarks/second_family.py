@@ -29,18 +29,14 @@ from transformers import (
 
 from secateur.data.text import read_calibration
 from secateur.data.windows import sample_windows
-from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.texts import join_rows, read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
+from secateur.pipeline.pipeline import Pipeline
+from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.options import settled, with_preset
-from secateur.planning.plan import plan
-from secateur.planning.selection import groups_to_cut
-from secateur.pruning.prune import prune
-from secateur.pruning.repair import repair
-from secateur.scoring.scores import scores_from, statistics_for
 
 VOCABULARY, LENGTH, BATCH = 4096, 128, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -86,21 +82,13 @@ def train(documents: list[str], folder: Path, steps: int, console: Console) -> N
 
 
 def cut(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seen: list[str], name: str, ratio: float
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str], preset: str, ratio: float
 ) -> PreTrainedModel:
-    """The model as a preset cuts it; LLM-Pruner's share is of units, so it is set to remove as much."""
-    discovery = discover(model)
-    options, text = with_preset(name, {"ratio": ratio})  # of the non-embedding parameters, under both presets
-    groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    text = settled(text, options)
-    windows = sample_windows(seen, tokenizer, text)
-    statistics = statistics_for(options.score, model, discovery, text.scored(windows), groups=groups)
-    scores = scores_from(discovery, statistics, groups=groups, name=options.score)
-    decided, weights = plan(discovery, options, config=model.config, scores=scores), None
-    if options.repair != "none":
-        repaired = repair(model, decided, discovery, windows, method=options.repair, choose=options.choose == "obs")
-        decided, weights = repaired.plan, repaired.weights
-    return prune(model, decided, discovery=discovery, weights=weights)
+    """The model as a preset cuts it, by the same share of the non-embedding parameters under both."""
+    options, calibration = with_preset(preset, {"ratio": ratio})
+    windows = sample_windows(documents, tokenizer, settled(calibration, options))
+    recipe = PruneRecipe("second family", cut=options, calibration=calibration)
+    return Pipeline(recipe, model=model, windows=windows).cut()[0]
 
 
 def main() -> None:

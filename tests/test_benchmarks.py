@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +138,19 @@ def test_every_row_has_a_label() -> None:
     assert set(README_ROWS) <= names
 
 
-def test_the_command_writes_from_the_file_alone(root: Path) -> None:
-    """In a copy of the benchmark, whose pages are the ones above."""
-    (root / "benchmarks").mkdir()
-    for name in ("quality.py", "quality_table.py"):
-        (root / "benchmarks" / name).write_bytes((ROOT / "benchmarks" / name).read_bytes())
-    line = [sys.executable, "benchmarks/quality.py", "--table", "--out", "r.json", "--rows", ";".join(README_ROWS)]
-    line += ["--seeded", "best"]
+def test_the_command_writes_from_the_file_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(quality, "write_tables", partial(write_tables, root=root))
+    line = ["quality.py", "--table", "--out", "r.json", "--rows", ";".join(README_ROWS), "--seeded", "best"]
+    monkeypatch.setattr(sys, "argv", line)
     (root / "r.json").write_text(json.dumps(RESULTS[:-1]))
-    failed = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert failed.returncode == 1
-    assert "quality.py: README.md: 1 of 19 measurements are missing: shortgpt at 50% (seed 0)" in failed.stderr
+    with pytest.raises(SystemExit, match=r"README.md: 1 of 19 measurements are missing: shortgpt at 50% \(seed 0\)"):
+        quality.main()
     assert "what was" in (root / "README.md").read_text()
     (root / "r.json").write_text(json.dumps(RESULTS))
-    subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    quality.main()
+    assert f"wrote the table of {root / 'README.md'}" in capsys.readouterr().out
     assert readme_block(RESULTS, WANTED) in (root / "README.md").read_text()
     assert choosing_block(RESULTS, WANTED) in (root / "docs" / "choosing.md").read_text()
