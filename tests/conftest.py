@@ -8,17 +8,19 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it stands before the imports
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from model_folders import tiny_config
+from secateur.models.config import load_config
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from tiny import write_tiny
 
 
 @pytest.fixture(scope="session")
-def demo_model() -> PreTrainedModel:
-    """The demo model in float32 on the CPU; shared, so copy it before changing anything."""
-    return load("demo", device="cpu")
+def demo_config() -> PreTrainedConfig:
+    return load_config("demo")
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +29,35 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
+def demo_model(demo_config: PreTrainedConfig, demo_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The demo model in float32 on the CPU; shared, so copy it before changing anything.
+
+    It comes last: the file is parsed once for the three, which takes seconds, and forgotten after its weights.
+    """
+    return load("demo", device="cpu")
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model with a tokenizer; shared, so copy it before changing anything."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def plain_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config()).eval()
+    return model
+
+
+@pytest.fixture
+def plain_folder(plain_model: PreTrainedModel, tmp_path: Path) -> Path:
+    """A folder with one safetensors file and no tokenizer."""
+    plain_model.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def sharded_folder(plain_model: PreTrainedModel, tmp_path: Path) -> Path:
+    plain_model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    return tmp_path / "shards"

@@ -1,21 +1,92 @@
-"""What a config says of its model."""
+"""A config is read or refused in one line, and what it says of its model."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+)
 
+from model_folders import edit_config, fails, logits
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
-from secateur.errors import DataError
-from secateur.models.config import check_positions
+from secateur.errors import DataError, UntrustedCodeError
+from secateur.models.config import check_positions, load_config
+from secateur.models.loading import load, skeleton
+from secateur.models.tokenizer import load_tokenizer
 from secateur.scoring.scores import score
 from tiny import tiny_model, tiny_tokenizer
+
+
+class TestConfig:
+    def test_from_a_folder_and_from_a_file(self, plain_folder: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other.json"
+        shutil.copy(plain_folder / "config.json", other)
+        for model in (plain_folder, plain_folder / "config.json", other):
+            assert load_config(str(model)).intermediate_size == 24
+
+    def test_an_encoder_that_can_be_a_causal_model(self, tmp_path: Path) -> None:
+        AutoConfig.for_model("bert").save_pretrained(tmp_path)
+        assert load_config(str(tmp_path)).model_type == "bert"
+
+    @pytest.mark.parametrize("model_type", ["vit", "t5"])
+    def test_not_a_causal_model(self, model_type: str, tmp_path: Path) -> None:
+        AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+        with fails(f"{str(tmp_path)!r}: model type {model_type!r} is not a causal language model"):
+            load_config(str(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("{", "config cannot be read; OSError: It looks like the config file"),
+            ("[1]", "config cannot be read; ValueError: Unrecognized model"),
+            ('{"hidden_size": 12}', "Should have a `model_type` key"),
+            ('{"model_type": "no-such-type"}', "model type `no-such-type`"),
+            ('{"model_type": "llama", "hidden_size": "wide"}', "Field 'hidden_size' expected int, got str"),
+        ],
+    )
+    def test_a_broken_config(self, text: str, match: str, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(text)
+        with fails(match):
+            load_config(str(tmp_path))
+
+    @pytest.mark.parametrize("model", ["no-such-model", "no/such-model", "no such model"])
+    def test_an_unknown_hub_name_is_one_line(self, model: str, capfd: pytest.CaptureFixture[str]) -> None:
+        for function in (load_config, load, load_tokenizer):
+            with fails("Check the name and the network, or use a local folder or 'demo'."):
+                function(model)
+        assert capfd.readouterr() == ("", "")
+
+    def test_code_beside_the_model_runs_only_when_trusted(
+        self, plain_model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        folder = tmp_path / "own"
+        plain_model.save_pretrained(folder)
+        (folder / "own_code.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+            "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        )
+        auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+        edit_config(folder, model_type="own", auto_map=auto_map)
+        for model in (folder, folder / "config.json"):
+            with fails("custom code") as caught:
+                load_config(str(model))
+            assert type(caught.value) is UntrustedCodeError
+            config = load_config(str(model), trust_remote_code=True)
+            assert type(config).__name__ == "OwnConfig"
+            assert type(skeleton(config, trust_remote_code=True)).__name__ == "OwnModel"
+        assert torch.equal(logits(load(str(folder), device="cpu", trust_remote_code=True)), logits(plain_model))
 
 
 class TestPositions:
