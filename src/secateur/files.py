@@ -40,10 +40,7 @@ def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) 
     Traceback (most recent call last):
     secateur.errors.CheckpointError: /nonexistent/model: the folder /nonexistent does not exist; ...
     """
-    try:
-        exists = out.exists()
-    except OSError as error:  # a name that no file system takes
-        raise CheckpointError(f"{out!s:.60}... cannot be written: {error.strerror}") from error
+    exists = _exists(out)
     if exists and not overwrite:
         raise CheckpointError(f"{out} exists; name another folder, or replace it with --overwrite (overwrite=True)")
     if exists and not out.is_dir():
@@ -63,10 +60,7 @@ def check_file_vacant(out: Path, *, overwrite: bool = False) -> None:
     Traceback (most recent call last):
     secateur.errors.CheckpointError: /dev/null exists; name another file, or replace it with --overwrite ...
     """
-    try:
-        exists = out.exists()
-    except OSError as error:  # a name that no file system takes
-        raise CheckpointError(f"{out!s:.60}... cannot be written: {error.strerror}") from error
+    exists = _exists(out)
     check_writable(out)
     if exists and not overwrite:
         raise CheckpointError(f"{out} exists; name another file, or replace it with --overwrite (overwrite=True)")
@@ -84,6 +78,13 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, and a file is to be written; name one in it")
     _check_parent(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"{path!s:.60}... cannot be written: {error.strerror}") from error
 
 
 def _check_parent(path: Path) -> None:
@@ -302,19 +303,19 @@ def read_json(path: Path) -> Any:
             raise ValueError("it is no regular file" if path.exists() else "there is no such file")
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"it has {path.stat().st_size} bytes; at most {MOST_JSON} are read")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:  # the last for nesting that no one writes
-        told = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise CheckpointError(f"{path.name} cannot be read; {told[:200]}") from error
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise CheckpointError(f"{path.name} cannot be read; {reason[:200]}") from error
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
-    return found
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"the key {key[:80]!r} stands twice in one object")
+        mapping[key] = value
+    return mapping
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any = None) -> None:

@@ -1,6 +1,6 @@
-"""Several processes that score one model: each takes its share of the samples, sums go over all of them.
+"""Several processes that score one model: each takes its share of the samples, and sums go over all of them.
 
-`accelerate launch` starts them and says in the environment who is who; without it there is one.
+`accelerate launch` starts them and sets their ranks in the environment; without it there is one process.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from secateur.errors import ScoreError
 
 
 def join() -> None:
-    """Meet the other processes, where there are some: gloo between CPUs, nccl between GPUs."""
+    """Join the process group, where several processes were started: gloo between CPUs, nccl between GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         PartialState(cpu=not torch.cuda.is_available())
         atexit.register(_leave)
 
 
 def _leave() -> None:
-    """Part from the other processes; without it the end of this one may be a crash."""
+    """Leave the process group; without it the end of this process may be a crash."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def count() -> int:
-    """How many processes there are.
+    """Number of processes.
 
     >>> count()
     1
@@ -48,7 +48,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes and speaks for all.
+    """Whether this process is the one that writes files and prints for all.
 
     >>> is_first()
     True
@@ -57,7 +57,7 @@ def is_first() -> bool:
 
 
 def share_of(windows: Tensor) -> Tensor:
-    """This process's samples: every n-th. Raises `ScoreError` where there are fewer samples than processes.
+    """This process's samples, every n-th of them. Raises `ScoreError` where there are fewer samples than processes.
 
     >>> share_of(torch.zeros(3, 8)).shape
     torch.Size([3, 8])
@@ -71,7 +71,7 @@ def share_of(windows: Tensor) -> Tensor:
 
 
 def add_up(*tensors: Tensor) -> None:
-    """Put into these tensors, in place, their sums over all processes."""
+    """All-reduce: replace tensors in place by their sums over all processes."""
     if count() > 1:
         for tensor in tensors:
             _reduce(tensor, distributed.ReduceOp.SUM)
@@ -85,28 +85,28 @@ def largest(number: int) -> int:
     """
     if count() == 1:
         return number
-    found = torch.tensor(number)
-    _reduce(found, distributed.ReduceOp.MAX)
-    return int(found)
+    tensor = torch.tensor(number)
+    _reduce(tensor, distributed.ReduceOp.MAX)
+    return int(tensor)
 
 
 def from_first(tensor: Tensor) -> Tensor:
-    """The first process's tensor, in every process; all have one of the same shape."""
+    """Broadcast: the first process's tensor, in place of those of the others, which have the same shape."""
     if count() > 1:
         distributed.broadcast(tensor, src=0)
     return tensor
 
 
 def wait() -> None:
-    """Go on when all processes are here."""
+    """Wait until all processes have come here."""
     if count() > 1:
         distributed.barrier()
 
 
-def _reduce(tensor: Tensor, how: Any) -> None:
-    if distributed.get_backend() == "nccl" and not tensor.is_cuda:  # nccl knows GPUs alone
+def _reduce(tensor: Tensor, operation: Any) -> None:
+    if distributed.get_backend() == "nccl" and not tensor.is_cuda:  # nccl reduces on GPUs alone
         on_gpu = tensor.cuda()
-        distributed.all_reduce(on_gpu, how)
+        distributed.all_reduce(on_gpu, operation)
         tensor.copy_(on_gpu)
     else:
-        distributed.all_reduce(tensor, how)
+        distributed.all_reduce(tensor, operation)

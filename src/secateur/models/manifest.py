@@ -1,8 +1,8 @@
 """What a folder that we wrote holds: the size and hash of every file, the dtype and shape of every tensor.
 
-The manifest is the last file of a folder that `save` writes. Whoever reads a file of the folder compares it first; the
-bytes of weights, which may be many, are hashed by `verify` alone. A folder without a manifest is anybody's, and nothing
-is compared.
+The manifest is the last file of a folder that `save` writes. A file of the folder is compared with it before it is
+read; the bytes of weights, which may be many, are hashed by `verify` alone. In a folder without a manifest nothing is
+compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, one_line
 from secateur.files import read_json, unwritable, write_json
 
 MANIFEST_FILE = "secateur_manifest.json"
@@ -40,7 +40,7 @@ class Entry:
 
 
 def entry(path: Path) -> Entry:
-    """What the manifest says of a file.
+    """The entry of a file in the manifest.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def tensors_in(path: Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write down every file of a folder, its size and hash, and the tensors of weights; the last thing to be written.
+    """Write the manifest of a folder, after all its other files.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -108,8 +108,8 @@ def read_manifest(folder: Path) -> dict[str, Entry] | None:
             raise ValueError(f"it has format {data['format']!r:.40}, this version reads {FORMAT}")
         return {_plain(name): _entry(name, about) for name, about in data["files"].items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        told = f"{type(error).__name__}: {error}" if type(error) is not ValueError else str(error)
-        raise CheckpointError(f"{MANIFEST_FILE} is damaged ({told[:200]}). {REMEDY}") from error
+        reason = str(error) if type(error) is ValueError else one_line(error)
+        raise CheckpointError(f"{MANIFEST_FILE} is damaged ({reason[:200]}). {REMEDY}") from error
 
 
 def _plain(name: str) -> str:
@@ -128,7 +128,7 @@ def _entry(name: str, about: Any) -> Entry:
 
 
 def changes(folder: Path, name: str, written: Entry, *, hashed: bool) -> str | None:
-    """What of a file is not as it was written, in words that follow its name; None where nothing is.
+    """How a file differs from what was written, in words that follow its name; None where it does not.
 
     With `hashed`, the bytes of weights are read, too.
     """
@@ -136,44 +136,44 @@ def changes(folder: Path, name: str, written: Entry, *, hashed: bool) -> str | N
     if not path.is_file():
         return "is no regular file" if path.exists() else "is missing"
     size = path.stat().st_size
-    if written.tensors is not None and (told := _tensor_changes(path, written.tensors)) is not None:
-        return told
+    if written.tensors is not None and (change := _tensor_changes(path, written.tensors)) is not None:
+        return change
     if size != written.bytes:
         return f"has {size} bytes, {written.bytes} were written"
-    if (hashed or written.tensors is None) and (found := file_digest(path)) != written.sha256:
-        return f"has other bytes than were written (sha256 {found[:12]}..., expected {written.sha256[:12]}...)"
+    if (hashed or written.tensors is None) and (digest := file_digest(path)) != written.sha256:
+        return f"has other bytes than were written (sha256 {digest[:12]}..., expected {written.sha256[:12]}...)"
     return None
 
 
 def _tensor_changes(path: Path, written: Mapping[str, str]) -> str | None:
     try:
-        found = tensors_in(path)
+        tensors = tensors_in(path)
     except CheckpointError as error:
         return str(error).removeprefix(f"{path.name} ").split(". ")[0]
-    for name in sorted(found.keys() | written.keys()):
-        if name not in found:
+    for name in sorted(tensors.keys() | written.keys()):
+        if name not in tensors:
             return f"lacks the tensor {name}"
         if name not in written:
             return f"holds {name}, which was not written"
-        if found[name] != written[name]:
-            return f"holds {name} as {found[name]}, {written[name]} was written"
+        if tensors[name] != written[name]:
+            return f"holds {name} as {tensors[name]}, {written[name]} was written"
     return None
 
 
-def check_as_written(folder: Path, reads: Callable[[str], bool]) -> None:
+def check_as_written(folder: Path, is_read: Callable[[str], bool]) -> None:
     """Raise `CheckpointError` where a file that is to be read is not as it was written, or was not written at all.
 
-    `reads` tells of a name whether it is one. Nothing is checked in a folder without a manifest.
+    Only files whose name `is_read` accepts are compared, and nothing in a folder without a manifest.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         return
-    for name in sorted({name for name in (*manifest, *files_in(folder)) if reads(name)}):
-        told = (
+    for name in sorted({name for name in (*manifest, *files_in(folder)) if is_read(name)}):
+        change = (
             changes(folder, name, manifest[name], hashed=False) if name in manifest else "was not written with the rest"
         )
-        if told is not None:
-            raise CheckpointError(f"{name} {told}. {REMEDY}")
+        if change is not None:
+            raise CheckpointError(f"{name} {change}. {REMEDY}")
 
 
 def files_in(folder: Path) -> Iterator[str]:
