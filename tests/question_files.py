@@ -76,37 +76,11 @@ def write_questions(folder: Path) -> Path:
     home = folder / "eval"
     (home / "piqa_original").mkdir(parents=True)
     _requests(home / "boolq_rc_0shot_requests.jsonl.gz", map(_boolq, BOOLQ))
-    _lines(
-        home / "boolq.jsonl",
-        (
-            {
-                "query": f"Passage: {passage.partition(' -- ')[2]}\nQuestion: {question}?\n",
-                "choices": ["no", "yes"],
-                "gold": int(answer == "yes"),
-            }
-            for passage, question, answer in BOOLQ
-        ),
-    )
     _lines(home / "piqa_original" / "valid.jsonl", ({"goal": g, "sol1": a, "sol2": b} for g, a, b, _ in PIQA))
     (home / "piqa_original" / "valid-labels.lst").write_text("".join(f"{label}\n" for *_, label in PIQA))
-    _lines(
-        home / "piqa.jsonl",
-        ({"query": f"Question: {g}\n", "choices": [a.strip(), b.strip()], "gold": label} for g, a, b, label in PIQA),
-    )
     names = ("sentence", "option1", "option2", "answer")
     docs = (dict(zip(names, row, strict=True)) for row in WINOGRANDE)
     _requests(home / "winogrande_rc_0shot_requests.jsonl.gz", ((doc, 2) for doc in docs))
-    _lines(
-        home / "winogrande.jsonl",
-        (
-            {
-                "context_options": [sentence[: sentence.index("_")] + option for option in options],
-                "continuation": sentence[sentence.index("_") + 1 :].strip(),
-                "gold": int(answer) - 1,
-            }
-            for sentence, *options, answer in WINOGRANDE
-        ),
-    )
     for name in ("easy", "challenge"):
         _requests(home / f"arc_{name}_test_rc_5shot_requests.jsonl.gz", map(_arc, ARC), again=True)
     _lines(home / "openbook_qa.jsonl", ({"query": q, "choices": c, "gold": gold} for q, c, gold in OPENBOOKQA))

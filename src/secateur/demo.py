@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Demonstration:
         return {
             "out": str(self.out),
             "plan": self.plan.to_json(),
-            "perplexity": {name: [asdict(p) for p in results] for name, results in self.perplexity.items()},
+            "perplexity": {name: [p.to_json() for p in results] for name, results in self.perplexity.items()},
             "profiles": [row.to_json() for row in self.profiles],
             "prompt": PROMPT,
             "samples": dict(self.samples),
@@ -107,7 +107,7 @@ def _log(found: Demonstration, pruned: Pruned, recipe: PruneRecipe, folder: Path
     rows = [
         {
             "model": names[name],
-            "perplexity": [asdict(measured) for measured in results],
+            "perplexity": [measured.to_json() for measured in results],
             "tasks": {},
             "samples": [{"prompt": PROMPT, "text": found.samples[name]}],
         }

@@ -14,7 +14,7 @@ import pytest
 from lm_eval_reference import HUB, lines, own_task
 from question_files import write_questions
 from secateur.errors import TaskError
-from secateur.evaluation.local_tasks import LOCAL, find_source, read_rows
+from secateur.evaluation.local_tasks import LOCAL, find_files, read_rows
 from secateur.evaluation.task_results import LLM_PRUNER_TASKS
 from secateur.evaluation.tasks import load_tasks
 
@@ -57,7 +57,7 @@ def test_all_public_questions_are_asked_as_lm_eval_asks_them(name: str, public_d
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["boolq", "winogrande"])
 def test_prompts_are_those_that_the_public_files_give_ready_made(name: str, public_data: Path) -> None:
-    file = public_data / LOCAL[name][0].files[0]
+    file = public_data / LOCAL[name].files[0]
     made = sorted(tuple(map(str.strip, line["request"].values())) for line in lines(file))
     ours = sorted(tuple(map(str.strip, asked)) for requests in requests_of(name, public_data) for asked in requests)
     assert ours == made
@@ -126,37 +126,11 @@ def test_the_stripped_hellaswag_capitalises_what_lm_eval_does(questions: Path) -
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "preferred", "note"),
-    [
-        ("boolq", "boolq_rc_0shot_requests.jsonl.gz", "no titles"),
-        ("piqa", "piqa_original/valid-labels.lst", "lost spaces"),
-        ("winogrande", "winogrande_rc_0shot_requests.jsonl.gz", None),
-        ("hellaswag", "hellaswag_val_1000_original.jsonl", "preprocessed copy"),
-    ],
-)
-def test_a_second_format_is_read_where_the_first_is_missing(
-    name: str, preferred: str, note: str | None, questions: Path, tmp_path: Path
-) -> None:
-    others = write_questions(tmp_path)
-    (others / "eval" / preferred).unlink()
-    [loaded] = load_tasks([name], folder=others)
-    assert loaded.data is not None
-    assert loaded.data not in preferred
-    assert (note in (loaded.note or "")) if note else loaded.note is None
-    first = [[choice.strip() for _, choice in asked] for asked in requests_of(name, questions)]
-    assert [[choice.strip() for _, choice in asked] for asked in requests_of(name, others)] == first
-    if name == "winogrande":
-        assert requests_of(name, others) == requests_of(name, questions)
-    targets = [[document[1] for document in targeted(load_tasks([name], folder=f)[0])] for f in (questions, others)]
-    assert targets[0] == targets[1]
-
-
 @pytest.mark.parametrize("name", LOCAL)
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=rf"^{name}: its questions are not in .*Expected there: ") as caught:
-        find_source(name, tmp_path)
-    assert all(file in str(caught.value) for source in LOCAL[name] for file in source.files)
+        find_files(name, tmp_path)
+    assert all(file in str(caught.value) for file in LOCAL[name].files)
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -179,16 +153,6 @@ def test_no_folder(tmp_path: Path) -> None:
     ids=str,
 )
 def test_odd_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / LOCAL[name][0].files[0]).write_bytes(content)
-    source, paths = find_source(name, tmp_path)
+    (tmp_path / LOCAL[name].files[0]).write_bytes(content)
     with pytest.raises(TaskError, match=message):
-        read_rows(source, paths)
-
-
-def targeted(loaded: Any) -> list[tuple[Any, Any]]:
-    task = next(iter(loaded.loaded["tasks"].values()))
-    pairs = []
-    for document in task.eval_docs:
-        target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-        pairs.append((document, target))
-    return pairs
+        read_rows(LOCAL[name], find_files(name, tmp_path))

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.evaluation.inference import sample_text
 from secateur.evaluation.options import EvaluationOptions
-from secateur.evaluation.perplexity import Perplexity, WindowLosses, evaluate_windows
-from secateur.evaluation.significance import Difference, paired_ratio
+from secateur.evaluation.perplexity import Perplexity, evaluate, loss_difference
 from secateur.evaluation.task_results import TaskResult, mean_accuracy, task_difference
 from secateur.evaluation.tasks import LoadedTask, load_tasks, zero_shot
 from secateur.evaluation.texts import read_texts
@@ -40,20 +39,19 @@ class ModelEvaluation:
     """What was measured of one model.
 
     >>> ModelEvaluation("demo", weight_bytes=2).perplexity
-    []
+    ()
     """
 
     model: str
-    losses: tuple[WindowLosses, ...] = ()  # by text and protocol
+    perplexity: tuple[Perplexity, ...] = ()  # by text and protocol
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)
     samples: Mapping[str, str] = field(default_factory=dict)  # prompt -> its greedy continuation
     weight_bytes: int | None = None  # in memory
     file_bytes: int | None = None  # None where there are no files
 
-    @property
-    def perplexity(self) -> list[Perplexity]:
-        """The perplexities, by text and protocol."""
-        return [each.perplexity for each in self.losses]
+    def perplexity_like(self, other: Perplexity) -> Perplexity | None:
+        """The perplexity on the same text by the same protocol; None where there is none."""
+        return next((p for p in self.perplexity if (p.data, p.protocol) == (other.data, other.protocol)), None)
 
 
 def load_inputs(options: EvaluationOptions) -> EvaluationInputs:
@@ -85,13 +83,13 @@ def evaluate_model(
     >>> from contextlib import nullcontext
     >>> inputs = EvaluationInputs(EvaluationOptions(), texts={}, tasks=())
     >>> evaluate_model("none", None, None, inputs, bars=nullcontext).perplexity
-    []
+    ()
     """
     options = inputs.options
-    losses: list[WindowLosses] = []
+    perplexity: list[Perplexity] = []
     if inputs.texts:
         with bars(f"evaluate {name}") as progress:
-            losses = evaluate_windows(
+            perplexity = evaluate(
                 model,
                 tokenizer,
                 inputs.texts,
@@ -109,25 +107,7 @@ def evaluate_model(
         samples = {
             prompt: sample_text(model, tokenizer, prompt, new_tokens=options.new_tokens) for prompt in options.prompts
         }
-    return ModelEvaluation(name, tuple(losses), tasks, samples, weight_bytes, file_bytes)
-
-
-def loss_differences(evaluation: ModelEvaluation, first: ModelEvaluation) -> list[Difference | None]:
-    """How many nats per token a model is worse than the first in every text, window by window.
-
-    None where the two did not read the same windows, as with another tokenizer.
-
-    >>> one = ModelEvaluation("a", (WindowLosses(Perplexity("t", 3, 4, 1.0, 0.0), (1.0, 2.0), (2, 2)),))
-    >>> loss_differences(one, one)
-    [Difference(difference=0.0, stderr=0.0, p=1.0)]
-    """
-    known = {(each.perplexity.data, each.perplexity.protocol): each for each in first.losses}
-    differences: list[Difference | None] = []
-    for each in evaluation.losses:
-        other = known.get((each.perplexity.data, each.perplexity.protocol))
-        same = other is not None and (each.tokens, each.perplexity.bytes) == (other.tokens, other.perplexity.bytes)
-        differences.append(paired_ratio(each.nats, other.nats, each.tokens) if other is not None and same else None)
-    return differences
+    return ModelEvaluation(name, tuple(perplexity), tasks, samples, weight_bytes, file_bytes)
 
 
 def as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
@@ -140,11 +120,11 @@ def as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
 
 
 def _as_json(evaluation: ModelEvaluation, first: ModelEvaluation | None) -> dict[str, Any]:
-    perplexity = [asdict(each) for each in evaluation.perplexity]
+    perplexity = [each.to_json() for each in evaluation.perplexity]
     tasks = {name: result.to_json() for name, result in evaluation.tasks.items()}
     if first is not None:
-        for entry, difference in zip(perplexity, loss_differences(evaluation, first), strict=True):
-            if difference is not None:
+        for entry, each in zip(perplexity, evaluation.perplexity, strict=True):
+            if (difference := loss_difference(each, first.perplexity_like(each))) is not None:
                 entry["against"] = {"model": first.model, **asdict(difference)}
         for name, result in evaluation.tasks.items():
             if (difference := task_difference(result, first.tasks.get(name))) is not None:

@@ -1,11 +1,11 @@
 """Local files with questions -> rows in the schema of the hub's data set, which lm-eval's own task then reads.
 
-Prompts, choices and scores stay lm-eval's: only the data set of a task is replaced. Two formats are known:
+Prompts, choices and scores stay lm-eval's: only the data set of a task is replaced. Three formats are read:
 
 - `*_requests.jsonl.gz`: a line for every question and choice, as AI2's evaluation suites publish them. `doc` is the
   question; its first line counts, because some files repeat the questions with another prompt.
-- `*.jsonl`: a line for every question, as MosaicML's evaluation suite publishes them (`query`, `choices`, `gold`) or
-  with the fields of the hub. `hellaswag_val_full.txt.bz2` has six lines for every question instead.
+- `*.jsonl`: a line for every question, with the fields of the hub or with `query`, `choices` and `gold`.
+- `hellaswag_val_full.txt.bz2`: six lines for every question.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 class Source:
     """Files with the questions of a task.
 
-    >>> LOCAL["piqa"][0].files
+    >>> LOCAL["piqa"].files
     ('piqa_original/valid.jsonl', 'piqa_original/valid-labels.lst')
     """
 
@@ -43,12 +43,10 @@ class Source:
     """How the questions differ from lm-eval's own data set."""
 
 
-def find_source(name: str, folder: Path) -> tuple[Source, list[Path]]:
-    """The first source of a local task whose files are all in the folder or in its folder `eval`.
+def find_files(name: str, folder: Path) -> list[Path]:
+    """The files of a local task, in the folder or in its folder `eval`. Raises `TaskError` naming what is missing.
 
-    Raises `TaskError` where there is none, naming the files.
-
-    >>> find_source("winogrande", Path("no-such-folder"))
+    >>> find_files("winogrande", Path("no-such-folder"))
     Traceback (most recent call last):
     secateur.errors.TaskError: winogrande: 'no-such-folder' is not a folder. ...
     """
@@ -57,15 +55,14 @@ def find_source(name: str, folder: Path) -> tuple[Source, list[Path]]:
             f"{name}: {str(folder)!r} is not a folder. Expected one with the questions: --tasks-data FOLDER, or leave "
             "it out to fetch them"
         )
-    for source in LOCAL[name]:
-        for base in (folder, folder / "eval"):
-            paths = [base / file for file in source.files]
-            if all(path.is_file() for path in paths):
-                return source, paths
-    wanted = ", or ".join(" with ".join(source.files) for source in LOCAL[name])
+    files = LOCAL[name].files
+    for base in (folder, folder / "eval"):
+        paths = [base / file for file in files]
+        if all(path.is_file() for path in paths):
+            return paths
     raise TaskError(
-        f"{name}: its questions are not in {str(folder)!r}. Expected there: {wanted}. Without --tasks-data they are "
-        "fetched from the hub"
+        f"{name}: its questions are not in {str(folder)!r}. Expected there: {' with '.join(files)}. Without "
+        "--tasks-data they are fetched from the hub"
     )
 
 
@@ -74,9 +71,9 @@ def read_rows(source: Source, paths: Sequence[Path]) -> list[Row]:
 
     Raises `TaskError` for a file that cannot be read, has no questions, or questions of another form.
 
-    >>> read_rows(LOCAL["boolq"][1], [Path("boolq.jsonl")])
+    >>> read_rows(LOCAL["openbookqa"], [Path("none.jsonl")])
     Traceback (most recent call last):
-    secateur.errors.TaskError: boolq.jsonl cannot be read (FileNotFoundError: ...). Expected a copy of the public file
+    secateur.errors.TaskError: none.jsonl cannot be read (FileNotFoundError: ...). Expected a copy of the public file
     """
     try:
         questions = _six_lines(paths[0]) if ".txt" in paths[0].suffixes else _questions(paths[0])
@@ -132,22 +129,8 @@ def _fields(pattern: str, text: str) -> Row:
 
 
 def _boolq(question: Row) -> Row:
-    pattern = r"(?:Passage: )?(?P<passage>.*)\nQuestion: (?P<question>.*)\?\s*(?:Answer:)?"
-    answer = question["choices"][question["gold"]].strip()
-    return {**_fields(pattern, question["query"]), "label": ["no", "yes"].index(answer)}
-
-
-def _piqa(question: Row) -> Row:
-    first, second = question["choices"]
-    goal = _fields(r"Question: (?P<goal>.*)\n", question["query"])
-    return {**goal, "sol1": first, "sol2": second, "label": question["gold"]}
-
-
-def _winogrande(question: Row) -> Row:
-    """The gap stands before what both options share, which is all that a prompt needs."""
-    first, second = question["context_options"]
-    answer = str(question["gold"] + 1)
-    return {"sentence": f"_ {question['continuation']}", "option1": first, "option2": second, "answer": answer}
+    passage = _fields(r"(?P<passage>.*)\nQuestion: (?P<question>.*)\?\nAnswer:", question["query"])
+    return {**passage, "label": ["no", "yes"].index(question["choices"][question["gold"]])}
 
 
 def _arc(question: Row) -> Row:
@@ -172,41 +155,22 @@ def _hellaswag_text(question: Row) -> Row:
     return {**question, **activity, "ctx_a": fragment[1], "ctx_b": fragment[2]}
 
 
-_FULL_HELLASWAG = Source(
-    ("hellaswag_val_full.txt.bz2",),
-    _hellaswag_text,
-    "a preprocessed copy: endings of WikiHow questions have lost a space at their start, so some scores differ from "
-    "lm-eval's",
-)
-
-# Name -> its sources. The first that is there is read: those that give lm-eval's prompts exactly come first.
+# Name -> where its questions are. All give lm-eval's prompts exactly but for what a note says.
 LOCAL = {
-    "boolq": (
-        Source(("boolq_rc_0shot_requests.jsonl.gz",), _boolq),
-        Source(("boolq.jsonl",), _boolq, "its passages have no titles, so prompts are shorter than lm-eval's"),
+    "boolq": Source(("boolq_rc_0shot_requests.jsonl.gz",), _boolq),
+    "piqa": Source(("piqa_original/valid.jsonl", "piqa_original/valid-labels.lst")),
+    "hellaswag": Source(
+        ("hellaswag_val_1000_original.jsonl",),
+        note="a subset in the original form, nine in ten of it on videos: not a uniform sample of the 10,042 questions",
     ),
-    "piqa": (
-        Source(("piqa_original/valid.jsonl", "piqa_original/valid-labels.lst")),
-        Source(
-            ("piqa.jsonl",),
-            _piqa,
-            "its solutions have lost spaces at their ends, so some scores differ from lm-eval's",
-        ),
+    "hellaswag_full": Source(
+        ("hellaswag_val_full.txt.bz2",),
+        _hellaswag_text,
+        "a preprocessed copy: endings of WikiHow questions have lost a space at their start, so some scores differ "
+        "from lm-eval's",
     ),
-    "hellaswag": (
-        Source(
-            ("hellaswag_val_1000_original.jsonl",),
-            note="a subset in the original form, nine in ten of it on videos: not a uniform sample of the 10,042 "
-            "questions",
-        ),
-        _FULL_HELLASWAG,
-    ),
-    "hellaswag_full": (_FULL_HELLASWAG,),
-    "winogrande": (
-        Source(("winogrande_rc_0shot_requests.jsonl.gz",)),
-        Source(("winogrande.jsonl",), _winogrande),
-    ),
-    "arc_easy": (Source(("arc_easy_test_rc_5shot_requests.jsonl.gz",), _arc),),
-    "arc_challenge": (Source(("arc_challenge_test_rc_5shot_requests.jsonl.gz",), _arc),),
-    "openbookqa": (Source(("openbook_qa.jsonl",), _openbookqa),),
+    "winogrande": Source(("winogrande_rc_0shot_requests.jsonl.gz",)),
+    "arc_easy": Source(("arc_easy_test_rc_5shot_requests.jsonl.gz",), _arc),
+    "arc_challenge": Source(("arc_challenge_test_rc_5shot_requests.jsonl.gz",), _arc),
+    "openbookqa": Source(("openbook_qa.jsonl",), _openbookqa),
 }

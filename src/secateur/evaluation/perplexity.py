@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from secateur.evaluation.inference import (
 )
 from secateur.evaluation.options import check_count
 from secateur.evaluation.protocols import Protocol, Window, read_protocol, windows
-from secateur.evaluation.significance import interval, ratio_and_error
+from secateur.evaluation.significance import Difference, interval, paired_ratio, ratio_and_error
 from secateur.evaluation.texts import EncodedText, encode_text
 
 SOFTMAX_BYTES = 64 * 2**20  # of one float32 or float64 piece of the logits
@@ -55,19 +56,30 @@ class Perplexity:
     nll_stderr: float | None = None  # over the windows; None for a single one
     ppl_low: float | None = None  # the 95 % interval that follows from it
     ppl_high: float | None = None
+    window_nats: tuple[float, ...] = ()  # summed over the scored tokens of each window
+    window_tokens: tuple[int, ...] = ()  # scored, in each window
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `secateur evaluate --json` writes it: all but the windows."""
+        data = asdict(self)
+        del data["window_nats"], data["window_tokens"]
+        return data
 
 
-@dataclass(frozen=True, slots=True)
-class WindowLosses:
-    """A perplexity with the losses that it is made of, so that two models compare window by window.
+def loss_difference(result: Perplexity, first: Perplexity | None) -> Difference | None:
+    """How many nats per token a model is worse than the first, window by window.
 
-    >>> WindowLosses(Perplexity("a", 3, 2, 1.0, 0.0), (0.0,), (2,)).tokens
-    (2,)
+    None where the two did not read the same windows, as with another tokenizer.
+
+    >>> one = Perplexity("t", 3, 4, 1.0, 0.0, window_nats=(1.0, 2.0), window_tokens=(2, 2))
+    >>> loss_difference(one, one)
+    Difference(difference=0.0, stderr=0.0, p=1.0)
     """
-
-    perplexity: Perplexity
-    nats: tuple[float, ...]  # summed over the scored tokens of each window
-    tokens: tuple[int, ...]  # scored, in each window
+    if not result.window_tokens or first is None:
+        return None
+    if (result.window_tokens, result.bytes) != (first.window_tokens, first.bytes):
+        return None
+    return paired_ratio(result.window_nats, first.window_nats, result.window_tokens)
 
 
 def evaluate(
@@ -87,24 +99,6 @@ def evaluate(
     >>> evaluate(None, None, {})
     []
     """
-    losses = evaluate_windows(model, tokenizer, texts, protocols=protocols, max_tokens=max_tokens, progress=progress)
-    return [each.perplexity for each in losses]
-
-
-def evaluate_windows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, str],
-    *,
-    protocols: Sequence[str | Protocol] = ("llm-pruner@128",),
-    max_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[WindowLosses]:
-    """As `evaluate`, with the losses of every window.
-
-    >>> evaluate_windows(None, None, {})
-    []
-    """
     unique = list(dict.fromkeys(read_protocol(each) if isinstance(each, str) else each for each in protocols))
     encoded = {name: encode_text(tokenizer, text, max_tokens=max_tokens) for name, text in texts.items()}
     work = [(name, protocol) for name in encoded for protocol in unique]
@@ -116,7 +110,7 @@ def evaluate_windows(
             if progress is not None:
                 progress(before + done, sum(counts))
 
-        results.append(window_losses(model, encoded[name], data=name, protocol=protocol, progress=count_all))
+        results.append(perplexity(model, encoded[name], data=name, protocol=protocol, progress=count_all))
     return results
 
 
@@ -149,23 +143,7 @@ def perplexity(
     >>> result = perplexity(model, torch.arange(8).repeat(4), data="counting", protocol=Protocol(5))
     >>> result.tokens, round(result.ppl, 4)  # 6 windows of 5; the last 2 tokens are dropped
     (24, 8.0)
-    """
-    losses = window_losses(model, text, data=data, protocol=protocol, batch_size=batch_size, progress=progress)
-    return losses.perplexity
-
-
-def window_losses(
-    model: PreTrainedModel,
-    text: Tensor | EncodedText,
-    *,
-    data: str,
-    protocol: Protocol,
-    batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> WindowLosses:
-    """As `perplexity`, with the losses of every window.
-
-    >>> window_losses(None, torch.arange(3), data="three", protocol=Protocol(4))
+    >>> perplexity(model, torch.arange(3), data="three", protocol=Protocol(4))
     Traceback (most recent call last):
     secateur.errors.DataError: three: 3 tokens are fewer than one window of 4. ...
     """
@@ -241,10 +219,10 @@ def _scored_bytes(byte_ends_T: Tensor, cut: Sequence[Window]) -> int:
 
 def _summary(
     data: str, protocol: Protocol, nats: Sequence[float], tokens: Sequence[int], scored_bytes: int | None
-) -> WindowLosses:
+) -> Perplexity:
     nll, stderr = ratio_and_error(nats, tokens)
     ends = interval(nll, stderr)
-    result = Perplexity(
+    return Perplexity(
         data=data,
         seq_len=protocol.window,
         tokens=sum(tokens),
@@ -258,8 +236,9 @@ def _summary(
         nll_stderr=stderr,
         ppl_low=_exp(ends[0]) if ends else None,
         ppl_high=_exp(ends[1]) if ends else None,
+        window_nats=tuple(nats),
+        window_tokens=tuple(tokens),
     )
-    return WindowLosses(result, tuple(nats), tuple(tokens))
 
 
 def _exp(nll: float) -> float:

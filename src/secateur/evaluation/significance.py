@@ -1,4 +1,4 @@
-"""Measured numbers -> how sure one can be of them: standard errors, intervals, and paired differences of two models.
+"""Measured numbers -> their uncertainty: standard errors, intervals, and paired differences of two models.
 
 Two models that answer the same questions are compared question by question: what is hard for both cancels, so the
 difference is known far better than either accuracy (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, section
@@ -29,19 +29,6 @@ class Difference:
     p: float
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, sd / sqrt(n) with n - 1 in the variance (None for a single value).
-
-    >>> mean_and_error([1.0, 0.0, 1.0, 1.0])
-    (0.75, 0.25)
-    """
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
-
-
 def ratio_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
     """The mean per item over clusters of items, and its standard error over the clusters (None for a single one).
 
@@ -49,8 +36,8 @@ def ratio_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float
     all counts, the error is sqrt(n / (n - 1) sum (s - r c)^2) / sum c, the usual one of a ratio estimator (Cochran,
     Sampling Techniques, 1977, section 6.3); for clusters of one size it is sd / sqrt(n) of the clusters' means.
 
-    >>> ratio_and_error([2.0, 6.0], [2, 2]) == mean_and_error([1.0, 3.0])
-    True
+    >>> ratio_and_error([2.0, 6.0], [2, 2])
+    (2.0, 1.0)
     """
     n, items = len(sums), sum(counts)
     ratio = math.fsum(sums) / items
@@ -95,7 +82,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
     Difference(difference=-0.5, stderr=0.28867513459481287, p=0.5)
     """
     differences = [value - other for value, other in zip(values, others, strict=True)]
-    mean, stderr = mean_and_error(differences)
+    mean, stderr = ratio_and_error(differences, [1] * len(differences))
     if {*values, *others} <= {0, 1}:
         return Difference(mean, stderr, mcnemar(differences.count(1), differences.count(-1)))
     return Difference(mean, stderr, normal_p(mean, stderr))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import TaskError, did_you_mean, one_line
 from secateur.evaluation.inference import evaluation_mode, fitting_batch, input_device, vocabulary_size
-from secateur.evaluation.local_tasks import LOCAL, find_source, read_rows
+from secateur.evaluation.local_tasks import LOCAL, find_files, read_rows
 from secateur.evaluation.options import check_count
 from secateur.evaluation.task_results import LLM_PRUNER_TASKS, TaskResult, read_results
 
@@ -145,21 +145,21 @@ def _load_local(names: Sequence[str], folder: Path) -> list[LoadedTask]:
                 f"task {name!r} has no local files{did_you_mean(name, LOCAL, most=3) or '.'} Those that have: "
                 f"{', '.join(LOCAL)}. Without --tasks-data it is fetched from the hub"
             )
-    sources = {name: find_source(name, folder) for name in names}  # all of them before any is read
+    files = {name: find_files(name, folder) for name in names}  # all of them before any is read
     import datasets
     import lm_eval.tasks
 
     home = Path(lm_eval.tasks.__file__).parent
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[home / path for path in LM_EVAL_FOLDERS])
     tasks = []
-    for name, (source, paths) in sources.items():
-        rows = datasets.Dataset.from_list(read_rows(source, paths))
+    for name, paths in files.items():
+        rows = datasets.Dataset.from_list(read_rows(LOCAL[name], paths))
         # Without few-shot examples nothing is read of the split they come from; it has to be there.
         splits = datasets.DatasetDict(train=rows.select([]), validation=rows, test=rows)
         # A group's members keep their own configuration but for what is said here; a lone configuration would not.
         member = {"task": name.removesuffix("_full"), "custom_dataset": lambda splits=splits, **_: splits}
         [task] = manager.load([{"group": "local", "task": [member]}])["tasks"].values()
-        tasks.append(LoadedTask(name, {"tasks": {name: task}}, paths[0].name, source.note))
+        tasks.append(LoadedTask(name, {"tasks": {name: task}}, paths[0].name, LOCAL[name].note))
     return tasks
 
 

@@ -280,7 +280,7 @@ class _Measuring:
                 max_tokens=self.options.max_tokens,
                 progress=progress,
             )
-        return tuple(asdict(result) for result in results)
+        return tuple(result.to_json() for result in results)
 
     def _path(self, recipe: PruneRecipe | None) -> Path:
         """The file of a point, named by all that it depends on."""

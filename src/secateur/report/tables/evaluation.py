@@ -8,7 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from secateur.evaluation.evaluate import ModelEvaluation, loss_differences
+from secateur.evaluation.evaluate import ModelEvaluation
+from secateur.evaluation.perplexity import loss_difference
 from secateur.evaluation.significance import Difference
 from secateur.evaluation.task_results import HEADLINES, TaskResult, mean_accuracy, task_difference
 from secateur.report.formatting import format_bytes, format_p_value, format_with_error
@@ -17,7 +18,7 @@ from secateur.report.tables.layout import make_table, titled
 
 def evaluation_tables(results: Sequence[ModelEvaluation]) -> Iterator[RenderableType]:
     """Perplexity by text and protocol, accuracy by task, samples of text and bytes, for every model."""
-    if any(result.losses for result in results):
+    if any(result.perplexity for result in results):
         yield from titled("Perplexity", _perplexity_table(results))
     if any(measured.tasks for measured in results):
         yield from titled("Accuracy, %", _task_table(results))
@@ -40,11 +41,11 @@ def _perplexity_table(results: Sequence[ModelEvaluation]) -> Table:
     columns = ("model", "text", "protocol", "tokens scored", "nats/token", "bits/byte", "perplexity", "95 % interval")
     table = make_table((*columns, *difference), text=("model", "text", "protocol"))
     for measured in results:
-        for p, worse in zip(measured.perplexity, loss_differences(measured, results[0]), strict=True):
+        for p in measured.perplexity:
             ends = "" if p.ppl_low is None or p.ppl_high is None else f"{p.ppl_low:.2f} to {p.ppl_high:.2f}"
             bits = "" if p.bits_per_byte is None else f"{p.bits_per_byte:.4f}"
             scored = (p.data, p.protocol, f"{p.tokens:,}", f"{p.nll:.4f}", bits, f"{p.ppl:.2f}", ends)
-            worse = None if measured is results[0] else worse
+            worse = None if measured is results[0] else loss_difference(p, results[0].perplexity_like(p))
             text = "" if worse is None else format_with_error(worse.difference, worse.stderr, "+.4f")
             table.add_row(measured.model, *scored, *((text,) if difference else ()))
     return table
