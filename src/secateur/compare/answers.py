@@ -31,7 +31,7 @@ from transformers import (
 
 from secateur.compare.sides import Side
 from secateur.compare.turns import TURNS
-from secateur.errors import DataError, SecateurError
+from secateur.errors import DataError, SecateurError, one_line
 from secateur.evaluation.inference import STATE_NAMES, input_device, vocabulary_size
 
 LENGTH, END, STOPPED, FAILED = "length", "end of text", "stopped", "failed"  # why an answer ended
@@ -104,8 +104,7 @@ def prompt_ids(side: Side, prompt: str, writing: Writing) -> Tensor:
             found: Any = side.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # templates are programs, and refuse in any way they like
             raise DataError(
-                f"{side.title}: its chat template refuses the prompt ({' '.join(str(error).split())[:200]}): switch "
-                "the chat template off"
+                f"{side.title}: its chat template refuses the prompt ({one_line(error)}): switch the chat template off"
             ) from error
         ids = list(found["input_ids"])
     else:
@@ -232,8 +231,7 @@ class _Writer:
         except _Closed:
             self._streamer.finish()
         except Exception as error:  # the model's code may raise anything
-            told = " ".join(str(error).split())[:300]
-            self._error = told if isinstance(error, SecateurError) else f"{type(error).__name__}: {told}"
+            self._error = str(error) if isinstance(error, SecateurError) else one_line(error)
             ended = FAILED
         finally:
             if hook is not None:

@@ -12,7 +12,7 @@ from secateur.data.calibration import COLUMN, DEMO
 from secateur.data.documents import holds_documents, read_documents
 from secateur.data.options import DataOptions
 from secateur.data.text import MESSAGES, read_calibration
-from secateur.errors import DataError
+from secateur.errors import DataError, one_line
 
 # The prompt of Stanford Alpaca, as LLM-Pruner trains with it. It is data: a comma less is another prompt.
 ALPACA = (
@@ -146,8 +146,9 @@ def _chat(
         try:
             return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
         except Exception as error:  # templates refuse what they do not expect, each in its own way
-            told = f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"
-            raise DataError(f"{where}: the chat template does not take it ({told}). Mend the messages.") from error
+            raise DataError(
+                f"{where}: the chat template does not take it ({one_line(error)}). Mend the messages."
+            ) from error
 
     text = written(len(messages))
     if options.loss_on == "all":

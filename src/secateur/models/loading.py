@@ -113,9 +113,8 @@ def load(
             f"{model!r}: a config file holds no weights. Name the folder that has them, or use what needs only "
             f"sizes: skeleton(load_config({model!r}))."
         )
-    if source.kind == "folder" and source.path is not None:
-        check_weight_files(source, source.path)
-        check_unchanged(source, is_model_file)
+    check_weight_files(source)
+    check_unchanged(source, is_model_file)
     # Without this the weights of a GGUF may stay packed, the model refuses to be saved, and its config says quantised.
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -146,8 +145,7 @@ def load_on_meta(model: str, *, trust_remote_code: bool = False) -> tuple[PreTra
     'meta'
     """
     source = resolve(model)
-    if source.kind == "folder" and source.path is not None:
-        check_weight_files(source, source.path)
+    check_weight_files(source)
     config = whole_config(model, trust_remote_code=trust_remote_code)
     loaded, unexpected = _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)
     return loaded, tuple(unexpected)

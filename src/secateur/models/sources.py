@@ -36,6 +36,11 @@ class Source:
     kind: Literal["hub", "folder", "gguf", "config"]
     path: Path | None  # None when the hub has it
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that MODEL is, if it is one."""
+        return self.path if self.kind == "folder" else None
+
 
 def resolve(model: str) -> Source:
     """Find what a MODEL argument means.

@@ -63,10 +63,11 @@ def text_files(model: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     if source.kind == "hub":
         cached = {name: _cached(model, name) for name in names}
         return {name: path for name, path in cached.items() if path is not None}
-    if source.kind != "folder" or source.path is None:
+    folder = source.folder
+    if folder is None:
         return {}
-    names += [f"{TEMPLATES}{path.name}" for path in source.path.glob(f"{TEMPLATES}*")]
-    return {name: source.path / name for name in names if _is_in(source.path, name)}
+    names += [f"{TEMPLATES}{path.name}" for path in folder.glob(f"{TEMPLATES}*")]
+    return {name: folder / name for name in names if _is_in(folder, name)}
 
 
 def _is_in(folder: Path, name: str) -> bool:

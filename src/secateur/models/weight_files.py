@@ -23,8 +23,8 @@ def has_weights(model: str) -> bool:
     True
     """
     source = resolve(model)
-    if source.kind == "folder" and source.path is not None:
-        return any(any(source.path.glob(pattern)) for pattern in ("*.safetensors", INDEX_FILE, "*.gguf", *PICKLES))
+    if source.folder is not None:
+        return any(any(source.folder.glob(pattern)) for pattern in ("*.safetensors", INDEX_FILE, "*.gguf", *PICKLES))
     return source.kind != "config"
 
 
@@ -37,12 +37,15 @@ def weight_file_bytes(model: str) -> int | None:
     source = resolve(model)
     if source.kind == "gguf" and source.path is not None:
         return source.path.stat().st_size
-    files = source.path.glob("*.safetensors") if source.kind == "folder" and source.path is not None else ()
+    files = source.folder.glob("*.safetensors") if source.folder is not None else ()
     return sum(path.stat().st_size for path in files) or None
 
 
-def check_weight_files(source: Source, folder: Path) -> None:
-    """Raise `ModelError` unless the folder's safetensors files are all there and have whole headers."""
+def check_weight_files(source: Source) -> None:
+    """Raise `ModelError` unless a folder's safetensors files are all there and have whole headers."""
+    folder = source.folder
+    if folder is None:
+        return
     if (folder / ADAPTER_FILE).exists():
         raise ModelError(
             f"{source.argument!r}: {ADAPTER_FILE} lies beside the config, and loaders would read an adapter, too, or "

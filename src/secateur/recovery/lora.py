@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.errors import TrainingError
+from secateur.errors import TrainingError, one_line
 from secateur.models.silence import quiet
 
 EVERYWHERE = "all-linear"  # peft's word for every linear layer but the one that gives the logits
@@ -76,9 +76,8 @@ def with_adapter(model: PreTrainedModel, options: LoraOptions) -> Any:
         try:
             return peft.get_peft_model(model, settings)
         except ValueError as error:
-            told = " ".join(str(error).split())[:300].rstrip(".")
             raise TrainingError(
-                f"{type(model).__name__} takes no LoRA ({told}). Train all weights: --method full or distill"
+                f"{type(model).__name__} takes no LoRA ({one_line(error)}). Train all weights: --method full or distill"
             ) from error
 
 
@@ -113,7 +112,7 @@ def merged(adapted: Any) -> PreTrainedModel:
             model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise TrainingError(
-                f"the adapter cannot be merged ({' '.join(str(error).split())}). Train with a smaller learning rate: "
+                f"the adapter cannot be merged ({one_line(error)}). Train with a smaller learning rate: "
                 "--learning-rate 1e-4"
             ) from error
     return model
@@ -132,9 +131,8 @@ def loaded_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, T
             adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
             held = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
-            told = " ".join(str(error).split())[:300].rstrip(".")
             raise TrainingError(
-                f"{type(model).__name__} does not take the adapter {folder} ({told}). Name the model that it was "
+                f"{type(model).__name__} does not take the adapter {folder} ({one_line(error)}). Name the model that it was "
                 "trained for: secateur export MODEL OUT --adapter FOLDER"
             ) from error
     return adapted, sorted(held.keys() ^ weights.keys())

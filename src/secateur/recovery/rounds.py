@@ -25,7 +25,7 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions, split_weight
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.errors import CheckpointError, ModelError, PlanError
+from secateur.errors import CheckpointError, ModelError, PlanError, one_line
 from secateur.files import MODEL_MARK, write_json
 from secateur.models.config import load_config
 from secateur.models.loading import LoadOptions, load
@@ -332,8 +332,9 @@ def _save(
     try:
         smaller.load_state_dict(trained.state_dict(), assign=True)
     except RuntimeError as error:
-        told = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the rounds together give another model than one cut by their plans: {told}") from error
+        raise CheckpointError(
+            f"the rounds together give another model than one cut by their plans ({one_line(error)})"
+        ) from error
     smaller.tie_weights()
     check_finite(smaller)
     record = make_record(
