@@ -132,8 +132,8 @@ def loaded_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, T
             held = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             raise TrainingError(
-                f"{type(model).__name__} does not take the adapter {folder} ({one_line(error)}). Name the model that it was "
-                "trained for: secateur export MODEL OUT --adapter FOLDER"
+                f"{type(model).__name__} does not take the adapter {folder} ({one_line(error)}). Name the model that "
+                "it was trained for: secateur export MODEL OUT --adapter FOLDER"
             ) from error
     return adapted, sorted(held.keys() ^ weights.keys())
 
