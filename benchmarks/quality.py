@@ -83,8 +83,6 @@ class Row:
     shuffled: float | None = None  # other than the preset's
     standardise: bool = False  # FLAP's scores
     add_bias: bool = False  # FLAP's bias, which the architecture may not have
-    sequential: bool = True
-    target: str = "prefix"
 
 
 def rows(ratio: float) -> dict[str, Row]:
@@ -99,8 +97,6 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, uniform": Row("ablation: no allocation, the same share of every layer", replace(best, shape="uniform")),
         "fast": Row("the same on less text", best, preset="fast"),
         "best, no repair": Row("ablation", replace(best, repair="none", choose="score")),
-        "best, not sequential": Row("ablation: fitted on the dense model's inputs", best, sequential=False),
-        "best, dense target": Row("fitted to the dense model's outputs", best, target="dense"),
         "best, sensitivity": Row("sizes by measured damage instead", replace(best, scope="sensitivity")),
         "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
@@ -218,10 +214,8 @@ def cut(
             decided,
             discovery,
             windows,
-            method=options.closed_form,
-            target=row.target,
+            method=options.repair,
             choose=options.choose == "obs",
-            sequential=row.sequential,
         )
         decided = repaired.plan
     with quiet():

@@ -27,8 +27,6 @@ LABELS = {
     "best, longer windows": "`best --samples 128 --length 512`",
     "best, in order": "`best --shuffled 0`",
     "best, score chooses": "`best`, units by score (no choice while repairing)",
-    "best, not sequential": "`best`, repaired on the dense model's inputs",
-    "best, dense target": "`best`, repaired to the dense model's outputs",
     "best, sensitivity": "`best --scope sensitivity`",
     "best, reconstruct": "`best --repair reconstruct`",
     "best, sublayers": "`best --sublayers`",

@@ -56,13 +56,26 @@ class Stranger:
             text=True,
         )
 
-    def use(self, folder: Path, input_ids: Tensor, *, loader: str = "AutoModelForCausalLM", lora: bool = True) -> Seen:
-        """Let it load a folder with a class of transformers and do all it can with it. Raises `AssertionError`."""
+    def use(
+        self,
+        folder: Path,
+        input_ids: Tensor,
+        *,
+        loader: str = "AutoModelForCausalLM",
+        lora: bool = False,
+        thorough: bool = False,
+    ) -> Seen:
+        """Let it load a folder with a class of transformers, score and generate.
+
+        With `lora` it tunes, merges, saves and loads again; with `thorough` it uses other kernels, gradient
+        checkpointing, a random model and the tokenizer. Raises `AssertionError`.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         request, results = self.folder / "request.safetensors", self.folder / "results.safetensors"
         save_file({"input_ids": input_ids.contiguous()}, request)
-        order = {"folder": str(folder), "loader": loader, "lora": lora, "in": str(request), "out": str(results)}
+        order: dict[str, Any] = {"folder": str(folder), "loader": loader, "in": str(request), "out": str(results)}
+        order |= {"lora": lora, "thorough": thorough}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -111,8 +124,37 @@ def answer(order: Mapping[str, Any]) -> dict[str, Any]:
             tune(model, ids, partial(loader.from_pretrained, **options), order["folder"] + "_tuned")
         except Exception as error:  # whatever fails is the finding
             failed["lora"] = told(error)
+    if order["thorough"]:
+        check_thoroughly(model, ids, order["folder"])
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, order["out"])
     return {"failed": failed}
+
+
+def check_thoroughly(model: Any, ids: Tensor, folder: str) -> None:
+    """What else anyone does with a folder. Raises AssertionError for what is wrong."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == bool(model.config.get_text_config().tie_word_embeddings), f"tied: {tied}"
+    if model._supports_sdpa:
+        eager = logits(model, ids)
+        model.set_attn_implementation("sdpa")
+        kinds = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+        assert kinds == {"sdpa"}, f"kernels: {kinds}"
+        near = 0.5 if model.dtype == torch.bfloat16 else 1e-4
+        assert torch.allclose(logits(model, ids), eager, atol=near, rtol=0), "other logits by another kernel"
+        model.set_attn_implementation("eager")
+    new = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: p.shape for name, p in new.named_parameters()} == shapes, "a random model has other shapes"
+    assert all(torch.isfinite(p).all() for p in new.parameters()), "a random model is not finite"
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lacking, f"no gradient for {lacking[:3]}"
+    assert len(AutoTokenizer.from_pretrained(folder)("prune").input_ids) > 0
 
 
 @torch.no_grad()

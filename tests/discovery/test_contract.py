@@ -10,41 +10,16 @@ from pathlib import Path
 import pytest
 
 from contract import Report, check_type
-from every_type import NOT_BUILT, TYPES
+from every_type import TYPES
+from known import BUILT, check_reasons, verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"  # `make architectures` writes it
 KNOWN = Path(__file__).parents[1] / "known_failures.json"  # check -> [{"reason": ..., "types": [...]}]
 QUICK = ("llama", "mamba2", "mixtral")
-BUILT = tuple(model_type for model_type in TYPES if model_type not in NOT_BUILT)
-
-
-def known_failures(model_type: str, file: Path = KNOWN) -> dict[str, str]:
-    """What the type is known to fail, and why."""
-    listed = json.loads(file.read_text(encoding="utf-8"))
-    return {
-        check: entry["reason"] for check, entries in listed.items() for entry in entries if model_type in entry["types"]
-    }
-
-
-def check_reasons(file: Path) -> None:
-    """Every entry names types that are built, once, and a reason."""
-    for check_, entries in json.loads(file.read_text(encoding="utf-8")).items():
-        listed = [model_type for entry in entries for model_type in entry["types"]]
-        assert set(listed) <= set(BUILT)
-        assert len(listed) == len(set(listed)), f"{check_} lists a type twice"
-        assert all(entry["reason"].strip() and entry["types"] == sorted(entry["types"]) for entry in entries)
-
-
-def verdict(report: Report, known: dict[str, str]) -> list[str]:
-    """What is not as listed: a failure that is not known, or a known one that is none any more."""
-    failed = {check: reason for check, reason in report.checks.items() if reason is not None}
-    new = [f"{report.model_type} fails {check}: {reason}" for check, reason in failed.items() if check not in known]
-    over = [f"{report.model_type} passes {check}: take it off {KNOWN.name}" for check in known if check not in failed]
-    return new + over
 
 
 def check(model_type: str) -> None:
-    problems = verdict(check_type(model_type), known_failures(model_type))
+    problems = verdict(check_type(model_type), KNOWN)
     assert not problems, "\n".join(problems)
 
 
@@ -59,14 +34,20 @@ def test_every_type_keeps_the_contract(model_type: str) -> None:
     check(model_type)
 
 
-def test_the_list_of_known_failures_can_only_shrink() -> None:
+def test_the_list_of_known_failures_can_only_shrink(tmp_path: Path) -> None:
     passes = Report("llama", {"discover": None, "mlp": None})
     fails = Report("llama", {"discover": None, "mlp": "the cut model is off by 1.0e+00"})
-    assert verdict(passes, {}) == []
-    assert verdict(fails, {"mlp": "its code reads the width twice"}) == []
-    assert verdict(fails, {}) == ["llama fails mlp: the cut model is off by 1.0e+00"]
-    assert verdict(passes, {"mlp": "x"}) == ["llama passes mlp: take it off known_failures.json"]
-    assert verdict(passes, {"state": "x"}) == ["llama passes state: take it off known_failures.json"]
+
+    def listed(*checks: str) -> Path:
+        known = {check: [{"reason": "its code reads the width twice", "types": ["llama"]}] for check in checks}
+        (tmp_path / "known.json").write_text(json.dumps(known))
+        return tmp_path / "known.json"
+
+    assert verdict(passes, listed()) == []
+    assert verdict(fails, listed("mlp")) == []
+    assert verdict(fails, listed()) == ["llama fails mlp: the cut model is off by 1.0e+00"]
+    assert verdict(passes, listed("mlp")) == ["llama passes mlp: take it off known.json"]
+    assert verdict(passes, listed("state")) == ["llama passes state: take it off known.json"]
 
 
 def test_every_known_failure_names_types_and_a_reason() -> None:

@@ -23,7 +23,7 @@ from secateur.errors import PlanError
 from secateur.models.loading import load
 from secateur.models.modeling_per_layer import Skipped, skip_in_place
 from secateur.planning.plan import Plan, PlannedGroup, read_plan
-from secateur.pruning.reconstruct import Training, reconstruct_in_place
+from secateur.pruning.reconstruct import LayerTraining, reconstruct_in_place
 from secateur.pruning.repair import repair
 from secateur.pruning.sensitivity import damage_curves
 from secateur.scoring.scores import Scores
@@ -182,7 +182,7 @@ def test_repair_curves_and_reconstruction_of_emptied_groups() -> None:
     attention: Any = smaller.get_submodule("transformer.h.1.attn")
     hidden = attention(torch.ones(1, 3, model.config.n_embd))[0]
     assert torch.equal(hidden, found.weights["transformer.h.1.attn.c_proj.bias"].expand(1, 3, -1))
-    errors = reconstruct_in_place(model, smaller, discovery, WINDOWS, training=Training(steps=5))
+    errors = reconstruct_in_place(model, smaller, discovery, WINDOWS, training=LayerTraining(steps=5))
     assert len(errors) == 3
     group = replace(discovery.group("layers.1.attention"), least=0)
     (curve,) = damage_curves(

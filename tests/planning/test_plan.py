@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -12,17 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import AutoConfig
 
 from every_type import tiny_config
 from families import family_config, family_model
-from secateur import CalibrationOptions, CutOptions, discover, plan, prune, score
+from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.options import check_score, settled, with_preset
+from secateur.planning.options import with_preset
 from secateur.planning.plan import Plan, plan_from_json, read_plan
 from secateur.planning.selection import top_units
 from secateur.planning.sizes import removed_units
+from secateur.report.tables.plan import plan_tables
 from secateur.scoring.scores import Scores
 
 CONFIG = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
@@ -222,91 +225,6 @@ def test_a_plan_survives_json(discovery: Discovery, scores: Scores, tmp_path: Pa
     assert plan_from_json(json.loads(json.dumps(sizes.to_json()))) == sizes
 
 
-def test_the_default_options_are_the_best_preset() -> None:
-    best, calibration = with_preset("best")
-    assert (best, calibration) == (CutOptions(), CalibrationOptions())
-    assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "per-layer")
-    assert (best.choose, best.repair) == ("obs", "least-squares")
-
-
-def test_presets_depart_from_the_default() -> None:
-    assert with_preset("fast") == (
-        CutOptions(),
-        CalibrationOptions(samples=24, score_samples=8),
-    )
-    paper, text = with_preset("llm-pruner")
-    assert (paper.ratio, paper.of, paper.score, paper.repair) == (0.25, "units", "param_first", "none")
-    assert paper.layer_range(32) == (4, 30)
-    assert (text.samples, text.length, text.score_samples) == (10, 64, None)
-    with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):
-        with_preset("bets")
-
-
-@pytest.mark.parametrize("preset", ["best", "fast", "llm-pruner"])
-def test_a_ratio_means_the_same_under_every_preset(preset: str) -> None:
-    assert with_preset(preset, {"ratio": 0.2})[0].of == "non-embedding"
-    assert with_preset(preset, {"target": 10**6})[0].of == "non-embedding"
-    assert with_preset(preset, {"ratio": 0.2, "of": "macs"})[0].of == "macs"
-
-
-@pytest.mark.parametrize(("cut", "shuffled"), [({}, 0.25), ({"choose": "score", "repair": "none"}, 0.0)])
-def test_windows_are_shuffled_where_a_repair_looks_at_them(cut: dict[str, Any], shuffled: float) -> None:
-    for preset in ("best", "fast"):
-        options, calibration = with_preset(preset, cut)
-        assert settled(calibration, options).shuffled == shuffled
-        assert settled(replace(calibration, shuffled=0.0), options).shuffled == 0
-    assert settled(with_preset("best", cut, {"text": "self"})[1], options).shuffled == 0
-
-
-@pytest.mark.parametrize("depth", range(2, 100))
-def test_shares_of_the_depth_are_the_papers_layers(depth: int) -> None:
-    first, last = with_preset("llm-pruner")[0].layer_range(depth)
-    assert (first, depth - last) == (round(depth * 4 / 32), round(depth * 2 / 32))
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan])
-def test_a_ratio_outside_is_refused(ratio: float) -> None:
-    with pytest.raises(PlanError, match=r"ratio=.* is outside \[0, 1\): .* for example ratio=0\.2"):
-        CutOptions(ratio=ratio, scope="local", shape="uniform")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ratio": 0.2, "target": 9}, "either a ratio .* or a target"),
-        ({"ratio": 0.2, "target": 5}, "either a ratio .* or a target"),
-        ({"ratio": 0.2, "of": "parameter"}, "of='parameter' is unknown.*Did you mean parameters?"),
-        ({"target": 5, "of": "units"}, "a target counts parameters, macs, bytes"),
-        ({"ratio": 0.2, "axes": ("atention",)}, "axes='atention' is unknown.*Did you mean attention?"),
-        ({"ratio": 0.2, "axes": ()}, "axes is empty"),
-        ({"ratio": 0.2, "axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),
-        ({"ratio": 0.2, "round_to": 0}, "round_to=0 is not a width"),
-        ({"ratio": 0.2, "shape": "per-layer", "schedule": (-1, 1)}, "schedule=-1:1: expected shares in proportion"),
-        ({"ratio": 0.2, "shape": "per-layer", "schedule": (0, 0)}, "schedule=0:0: expected shares in proportion"),
-        (
-            {"ratio": 0.2, "schedule": (1, 2)},
-            "schedule=1:2 gives every layer its share .* scope=local and shape=per-layer",
-        ),
-        (
-            {"ratio": 0.2, "shape": "per-layer", "scope": "global", "schedule": (1, 2)},
-            "scope=local and shape=per-layer",
-        ),
-        ({"ratio": 0.2, "shape": "per-layer", "axes": ("hidden",), "schedule": (1, 2)}, "axes inside layers"),
-    ],
-)
-def test_options_are_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        CutOptions(**options)
-
-
-def test_scores_and_reductions_are_checked() -> None:
-    with pytest.raises(ScoreError, match="score='L1' is unknown"):
-        check_score(CutOptions(ratio=0.2, score="L1", scope="local", shape="uniform"))
-    wrong: Any = "sums"
-    with pytest.raises(PlanError, match=r"reduce='sums' is unknown.*Did you mean sum\?"):
-        CutOptions(ratio=0.2, reduce=wrong, scope="local", shape="uniform")
-
-
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
@@ -372,3 +290,36 @@ def test_plan_files_that_are_none_are_refused(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(PlanError, match=message):
             read_plan(file)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_plan_says_what_rounding_costs(discovery: Discovery, scope: Any) -> None:
+    generator = torch.Generator().manual_seed(4)
+    units = {f"layers.{i}.mlp": torch.rand(800, generator=generator) * level for i, level in enumerate((1, 9, 2, 5))}
+    scores = Scores("l2", "sum", units)
+    options = CutOptions(ratio=0.3, axes=("mlp",), shape="per-layer", score="l2", scope=scope, round_to=128)
+    assert "rounding" not in plan(discovery, replace(options, round_to=1), scores=scores).scored
+    decided = plan(discovery, options, scores=scores)
+    found = decided.scored["rounding"]
+    whole = sum(float(scores.units[f"layers.{i}.mlp"].sum()) for i in range(4))
+    gone = 0.0
+    for group in decided.groups:
+        assert group.keep is not None
+        gone += float(scores.units[group.name].sum() - scores.units[group.name][list(group.keep)].sum())
+    assert found["planned"] == pytest.approx(gone / whole, rel=1e-5)
+    other = plan(discovery, replace(options, round_to=1), scores=scores)
+    assert found["any_widths"] != found["planned"]
+    kept = {g.name: g.keep for g in other.groups}
+    names = [f"layers.{i}.mlp" for i in range(4)]
+    stays = sum(float(scores.units[name][list(kept.get(name) or range(800))].sum()) for name in names)
+    assert found["any_widths"] == pytest.approx(1 - stays / whole, rel=1e-4)
+    assert "rounded to multiples of 128, the cut takes" in printed(decided)
+
+
+def printed(decided: Plan) -> str:
+    """The table of a plan, as text."""
+    text = io.StringIO()
+    console = Console(width=200, file=text)
+    for line in plan_tables(decided):
+        console.print(line)
+    return text.getvalue()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from families import FAMILIES, family_config, family_model
+from families import family_config, family_model
 from secateur import CutOptions, discover, evaluate, plan, profile, prune, score
 from secateur.discovery.module_attributes import attributes_after
 from secateur.discovery.sizes import PrunedSizes
@@ -35,8 +35,7 @@ def test_nothing_kept_whole_is_copied(model: PreTrainedModel) -> None:
     assert pruned.get_parameter(name).data_ptr() == model.get_parameter(name).data_ptr()
 
 
-@pytest.mark.parametrize("family", ["gemma", "gpt2", "opt"])
-@pytest.mark.parametrize("axes", [("mlp",), ("hidden",)])
+@pytest.mark.parametrize(("family", "axes"), [("gemma", ("hidden",)), ("gpt2", ("mlp",))])
 def test_ties_stay_tied(family: str, axes: tuple[str, ...]) -> None:
     dense = family_model(family_config(family), dtype=torch.float32)
     pruned = prune(dense, decided(dense, axes=axes, ratio=0.25))
@@ -56,12 +55,11 @@ def test_a_stock_cut_keeps_dtype_and_generation_settings(model: PreTrainedModel)
     assert not pruned.training
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layers", [None, (1, 2)])
-def test_linear_layers_say_their_size(family: str, layers: tuple[int, int] | None) -> None:
-    """What an adapter reads off a layer agrees with its weight."""
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "opt"])
+def test_linear_layers_say_their_size(family: str) -> None:
+    """What an adapter reads off a layer agrees with its weight, where no config says it."""
     dense = family_model(family_config(family), dtype=torch.float32)
-    pruned = prune(dense, decided(dense, layers=layers))
+    pruned = prune(dense, decided(dense, layers=(1, 2)))
     for name, module in pruned.named_modules():
         if isinstance(module, nn.Linear):
             assert (module.out_features, module.in_features) == tuple(module.weight.shape), name

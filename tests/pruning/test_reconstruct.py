@@ -10,16 +10,15 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
-from recipes import cut_in_memory
 from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
-from secateur.pruning.reconstruct import Training, reconstruct_in_place
+from secateur.pruning.reconstruct import LayerTraining, reconstruct_in_place
 
 WINDOWS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
 HELD_OUT = WINDOWS[7::8]
 MIXTURE = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
-TRAINING = Training(steps=30, batch_tokens=128, rate=1e-3)
+TRAINING = LayerTraining(steps=20, batch_tokens=128, learning_rate=1e-3)
 
 
 def cut_model(
@@ -57,7 +56,7 @@ def outputs_of(model: PreTrainedModel, paths: list[str], windows: Tensor) -> lis
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_layers_come_nearer_to_the_dense_ones(family: str) -> None:
     model, cut, discovery = cut_model(family)
     before = copies(model)
@@ -77,7 +76,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     found = []
     for seed in (0, 0, 1):
         model, cut, discovery = cut_model("llama")
-        reconstruct_in_place(model, cut, discovery, WINDOWS, training=Training(10, 128, 1e-3, seed))
+        reconstruct_in_place(model, cut, discovery, WINDOWS, training=LayerTraining(10, 128, 1e-3, seed))
         found.append(copies(cut))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
@@ -93,7 +92,7 @@ def test_bfloat16_is_trained_in_float32_and_stays_bfloat16() -> None:
 def test_training_that_does_not_help_is_not_kept() -> None:
     model, cut, discovery = cut_model("llama")
     before = copies(cut)
-    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=Training(5, 128, rate=10.0))
+    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=LayerTraining(5, 128, learning_rate=10.0))
     assert all(after == first for first, after in errors.values())
     assert all(torch.equal(before[name], parameter) for name, parameter in cut.named_parameters())
 
@@ -127,20 +126,3 @@ def test_layers_and_hidden_width_are_refused(axis: Any, said: str) -> None:
         reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
     with pytest.raises(PlanError, match=f"repair=reconstruct.*axes={axis}"):
         CutOptions(ratio=0.2, axes=(axis,), repair="reconstruct", scope="local", shape="uniform")
-
-
-def test_steps_end_with_a_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _, discovery = cut_model("llama")
-    options = CutOptions(ratio=0.4, of="units", axes=("mlp",), score="l2", iterations=2, repair="reconstruct")
-    bars: list[str] = []
-    seen: list[Tensor] = []
-
-    def told(dense: PreTrainedModel, cut: PreTrainedModel, *_: Any, **__: Any) -> None:
-        assert dense is model
-        seen.append(cut.model.layers[0].mlp.down_proj.weight)
-
-    monkeypatch.setattr("secateur.pipeline.pipeline.reconstruct_in_place", told)
-    smaller, decided = cut_in_memory(model, discovery, options, WINDOWS, bars)
-    assert bars[-1] == "reconstruct"
-    assert seen[0] is smaller.model.layers[0].mlp.down_proj.weight
-    assert decided.options.repair == "reconstruct"

@@ -1,30 +1,21 @@
-"""Measured damage: it is the cut model's, whatever is computed once; and the sizes with the least of it are found."""
+"""Measured damage is that of the cut model, whatever is computed once."""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
-from recipes import cut_in_memory
-from secateur import CutOptions, discover, plan, prune, score
-from secateur.discovery.counting import count_parameters
-from secateur.discovery.groups import Group
+from secateur import CutOptions, discover, prune, score
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.allocation import DamageCurve, SizeRules, damage_at, knapsack_by_damage
-from secateur.planning.budget import Budget
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.planning.selection import top_units
-from secateur.pruning.sensitivity import SHARES, _Dense, damage_curves
+from secateur.pruning.sensitivity import SHARES, _DenseOutputs, damage_curves
 
 WINDOWS = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
 MIXTURE = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
@@ -48,12 +39,13 @@ def divergence(model: PreTrainedModel, cut: PreTrainedModel) -> float:
     return float(functional.kl_div(other, dense, reduction="sum", log_target=True)) / WINDOWS.numel()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_damage_is_the_divergence_of_the_cut_model(family: str) -> None:
     model = sensitive_model(family)
     discovery = discover(model)
     scores = score(model, discovery=discovery, name="l2")
-    groups = [group for group in discovery.groups if group.kind in ("attention", "mlp", "expert", "expert_mlp")]
+    kinds, layers = ("attention", "mlp", "expert", "expert_mlp"), (0, 2)
+    groups = [group for group in discovery.groups if group.kind in kinds and group.layer in layers]
     curves = damage_curves(model, discovery, groups, scores, WINDOWS)
     assert curves.keys() == {group.name for group in groups}
     for group in groups:
@@ -71,12 +63,12 @@ def test_damage_is_the_divergence_of_the_cut_model(family: str) -> None:
             assert damage > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @torch.no_grad()
 def test_what_lies_before_the_cut_is_computed_once(family: str) -> None:
     model = sensitive_model(family)
     paths = [f"{path}.{i}" for path in discover(model).layer_lists for i in range(3)]
-    dense = _Dense(model, WINDOWS, paths)
+    dense = _DenseOutputs(model, WINDOWS, paths)
     assert len(dense.outputs) == model.config.num_hidden_layers
     ran: list[str] = []
     for path in dense.outputs:
@@ -103,13 +95,13 @@ def test_layers_that_share_what_they_compute_are_all_computed() -> None:
         return found + handed.pop()
 
     first.forward, second.forward = hands_on, takes
-    dense = _Dense(model, WINDOWS, [f"model.layers.{i}" for i in range(3)])
+    dense = _DenseOutputs(model, WINDOWS, [f"model.layers.{i}" for i in range(3)])
     assert dense.outputs
     third = model.model.layers[2]
     own_third = third.forward
     third.forward = lambda hidden, *args, **kwargs: own_third(hidden, *args, **kwargs) + handed.pop()
     second.forward = own_second
-    assert not _Dense(model, WINDOWS, [f"model.layers.{i}" for i in range(3)]).outputs
+    assert not _DenseOutputs(model, WINDOWS, [f"model.layers.{i}" for i in range(3)]).outputs
 
 
 def test_a_model_that_cannot_be_split_is_run_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,77 +147,3 @@ def test_groups_of_all_layers_are_refused() -> None:
     for name in ("hidden", "layers"):
         with pytest.raises(PlanError, match=f"{name} runs through all layers"):
             damage_curves(model, discovery, [discovery.group(name)], scores, WINDOWS)
-
-
-# --- the least damage -------------------------------------------------------------------------------------------------
-
-CURVE = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(
-    lambda drops: ((2, drops[0] + drops[1]), (5, drops[1]), (8, 0.0))
-)
-
-
-@given(st.lists(CURVE, min_size=1, max_size=4), st.lists(st.integers(1, 5), min_size=4, max_size=4), st.floats(0, 1))
-@settings(deadline=None, max_examples=100)
-def test_no_other_sizes_do_less_damage(curves: list[DamageCurve], sizes: list[int], share: float) -> None:
-    groups = [Group(str(i), "mlp", i, 8, ()) for i in range(len(curves))]
-    by_name = {str(i): curve for i, curve in enumerate(curves)}
-
-    def count(kept: dict[str, int]) -> int:
-        return sum(size * kept.get(str(i), 8) for i, size in zip(range(len(curves)), sizes, strict=False))
-
-    wanted = round(count(dict.fromkeys(by_name, 1)) + share * (count({}) - count(dict.fromkeys(by_name, 1))))
-    kept = knapsack_by_damage([groups], by_name, Budget(count, wanted), SizeRules(False, 0.0, lambda group: 1))
-    damage = sum(damage_at(by_name[name], units) for name, units in kept.items())
-    assert abs(count(kept) - wanted) <= max(sizes)
-    saves_as_much = [
-        sum(damage_at(by_name[name], units) for name, units in zip(by_name, other, strict=True))
-        for other in itertools.product(range(1, 9), repeat=len(curves))
-        if count(dict(zip(by_name, other, strict=True))) <= min(count(kept), wanted)
-    ]
-    if saves_as_much and count(kept) <= wanted:
-        assert damage <= min(saves_as_much) + 1e-9
-
-
-@pytest.mark.parametrize("shape", ["per-layer", "uniform"])
-@pytest.mark.parametrize("of", ["non-embedding", "macs"])
-def test_a_plan_by_measured_damage_meets_the_budget(shape: Any, of: Any) -> None:
-    config = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
-    discovery = discover(config)
-    model = family_model(config, dtype=torch.float32)
-    scores = score(model, discovery=discovery, name="l2")
-    generator = torch.Generator().manual_seed(1)
-    curves = {}
-    for group in discovery.groups:
-        harm = float(torch.rand((), generator=generator)) * (50 if group.layer == 0 else 1)
-        curves[group.name] = ((group.units // 4, harm), (group.units // 2, harm / 3), (group.units, 0.0))
-    options = CutOptions(ratio=0.3, of=of, scope="sensitivity", shape=shape, score="l2", min_keep=0.1)
-    decided = plan(discovery, options, config=config, scores=scores, damage=curves)
-    if of == "non-embedding":
-        whole = count_parameters(discovery, embeddings=False)
-        assert 1 - decided.parameters["pruned_non_embedding"] / whole == pytest.approx(0.3, abs=0.005)
-    else:
-        assert 1 - decided.macs["pruned"] / decided.macs["dense"] == pytest.approx(0.3, abs=0.005)
-    kept = {group.name: group.kept for group in decided.groups}
-    if shape == "uniform":
-        assert decided.settings is not None
-        assert len({kept.get(f"layers.{i}.mlp") for i in range(4)}) == 1
-    else:
-        assert kept.get("layers.0.mlp", 800) > max(kept.get(f"layers.{i}.mlp", 800) for i in range(1, 4))
-    with pytest.raises(PlanError, match="needs the damage of cuts"):
-        plan(discovery, options, config=config, scores=scores)
-    rounded = plan(discovery, replace(options, round_to=32), config=config, scores=scores, damage=curves)
-    assert all(group.kept % 32 == 0 for group in rounded.groups if group.kind == "mlp")
-
-
-def test_steps_measure_anew() -> None:
-    model = family_model(family_config("llama"), dtype=torch.float32)
-    options = CutOptions(
-        ratio=0.3, scope="sensitivity", shape="per-layer", score="l2", repair="none", iterations=2, min_keep=0.0
-    )
-    bars: list[str] = []
-    smaller, decided = cut_in_memory(model, discover(model), options, WINDOWS, bars)
-    assert bars == [
-        *("score, iteration 1", "measure damage, iteration 1", "cut, iteration 1"),
-        *("score, iteration 2", "measure damage, iteration 2", "cut, iteration 2"),
-    ]
-    assert decided.parameters["pruned"] == sum(parameter.numel() for parameter in smaller.parameters())

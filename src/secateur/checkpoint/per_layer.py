@@ -1,7 +1,8 @@
-"""A model whose layers differ in size -> a folder that the ordinary loader reads with the one file that lies in it.
+"""A model whose layers differ in size -> the same as an object of the class that the ordinary loader builds.
 
-What is different from the dense model that the config describes is read off the two models, so that it does not matter
-how the smaller one was made. The weights are written by the very class that will read them (see `modeling_per_layer`).
+That class is in the one file of code in the folder (`modeling_per_layer`), and writes the weights that it will read.
+What differs from the dense model that the config describes is read off the two models, however the smaller one was
+made.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ NO_SETTINGS = {PER_LAYER, "architectures", "auto_map", "dtype", "model_type", "t
 def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, with the same tensors, as an object of the class that says its shapes in its config.
 
-    It is for saving: what its code computes besides its weights is on `meta`. Raises `CheckpointError` when no config
-    can say what the model is.
+    It is for saving: buffers that its code computes are on `meta`. Raises `CheckpointError` when no config can describe
+    the model.
 
     >>> import torch
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,15 +74,15 @@ def is_per_layer(model: nn.Module) -> bool:
 
 def check_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
     """Raise `CheckpointError` unless the other has the shapes and attributes of the model."""
-    for section, found in differences(model, other).items():
-        for name in found:
+    for section, values in differences(model, other).items():
+        for name in values:
             raise CheckpointError(f"no folder can hold the model: its {section} would not be the same ({name})")
 
 
 def differences(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """What of a model is not as in the dense one: shapes by name, attributes and settings of configs by module.
+    """How a model differs from the dense one: shapes by name, attributes and settings of configs by module.
 
-    Only modules with a weight of another shape in them are looked at: others hold what running has left in them.
+    Only modules with a weight of another shape in them are compared: others hold what running has left in them.
     """
     shapes, dense_shapes = _shapes(model), _shapes(dense)
     if shapes.keys() != dense_shapes.keys():
@@ -113,8 +114,8 @@ def differences(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, dic
             settings = dict(_other_settings(config, dense_config))
             if settings:
                 configs[path] = settings
-    found: dict[str, dict[str, Any]] = {"shapes": {name: list(shape) for name, shape in changed.items()}}
-    return found | ({"attributes": attributes} if attributes else {}) | ({"configs": configs} if configs else {})
+    sections: dict[str, dict[str, Any]] = {"shapes": {name: list(shape) for name, shape in changed.items()}}
+    return sections | ({"attributes": attributes} if attributes else {}) | ({"configs": configs} if configs else {})
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

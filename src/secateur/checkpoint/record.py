@@ -1,4 +1,4 @@
-"""How a checkpoint was made, so that it can be made again."""
+"""Dense model and options -> the record of how a checkpoint was made, so that it can be made again."""
 
 from __future__ import annotations
 
@@ -34,20 +34,26 @@ _TYPES: dict[str, tuple[type, ...]] = {  # of the values of a record; all others
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What went in: the dense model and its weights' hash, the calibration and its tokens' hash, seed, versions."""
+    """What a checkpoint was made from."""
 
     model: str
-    weights: str  # sha256 of the dense model's weights
-    calibration: str | None  # sha256 of the calibration tokens; None where no text was used
+    """The dense model, as it was named."""
+    weights: str
+    """Sha256 of the dense model's weights."""
+    calibration: str | None
+    """Sha256 of the calibration tokens; None where no text was used."""
     seed: int
     dtype: str
     versions: Mapping[str, str]
-    command: str | None  # as typed; None from Python
-    calibration_options: Mapping[str, Any] | None = None  # text, samples, length, seed, column, chat; None if not known
-    tensors: Mapping[str, str] | None = (
-        None  # what became of every dense tensor (see `account_for_tensors`); None if not known
-    )
-    recovery: Mapping[str, Any] | None = None  # how it was trained after the cut; None where it was not
+    """Of Secateur, torch, transformers and Python."""
+    command: str | None
+    """As it was typed; None from Python."""
+    calibration_options: Mapping[str, Any] | None = None
+    """The fields of `CalibrationOptions`; None where they are not known."""
+    tensors: Mapping[str, str] | None = None
+    """What became of every dense tensor (see `account_for_tensors`); None where it is not known."""
+    recovery: Mapping[str, Any] | None = None
+    """How the model was trained after the cut; None where it was not."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -92,7 +98,7 @@ def versions() -> dict[str, str]:
 def read_record(folder: Path) -> Record | None:
     """Read the record of a folder that `save` wrote; None where there is none.
 
-    What a later version has added to it is passed over. Raises `CheckpointError` when it is damaged, or not as it was
+    Keys that a later version has added are ignored. Raises `CheckpointError` when it is damaged, or not as it was
     written.
 
     >>> read_record(Path("no-such-folder")) is None

@@ -1,4 +1,4 @@
-"""What became of every tensor of the dense checkpoint, by name."""
+"""Dense model, pruned model and plan -> what became of every tensor of the dense checkpoint, by name."""
 
 from __future__ import annotations
 
@@ -22,51 +22,49 @@ def account_for_tensors(
 ) -> dict[str, str]:
     """Name of a dense tensor -> its fate, dtype and shape, and its name in the pruned model where that is another.
 
-    `kept`: as it was, bit by bit. `fitted`: of the same shape, with other values. `cut`: smaller. `tied`: the same
-    tensor as another one, in both models. `dropped`: gone with its layer or sub-layer. `unplaced`: in the files, but
+    `kept`: unchanged, bit by bit. `fitted`: of the same shape, with other values. `cut`: smaller. `tied`: the same
+    tensor as another one, in both models. `dropped`: removed with its layer or sub-layer. `unplaced`: in the files, but
     not in the dense model, which has no place for it (given by `load_on_meta`). Raises `CheckpointError` for a tensor
-    that has no such fate: lost, grown, of another dtype, no longer tied, or one that no dense tensor became.
+    that has none of these fates: lost, grown, of another dtype, no longer tied, or one that no dense tensor became.
 
     >>> from secateur.discovery.discover import discover
-    >>> from secateur.planning.plan import CutOptions, plan
+    >>> from secateur.planning.options import CutOptions
+    >>> from secateur.planning.plan import PlannedGroup
     >>> from secateur.pruning.prune import prune
-    >>> from secateur.scoring.scores import score
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
     >>> model = AutoModelForCausalLM.from_config(config)
-    >>> options = CutOptions(ratio=0.5, of="units", axes=("layers",), score="l2")
-    >>> decided = plan(discover(config), options, config=config, scores=score(model, name="l2"))
-    >>> fates = account_for_tensors(model, prune(model, decided), decided, discover(config))
-    >>> sorted({fate.split()[0] for fate in fates.values()}), fates["lm_head.weight"]
-    (['dropped', 'kept', 'tied'], 'tied to model.decoder.embed_tokens.weight')
+    >>> last = PlannedGroup("layers", "layer", None, units=2, kept=1, keep=(1,))
+    >>> by_hand = Plan("opt", CutOptions(ratio=0.5), (last,), {}, {}, settings={"num_hidden_layers": 1})
+    >>> fates = account_for_tensors(model, prune(model, by_hand), by_hand, discover(config))
+    >>> fates["model.decoder.layers.1.fc2.bias"], fates["lm_head.weight"]
+    ('kept float32 [12] as model.decoder.layers.0.fc2.bias', 'tied to model.decoder.embed_tokens.weight')
     """
-    cut = plan.sizes
+    sizes = plan.sizes
     before, after = _state(dense), _state(pruned)
     skipped = tuple(f"{path}." for path in skipped_in(pruned))
     fates: dict[str, str] = {}
-    holders: dict[tuple[int, ...], tuple[str, str]] = {}  # of storage: the first name, before and after
-    left = set(after)
+    first_names: dict[tuple[int, ...], tuple[str, str]] = {}  # of a storage: its first name, before and after
+    unexplained = set(after)
     for name, tensor in before.items():
         about = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        if layer_of(name, discovery.layer_lists) in cut.dropped_layers:
+        new = renamed(name, discovery, sizes)
+        gone = layer_of(name, discovery.layer_lists) in sizes.dropped_layers
+        if gone or new not in after:
             fates[name] = f"dropped {about}"
-            continue
-        new = renamed(name, discovery, cut)
-        if new not in after:
-            if not new.startswith(skipped):
+            if not gone and not new.startswith(skipped):
                 raise CheckpointError(f"the pruned model lacks {new}, and the plan drops no block around it")
-            fates[name] = f"dropped {about}"
             continue
-        left.discard(new)
-        first, first_new = holders.setdefault(_storage(tensor), (name, new))
-        if first != name:
-            if _storage(after[new]) != _storage(after[first_new]):
-                raise CheckpointError(f"the pruned model has {new} apart from {first_new}, to which it was tied")
+        unexplained.discard(new)
+        first, first_new = first_names.setdefault(_storage(tensor), (name, new))
+        if first == name:
+            fates[name] = _fate(name, about, tensor, after[new]) + (f" as {new}" if new != name else "")
+        elif _storage(after[new]) == _storage(after[first_new]):
             fates[name] = f"tied to {first}"
-            continue
-        fates[name] = _fate(name, about, tensor, after[new]) + (f" as {new}" if new != name else "")
-    if left:
-        raise CheckpointError(f"the pruned model has {min(left)}, which no tensor of the dense model became")
+        else:
+            raise CheckpointError(f"the pruned model has {new} apart from {first_new}, to which it was tied")
+    if unexplained:
+        raise CheckpointError(f"the pruned model has {min(unexplained)}, which no tensor of the dense model became")
     return {**fates, **dict.fromkeys(sorted(set(unplaced) - fates.keys()), "unplaced")}
 
 

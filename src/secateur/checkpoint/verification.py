@@ -1,4 +1,4 @@
-"""A folder that we wrote -> what of it is not as it was written."""
+"""A folder that `save` wrote -> what of it is not as it was written."""
 
 from __future__ import annotations
 
@@ -19,23 +19,28 @@ from secateur.planning.plan import read_plan
 
 @dataclass(frozen=True, slots=True)
 class VerifiedFile:
-    """One file: its size and hash as written (0 and None where it was not), and what is wrong with it."""
+    """One file of a folder."""
 
     name: str
     bytes: int
+    """Its size as it was written; 0 where it was not written with the rest."""
     sha256: str | None
+    """Its hash as it was written; None where it was not written with the rest."""
     problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What `verify` found: every file, and what does not fit together; no problems, and it is as it was written."""
+    """The result of `verify`: a folder without problems is as it was written."""
 
     folder: str
     files: tuple[VerifiedFile, ...]
-    problems: tuple[str, ...]  # one line each, which begins with the name of a file
+    problems: tuple[str, ...]
+    """One line each, which begins with the name of a file."""
     tensors: int
-    built: bool  # whether the shapes were also compared with a model built from the config
+    """How many the manifest lists."""
+    built: bool
+    """Whether the shapes were also compared with a model built from the config."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur verify --json` writes it."""
@@ -47,8 +52,8 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
 
     Every file has its size and hash, and every tensor its dtype and shape; no file that a loader would read has been
     added. Then a model is built from the config, without memory: it has exactly the tensors that are there, and the
-    sizes that the plan says. This is left out of a model with packed weights, whose tensors have other shapes, and of
-    one with custom code, unless `trust_remote_code` lets it run. Raises `CheckpointError` when there is no such folder,
+    sizes that the plan says. This last check is skipped for packed weights, whose tensors have other shapes, and for
+    custom code, unless `trust_remote_code` lets it run. Raises `CheckpointError` when there is no such folder,
     or no manifest in it that can be read.
 
     >>> import tempfile
@@ -77,7 +82,7 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
                 problems += _disagreements(folder, trust_remote_code=trust_remote_code)
                 built = True
         except UntrustedCodeError:
-            pass  # the files are as they were written, which is what can be said before any of them runs
+            pass  # the files are as they were written: no more can be checked before any of them runs
         except SecateurError as error:
             problems.append(str(error))
     tensors = sum(len(entry.tensors or ()) for entry in manifest.values())
@@ -95,7 +100,7 @@ def _files(folder: Path, manifest: Mapping[str, Entry]) -> Iterator[VerifiedFile
 
 
 def _disagreements(folder: Path, *, trust_remote_code: bool) -> Iterator[str]:
-    """What the plan, the config, the record and the tensors say differently."""
+    """Where the plan, the config, the record and the tensors disagree."""
     model, leftover = load_on_meta(str(folder), trust_remote_code=trust_remote_code)
     for name in leftover:
         yield f"config.json describes a model without {name}, which lies in the weights"
@@ -103,11 +108,11 @@ def _disagreements(folder: Path, *, trust_remote_code: bool) -> Iterator[str]:
     plan = read_plan(folder / PLAN_FILE)
     config = load_config(str(folder), trust_remote_code=trust_remote_code).to_dict()
     for name, value in (plan.settings or {}).items():
-        found: Any = config
+        written: Any = config
         for key in name.split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        if found != value:
-            yield f"{PLAN_FILE} says {name}={value!r:.60}, config.json {found!r:.60}"
+            written = written.get(key) if isinstance(written, dict) else None
+        if written != value:
+            yield f"{PLAN_FILE} says {name}={value!r:.60}, config.json {written!r:.60}"
     if plan.settings is None and PER_LAYER not in config:
         yield f"{PLAN_FILE} says that no stock config holds the cut ({plan.refusal}), config.json is one"
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -126,6 +126,11 @@ class Discovery:
         """The number of layers, whether or not they can be dropped; 1 where none can be told apart."""
         return 1 + max((weight.layer for weight in self.weights if weight.layer is not None), default=0)
 
+    @property
+    def layer_paths(self) -> dict[str, int]:
+        """Path of each layer module -> its number; of several lists of layers one may be shorter."""
+        return {f"{prefix}.{number}": number for prefix in self.layer_lists for number in range(self.depth)}
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur discover --json` writes it."""
         data: dict[str, Any] = _as_json(self)

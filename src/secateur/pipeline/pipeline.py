@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
+from secateur.checkpoint.formats import check_saveable
 from secateur.checkpoint.record import PLAN_FILE, make_record
-from secateur.checkpoint.save import check_saveable, save_updated
+from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.data.generated import generate_windows
@@ -43,6 +44,7 @@ from secateur.planning.options import CutOptions, check_score, settled
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock
+from secateur.pruning.closed_form import REPAIRS
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
@@ -287,7 +289,7 @@ class Pipeline:
                     decided,
                     at.discovery,
                     windows,
-                    method=at.options.closed_form,
+                    method=at.options.repair,
                     choose=at.options.choose == "obs",
                     progress=progress,
                 )
@@ -324,7 +326,7 @@ class Pipeline:
     def apply(self, decision: Decision, *, room: Path | None = None) -> tuple[PreTrainedModel, Plan]:
         """Repair and prune as decided: the smaller model, and the plan of the dense model that leads to it."""
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
-        if self.options.repair == "reconstruct":
+        if REPAIRS[self.options.repair].trains_layers:
             # 10. Reconstruction: each layer is trained to give what the dense one gives.
             windows, model = self.windows(), self.model
             with self.clock.stage("reconstruct") as progress:

@@ -14,6 +14,7 @@ from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.models.trust import runs_remote_code
+from secateur.planning.budget import counter
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup, plan
 
@@ -57,12 +58,7 @@ def options_of_iteration(options: CutOptions, dense: Discovery, number: int) -> 
         assert options.ratio is not None
         before, after = (1 - options.ratio * i / options.iterations for i in (number - 1, number))
         return replace(options, ratio=1 - after / before, iterations=1)
-    if options.of == "macs":
-        whole = sum(count_macs(dense).values())
-    else:
-        whole = count_parameters(dense, embeddings=options.of != "non-embedding")
-        if options.of == "memory":
-            whole *= options.item_bytes
+    whole = counter(options.of, dense, item_bytes=options.item_bytes)({})
     left = options.target if options.target is not None else round(whole * (1 - (options.ratio or 0)))
     wanted = whole - round((whole - left) * number / options.iterations)
     return replace(options, ratio=None, target=wanted, iterations=1)

@@ -105,11 +105,6 @@ class CutOptions:
         return self.repair != "none" or self.choose == "obs"
 
     @property
-    def closed_form(self) -> str:
-        """The repair in closed form that comes first."""
-        return "least-squares" if self.repair == "reconstruct" else self.repair
-
-    @property
     def item_bytes(self) -> int:
         """Bytes of a weight, as a budget of memory counts them."""
         return ITEM_BYTES[self.memory_dtype]

@@ -1,4 +1,4 @@
-"""Model and plan -> smaller model: every weight sliced, ties kept, config and attributes of the new sizes."""
+"""Model and plan -> smaller model: weights sliced, ties kept, config and module attributes of the new sizes."""
 
 from __future__ import annotations
 
@@ -38,35 +38,36 @@ def prune(
 ) -> PreTrainedModel:
     """A smaller model of the same class, in eval mode; the dense model is left as it is.
 
-    A plan that a stock config can say gives a model built from that config. Any other is cut in place of the
-    modules, with the attributes that depend on the sizes found (see `attributes`); such a model runs, but has no stock
-    folder. Weights that no cut touches are shared with the dense model. `weights` are cut instead of the model's own,
-    by name and as large as those (see `repair`). `room` is a folder on a disk with space for the cut weights: they then
-    lie in a file there, which goes with the model, instead of in memory. Raises `PlanError` when the plan does not say
-    which units stay, or is of another model, and `DiskError` when the room is too small.
+    A plan that a stock config can say gives a model built from that config. Any other gives the dense model's modules
+    with smaller weights, and the module attributes that depend on sizes changed. Weights that no cut touches are shared
+    with the dense model. `weights` are cut instead of the model's own, by name and as large as those (see `repair`).
+    `room` is a folder on a disk with space for the cut weights: they then lie in a file there, which goes with the
+    model, instead of in memory. Raises `PlanError` when the plan does not say which units stay, or is of another model,
+    and `DiskError` when the room is too small.
 
-    >>> from secateur.planning.plan import CutOptions, plan
-    >>> from secateur.scoring.scores import score
+    >>> from secateur.planning.options import CutOptions
+    >>> from secateur.planning.plan import PlannedGroup
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
     >>> model = AutoModelForCausalLM.from_config(config)
-    >>> discovery = discover(config)
-    >>> scores = score(model, discovery=discovery, name="l2")
-    >>> decided = plan(discovery, CutOptions(ratio=0.5, of="units", axes=("mlp",)), config=config, scores=scores)
-    >>> prune(model, decided).config.ffn_dim
-    12
+    >>> half = PlannedGroup("layers.1.mlp", "mlp", 1, units=24, kept=12, keep=tuple(range(12)))
+    >>> pruned = prune(model, Plan("opt", CutOptions(ratio=0.2), (half,), {}, {}))
+    >>> [layer.fc1.out_features for layer in pruned.model.decoder.layers]
+    [24, 12]
     """
+    # 1. The plan fits the model.
     check_not_quantised(model.config)
     discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    cut = cut_weights(tensors | dict(weights or {}), plan, discovery, room=room if model.device.type == "cpu" else None)
+    # 2. Every weight keeps the slices of the units that stay.
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(weights or {})
+    smaller = cut_weights(tensors, plan, discovery, room=room if model.device.type == "cpu" else None)
+    # 3. A model of the new sizes holds them.
     if plan.settings is not None:
-        pruned = _from_config(
-            model, with_settings(model.config, plan.settings), cut, _tied_after(discovery, plan.sizes)
-        )
+        config = with_settings(model.config, plan.settings)
+        pruned = _from_config(model, config, smaller, _tied_after(discovery, plan.sizes))
     else:
-        pruned = _from_parts(model, plan.sizes, cut, discovery)
+        pruned = _from_modules(model, plan.sizes, smaller, discovery)
     pruned.eval()
     return pruned
 
@@ -87,9 +88,9 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         if units != planned.units:
             raise PlanError(f"the plan counts {planned.units} units of {planned.name}, the model has {units}")
         keep = planned.keep or ()
-        empty = planned.kept == 0 and not keep and sublayer_of(discovery, discovery.group(planned.name)) is not None
-        ascending = list(keep) == sorted(set(keep)) and keep and keep[0] >= 0 and keep[-1] < units
-        if not empty and (not ascending or len(keep) != planned.kept):
+        ascending = list(keep) == sorted(set(keep) & set(range(units)))
+        empty = not keep and sublayer_of(discovery, discovery.group(planned.name)) is None
+        if not ascending or len(keep) != planned.kept or empty:
             raise PlanError(
                 f"{planned.name}: keep must be {planned.kept} ascending indices below {units}, not {keep!r:.60}"
             )
@@ -100,10 +101,10 @@ def cut_weights(
 ) -> dict[str, Tensor]:
     """The weights of the smaller model by their new names; a weight that is not cut is the same tensor."""
     keep: dict[str, Sequence[int]] = {g.name: g.keep or () for g in plan.groups if g.kind != "layer"}
-    cut = plan.sizes
-    found: dict[str, Tensor] = {}
+    sizes = plan.sizes
+    smaller: dict[str, Tensor] = {}
     for weight in discovery.weights:
-        names = names_left(weight, discovery, cut.dropped_layers)
+        names = names_left(weight, discovery, sizes.dropped_layers)
         if not names:
             continue
         tensor = tensors[weight.name].detach()
@@ -112,16 +113,17 @@ def cut_weights(
             for dim, expression in enumerate(weight.dims)
             if len(kept := kept_along(expression, keep)) < expression.size
         }
-        if indices:
-            *before, last = indices.items()
-            for dim, kept_indices in before:
-                tensor = tensor.index_select(dim, kept_indices)
-            shape = [len(indices.get(d, range(size))) for d, size in enumerate(tensor.shape)]
-            tensor = torch.index_select(
-                tensor, *last, out=None if room is None else _in_file(room, shape, tensor.dtype)
-            )
-        found[renamed(names[0], discovery, cut)] = tensor
-    return found
+        smaller[renamed(names[0], discovery, sizes)] = _sliced(tensor, indices, room) if indices else tensor
+    return smaller
+
+
+def _sliced(tensor: Tensor, indices: Mapping[int, Tensor], room: Path | None) -> Tensor:
+    """The entries that stay along each dimension; the last slice is written into the room."""
+    *before, last = indices.items()
+    for dim, kept in before:
+        tensor = tensor.index_select(dim, kept)
+    shape = [len(indices.get(dim, range(size))) for dim, size in enumerate(tensor.shape)]
+    return torch.index_select(tensor, *last, out=None if room is None else _in_file(room, shape, tensor.dtype))
 
 
 def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -141,17 +143,17 @@ def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             os.close(descriptor)
     except OSError as error:
         raise DiskError(f"{folder} has no room for the cut weights: {error.strerror or error}") from error
-    steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    tensor: Tensor = torch.empty(0, dtype=dtype).set_(storage, 0, list(shape), steps)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    tensor: Tensor = torch.empty(0, dtype=dtype).set_(storage, 0, list(shape), strides)
     return tensor
 
 
-def _tied_after(discovery: Discovery, cut: PrunedSizes) -> dict[str, str]:
+def _tied_after(discovery: Discovery, sizes: PrunedSizes) -> dict[str, str]:
     """Every other name of a tied weight -> its name among the weights, as they are after the cut."""
     tied = {}
     for weight in discovery.weights:
-        first, *others = [renamed(n, discovery, cut) for n in names_left(weight, discovery, cut.dropped_layers)] or [""]
-        tied.update(dict.fromkeys(others, first))
+        names = [renamed(n, discovery, sizes) for n in names_left(weight, discovery, sizes.dropped_layers)]
+        tied.update(dict.fromkeys(names[1:], *names[:1]))
     return tied
 
 
@@ -175,13 +177,13 @@ def _from_config(
     return pruned
 
 
-def _from_parts(
-    model: PreTrainedModel, cut: PrunedSizes, weights: Mapping[str, Tensor], discovery: Discovery
+def _from_modules(
+    model: PreTrainedModel, sizes: PrunedSizes, weights: Mapping[str, Tensor], discovery: Discovery
 ) -> PreTrainedModel:
     """The dense model's modules with cut weights, and the attributes that go with them."""
     trusted = runs_remote_code(model)
     attributes = attributes_after(
-        model.config, discovery, cut.without_emptied(), skipped=skipped_in(model), trust_remote_code=trusted
+        model.config, discovery, sizes.without_emptied(), skipped=skipped_in(model), trust_remote_code=trusted
     )
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
@@ -201,6 +203,6 @@ def _from_parts(
         if isinstance(attribute.value, PreTrainedConfig):
             attribute.value._attn_implementation = model.config._attn_implementation
     set_attributes_in_place(pruned, attributes)
-    paths = [path for name in cut.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
+    paths = [path for name in sizes.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
     skip_sublayers_in_place(pruned, model, paths)
     return pruned

@@ -18,8 +18,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from secateur import processes
+from secateur.checkpoint.formats import check_saveable
 from secateur.checkpoint.record import PLAN_FILE, make_record, read_record
-from secateur.checkpoint.save import check_saveable, save_updated
+from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions, split_weight

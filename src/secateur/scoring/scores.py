@@ -229,7 +229,7 @@ def _forward_statistics(
 
 def _layer_numbers(model: PreTrainedModel, discovery: Discovery) -> dict[str, int]:
     """Path of a layer -> its number."""
-    paths = {f"{prefix}.{i}": i for prefix in discovery.layer_lists for i in range(discovery.depth)}
+    paths = discovery.layer_paths
     modules = dict(model.named_modules())
     return {path: i for path, i in paths.items() if path in modules}
 

@@ -1,0 +1,80 @@
+"""Pruned model and plan -> the format of the folder that holds it.
+
+A stock folder is for what the model's own config can say. Any other sizes go into a per-layer folder, in which the
+config lists the shapes and a file of code builds the stock class in them (`models.modeling_per_layer`). A new format is
+one entry of `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.checkpoint.per_layer import as_per_layer, check_same, is_per_layer
+from secateur.discovery.groups import Discovery
+from secateur.discovery.module_attributes import attributes_after
+from secateur.errors import CheckpointError, DiscoveryError
+from secateur.models.config import per_layer_model_class
+from secateur.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFormat:
+    """How a model becomes a folder that the ordinary loader reads."""
+
+    holds: Callable[[PreTrainedModel, Plan | None], bool]
+    """Whether the format is for a model that this plan has cut; without a plan, for a model as it was loaded."""
+    prepare: Callable[[PreTrainedModel], PreTrainedModel]
+    """The same tensors in a model of the class whose `save_pretrained` writes the folder. Raises `CheckpointError`."""
+    check: Callable[[PreTrainedModel, PreTrainedModel], None]
+    """Raises `CheckpointError` where the saved model and the one loaded again (on `meta`) differ in more than names,
+    shapes and dtypes, which are checked of every format."""
+
+
+FORMATS = {  # the first that holds a model is taken
+    "stock": FolderFormat(
+        holds=lambda model, plan: not is_per_layer(model) and (plan is None or plan.settings is not None),
+        prepare=lambda model: model,
+        check=lambda saved, loaded: None,
+    ),
+    "per-layer": FolderFormat(holds=lambda model, plan: True, prepare=as_per_layer, check=check_same),
+}
+
+
+def format_of(model: PreTrainedModel, plan: Plan | None) -> FolderFormat:
+    """The first format that holds the model."""
+    return next(each for each in FORMATS.values() if each.holds(model, plan))
+
+
+def check_saveable(
+    plan: Plan,
+    *,
+    config: PreTrainedConfig | None = None,
+    discovery: Discovery | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise `CheckpointError` when no folder can hold what the plan leaves, with the reason.
+
+    With the config and the discovery of the dense model it is also checked that such a model can be made.
+    """
+    if plan.settings is not None:
+        return
+    reason = (plan.refusal or "it was planned without the model's config").rstrip(".")
+    if plan.sizes.dropped_layers:
+        raise CheckpointError(
+            f"no folder can hold what the plan leaves: {reason}. Drop other layers, or cut other axes instead"
+        )
+    if config is None or discovery is None:
+        return
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and per_layer_model_class(config) is None:
+        raise CheckpointError(
+            f"no folder can hold what the plan leaves: {reason}, and of a model with custom code only a cut that its "
+            "config can say is saved. Cut all layers alike (leave out --layers), or use the pruned model in memory "
+            "(secateur.pruning.prune, or `secateur evaluate MODEL --plan plan.json`)"
+        )
+    try:
+        attributes_after(config, discovery, plan.sizes.without_emptied(), trust_remote_code=trust_remote_code)
+    except DiscoveryError as error:
+        raise CheckpointError(f"no model can be made of what the plan leaves: {reason}, and {error}") from error

@@ -1,0 +1,128 @@
+"""Options of a cut: presets, what follows from what, every refusal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from secateur import CalibrationOptions, CutOptions
+from secateur.errors import PlanError, ScoreError
+from secateur.planning.options import check_score, settled, with_preset
+
+
+def test_the_default_options_are_the_best_preset() -> None:
+    best, calibration = with_preset("best")
+    assert (best, calibration) == (CutOptions(), CalibrationOptions())
+    assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "per-layer")
+    assert (best.choose, best.repair) == ("obs", "least-squares")
+
+
+def test_presets_depart_from_the_default() -> None:
+    assert with_preset("fast") == (
+        CutOptions(),
+        CalibrationOptions(samples=24, score_samples=8),
+    )
+    paper, text = with_preset("llm-pruner")
+    assert (paper.ratio, paper.of, paper.score, paper.repair) == (0.25, "units", "param_first", "none")
+    assert paper.layer_range(32) == (4, 30)
+    assert (text.samples, text.length, text.score_samples) == (10, 64, None)
+    with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):
+        with_preset("bets")
+
+
+@pytest.mark.parametrize("preset", ["best", "fast", "llm-pruner"])
+def test_a_ratio_means_the_same_under_every_preset(preset: str) -> None:
+    assert with_preset(preset, {"ratio": 0.2})[0].of == "non-embedding"
+    assert with_preset(preset, {"target": 10**6})[0].of == "non-embedding"
+    assert with_preset(preset, {"ratio": 0.2, "of": "macs"})[0].of == "macs"
+
+
+@pytest.mark.parametrize(("cut", "shuffled"), [({}, 0.25), ({"choose": "score", "repair": "none"}, 0.0)])
+def test_windows_are_shuffled_where_a_repair_looks_at_them(cut: dict[str, Any], shuffled: float) -> None:
+    for preset in ("best", "fast"):
+        options, calibration = with_preset(preset, cut)
+        assert settled(calibration, options).shuffled == shuffled
+        assert settled(replace(calibration, shuffled=0.0), options).shuffled == 0
+    assert settled(with_preset("best", cut, {"text": "self"})[1], options).shuffled == 0
+
+
+@pytest.mark.parametrize("depth", range(2, 100))
+def test_shares_of_the_depth_are_the_papers_layers(depth: int) -> None:
+    first, last = with_preset("llm-pruner")[0].layer_range(depth)
+    assert (first, depth - last) == (round(depth * 4 / 32), round(depth * 2 / 32))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan])
+def test_a_ratio_outside_is_refused(ratio: float) -> None:
+    with pytest.raises(PlanError, match=r"ratio=.* is outside \[0, 1\): .* for example ratio=0\.2"):
+        CutOptions(ratio=ratio, scope="local", shape="uniform")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.2, "target": 9}, "either a ratio .* or a target"),
+        ({"ratio": 0.2, "target": 5}, "either a ratio .* or a target"),
+        ({"ratio": 0.2, "of": "parameter"}, "of='parameter' is unknown.*Did you mean parameters?"),
+        ({"target": 5, "of": "units"}, "a target counts parameters, macs, bytes"),
+        ({"ratio": 0.2, "axes": ("atention",)}, "axes='atention' is unknown.*Did you mean attention?"),
+        ({"ratio": 0.2, "axes": ()}, "axes is empty"),
+        ({"ratio": 0.2, "axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),
+        ({"ratio": 0.2, "round_to": 0}, "round_to=0 is not a width"),
+        ({"ratio": 0.2, "shape": "per-layer", "schedule": (-1, 1)}, "schedule=-1:1: expected shares in proportion"),
+        ({"ratio": 0.2, "shape": "per-layer", "schedule": (0, 0)}, "schedule=0:0: expected shares in proportion"),
+        (
+            {"ratio": 0.2, "shape": "uniform", "schedule": (1, 2)},
+            "schedule=1:2 gives every layer its share .* scope=local and shape=per-layer",
+        ),
+        (
+            {"ratio": 0.2, "shape": "per-layer", "scope": "global", "schedule": (1, 2)},
+            "scope=local and shape=per-layer",
+        ),
+        ({"ratio": 0.2, "shape": "per-layer", "axes": ("hidden",), "schedule": (1, 2)}, "axes inside layers"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        CutOptions(**options)
+
+
+def test_scores_and_reductions_are_checked() -> None:
+    with pytest.raises(ScoreError, match="score='L1' is unknown"):
+        check_score(CutOptions(ratio=0.2, score="L1", scope="local", shape="uniform"))
+    wrong: Any = "sums"
+    with pytest.raises(PlanError, match=r"reduce='sums' is unknown.*Did you mean sum\?"):
+        CutOptions(ratio=0.2, reduce=wrong, scope="local", shape="uniform")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"scope": "globel"},
+            r"scope='globel' is unknown\. Known: auto, local, global, sensitivity\. Did you mean global\?",
+        ),
+        ({"shape": "round"}, "shape='round'"),
+        ({"repair": "glue"}, "repair='glue'"),
+        ({"choose": "dice"}, "choose='dice'"),
+        ({"min_keep": 1.0}, "min_keep=1 is outside"),
+        ({"scope": "global", "of": "units"}, "use scope=local"),
+        ({"scope": "sensitivity", "axes": ("layers",)}, "axes=layers needs scope=local"),
+    ],
+)
+def test_refusals(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        CutOptions(ratio=0.2, **given)
+
+
+def test_automatic_options_follow_from_the_others() -> None:
+    assert CutOptions().choose == "obs"
+    assert CutOptions(score="l2").choose == "score"
+    units = CutOptions(of="units")
+    assert (units.scope, units.shape, units.repair) == ("local", "uniform", "least-squares")
+    hidden = CutOptions(axes=("hidden",))
+    assert (hidden.scope, hidden.repair, hidden.choose) == ("local", "least-squares", "score")
+    assert CutOptions(axes=("layers",), score="layer_loss").repair == "none"
