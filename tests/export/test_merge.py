@@ -181,11 +181,11 @@ class TestRefused:
 
     def test_damaged_settings(self, place: Path) -> None:
         (copied("per_layer", place) / "adapter_config.json").write_text("{")
-        self.check(ExportError, "adapter_config.json cannot be read", place)
+        self.check(CheckpointError, "adapter_config.json cannot be read", place)
 
     def test_damaged_weights(self, place: Path) -> None:
         (copied("per_layer", place) / "adapter_model.safetensors").write_bytes(b"half")
-        self.check(ExportError, "adapter_model.safetensors cannot be read", place)
+        self.check(CheckpointError, "adapter_model.safetensors cannot be read", place)
 
     def test_of_another_size(self, place: Path) -> None:
         adapter = copied("per_layer", place)

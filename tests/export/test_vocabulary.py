@@ -119,7 +119,7 @@ def test_what_a_file_cannot_describe_is_noted() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens([AddedToken("<own>", rstrip=True)])
     notes = vocabulary(tokenizer, 410).notes
-    assert notes == ("the NFC form of text is not taken", "space beside <own> is kept as it is")
+    assert notes == ("text is not normalised to NFC", "space beside <own> is not stripped")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_a_file_cannot_describe_is_noted() -> None:
     [
         (
             lambda: byte_level_tokenizer(split_by("own")),
-            r"in a way that we do not know: it splits by 'own'\. Say which of llama\.cpp's it is with --pre NAME",
+            r"the pre-tokenizer is not recognised: it splits by 'own'\. Name llama\.cpp's with --pre NAME",
         ),
         (
             lambda: byte_level_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
@@ -135,7 +135,7 @@ def test_what_a_file_cannot_describe_is_noted() -> None:
         ),
         (
             lambda: byte_level_tokenizer(pre_tokenizers.Whitespace()),
-            "neither of byte-level pairs nor of sentencepiece's",
+            "neither byte-level BPE nor SentencePiece BPE",
         ),
         (
             lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))),

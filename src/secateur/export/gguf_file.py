@@ -22,7 +22,7 @@ from secateur.export.architectures import type_of
 from secateur.export.check import Checked, check_file
 from secateur.export.fitting import Fitted, fit
 from secateur.export.llama_cpp import is_installed, require
-from secateur.export.mapping import EMBEDDING, LazyTensor, MappedModel
+from secateur.export.mapping import EMBEDDING, LazyTensor
 from secateur.export.metadata import metadata
 from secateur.export.options import GgufOptions
 from secateur.export.tensors import TYPES, block_size, encode, exact_weights, file_tensors, stored_types
@@ -86,14 +86,10 @@ def export_gguf(
     check_gguf(model.config, out, options, overwrite=overwrite)
     model_type = type_of(model.config)
     fitted = fit(model, model_type, pad=options.pad)
-    mapped = fitted.mapped
-    keys = metadata(model.config, model_type, mapped, fitted.positions)
-    rows = mapped.shape(mapped.outside[EMBEDDING])[0]
+    keys = metadata(model.config, model_type, fitted.mapped, fitted.positions)
+    rows = fitted.mapped.shape(fitted.mapped.outside[EMBEDDING])[0]
     words = vocabulary(tokenizer, rows, pre=options.pre, stops=_stop_tokens(model))
-    tensors = file_tensors(mapped, fitted.architecture, model_type)
-    if (factors := fitted.positions.rope_factors) is not None:
-        tensors["rope_freqs.weight"] = lambda fetch: factors
-    contents = _Contents(mapped, tensors, options.gguf)
+    contents = _Contents(fitted, file_tensors(fitted.mapped, fitted.architecture, model_type), options.gguf)
     with atomic_file(out, overwrite=overwrite) as file:
         writer = GGUFWriter(file, fitted.architecture.name)
         try:
@@ -103,7 +99,7 @@ def export_gguf(
             writer.close()
         checked = None
         if is_installed() if options.check is None else options.check:
-            exact = exact_weights(mapped, tensors, contents.types)
+            exact = exact_weights(fitted.mapped, contents.tensors, contents.types)
             checked = check_file(file, model, tokenizer, type_name=options.gguf, exact=exact)
         size = file.stat().st_size
     return GgufResult(
@@ -111,11 +107,11 @@ def export_gguf(
         architecture=fitted.architecture.name,
         dtype=options.gguf,
         bytes=size,
+        notes=(*fitted.positions.notes, *words.notes, *_notes(fitted, contents)),
         parameters=contents.parameters,
         added=fitted.padding,
         plain=contents.plain,
         pre=words.pre,
-        notes=(*fitted.positions.notes, *words.notes, *_notes(fitted, contents)),
         checked=checked,
     )
 
@@ -145,8 +141,11 @@ def _stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
 class _Contents:
     """The tensors of a file, with their shapes and types. Final."""
 
-    def __init__(self, mapped: MappedModel, tensors: Mapping[str, LazyTensor], type_name: str) -> None:
+    def __init__(self, fitted: Fitted, tensors: dict[str, LazyTensor], type_name: str) -> None:
+        mapped = fitted.mapped
         self.fetch, self.tensors, self.type_name = mapped.fetch, tensors, type_name
+        if (factors := fitted.positions.rope_factors) is not None:
+            tensors["rope_freqs.weight"] = lambda fetch: factors
         self.shapes = {name: mapped.shape(tensor) for name, tensor in tensors.items()}
         self.types = stored_types(self.shapes, type_name)
         quantized = type_name not in UNBLOCKED

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +18,7 @@ from secateur.checkpoint.save import save_updated
 from secateur.errors import ExportError, ModelError
 from secateur.export.options import MergeOptions
 from secateur.export.source import load_source
-from secateur.files import check_apart, check_vacant
+from secateur.files import check_apart, check_vacant, read_json, read_tensors
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
@@ -136,11 +133,8 @@ def _read_settings(folder: Path, *, argument: str) -> Mapping[str, Any]:
             f"{argument!r} is no folder with an {SETTINGS_FILE}.{hint} Expected the folder of an adapter, as peft "
             "writes it, or a model with one beside it: secateur export MODEL OUT --adapter FOLDER"
         )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        kind = settings["peft_type"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ExportError(f"{file} cannot be read ({error}); copy the adapter again") from error
+    settings = read_json(file)
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != KIND:
         raise ExportError(f"{file}: an adapter of type {kind} is not merged here. Expected LoRA ({KIND})")
     return dict(settings)
@@ -168,7 +162,4 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             f"{folder} has no {WEIGHTS_FILE}{hint}. Expected safetensors: in peft, "
             "save_pretrained(folder, safe_serialization=True)"
         )
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{file} cannot be read ({error}); copy the adapter again") from error
+    return read_tensors(file)[0]

@@ -1,8 +1,8 @@
-"""A tokenizer -> the vocabulary of a GGUF file: tokens, merges, special tokens, how text is split, the chat template.
+"""A BPE tokenizer -> the vocabulary of a GGUF file: tokens, merges, special tokens, pre-tokenizer, chat template.
 
-llama.cpp splits text into words by code of its own, which a file chooses by name (`pre`). The name is found by what the
-tokenizer does, with the data in `tokenizers.json`: the expressions it splits by, in their order, where "bytes" is the
-one of byte-level pairs and "digit" stands for one digit at a time.
+llama.cpp has pre-tokenizers of its own, which a file chooses by name (`pre`). The name is looked up in
+`tokenizers.json` by the expressions that the tokenizer splits by, in their order, where "bytes" is the one of
+byte-level BPE and "digit" stands for one digit at a time.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from secateur.errors import ExportError
 
 TABLE = Path(__file__).with_name("tokenizers.json")
 BYTES, DIGIT, SENTENCEPIECE = "bytes", "digit", "sentencepiece"
-SPACE = "\u2581"  # how sentencepiece writes a space
-PROBE = "a"  # a text that every tokenizer knows
+SPACE = "\u2581"  # a space, as SentencePiece writes it
+PROBE = "a"  # a text in every vocabulary
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says about tokens."""
+    """Tokens and how text becomes them, as a GGUF file stores it."""
 
-    kind: str  # of the tokenizer, by the file's name for it: byte-level pairs, or sentencepiece's pairs
-    pre: str
+    kind: str  # of the tokenizer, by the file's name for it: byte-level or SentencePiece BPE
+    pre: str  # pre-tokenizer
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     scores: tuple[float, ...] | None
@@ -47,18 +47,18 @@ class Vocabulary:
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, rows: int, *, pre: str | None = None, stops: Sequence[int] = ()
 ) -> Vocabulary:
-    """Say a fast tokenizer as GGUF does, for a model whose embedding has so many rows.
+    """Convert a fast tokenizer to GGUF's vocabulary, for a model whose embedding has so many rows.
 
-    `pre` names the way to split words where it is not found; `stops` are the ids that end a generated text, the first
-    of them the usual one. Raises `ExportError` for a tokenizer that llama.cpp would not follow.
+    `pre` names the pre-tokenizer where it is not recognised; `stops` are the ids that end a generated text, the usual
+    one first. Raises `ExportError` for a tokenizer that llama.cpp would not follow.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers, decoders
     >>> from transformers import PreTrainedTokenizerFast
     >>> pairs = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     >>> pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     >>> pairs.decoder = decoders.ByteLevel()
-    >>> found = vocabulary(PreTrainedTokenizerFast(tokenizer_object=pairs), 4)
-    >>> found.pre, found.tokens, found.merges
+    >>> words = vocabulary(PreTrainedTokenizerFast(tokenizer_object=pairs), 4)
+    >>> words.pre, words.tokens, words.merges
     ('gpt-2', ('a', 'b', 'ab', '[unused3]'), ('a b',))
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -71,19 +71,18 @@ def vocabulary(
     model = spec["model"]
     if model["type"] != "BPE":
         raise ExportError(
-            f"a tokenizer of the kind {model['type']} cannot be written; byte-level pairs (BPE) and sentencepiece's "
-            "pairs can"
+            f"a tokenizer of the kind {model['type']} cannot be written; byte-level BPE and SentencePiece BPE can"
         )
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ExportError("a tokenizer whose tokens carry a prefix or suffix within words cannot be written")
     tokens, types = _tokens(backend, spec, rows)
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    notes = [f"the {spec['normalizer']['type']} form of text is not taken"] if _composes(spec["normalizer"]) else []
+    notes = [f"text is not normalised to {spec['normalizer']['type']}"] if _composes(spec["normalizer"]) else []
     stripping = [token["content"] for token in spec["added_tokens"] if token["lstrip"] or token["rstrip"]]
     if stripping:
-        notes.append(f"space beside {', '.join(stripping[:3])} is kept as it is")
+        notes.append(f"space beside {', '.join(stripping[:3])} is not stripped")
     special = _special(tokenizer, stops)
-    add_bos, add_eos = _added(tokenizer, special)
+    add_bos, add_eos = _wrapping(tokenizer, special)
     common: dict[str, Any] = {
         "tokens": tokens,
         "special": special,
@@ -101,8 +100,8 @@ def vocabulary(
         kind, add_space = _kind(SENTENCEPIECE), _prepends(spec)
         return Vocabulary(kind, "default", types=types, scores=scores, merges=None, add_space=add_space, **common)
     raise ExportError(
-        "the tokenizer is neither of byte-level pairs nor of sentencepiece's (byte_fallback, spaces as U+2581), and "
-        "llama.cpp has no other kind of pairs"
+        "the tokenizer is neither byte-level BPE nor SentencePiece BPE (byte_fallback, spaces as U+2581), and "
+        "llama.cpp has no other kind of BPE"
     )
 
 
@@ -140,18 +139,18 @@ def _tokens(backend: Any, spec: Mapping[str, Any], rows: int) -> tuple[tuple[str
 def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> dict[str, int]:
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(stops), None)
     others = [stop for stop in stops if stop != eos]
-    found = {
+    ids = {
         "bos": tokenizer.bos_token_id,
         "eos": eos,
         "eot": others[0] if others else None,
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }
-    return {name: index for name, index in found.items() if isinstance(index, int)}
+    return {name: index for name, index in ids.items() if isinstance(index, int)}
 
 
-def _added(tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) -> tuple[bool, bool]:
-    """Whether a text gets a token before it, and one after it."""
+def _wrapping(tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) -> tuple[bool, bool]:
+    """Whether the tokenizer puts its bos before a text, and its eos after it."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     whole = tokenizer(PROBE).input_ids
     for bos in (False, True):
@@ -161,7 +160,7 @@ def _added(tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) -> tu
                 return bos, eos
     raise ExportError(
         f"the tokenizer makes {whole} of {PROBE!r}: other tokens around a text than its bos and eos, which a GGUF file "
-        "has no word for"
+        "has no key for"
     )
 
 
@@ -172,7 +171,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template if isinstance(template, str) else None
 
 
-# --- byte-level pairs -------------------------------------------------------------------------------------------
+# --- byte-level BPE ---------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -182,7 +181,7 @@ def _table() -> dict[str, Any]:
 
 
 def _kind(name: str) -> str:
-    """What a file calls a kind of tokenizer."""
+    """The file's name for a kind of tokenizer."""
     return str(_table()["kinds"][name])
 
 
@@ -191,7 +190,7 @@ def _pre_tokenizers() -> dict[tuple[tuple[str, ...], bool], str]:
 
 
 def known_pre_tokenizers() -> tuple[str, ...]:
-    """The names of llama.cpp's ways to split words that are found by themselves.
+    """Names of llama.cpp's pre-tokenizers that are recognised.
 
     >>> known_pre_tokenizers()[:2]
     ('gpt-2', 'smollm')
@@ -205,17 +204,17 @@ def _pre_name(spec: Mapping[str, Any]) -> str:
     normal = spec["normalizer"] is None or _composes(spec["normalizer"])
     name = _pre_tokenizers().get((splits, bool(spec["model"].get("ignore_merges"))))
     if name is None or not normal:
-        told = " then ".join(repr(each)[:60] for each in splits) or "nothing"
+        how = " then ".join(repr(each)[:60] for each in splits) or "nothing"
         first = "" if normal else f"normalises text ({spec['normalizer']['type']}), "
         raise ExportError(
-            f"the tokenizer splits words in a way that we do not know: it {first}splits by {told}. Say which of "
-            f"llama.cpp's it is with --pre NAME (pre=NAME); found by themselves are {', '.join(known_pre_tokenizers())}"
+            f"the pre-tokenizer is not recognised: it {first}splits by {how}. Name llama.cpp's with --pre NAME "
+            f"(pre=NAME); recognised are {', '.join(known_pre_tokenizers())}"
         )
     return name
 
 
 def _split(step: Mapping[str, Any]) -> str | None:
-    """What a step of a pre-tokenizer splits by; None where it does not split."""
+    """The expression that a step of a pre-tokenizer splits by; None where it does not split."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": True}:
             return "a space put before the text"
@@ -230,7 +229,7 @@ def _split(step: Mapping[str, Any]) -> str | None:
     return json.dumps(step)
 
 
-# --- sentencepiece's pairs --------------------------------------------------------------------------------------
+# --- SentencePiece BPE ------------------------------------------------------------------------------------------
 
 
 def _marks_spaces(spec: Mapping[str, Any]) -> bool:
@@ -262,17 +261,17 @@ def _prepends(spec: Mapping[str, Any]) -> bool:
 
 
 def _with_bytes(tokens: Sequence[str], types: Sequence[int], unknown: str | None) -> tuple[int, ...]:
-    found = list(types)
+    changed = list(types)
     for index, token in enumerate(tokens):
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            found[index] = int(TokenType.BYTE)
+            changed[index] = int(TokenType.BYTE)
         elif token == unknown:
-            found[index] = int(TokenType.UNKNOWN)
-    return tuple(found)
+            changed[index] = int(TokenType.UNKNOWN)
+    return tuple(changed)
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[str]) -> tuple[float, ...]:
-    """The earlier a token comes out of a merge, the higher: llama.cpp merges the pair of the highest score first."""
+    """Higher for tokens of earlier merges: llama.cpp merges the pair with the highest score first."""
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault("".join(merge.split(" ")), index)
