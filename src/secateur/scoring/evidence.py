@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Moments:
         """Those of some rows of the weight."""
         parts = (x[rows] if x.shape[0] > 1 else x for x in (self.norm, self.mean, self.variance, self.tokens))
         return Moments(*parts)
+
+
+T = TypeVar("T", Tensor, Moments)
 
 
 class Evidence:
@@ -68,23 +72,22 @@ class Evidence:
     @property
     def gradient(self) -> Tensor:
         """G: the gradient of the mean loss over the samples, shaped like the weight."""
-        if self._gradient is None:
-            raise ScoreError('the score looks at the gradient, which it does not ask for: needs="gradient"')
-        return self._gradient
+        return self._asked(self._gradient, "the gradient", "gradient")
 
     @property
     def squared(self) -> Tensor:
         """A: the mean over the samples of the square of each one's own gradient, shaped like the weight."""
-        if self._squared is None:
-            raise ScoreError('the score looks at squared gradients, which it does not ask for: needs="second order"')
-        return self._squared
+        return self._asked(self._squared, "squared gradients", "second order")
 
     @property
     def inputs(self) -> Moments:
         """Norm, mean and variance of each feature that the weight reads, over all calibration tokens."""
-        if self._moments is None:
-            raise ScoreError('the score looks at the inputs, which it does not ask for: needs="inputs"')
-        return self._moments
+        return self._asked(self._moments, "the inputs", "inputs")
+
+    def _asked(self, value: T | None, part: str, needs: str) -> T:
+        if value is None:
+            raise ScoreError(f'the score looks at {part}, which it does not ask for: needs="{needs}"')
+        return value
 
     @cached_property
     def first(self) -> Tensor:

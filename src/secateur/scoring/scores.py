@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,71 +161,38 @@ def statistics_for(
     if groups is not None:
         check_kinds(name, groups)
     groups = discovery.groups if groups is None else groups
-    wanted = weights_scored(discovery, groups)
-    if SCORES[name].needs == "weights":
+    needs, wanted, saliences = SCORES[name].needs, weights_scored(discovery, groups), _saliences_beside(name)
+    if needs == "weights":
         weights = {key: parameter.detach() for key, parameter in model.named_parameters() if key in wanted}
-        return weight_statistics(weights, _saliences_beside(name))
+        return weight_statistics(weights, saliences)
     if windows is None:
         raise ScoreError(f"score {name} needs calibration text: give windows of token ids")
-    if SCORES[name].needs in ("masks", "gradient", "second order"):
-        found = _backward_statistics(name, model, discovery, windows, groups, layer_cache, progress)
-    else:
-        found = _forward_statistics(name, model, discovery, windows, groups, progress)
-    return replace(found, calibration=digest(windows))
-
-
-def _backward_statistics(
-    name: str,
-    model: PreTrainedModel,
-    discovery: Discovery,
-    windows: Tensor,
-    groups: Sequence[Group],
-    layer_cache: Path | None,
-    progress: Progress | None,
-) -> Statistics:
-    """From one forward and backward pass."""
-    wanted, layers = weights_scored(discovery, groups), [*_layer_numbers(model, discovery)]
-    if SCORES[name].needs == "masks":
+    layers = _layer_numbers(model, discovery)
+    cached: dict[str, Any] = {"layers": [*layers], "layer_cache": layer_cache, "progress": progress}
+    if needs in ("gradient", "second order"):
+        second_order = needs == "second order"
+        found = gradient_statistics(
+            model, windows, saliences, second_order=second_order, wanted=sorted(wanted), **cached
+        )
+    elif needs == "masks":
         dims: dict[str, set[int]] = defaultdict(set)
         for axis in (axis for group in groups for axis in group.axes if axis.weight in wanted):
             dims[axis.weight].add(axis.dim)
-        return mask_statistics(model, windows, wanted=dims, layers=layers, layer_cache=layer_cache, progress=progress)
-    return gradient_statistics(
-        model,
-        windows,
-        _saliences_beside(name),
-        second_order=SCORES[name].needs == "second order",
-        wanted=sorted(wanted),
-        layers=layers,
-        layer_cache=layer_cache,
-        progress=progress,
-    )
+        found = mask_statistics(model, windows, wanted=dims, **cached)
+    elif needs == "losses":
+        found = layer_loss_statistics(model, windows, layers, progress=progress)
+    else:
+        gram = _gram_score(name, discovery, groups) if needs == "grams" else None
+        found = activation_statistics(
+            model, windows, saliences, wanted=wanted, gram_score=gram, layers=layers, progress=progress
+        )
+    return replace(found, calibration=digest(windows))
 
 
-def _forward_statistics(
-    name: str,
-    model: PreTrainedModel,
-    discovery: Discovery,
-    windows: Tensor,
-    groups: Sequence[Group],
-    progress: Progress | None,
-) -> Statistics:
-    """From forward passes alone."""
-    layers = _layer_numbers(model, discovery)
-    if SCORES[name].needs == "losses":
-        return layer_loss_statistics(model, windows, layers, progress=progress)
+def _gram_score(name: str, discovery: Discovery, groups: Sequence[Group]) -> GramScore:
     names = {group.name for group in groups}
     dims = {weight.name: weight.dims for weight in discovery.weights}
-    gram_score = GramScore(lambda weight, dim: units_reached(dims[weight][dim], names), greedy=name == "obs_greedy")
-    return activation_statistics(
-        model,
-        windows,
-        _saliences_beside(name),
-        wanted=weights_scored(discovery, groups),
-        gram_score=gram_score if SCORES[name].needs == "grams" else None,
-        layers=layers,
-        progress=progress,
-    )
+    return GramScore(lambda weight, dim: units_reached(dims[weight][dim], names), greedy=name == "obs_greedy")
 
 
 def _layer_numbers(model: PreTrainedModel, discovery: Discovery) -> dict[str, int]:

@@ -101,18 +101,12 @@ def input_dims(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
     >>> input_dims(model, torch.arange(20).reshape(2, 10))["model.decoder.layers.0.fc2.weight"]
     1
     """
-    observer = _InputDims()
-    stream_inputs(model, ids, observer)
-    return observer.dims
+    dims: dict[str, int] = {}
 
+    def observe(product: WeightProduct) -> None:
+        dims[product.weight] = product.dim
 
-class _InputDims:
-    def __init__(self) -> None:
-        self.dims: dict[str, int] = {}
-
-    def inputs(self, weight: str, dim: int, index: int | None, x_NC: Tensor) -> None:
-        del index, x_NC
-        self.dims[weight] = dim
-
-    def layer(self, path: str, before_BTD: Tensor, after_BTD: Tensor) -> None:
-        del path, before_BTD, after_BTD
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    with torch.no_grad(), eager_experts(model), WeightProducts(weights, observe):
+        model(input_ids=ids.to(input_device(model)), use_cache=False)
+    return dims

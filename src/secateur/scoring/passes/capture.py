@@ -32,10 +32,8 @@ class Factors:
     """The factors of a weight's gradient for the samples from `first` on: G_RC = sum over B of left_TR' right_TC."""
 
     first: int
-    left: Tensor
-    """B x T x R; for an embedding, the number of the row that each token looks up, B x T (int64)."""
-    right: Tensor
-    """B x T x C."""
+    left: Tensor  # B x T x R; for an embedding, the number of the row that each token looks up, B x T (int64)
+    right: Tensor  # B x T x C
     left_is_input: bool = False
     """Whether left is x and right d (`Conv1D`, which stores W transposed), not the other way round."""
 
@@ -59,9 +57,6 @@ class GradientVisitor(Protocol):
 
     def finish(self, name: str) -> None:
         """All gradients of a parameter are there."""
-
-    def finish_within(self, path: str) -> None:
-        """All gradients of the parameters in a recomputed module are there."""
 
     def finish_rest(self) -> None:
         """The pass is over."""
@@ -94,17 +89,12 @@ class PassProgress:
 class PassContext:
     """What hooks and visitors have to know of the pass."""
 
-    parameters: Mapping[str, nn.Parameter]
-    """Those whose gradients are wanted, by name."""
+    parameters: Mapping[str, nn.Parameter]  # those whose gradients are wanted, by name
     layout: Layout
-    running: SampleRange
-    """The samples that are running."""
-    samples: int
-    """Of this process."""
-    all_samples: int
-    """Of all processes."""
-    loss_scale: float
-    """The loss was multiplied with it, so gradients have to be divided by it."""
+    running: SampleRange  # the samples that are running
+    samples: int  # of this process
+    all_samples: int  # of all processes
+    loss_scale: float  # the loss was multiplied with it, so gradients have to be divided by it
     layer_cache: LayerCache | None
     progress: PassProgress
 

@@ -142,21 +142,7 @@ class _GradientPass:
             self._report_layers(context.progress, stack)
 
             # 3. Replace the forward of modules that are computed again in the backward pass.
-            recomputation = Recomputation(
-                self.running,
-                layout.calls,
-                self.recompute.layer_cache,
-                may_skip=lambda path: (
-                    not self._names_within(path) & layout.tied
-                ),  # tied: part of the gradient is needed
-                on_done=visitor.finish_within,
-                on_skipped=lambda path: context.progress.finish(*self._names_within(path)),
-            )
-            for path, module in self.model.named_modules():
-                chunk = self._chunk(path, layout)
-                if chunk is not None:
-                    forward = recomputation.wrap(module, path, chunk, cached=path in layout.recomputed)
-                    stack.enter_context(replaced_forward(module, forward))
+            self._replace_recomputed(context, visitor, stack)
 
             # 4. Forward, loss and backward: hooks hand each gradient to the visitor when the backward pass reaches it.
             loss = torch.tensor(self._forward_and_backward(layout), dtype=torch.float64)
@@ -179,8 +165,38 @@ class _GradientPass:
             self.parameters,
             second_order=self.second_order,
             layers=self.recompute.layers,
-            memory=self.recompute.limit,
+            memory=0 if self.recompute.layer_cache else self.recompute.memory,  # only recomputed layers are cached
         )
+
+    def _replace_recomputed(self, context: PassContext, visitor: GradientVisitor, stack: ExitStack) -> None:
+        layout = context.layout
+        complete = layout.by_autograd - layout.conditional - layout.tied  # parameters, once their module is done
+
+        def may_skip(path: str) -> bool:
+            return (
+                not self._names_within(path) & layout.tied
+            )  # of tied weights, another part of the gradient is missing
+
+        def finish_module(path: str) -> None:
+            for name in sorted(self._names_within(path) & complete):  # in the same order in all processes
+                visitor.finish(name)
+
+        def skip_module(path: str) -> None:
+            context.progress.finish(*self._names_within(path))
+
+        recomputation = Recomputation(
+            self.running,
+            layout.calls,
+            self.recompute.layer_cache,
+            may_skip=may_skip,
+            on_done=finish_module,
+            on_skipped=skip_module,
+        )
+        for path, module in self.model.named_modules():
+            chunk = self._chunk(path, layout)
+            if chunk is not None:
+                forward = recomputation.wrap(module, path, chunk, cached=path in layout.recomputed)
+                stack.enter_context(replaced_forward(module, forward))
 
     def _chunk(self, path: str, layout: Layout) -> int | None:
         """How many samples of a module are computed again at once; None where it is not recomputed."""

@@ -68,13 +68,6 @@ class MaskGradients:
             for dim, derivatives_BS in sorted(self._derivatives.pop(name, {}).items()):
                 self._visit(name, dim, derivatives_BS)
 
-    def finish_within(self, path: str) -> None:
-        """Visit the weights in a recomputed module whose gradients autograd has given, sample by sample."""
-        layout = self.context.layout
-        for name in [name for name in self._derivatives if f"{layout.owner[name]}.".startswith(f"{path}.")]:
-            if name in layout.by_autograd - layout.conditional and name not in layout.tied:
-                self.finish(name)
-
     def finish_rest(self) -> None:
         """Visit what is left; of several processes, all weights, with the samples in the order of all windows."""
         for name, parameter in self.context.parameters.items():

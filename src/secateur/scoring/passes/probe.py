@@ -31,28 +31,20 @@ logger = logging.getLogger(__name__)
 class Layout:
     """How a model uses its parameters, and which modules the backward pass computes again."""
 
-    uses: Mapping[str, int]
-    """Parameter -> how often linear layers or embeddings use it in one forward pass."""
-    owner: Mapping[str, str]
-    """Parameter -> path of the (first) module that has it."""
-    tied: frozenset[str]
-    """Parameters that several modules or calls use."""
-    by_autograd: frozenset[str]
-    """Parameters whose gradients are left to autograd: norms, stacked experts, convolutions."""
+    uses: Mapping[str, int]  # parameter -> how often linear layers or embeddings use it in one forward pass
+    owner: Mapping[str, str]  # parameter -> path of the (first) module that has it
+    tied: frozenset[str]  # parameters that several modules or calls use
+    by_autograd: frozenset[str]  # parameters whose gradients are left to autograd: norms, stacked experts, convolutions
     conditional: frozenset[str]
     """Of these, those whose use depends on the text: experts that not all of it is routed to."""
     recomputed: tuple[str, ...]
     """Layers that are computed again in the backward pass because their activations take too much memory."""
     one_by_one: frozenset[str]
     """Modules that are computed again sample by sample, so that autograd gives the gradient of each sample."""
-    independent: frozenset[str]
-    """Modules that treat each sample independently of the others."""
-    calls: Mapping[str, int]
-    """Module that is computed again -> its calls in one forward pass."""
-    whole_model: bool
-    """Some parameter has no independent module around it: the whole model runs sample by sample."""
-    head: OutputHead | None
-    """The output head, where the model can be split before it."""
+    independent: frozenset[str]  # modules that treat each sample independently of the others
+    calls: Mapping[str, int]  # module that is computed again -> its calls in one forward pass
+    whole_model: bool  # some parameter has no independent module around it: the whole model runs sample by sample
+    head: OutputHead | None  # the output head, where the model can be split before it
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 Products are observed where they are computed, not by the module that computes them: a weight, or one matrix of a stack
 of weights, that is an operand of `linear`, `matmul`, `mm`, `addmm` or `bmm`. So linear layers of any kind, `Conv1D` and
-stacked experts look alike.
+stacked experts look alike. Axes: N tokens, C features (columns of the weight).
 """
 
 from __future__ import annotations
@@ -84,18 +84,21 @@ class _OperatorCall:
 class WeightProduct:
     """A product that is about to be computed: its inputs, and the weight or the matrices of a stack that they meet."""
 
-    weight: str
-    """Name of the weight."""
-    dim: int
-    """The weight's dimension that meets the inputs."""
-    parts: tuple[tuple[int | None, Tensor], ...]
-    """For each matrix: its index in a stack (None for a whole weight), and its inputs, tokens x features."""
-    inputs: Tensor
-    """All inputs, in the shape of the call."""
-    bias: nn.Parameter | None
-    """The bias of the call, if any."""
+    weight: str  # its name
+    dim: int  # the weight's dimension that meets the inputs
+    parts: tuple[tuple[int | None, Tensor], ...]  # index of the matrix in a stack (or None), inputs N x C
     call: _OperatorCall
-    weight_offset: int
+    weight_offset: int  # of the weight in its storage
+
+    @property
+    def inputs(self) -> Tensor:
+        """All inputs, in the shape of the call."""
+        return self.call.inputs
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the call, if it is a parameter."""
+        return self.call.bias if isinstance(self.call.bias, nn.Parameter) else None
 
     def compute(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same product of other inputs with another weight, laid out in memory as the first, and its bias."""
@@ -146,8 +149,7 @@ class WeightProducts(TorchFunctionMode):
                 parts = tuple((i, inputs[i].detach()) for i in range(len(matrix)))
             else:
                 parts = ((index[0] if index is not None else None, inputs.detach().reshape(-1, features)),)
-            bias = call.bias if isinstance(call.bias, nn.Parameter) else None
-            return WeightProduct(name, dims[0], parts, inputs, bias, call, int(weight.storage_offset()))
+            return WeightProduct(name, dims[0], parts, call, int(weight.storage_offset()))
         return None
 
 

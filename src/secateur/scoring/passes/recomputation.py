@@ -37,11 +37,6 @@ class Recompute:
     layer_cache: LayerCache | None = None
     """Saves every layer when it is done; then all layers are recomputed."""
 
-    @property
-    def limit(self) -> int:
-        """Bytes of activations that may be held: a cached layer has to be one that is recomputed."""
-        return self.memory if self.layer_cache is None else 0
-
 
 @dataclass(slots=True)
 class SampleRange:
@@ -49,8 +44,7 @@ class SampleRange:
 
     first: int
     count: int
-    depth: int = 0
-    """How many chunks within chunks; 0 where all samples run together."""
+    depth: int = 0  # how many chunks within chunks; 0 where all samples run together
 
     @contextmanager
     def narrowed(self, first: int, count: int) -> Iterator[None]:
@@ -156,15 +150,11 @@ class ModuleCall:
     path: str
     forward: Callable[..., Any]
     arguments: TensorTree
-    chunk: int
-    """Samples that are computed again at once."""
-    first: int
-    """The first sample of the call."""
-    samples: int
-    """How many samples the call has."""
+    chunk: int  # samples that are computed again at once
+    first: int  # the first sample of the call
+    samples: int  # how many samples the call has
     recomputation: Recomputation = field(repr=False)
-    number: int | None = None
-    """Among the calls that the layer cache holds; None for a call that it does not."""
+    number: int | None = None  # among the calls that the layer cache holds; None for a call that it does not
     result: TensorTree | None = None
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -196,7 +186,9 @@ class ModuleCall:
 
     def load_input_gradients(self) -> list[Tensor] | None:
         """The gradients of this call's inputs in the layer cache, if it need not be computed again."""
-        cached = self._load("backward") if self.recomputation.may_skip(self.path) else None
+        if self.number is None or not self.recomputation.may_skip(self.path):
+            return None
+        cached = self._load("backward")
         return None if cached is None else cached[0]
 
     def save_input_gradients(self, tensors: Sequence[Tensor]) -> None:

@@ -91,13 +91,6 @@ class WeightGradients:
         else:
             self._finish_sums(name)
 
-    def finish_within(self, path: str) -> None:
-        """Visit the parameters in a recomputed module whose gradients autograd has given, sample by sample."""
-        layout = self.context.layout
-        for name in [name for name in self._sums if f"{layout.owner[name]}.".startswith(f"{path}.")]:
-            if name in layout.by_autograd - layout.conditional and name not in layout.tied:
-                self._finish_sums(name)
-
     def finish_rest(self) -> None:
         """Visit what may be complete only now: tied weights, and experts that other text could have used more."""
         if processes.count() == 1:
