@@ -15,7 +15,7 @@ from secateur import discover
 from secateur.discovery.groups import Discovery
 from secateur.scoring.passes.recomputation import ModuleCall
 from secateur.scoring.scores import statistics_for
-from secateur.scoring.statistics import Statistics, load_statistics, save_statistics
+from secateur.scoring.statistics import Statistics
 
 WINDOWS = torch.randint(3, 101, (3, 9), generator=torch.Generator().manual_seed(2))
 LAYERS = 3
@@ -60,13 +60,3 @@ def test_a_resumed_pass_is_the_same_and_computes_what_is_missing(
     monkeypatch.setattr(ModuleCall, "run", recorded)
     assert_same(statistics_for(name, model, discovery, WINDOWS, layer_cache=tmp_path), whole)
     assert {path for path in computed if path.count(".") == 2} == {"model.layers.0", "model.layers.1"}
-
-
-@pytest.mark.parametrize("name", ["param_mix", "fisher", "wanda", "obs"])
-def test_statistics_survive_a_file(name: str, model: PreTrainedModel, discovery: Discovery, tmp_path: Path) -> None:
-    statistics = statistics_for(name, model, discovery, WINDOWS)
-    save_statistics(tmp_path / "s.safetensors", statistics, about="this model")
-    loaded = load_statistics(tmp_path / "s.safetensors", about="this model")
-    assert_same(loaded, statistics)
-    assert loaded.calibration == statistics.calibration
-    assert loaded.units.keys() == statistics.units.keys()

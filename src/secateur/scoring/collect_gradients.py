@@ -77,9 +77,9 @@ def all_zero(loss: float) -> ScoreError:
     """The error of a pass whose gradients are all zero.
 
     >>> print(all_zero(4.6))
-    all gradients are zero (loss 4.6), so no unit can be told from another. Check the weights ...
+    all gradients are zero (loss 4.6), so all units score the same. Check the weights ...
     """
     return ScoreError(
-        f"all gradients are zero (loss {loss:.4g}), so no unit can be told from another. Check the weights and the "
+        f"all gradients are zero (loss {loss:.4g}), so all units score the same. Check the weights and the "
         "calibration text, or use dtype float32 or bfloat16"
     )

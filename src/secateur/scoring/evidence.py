@@ -42,7 +42,7 @@ T = TypeVar("T", Tensor, Moments)
 class Evidence:
     """Some rows of a weight and what is known of them: float32, to be left unchanged.
 
-    Raises `ScoreError` where the score has not said that it needs what it looks at.
+    Raises `ScoreError` where a score looks at a part that it has not declared in `needs`.
 
     >>> Evidence(torch.ones(2, 3)).gradient
     Traceback (most recent call last):
