@@ -94,5 +94,5 @@ def _server() -> Any:
         bufsize=1,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    atexit.register(server.kill)
+    atexit.register(server.communicate)  # closes its input, after which it ends
     return server
