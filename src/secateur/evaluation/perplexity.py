@@ -157,20 +157,12 @@ def perplexity(
     cut = windows(protocol, len(ids_T), data=data)
     vocabulary = vocabulary_size(model)
     _check_ids(ids_T[: cut[-1].end], vocabulary, data=data)
-    nats: list[float] = []
     with (
         evaluation_mode(model),
         torch.inference_mode(),
         position_errors(model, protocol.window, flag=f"the window of --protocol {protocol}"),
     ):
-        for batch in _batches(cut, batch_size or fitting_batch(protocol.window, vocabulary)):
-            ids_BT = torch.stack([ids_T[window.start : window.end] for window in batch]).long()
-            ids_BT = ids_BT.to(input_device(model))
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-            for logits_TV, window_T, window in zip(logits_BTV, ids_BT, batch, strict=True):
-                nats.append(_summed_nll(logits_TV, window_T, window.scored - window.start))
-            if progress is not None:
-                progress(len(nats), len(cut))
+        nats = _window_nats(model, ids_T, cut, batch_size or fitting_batch(protocol.window, vocabulary), progress)
     if any(map(math.isnan, nats)):
         raise SecateurError(
             f"{data}: the model's negative log-likelihood is NaN ({protocol}, {len(cut)} windows); expected finite "
@@ -178,6 +170,25 @@ def perplexity(
         )
     scored_bytes = _scored_bytes(text.byte_ends_T, cut) if isinstance(text, EncodedText) else None
     return _summary(data, protocol, nats, [window.tokens for window in cut], scored_bytes)
+
+
+def _window_nats(
+    model: PreTrainedModel,
+    ids_T: Tensor,
+    cut: Sequence[Window],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[float]:
+    """The negative log-likelihood of each window, summed over its scored tokens, nats."""
+    nats: list[float] = []
+    for batch in _batches(cut, batch_size):
+        ids_BT = torch.stack([ids_T[window.start : window.end] for window in batch]).long().to(input_device(model))
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        for logits_TV, window_T, window in zip(logits_BTV, ids_BT, batch, strict=True):
+            nats.append(_summed_nll(logits_TV, window_T, window.scored - window.start))
+        if progress is not None:
+            progress(len(nats), len(cut))
+    return nats
 
 
 def _check_ids(ids_T: Tensor, vocabulary: int, *, data: str) -> None:
