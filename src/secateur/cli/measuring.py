@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from secateur.checkpoint.record import read_record
 from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Quiet, main
 from secateur.cli.output import check_files, finish, progress_bars, show
 from secateur.cli.reading import comma_separated, numbers
+from secateur.errors import ModelError
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs
 from secateur.evaluation.memory import weight_bytes
@@ -58,6 +59,7 @@ def evaluate_command(
     Every model stands beside the first one given, window by window and question by question. Without --ppl, --tasks or
     --prompt the text is the half of Python's language reference that calibration does not see.
     """
+    _check_named(models, "evaluate")
     check_files(output.json, run=run.get("folder"))
     bars = progress_bars(quiet=output.quiet)
     for name in models:
@@ -98,6 +100,7 @@ def profile_command(
     All models take turns in one run, so that a busy machine slows all of them alike. Without weights, a config.json
     gives the sizes.
     """
+    _check_named(models, "profile")
     check_files(output.json, run=run.get("folder"))
     wanted = ProfileOptions(**options)
     for name in models:
@@ -115,6 +118,11 @@ def profile_command(
     finish(result, output.json, run=run.get("folder"), command="profile", seed=wanted.seed, models=models)
     if not output.quiet:
         show(profile_tables(rows))
+
+
+def _check_named(models: Sequence[str], command: str) -> None:
+    if not models:
+        raise ModelError(f"no MODEL is named: give one or more, for example secateur {command} demo")
 
 
 def _warn_of_overlap(

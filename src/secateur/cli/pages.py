@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from secateur.cli.options import CALIBRATION, CUTTING, MODEL, OVERWRITE, Folder, Given, Loading, Quiet, main, recipe_of
 from secateur.cli.output import check_files, finish, progress_bars, run_options, show
@@ -66,7 +67,9 @@ def compare_command(
     b: Annotated[str, Parameter(help="The other model.")],
     /,
     *,
-    port: Annotated[int, main("Port of the page; 0 takes any that is free.")] = PORT,
+    port: Annotated[
+        int, main("Port of the page; 0 takes any that is free.", validator=Number(gte=0, lte=65535))
+    ] = PORT,
     host: Annotated[str, main("Any but 127.0.0.1 lets others use the page.")] = HERE,
     calibration: Annotated[Given, CALIBRATION],
     run: Folder,
