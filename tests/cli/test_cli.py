@@ -932,8 +932,8 @@ class TestRecipe:
 
     def test_options_of_the_command_line_win(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("r.yaml").write_text("model: tiny\npreset: fast\ncut: {ratio: 0.1, axes: [mlp], score: l2}\n")
-        data = written(capsys, "plan", "--recipe", "r.yaml", "--target", "70K", "--of", "parameters")
-        assert (data["options"]["ratio"], data["options"]["target"]) == (None, 70_000)
+        data = written(capsys, "plan", "--recipe", "r.yaml", "--target", "90K", "--of", "parameters")
+        assert (data["options"]["ratio"], data["options"]["target"]) == (None, 90_000)
         assert (data["options"]["axes"], data["options"]["score"]) == (["mlp"], "l2")
 
 

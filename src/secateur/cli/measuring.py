@@ -13,7 +13,7 @@ from secateur.checkpoint.record import read_record
 from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Quiet, main
 from secateur.cli.output import check_files, finish, progress_bars, show
 from secateur.cli.reading import comma_separated, numbers
-from secateur.errors import ModelError
+from secateur.errors import ModelError, TaskError
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs
 from secateur.evaluation.memory import weight_bytes
@@ -65,6 +65,8 @@ def evaluate_command(
     for name in models:
         load_config(name, trust_remote_code=loading.trust_remote_code)  # refused before another is measured
     planned = read_plan(plan) if plan is not None else None
+    if options.get("tasks") == ():
+        raise TaskError("tasks=',' names no task. Expected for example --tasks boolq,piqa, or --tasks zero-shot")
     inputs = load_inputs(EvaluationOptions(**options))
     results: list[ModelEvaluation] = []
     for name in models:

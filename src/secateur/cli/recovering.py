@@ -90,7 +90,7 @@ def recover_command(
     else:
         cut = {} if how.ratio is None else {"ratio": how.ratio}
         recipe = replace(prune_recipe(pruned, file=how.prune_recipe, cut=cut), loading=loading)
-        recovered = prune_and_recover(recipe, out, rounds=how.rounds or 1, **common)
+        recovered = prune_and_recover(recipe, out, rounds=1 if how.rounds is None else how.rounds, **common)
     folder, models = run.get("folder"), [pruned, str(out)]
     finish(recovered.to_json(), output.json, run=folder, command="recover", seed=seed, models=models)
     if output.quiet:

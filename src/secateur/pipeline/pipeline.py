@@ -20,7 +20,7 @@ from secateur.checkpoint.formats import check_saveable
 from secateur.checkpoint.record import PLAN_FILE, make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
-from secateur.data.calibration import DEMO, SELF, CalibrationOptions
+from secateur.data.calibration import SELF, CalibrationOptions
 from secateur.data.generated import generate_windows
 from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.config_settings import stock_settings
@@ -380,7 +380,7 @@ class Pipeline:
                 files=text_files(self.name, self.tokenizer),
                 overwrite=run.overwrite,
             ) as folder:
-                recipe = replayable(self.recipe, given=self.given is not None)
+                recipe = replace(self.recipe, plan=None if self.given is None else PLAN_FILE)  # which lies beside it
                 (folder / RECIPE_FILE).write_text(recipe_text("prune", recipe), encoding="utf-8")
 
 
@@ -391,21 +391,6 @@ class Decision:
     at: Position
     plan: Plan
     before: Plan | None
-
-
-def replayable(recipe: PruneRecipe, *, given: bool) -> PruneRecipe:
-    """The recipe with absolute paths; a cut by a given plan follows the plan that lies in the folder."""
-
-    def absolute(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.absolute()) if name not in (DEMO, SELF) and path.exists() else name
-
-    return replace(
-        recipe,
-        model=absolute(recipe.model),
-        calibration=replace(recipe.calibration, text=absolute(recipe.calibration.text)),
-        plan=PLAN_FILE if given else None,
-    )
 
 
 def unplaced_in(name: str, loading: LoadOptions) -> tuple[str, ...]:
