@@ -202,7 +202,7 @@ class FeatureMoments:
         self.mean_MC[index] += change_C * (n / (before + n))
         self.deviations_MC[index] += variance_C.double() * n + change_C.square() * (before * n / (before + n))
         if self.gram_MCC is not None:
-            add_gram(self.gram_MCC[index], x_NC)
+            add_gram(self.gram_MCC[index], x_NC, dtype=torch.float64)
 
     def add_up_processes(self) -> None:
         """Make them those of the tokens of all processes."""

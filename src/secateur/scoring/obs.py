@@ -90,14 +90,11 @@ def removal_costs(
     return order, torch.tensor(costs, dtype=torch.float64)
 
 
-def least_squares(
-    w_RC: Tensor, gram_CC: Tensor, kept: Tensor, *, cross_CC: Tensor | None = None, damping: float = DAMPING
-) -> Tensor:
-    """The columns that stay, so that the outputs come nearest to the target: rows x kept, float64.
+def least_squares(w_RC: Tensor, gram_CC: Tensor, kept: Tensor, *, damping: float = DAMPING) -> Tensor:
+    """The columns that stay, so that the outputs come nearest to what all columns give: rows x kept, float64.
 
-    The target is what W itself gives for the same inputs, or for others: then `cross` is the sum of x' of those times x
-    of these. The solution minimises the squared error plus damping times its squared distance to the old columns, so
-    where nothing is removed and the inputs are the same, nothing changes.
+    The solution minimises the squared error plus damping times its squared distance to the old columns, so where
+    nothing is removed, nothing changes.
 
     >>> w, x = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     >>> least_squares(w, x.t() @ x, torch.tensor([0]), damping=0.0)
@@ -107,7 +104,7 @@ def least_squares(
     ridge = damping * float(gram_CC.diagonal().mean().clamp_min(1e-12))
     inner_KK = gram_CC[kept][:, kept]
     inner_KK.diagonal().add_(ridge)
-    target_RK = w_RC @ (gram_CC if cross_CC is None else cross_CC.double())[:, kept] + ridge * w_RC[:, kept]
+    target_RK = w_RC @ gram_CC[:, kept] + ridge * w_RC[:, kept]
     if ridge:
         fitted_KR: Tensor = torch.cholesky_solve(target_RK.t(), torch.linalg.cholesky(inner_KK))
     else:
