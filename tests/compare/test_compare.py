@@ -1,13 +1,11 @@
-"""Two models side by side, without a browser: answers in turns, plans, what is shown, and the address."""
+"""Two models side by side, without a browser: answers in turns, plans, and the address of the page."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,22 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LogitsProcessorList
 
-from recipes import recipe
-from secateur.compare import markup
-from secateur.compare.answers import END, FAILED, LENGTH, STOPPED, Answer, Writing, answers, prompt_ids
-from secateur.compare.compare import Opened, compare
-from secateur.compare.cuts import Kept, Stopped, Wish, Workplace, about, by_layer, cuttable, decide, sketch
-from secateur.compare.server import bind, check_gradio, url_of
-from secateur.compare.sides import Side, load_sides
-from secateur.compare.turns import Turns
+from secateur.compare.answers import Answer, Sampling, answers, prompt_ids
+from secateur.compare.ask_tab import outcome, speed
+from secateur.compare.compare import Opened, compare, free_port
+from secateur.compare.models import Side, load_sides
+from secateur.compare.page import size_rows
+from secateur.compare.plan_tab import layer_rows
+from secateur.compare.plan_tab import size_rows as plan_rows
+from secateur.compare.plans import Planner, possible_axes
 from secateur.discovery.discover import discover
-from secateur.errors import DataError, ModelError, PageError, PlanError
-from secateur.evaluation.inference import sample_text
+from secateur.errors import DataError, ModelError, PageError, PlanError, ScoreError
+from secateur.evaluation.inference import decode_steps, sample_text
 from secateur.models.loading import LoadOptions
+from secateur.pipeline.recipe import prune_recipe
 from secateur.pipeline.run import plan_model, prune_model
-from secateur.planning.options import with_preset
 from secateur.planning.plan import plan_from_json
 from tiny import tiny_tokenizer, write_tiny
 
@@ -39,7 +37,7 @@ PROMPT = "The for statement is used to iterate over the"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Two models of different depth; the first with settings that make answers worse, and with a chat template."""
+    """Two models of different depth; the first with a chat template and generation settings that must not count."""
     shelf = tmp_path_factory.mktemp("compare")
     write_tiny(shelf / "a", seed=3)
     write_tiny(shelf / "b", seed=4, num_hidden_layers=2)
@@ -58,505 +56,249 @@ def sides(folders: tuple[str, str]) -> tuple[Side, ...]:
 
 
 def last(found: Iterator[tuple[Answer, ...]]) -> tuple[Answer, ...]:
-    """What there is in the end."""
     return [*found][-1]
 
 
 def texts(sides: tuple[Side, ...], **how: Any) -> tuple[str, ...]:
-    return tuple(answer.text for answer in last(answers(sides, PROMPT, Writing(**how))))
+    return tuple(answer.text for answer in last(answers(sides, PROMPT, Sampling(**how))))
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("answer")]
+class TestLoading:
+    def test_sides_are_profiled_beside_each_other(self, sides: tuple[Side, ...]) -> None:
+        a, b = (side.costs for side in sides)
+        assert (a.model, a.parameters, a.weight_bytes) == (sides[0].name, 106_896, 4 * 106_896)
+        assert b.macs < a.macs
+        assert a.speed is not None
+        assert a.speed.peak_bytes > a.weight_bytes
+        assert [row[0] for row in size_rows(sides)][0::5] == ["parameters", "peak memory of 64 tokens"]
+        opened = json.loads(json.dumps(Opened("http://127.0.0.1:1", sides).to_json()))
+        assert [row["model"] for row in opened["results"]] == [side.name for side in sides]
+        assert {"parameters", "macs", "weight_bytes", "peak_bytes"} <= opened["results"][0].keys()
+
+    def test_a_missing_model_is_refused_before_the_other_is_loaded(
+        self, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("secateur.compare.models.load", lambda *_, **__: pytest.fail("loaded"))
+        with pytest.raises(ModelError, match=r"'\./nothing': no such file or folder"):
+            load_sides([folders[0], "./nothing"])
+
+    def test_models_that_do_not_fit_into_memory_are_not_measured(
+        self, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("secateur.compare.models.MEMORY_SHARE", 0.0)
+        monkeypatch.setattr("secateur.compare.models.profile", lambda *_, **__: pytest.fail("measured"))
+        loaded = load_sides(folders)
+        assert "read from the disk while models answer" in caplog.text
+        assert "peak memory" not in str(size_rows(loaded))
 
 
-def generated(side: Side, **how: Any) -> str:
-    """What `generate` itself writes, with its own way of drawing tokens."""
-    ids = torch.tensor([side.tokenizer(PROMPT)["input_ids"]])
-    model: Any = side.model
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
-    return str(side.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+class TestAnswers:
+    def test_greedy_answers_are_those_of_another_implementation(self, sides: tuple[Side, ...]) -> None:
+        expected = tuple(sample_text(side.model, side.tokenizer, PROMPT, new_tokens=24) for side in sides)
+        assert texts(sides, new_tokens=24) == expected
+        assert texts(sides, new_tokens=24, temperature=1.5, top_k=1) == expected
+        assert texts(sides, new_tokens=24, temperature=1.5, top_p=1e-6) == expected
 
-
-# --- loading --------------------------------------------------------------------------------------------------------
-
-
-def test_sides_know_their_size(sides: tuple[Side, ...]) -> None:
-    a, b = (side.size for side in sides)
-    assert (a.parameters, a.weight_bytes) == (106_896, 4 * 106_896)
-    assert b.parameters < a.parameters
-    assert b.macs < a.macs
-    assert a.peak_bytes is not None
-    assert a.peak_bytes > a.weight_bytes
-    assert [side.title.split(":")[0] for side in sides] == ["A", "B"]
-    assert sides[0].positions == 256
-
-
-def test_what_is_no_model_is_refused_before_the_other_is_loaded(
-    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("secateur.compare.sides.load", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ModelError, match=r"'\./nothing': no such file or folder"):
-        load_sides([folders[0], "./nothing"])
-    with pytest.raises(ModelError, match="3 models to compare; expected two"):
-        load_sides([*folders, "demo"])
-
-
-def test_a_model_that_cannot_generate_is_refused(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.compare.sides.load", lambda *_, **__: torch.nn.Linear(2, 2))
-    with pytest.raises(ModelError, match="Linear has no generate, so it cannot answer"):
-        load_sides(folders)
-
-
-def test_models_that_do_not_fit_stay_on_the_disk(
-    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("secateur.compare.sides.COPIES", 0.0)
-    monkeypatch.setattr("secateur.compare.sides.measure_speed", lambda *_, **__: pytest.fail("measured"))
-    loaded = load_sides(folders)
-    assert [side.size.peak_bytes for side in loaded] == [None, None]
-    assert "read from the disk while models answer" in caplog.text
-    assert "peak memory" not in markup.headline(loaded)
-
-
-# --- answers --------------------------------------------------------------------------------------------------------
-
-
-def test_greedy_answers_are_those_of_another_implementation(sides: tuple[Side, ...]) -> None:
-    expected = tuple(sample_text(side.model, side.tokenizer, PROMPT, new_tokens=24) for side in sides)
-    assert texts(sides, length=24) == expected
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"temperature": 1.0},
-        {"temperature": 0.3, "top_k": 7},
-        {"temperature": 1.7, "top_p": 0.6},
-        {"temperature": 0.9, "top_p": 0.8, "top_k": 20},
-    ],
-)
-def test_drawn_answers_are_those_of_generate(sides: tuple[Side, ...], how: dict[str, Any]) -> None:
-    expected = []
-    for side in sides:
+    @pytest.mark.parametrize("how", [{"temperature": 0.3, "top_k": 7}, {"temperature": 1.7, "top_p": 0.6}])
+    def test_drawn_answers_are_those_of_generate(self, sides: tuple[Side, ...], how: dict[str, Any]) -> None:
+        side = sides[1]
+        ids = torch.tensor([side.tokenizer(PROMPT)["input_ids"]])
         torch.manual_seed(11)
-        every = {"top_p": 1.0, "top_k": 0, **how}
-        expected.append(generated(side, do_sample=True, max_new_tokens=20, **every))
-    assert texts(sides, length=20, seed=11, **how) == tuple(expected)
+        model: Any = side.model
+        every = {"top_p": 1.0, "top_k": 0, "do_sample": True, "max_new_tokens": 20, **how}
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=LogitsProcessorList(), **every
+        )
+        written = side.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        assert texts((side,), new_tokens=20, seed=11, **how) == (written,)
 
+    def test_a_seed_draws_the_same_answer_again(self, sides: tuple[Side, ...]) -> None:
+        drawn = texts(sides, temperature=1.5, seed=1)
+        assert texts(sides, temperature=1.5, seed=1) == drawn
+        assert texts(sides, temperature=1.5, seed=2) != drawn
 
-def test_settings_have_the_effect_they_name(sides: tuple[Side, ...]) -> None:
-    greedy = texts(sides, length=20)
-    assert texts(sides, length=20, temperature=1.5, top_k=1) == greedy
-    assert texts(sides, length=20, temperature=1.5, top_p=1e-6) == greedy
-    drawn = texts(sides, length=20, temperature=1.5, seed=1)
-    assert drawn != greedy
-    assert texts(sides, length=20, temperature=1.5, seed=1) == drawn
-    assert texts(sides, length=20, temperature=1.5, seed=2) != drawn
+    @pytest.mark.parametrize("length", [1, 2, 17])
+    def test_an_answer_has_the_length_asked_for(self, sides: tuple[Side, ...], length: int) -> None:
+        found = last(answers(sides, PROMPT, Sampling(new_tokens=length)))
+        assert [(answer.tokens, answer.ended) for answer in found] == [(length, "length")] * 2
+        assert all((answer.tokens_per_second is None) == (length == 1) for answer in found)
 
+    def test_an_answer_ends_where_the_model_says_so(
+        self, sides: tuple[Side, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        side = sides[1]
+        with torch.inference_mode():
+            steps = decode_steps(side.model, prompt_ids(side, PROMPT, Sampling()))
+            written = [int(next(steps)) for _ in range(5)]
+        monkeypatch.setattr(side.model.generation_config, "eos_token_id", [written[4]])
+        [answer] = last(answers([side], PROMPT, Sampling(new_tokens=30)))
+        assert (answer.tokens, answer.ended) == (written.index(written[4]) + 1, "end of text")
+        assert answer.text == side.tokenizer.decode(written[: answer.tokens - 1])
 
-@pytest.mark.parametrize("length", [1, 2, 17])
-def test_the_length_is_kept_to(sides: tuple[Side, ...], length: int) -> None:
-    found = last(answers(sides, PROMPT, Writing(length=length)))
-    assert [(answer.tokens, answer.ended, answer.error) for answer in found] == [(length, LENGTH, None)] * 2
-    assert all((answer.tokens_per_second is None) == (length == 1) for answer in found)
-    assert all(answer.first_seconds is not None and answer.first_seconds > 0 for answer in found)
+    def test_models_write_in_turns_and_only_while_someone_reads(self, sides: tuple[Side, ...]) -> None:
+        order: list[str] = []
+        hooks = [side.model.register_forward_pre_hook(lambda *_, s=side.letter: order.append(s)) for side in sides]
+        stream = answers(sides, PROMPT, Sampling(new_tokens=200))
+        states = [next(stream) for _ in range(5)]
+        stream.close()  # type: ignore[attr-defined]  # a generator
+        for hook in hooks:
+            hook.remove()
+        assert "".join(order) == "AB" * 5
+        assert [tuple(answer.tokens for answer in state) for state in states] == [(n, n) for n in range(1, 6)]
+        assert states[-1][0].text.startswith(states[2][0].text)
 
+    def test_a_model_that_fails_does_not_stop_the_other(self, sides: tuple[Side, ...]) -> None:
+        def fail(_: Any, inputs: Any, arguments: dict[str, Any]) -> None:
+            if arguments["input_ids"].shape[1] == 1:
+                raise RuntimeError("no more\nmemory")
 
-def test_an_answer_ends_where_the_model_says_so(sides: tuple[Side, ...]) -> None:
-    side = sides[1]
-    ids = torch.tensor([side.tokenizer(PROMPT)["input_ids"]])
-    model: Any = side.model
-    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
-    tokens = written[0, ids.shape[1] :].tolist()
-    end = tokens[4]
-    settings, model.generation_config.eos_token_id = model.generation_config.eos_token_id, end
-    try:
-        (answer,) = last(answers([side], PROMPT, Writing(length=30)))
-    finally:
-        model.generation_config.eos_token_id = settings
-    assert (answer.tokens, answer.ended) == (tokens.index(end) + 1, END)
-
-
-def test_memory_counts_keys_and_values(sides: tuple[Side, ...]) -> None:
-    found = last(answers(sides, PROMPT, Writing(length=9)))
-    for side, answer in zip(sides, found, strict=True):
-        layers = side.config.num_hidden_layers
-        per_token = layers * 2 * 3 * 16 * 4  # keys and values of 3 heads of 16, float32
-        assert answer.state_bytes == per_token * (answer.prompt_tokens + 9 - 1)  # the last token is not read
-
-
-def test_models_write_in_turns(sides: tuple[Side, ...]) -> None:
-    order: list[str] = []
-    hooks = [side.model.register_forward_pre_hook(lambda *_, s=side.letter: order.append(s)) for side in sides]
-    states = [*answers(sides, PROMPT, Writing(length=5))]
-    for hook in hooks:
+        hook = sides[1].model.register_forward_pre_hook(fail, with_kwargs=True)
+        a, b = last(answers(sides, PROMPT, Sampling(new_tokens=6)))
         hook.remove()
-    assert "".join(order) == "AB" * 5
-    assert [tuple(answer.tokens for answer in state) for state in states[:4]] == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    assert all(later.text.startswith(earlier.text) for (earlier, _), (later, _) in itertools.pairwise(states))
+        assert (a.ended, a.tokens) == ("length", 6)
+        assert (b.ended, b.tokens) == ("failed: RuntimeError: no more memory", 1)
+
+    def test_nan_logits_are_an_error_that_names_a_remedy(self, sides: tuple[Side, ...]) -> None:
+        def spoil(_: Any, __: Any, outputs: Any) -> Any:
+            outputs.logits[:] = float("nan")
+            return outputs
+
+        hook = sides[0].model.register_forward_hook(spoil)
+        a, _ = last(answers(sides, PROMPT, Sampling(new_tokens=3)))
+        hook.remove()
+        assert "logits hold NaN; float16 often overflows: try --dtype bfloat16" in str(a.ended)
+
+    def test_speeds_are_compared_in_characters_where_tokens_differ(self, sides: tuple[Side, ...]) -> None:
+        a = Answer("x" * 40, 4, tokens=11, first_seconds=0.5, other_seconds=0.5, ended="length")
+        b = dataclasses.replace(a, text="x" * 10, other_seconds=0.25)
+        assert outcome(sides, (a, b)) == (
+            "A ended: length; B ended: length. B wrote 2.00 times as many tokens per second as A."
+        )
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        tokenizer.add_tokens("secateurs")
+        other = dataclasses.replace(sides[1], tokenizer=tokenizer)
+        assert "0.50 times as many characters (their tokens differ)" in outcome((sides[0], other), (a, b))
+        assert speed(a) == "**20.0 tokens/s**, first token after 0.50 s, 4 tokens read, 11 written"
 
 
-def test_whoever_stops_listening_stops_the_models(sides: tuple[Side, ...]) -> None:
-    passes: list[int] = []
-    hook = sides[0].model.register_forward_hook(lambda *_: passes.append(1))
-    stream = answers(sides, PROMPT, Writing(length=200))
-    for _ in range(4):
-        next(stream)
-    assert len(threads()) == 2
-    stream.close()  # type: ignore[attr-defined]
-    done = len(passes)
-    time.sleep(0.05)
-    hook.remove()
-    assert (threads(), done, len(passes)) == ([], 3, 3)
-    assert not sides[0].model._forward_hooks
+class TestPrompts:
+    @pytest.mark.parametrize(
+        ("prompt", "match"),
+        [
+            (" \n\t", "the prompt is empty: type some text"),
+            ("word " * 400, r"A: .* reads 256 tokens at most, and the prompt has [\d,]+ and .* 64: shorten the prompt"),
+            ("x" * 1_000_001, r"the prompt has 1,000,001 characters: shorten it to 1,000,000"),
+        ],
+    )
+    def test_a_prompt_that_cannot_be_answered_is_refused(
+        self, sides: tuple[Side, ...], prompt: str, match: str
+    ) -> None:
+        with pytest.raises(DataError, match=match):
+            next(answers(sides, prompt, Sampling()))
 
+    def test_prompt_and_answer_may_fill_all_positions(self, sides: tuple[Side, ...]) -> None:
+        room = 256 - prompt_ids(sides[0], PROMPT, Sampling(new_tokens=1)).shape[1]
+        [answer] = last(answers(sides[:1], PROMPT, Sampling(new_tokens=room)))
+        assert answer.tokens == room
+        with pytest.raises(DataError, match=f"the answer up to {room + 1}"):
+            prompt_ids(sides[0], PROMPT, Sampling(new_tokens=room + 1))
 
-def test_the_stop_button_keeps_what_is_written(sides: tuple[Side, ...]) -> None:
-    states: list[tuple[Answer, ...]] = []
-    for state in answers(sides, PROMPT, Writing(length=200), stopped=lambda: len(states) >= 6):
-        states.append(state)
-    assert [(answer.ended, answer.tokens) for answer in states[-1]] == [(STOPPED, 5)] * 2
-    assert all(answer.text for answer in states[-1])
-    assert threads() == []
+    def test_the_chat_template_is_used_where_there_is_one(
+        self, sides: tuple[Side, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        a, b = sides
+        chat = Sampling(chat=True)
+        assert a.tokenizer.decode(prompt_ids(a, "Why?", chat)[0]) == "Q: Why?\nA:"
+        assert a.tokenizer.decode(prompt_ids(a, "Why?", Sampling())[0]) == "Why?"
+        assert b.tokenizer.decode(prompt_ids(b, "Why?", chat)[0]) == "Why?"
+        monkeypatch.setattr(a.tokenizer, "chat_template", "{{ raise_exception('no users here') }}")
+        with pytest.raises(DataError, match=r"its chat template refuses the prompt \(.*no users here\): switch the"):
+            prompt_ids(a, "Why?", chat)
 
-
-def test_a_model_that_fails_does_not_stop_the_other(sides: tuple[Side, ...]) -> None:
-    def fail(_: Any, inputs: Any, arguments: dict[str, Any]) -> None:
-        if arguments["input_ids"].shape[1] == 1:
-            raise RuntimeError("no more\nmemory")
-
-    hook = sides[1].model.register_forward_pre_hook(fail, with_kwargs=True)
-    a, b = last(answers(sides, PROMPT, Writing(length=6)))
-    hook.remove()
-    assert (a.ended, a.tokens, a.error) == (LENGTH, 6, None)
-    assert (b.ended, b.tokens, b.error) == (FAILED, 1, "RuntimeError: no more memory")
-    assert "no more memory" in markup.numbers(sides[1], b, characters=False)
-    assert markup.outcome(sides, (a, b), characters=False) == "A has the length asked for, B failed."
-
-
-def test_logits_that_are_no_numbers_are_said(sides: tuple[Side, ...]) -> None:
-    def spoil(_: Any, __: Any, outputs: Any) -> Any:
-        outputs.logits[:] = float("nan")
-        return outputs
-
-    hook = sides[0].model.register_forward_hook(spoil)
-    a, b = last(answers(sides, PROMPT, Writing(length=3)))
-    hook.remove()
-    assert a.error is not None
-    assert a.error.startswith("the model's logits hold NaN")
-    assert b.ended == LENGTH
-
-
-def test_people_at_the_same_time_get_what_they_would_alone(sides: tuple[Side, ...]) -> None:
-    asked = [
-        (PROMPT, Writing(length=25, temperature=1.2, seed=5)),
-        ("An exception", Writing(length=31, temperature=0.8, top_k=30, seed=6)),
-        ("Names refer to", Writing(length=12)),
-    ]
-    alone = [tuple(a.text for a in last(answers(sides, *question))) for question in asked]
-    together: dict[int, tuple[str, ...]] = {}
-
-    def ask(number: int) -> None:
-        together[number] = tuple(a.text for a in last(answers(sides, *asked[number])))
-
-    people = [threading.Thread(target=ask, args=(number,)) for number in range(len(asked))]
-    for person in people:
-        person.start()
-    for person in people:
-        person.join(60)
-    assert [together[number] for number in range(len(asked))] == alone
-
-
-def test_turns_are_given_in_order() -> None:
-    turns, order = Turns(), []
-    turns.__enter__()
-
-    def take(number: int) -> None:
-        with turns:
-            order.append(number)
-
-    waiting = []
-    for number in range(4):
-        thread = threading.Thread(target=take, args=(number,))
-        thread.start()
-        waiting.append(thread)
-        while len(turns._waiting) <= number:
-            time.sleep(0.001)
-    turns.pass_on()  # all four had theirs before it comes back
-    assert order == [0, 1, 2, 3]
-    turns.__exit__()
-    for thread in waiting:
-        thread.join(10)
-
-
-# --- prompts --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("prompt", "how", "match"),
-    [
-        ("", {}, "the prompt is empty: type some text"),
-        (" \n\t", {}, "the prompt is empty: type some text"),
-        (
-            "word " * 400,
-            {},
-            r"A: .* reads 256 tokens at most, and the prompt has [\d,]+ and .* 64: shorten the prompt$",
-        ),
-        (PROMPT, {"length": 250}, r"the answer up to 250: shorten the prompt, or the answer to \d+ tokens"),
-        ("x" * 1_000_001, {}, r"the prompt has 1,000,001 characters: shorten it, 1,000,000 are the most"),
-    ],
-)
-def test_prompts_that_cannot_be_answered(sides: tuple[Side, ...], prompt: str, how: dict[str, Any], match: str) -> None:
-    with pytest.raises(DataError, match=match):
-        next(answers(sides, prompt, Writing(**how)))
-    assert threads() == []
-
-
-def test_a_prompt_as_long_as_can_be_is_answered(sides: tuple[Side, ...]) -> None:
-    room = 256 - prompt_ids(sides[0], PROMPT, Writing(length=1)).shape[1]
-    assert [answer.tokens for answer in last(answers(sides, PROMPT, Writing(length=room)))] == [room, room]
-    with pytest.raises(DataError, match=f"or the answer to {room} tokens"):
-        next(answers(sides, PROMPT, Writing(length=room + 1)))
-
-
-def test_the_chat_template_is_used_where_there_is_one(sides: tuple[Side, ...]) -> None:
-    plain, chat = Writing(), Writing(chat=True)
-    a, b = sides
-    assert a.tokenizer.decode(prompt_ids(a, "Why?", chat)[0]) == "Q: Why?\nA:"
-    assert a.tokenizer.decode(prompt_ids(a, "Why?", plain)[0]) == "Why?"
-    assert b.tokenizer.decode(prompt_ids(b, "Why?", chat)[0]) == "Why?"
-
-
-def test_a_chat_template_that_refuses(sides: tuple[Side, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sides[0].tokenizer, "chat_template", "{{ raise_exception('no users here') }}")
-    with pytest.raises(
-        DataError, match=r"its chat template refuses the prompt \(\w+: no users here\): switch the chat"
-    ):
-        prompt_ids(sides[0], "Why?", Writing(chat=True))
-
-
-def test_a_tokenizer_of_another_model(sides: tuple[Side, ...]) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.add_tokens("secateurs")
-    wider = dataclasses.replace(sides[0], tokenizer=tokenizer)
-    with pytest.raises(DataError, match=r"the tokenizer gives token 300, and the model has 300: it is of another mod"):
-        prompt_ids(wider, "secateurs", Writing())
-
-
-@pytest.mark.parametrize(
-    ("how", "match"),
-    [
-        ({"temperature": -1}, r"temperature=-1: expected 0, or 0.01 to 100"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"temperature": "hot"}, "temperature='hot'"),
-        ({"top_p": 0}, "top-p=0: expected a share above 0"),
-        ({"top_p": 1.1}, "top-p=1.1"),
-        ({"top_k": -3}, "top-k=-3: expected a whole number"),
-        ({"top_k": 1.5}, r"top-k=1\.5"),
-        ({"length": 0}, "length=0: expected 1 to 4096 tokens"),
-        ({"length": True}, "length=True"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": None}, "seed=None"),
-    ],
-)
-def test_settings_that_make_no_sense(how: dict[str, Any], match: str) -> None:
-    with pytest.raises(DataError, match=match):
-        Writing(**how)
-
-
-# --- plans ----------------------------------------------------------------------------------------------------------
+    def test_a_tokenizer_of_another_model_is_refused(self, sides: tuple[Side, ...]) -> None:
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        tokenizer.add_tokens("secateurs")
+        wider = dataclasses.replace(sides[0], tokenizer=tokenizer)
+        with pytest.raises(DataError, match=r"gives token 300, and the model has 300: it is of another model"):
+            prompt_ids(wider, "secateurs", Sampling())
 
 
 @pytest.fixture(scope="module")
 def large(sides: tuple[Side, ...]) -> Side:
     """A side with the sizes of the 7B model, and no weights of it."""
-    config = AutoConfig.for_model("llama")
-    return dataclasses.replace(sides[0], config=config, discovery=discover(config))
+    return dataclasses.replace(sides[0], discovery=discover(AutoConfig.for_model("llama")))
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path / "run", LoadOptions(), {"samples": 4, "length": 32})
+def planner(tmp_path: Path) -> Planner:
+    return Planner(tmp_path / "run", LoadOptions(), {"samples": 4, "length": 32})
 
 
-def test_sizes_are_those_of_the_command(sides: tuple[Side, ...], place: Workplace) -> None:
-    wish = Wish(ratio=0.3, score="l2", shape="uniform", axes=("mlp",))
-    drawn = sketch(sides[0], wish, place)
-    planned = plan_model(recipe(sides[0].name, cut=wish.given), sizes_only=True)
-    assert (drawn.groups, drawn.parameters, drawn.macs) == (planned.groups, planned.parameters, planned.macs)
-    assert not drawn.decided
-    assert drawn.parameters != sketch(sides[0], dataclasses.replace(wish, ratio=0.4), place).parameters
-    assert "Sizes only: how many units stay, not which." in about(sides[0], drawn)
+class TestPlans:
+    def test_sizes_are_those_of_the_command(self, sides: tuple[Side, ...], planner: Planner) -> None:
+        cut = {"ratio": 0.3, "score": "l2", "shape": "uniform", "axes": ("mlp",)}
+        drawn = planner.sizes(sides[0], "best", cut)
+        planned = plan_model(prune_recipe(sides[0].name, cut=cut), sizes_only=True)
+        assert (drawn.groups, drawn.parameters, drawn.macs) == (planned.groups, planned.parameters, planned.macs)
+        assert float(plan_rows(drawn)[1][3].rstrip("%")) == pytest.approx(30, abs=0.5)  # of non-embedding parameters
+        assert layer_rows(sides[0], drawn)["headers"] == ["", "mlp"]
+
+    @pytest.mark.parametrize("preset", ["best", "llm-pruner"])
+    def test_sizes_of_a_large_model_follow_at_once(self, preset: str, large: Side, planner: Planner) -> None:
+        start = time.process_time()
+        drawn = planner.sizes(large, preset, {"ratio": 0.25})
+        rows = [plan_rows(drawn), layer_rows(large, drawn)["data"]]
+        assert time.process_time() - start < 0.7
+        assert "6.74 B" in rows[0][0]
+        assert len(rows[1]) == 32
+
+    def test_a_plan_is_one_that_prune_takes(self, sides: tuple[Side, ...], planner: Planner, tmp_path: Path) -> None:
+        cut = {"ratio": 0.3, "score": "param_first", "shape": "uniform"}
+        planned = planner.units(sides[0], "fast", cut)
+        assert planned.decided
+        assert planned == plan_model(planner.recipe(sides[0], "fast", cut))
+        given = plan_from_json(json.loads(json.dumps(planned.to_json())))
+        pruned = prune_model(planner.recipe(sides[0], "fast", cut), tmp_path / "out", plan=given)
+        assert pruned.plan.parameters["pruned"] == planned.parameters["pruned"]
+
+    @pytest.mark.parametrize(
+        ("preset", "cut", "match"),
+        [
+            ("best", {"ratio": 0.94}, r"ratio=0\.94 leaves"),
+            ("best", {"axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),
+            ("worst", {}, "'worst'"),
+            ("best", {"axes": ("experts",)}, "has no group of that kind"),
+        ],
+    )
+    def test_a_cut_that_cannot_be_made_is_refused(
+        self, sides: tuple[Side, ...], planner: Planner, preset: str, cut: dict[str, Any], match: str
+    ) -> None:
+        with pytest.raises((PlanError, ScoreError), match=match):
+            planner.sizes(sides[0], preset, cut)
+
+    def test_axes_are_those_that_the_model_has(self, sides: tuple[Side, ...]) -> None:
+        assert possible_axes(sides[0].discovery) == ["attention", "query", "mlp", "hidden", "layers"]
 
 
-@pytest.mark.parametrize("wish", [Wish(), Wish(score="l2", shape="uniform"), Wish("llm-pruner", 0.25), Wish("fast")])
-def test_sizes_of_a_large_model_follow_at_once(large: Side, place: Workplace, wish: Wish) -> None:
-    start = time.perf_counter()
-    drawn = sketch(large, wish, place)
-    shown = markup.plan_sizes(drawn) + markup.layer_sizes(by_layer(large, drawn))
-    assert time.perf_counter() - start < 0.7
-    assert "6.74 B" in shown
-    assert all(f">layer {layer}<" in shown for layer in range(32))
+class TestAddress:
+    def test_a_taken_port_is_an_error_before_a_model_is_loaded(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(PageError, match=rf"--port {port} cannot be listened at .* Any free port: --port 0"):
+                compare(["no-such-model", "demo"], port=port)
 
-
-def test_a_plan_is_one_that_prune_takes(sides: tuple[Side, ...], place: Workplace, tmp_path: Path) -> None:
-    wish = Wish("fast", 0.3, score="param_first", shape="uniform")
-    stages: list[str] = []
-    planned = decide(sides[0], wish, place, said=lambda stage, _: stages.append(stage))
-    assert planned.decided
-    assert planned.settings is not None
-    assert "score" in stages
-    given = plan_from_json(json.loads(json.dumps(planned.to_json())))
-    pruned = prune_model(sides[0].name, tmp_path / "out", plan=given)
-    assert load_sides([sides[0].name, str(pruned.out)])[1].size.parameters == planned.parameters["pruned"]
-    calibration = with_preset("fast", {}, {"samples": 4, "length": 32})[1]
-    assert planned == plan_model(recipe(sides[0].name, preset="fast", cut=wish.given, calibration=calibration))
-    assert "chosen by the score param_first on 4 windows of 32 tokens (demo)" in about(sides[0], planned)
-
-    # What was scored is kept: units follow at once, for other ratios and for scores that need no more.
-    for other in (dataclasses.replace(wish, ratio=0.5), dataclasses.replace(wish, score="vectorize")):
-        assert sketch(sides[0], other, place).decided
-    assert not sketch(sides[0], dataclasses.replace(wish, score="param_second"), place).decided
-    assert not sketch(sides[1], wish, place).decided
-    stages.clear()
-    decide(sides[0], dataclasses.replace(wish, ratio=0.5), place, said=lambda stage, _: stages.append(stage))
-    assert "load" not in stages
-
-
-def test_a_free_plan_says_what_prune_will_do(sides: tuple[Side, ...], place: Workplace) -> None:
-    planned = decide(sides[0], Wish("best", 0.3), place)
-    text = about(sides[0], planned)
-    assert "optimal brain surgeon may then choose others" in text
-    assert f"`secateur prune {sides[0].name} OUT --plan plan.json` cuts the others, and fits by least squares" in text
-
-
-def test_scoring_can_be_stopped(sides: tuple[Side, ...], place: Workplace) -> None:
-    def said(stage: str, share: float | None) -> None:
-        if stage == "score" and share:
-            raise Stopped("stopped; nothing was written")
-
-    with pytest.raises(Stopped):
-        decide(sides[0], Wish("fast"), place, said=said)
-    assert [answer.tokens for answer in last(answers(sides, PROMPT, Writing(length=3)))] == [3, 3]  # turns go on
-    assert not sketch(sides[0], Wish("fast"), place).decided
-
-
-def test_models_answer_while_units_are_scored(sides: tuple[Side, ...], place: Workplace) -> None:
-    """A question asked while a model is scored gets its tokens in between, and the same ones."""
-    expected = texts(sides, length=4)
-    begun = threading.Event()
-    found: list[tuple[str, ...]] = []
-    happened: list[str] = []
-
-    def ask() -> None:
-        begun.wait(60)
-        found.append(texts(sides, length=4))
-
-    def said(stage: str, share: float | None) -> None:
-        happened.append("scored")
-        if share:
-            begun.set()
-            time.sleep(0.02)
-
-    asking = threading.Thread(target=ask)
-    slow = dataclasses.replace(place, calibration={"samples": 48, "length": 64})
-    scoring = threading.Thread(target=decide, args=(sides[0], Wish("best"), slow), kwargs={"said": said})
-    hook = sides[0].model.register_forward_hook(lambda *_: happened.append("token"))
-    asking.start()
-    scoring.start()
-    scoring.join(120)
-    asking.join(60)
-    hook.remove()
-    assert found == [expected]
-    assert "scored token scored" in " ".join(happened)
-
-
-@pytest.mark.parametrize(
-    ("wish", "match"),
-    [
-        (Wish(ratio=0.94), r"ratio=0\.94 leaves"),
-        (Wish(axes=("hidden", "mlp")), "hidden and layers are cut alone"),
-        (Wish(score="block_influence"), "compares whole layers"),
-        (Wish(preset="worst"), "preset='worst' is unknown"),
-        (Wish(axes=("experts",)), "has no group of that kind"),
-    ],
-)
-def test_cuts_that_cannot_be_done(sides: tuple[Side, ...], place: Workplace, wish: Wish, match: str) -> None:
-    with pytest.raises(PlanError, match=match):
-        sketch(sides[0], wish, place)
-
-
-def test_layers_and_widths_are_shown(sides: tuple[Side, ...], place: Workplace) -> None:
-    assert cuttable(sides[0].discovery) == ["attention", "query", "mlp", "hidden", "layers"]
-    width = by_layer(sides[0], sketch(sides[0], Wish(axes=("hidden",)), place))
-    assert [(row.layer, row.kind, row.units) for row in width] == [(None, "hidden", 48)]
-    whole = Wish(ratio=0.4, axes=("layers",), score="l2")
-    assert [row.kept for row in by_layer(sides[0], sketch(sides[0], whole, place))] == [2]
-    planned = decide(sides[0], whole, place)
-    kept = by_layer(sides[0], planned)
-    assert [row.layer for row in kept if row.kept] == list(planned.groups[0].keep or ())
-    assert len(kept) == 3
-
-
-# --- what is shown --------------------------------------------------------------------------------------------------
-
-
-def test_names_and_texts_are_escaped(sides: tuple[Side, ...]) -> None:
-    hostile = [dataclasses.replace(side, name="<script>&") for side in sides]
-    assert "<script>" not in markup.headline(hostile)
-    assert markup.refusal("`<b>` & more") == ('<p class="refusal" role="alert"><code>&lt;b&gt;</code> &amp; more</p>')
-    assert "<i>" not in markup.layer_sizes([Kept(0, "<i>", 3, 2)])
-    failed = Answer(text="", prompt_tokens=1, error="<img src=x>", ended=FAILED)
-    assert "<img" not in markup.numbers(sides[0], failed, characters=True)
-
-
-def test_speeds_are_compared(sides: tuple[Side, ...]) -> None:
-    a = Answer("x" * 40, 4, 10, 0.5, 20.0, 80.0, 1024, LENGTH)
-    b = dataclasses.replace(a, tokens_per_second=30.0, characters_per_second=60.0, ended=END)
-    told = "A has the length asked for, B came to its end. B wrote {} times as many {} per second as A."
-    assert markup.outcome(sides, (a, b), characters=False) == told.format("1.50", "tokens")
-    assert markup.outcome(sides, (a, b), characters=True) == told.format("0.75", "characters")
-    shown = markup.numbers(sides[0], a, characters=True)
-    assert "20.0 tokens/s" in shown
-    assert "80.0 /s" in shown
-    assert "4 read, 10 written" in shown
-    assert "speed in characters" not in markup.numbers(sides[0], a, characters=False)
-
-
-# --- the address ----------------------------------------------------------------------------------------------------
-
-
-def test_a_taken_port_is_said_before_a_model_is_loaded() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(PageError, match=rf"port {port} of 127\.0\.0\.1 is taken: .* --port {port + 1}, .*--port 0"):
-            compare(["no-such-model", "demo"], port=port)
-
-
-def test_only_this_machine_is_listened_to_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
-    with bind(port=0) as taken:
-        assert taken.getsockname()[0] == "127.0.0.1"
+    def test_an_address_that_others_reach_is_a_warning(self, caplog: pytest.LogCaptureFixture) -> None:
+        free_port("127.0.0.1", 0)
         assert not caplog.records
-    with bind("0.0.0.0", port=0) as taken:
-        assert url_of(taken).startswith("http://127.0.0.1:")
-    assert "0.0.0.0 is no address of this machine alone" in caplog.text
+        free_port("0.0.0.0", 0)
+        assert "whoever reaches 0.0.0.0 can use the page" in caplog.text
 
+    @pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.9"])
+    def test_an_address_of_another_machine_is_refused(self, host: str) -> None:
+        with pytest.raises(PageError, match=f"--host {host}"):
+            free_port(host, 0)
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "256.1.1.1", "203.0.113.9", ""])
-def test_addresses_that_are_not_this_machine(host: str) -> None:
-    with pytest.raises(PageError, match=f"--host {host}"), bind(host or "no host", 0):
-        pass
-
-
-def test_gradio_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(PageError, match=r"pip install 'secateur\[compare\]'"):
-        check_gradio()
-
-
-def test_what_is_opened_as_json(sides: tuple[Side, ...]) -> None:
-    shown = json.loads(json.dumps(Opened("http://127.0.0.1:1", sides).to_json()))
-    assert shown["url"] == "http://127.0.0.1:1"
-    assert [row["model"] for row in shown["results"]] == [side.name for side in sides]
-    assert {"parameters", "macs", "weight_bytes", "peak_bytes"} <= shown["results"][0].keys()
+    def test_gradio_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        with pytest.raises(PageError, match=r"pip install 'secateur\[compare\]'"):
+            compare(["a", "b"])

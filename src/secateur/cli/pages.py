@@ -12,12 +12,12 @@ from cyclopts.validators import Number
 
 from secateur.cli.options import CALIBRATION, CUTTING, MODEL, OVERWRITE, Folder, Given, Loading, Quiet, main, recipe_of
 from secateur.cli.output import check_files, finish, progress_bars, run_options, show
-from secateur.compare.compare import Opened, compare
-from secateur.compare.server import HERE, PORT
+from secateur.compare.compare import HERE, PORT, Opened, compare
 from secateur.demo import PROMPT, demonstrate
 from secateur.models.sources import DEMO
 from secateur.report.page import write_report
-from secateur.report.tables.comparison import compare_tables, demo_tables
+from secateur.report.tables.comparison import demo_tables
+from secateur.report.tables.profile import profile_tables
 
 
 def report_command(
@@ -86,7 +86,8 @@ def compare_command(
     def announce(opened: Opened) -> None:
         finish(opened.to_json(), output.json)
         if not output.quiet:
-            show(compare_tables(opened.url, opened.to_json()["results"]))
+            show(profile_tables([side.costs for side in opened.sides]))
+            show([f"open {opened.url} (Ctrl-C ends it)"])
             sys.stdout.flush()
 
     compare(

@@ -1,1 +1,4 @@
-"""Two models -> a local web page that shows them side by side."""
+"""Two MODEL arguments come in; a local web page goes out, until it is interrupted.
+
+Both models answer there, and a cut of either can be planned. Read `compare.py` first.
+"""

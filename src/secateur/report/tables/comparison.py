@@ -1,9 +1,8 @@
-"""Two models -> their sizes, speeds and perplexities side by side."""
+"""The demo's run -> its plan, what the cut cost, and a text by each model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -44,21 +43,3 @@ def demo_tables(
     yield from titled("What it cost", table)
     for name, continuation in samples.items():
         yield Text.assemble(f"{name}: {prompt} ", (" ".join(continuation.split()), "bold"))
-
-
-def compare_tables(url: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """The sizes of the two models that a page compares, and its address."""
-    table = make_table(("", "model", "parameters", "non-embedding", "MACs", "weights", "peak memory"))
-    for letter, row in zip("AB", rows, strict=True):
-        peak = row["peak_bytes"]
-        table.add_row(
-            letter,
-            row["model"],
-            format_count(row["parameters"]),
-            format_count(row["non_embedding_parameters"]),
-            format_macs(row["macs"]),
-            format_bytes(row["weight_bytes"]),
-            "-" if peak is None else format_bytes(peak),
-        )
-    yield from titled("Compared", table)
-    yield f"open {url} (Ctrl-C ends it)"
