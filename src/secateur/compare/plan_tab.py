@@ -19,7 +19,7 @@ from secateur.planning.options import PRESETS, BudgetName
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.report.formatting import format_bytes, format_count, format_macs
-from secateur.scoring.scores import SCORES
+from secateur.scoring.registry import SCORES
 
 PRESETS_OWN = ("as the preset says", "")
 BUDGETS = tuple(name for name in get_args(BudgetName) if name != "latency")  # which has to be measured first
