@@ -194,6 +194,20 @@ def test_a_circle_is_found() -> None:
     assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
+MOST_LINES, MOST_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 8
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_files_functions_and_signatures_are_short(name: str) -> None:
+    text = MODULES[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            own = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert (node.end_lineno or 0) - node.lineno < MOST_OF_A_FUNCTION, node.name
+            assert len([each for each in own if each not in ("self", "cls")]) <= MOST_PARAMETERS, node.name
+
+
 def test_importing_does_nothing_else() -> None:
     code = (
         "import logging, sys, secateur\n"

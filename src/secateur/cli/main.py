@@ -69,15 +69,14 @@ def run(arguments: Sequence[str]) -> int:
         path = " ".join(["secateur", *(name for name in error.command_chain or () if name != "secateur")])
         return _fail(f"{' '.join(str(error).split()).rstrip('.')}. See: {path} --help")
     except KeyboardInterrupt:
-        resume = "; the same command with --resume continues where it can" if arguments[:1] in _RESUMABLE else ""
+        resumable = next(iter(arguments), "") in RESUMABLE
+        resume = "; the same command with --resume continues where it can" if resumable else ""
         print(f"secateur: interrupted{resume}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has stopped, as `head` does; nothing is left to say, at exit neither.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except SystemExit as left:  # after --help and --version
-        return int(left.code or 0)
+        return _unread()
+    except SystemExit as left:  # 1: what rich makes of a broken pipe
+        return _unread() if left.code == 1 else int(left.code or 0)
     except Exception as error:
         traceback.print_exc()
         print(f"secateur: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -85,7 +84,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-_RESUMABLE = [[name] for name in RESUMABLE]
+def _unread() -> int:
+    """Whoever read our output has stopped, as `head` does: nothing is left to say, nor to flush at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _fail(message: str) -> int:
