@@ -151,12 +151,6 @@ class Pipeline:
             self._tokenizer = load_tokenizer(self.name, trust_remote_code=self.trust)
         return self._tokenizer
 
-    @property
-    def needs_windows(self) -> bool:
-        """Whether any stage looks at text."""
-        options = self.options
-        return options.repairs or options.scope == "sensitivity" or SCORES[options.score].needs != "weights"
-
     def windows(self) -> Tensor:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:

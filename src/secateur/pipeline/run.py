@@ -83,6 +83,7 @@ def prune_model(
     first weight is read. Raises `SecateurError`.
     """
     processes.join()
+    # Everything that can be refused is refused before the first weight is read.
     recipe, run, out = _as_recipe(recipe), run or RunOptions(), Path(out)
     check_vacant(out, overwrite=run.overwrite)
     check_apart(resolve(recipe.model).path, out)
@@ -96,6 +97,7 @@ def prune_model(
     known = given is not None or pipeline.options.scope == "local"  # else the scores decide on the sizes, too
     if announce is not None and known:
         announce(sizes)
+    # Stages 4 to 9 for each iteration, 10 and 11 once; what is finished is kept until the folder is written.
     with work_folder(out, run_key(pipeline.recipe), resume=run.resume) as work:
         pipeline.cache = Cache(work)
         resumed = pipeline.cache.begun
