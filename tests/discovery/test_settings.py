@@ -11,7 +11,7 @@ from families import FAMILIES, family_config
 from secateur import discover
 from secateur.discovery.config_settings import stock_settings, twins, with_settings
 from secateur.discovery.groups import Discovery
-from secateur.discovery.sizes import PrunedSizes, renamed, shapes_after, shapes_of
+from secateur.discovery.sizes import PrunedSizes, name_after, shapes_after, shapes_of
 from secateur.errors import PlanError
 from secateur.models.loading import skeleton
 
@@ -98,8 +98,8 @@ def test_layers_of_different_sizes_are_refused_without_a_search() -> None:
 def test_dropped_layers_leave_the_numbering() -> None:
     discovery = discover(family_config("llama"))
     cut = PrunedSizes(dropped_layers=frozenset({0}))
-    assert renamed("model.layers.2.mlp.up_proj.weight", discovery, cut) == "model.layers.1.mlp.up_proj.weight"
-    assert renamed("model.norm.weight", discovery, cut) == "model.norm.weight"
+    assert name_after("model.layers.2.mlp.up_proj.weight", discovery, cut) == "model.layers.1.mlp.up_proj.weight"
+    assert name_after("model.norm.weight", discovery, cut) == "model.norm.weight"
 
 
 def test_a_search_does_not_change_the_config() -> None:

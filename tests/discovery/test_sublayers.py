@@ -18,7 +18,7 @@ from secateur.checkpoint.record import PLAN_FILE
 from secateur.cli.main import run
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.groups import Discovery
-from secateur.discovery.sublayers import may_go, sublayer_of
+from secateur.discovery.sublayers import is_removable, sublayer_of
 from secateur.errors import PlanError
 from secateur.models.loading import load
 from secateur.models.modeling_per_layer import Skipped, skip_in_place
@@ -42,8 +42,8 @@ def emptied(discovery: Discovery, *names: str, **kept: int) -> Plan:
     )
 
 
-def that_may_go(discovery: Discovery) -> list[str]:
-    return [group.name for group in discovery.groups if may_go(discovery, group)]
+def removable(discovery: Discovery) -> list[str]:
+    return [group.name for group in discovery.groups if is_removable(discovery, group)]
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -75,7 +75,7 @@ def test_a_sublayer_goes_as_a_whole(family: str, tmp_path: Path) -> None:
     model = family_model(family_config(family), dtype=torch.float64)
     model.set_attn_implementation("eager")
     discovery = discover(model)
-    names = that_may_go(discovery)
+    names = removable(discovery)
     assert "layers.0.attention" not in names
     assert "layers.0.mlp" in names
     assert "layers.2.attention" in names
@@ -129,7 +129,7 @@ def test_what_a_cache_does_not_bear_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         type(model), "generate", lambda *_, use_cache, **__: SimpleNamespace(logits=[0, torch.ones(2) * use_cache])
     )
-    with pytest.raises(PlanError, match="something else with a cache than without"):
+    with pytest.raises(PlanError, match="other logits with a cache than without"):
         prune(model, emptied(discovery, "layers.1.attention"), discovery=discovery)
 
     def fails(*_: Any, **__: Any) -> None:
@@ -215,7 +215,7 @@ def test_a_hostile_config(about: Any, said: str) -> None:
 def test_uniform_shapes_and_local_scopes_are_refused() -> None:
     others: list[dict[str, Any]] = [{"shape": "uniform", "scope": "global"}, {"shape": "per-layer", "scope": "local"}]
     for other in others:
-        with pytest.raises(PlanError, match="use shape=free and scope=global"):
+        with pytest.raises(PlanError, match="use shape=per-layer and scope=global"):
             CutOptions(ratio=0.2, sublayers=True, **other)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.discovery.groups import Discovery
 from secateur.discovery.layers import layer_of
-from secateur.discovery.sizes import renamed
+from secateur.discovery.sizes import name_after
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError
 from secateur.planning.plan import Plan
@@ -48,7 +48,7 @@ def account_for_tensors(
     unexplained = set(after)
     for name, tensor in before.items():
         about = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        new = renamed(name, discovery, sizes)
+        new = name_after(name, discovery, sizes)
         gone = layer_of(name, discovery.layer_lists) in sizes.dropped_layers
         if gone or new not in after:
             fates[name] = f"dropped {about}"

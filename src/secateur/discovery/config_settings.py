@@ -1,10 +1,10 @@
-"""Which config settings follow the size of a group: found by building twins, not listed.
+"""A discovery and the sizes that a plan leaves -> the config settings that say them: found by building twins.
 
 A twin is the same model built on `meta` from a changed config; it costs milliseconds and no memory. To write a cut
 into `config.json` we look for the fewest settings whose change gives a twin with exactly the shapes that are wanted.
 Candidates for the new value of a setting are the sizes, after the cut, of anything that has the setting's value
-before it: a group, a product of groups, a whole axis. Settings that are unset, or that the model's code asks for
-though the config does not have them (`head_dim` in many), may be set too.
+before it: a group, a product of groups, a whole axis. Settings that are unset, or that the model's code reads though
+the config does not have them (`head_dim` in many), may be set too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 MOST_CHANGES = 2  # settings changed at once, besides those that surely are; every family needs fewer
 MOST_TWINS = 200  # twins built at most in search of one
-ENOUGH = 3  # sizes of a setting that a model accepts and that change no shape, to say that none does
+ENOUGH_SIZES = 3  # that a model accepts for a setting without changing a shape, to say that none does
 
 
 def stock_settings(
@@ -62,9 +62,9 @@ def stock_settings(
     """
     if pruned.emptied:
         raise PlanError(f"{pruned.emptied[0]} goes as a whole, which no stock config says")
-    uneven = _uneven(discovery, pruned)
-    if uneven is not None:
-        raise PlanError(uneven)
+    per_layer = _per_layer_sizes(discovery, pruned)
+    if per_layer is not None:
+        raise PlanError(per_layer)
     wanted = shapes_after(discovery, pruned)
     refusals: list[str] = []
     by_layer = pruned.dropped_layers or any(
@@ -79,8 +79,8 @@ def stock_settings(
             return changes
     because = f"the config refuses: {refusals[0]}" if refusals else "no setting of the config gives these sizes"
     sizes = sorted({(discovery.group(n).kind, k, discovery.group(n).units) for n, k in pruned.sizes.items()})
-    asked = ", ".join(f"{kind} {k} of {units}" for kind, k, units in sizes) or "layers"
-    raise PlanError(f"{type(config).__name__} cannot describe the cut ({asked}): {because}")
+    wanted_sizes = ", ".join(f"{kind} {k} of {units}" for kind, k, units in sizes) or "layers"
+    raise PlanError(f"{type(config).__name__} cannot describe the cut ({wanted_sizes}): {because}")
 
 
 def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -97,8 +97,8 @@ def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_cod
     return config
 
 
-def _uneven(discovery: Discovery, pruned: PrunedSizes) -> str | None:
-    """Why the cut is not the same in all layers, or None."""
+def _per_layer_sizes(discovery: Discovery, pruned: PrunedSizes) -> str | None:
+    """Where sizes differ from layer to layer, or None."""
     by_kind: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for group in discovery.groups:
         if group.layer is not None and group.layer not in pruned.dropped_layers:
@@ -144,47 +144,45 @@ def twins(
     dense: Shapes | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
-    """Models on `meta` with ever more settings changed; what the config says of those it refuses goes to `refusals`.
+    """Models on `meta` with more and more settings changed; a config's reasons to refuse one are added to `refusals`.
 
     `dense` are the shapes of the config as it is, where they are known. A setting that alone changes only what is to
     change, as wanted, is always changed; one that alone changes only what is to stay is changed only beside an unset
     one, which may put that right (a head size that was derived).
     """
-    pairs = sizes_before_and_after(discovery, pruned)
     lists, numbers = _changes_by_value(config, discovery, pruned)
     wanted = shapes_after(discovery, pruned)
     shapes = shapes_of(skeleton(config, trust_remote_code=trust_remote_code)) if dense is None else dense
-    built: dict[str, PreTrainedModel | None] = {}  # with one setting changed, to be given away once
-    always: dict[str, Any] = {}
-    others: list[tuple[str, Any]] = []
-    doubtful: list[tuple[str, Any]] = []
+    # Build a twin for each single change, and sort the changes by what they do to the shapes.
+    built: dict[str, PreTrainedModel | None] = {}  # to be yielded once
+    always: dict[str, Any] = {}  # changes only what is to change, as wanted
+    maybe: Changes = []
+    doubtful: Changes = []  # changes only what is to stay
     for name, value in numbers:
         twin = built[repr({name: value})] = _build(config, {name: value}, [], trust_remote_code=trust_remote_code)
         good, bad = _effect(shapes, shapes_of(twin), wanted) if twin is not None else (False, False)
         if good and not bad and name not in always:
             always[name] = value
         elif good or not bad:
-            others.append((name, value))
+            maybe.append((name, value))
         else:
             doubtful.append((name, value))
-    sizes = tuple(sorted(_all_sizes(discovery), reverse=True))
-    values = sorted({after for _, after in pairs} | set(sizes), reverse=True)
     # A list that is as long as there are layers may have another meaning: without one of them each, too.
-    of_layers = [lists, *([other for other in lists if other != each] for each in lists if len(lists) > 1)]
+    lists_cut = [lists, *([other for other in lists if other != each] for each in lists if len(lists) > 1)]
     candidates = (
-        (always | dict([*subset, *([extra] if extra else []), *by_layer]), extra is None)
-        for extra in _optional(config, sizes, values, trust_remote_code=trust_remote_code)
-        for usable in [others if extra is None else [*others, *doubtful]]
+        (always | dict([*subset, *([unset] if unset else []), *by_layer]), unset is None)
+        for unset in _unset_values(config, discovery, pruned, trust_remote_code=trust_remote_code)
+        for usable in [maybe if unset is None else [*maybe, *doubtful]]
         for count in range(min(len(usable), MOST_CHANGES) + 1)
         for subset in itertools.combinations(usable, count)
         if len({name for name, _ in subset}) == count
-        for by_layer in of_layers
+        for by_layer in lists_cut
     )
     for changes, certain in itertools.islice(candidates, MOST_TWINS):
-        said = refusals if certain else []  # what it says of values tried blindly helps nobody
+        messages = refusals if certain else []  # what it says of values tried blindly helps nobody
         twin = built.pop(repr(changes), None)
         if twin is None and changes:
-            twin = _build(config, changes, said, trust_remote_code=trust_remote_code)
+            twin = _build(config, changes, messages, trust_remote_code=trust_remote_code)
         if twin is not None:
             yield changes, twin
 
@@ -213,26 +211,28 @@ def _changes_by_value(config: PreTrainedConfig, discovery: Discovery, pruned: Pr
 
 
 def _effect(dense: Shapes, twin: Shapes, wanted: Shapes) -> tuple[bool, bool]:
-    """Whether a twin differs from the dense model where it is to; and whether it does otherwise than it is to."""
+    """Whether a twin differs from the dense model where it should, and whether it does where or as it should not."""
     good = bad = False
     for name in dense.keys() | twin.keys():
         before, after, aim = dense.get(name), twin.get(name), wanted.get(name)
         for i in range(max(len(before or ()), len(after or ()), 1)):
-            if _at(before, i) != _at(after, i):
-                good |= _at(aim, i) != _at(before, i)  # on its way there: another setting may do the rest
-                bad |= _at(aim, i) != _at(after, i)
+            if _size(before, i) != _size(after, i):
+                good |= _size(aim, i) != _size(before, i)  # even if not yet right: another setting may do the rest
+                bad |= _size(aim, i) != _size(after, i)
     return good, bad
 
 
-def _at(shape: tuple[int, ...] | None, dim: int) -> int | None:
+def _size(shape: tuple[int, ...] | None, dim: int) -> int | None:
     return shape[dim] if shape is not None and dim < len(shape) else None
 
 
-def _optional(
-    config: PreTrainedConfig, sizes: tuple[int, ...], values: Sequence[int], *, trust_remote_code: bool
+def _unset_values(
+    config: PreTrainedConfig, discovery: Discovery, pruned: PrunedSizes, *, trust_remote_code: bool
 ) -> Iterator[tuple[str, int] | None]:
-    """First nothing, then every value for every setting that may be set; first what it is as good as set to."""
+    """First None, then every value for every setting that may be set; first what the code derives for it."""
     yield None
+    sizes = tuple(sorted(_all_sizes(discovery), reverse=True))
+    values = sorted({after for _, after in sizes_before_and_after(discovery, pruned)} | set(sizes), reverse=True)
     settings = _unset_settings(_Content(config), sizes, trust_remote_code)
     likely = [(name, value) for name, derived in settings for value in derived]
     yield from likely
@@ -257,7 +257,7 @@ class _Content:
 def _unset_settings(
     content: _Content, sizes: tuple[int, ...], trust_remote_code: bool
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Settings that are unset, or absent and asked for, and of which one of the sizes changes a shape.
+    """Settings that are unset, or absent but read by the code, of which one of the sizes changes a shape.
 
     With each, the sizes that change none: a value that the code derives, such as the head size.
     """
@@ -265,10 +265,10 @@ def _unset_settings(
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     shapes = shapes_of(dense)
     found = []
-    for name in [*(name for name, value in _settings(config) if value is None), *sorted(_asked_for(config, dense))]:
+    for name in [*(name for name, value in _settings(config) if value is None), *sorted(_settings_read(config, dense))]:
         twins_ = ((size, _build(config, {name: size}, [], trust_remote_code=trust_remote_code)) for size in sizes)
         accepted = ((size, shapes_of(twin) == shapes) for size, twin in twins_ if twin is not None)
-        first = list(itertools.islice(accepted, ENOUGH))
+        first = list(itertools.islice(accepted, ENOUGH_SIZES))
         if not all(same for _, same in first):
             found.append((name, tuple(size for size, same in [*first, *accepted] if same)))
     return tuple(found)
@@ -299,14 +299,14 @@ def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     return walk(config.to_dict(), "")
 
 
-def _asked_for(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
-    """Names of settings that the model's code asks for and the config does not have."""
-    asked: set[str] = set()
+def _settings_read(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
+    """Names of settings that the model's code reads and the config does not have."""
+    read: set[str] = set()
     known = type(config)
 
     def missing(self: Any, name: str) -> Any:
         if not name.startswith("_"):
-            asked.add(name)
+            read.add(name)
         raise AttributeError(f"{known.__name__!r} object has no attribute {name!r}")
 
     probe = copy.deepcopy(config)
@@ -315,8 +315,8 @@ def _asked_for(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
         with silence_logger("transformers"), torch.device("meta"):
             type(model)(probe)
     except Exception as error:
-        logger.debug("probing %s for settings it asks for failed: %s", known.__name__, error)
-    return {name for name in asked if name.isidentifier() and not hasattr(config, name)}
+        logger.debug("probing %s for settings that its code reads failed: %s", known.__name__, error)
+    return {name for name in read if name.isidentifier() and not hasattr(config, name)}
 
 
 def sizes_before_and_after(discovery: Discovery, pruned: PrunedSizes) -> list[tuple[int, int]]:

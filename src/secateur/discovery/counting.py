@@ -47,7 +47,7 @@ def count_macs(
     """
     sizes = {**(kept or {}), BATCH: 1, SEQUENCE: tokens}
     macs: Counter[str] = Counter()
-    for work in discovery.operations:
-        if layer_of(work.module, discovery.layer_lists) not in dropped_layers:
-            macs[work.kind] += prod(size_after(dim, sizes) for dim in work.dims)
+    for operation in discovery.operations:
+        if layer_of(operation.module, discovery.layer_lists) not in dropped_layers:
+            macs[operation.kind] += prod(size_after(dim, sizes) for dim in operation.dims)
     return dict(macs)

@@ -1,9 +1,9 @@
 """The module attributes that go with a cut which no config can say: a cut of some layers, or of some heads only.
 
 An attribute that equals a dimension of its own weight in every module of its class (`out_features`) follows that
-dimension. Any other (`num_key_value_groups`) takes the value that it has in the nearest twin, the model built from a
-config that agrees wherever the cut changes something; where that twin differs elsewhere too, both values are tried.
-A choice is right when discovery finds, in the model that has it, exactly the structure that the cut leaves.
+dimension. Any other (`num_key_value_groups`) takes the value that it has in the nearest twin; where that twin differs
+elsewhere too, both values are tried. A choice is right when discovery finds, in the model that has it, exactly the
+structure that the cut leaves.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.discovery.algebra import Expression, variables_in
-from secateur.discovery.config_settings import has_structure, sizes_before_and_after, twins, with_settings
+from secateur.discovery.config_settings import has_structure, sizes_before_and_after, with_settings
 from secateur.discovery.groups import Discovery
 from secateur.discovery.layers import layer_of
-from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
+from secateur.discovery.nearest_twins import modules_around, nearest_twin, parts_of
+from secateur.discovery.sizes import PrunedSizes, shapes_after, shapes_of, structure_after
 from secateur.errors import DiscoveryError
 from secateur.models.loading import skeleton
 from secateur.models.modeling_per_layer import skip_in_place
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 MOST_TRIALS = 16  # combinations of values tried, of each sort
 MOST_CHOICES = 4096  # combinations of values sorted
 
+Place = tuple[str, str]  # module path, attribute
+Mirrors = dict[tuple[type, str], tuple[str, int | None]]  # (class, attribute) -> (weight, dim; None: the whole shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
@@ -42,6 +45,27 @@ class Attribute:
     module: str
     name: str
     value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What is cut, and the dense model on `meta` whose attributes are to change."""
+
+    config: PreTrainedConfig
+    dense: PreTrainedModel
+    discovery: Discovery
+    pruned: PrunedSizes
+    mirrors: Mirrors
+
+    def place_in_any_layer(self, place: Place) -> Place:
+        """The place with a star for the number of its layer: such attributes are decided together."""
+        path, name = place
+        layer = layer_of(path, self.discovery.layer_lists)
+        return (path if layer is None else path.replace(f".{layer}", ".*", 1), name)
+
+    def is_mirror(self, path: str, name: str) -> bool:
+        """Whether the attribute follows a dimension of its own weight."""
+        return (type(self.dense.get_submodule(path)), name) in self.mirrors
 
 
 def attributes_after(
@@ -60,10 +84,9 @@ def attributes_after(
     """
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     skip_in_place(dense, skipped or {})
-    laws = _laws(dense)
     wanted = structure_after(discovery, pruned)
     tried: set[str] = set()
-    for attributes in _trials(config, dense, discovery, pruned, laws):
+    for attributes in _trials(_Search(config, dense, discovery, pruned, _mirrors(dense))):
         tried |= {each.name for each in attributes}
         # Running is not enough: with a wrong head size a reshape may succeed and mix the heads.
         model = skeleton(config, trust_remote_code=trust_remote_code)
@@ -78,89 +101,110 @@ def attributes_after(
     )
 
 
-def _trials(
-    config: PreTrainedConfig,
-    dense: PreTrainedModel,
-    discovery: Discovery,
-    pruned: PrunedSizes,
-    laws: Mapping[tuple[type, str], tuple[str, int | None]],
-) -> Iterator[tuple[Attribute, ...]]:
+def _trials(search: _Search) -> Iterator[tuple[Attribute, ...]]:
     """Attributes that may be right, the likeliest first."""
-    settled, undecided, configs = _by_twins(config, dense, discovery, pruned, laws)
-    keys = sorted({_key(path, name, discovery) for path, name in undecided})
+    settled, undecided, settings = _values_in_twins(search)
+    places = sorted({search.place_in_any_layer(place) for place in undecided})
     # A config of its own for a changed layer comes after: it is only for code that reads sizes from it in `forward`.
-    combinations = itertools.product((False, True), itertools.product((True, False), repeat=len(keys)))
+    combinations = itertools.product((False, True), itertools.product((True, False), repeat=len(places)))
     for own_config, follows in itertools.islice(combinations, MOST_TRIALS):
-        chosen = dict(zip(keys, follows, strict=True))
-        values = {at: twin for at, twin in undecided.items() if chosen[_key(*at, discovery)]}
-        attributes = _every_module(dense, discovery, pruned, laws, {**settled, **values})
-        yield attributes + (_own_configs(config, dense, configs) if own_config else ())
+        chosen = dict(zip(places, follows, strict=True))
+        values = {place: value for place, value in undecided.items() if chosen[search.place_in_any_layer(place)]}
+        attributes = _changed_attributes(search, {**settled, **values})
+        yield attributes + (_own_configs(search, settings) if own_config else ())
     # Last, for sizes that no config gives: whatever has the size of something that the cut changes.
-    options = _by_value(dense, discovery, pruned, laws)
-    keys = sorted({_key(path, name, discovery) for path, name in options})
-    most = {key: max(len(found) for at, found in options.items() if _key(*at, discovery) == key) for key in keys}
-    choices = itertools.product(*(range(most[key] + 1) for key in keys))
+    options: dict[Place, dict[Place, list[int]]] = defaultdict(dict)
+    for place, sizes in _values_by_size(search).items():
+        options[search.place_in_any_layer(place)][place] = sizes
+    places = sorted(options)
+    # Choice i takes the i-th size; one past the last leaves the attribute as it is.
+    choices = itertools.product(*(range(max(map(len, options[place].values())) + 1) for place in places))
     likeliest = sorted(itertools.islice(choices, MOST_CHOICES), key=lambda choice: sum(i != 0 for i in choice))
     for choice in likeliest[:MOST_TRIALS]:
-        number = dict(zip(keys, choice, strict=True))
-        values = {}
-        for at, found in options.items():
-            if number[_key(*at, discovery)] < len(found):  # the last number leaves it as it is
-                values[at] = found[number[_key(*at, discovery)]]
-        yield _every_module(dense, discovery, pruned, laws, values)
+        yield _changed_attributes(
+            search,
+            {
+                at: sizes[i]
+                for place, i in zip(places, choice, strict=True)
+                for at, sizes in options[place].items()
+                if i < len(sizes)
+            },
+        )
 
 
-def _by_value(
-    dense: PreTrainedModel, discovery: Discovery, pruned: PrunedSizes, laws: Mapping[tuple[type, str], Any]
-) -> dict[tuple[str, str], list[int]]:
-    """(module, attribute) -> the sizes after the cut of everything in its weights that had the attribute's value."""
-    options: dict[tuple[str, str], list[int]] = {}
-    numbers = _layer_numbers(dense, discovery)
-    for part in _parts(discovery, pruned):
+def _values_in_twins(search: _Search) -> tuple[dict[Place, Any], dict[Place, Any], dict[str, dict[str, Any]]]:
+    """The values that attributes have in the nearest twins: settled where the twin is exact, else undecided.
+
+    Also, module -> the settings of its nearest twins.
+    """
+    settled: dict[Place, Any] = {}
+    undecided: dict[Place, Any] = {}
+    settings: dict[str, dict[str, Any]] = defaultdict(dict)
+    config, dense, discovery = search.config, search.dense, search.discovery
+    trusted = runs_remote_code(dense)
+    shapes = shapes_of(skeleton(config, trust_remote_code=trusted))
+    for part in parts_of(discovery, search.pruned):
+        nearest = nearest_twin(config, discovery, part, shapes, trust_remote_code=trusted)
+        if nearest is None:
+            continue
         pairs = sizes_before_and_after(discovery, part)
-        for path in sorted(_modules_holding(discovery, part)):
-            module = dense.get_submodule(path)
+        for path in modules_around(discovery, part):
+            settings[path].update(nearest.settings)
+            in_twin = dict(plain_attributes(nearest.model.get_submodule(path)))
+            for name, value in plain_attributes(dense.get_submodule(path)):
+                if search.is_mirror(path, name) or in_twin.get(name, value) == value:
+                    continue
+                if nearest.exact:
+                    settled[path, name] = in_twin[name]
+                elif (value, in_twin[name]) in pairs:  # any other difference is not of this cut
+                    undecided[path, name] = in_twin[name]
+    return settled, undecided, settings
+
+
+def _values_by_size(search: _Search) -> dict[Place, list[int]]:
+    """The sizes after the cut of everything in a module's weights that had the attribute's value before."""
+    options: dict[Place, list[int]] = {}
+    layer_numbers = _layer_numbers(search.dense, search.discovery)
+    for part in parts_of(search.discovery, search.pruned):
+        pairs = sizes_before_and_after(search.discovery, part)
+        for path in modules_around(search.discovery, part):
+            module = search.dense.get_submodule(path)
             for name, value in plain_attributes(module):
-                found = [after for before, after in pairs if before == value]
-                if found and (type(module), name) not in laws.keys() | numbers:
-                    options[path, name] = found
+                sizes = [after for before, after in pairs if before == value]
+                if sizes and not search.is_mirror(path, name) and (type(module), name) not in layer_numbers:
+                    options[path, name] = sizes
     return options
 
 
 def _layer_numbers(model: nn.Module, discovery: Discovery) -> set[tuple[type, str]]:
     """(class, attribute) that is the number of its layer in every module of the class that lies in one: no size."""
-    found: dict[tuple[type, str], bool] = {}
+    equal: dict[tuple[type, str], bool] = {}
     for path, module in model.named_modules():
         layer = layer_of(path, discovery.layer_lists)
         if layer is not None:
             for name, value in plain_attributes(module):
-                found[type(module), name] = found.get((type(module), name), True) and value == layer
-    return {key for key, equal in found.items() if equal}
+                equal[type(module), name] = equal.get((type(module), name), True) and value == layer
+    return {key for key, always in equal.items() if always}
 
 
-Key = tuple[str, str]  # module path with the layer's number left out, attribute
-
-
-def _laws(model: nn.Module) -> dict[tuple[type, str], tuple[str, int | None]]:
-    """(class, attribute) -> (weight, dim) that it equals in every module of the class; dim None: the whole shape."""
-    laws: dict[tuple[type, str], set[tuple[str, int | None]]] = {}
+def _mirrors(model: nn.Module) -> Mirrors:
+    """Attributes that equal a dimension of their own weight in every module of the class."""
+    mirrors: dict[tuple[type, str], set[tuple[str, int | None]]] = {}
     for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
         for name, value in plain_attributes(module):
             equal: set[tuple[str, int | None]] = set()
-            for weight, parameter in own.items():
+            for weight, parameter in module.named_parameters(recurse=False):
                 if isinstance(value, tuple) and value == tuple(parameter.shape):
                     equal.add((weight, None))
                 equal |= {(weight, d) for d, size in enumerate(parameter.shape) if size == value}
             key = type(module), name
-            laws[key] = laws[key] & equal if key in laws else equal
-    return {key: min(found, key=str) for key, found in laws.items() if found and _agree(found)}
+            mirrors[key] = mirrors[key] & equal if key in mirrors else equal
+    return {key: min(equal, key=str) for key, equal in mirrors.items() if equal and _one_per_weight(equal)}
 
 
-def _agree(found: set[tuple[str, int | None]]) -> bool:
-    """Whether the dimensions that an attribute equals are one per weight, so that they say the same."""
-    weights = [weight for weight, _ in found]
-    return len(weights) == len(set(weights))
+def _one_per_weight(equal: set[tuple[str, int | None]]) -> bool:
+    """Whether the dimensions are one per weight, so that they say the same; two of one weight could be cut apart."""
+    return len(equal) == len({weight for weight, _ in equal})
 
 
 def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -176,159 +220,40 @@ def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _by_twins(
-    config: PreTrainedConfig,
-    dense: PreTrainedModel,
-    discovery: Discovery,
-    pruned: PrunedSizes,
-    laws: Mapping[tuple[type, str], Any],
-) -> tuple[dict[tuple[str, str], Any], dict[tuple[str, str], Any], dict[str, dict[str, Any]]]:
-    """(module, attribute) -> its value in the nearest twin: settled where the twin fits exactly, else undecided.
-
-    Also, module -> the settings of its nearest twins.
-    """
-    settled: dict[tuple[str, str], Any] = {}
-    undecided: dict[tuple[str, str], Any] = {}
-    configs: dict[str, dict[str, Any]] = defaultdict(dict)
-    trusted = runs_remote_code(dense)
-    shapes = shapes_of(skeleton(config, trust_remote_code=trusted))
-    for part in _parts(discovery, pruned):
-        changes, nearest, exact = _nearest(config, discovery, part, shapes, trust_remote_code=trusted)
-        pairs = sizes_before_and_after(discovery, part)
-        if nearest is None:
-            continue
-        for path in sorted(_modules_holding(discovery, part)):
-            configs[path].update(changes)
-            twin = dict(plain_attributes(nearest.get_submodule(path)))
-            for name, value in plain_attributes(dense.get_submodule(path)):
-                lawful = (type(dense.get_submodule(path)), name) in laws
-                if lawful or twin.get(name, value) == value:
-                    continue
-                if exact:
-                    settled[path, name] = twin[name]
-                elif (value, twin[name]) in pairs:  # any other difference is not of this cut
-                    undecided[path, name] = twin[name]
-    return settled, undecided, configs
-
-
-def _own_configs(
-    config: PreTrainedConfig, dense: PreTrainedModel, configs: Mapping[str, Mapping[str, Any]]
-) -> tuple[Attribute, ...]:
+def _own_configs(search: _Search, settings: Mapping[str, Mapping[str, Any]]) -> tuple[Attribute, ...]:
     """A config with the settings of its twins for every module named that keeps one."""
-    found = []
-    for path, changes in configs.items():
-        if isinstance(getattr(dense.get_submodule(path), "config", None), PreTrainedConfig):
+    attributes = []
+    for path, changes in settings.items():
+        if isinstance(getattr(search.dense.get_submodule(path), "config", None), PreTrainedConfig):
             try:
-                own = with_settings(config, changes)
+                own = with_settings(search.config, changes)
             except Exception as error:  # a config may refuse a value in any way it likes
                 logger.debug("no config of its own for %s: %s", path, error)
                 continue
-            own._attn_implementation = dense.config._attn_implementation
-            found.append(Attribute(path, "config", own))
-    return tuple(found)
+            own._attn_implementation = search.dense.config._attn_implementation
+            attributes.append(Attribute(path, "config", own))
+    return tuple(attributes)
 
 
-def _parts(discovery: Discovery, pruned: PrunedSizes) -> list[PrunedSizes]:
-    """The cut split into changes that meet in no weight; layers in which they are the same share a part."""
-    changed = {name: kept for name, kept in pruned.sizes.items() if kept != discovery.group(name).units}
-    clusters: list[set[str]] = []
-    for weight in discovery.weights:
-        here = {variable.name for dim in weight.dims for variable in variables_in(dim)} & changed.keys()
-        if here:
-            meeting = [cluster for cluster in clusters if cluster & here]
-            clusters = [cluster for cluster in clusters if cluster not in meeting] + [here.union(*meeting)]
-    parts: dict[frozenset[tuple[str, int]], dict[str, int]] = defaultdict(dict)
-    for cluster in clusters:
-        parts[frozenset((_family(name), changed[name]) for name in cluster)].update({n: changed[n] for n in cluster})
-    return [PrunedSizes(names) for names in parts.values()]
-
-
-def _nearest(
-    config: PreTrainedConfig, discovery: Discovery, part: PrunedSizes, dense: Shapes, *, trust_remote_code: bool
-) -> tuple[dict[str, Any], PreTrainedModel | None, bool]:
-    """The twin that has the wanted sizes wherever the part changes one, with the fewest other differences.
-
-    Its settings, the twin, and whether there are no other differences.
-    """
-    touched = {(w.name, d) for w in discovery.weights for d, e in enumerate(w.dims) if _touches(e, part)}
-    everywhere = _spread(discovery, part)
-    wanted = shapes_after(discovery, everywhere)
-    best: tuple[int, dict[str, Any], PreTrainedModel] | None = None
-    for changes, twin in twins(config, discovery, everywhere, [], dense=dense, trust_remote_code=trust_remote_code):
-        shapes = shapes_of(twin)
-        if not shapes.keys() >= wanted.keys() or any(shapes[w][d] != wanted[w][d] for w, d in touched):
-            continue
-        misses = sum(shapes[name] != wanted[name] for name in wanted)
-        if misses == 0:
-            return changes, twin, True
-        if best is None or misses < best[0]:
-            best = misses, changes, twin
-    return (best[1], best[2], False) if best else ({}, None, False)
-
-
-def _touches(expression: Expression, part: PrunedSizes) -> bool:
-    return any(variable.name in part.sizes for variable in variables_in(expression))
-
-
-def _spread(discovery: Discovery, part: PrunedSizes) -> PrunedSizes:
-    """The same change in every layer, since a stock config has one size for all."""
-    kept = part.sizes
-    changes = {(discovery.group(name).kind, _family(name)): size for name, size in kept.items()}
-    return PrunedSizes(
-        {
-            group.name: changes[group.kind, _family(group.name)]
-            for group in discovery.groups
-            if (group.kind, _family(group.name)) in changes
-        }
-    )
-
-
-def _family(name: str) -> str:
-    return ".".join(piece for piece in name.split(".") if not piece.isdigit())
-
-
-def _modules_holding(discovery: Discovery, part: PrunedSizes) -> set[str]:
-    """Paths of the modules that own a weight the part changes, and of the modules around them inside a layer."""
-    paths: set[str] = set()
-    for weight in discovery.weights:
-        if not any(_touches(dim, part) for dim in weight.dims):
-            continue
-        path = weight.name.rpartition(".")[0]
-        while path and (weight.layer is None or layer_of(path, discovery.layer_lists) is not None):
-            paths.add(path)
-            path = path.rpartition(".")[0]
-    return paths
-
-
-def _key(path: str, name: str, discovery: Discovery) -> Key:
-    layer = layer_of(path, discovery.layer_lists)
-    return (path if layer is None else path.replace(f".{layer}", ".*", 1), name)
-
-
-def _every_module(
-    dense: nn.Module,
-    discovery: Discovery,
-    pruned: PrunedSizes,
-    laws: Mapping[tuple[type, str], tuple[str, int | None]],
-    values: Mapping[tuple[str, str], Any],
-) -> tuple[Attribute, ...]:
-    shapes = shapes_after(discovery, replace(pruned, dropped_layers=frozenset()))
-    canonical = discovery.tied
-    found = []
-    for path, module in dense.named_modules():
+def _changed_attributes(search: _Search, values: Mapping[Place, Any]) -> tuple[Attribute, ...]:
+    """Every attribute that changes: the mirrors of dimensions, and those with a value in `values`."""
+    shapes = shapes_after(search.discovery, replace(search.pruned, dropped_layers=frozenset()))
+    attributes = []
+    for path, module in search.dense.named_modules():
         for name, value in plain_attributes(module):
-            law = laws.get((type(module), name))
+            mirrored = search.mirrors.get((type(module), name))
             new = value
-            if law is not None:
-                weight = f"{path}.{law[0]}" if path else law[0]
-                shape = shapes.get(canonical.get(weight, weight))
+            if mirrored is not None:
+                weight, dim = mirrored
+                full = f"{path}.{weight}" if path else weight
+                shape = shapes.get(search.discovery.tied.get(full, full))
                 if shape is not None:
-                    new = shape if law[1] is None else shape[law[1]]
+                    new = shape if dim is None else shape[dim]
             elif (path, name) in values:
                 new = values[path, name]
             if new != value:
-                found.append(Attribute(path, name, new))
-    return tuple(found)
+                attributes.append(Attribute(path, name, new))
+    return tuple(attributes)
 
 
 def apply_shapes_and_attributes_in_place(

@@ -35,22 +35,22 @@ class PrunedSizes:
 
 
 def names_left(weight: Weight, discovery: Discovery, dropped_layers: frozenset[int]) -> list[str]:
-    """The names, its own first, under which a weight is found in layers that stay; none, and it goes with its layer."""
+    """The names, its own first, under which a weight is in layers that stay; none where it goes with its layer."""
     names = [weight.name, *(other for other, name in discovery.tied.items() if name == weight.name)]
     return [name for name in names if layer_of(name, discovery.layer_lists) not in dropped_layers]
 
 
 def shapes_after(discovery: Discovery, pruned: PrunedSizes) -> Shapes:
-    """The shape of every weight after the pruned, under the name it has when the layers left are numbered anew."""
+    """The shape of every weight after the cut, under the name it has when the layers left are numbered anew."""
     return {
-        renamed(names[0], discovery, pruned): tuple(size_after(dim, pruned.sizes) for dim in weight.dims)
+        name_after(names[0], discovery, pruned): tuple(size_after(dim, pruned.sizes) for dim in weight.dims)
         for weight in discovery.weights
         if (names := names_left(weight, discovery, pruned.dropped_layers))
     }
 
 
 def structure_after(discovery: Discovery, pruned: PrunedSizes) -> dict[str, list[str]]:
-    """How each axis is made of units after the pruned, by size: "2·3·(64)" for 2 KV heads of 3 query heads of 64.
+    """How each axis is made of units after the cut, by size: "2·3·(64)" for 2 KV heads of 3 query heads of 64.
 
     Shapes alone do not tell: a model may have them and read one head as another.
     """
@@ -60,13 +60,13 @@ def structure_after(discovery: Discovery, pruned: PrunedSizes) -> dict[str, list
         return Variable(str(after), after) if after > 1 else Fixed(after)
 
     return {
-        renamed(names[0], discovery, pruned): [show(substitute(dim, by_size)) for dim in weight.dims]
+        name_after(names[0], discovery, pruned): [show(substitute(dim, by_size)) for dim in weight.dims]
         for weight in discovery.weights
         if (names := names_left(weight, discovery, pruned.dropped_layers))
     }
 
 
-def renamed(name: str, discovery: Discovery, pruned: PrunedSizes) -> str:
+def name_after(name: str, discovery: Discovery, pruned: PrunedSizes) -> str:
     """The name of a weight or module after dropped layers have left the numbering."""
     layer = layer_of(name, discovery.layer_lists)
     if layer is None:

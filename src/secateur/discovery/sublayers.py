@@ -1,6 +1,6 @@
-"""Groups that lose all of their units -> the sub-layer that goes as a whole: the attention or the MLP of a layer.
+"""Groups that lose all of their units -> the sub-layer that is removed: the attention or the MLP of a layer.
 
-Its module is replaced by one that gives zeros, or the bias that its last matrix adds, and computes nothing.
+Its module is replaced by one that returns zeros, or the bias that its last matrix adds, and computes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from secateur.errors import PlanError
 from secateur.models.modeling_per_layer import Skipped, skip_in_place
 from secateur.models.silence import quiet
 
-KINDS = ("attention", "mlp")  # of groups that can go as a whole
-TOKENS = 7  # of the sample that shows what a sub-layer gives
+REMOVABLE_KINDS = ("attention", "mlp")
+TOKENS = 7  # of the sample that shows what a sub-layer returns
 
 
 def sublayer_of(discovery: Discovery, group: Group) -> str | None:
@@ -35,7 +35,7 @@ def sublayer_of(discovery: Discovery, group: Group) -> str | None:
     >>> sublayer_of(discovery, discovery.group("layers.1.mlp")) is None  # its matrices are the layer's own
     True
     """
-    if group.kind not in KINDS or group.layer is None:
+    if group.kind not in REMOVABLE_KINDS or group.layer is None:
         return None
     emptied = {weight.name for weight in discovery.weights if _is_emptied(weight.dims, group.name)}
     if not emptied:
@@ -53,25 +53,25 @@ def _is_emptied(dims: Iterable[Any], group: str) -> bool:
     return any(size_after(dim, {group: 0}) == 0 for dim in dims)
 
 
-def may_go(discovery: Discovery, group: Group) -> bool:
-    """Whether a group may lose all of its units; the first attention stays, since caches count their tokens there."""
+def is_removable(discovery: Discovery, group: Group) -> bool:
+    """Whether a group may lose all of its units; the first attention stays, since a cache counts its tokens there."""
     return sublayer_of(discovery, group) is not None and not (group.kind == "attention" and group.layer == 0)
 
 
 @torch.no_grad()
 def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, paths: Iterable[str]) -> None:
-    """Replace these modules of a cut model; the dense model shows what they give.
+    """Replace these modules of a cut model; the dense model shows what they return.
 
-    Parameters that no unit belongs to (the last bias) stay, under their names. Raises `PlanError` for one that
-    gives anything but hidden states, or without which the model does not run with a cache as it does without.
+    Parameters that no unit belongs to (the last bias) stay, under their names. Raises `PlanError` for a module that
+    returns anything but hidden states, or without which the model gives other logits with a cache than without.
     """
     wanted = sorted(paths)
     if not wanted:
         return
-    found: dict[str, tuple[Tensor, Any]] = {}
+    calls: dict[str, tuple[Tensor, Any]] = {}  # module -> what it reads and returns
     handles = [
         dense.get_submodule(path).register_forward_hook(
-            lambda _, args, kwargs, output, path=path: found.update({path: (_hidden(args, kwargs), output)}),
+            lambda _, args, kwargs, output, path=path: calls.update({path: (_hidden(args, kwargs), output)}),
             with_kwargs=True,
         )
         for path in wanted
@@ -84,11 +84,11 @@ def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, path
         for handle in handles:
             handle.remove()
     for path in wanted:
-        read, output = found.get(path, (None, None))
+        read, output = calls.get(path, (None, None))
         outputs = len(output) if isinstance(output, tuple) else 0
-        given = output[0] if isinstance(output, tuple) and output else output
-        if not isinstance(read, Tensor) or not isinstance(given, Tensor) or given.shape != read.shape:
-            raise PlanError(f"{path} gives no hidden states like those it reads, so it cannot go as a whole")
+        returned = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(read, Tensor) or not isinstance(returned, Tensor) or returned.shape != read.shape:
+            raise PlanError(f"{path} does not return hidden states of the shape that it reads, so it cannot be removed")
         sublayer = model.get_submodule(path)
         kept = [name for name, parameter in sublayer.named_parameters() if parameter.numel()]
         skip_in_place(model, {path: {"outputs": outputs, "kept": kept, "bias": _bias(sublayer, kept)}})
@@ -100,19 +100,19 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _bias(sublayer: nn.Module, kept: list[str]) -> str | None:
-    """The bias of the matrix that gave the hidden states: what is left to add."""
-    found = [
+    """The bias of the matrix that made the hidden states: what is left to add."""
+    biases = [
         name
         for name in kept
         if name.rpartition(".")[2] == "bias"
         and (weight := getattr(sublayer.get_submodule(name.rpartition(".")[0]), "weight", None)) is not None
         and weight.numel() == 0
     ]
-    return found[0] if found else None
+    return biases[0] if biases else None
 
 
 def _check_cached(model: Any, ids: Tensor, paths: list[str]) -> None:
-    """Raise `PlanError` unless tokens that come one after the other get the logits of a whole sequence."""
+    """Raise `PlanError` unless generation with a cache gives the logits of a pass over the whole sequence."""
     if not hasattr(model, "generate"):
         return
     plain = GenerationConfig(max_new_tokens=2, min_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -123,11 +123,11 @@ def _check_cached(model: Any, ids: Tensor, paths: list[str]) -> None:
                 model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=cache, **options).logits[1].float()
                 for cache in (True, False)
             )
-    except Exception as error:  # code that does not find what it counts on may fail in any way
+    except Exception as error:  # model code may fail in any way without the module
         raise PlanError(f"without {paths[0]} the model does not run with a cache: {error}") from error
     if not torch.allclose(cached, whole, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
         raise PlanError(
-            f"without {', '.join(paths)} the model gives something else with a cache than without: keep those of the "
+            f"without {', '.join(paths)} the model gives other logits with a cache than without: keep those of the "
             "first layers, for example with layers=2:30"
         )
 

@@ -33,7 +33,7 @@ NO_COMMON_FACTOR = "the code reshapes it into sizes that do not factor"
 
 
 class Unifier:
-    """The variables of one model, what each is bound to, and why some are frozen.
+    """The variables of one model, the expression that each is bound to, and why some are frozen.
 
     >>> u = Unifier()
     >>> rows, head, dim = u.variable(12), u.variable(3), u.variable(4)
@@ -57,7 +57,7 @@ class Unifier:
         return variable
 
     def reason(self, variable: Variable) -> str | None:
-        """Why the variable is frozen, or None when it is free."""
+        """Why the variable is frozen, or None where it can be cut."""
         return self._reasons.get(variable.name)
 
     def resolve(self, expression: Expression) -> Expression:
@@ -76,14 +76,18 @@ class Unifier:
             case Concat(parts=parts):
                 return concat([self.resolve(part) for part in parts])
 
+    # --- frozen variables
+
     def freeze(self, expression: Expression, reason: str) -> None:
-        """Freeze every variable of the expression; the first reason given for a variable stays."""
+        """Freeze every variable of the expression; a variable keeps its first reason."""
         for variable in variables_in(self.resolve(expression)):
             self._reasons.setdefault(variable.name, reason)
 
     def is_frozen(self, expression: Expression) -> bool:
-        """Whether no variable of the expression is free."""
+        """Whether every variable of the expression is frozen."""
         return all(variable.name in self._reasons for variable in variables_in(self.resolve(expression)))
+
+    # --- equality
 
     def unify(self, left: Expression, right: Expression) -> None:
         """Make the two expressions agree index by index; freeze what cannot be made to agree."""
@@ -112,6 +116,8 @@ class Unifier:
             case (Concat(), Product()):
                 self._unify_product_and_concat(right, left)
 
+    # --- refinement: views split a dimension into factors, slices into parts
+
     def factor(self, expression: Expression, inner: int) -> tuple[Expression, Expression]:
         """Write the expression as outer·inner with an inner factor of size `inner`, which must divide its size."""
         expression = self.resolve(expression)
@@ -138,11 +144,13 @@ class Unifier:
                     return product([*rest, left]), right
                 return self._opaque(expression, outer, inner)
             case Concat(parts=parts):
+                # Where every part holds whole runs of `inner`, the parts share the inner factor: (q + k)·dim.
                 if all(part.size % inner == 0 for part in parts):
                     pairs = [self.factor(part, inner) for part in parts]
                     for _, right in pairs[1:]:
                         self.unify(pairs[0][1], right)
                     return concat([left for left, _ in pairs]), self.resolve(pairs[0][1])
+                # Else each run of `inner` is a concatenation itself, and all of them agree.
                 chunks = self.cut(expression, [inner] * outer)
                 for chunk in chunks[1:]:
                     self.unify(chunks[0], chunk)
@@ -177,6 +185,7 @@ class Unifier:
                 if at % rest.size == 0:
                     left, right = self._cut_once(first, at // rest.size)
                     return product([left, rest]), product([right, rest])
+                # The cut goes through one unit of the first factor: that unit stays, whole or in two parts.
                 self.freeze(first, CUT_INSIDE)
                 whole, offset = divmod(at, rest.size)
                 left, right = self._cut_once(rest, offset)
@@ -193,6 +202,8 @@ class Unifier:
                 left, right = self._cut_once(concat(others), at - first.size)
                 return concat([first, left]), right
         raise AssertionError(expression)
+
+    # --- matching
 
     def _bind(self, variable: Variable, to: Variable) -> None:
         reason = self.reason(variable) or self.reason(to)

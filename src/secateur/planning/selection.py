@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.discovery.groups import Discovery, Group
-from secateur.discovery.sublayers import may_go
+from secateur.discovery.sublayers import is_removable
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import AXES, CutOptions
 from secateur.scoring.scores import Scores
@@ -39,7 +39,7 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
             groups += [g for g in discovery.groups if g.kind == "query" and g.layer not in layers]
         groups = [g for g in groups if g.layer is None or first <= g.layer < last]
         if options.sublayers:
-            groups = [replace(g, least=0) if may_go(discovery, g) else g for g in groups]
+            groups = [replace(g, least=0) if is_removable(discovery, g) else g for g in groups]
         if not groups:
             kinds = ", ".join(sorted({group.kind for group in discovery.groups}))
             raise PlanError(

@@ -19,7 +19,7 @@ from secateur.discovery.config_settings import with_settings
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import attributes_after, set_attributes_in_place
-from secateur.discovery.sizes import PrunedSizes, names_left, renamed
+from secateur.discovery.sizes import PrunedSizes, name_after, names_left
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
 from secateur.models.config import check_not_quantised
@@ -113,7 +113,7 @@ def cut_weights(
             for dim, expression in enumerate(weight.dims)
             if len(kept := kept_along(expression, keep)) < expression.size
         }
-        smaller[renamed(names[0], discovery, sizes)] = _sliced(tensor, indices, room) if indices else tensor
+        smaller[name_after(names[0], discovery, sizes)] = _sliced(tensor, indices, room) if indices else tensor
     return smaller
 
 
@@ -152,7 +152,7 @@ def _tied_after(discovery: Discovery, sizes: PrunedSizes) -> dict[str, str]:
     """Every other name of a tied weight -> its name among the weights, as they are after the cut."""
     tied = {}
     for weight in discovery.weights:
-        names = [renamed(n, discovery, sizes) for n in names_left(weight, discovery, sizes.dropped_layers)]
+        names = [name_after(n, discovery, sizes) for n in names_left(weight, discovery, sizes.dropped_layers)]
         tied.update(dict.fromkeys(names[1:], *names[:1]))
     return tied
 
