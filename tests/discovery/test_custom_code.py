@@ -286,14 +286,14 @@ class TestTrusted:
     ) -> None:
         out, text, planned = tmp_path / "out", tmp_path / "text.txt", tmp_path / "plan.json"
         text.write_text("the cat sat on the mat and the dog sat on the log\n" * 20)
-        how = ["--trust-remote-code", "--device", "cpu", "--quiet"]
+        how = ["--trust-remote-code", "--quiet"]
         few: list[str | Path] = ["--samples", "2", "--length", "16", "--calibration", text]
 
         def command(*words: str | Path) -> None:
             assert run([*map(str, words), *how]) == 0, capsys.readouterr().err
 
         command("discover", folder, "--json", tmp_path / "discovery.json")
-        command("plan", folder, "--out", planned, "--ratio", "0.3", *few)
+        command("plan", folder, "--out", planned, "--ratio", "0.3", "--device", "cpu", *few)
         command("prune", folder, out, "--plan", planned)
         config = json.loads((out / "config.json").read_text())
         assert config["num_attention_heads"] < HEADS
@@ -301,7 +301,7 @@ class TestTrusted:
 
         def perplexities(*words: str | Path) -> list[float]:
             result = tmp_path / "evaluation.json"
-            command("evaluate", *words, "--ppl", f"cat={text}", "--seq-len", "32", "--json", result)
+            command("evaluate", *words, "--ppl", f"cat={text}", "--json", result)
             return [row["perplexity"][0]["ppl"] for row in json.loads(result.read_text())["results"]]
 
         dense, cut_in_memory = perplexities(folder, "--plan", planned)

@@ -223,7 +223,7 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "in")
     (tmp_path / "text.txt").write_text("One sentence. Another one, longer than it. " * 60)
-    arguments = ["prune", "in", "out", "--ratio", "0.5", "--sublayers", "--at-least", "0"]
+    arguments = ["prune", "in", "out", "--ratio", "0.5", "--sublayers", "--min-keep", "0"]
     assert run([*arguments, "--calibration", "text.txt", "--samples", "4", "--length", "16", "--quiet"]) == 0
     smaller = load("out", dtype="float32")
     decided = read_plan(Path("out") / PLAN_FILE)
