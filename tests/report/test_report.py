@@ -212,7 +212,7 @@ def test_the_report_of_real_commands(
         "prune tiny small --samples 8 --length 64",
         "prune tiny smaller --ratio 0.4 --samples 8 --length 64",
         "recover small better --data text.txt --max-length 64 --max-steps 4 --eval-steps 2 --eval cats=text.txt",
-        "evaluate tiny small smaller better --ppl cats=text.txt --seq-len 64",
+        "evaluate tiny small smaller better --ppl cats=text.txt --protocol llm-pruner@64",
         "profile tiny small better --seq-len 16 --new-tokens 2",
         "export small small.gguf --no-check",
     ):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from secateur.discovery.descriptions import KIND_DESCRIPTIONS
+from secateur.planning.plan import PlannedGroup
 from secateur.report.charts import heat_map, histogram, line_chart
 from secateur.report.content import Cell, Figure, Section, Table
-from secateur.report.entries import Cut, KeptGroup
+from secateur.report.entries import Cut
 from secateur.report.formatting import format_change
 from secateur.report.run import Run
 from secateur.scoring.scores import Scores
@@ -129,7 +130,7 @@ def scores_section(run: Run) -> Section | None:
     return Section("scores", "Scores", tuple(blocks)) if blocks else None
 
 
-def _histogram(kind: str, found: Mapping[str, Tensor], kept: Mapping[str, KeptGroup]) -> Figure:
+def _histogram(kind: str, found: Mapping[str, Tensor], kept: Mapping[str, PlannedGroup]) -> Figure:
     """Units by score; those that go are apart where the plan says which."""
     stay: list[float] = []
     gone: list[float] = []

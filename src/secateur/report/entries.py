@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from secateur.planning.plan import PlannedGroup
+
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
@@ -104,33 +106,22 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptGroup:
-    """How many units of a group stay, and which, where the plan says so."""
-
-    name: str
-    kind: str
-    layer: int | None
-    units: int
-    kept: int
-    keep: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.kept <= self.units or not self.units:
-            raise ValueError(f"{self.name} keeps {self.kept} of {self.units} units")
-
-
-@dataclass(frozen=True, slots=True)
 class Cut:
     """A row of `plan` or `prune`."""
 
     model: str
     options: Mapping[str, Any]
-    groups: tuple[KeptGroup, ...]
+    groups: tuple[PlannedGroup, ...]
     parameters: Mapping[str, int]
     macs: Mapping[str, int]
     scored: Mapping[str, Any] = field(default_factory=dict)
     out: str | None = None
     """The folder that was written; None of a plan."""
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if not 0 <= group.kept <= group.units or not group.units:
+                raise ValueError(f"{group.name} keeps {group.kept} of {group.units} units")
 
 
 @dataclass(frozen=True, slots=True)
