@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import every_type
-from contract import OverKept, Subject, family, logits, masked, planned, subject, tolerance
+from contract import Subject, family, logits, masked, planned, subject, tolerance
+from masked_pass import OverKept
 from secateur.discovery.algebra import (
     Concat,
     Expression,
@@ -121,7 +122,7 @@ def check_groups(tested: Subject, groups: Sequence[Group]) -> None:
     """Try all the ways to cut these groups; where none is right, raise what the best one met."""
     plan = planned(tested, groups)
     keep = {group.name: group.keep or () for group in plan.groups}
-    with OverKept(tested, keep):
+    with OverKept(tested.state, tested.discovery, keep):
         expected = logits(masked(tested.model, plan, tested.discovery), tested.inputs)
     failures: list[Exception] = []
     for declares, attention, first in itertools.product((False, True), ("eager", "sdpa"), range(ROOTS)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from secateur.models.config import load_config
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from tiny import write_tiny
+
+
+def pytest_collection_finish() -> None:
+    """Leave the million objects of imported modules out of garbage collection, which makes all tests a fifth faster."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import inspect
 import random
 import re
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from every_type import initial_model, tiny_config, tiny_inputs, tiny_type_model
+from masked_pass import OverKept, Scalars, StayDouble
 from secateur.checkpoint.save import save
 from secateur.discovery.algebra import kept_along, variables_in
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.discover import discover
-from secateur.discovery.graph import Ref
 from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.inference import infer
 from secateur.discovery.joining import group_axes
@@ -43,6 +42,7 @@ from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
 
 TOLERANCE = 1e-8
+LARGEST = 5_000_000  # parameters of a tiny model
 FOLDER = "stock folder"  # save, load with the ordinary loader, generate the same
 DISCOVER = "discover"
 # Sizes from which code derives constants: the scale of embeddings, scores or a bottleneck.
@@ -98,6 +98,7 @@ def subject(model_type: str) -> Subject:
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = EXPERTS
         twin = initial_model(model_type, config).eval()
+    assert twin.num_parameters() < LARGEST, f"{model_type} is not tiny: {twin.num_parameters():,} parameters"
     state = infer(trace(twin))
     discovery = group_axes(state, type(twin).__name__)
     with quiet():
@@ -208,7 +209,7 @@ def check_groups(tested: Subject, kind: str, groups: Sequence[Group]) -> None:
         got = logits(pruned, inputs)
     if kept is not None:
         inputs = {**inputs, "input_ids": torch.tensor(kept)[inputs["input_ids"]]}
-    with OverKept(tested, keep, scalars if kind in DERIVING else None):
+    with OverKept(tested.state, tested.discovery, keep, scalars if kind in DERIVING else None):
         expected = logits(reference, inputs)
     if kept is not None:
         expected = expected[..., kept]
@@ -340,116 +341,6 @@ def logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     with quiet(), StayDouble():  # type: ignore[no-untyped-call]
         result: Tensor = model(**inputs, **options).logits
     return result
-
-
-class StayDouble(TorchDispatchMode):
-    """What is to be done in float32 whatever the model's type is done in float64 in a float64 model."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        to_float = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.float32
-        if to_float and args[0].dtype == torch.float64:
-            return args[0].clone()
-        return func(*args, **(kwargs or {}))
-
-
-class Scalars(TorchDispatchMode):
-    """Notes the numbers that code multiplies, divides, adds or raises by, for each call of an operator."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: dict[str, list[Any]] = defaultdict(list)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _name(func)
-        self.calls[name].append(args[1] if name in BY_A_NUMBER and isinstance(args[1], (int, float)) else None)
-        return func(*args, **(kwargs or {}))
-
-
-BY_A_NUMBER = frozenset({"aten.mul", "aten.div", "aten.add", "aten.sub", "aten.pow", "aten.rsub"})
-
-
-def _name(func: Any) -> str:
-    return f"{func.namespace}.{func._schema.name.split('::')[-1]}".rstrip("_")
-
-
-class OverKept(TorchDispatchMode):
-    """Sums, statistics and choices across the units of groups look at the units that stay.
-
-    The operators of the pass are matched with those of the trace, one by one for each name of an operator. With
-    `scalars`, numbers that the code derives from sizes are those of the model that is cut.
-    """
-
-    def __init__(self, tested: Subject, keep: Mapping[str, Sequence[int]], scalars: Scalars | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.scalars = scalars.calls if scalars is not None else {}
-        graph, state = tested.state.graph, tested.state
-        groups = _group_of_variable(tested)
-        by_variable = {v: keep[group] for v, group in groups.items() if group in keep}
-        across: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-        for each in state.reductions:
-            dim = state.unifier.resolve(each.dim)
-            kept = kept_along(dim, by_variable)
-            if len(kept) < dim.size:
-                across[each.node].append((each.tensor_dim, kept))
-        self.kept: dict[str, list[list[tuple[int, list[int]]]]] = defaultdict(list)
-        for i, node in enumerate(graph.nodes):
-            self.kept[node.op.rstrip("_")].append(across.get(i, []))
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _name(func)
-        call, self.calls[name] = self.calls[name], self.calls[name] + 1
-        kept = self.kept[name][call] if call < len(self.kept[name]) else []
-        given = self.scalars.get(name, [])
-        if call < len(given) and given[call] is not None and isinstance(args[1], (int, float)):
-            args = (args[0], given[call], *args[2:])
-        if not kept:
-            return func(*args, **(kwargs or {}))
-        return over_kept(func, name, args, kwargs or {}, kept)
-
-
-def _group_of_variable(tested: Subject) -> dict[str, str]:
-    state = tested.state
-    found: dict[str, str] = {}
-    numbers = tested.state.graph.parameters | tested.state.graph.buffers
-    for weight in tested.discovery.weights:
-        for before, after in zip(state.dims_of(Ref(numbers[weight.name])), weight.dims, strict=True):
-            free = [v.name for v in variables_in(before) if state.unifier.reason(v) is None]
-            found.update(zip(free, [v.name for v in variables_in(after)], strict=True))
-    return found
-
-
-def over_kept(func: Any, name: str, args: Any, kwargs: Any, kept: Sequence[tuple[int, Sequence[int]]]) -> Any:
-    """Apply an operator that works across dimensions to the positions that stay."""
-    x, *rest = args
-    if name in ("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm"):
-        ((_, positions),) = kept
-        index = torch.tensor(positions)
-        scales = [w if w is None else w[index] for w in rest[1:3]]
-        result = func(x[..., index], [len(index)], *scales, *rest[3:], **kwargs)
-        full = torch.zeros_like(x)
-        full[..., index] = result[0] if isinstance(result, tuple) else result
-        return (full, *result[1:]) if isinstance(result, tuple) else full
-    reduces = name in {f"aten.{n}" for n in "sum mean var std norm linalg_vector_norm".split()}
-    for along, positions in kept:
-        index = torch.tensor(positions)
-        if reduces:
-            x = x.index_select(along, index)
-        else:
-            stays = torch.zeros(x.shape[along], dtype=torch.bool)
-            stays[index] = True
-            stays = stays.reshape([-1 if i == along else 1 for i in range(x.dim())])
-            x = torch.where(stays, x, _lowest(x, name))
-    return func(x, *rest, **kwargs)
-
-
-def _lowest(x: Tensor, name: str) -> Tensor:
-    """What is never chosen."""
-    if x.dtype == torch.bool:
-        return torch.tensor(name == "aten.all")
-    sign = 1 if name in ("aten.amin", "aten.min", "aten.argmin") else -1
-    limit = float("inf") if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
-    return torch.tensor(sign * limit, dtype=x.dtype)
 
 
 def _uniform_first(kind: str) -> int:

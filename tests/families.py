@@ -47,6 +47,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# One of each structure: grouped queries, norms within heads, two kinds of layer with tied embeddings, fused
+# projections, transposed weights, interleaved heads that are rotated in part, biases with an MLP of the layer's own.
+DISTINCT = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "opt")
+
 
 def family_config(family: str, **changes: Any) -> PreTrainedConfig:
     """The tiny config of a family."""

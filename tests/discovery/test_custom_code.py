@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_families import StatisticsOverKept
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from contract import masked, with_constants_of
@@ -71,6 +71,25 @@ tokens = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False
 assert "secateur" not in sys.modules
 torch.save({"ids": ids, "logits": logits, "tokens": tokens}, found)
 """
+
+
+class StatisticsOverKept(TorchDispatchMode):
+    """Means and layer norms across a dimension of `size` look at the kept indices only."""
+
+    def __init__(self, size: int, keep: Sequence[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.size, self.keep = size, torch.tensor(keep)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mean.dim and args[0].shape[args[1][0]] == self.size:
+            return func(args[0].index_select(args[1][0], self.keep), *args[1:], **(kwargs or {}))
+        if func is torch.ops.aten.native_layer_norm.default and args[0].shape[-1] == self.size:
+            x, _, weight, bias, eps = args
+            normed, *statistics = func(x[..., self.keep], [len(self.keep)], weight[self.keep], bias[self.keep], eps)
+            full = torch.zeros_like(x)
+            full[..., self.keep] = normed
+            return full, *statistics
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module", autouse=True)

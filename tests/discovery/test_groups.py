@@ -12,41 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedConfig,
-)
 
 from every_type import tiny_config
 from secateur.discovery.algebra import show, variables_in
-from secateur.discovery.counting import count_macs, count_parameters
+from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover, discover_groups
 from secateur.discovery.groups import KINDS, Discovery
-from secateur.discovery.layers import layer_lists, layer_of, residual_lists
-from secateur.discovery.tracing import trace
+from secateur.discovery.layers import layer_of
 from secateur.models.silence import quiet
-
-SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-LAYERS: dict[str, Any] = {**SHARED, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16}
-
-
-def llama(**changes: Any) -> LlamaConfig:
-    sizes = {**LAYERS, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4}
-    return LlamaConfig(**sizes | changes)
-
-
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": llama(),
-    "gpt2": GPT2Config(**SHARED, n_embd=16, n_layer=2, n_head=4, n_positions=32, n_inner=24),
-    "phi3": Phi3Config(**LAYERS, intermediate_size=24, num_key_value_heads=2),
-    "gpt_neox": GPTNeoXConfig(**LAYERS, intermediate_size=24),
-    "opt": OPTConfig(**LAYERS, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32),
-}
+from small_models import CONFIGS, Plain, in_turn, llama
 
 every_family = pytest.mark.parametrize("family", CONFIGS)
 
@@ -452,102 +426,7 @@ def test_json_holds_the_whole_discovery() -> None:
                     assert item[field.name] == getattr(value, field.name)
 
 
-# --- counts -----------------------------------------------------------------------------------------------------
-
-
-def parameters(config: PreTrainedConfig) -> int:
-    """Of a real model of that config."""
-    with quiet():
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in model.parameters())
-
-
-@every_family
-def test_every_parameter_counts_once(family: str) -> None:
-    discovery = discover(CONFIGS[family])
-    tables = sum(torch.Size(w.shape).numel() for w in discovery.weights if w.embedding)
-    assert count_parameters(discovery) == parameters(CONFIGS[family])
-    assert count_parameters(discovery, embeddings=False) == parameters(CONFIGS[family]) - tables
-
-
-@pytest.mark.parametrize(
-    ("kept", "smaller"),
-    [
-        ({"mlp": 16}, llama(intermediate_size=16)),
-        ({"attention": 1}, llama(num_attention_heads=2, num_key_value_heads=1)),
-        ({"query": 1}, llama(num_attention_heads=2)),
-        ({"hidden": 8}, llama(hidden_size=8)),
-        (
-            {"mlp": 8, "attention": 1, "query": 1, "hidden": 12},
-            llama(intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, hidden_size=12),
-        ),
-    ],
-)
-def test_a_cut_counts_as_the_smaller_model_does(kept: dict[str, int], smaller: LlamaConfig) -> None:
-    discovery = discover(llama())
-    sizes = {g.name: kept[g.kind] for g in discovery.groups if g.kind in kept}
-    assert count_parameters(discovery, sizes) == parameters(smaller)
-    assert count_macs(discovery, sizes) == count_macs(discover(smaller))
-
-
-def test_a_dropped_layer_counts_as_the_shallower_model_does() -> None:
-    discovery, shallower = discover(llama(num_hidden_layers=3)), llama(num_hidden_layers=2)
-    assert count_parameters(discovery, dropped_layers=frozenset({1})) == parameters(shallower)
-    assert count_macs(discovery, dropped_layers=frozenset({1})) == count_macs(discover(shallower))
-
-
-def test_multiply_accumulates_of_a_layer_by_hand() -> None:
-    discovery = discover(llama(num_hidden_layers=1))
-    tokens, hidden, inner, heads, kv, dim, vocabulary = 3, 16, 24, 4, 2, 4, 50
-    projections = tokens * hidden * (2 * heads * dim + 2 * kv * dim + 3 * inner + vocabulary)
-    assert count_macs(discovery, tokens=tokens) == {
-        "matmul": projections + 2 * heads * tokens * tokens * dim,
-        "norm": 3 * 2 * tokens * hidden,
-        "softmax": heads * tokens * tokens,
-        "activation": tokens * inner,
-        "rotary": 2 * tokens * (heads + kv) * dim,
-    }
-
-
-@pytest.fixture(scope="module")
-def llama_7b() -> Discovery:
-    return discover(LlamaConfig())
-
-
-@pytest.mark.parametrize(
-    ("kept", "giga_macs", "billions"),
-    [
-        ({}, "424.02", "6.74"),
-        ({"attention": 24, "mlp": 8256}, "339.60", "5.42"),
-        ({"hidden": 3276}, "339.36", "5.39"),
-        ({"hidden": 2048}, "212.58", "3.37"),
-    ],
-)
-def test_llama_7b_counts_as_llm_pruner_reports(
-    llama_7b: Discovery, kept: dict[str, int], giga_macs: str, billions: str
-) -> None:
-    """The whole model, layers 4 to 29 cut by a quarter, and the whole width cut by a fifth and by half."""
-    sizes = {g.name: kept[g.kind] for g in llama_7b.groups if g.kind in kept and (g.layer is None or 4 <= g.layer < 30)}
-    assert f"{sum(count_macs(llama_7b, sizes).values()) / 1e9:.2f}" == giga_macs
-    assert f"{count_parameters(llama_7b, sizes) / 1e9:.2f}" == billions
-
-
 # --- what cannot be grouped -------------------------------------------------------------------------------------
-
-
-class Plain(nn.Module):
-    """Embedded tokens through one function, which sees the module, then a head."""
-
-    def __init__(self, function: Callable[[Tensor, Any], Tensor], columns: int = 6, **children: Any) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(26, 6)
-        self.head = nn.Linear(columns, 26, bias=False)
-        self.function = function
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> tuple[Tensor, ...]:
-        return (self.head(self.function(self.embed(input_ids), self)),)
 
 
 def test_a_parameter_that_is_not_used_is_frozen() -> None:
@@ -574,86 +453,3 @@ def test_a_saved_buffer_is_cut_with_its_group_and_is_no_parameter() -> None:
     assert ("scale", 0) in {(axis.weight, axis.dim) for axis in hidden.axes}
     assert "scale" not in {axis.weight for axis in vocabulary.axes}
     assert count_parameters(discovery, {hidden.name: 4}) == 2 * 26 * 4
-
-
-# --- lists of layers --------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self, *, residual: bool = True, blocks: int = 0) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.residual = residual
-        self.inner = nn.ModuleList([Block() for _ in range(blocks)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x)
-        for block in self.inner:
-            y = block(y)
-        return x + y if self.residual else y
-
-
-def in_turn(x: Tensor, module: Any) -> Tensor:
-    for block in module.blocks:
-        x = block(x)
-    return x
-
-
-@pytest.mark.parametrize(
-    ("blocks", "found"),
-    [
-        ([Block(), Block()], ("blocks",)),
-        ([Block(), Block(residual=False)], ()),
-        ([Block(residual=False), Block()], ()),
-        ([nn.Linear(6, 6), nn.ReLU()], ()),
-        ([nn.Identity(), nn.Identity()], ()),
-        ([Block(blocks=2), Block(blocks=2)], ("blocks",)),  # the outer list alone
-    ],
-    ids=["residual", "the last is not", "the first is not", "plain", "nothing added", "nested"],
-)
-def test_only_lists_of_residual_blocks_lose_layers(blocks: list[nn.Module], found: tuple[str, ...]) -> None:
-    model = Plain(in_turn, blocks=nn.ModuleList(blocks))
-    assert residual_lists(trace(model)) == found
-    discovery = discover_groups(model)
-    assert [g.units for g in discovery.groups if g.kind == "layer"] == [2] * len(found)
-
-
-class InTurn(nn.Module):
-    def __init__(self, *modules: nn.Module) -> None:
-        super().__init__()
-        self.items = nn.ModuleList(modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.items:
-            x = module(x)
-        return x
-
-
-@pytest.mark.parametrize(
-    ("parts", "found", "depth"),
-    [
-        ({"a": InTurn(Block(), Block())}, ("a.items",), 2),
-        ({"a": InTurn(Block(residual=False), Block())}, ("a.items",), None),
-        ({"a": InTurn(nn.Linear(6, 6), nn.ReLU())}, ("a.items",), None),
-        # beside a list of residual blocks, no other list is one of layers
-        ({"a": InTurn(nn.Linear(6, 6)), "b": InTurn(Block(), Block())}, ("b.items",), 2),
-        # several lists of layers: none can lose a layer alone
-        ({"a": InTurn(Block(), Block()), "b": InTurn(Block())}, ("a.items", "b.items"), None),
-        ({"a": InTurn(nn.Linear(6, 6)), "b": InTurn(nn.Linear(6, 6))}, ("a.items", "b.items"), None),
-        # a list within an item of a list is none
-        ({"a": InTurn(InTurn(nn.Linear(6, 6)), nn.Linear(6, 6))}, ("a.items",), None),
-    ],
-    ids=["residual", "mixed", "plain", "plain and residual", "two residual", "two plain", "nested"],
-)
-def test_the_lists_of_layers(parts: dict[str, nn.Module], found: tuple[str, ...], depth: int | None) -> None:
-    def run(x: Tensor, module: Any) -> Tensor:
-        for name in parts:
-            x = getattr(module, name)(x)
-        return x
-
-    discovery = discover_groups(Plain(run, 6, **parts))
-    assert discovery.layer_lists == found == layer_lists(trace(Plain(run, 6, **parts)))
-    for weight in discovery.weights:
-        inside = weight.name.startswith(tuple(f"{name}." for name in found))
-        assert (weight.layer is not None) == inside
-    assert [g.units for g in discovery.groups if g.kind == "layer"] == ([depth] if depth else [])
