@@ -20,7 +20,7 @@ your own code before you call `discover`:
     >>> RULES.pop("mylib.swiglu") is swiglu
     True
 
-Then give the operator a case in `tests/discovery/test_rules.py`: its axes are checked, and in float64 that the cut
+Then give the operator a case in `tests/operator_cases`: its axes are checked, and in float64 that the cut
 operator computes what the masked one does.
 """
 
