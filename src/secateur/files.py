@@ -33,12 +33,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) -> None:
     """Raise `CheckpointError` when `out` exists and may not be replaced, or when nothing can be written beside it.
 
-    With `overwrite`, only a folder that is empty or holds the file `mark` may be replaced: any other was not made by
-    us, and a slip of the hand must not delete it.
-
-    >>> check_vacant(Path("/nonexistent/model"))
-    Traceback (most recent call last):
-    secateur.errors.CheckpointError: /nonexistent/model: the folder /nonexistent does not exist; ...
+    With `overwrite`, only a folder that is empty or holds the file `mark` is replaced: any other was not made by us.
     """
     exists = _exists(out)
     if exists and not overwrite:
@@ -54,12 +49,7 @@ def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) 
 
 
 def check_file_vacant(out: Path, *, overwrite: bool = False) -> None:
-    """Raise `CheckpointError` when the file `out` exists and may not be replaced, or cannot be written.
-
-    >>> check_file_vacant(Path("/dev/null"))
-    Traceback (most recent call last):
-    secateur.errors.CheckpointError: /dev/null exists; name another file, or replace it with --overwrite ...
-    """
+    """Raise `CheckpointError` when the file `out` exists and may not be replaced, or cannot be written."""
     exists = _exists(out)
     check_writable(out)
     if exists and not overwrite:
@@ -96,9 +86,7 @@ def _check_parent(path: Path) -> None:
 
 
 def check_apart(source: Path | None, out: Path) -> None:
-    """Raise `CheckpointError` when to write the folder would be to delete the model that it is made from.
-
-    `source` is where that model lies, None for one of the hub.
+    """Raise `CheckpointError` when writing the folder would delete its own source (None: one of the hub).
 
     >>> check_apart(Path("model/config.json"), Path("model"))
     Traceback (most recent call last):
@@ -118,10 +106,7 @@ def unwritable(path: Path, error: Exception) -> DiskError:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those around it, unless it is there. Raises `DiskError` when it cannot be made.
-
-    >>> make_folder(Path("/"))
-    """
+    """Make a folder and those around it, unless it is there. Raises `DiskError` when it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -166,18 +151,9 @@ def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK)
 
 @contextmanager
 def atomic_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a path beside `out` to write a file to; when the block ends well, it becomes `out`, else it is removed.
+    """Give a path beside `out` to write a file to; as in `atomic_folder`, it becomes `out` or is removed.
 
-    The file is flushed to the disk before it gets its name, so `out` is never half-written. What a killed process has
-    left of the same `out` is removed. Raises `CheckpointError` as `check_file_vacant` does, and when something cannot
-    be written.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     with atomic_file(Path(parent) / "out") as file:
-    ...         _ = file.write_text("1")
-    ...     [(path.name, path.read_text()) for path in Path(parent).iterdir()]
-    [('out', '1')]
+    Raises `CheckpointError` as `check_file_vacant` does, and when something cannot be written.
     """
     check_file_vacant(out, overwrite=overwrite)
     with _renamed(out) as temporary:
@@ -213,16 +189,13 @@ def _remove_stale(out: Path) -> None:
         match = ours.fullmatch(path.name)
         if match is None or (int(match[1]) != os.getpid() and psutil.pid_exists(int(match[1]))):
             continue
-        if match[2] == "partial" or out.exists():  # without `out`, the one that was moved away is all there is
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+        if match[2] == "old" and not out.exists():
+            continue  # the one that was moved away is all there is
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _replace(out: Path, new: Path) -> None:
@@ -346,10 +319,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def copy_in(folder: Path, files: Mapping[str, Path]) -> None:
-    """Copy files into a folder under the names given, which may lie in a folder of their own.
-
-    >>> copy_in(Path("/nonexistent"), {})
-    """
+    """Copy files into a folder under the names given, which may lie in a folder of their own."""
     for name, path in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)

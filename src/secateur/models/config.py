@@ -34,7 +34,12 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     ...     load_config(folder).num_hidden_layers
     3
     """
-    return _text_part(whole_config(model, trust_remote_code=trust_remote_code))
+    config = whole_config(model, trust_remote_code=trust_remote_code)
+    model_class = causal_class(config) if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    text = config.sub_configs.get("text_config")
+    # A language model that is a part of a larger model has the part's config.
+    is_part = model_class is not None and text is not None and model_class.config_class == text
+    return config.get_text_config() if is_part else config
 
 
 def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -67,18 +72,6 @@ def _check_blocks(written: Any, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name}={value}, and no model has more than {MOST_BLOCKS}")
 
 
-def _text_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config that the causal language model has: where that is a part of a larger model, the part's."""
-    model_class = causal_class(config) if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
-    text = config.sub_configs.get("text_config")
-    if model_class is not None and text is not None and model_class.config_class == text:
-        return config.get_text_config()
-    return config
-
-
-# --- classes ----------------------------------------------------------------------------------------------------------
-
-
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that AutoModelForCausalLM builds for a config, or else the one beside it that takes such a config.
 
@@ -102,13 +95,10 @@ def takes(model_class: Any, config_class: Any) -> bool:
 
     >>> takes(transformers.OPTForCausalLM, transformers.OPTConfig)
     True
-    >>> takes(transformers.OPTForCausalLM, transformers.BertConfig)
-    False
     """
-    if getattr(model_class, "config_class", None) is config_class:
-        return True
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    return config_class in mapping and mapping[config_class] is model_class
+    own = getattr(model_class, "config_class", None) is config_class
+    return own or (config_class in mapping and mapping[config_class] is model_class)
 
 
 def _per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
@@ -147,8 +137,8 @@ def per_layer_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | N
 def register(model: str) -> None:
     """Let the Auto classes of transformers read per-layer models such as MODEL without remote code, in this process.
 
-    For programs that load by `AutoModelForCausalLM` themselves: afterwards it builds such models with the classes that
-    we have, and runs nothing that lies in a folder. Raises `ModelError` for a model that needs nothing of the kind.
+    For programs that load by `AutoModelForCausalLM` themselves; nothing that lies in a folder is run. Raises
+    `ModelError` for a model that needs nothing of the kind.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -165,9 +155,6 @@ def register(model: str) -> None:
     AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
 
 
-# --- what a config says -----------------------------------------------------------------------------------------------
-
-
 def quantisation(config: PreTrainedConfig) -> str | None:
     """How the weights of a model with this config are packed, as its quantiser is called; None where they are not.
 
@@ -182,10 +169,7 @@ def quantisation(config: PreTrainedConfig) -> str | None:
 
 
 def check_not_quantised(config: PreTrainedConfig, *, name: str | None = None) -> None:
-    """Raise `ModelError` for the config of a quantised model: the packed weights of most formats cannot be cut.
-
-    >>> check_not_quantised(AutoConfig.for_model("opt"))
-    """
+    """Raise `ModelError` for the config of a quantised model: the packed weights of most formats cannot be cut."""
     method = quantisation(config)
     if method is not None:
         name = name or config.name_or_path or config.model_type

@@ -15,8 +15,7 @@ from typing import Any
 def gguf_reader() -> Iterator[None]:
     """Let transformers read GGUF files silently, and parse a file once for its config, tokenizer and weights.
 
-    By itself transformers parses the file for each of them, which takes seconds for a vocabulary, and maps the names
-    of its tensors anew for every module.
+    By itself it parses the file for each, which takes seconds, and maps the names of tensors anew for every module.
     """
     gguf = _module("gguf")  # without it transformers says what is to be installed
     reader = _module("transformers.modeling_gguf_pytorch_utils")  # a later transformers may do without that module

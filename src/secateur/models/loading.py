@@ -7,6 +7,7 @@ that the checkpoint lacks is never filled with random numbers.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import logging
 import os
@@ -31,12 +32,7 @@ from secateur.models.weight_files import check_weight_files
 logger = logging.getLogger(__name__)
 
 EXPERTS = "batched_mm"  # experts as plain matrix products, whichever tokens they get: shapes that no data decides
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +64,13 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
         own_config._experts_implementation = EXPERTS
     try:
         with quiet(), torch.device("meta"):
-            model_class: Any = per_layer_model_class(config)
+            build: Any = functools.partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+            model_class = per_layer_model_class(config)
             if model_class is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 model_class = causal_class(config)
-            model: Any = (
-                model_class._from_config(own_config, attn_implementation="eager")
-                if model_class is not None
-                else AutoModelForCausalLM.from_config(
-                    own_config, attn_implementation="eager", trust_remote_code=trust_remote_code
-                )
-            )
+            if model_class is not None:
+                build = model_class._from_config
+            model = build(own_config, attn_implementation="eager")
     except Exception as error:  # any model code may raise anything
         check_trust(error, config.name_or_path or config.model_type, trust_remote_code=trust_remote_code)
         raise ModelError(
@@ -91,13 +84,10 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal language model with all its weights, in evaluation mode.
 
-    `dtype` is `auto` (the checkpoint's own; float32 for a quantised GGUF), one of `DTYPES` or a torch.dtype. `device`
-    is `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:N` or `balanced` (layer by layer over all GPUs). On a CPU,
-    safetensors that need no other dtype or layout stay on the disk: they are mapped, and the system reads what is used
-    and drops it when memory is short. The weights of a GGUF are unpacked, and nothing on the model or its config
-    remembers that they were quantised, so that it saves as an ordinary model. Raises `ModelError` when a file is
-    missing, truncated or a pickle, and when the weights are not exactly those that the model needs. NaN and Inf are
-    looked for by `check_finite` alone, which takes one more pass over the weights.
+    `dtype` is `auto` (the checkpoint's own; float32 for a quantised GGUF), one of `DTYPES` or a torch.dtype; `device`
+    is as in `LoadOptions`. On a CPU, safetensors that need no other dtype or layout stay on the disk: they are mapped.
+    A GGUF becomes an ordinary model with unpacked weights. Raises `ModelError` when a file is missing, truncated or a
+    pickle, and when the weights are not exactly those that the model needs; NaN and Inf are left to `check_finite`.
 
     >>> config = transformers.AutoConfig.for_model("bert", hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
     >>> import tempfile
@@ -136,13 +126,6 @@ def load_on_meta(model: str, *, trust_remote_code: bool = False) -> tuple[PreTra
     """Load the model of a folder without memory: its shapes and ties, and the tensors that it has no place for.
 
     Raises `ModelError` as `load` does.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     config = transformers.AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2)
-    ...     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    ...     load_on_meta(folder)[0].device.type
-    'meta'
     """
     source = resolve(model)
     check_weight_files(source)

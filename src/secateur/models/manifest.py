@@ -1,8 +1,7 @@
 """What a folder that we wrote holds: the size and hash of every file, the dtype and shape of every tensor.
 
-The manifest is the last file of a folder that `save` writes. A file of the folder is compared with it before it is
-read; the bytes of weights, which may be many, are hashed by `verify` alone. In a folder without a manifest nothing is
-compared.
+The manifest is the last file that `save` writes. A file is compared with it before it is read; the bytes of weights are
+hashed by `verify` alone. In a folder without a manifest nothing is compared.
 """
 
 from __future__ import annotations
@@ -40,14 +39,7 @@ class Entry:
 
 
 def entry(path: Path) -> Entry:
-    """The entry of a file in the manifest.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = (Path(folder) / "a").write_text("1")
-    ...     entry(Path(folder) / "a").bytes
-    1
-    """
+    """The entry of a file in the manifest."""
     return Entry(path.stat().st_size, file_digest(path), tensors_in(path) if path.suffix == WEIGHTS else None)
 
 
@@ -169,9 +161,8 @@ def check_as_written(folder: Path, is_read: Callable[[str], bool]) -> None:
     if manifest is None:
         return
     for name in sorted({name for name in (*manifest, *files_in(folder)) if is_read(name)}):
-        change = (
-            changes(folder, name, manifest[name], hashed=False) if name in manifest else "was not written with the rest"
-        )
+        written = manifest.get(name)
+        change = "was not written with the rest" if written is None else changes(folder, name, written, hashed=False)
         if change is not None:
             raise CheckpointError(f"{name} {change}. {REMEDY}")
 

@@ -27,11 +27,7 @@ IMPORT_MESSAGES = {
 
 @contextmanager
 def silence_imports() -> Iterator[None]:
-    """Leave out the messages in `IMPORT_MESSAGES`, and no other.
-
-    >>> with silence_imports():
-    ...     logging.getLogger("torchao").warning("Failed to load an extension")
-    """
+    """Leave out the messages in `IMPORT_MESSAGES`, and no other."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(IMPORT_MESSAGES[record.name])
@@ -67,16 +63,13 @@ def quiet() -> Iterator[None]:
     """Switch off the messages and progress bars of transformers and the hub client, and restore both afterwards.
 
     The switches belong to the process, not to a thread: other threads are silenced for that time, too.
-
-    >>> with quiet():
-    ...     transformers_logging.is_progress_bar_enabled()
-    False
     """
     loggers = (transformers_logging, hub_logging)
     levels = [each.get_verbosity() for each in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
     hub_bars = not are_progress_bars_disabled()
-    with _without_warnings():
+    # The hub client warns when its environment variable has the last word on progress bars.
+    with warnings.catch_warnings(action="ignore"):
         transformers_logging.disable_progress_bar()  # the hub's, too
     for each in loggers:
         each.set_verbosity_error()
@@ -85,21 +78,10 @@ def quiet() -> Iterator[None]:
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.set_verbosity(level)
-        with _without_warnings():
+        with warnings.catch_warnings(action="ignore"):
             if bars:
                 transformers_logging.enable_progress_bar()  # the hub's, too
-            if hub_bars:
-                enable_progress_bars()
-            else:
-                disable_progress_bars()
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    # The hub client warns when its environment variable has the last word on progress bars.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+            (enable_progress_bars if hub_bars else disable_progress_bars)()
 
 
 with silence_imports():

@@ -123,14 +123,10 @@ def hub_is_reachable() -> bool:
 
 
 def check_unchanged(source: Source, is_read: Callable[[str], bool]) -> None:
-    """Raise `ModelError` where a file of a folder with a manifest is not as it was written.
-
-    Only files whose name `is_read` accepts are compared.
-    """
+    """Raise `ModelError` where a file that `is_read` names, of a folder with a manifest, is not as it was written."""
     if source.path is None or source.kind == "gguf":
         return
-    folder = source.path if source.kind == "folder" else source.path.parent
     try:
-        check_as_written(folder, is_read)
+        check_as_written(source.folder or source.path.parent, is_read)
     except CheckpointError as error:
         raise ModelError(f"{source.argument!r}: {error}") from error

@@ -61,8 +61,7 @@ def text_files(model: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     named = {name for name in getattr(tokenizer, "vocab_files_names", {}).values() if isinstance(name, str)}
     names = sorted(TOKENIZER_FILES | named)
     if source.kind == "hub":
-        cached = {name: _cached(model, name) for name in names}
-        return {name: path for name, path in cached.items() if path is not None}
+        return {name: Path(path) for name in names if (path := _cached(model, name)) is not None}
     folder = source.folder
     if folder is None:
         return {}
@@ -85,15 +84,9 @@ def _is_in(folder: Path, name: str) -> bool:
     return path.is_file() and inside
 
 
-def _cached(model: str, name: str) -> Path | None:
-    """A file of a model of the hub, where it has one."""
+def _cached(model: str, name: str) -> str | None:
+    """The path of a file of a model of the hub; None where it has none."""
+    failures = ("missing_entries", "connection_errors", "gated_repo")
+    silent = {f"_raise_exceptions_for_{failure}": False for failure in failures}
     with quiet():
-        path = cached_file(
-            model,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-            **hub_options(),
-        )
-    return None if path is None else Path(path)
+        return cached_file(model, name, **silent, **hub_options())

@@ -17,11 +17,7 @@ from secateur.models.sources import Source, resolve
 
 
 def has_weights(model: str) -> bool:
-    """Tell whether MODEL has weights of any kind; a hub name is taken to have some.
-
-    >>> has_weights("organisation/model")
-    True
-    """
+    """Tell whether MODEL has weights of any kind; a hub name is taken to have some."""
     source = resolve(model)
     if source.folder is not None:
         return any(any(source.folder.glob(pattern)) for pattern in ("*.safetensors", INDEX_FILE, "*.gguf", *PICKLES))
@@ -29,11 +25,7 @@ def has_weights(model: str) -> bool:
 
 
 def weight_file_bytes(model: str) -> int | None:
-    """Bytes of the files that hold MODEL's weights; None for a hub name, and where there are none.
-
-    >>> weight_file_bytes("organisation/model") is None
-    True
-    """
+    """Bytes of the files that hold MODEL's weights; None for a hub name, and where there are none."""
     source = resolve(model)
     if source.kind == "gguf" and source.path is not None:
         return source.path.stat().st_size
@@ -77,8 +69,9 @@ def _weight_files(source: Source, folder: Path) -> list[str]:
     named = _named_by_config(folder)
     if named is not None:
         _check_plain(source, "config.json, transformers_weights", named, (WEIGHTS, f"{WEIGHTS}.index.json"))
-    if (folder / (named or WEIGHTS_FILE)).is_file() and (named or WEIGHTS_FILE).endswith(WEIGHTS):
-        return [named or WEIGHTS_FILE]
+    weights = named or WEIGHTS_FILE
+    if (folder / weights).is_file() and weights.endswith(WEIGHTS):
+        return [weights]
     if (folder / (named or INDEX_FILE)).is_file():
         return _shards(source, folder / (named or INDEX_FILE))
     if any(folder.glob(f"*{WEIGHTS}")):
