@@ -58,14 +58,11 @@ class ModelType:
     split_by_head: bool = False  # a fused weight holds queries, keys and values of one head, then of the next
 
 
-def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
-    def frozen(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    return {
-        name: {key: frozen(item) for key, item in value.items()} if isinstance(value, dict) else frozen(value)
-        for name, value in entry.items()
-    }
+def _tuples(value: Any) -> Any:
+    """JSON with tuples for lists, which frozen values hold."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 @functools.cache
@@ -86,28 +83,17 @@ def architecture(name: str) -> Architecture:
 
 
 def known_types() -> tuple[str, ...]:
-    """The model types of transformers that can be written.
-
-    >>> "granite" in known_types()
-    True
-    """
+    """The model types of transformers that can be written."""
     return tuple(_table()["types"])
 
 
 def stock_type(config: PreTrainedConfig) -> str:
-    """The model type of transformers' own code; a per-layer model has that of its dense model.
-
-    >>> from transformers import AutoConfig
-    >>> stock_type(AutoConfig.for_model("granite"))
-    'granite'
-    """
+    """The model type of transformers' own code; a per-layer model has that of its dense model."""
     return config.model_type.removeprefix(f"{PER_LAYER}_")
 
 
 def type_of(config: PreTrainedConfig) -> ModelType:
-    """The entry of a config's model type.
-
-    Raises `ExportError` when there is none, and when the code is not transformers' own.
+    """The entry of a config's model type. Raises `ExportError` when there is none, or the code is the model's own.
 
     >>> from transformers import AutoConfig
     >>> type_of(AutoConfig.for_model("granite")).architectures

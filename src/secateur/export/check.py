@@ -164,18 +164,16 @@ def _in_float32(model: nn.Module, type_name: str | None, exact: Collection[str] 
             if weight is not None:
                 values = weight.detach().float()
                 if type_name is not None and weight.dim() > 1 and exact_here.get(module) != name:
-                    transposed = isinstance(module, Conv1D)
-                    values = _rounded(values.T, type_name).T if transposed else _rounded(values, type_name)
+                    is_transposed = isinstance(module, Conv1D)
+                    values = _rounded(values.T, type_name).T if is_transposed else _rounded(values, type_name)
                 module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(originals.pop(module))
 
-    handles = []
-    for module in model.modules():
-        if module._parameters:
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+    holders = [module for module in model.modules() if module._parameters]
+    handles = [module.register_forward_pre_hook(enter) for module in holders]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in holders]
     try:
         yield
     finally:

@@ -7,7 +7,9 @@ the tensors, write them one by one, and run the file in llama.cpp beside torch (
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,6 @@ from secateur.files import atomic_file, check_file_vacant
 from secateur.progress import Progress
 
 SUFFIX = ".gguf"
-UNBLOCKED = ("f32", "f16", "bf16")  # types that take rows of any length
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,8 @@ def export_gguf(
     """Write a model, dense or pruned, as a GGUF file that llama.cpp runs.
 
     Layers of different sizes go into an architecture that has them; where there is none, `options.pad` pads all layers
-    to the widest. The file appears whole or not at all, and is written tensor by tensor. Raises `ExportError` for what
-    a file cannot describe or when llama.cpp computes something else, and `CheckpointError` when the file cannot be
-    written.
+    to the widest. Raises `ExportError` for what a file cannot describe or when llama.cpp computes something else, and
+    `CheckpointError` when the file cannot be written.
 
     >>> import tempfile
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -91,12 +91,9 @@ def export_gguf(
     words = vocabulary(tokenizer, rows, pre=options.pre, stops=_stop_tokens(model))
     contents = _Contents(fitted, file_tensors(fitted.mapped, fitted.architecture, model_type), options.gguf)
     with atomic_file(out, overwrite=overwrite) as file:
-        writer = GGUFWriter(file, fitted.architecture.name)
-        try:
+        with closing(GGUFWriter(file, fitted.architecture.name)) as writer:
             _write_metadata(writer, keys, words, options.gguf, name=Path(model.config.name_or_path or out.stem).name)
             contents.write(writer, progress)
-        finally:
-            writer.close()
         checked = None
         if is_installed() if options.check is None else options.check:
             exact = exact_weights(fitted.mapped, contents.tensors, contents.types)
@@ -108,7 +105,7 @@ def export_gguf(
         dtype=options.gguf,
         bytes=size,
         notes=(*fitted.positions.notes, *words.notes, *_notes(fitted, contents)),
-        parameters=contents.parameters,
+        parameters=sum(map(math.prod, contents.shapes.values())),
         added=fitted.padding,
         plain=contents.plain,
         pre=words.pre,
@@ -117,13 +114,7 @@ def export_gguf(
 
 
 def check_gguf(config: PreTrainedConfig, out: Path, options: GgufOptions, *, overwrite: bool = False) -> None:
-    """Raise what `export_gguf` would, as far as it is known without the weights.
-
-    >>> from transformers import AutoConfig
-    >>> check_gguf(AutoConfig.for_model("granite"), Path("out.bin"), GgufOptions())
-    Traceback (most recent call last):
-    secateur.errors.ExportError: out.bin does not end in .gguf; name it out.bin.gguf
-    """
+    """Raise what `export_gguf` would, as far as it is known without the weights."""
     if out.suffix != SUFFIX:
         raise ExportError(f"{out} does not end in {SUFFIX}; name it {out}{SUFFIX}")
     check_file_vacant(out, overwrite=overwrite)
@@ -148,7 +139,7 @@ class _Contents:
             tensors["rope_freqs.weight"] = lambda fetch: factors
         self.shapes = {name: mapped.shape(tensor) for name, tensor in tensors.items()}
         self.types = stored_types(self.shapes, type_name)
-        quantized = type_name not in UNBLOCKED
+        quantized = block_size(type_name) > 1
         self.plain = tuple(name for name, stored in self.types.items() if quantized and stored == "f16")
         if EMBEDDING in self.plain:
             raise ExportError(
@@ -156,16 +147,12 @@ class _Contents:
                 f"{mapped.hidden}, so nearly all of the model would stay in f16; write --gguf f16 (gguf='f16')"
             )
 
-    @property
-    def parameters(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
-
     def write(self, writer: GGUFWriter, progress: Progress | None) -> None:
         """Write the header, then tensor by tensor."""
         for name, shape in self.shapes.items():
             kind = TYPES[self.types[name]][0]
             block, size = gguf.GGML_QUANT_SIZES[kind]
-            length = int(np.prod(shape)) // block * size
+            length = math.prod(shape) // block * size
             writer.add_tensor_info(name, shape, np.dtype(np.float32), length, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

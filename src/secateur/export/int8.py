@@ -72,14 +72,11 @@ def export_int8(
 ) -> Int8Result:
     """Write a model, dense or pruned, with int8 weights in its linear layers; the model itself stays as it is.
 
-    Each row of a weight has its own scale. The output head and the embedding keep their dtype, as does every weight
-    that anything but a linear product uses; the result says which and why. `source` is the folder that the model was
-    loaded from: its plan and record are copied. `files` are copied under their names, as `save` does.
-
-    The folder loads with `AutoModelForCausalLM.from_pretrained` where torchao is installed (with
-    `trust_remote_code=True` where layers differ in size). It appears whole or not at all: before that it is loaded, and
-    its weights must be those in memory. Raises `ModelError` for a model that is quantized already, has another dtype or
-    no such layer, and `CheckpointError` where torchao is missing or no folder can hold the model.
+    The output head and the embedding keep their dtype, as does every weight that anything but a linear product uses;
+    the result says which and why. `source` is the folder that the model was loaded from: its plan and record are
+    copied, as are `files` under their names. Before the folder gets its name it is loaded, and its weights must be
+    those in memory. Raises `ModelError` for a model that is quantized already, has another dtype or no such layer, and
+    `CheckpointError` where torchao is missing or no folder can hold the model.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -122,20 +119,9 @@ def int8_copy(
 
     Returns the copy, the layers whose weights are int8, and the weights of two and more dimensions that are not, each
     with the reason. Raises as `export_int8` does.
-
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> packed, layers, left = int8_copy(AutoModelForCausalLM.from_config(config))
-    >>> layers[-1], left["model.decoder.embed_tokens.weight"]
-    ('model.decoder.layers.0.fc2', 'it is lm_head.weight, too')
     """
     check_torchao()
-    from torchao.quantization import (
-        Int8DynamicActivationInt8WeightConfig,
-        Int8WeightOnlyConfig,
-        MappingType,
-        quantize_,
-    )
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, MappingType, quantize_
 
     check_not_quantised(model.config)
     _check_holdable(model)
@@ -159,15 +145,11 @@ def int8_copy(
     quantize_(packed, how, filter_fn=lambda _, path: path in chosen)
     packed.hf_quantizer = quantizer
     quantizer.postprocess_model(packed)
-    packed.eval()
-    return packed, tuple(layers), left
+    return packed.eval(), tuple(layers), left
 
 
 def check_torchao() -> None:
-    """Raise `CheckpointError` where torchao is not installed.
-
-    >>> check_torchao()
-    """
+    """Raise `CheckpointError` where torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
         raise CheckpointError(
             "int8 weights are packed by torchao, which is not installed: pip install 'secateur[int8]'"

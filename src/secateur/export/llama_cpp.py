@@ -84,11 +84,6 @@ class Engine:
         count = self._lib.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), True, True)
         return list(ids[0:count])
 
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        self._length = 0
-
     def read(self, ids: Sequence[int]) -> Array:
         """Read more tokens; returns the logits after each, float32, tokens x vocabulary."""
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
@@ -108,7 +103,8 @@ class Engine:
 
     def greedy(self, ids: Sequence[int], count: int) -> tuple[list[int], Array]:
         """The greedy continuation by `count` tokens, and the logits at each position of all but the last."""
-        self.reset()
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._length = 0
         logits = [self.read(ids)]
         new = [int(np.argmax(logits[-1][-1]))]
         while len(new) < count:

@@ -122,7 +122,7 @@ def map_model(model: PreTrainedModel, model_type: ModelType) -> MappedModel:
     names = gguf.get_tensor_name_map(architecture_number(model_type.architectures[0]), count)
     head = getattr(model.get_output_embeddings(), "weight", None)
     for name, weight in weights.items():
-        tensor = _read(name, transposed=_is_transposed(model, name))
+        tensor = _lazy(model, name)
         if (place := _fused_place(name, model_type)) is not None:
             number, parts, kind = place
             fused[number].append(_Fused(parts, kind, tensor))
@@ -155,13 +155,10 @@ def architecture_number(name: str) -> Any:
     return next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
-def _read(name: str, *, transposed: bool) -> LazyTensor:
-    return lambda fetch: fetch(name).T if transposed else fetch(name)
-
-
-def _is_transposed(model: nn.Module, name: str) -> bool:
+def _lazy(model: nn.Module, name: str) -> LazyTensor:
     path, _, last = name.rpartition(".")
-    return last == "weight" and isinstance(model.get_submodule(path), Conv1D)
+    transposed = last == "weight" and isinstance(model.get_submodule(path), Conv1D)
+    return lambda fetch: fetch(name).T if transposed else fetch(name)
 
 
 def _fused_place(name: str, model_type: ModelType) -> tuple[int, tuple[str, ...], str] | None:
@@ -174,12 +171,10 @@ def _fused_place(name: str, model_type: ModelType) -> tuple[int, tuple[str, ...]
 
 def _head_dim(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
     """The size of one head, as its module stores it."""
-    sizes = set()
-    for path in sorted({name.rpartition(".")[0].rpartition(".")[0] for name in weights}):
-        module = model.get_submodule(path)
-        size = next((vars(module)[key] for key in ("head_dim", "head_size") if key in vars(module)), None)
-        if isinstance(size, int):
-            sizes.add(size)
+    paths = {name.rpartition(".")[0].rpartition(".")[0] for name in weights}
+    attributes = [vars(model.get_submodule(path)) for path in paths]
+    found = [each.get("head_dim", each.get("head_size")) for each in attributes]
+    sizes = {size for size in found if isinstance(size, int)}
     if len(sizes) != 1:
         raise ExportError(
             f"a GGUF file gives the heads of all layers one size, and this model has "

@@ -57,9 +57,8 @@ def merge_adapter(
     """Write a model with a LoRA adapter merged into its weights, with the model's plan, record and tokenizer.
 
     `model` is the folder of an adapter, which names its base model, or that model, with the folder as
-    `options.adapter`. Layers may differ in size. The weights keep their dtype. Raises `ExportError` for a folder that
-    is no adapter, is another kind than LoRA, was trained for other weights, or holds a pickle; and `SecateurError` as
-    loading and saving do.
+    `options.adapter`. The weights keep their dtype. Raises `ExportError` for a folder that is no adapter, is another
+    kind than LoRA, was trained for other weights, or holds a pickle; and `SecateurError` as loading and saving do.
 
     >>> merge_adapter("organisation/model", "out")
     Traceback (most recent call last):

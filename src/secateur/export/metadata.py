@@ -72,10 +72,10 @@ def rotary_dim(model: nn.Module) -> int:
 
 
 def _sliding_layers(config: PreTrainedConfig, count: int) -> list[bool]:
-    """Which layers attend to a window alone."""
+    """Which layers attend to a window alone, of a config that sets one."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return [getattr(config, "sliding_window", None) is not None] * count
+        return [True] * count
     if unknown := sorted(set(kinds) - {SLIDING, FULL}):
         raise ExportError(f"a GGUF file has no key for layers of the kind {unknown[0]}, which layer_types lists")
     return [kind == SLIDING for kind in kinds]
@@ -125,9 +125,8 @@ def metadata(config: PreTrainedConfig, model_type: ModelType, mapped: MappedMode
 
     Raises `ExportError` for a setting that the file has no key for.
     """
-    heads, kv_heads, mlp = (
-        _one_or_all([getattr(size, name) for size in mapped.sizes]) for name in ("heads", "kv_heads", "mlp")
-    )
+    by_layer = {name: [getattr(size, name) for size in mapped.sizes] for name in ("heads", "kv_heads", "mlp")}
+    heads, kv_heads, mlp = (sizes[0] if len(set(sizes)) == 1 else sizes for sizes in by_layer.values())
     keys: dict[str, Any] = {
         Keys.LLM.BLOCK_COUNT: len(mapped.sizes),
         Keys.LLM.EMBEDDING_LENGTH: mapped.hidden,
@@ -150,10 +149,6 @@ def metadata(config: PreTrainedConfig, model_type: ModelType, mapped: MappedMode
             raise _refused(setting, None, "llama.cpp computes with a number there")
     _check_settings(config, model_type, mapped)
     return {key.removeprefix("{arch}."): value for key, value in keys.items()}
-
-
-def _one_or_all(values: list[int]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else values
 
 
 def _check_settings(config: PreTrainedConfig, model_type: ModelType, mapped: MappedModel) -> None:

@@ -13,11 +13,6 @@ def tensor_parallel_sizes(config: PreTrainedConfig) -> tuple[int, ...]:
     Its rules, as of 0.33: the query heads and the width of the MLP divide by the number; the KV heads do, or else the
     number divides by them, and they are repeated (`ModelConfig.verify_with_parallel_config`, `QKVParallelLinear`,
     `ColumnParallelLinear`). Sizes that a config does not name are taken to divide.
-
-    >>> from transformers import AutoConfig
-    >>> sizes = {"hidden_size": 96, "ffn_dim": 120, "num_hidden_layers": 2, "word_embed_proj_dim": 96}
-    >>> tensor_parallel_sizes(AutoConfig.for_model("opt", num_attention_heads=12, **sizes))
-    (1, 2, 3, 4, 6)
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)

@@ -13,17 +13,12 @@ from torch import Tensor
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType
 from secateur.export.mapping import EMBEDDING, HEAD, KEYS, KINDS, QUERIES, LazyTensor, LazyTensors, MappedModel
+from secateur.export.options import GGUF_TYPES
 
 # Type -> how numbers are stored, and what the file says of itself.
 TYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "q5_1": (GGMLQuantizationType.Q5_1, LlamaFileType.MOSTLY_Q5_1),
-    "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
-    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
-    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    name: (GGMLQuantizationType[name.upper()], LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"])
+    for name in GGUF_TYPES
 }
 ROUTER = ".ffn_gate_inp."  # chooses experts, so it stays exact
 F16_MAX = float(np.finfo(np.float16).max)
@@ -64,15 +59,8 @@ def _concatenated(tensors: list[LazyTensor]) -> LazyTensor:
     return lambda fetch: torch.cat([tensor(fetch) for tensor in tensors])
 
 
-# --- types ------------------------------------------------------------------------------------------------------
-
-
 def block_size(type_name: str) -> int:
-    """How many numbers of a row one block of a type holds.
-
-    >>> block_size("q8_0")
-    32
-    """
+    """How many numbers of a row one block of a type holds."""
     return gguf.GGML_QUANT_SIZES[TYPES[type_name][0]][0]
 
 

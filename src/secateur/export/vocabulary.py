@@ -8,6 +8,7 @@ byte-level BPE and "digit" stands for one digit at a time.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -83,15 +84,9 @@ def vocabulary(
         notes.append(f"space beside {', '.join(stripping[:3])} is not stripped")
     special = _special(tokenizer, stops)
     add_bos, add_eos = _wrapping(tokenizer, special)
-    common: dict[str, Any] = {
-        "tokens": tokens,
-        "special": special,
-        "add_bos": add_bos,
-        "add_eos": add_eos,
-        "chat_template": _template(tokenizer),
-        "notes": tuple(notes),
-    }
-    if _is_byte_level(spec):
+    common: dict[str, Any] = {"tokens": tokens, "special": special, "add_bos": add_bos, "add_eos": add_eos}
+    common |= {"chat_template": _template(tokenizer), "notes": tuple(notes)}
+    if any(step["type"] == "ByteLevel" for step in _steps(spec["pre_tokenizer"], "pretokenizers")):
         kind, name = _kind(BYTES), pre or _pre_name(spec)
         return Vocabulary(kind, name, types=types, scores=None, merges=merges, add_space=False, **common)
     if model.get("byte_fallback") and _marks_spaces(spec):
@@ -110,10 +105,6 @@ def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     if part is None:
         return []
     return list(part[key]) if part["type"] == "Sequence" else [part]
-
-
-def _is_byte_level(spec: Mapping[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(spec["pre_tokenizer"], "pretokenizers"))
 
 
 def _composes(normalizer: Mapping[str, Any] | None) -> bool:
@@ -153,11 +144,9 @@ def _wrapping(tokenizer: PreTrainedTokenizerBase, special: Mapping[str, int]) ->
     """Whether the tokenizer puts its bos before a text, and its eos after it."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     whole = tokenizer(PROBE).input_ids
-    for bos in (False, True):
-        for eos in (False, True):
-            wrapped = [special.get("bos")] * bos + plain + [special.get("eos")] * eos
-            if whole == wrapped:
-                return bos, eos
+    for bos, eos in itertools.product((False, True), repeat=2):
+        if whole == [special.get("bos")] * bos + plain + [special.get("eos")] * eos:
+            return bos, eos
     raise ExportError(
         f"the tokenizer makes {whole} of {PROBE!r}: other tokens around a text than its bos and eos, which a GGUF file "
         "has no key for"
@@ -169,9 +158,6 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if isinstance(template, Mapping):  # several, by name
         template = template.get("default")
     return template if isinstance(template, str) else None
-
-
-# --- byte-level BPE ---------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -190,11 +176,7 @@ def _pre_tokenizers() -> dict[tuple[tuple[str, ...], bool], str]:
 
 
 def known_pre_tokenizers() -> tuple[str, ...]:
-    """Names of llama.cpp's pre-tokenizers that are recognised.
-
-    >>> known_pre_tokenizers()[:2]
-    ('gpt-2', 'smollm')
-    """
+    """Names of llama.cpp's pre-tokenizers that are recognised."""
     return tuple(dict.fromkeys(_pre_tokenizers().values()))
 
 
@@ -229,9 +211,6 @@ def _split(step: Mapping[str, Any]) -> str | None:
     return json.dumps(step)
 
 
-# --- SentencePiece BPE ------------------------------------------------------------------------------------------
-
-
 def _marks_spaces(spec: Mapping[str, Any]) -> bool:
     """Whether spaces become U+2581 and nothing else happens to a text before its pairs are merged."""
     marked = False
@@ -261,13 +240,11 @@ def _prepends(spec: Mapping[str, Any]) -> bool:
 
 
 def _with_bytes(tokens: Sequence[str], types: Sequence[int], unknown: str | None) -> tuple[int, ...]:
-    changed = list(types)
-    for index, token in enumerate(tokens):
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            changed[index] = int(TokenType.BYTE)
-        elif token == unknown:
-            changed[index] = int(TokenType.UNKNOWN)
-    return tuple(changed)
+    def changed(token: str, kind: int) -> int:
+        is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+        return int(TokenType.BYTE if is_byte else TokenType.UNKNOWN if token == unknown else kind)
+
+    return tuple(map(changed, tokens, types))
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[str]) -> tuple[float, ...]:
