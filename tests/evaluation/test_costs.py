@@ -12,8 +12,7 @@ from families import family_config, family_model
 from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.counting import count_macs
 from secateur.errors import PlanError
-from secateur.evaluation.costs import config_costs, model_costs
-from secateur.evaluation.macs import count_macs_by_kind
+from secateur.evaluation.costs import config_costs, count_macs_by_kind, model_costs
 from secateur.evaluation.options import ProfileOptions
 from secateur.models.silence import quiet
 

@@ -18,8 +18,8 @@ from families import family_model
 from secateur import prune
 from secateur.errors import ExportError
 from secateur.export.architectures import TABLE, architecture, known_types, type_of
+from secateur.export.fitting import pad_layers
 from secateur.export.mapping import map_model
-from secateur.export.padding import pad_layers
 from secateur.models.silence import quiet
 from tiny import names, tiny_model
 

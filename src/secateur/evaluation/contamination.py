@@ -22,8 +22,6 @@ from secateur.errors import DataError
 from secateur.evaluation.texts import decode
 
 logger = logging.getLogger(__name__)
-
-
 Seen = tuple[str, str, list[str]]  # what was read and from where; the verb of the remedy; windows or rows as text
 
 
@@ -33,9 +31,8 @@ def warn_of_overlap(
     """Log a warning for every text (name -> text) that holds calibration or training text of the model called `name`.
 
     `record` says how it was calibrated: the record of its folder, or what its plan was scored with, as plain data. Its
-    windows are drawn again from the file, or `demo`, that it names; so are the rows of every training in the record.
-    Nothing is logged where they cannot be, or differ: the file is gone or has changed, or the text is a data set's or
-    the model's own.
+    windows, and the rows of every training, are drawn again from the local file, or `demo`, that it names. Nothing is
+    logged where they cannot be, or differ.
 
     >>> warn_of_overlap("pruned", None, {"wikitext2": "A text."}, {"calibration": None})
     """
@@ -55,16 +52,9 @@ def warn_of_overlap(
         what, remedy, pieces = seen
         for data, text in texts.items():
             if share := overlap(pieces, text):
-                logger.warning(
-                    "%s: %.3g %% of %s, share %d words in a row with the evaluation text %s; this flatters the result, "
-                    "so %s on another text",
-                    name,
-                    100 * share,
-                    what,
-                    OVERLAP_WORDS,
-                    data,
-                    remedy,
-                )
+                shared = f"{100 * share:.3g} % of {what}, share {OVERLAP_WORDS} words in a row"
+                advice = f"this flatters the result, so {remedy} on another text"
+                logger.warning("%s: %s with the evaluation text %s; %s", name, shared, data, advice)
 
 
 def _calibration(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> Seen | None:

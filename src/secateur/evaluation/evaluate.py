@@ -23,11 +23,7 @@ from secateur.progress import ProgressBars
 
 @dataclass(frozen=True, slots=True)
 class EvaluationInputs:
-    """The options of an evaluation with what they name: texts and questions are read once, for all models.
-
-    >>> load_inputs(EvaluationOptions(prompts=("Once upon a time",))).texts
-    {}
-    """
+    """The options of an evaluation with what they name: texts and questions are read once, for all models."""
 
     options: EvaluationOptions
     texts: Mapping[str, str]  # name -> text
@@ -36,11 +32,7 @@ class EvaluationInputs:
 
 @dataclass(frozen=True, slots=True)
 class ModelEvaluation:
-    """What was measured of one model.
-
-    >>> ModelEvaluation("demo", weight_bytes=2).perplexity
-    ()
-    """
+    """What was measured of one model."""
 
     model: str
     perplexity: tuple[Perplexity, ...] = ()  # by text and protocol
@@ -78,13 +70,7 @@ def evaluate_model(
     weight_bytes: int | None = None,
     file_bytes: int | None = None,
 ) -> ModelEvaluation:
-    """Evaluate one loaded model; its sizes are for the record. Raises as `evaluate`, `zero_shot` and `sample_text` do.
-
-    >>> from contextlib import nullcontext
-    >>> inputs = EvaluationInputs(EvaluationOptions(), texts={}, tasks=())
-    >>> evaluate_model("none", None, None, inputs, bars=nullcontext).perplexity
-    ()
-    """
+    """Evaluate one loaded model; its sizes are for the record. Raises as what it calls does."""
     options = inputs.options
     perplexity: list[Perplexity] = []
     if inputs.texts:

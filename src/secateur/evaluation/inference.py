@@ -27,15 +27,7 @@ STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and put every module back as it was.
-
-    >>> model = nn.Dropout()
-    >>> with evaluation_mode(model):
-    ...     model.training
-    False
-    >>> model.training
-    True
-    """
+    """Switch dropout and the like off, and put every module back as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -50,14 +42,6 @@ def position_errors(model: PreTrainedModel, length: int, *, flag: str) -> Iterat
     """Turn the IndexError of a model that reads `length` tokens but has fewer positions into a DataError naming `flag`.
 
     Models with a table of positions fail; those that compute them (rotary, ALiBi) read on, and worse.
-
-    >>> from types import SimpleNamespace as Model
-    >>> try:
-    ...     with position_errors(Model(config=Model(max_position_embeddings=8)), 9, flag="--seq-len"):
-    ...         torch.zeros(8)[8]
-    ... except DataError as error:
-    ...     print(error)
-    the model has 8 positions, but reads 9 tokens at once. --seq-len takes at most 8.
     """
     try:
         yield
@@ -71,12 +55,7 @@ def position_errors(model: PreTrainedModel, length: int, *, flag: str) -> Iterat
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Return the number of token ids that the model has an embedding for, as its config states it.
-
-    >>> from transformers import PretrainedConfig
-    >>> vocabulary_size(PreTrainedModel(PretrainedConfig(vocab_size=8)))
-    8
-    """
+    """Return the number of token ids that the model has an embedding for, as its config states it."""
     return int(model.config.get_text_config().vocab_size)
 
 
@@ -84,9 +63,6 @@ def input_device(model: nn.Module) -> torch.device:
     """Return the device to put token ids on: that of the weights, or the CPU where accelerate moves them.
 
     Raises ModelError if the weights are on `meta` and nothing will load them.
-
-    >>> input_device(nn.Linear(1, 1))
-    device(type='cpu')
     """
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     if device.type != "meta":
@@ -100,12 +76,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def random_ids(models: Iterable[PreTrainedModel], batch: int, length: int, *, seed: int = 0) -> Tensor:
-    """Draw ids_BT (batch x length), int64, on the CPU, from the token ids that all models have.
-
-    >>> from transformers import PretrainedConfig
-    >>> random_ids([PreTrainedModel(PretrainedConfig(vocab_size=1))], 2, 3).tolist()
-    [[0, 0, 0], [0, 0, 0]]
-    """
+    """Draw ids_BT (batch x length), int64, on the CPU, from the token ids that all models have."""
     smallest = min(vocabulary_size(model) for model in models)
     return torch.randint(smallest, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -120,11 +91,7 @@ def fitting_batch(length: int, vocabulary: int, *, limit: int = LOGITS_BYTES) ->
 
 
 def most_likely(logits_BV: Tensor) -> Tensor:
-    """The token of the highest logit, ids_B1.
-
-    >>> most_likely(torch.tensor([[0.5, 2.0]]))
-    tensor([[1]])
-    """
+    """The token of the highest logit, ids_B1."""
     return logits_BV.argmax(dim=-1, keepdim=True)
 
 
@@ -164,18 +131,6 @@ def sample_text(
     Deterministic, with the prompt as it stands: no chat template, no sampling, none of the model's generation
     settings. Ends after `new_tokens` tokens, or before the model's or the tokenizer's end-of-text token.
     Raises DataError if the prompt has no tokens or `new_tokens` is below 1.
-
-    >>> from transformers import PretrainedConfig
-    >>> from transformers.modeling_outputs import CausalLMOutput
-    >>> class Counting(PreTrainedModel):  # predicts the next letter
-    ...     def forward(self, input_ids, **_):
-    ...         return CausalLMOutput(logits=nn.functional.one_hot(input_ids + 1, 128).float())
-    >>> class Letters:
-    ...     eos_token_id = None
-    ...     __call__ = staticmethod(lambda text, **_: {"input_ids": list(text.encode())})
-    ...     decode = staticmethod(lambda ids, **_: bytes(ids).decode())
-    >>> sample_text(Counting(PretrainedConfig(vocab_size=128)), Letters(), "abc", new_tokens=4)
-    'defg'
     """
     check_count("new_tokens", new_tokens, 48)
     prompt_T = encode(tokenizer, prompt)

@@ -55,9 +55,8 @@ def latency_table(
     >>> model, discovery = AutoModelForCausalLM.from_config(config), discover(config)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     table = latency_table(model, discovery, [discovery.group("layers.0.mlp")], seq_len=8, cache=Path(folder))
-    ...     again = latency_table(model, discovery, [discovery.group("layers.0.mlp")], seq_len=8, cache=Path(folder))
-    >>> [units for units, _ in table.savings["mlp"]], table == again
-    ([6, 12, 18, 24], True)
+    >>> [units for units, _ in table.savings["mlp"]]
+    [6, 12, 18, 24]
     """
     kinds: dict[str, list[Group]] = {}
     for group in groups:

@@ -27,11 +27,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Files with the questions of a task.
-
-    >>> LOCAL["piqa"].files
-    ('piqa_original/valid.jsonl', 'piqa_original/valid-labels.lst')
-    """
+    """Files with the questions of a task."""
 
     files: tuple[str, ...]
     """The questions; a second file has a label on each line."""
@@ -70,10 +66,6 @@ def read_rows(source: Source, paths: Sequence[Path]) -> list[Row]:
     """Read all questions of a source as rows of the hub's data set.
 
     Raises `TaskError` for a file that cannot be read, has no questions, or questions of another form.
-
-    >>> read_rows(LOCAL["openbookqa"], [Path("none.jsonl")])
-    Traceback (most recent call last):
-    secateur.errors.TaskError: none.jsonl cannot be read (FileNotFoundError: ...). Expected a copy of the public file
     """
     try:
         questions = _six_lines(paths[0]) if ".txt" in paths[0].suffixes else _questions(paths[0])
@@ -87,9 +79,6 @@ def read_rows(source: Source, paths: Sequence[Path]) -> list[Row]:
     if not rows:
         raise TaskError(f"{paths[0]}: it has no questions. Expected a copy of the public file")
     return rows
-
-
-# --- files -> questions -----------------------------------------------------------------------------------------
 
 
 def _lines(path: Path) -> list[str]:
@@ -112,13 +101,8 @@ def _six_lines(path: Path) -> Iterable[Row]:
     lines = _lines(path)
     if len(lines) % 6:
         raise ValueError(f"{len(lines)} lines are not six for every question")
-    return [
-        {"context": lines[i], "label": int(lines[i + 1]), "endings": lines[i + 2 : i + 6]}
-        for i in range(0, len(lines), 6)
-    ]
-
-
-# --- questions -> rows ------------------------------------------------------------------------------------------
+    starts = range(0, len(lines), 6)
+    return [{"context": lines[i], "label": int(lines[i + 1]), "endings": lines[i + 2 : i + 6]} for i in starts]
 
 
 def _fields(pattern: str, text: str) -> Row:

@@ -26,11 +26,7 @@ from secateur.models.tensors import plain_tensors
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and persistent buffers; a tied weight counts once, a packed one as packed.
 
-    >>> model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    >>> weight_bytes(model)  # 2 x 16 float32
-    128
-    >>> model[1].weight = model[0].weight
-    >>> weight_bytes(model)
+    >>> weight_bytes(nn.Linear(4, 4, bias=False))  # 16 float32
     64
     """
     state = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
@@ -79,11 +75,8 @@ def _tensors_in(value: Any) -> list[Tensor]:
         if isinstance(value, Tensor):
             if value.dim() > 1:
                 yield value
-        elif isinstance(value, dict):
-            for item in value.values():
-                yield from walk(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
                 yield from walk(item)
         elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | PreTrainedConfig | type):
             yield from walk(vars(value))
@@ -96,15 +89,6 @@ def activation_bytes(model: PreTrainedModel, prompts_BT: Tensor) -> int:
 
     On CUDA the allocator counts it. Elsewhere the bytes of all live tensors are counted after each operator, which
     gives the same number each time; what an operator allocates and frees within itself is not seen.
-
-    >>> from transformers import PretrainedConfig
-    >>> from transformers.modeling_outputs import CausalLMOutput
-    >>> class Uniform(PreTrainedModel):
-    ...     def forward(self, input_ids, **_):
-    ...         return CausalLMOutput(logits=torch.zeros(*input_ids.shape, 8))
-    >>> model = Uniform(PretrainedConfig(vocab_size=8))
-    >>> activation_bytes(model, torch.ones(1, 64, dtype=torch.long))  # 64 x 8 float32 logits and an int64 token
-    2056
     """
     devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
     steps = decode_steps(model, prompts_BT.to(input_device(model)))

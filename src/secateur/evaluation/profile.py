@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -19,17 +20,11 @@ from secateur.progress import Progress
 
 
 def profile(
-    models: Mapping[str, PreTrainedModel],
-    options: ProfileOptions | None = None,
-    *,
-    progress: Progress | None = None,
+    models: Mapping[str, PreTrainedModel], options: ProfileOptions | None = None, *, progress: Progress | None = None
 ) -> list[Profile]:
     """Count and measure all models side by side; sizes and MACs come from the discovery of each model.
 
     `progress` counts the pairs of length and batch size. Raises as `measure_speed` does.
-
-    >>> profile({})
-    []
     """
     options = options or ProfileOptions()
     speeds = measure_speed(models, options, progress=progress)
@@ -78,13 +73,10 @@ def profile_models(
         counted = []
         for name, config in configs.items():
             discovery = discover(name, trust_remote_code=trust)
-            variants = [(name, None)] if plan is None else [(name, None), (f"{name} + {plan_name}", plan)]
-            counted += [
-                config_costs(
-                    config, discovery, name=label, plan=cut, options=options, dtype=dtype, trust_remote_code=trust
-                )
-                for label, cut in variants
-            ]
+            costs = partial(config_costs, config, discovery, options=options, dtype=dtype, trust_remote_code=trust)
+            counted.append(costs(name=name))
+            if plan is not None:
+                counted.append(costs(name=f"{name} + {plan_name}", plan=plan))
         return counted
     loaded: dict[str, PreTrainedModel] = {}
     for name in configs:
@@ -99,11 +91,9 @@ def _against(cost: BatchCost, first: BatchCost) -> BatchCost:
     """A cost with its proportion to the first model's."""
     if cost.speed is None or first.speed is None:
         return cost
-    return replace(
-        cost,
-        against=RelativeCost(
-            macs_ratio=cost.macs / first.macs,
-            prefill_speedup=first.speed.prefill_seconds / cost.speed.prefill_seconds,
-            decode_speedup=cost.speed.decode_tokens_per_second / first.speed.decode_tokens_per_second,
-        ),
+    against = RelativeCost(
+        macs_ratio=cost.macs / first.macs,
+        prefill_speedup=first.speed.prefill_seconds / cost.speed.prefill_seconds,
+        decode_speedup=cost.speed.decode_tokens_per_second / first.speed.decode_tokens_per_second,
     )
+    return replace(cost, against=against)

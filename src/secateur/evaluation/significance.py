@@ -18,11 +18,7 @@ Z95 = 1.959963984540054  # standard errors to either side of an estimate that ho
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much a model differs from another in the same measurements, its standard error, and a two-sided p-value.
-
-    >>> Difference(-0.02, 0.008, 0.012).difference
-    -0.02
-    """
+    """How much a model differs from another in the same measurements, its standard error, and a two-sided p-value."""
 
     difference: float  # the model minus the other
     stderr: float | None  # None where there are too few measurements to tell
@@ -56,9 +52,8 @@ def mcnemar(first_only: int, second_only: int) -> float:
     0.021484375
     """
     n = first_only + second_only
-    tail: int = sum(math.comb(n, k) for k in range(min(first_only, second_only) + 1))
-    all_ways: int = 2**n
-    return min(1.0, 2 * tail / all_ways)
+    tail = sum(math.comb(n, k) for k in range(min(first_only, second_only) + 1))
+    return min(1.0, float(2 * tail / 2**n))
 
 
 def normal_p(difference: float, stderr: float | None) -> float:

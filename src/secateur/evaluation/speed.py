@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median, quantiles
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,7 @@ from secateur.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What was measured of one model on one batch of prompts.
-
-    >>> Speed(0.03, (0.03, 0.04), decode_tokens_per_second=25.0, peak_bytes=560000000).peak_bytes
-    560000000
-    """
+    """What was measured of one model on one batch of prompts."""
 
     prefill_seconds: float  # median of one forward pass over the prompts
     prefill_quartiles: tuple[float, float]
@@ -47,15 +44,10 @@ def measure_speed(
 
     All models read the same random prompts. Each runs once to warm up and once to measure memory; then `repeats` runs
     of each are timed. Prefill is one forward pass over the prompts, with all its logits; decoding is one greedy token
-    for each prompt per forward pass, with the cache. A model is on its own device. On an accelerator, events on its
-    stream mark the time between steps, so that they are not held up to be timed; elsewhere a clock is read. Weights on
-    the CPU are copied first: mapped from a file, as loaders leave them, they lie unaligned and are slower to read.
-    `progress` counts pairs of the grid.
+    for each prompt per forward pass, with the cache. Weights on the CPU are copied first: mapped from a file, as
+    loaders leave them, they lie unaligned and are slower to read. `progress` counts pairs of the grid.
 
     Raises DataError if the text is longer than a model's table of positions; ModelError if weights are not loaded.
-
-    >>> measure_speed({}, ProfileOptions())
-    []
     """
     if not models:
         return []
@@ -122,21 +114,11 @@ def _time_steps(model: PreTrainedModel, prompts_BT: Tensor, *, new_tokens: int) 
     return timer.seconds()
 
 
-# --- timers -----------------------------------------------------------------------------------------------------
-
-
-class _Timer(Protocol):
-    """Takes the time between marks."""
-
-    def mark(self) -> None:
-        """The end of a step, and the start of the next."""
-
-    def seconds(self) -> list[float]:
-        """The seconds from each mark to the next."""
-
-
 class _HostTimer:
-    """Reads the computer's clock when all of the accelerators named have finished their work."""
+    """Reads the computer's clock when all of the accelerators named have finished their work.
+
+    `mark` is the end of a step and the start of the next; `seconds` are those from each mark to the next.
+    """
 
     def __init__(self, devices: Sequence[torch.device] = ()) -> None:
         self.devices = devices
@@ -148,7 +130,7 @@ class _HostTimer:
         self.at.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.at[:-1], self.at[1:], strict=True)]
+        return [after - before for before, after in pairwise(self.at)]
 
 
 class _EventTimer:
@@ -166,7 +148,7 @@ class _EventTimer:
 
     def seconds(self) -> list[float]:
         self.at[-1].synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in zip(self.at[:-1], self.at[1:], strict=True)]
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.at)]
 
 
 def _event_and_stream(device: torch.device) -> tuple[Any, Any]:
@@ -176,7 +158,7 @@ def _event_and_stream(device: torch.device) -> tuple[Any, Any]:
     return torch.Event(device, enable_timing=True), torch.accelerator.current_stream(device)
 
 
-def _timer(model: nn.Module) -> _Timer:
+def _timer(model: nn.Module) -> _HostTimer | _EventTimer:
     """Events where all weights are on one accelerator; the clock on a CPU, over several devices, and where they move.
 
     Weights that accelerate moves in and out lie on `meta` between layers; what they wait for is not on the stream.

@@ -15,11 +15,7 @@ HEADLINES = ("acc_norm", "acc")  # the first that a task has is its headline
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """The metrics of one model on one task.
-
-    >>> TaskResult("boolq", {"acc": 0.6}, 3270, "acc", 0.6, 0.0086).value
-    0.6
-    """
+    """The metrics of one model on one task."""
 
     task: str
     metrics: Mapping[str, float | None]  # such as acc and acc_stderr, by lm-eval's names
@@ -34,15 +30,9 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur evaluate --json` writes it."""
-        about = {"data": self.data, "note": self.note}
-        return {
-            **self.metrics,
-            "documents": self.documents,
-            "metric": self.metric,
-            "value": self.value,
-            "stderr": self.stderr,
-            **{name: text for name, text in about.items() if text is not None},
-        }
+        about = {name: getattr(self, name) for name in ("documents", "metric", "value", "stderr")}
+        source = {"data": self.data, "note": self.note}
+        return {**self.metrics, **about, **{name: text for name, text in source.items() if text is not None}}
 
 
 def read_results(raw: Mapping[str, Any], *, data: str | None = None, note: str | None = None) -> dict[str, TaskResult]:

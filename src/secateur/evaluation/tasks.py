@@ -51,9 +51,6 @@ def load_tasks(names: Sequence[str], *, folder: Path | str | None = None) -> lis
 
     `zero-shot` stands for LLM-Pruner's seven. Raises `TaskError` for a task that is unknown or cannot be fetched, for
     files that are missing or damaged, and where lm-eval is not installed.
-
-    >>> load_tasks([])
-    []
     """
     names = list(dict.fromkeys(each for name in names for each in SHORTHANDS.get(name, (name,))))
     if not names:
@@ -78,12 +75,8 @@ def zero_shot(
     """Score a model on tasks with lm-eval, each on its first `limit` questions; returns task -> result.
 
     `batch_size` counts answers per forward pass; None takes as many as keep the logits of the longest in memory. Log-
-    probabilities are taken in float32 whatever the model's dtype (lm-eval's option `softmax_dtype`). `progress` is
-    called with answers scored, all answers and the task's name. Raises `TaskError` for a limit below 1 and for tasks
-    that lm-eval refuses to run.
-
-    >>> zero_shot(None, None, [])
-    {}
+    probabilities are taken in float32 whatever the model's dtype. `progress` is called with answers scored, all answers
+    and the task's name. Raises `TaskError` for a limit below 1 and for tasks that lm-eval refuses to run.
     """
     check_count("limit", limit, 200, TaskError)
     check_count("batch_size", batch_size, 8)

@@ -22,11 +22,7 @@ DEMO_TEXT = "python reference"  # the name of the text that is read where none i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedText:
-    """A text as tokens, and for each token how many UTF-8 bytes of the text it and all before it stand for.
-
-    >>> EncodedText(torch.tensor([5, 7]), torch.tensor([3, 4])).ids_T
-    tensor([5, 7])
-    """
+    """A text as tokens, and for each token how many UTF-8 bytes of the text it and all before it stand for."""
 
     ids_T: Tensor  # int64
     byte_ends_T: Tensor  # int64, never falling
@@ -42,16 +38,9 @@ def join_rows(rows: Sequence[str]) -> str:
 
 
 def read_evaluation_text(path: Path | str) -> str:
-    r"""Read the rows of a file and join them with a blank line.
+    """Read the rows of a file and join them with a blank line.
 
     Raises DataError where `read_rows` does: the file is missing, empty or of an unknown format.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "two.txt"
-    ...     _ = file.write_text("one\ntwo\n", encoding="utf-8")
-    ...     read_evaluation_text(file)
-    'one\n\ntwo'
     """
     return join_rows(read_rows(Path(path)))
 
@@ -132,10 +121,5 @@ def _byte_ends(text: str, ends: Sequence[int]) -> Tensor:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Tokens as the text that they stand for, without special tokens.
-
-    >>> from types import SimpleNamespace
-    >>> decode(SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode()), [112, 114])
-    'pr'
-    """
+    """Tokens as the text that they stand for, without special tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

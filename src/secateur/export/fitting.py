@@ -1,18 +1,42 @@
-"""Mapped model -> an architecture of llama.cpp that holds it, with padding where asked for."""
+"""Mapped model -> an architecture of llama.cpp that holds it, with zeros in the weights where padding is asked for.
+
+Heads, channels and whole sub-layers of zeros add nothing to the hidden states, so the outputs stay the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gguf
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType, architecture
-from secateur.export.mapping import HEAD, MappedModel, architecture_number, map_model
+from secateur.export.mapping import (
+    DOWN,
+    GATE,
+    HEAD,
+    KEYS,
+    KINDS,
+    OUTPUT,
+    QUERIES,
+    UP,
+    VALUES,
+    Fetch,
+    LayerSizes,
+    LazyTensor,
+    LazyTensors,
+    MappedModel,
+    architecture_number,
+    map_model,
+)
 from secateur.export.metadata import Positions, positions, rotary_dim
-from secateur.export.padding import count_padding, pad_layers
+
+HEAD_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
+BLOCK = 32  # multiple of MLP widths: whole blocks of every quantized type, and what llama.cpp's fast kernels take
 
 
 @dataclass(frozen=True)
@@ -42,16 +66,16 @@ def fit(model: PreTrainedModel, model_type: ModelType, *, pad: bool) -> Fitted:
         except ExportError as error:
             unsaid = unsaid or error
         else:
-            return _padded(mapped, candidate, where)
+            return _fitted(mapped, candidate, where)
     if unsaid is not None:
         raise unsaid
     paddable = [each for each in candidates if not hard_misfits(mapped, each, partial_rotary=partial_rotary)]
     if pad and paddable:
-        return _padded(mapped, paddable[0], positions(model, paddable[0], mapped))
+        return _fitted(mapped, paddable[0], positions(model, paddable[0], mapped))
     raise _no_architecture(reasons, paddable=bool(paddable) and not mapped.sizes[0].experts)
 
 
-def _padded(mapped: MappedModel, chosen: Architecture, where: Positions) -> Fitted:
+def _fitted(mapped: MappedModel, chosen: Architecture, where: Positions) -> Fitted:
     padded = pad_layers(mapped, chosen)
     return Fitted(padded, chosen, where, count_padding(mapped, padded))
 
@@ -94,3 +118,158 @@ def _no_architecture(reasons: Mapping[str, list[str]], *, paddable: bool) -> Exp
     if paddable:
         remedy += ", or pad with zeros, which makes the file as large as that of the widest layers: --pad (pad=True)"
     return ExportError(f"no architecture of llama.cpp holds this model. {each}. {remedy}")
+
+
+def pad_layers(mapped: MappedModel, architecture: Architecture) -> MappedModel:
+    """Add zeros until the architecture can hold the model.
+
+    MLP widths become multiples of `BLOCK`. A skipped attention or MLP becomes one of zeros, unless the architecture
+    has layers without attention. Raises `ExportError` where zeros would change the outputs.
+    """
+    targets = _target_sizes(mapped, architecture)
+    layers = []
+    for index, (layer, before, after) in enumerate(zip(mapped.layers, mapped.sizes, targets, strict=True)):
+        if before != after:
+            layer = _padded(mapped, index, after)
+        if not after.heads:
+            layer = {name: tensor for name, tensor in layer.items() if not name.startswith("attn_norm.")}
+        layers.append(layer)
+    return replace(mapped, layers=tuple(layers), sizes=tuple(targets))
+
+
+def count_padding(before: MappedModel, after: MappedModel) -> int:
+    """Number of zeros that padding has added."""
+
+    def size(layer: LazyTensors, name: str) -> int:
+        return torch.Size(before.shape(layer[name])).numel() if name in layer else 0
+
+    return sum(
+        size(new, name) - size(old, name)
+        for old, new in zip(before.layers, after.layers, strict=True)
+        for name in new
+        if old.get(name) is not new[name]
+    )
+
+
+def _target_sizes(mapped: MappedModel, architecture: Architecture) -> list[LayerSizes]:
+    def up(n: int) -> int:
+        return -(-n // BLOCK) * BLOCK
+
+    if any(size.experts for size in mapped.sizes):
+        if not mapped.uniform:
+            raise ExportError(
+                "a GGUF file gives every layer the same number of experts, of one size; cut all layers alike: "
+                "--shape uniform"
+            )
+        return list(mapped.sizes)
+    if architecture.per_layer:
+        targets = []
+        for index, (size, layer) in enumerate(zip(mapped.sizes, mapped.layers, strict=True)):
+            heads = (size.heads, size.kv_heads)
+            if not size.heads and not (architecture.skips_attention and index and f"{OUTPUT}.bias" not in layer):
+                heads = (1, 1)  # llama.cpp reads off the first layer whether the model has attention at all
+            targets.append(LayerSizes(*heads, up(size.mlp) or BLOCK))
+        return targets
+    kv_heads = max(size.kv_heads for size in mapped.sizes)
+    group = max(size.heads // size.kv_heads for size in mapped.sizes if size.kv_heads)
+    if architecture.width == "hidden":
+        kv_heads, group = _groups_of_hidden_width(mapped, kv_heads, group)
+    mlp = up(max(size.mlp for size in mapped.sizes))
+    return [LayerSizes(kv_heads * group, kv_heads, mlp)] * len(mapped.sizes)
+
+
+def _groups_of_hidden_width(mapped: MappedModel, kv_heads: int, group: int) -> tuple[int, int]:
+    """The fewest KV heads, and query heads for each, that together are as wide as the hidden states."""
+    heads, rest = divmod(mapped.hidden, mapped.head_dim)
+    fitting = [n for n in range(kv_heads, heads + 1) if heads % n == 0 and heads // n >= group]
+    if rest or not fitting:
+        raise ExportError(
+            f"{kv_heads} KV heads with {group} query heads each, of size {mapped.head_dim}, cannot be padded to the "
+            f"hidden width of {mapped.hidden}; cut the MLP alone: --axes mlp"
+        )
+    return fitting[0], heads // fitting[0]
+
+
+def _padded(mapped: MappedModel, index: int, after: LayerSizes) -> LazyTensors:
+    layer, before = mapped.layers[index], mapped.sizes[index]
+    tensors = dict(layer)
+    if (before.heads, before.kv_heads) != (after.heads, after.kv_heads) and after.heads:
+        for name in HEAD_NORMS:
+            if name in layer and mapped.shape(layer[name]) != (mapped.head_dim,):
+                raise ExportError(
+                    f"layer {index}: {name.removesuffix('.weight')} normalises all heads together, so heads of zeros "
+                    "would change it; cut all layers alike (--shape uniform) or the MLP alone (--axes mlp)"
+                )
+        tensors |= _with_heads(mapped, layer, before, after) if before.heads else _zero_attention(mapped, layer, after)
+    if before.mlp != after.mlp:
+        tensors |= _with_channels(layer, before, after) if before.mlp else _zero_mlp(mapped, layer, after)
+    return tensors
+
+
+def _with_heads(
+    mapped: MappedModel, layer: LazyTensors, before: LayerSizes, after: LayerSizes
+) -> dict[str, LazyTensor]:
+    """Attention with more heads: KV heads, query heads of each, numbers of a head form the grid that grows."""
+    query_grids = [(size.kv_heads, size.heads // size.kv_heads, mapped.head_dim) for size in (before, after)]
+    kv_grids = [(size.kv_heads, 1, mapped.head_dim) for size in (before, after)]
+    tensors = {
+        name: _grown(layer[name], 0, *(query_grids if part == QUERIES else kv_grids))
+        for part in (QUERIES, KEYS, VALUES)
+        for name in (f"{part}.{kind}" for kind in KINDS)
+        if name in layer
+    }
+    tensors[f"{OUTPUT}.weight"] = _grown(layer[f"{OUTPUT}.weight"], 1, *query_grids)
+    return tensors
+
+
+def _with_channels(layer: LazyTensors, before: LayerSizes, after: LayerSizes) -> dict[str, LazyTensor]:
+    rows = [f"{part}.{kind}" for part in (GATE, UP) for kind in KINDS]
+    tensors = {name: _grown(layer[name], 0, (before.mlp,), (after.mlp,)) for name in rows if name in layer}
+    return tensors | {f"{DOWN}.weight": _grown(layer[f"{DOWN}.weight"], 1, (before.mlp,), (after.mlp,))}
+
+
+def _zero_attention(mapped: MappedModel, layer: LazyTensors, after: LayerSizes) -> dict[str, LazyTensor]:
+    widths = {QUERIES: after.heads, KEYS: after.kv_heads, VALUES: after.kv_heads}
+    tensors = _zero_sublayer(mapped, layer, {part: n * mapped.head_dim for part, n in widths.items()}, OUTPUT)
+    reference = _layer_with(mapped, OUTPUT)
+    return tensors | {name: _zeros(*mapped.shape(reference[name])) for name in HEAD_NORMS if name in reference}
+
+
+def _zero_mlp(mapped: MappedModel, layer: LazyTensors, after: LayerSizes) -> dict[str, LazyTensor]:
+    reference = _layer_with(mapped, DOWN)
+    rows = {part: after.mlp for part in (GATE, UP) if f"{part}.weight" in reference}
+    return _zero_sublayer(mapped, layer, rows, DOWN)
+
+
+def _zero_sublayer(mapped: MappedModel, layer: LazyTensors, rows: dict[str, int], last: str) -> dict[str, LazyTensor]:
+    """A sub-layer of zeros: parts with so many rows each, and the last matrix, with biases where other layers have."""
+    reference = _layer_with(mapped, last)
+    tensors = {f"{part}.weight": _zeros(n, mapped.hidden) for part, n in rows.items()}
+    tensors |= {f"{part}.bias": _zeros(n) for part, n in rows.items() if f"{part}.bias" in reference}
+    tensors[f"{last}.weight"] = _zeros(mapped.hidden, next(iter(rows.values())))
+    if f"{last}.bias" in reference and f"{last}.bias" not in layer:
+        tensors[f"{last}.bias"] = _zeros(mapped.hidden)
+    return tensors
+
+
+def _layer_with(mapped: MappedModel, part: str) -> LazyTensors:
+    """A layer that has the part: which norms and biases the others have, too."""
+    return next(layer for layer in mapped.layers if f"{part}.weight" in layer)
+
+
+def _zeros(*shape: int) -> LazyTensor:
+    return lambda fetch: torch.zeros(shape)
+
+
+def _grown(tensor: LazyTensor, dim: int, grid: tuple[int, ...], wide: tuple[int, ...]) -> LazyTensor:
+    """A tensor whose dimension, seen as a grid, is put into the first corner of a wider grid of zeros."""
+
+    def grow(fetch: Fetch) -> Tensor:
+        values: Tensor = tensor(fetch).unflatten(dim, grid)
+        shape = (*values.shape[:dim], *wide, *values.shape[dim + len(grid) :])
+        grown: Tensor = values.new_zeros(shape)
+        corner = (slice(None),) * dim + tuple(slice(n) for n in grid)
+        grown[corner] = values
+        return grown.flatten(dim, dim + len(grid) - 1)
+
+    return grow
