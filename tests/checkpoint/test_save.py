@@ -95,7 +95,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         record = make_record(dense, name="tiny", seed=7, command="secateur prune tiny out")
         save(pruned, parent / name, plan=decided, tokenizer=tiny_tokenizer(), record=record)
         made[name] = pruned, decided
-    seen = {name: stranger().use(parent / name, IDS) for name in CASES}
+    seen = {name: stranger().use(parent / name, IDS, thorough=True) for name in CASES}
     return {name: Saved(*made[name], parent / name, seen[name].logits, seen[name].tokens) for name in CASES}
 
 

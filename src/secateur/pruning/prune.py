@@ -45,13 +45,13 @@ def prune(
     model, instead of in memory. Raises `PlanError` when the plan does not say which units stay, or is of another model,
     and `DiskError` when the room is too small.
 
-    >>> from secateur.planning.options import CutOptions
-    >>> from secateur.planning.plan import PlannedGroup
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
-    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> from secateur.planning.options import CutOptions
+    >>> from secateur.planning.plan import PlannedGroup
     >>> half = PlannedGroup("layers.1.mlp", "mlp", 1, units=24, kept=12, keep=tuple(range(12)))
-    >>> pruned = prune(model, Plan("opt", CutOptions(ratio=0.2), (half,), {}, {}))
+    >>> by_hand = Plan("opt", CutOptions(ratio=0.2), (half,), {}, {})
+    >>> pruned = prune(AutoModelForCausalLM.from_config(config), by_hand)
     >>> [layer.fc1.out_features for layer in pruned.model.decoder.layers]
     [24, 12]
     """

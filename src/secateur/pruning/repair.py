@@ -67,15 +67,15 @@ def repair(
     reads keeps as many units as planned, and which ones is decided here. Groups that no matrix reads are left as
     planned. Raises `PlanError` for an unknown method.
 
-    >>> from secateur.discovery.discover import discover
-    >>> from secateur.planning.plan import PlannedGroup
     >>> from secateur.planning.options import CutOptions
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
-    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> from secateur.planning.plan import PlannedGroup
     >>> half = PlannedGroup("layers.0.mlp", "mlp", 0, units=24, kept=12, keep=tuple(range(12)))
     >>> by_hand = Plan("opt", CutOptions(ratio=0.2), (half,), {}, {})
-    >>> repaired = repair(model, by_hand, discover(config), torch.arange(60).reshape(3, 20))
+    >>> from secateur.discovery.discover import discover
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> windows = torch.arange(60).reshape(3, 20)
+    >>> repaired = repair(AutoModelForCausalLM.from_config(config), by_hand, discover(config), windows)
     >>> left_out, after = repaired.errors["model.decoder.layers.0.fc2.weight"]
     >>> after < left_out
     True
