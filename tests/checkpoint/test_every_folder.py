@@ -71,6 +71,7 @@ def check_type(model_type: str, folder: Path) -> Report:
     pruned = cut(FOLDER, itertools.chain(*each.values()))
     if report.checks.get(FOLDER) is not None:  # which of the kinds is it
         passing = [kinds for name, kinds in each.items() if cut(f"per-layer {name}", kinds) is not None]
+        del report.checks[FOLDER]
         pruned = cut(FOLDER, itertools.chain(*passing))
     if pruned is not None:
         hold(FOLDER, partial(check_stranger, tested, pruned, folder / FOLDER, report))

@@ -269,33 +269,27 @@ def test_classes_are_made_on_demand() -> None:
             getattr(module, name)
 
 
-class TestCommands:
-    """The command line from end to end on the tiny model."""
-
-    @pytest.fixture(autouse=True)
-    def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write_tiny(tmp_path / "tiny")
-        (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 40)
-        monkeypatch.chdir(tmp_path)
-
-    def test_everything(self, capsys: pytest.CaptureFixture[str]) -> None:
-        cut = ["--score", "l2", "--layers", "1:3", "--axes", "attention,mlp", "--of", "units", "--ratio", "0.4"]
-        assert run(["prune", "tiny", "out", *cut]) == 0
-        shown = capsys.readouterr()
-        assert shown.err == ""
-        assert "no stock folder, but one with a file of code" in " ".join(shown.out.split())
-        assert run(["discover", "out"]) == 0
-        assert run(["evaluate", "tiny", "out", "--ppl", "cats=text.txt", "--seq-len", "32", "--json", "e.json"]) == 0
-        perplexity = json.loads(Path("e.json").read_text())["results"][-1]["perplexity"][0]
-        assert 1 < perplexity["ppl"] < 1000
-        assert run(["profile", "out", "--seq-len", "8", "--new-tokens", "2"]) == 0
-        assert run(["prune", "out", "again", *cut]) == 0
-        assert load("again", device="cpu").get_parameter("model.layers.2.mlp.up_proj.weight").shape == (30, 48)
-        capsys.readouterr()
-        assert run(["prune", "out", "fewer", "--score", "l2", "--strategy", "layer", "--ratio", "0.4"]) == 2
-        shown = capsys.readouterr()
-        assert shown.err.startswith("secateur: error: no folder can hold what the plan leaves")
-        assert shown.err.count("\n") == 1
+def test_commands_write_read_and_cut_such_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 40)
+    monkeypatch.chdir(tmp_path)
+    cut = ["--score", "l2", "--layers", "1:3", "--of", "units", "--ratio", "0.4", "--repair", "none"]
+    assert run(["prune", "tiny", "out", *cut]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "no stock folder, but one with a file of code" in " ".join(shown.out.split())
+    assert run(["evaluate", "tiny", "out", "--ppl", "cats=text.txt", "--json", "e.json"]) == 0
+    perplexity = json.loads(Path("e.json").read_text())["results"][-1]["perplexity"][0]
+    assert 1 < perplexity["ppl"] < 1000
+    assert run(["prune", "out", "again", *cut]) == 0
+    assert load("again", device="cpu").get_parameter("model.layers.2.mlp.up_proj.weight").shape == (30, 48)
+    capsys.readouterr()
+    assert run(["prune", "out", "fewer", "--score", "l2", "--axes", "layers", "--ratio", "0.4"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("secateur: error: no folder can hold what the plan leaves")
+    assert shown.err.count("\n") == 1
 
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -379,9 +373,9 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-import secateur
+from secateur.models.config import register
 
-secateur.register(sys.argv[1])
+register(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager")
 assert type(model).__module__ == "secateur.models.modeling_per_layer", type(model)
 assert type(AutoConfig.from_pretrained(sys.argv[1])) is type(model.config)
