@@ -39,21 +39,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from secateur.data.options import DataOptions
-from secateur.data.reading import read_tuning_data
-from secateur.data.rows import Rows, collate, training_order
+from secateur.data.rows import collate, training_order
+from secateur.data.training_data import read_training_data
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recovery.course import Course, Settings
-from secateur.recovery.distillation import KeptTeacher, keep_teacher
-from secateur.recovery.loop import train
-from secateur.recovery.lora import LoraOptions, with_adapter
+from secateur.recovery.lora import LoraOptions, add_lora
 from secateur.recovery.options import RecoverOptions
+from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
+from secateur.recovery.trainer import train
+from secateur.recovery.training_inputs import TrainingInputs
 
 LENGTHS = (128, 1024)
 ROWS: dict[str, list[str]] = {
@@ -165,21 +164,19 @@ def _damage(results: dict[str, Any], rows: list[str]) -> Table:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def _speed(pruned: str, options: argparse.Namespace) -> dict[str, Any]:
+def _speed(pruned: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each step, on the clock and of the CPU, of three loops that take turns."""
     tokenizer = load_tokenizer(pruned)
-    data = DataOptions((str(options.data),), samples=options.samples, validation=0.0)
-    rows = read_tuning_data(tokenizer, data).train
-    defaults = RecoverOptions()
-    settings = Settings(
-        steps=options.speed_steps,
-        global_batch_size=min(defaults.global_batch_size, len(rows)),
-        micro_batch_size=defaults.micro_batch_size,
-        learning_rate=defaults.learning_rate,
+    data = DataOptions((str(arguments.data),), samples=arguments.samples, validation=0.0)
+    rows = read_training_data(tokenizer, data).train
+    options = replace(
+        RecoverOptions(),
+        max_steps=arguments.speed_steps,
+        global_batch_size=min(RecoverOptions().global_batch_size, len(rows)),
         warmup_steps=0,
-        eval_steps=options.speed_steps + 1,
+        eval_steps=arguments.speed_steps + 1,
     )
-    order = training_order(rows, steps=settings.steps, batch_size=settings.global_batch_size, seed=0)
+    order = training_order(rows, steps=arguments.speed_steps, batch_size=options.global_batch_size, seed=0)
     used = rows.select(order.flatten().unique())
     renumbered = torch.searchsorted(order.flatten().unique(), order)
     pad = tokenizer.pad_token_id or 0
@@ -187,27 +184,30 @@ def _speed(pruned: str, options: argparse.Namespace) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher"
         begin = time.process_time()
-        keep_teacher(lambda: load(options.model, device="cpu"), used, teacher, top_k=defaults.top_k)
+        outputs = TeacherOutputs(options.top_k)
+        save_teacher_outputs(lambda: load(arguments.model, device="cpu"), used, teacher, outputs)
         reading = time.process_time() - begin
-        course = Course(used, renumbered, used.select(torch.zeros(0, dtype=torch.int64)), {}, pad=pad)
-        taught = replace(course, teacher=KeptTeacher(teacher, used))
+        inputs = TrainingInputs(used, renumbered, used.select(torch.zeros(0, dtype=torch.int64)), {}, pad=pad)
+        taught = replace(inputs, teacher=TeacherCache(teacher, used))
         loops: dict[str, Callable[[Path], list[tuple[float, float]]]] = {
-            "bare": lambda _: _bare(pruned, used, renumbered, settings, pad),
-            "ours": lambda work: _ours(pruned, course, settings, work),
-            "ours with a teacher": lambda work: _ours(pruned, taught, settings, work),
+            "bare": lambda _: _bare(pruned, inputs, options),
+            "ours": lambda work: _ours(pruned, inputs, options, work),
+            "ours with a teacher": lambda work: _ours(pruned, taught, options, work),
         }
-        for turn in range(options.turns):
+        for turn in range(arguments.turns):
             for name, loop in loops.items():
                 found[name] += loop(Path(folder) / f"{name}-{turn}")
-    tokens = int(used.lengths[renumbered].sum())
-    steps = settings.steps
+    tokens = int(used.lengths_R[renumbered].sum())
+    steps = inputs.steps
     return {
         "tokens": tokens,
         "teacher_cpu_seconds": reading,
         # The first step of a loop warms up; of the others the least is what the work takes.
         "loops": {
             name: {
-                kind: sum(min(times[turn * steps + step][i] for turn in range(options.turns)) for step in range(steps))
+                kind: sum(
+                    min(times[turn * steps + step][i] for turn in range(arguments.turns)) for step in range(steps)
+                )
                 for i, kind in enumerate(("seconds", "cpu_seconds"))
             }
             for name, times in found.items()
@@ -217,34 +217,35 @@ def _speed(pruned: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _adapted(pruned: str) -> Any:
     torch.manual_seed(0)
-    return with_adapter(load(pruned, device="cpu"), LoraOptions())
+    return add_lora(load(pruned, device="cpu"), LoraOptions())
 
 
-def _ours(pruned: str, course: Course, settings: Settings, folder: Path) -> list[tuple[float, float]]:
+def _ours(pruned: str, inputs: TrainingInputs, options: RecoverOptions, folder: Path) -> list[tuple[float, float]]:
     """What `recover` runs: wall and CPU seconds of every step."""
     model = _adapted(pruned)
     started: list[tuple[float, float]] = []  # when the first rows reach the model
     moments: list[tuple[float, float]] = []  # when each step ends
 
-    def report(done: int, total: int, said: str = "") -> None:
+    def progress(done: int, total: int, line: str = "") -> None:
         moments.append(_now())
 
     model.register_forward_pre_hook(lambda *_: started.append(_now()) if not started else None)
-    train(model, course, settings, folder, report=report)
-    return _between([*started, *moments[: settings.steps]])
+    train(model, inputs, options, folder, progress=progress)
+    return _between([*started, *moments[: inputs.steps]])
 
 
-def _bare(pruned: str, rows: Rows, order: Tensor, settings: Settings, pad: int) -> list[tuple[float, float]]:
+def _bare(pruned: str, inputs: TrainingInputs, options: RecoverOptions) -> list[tuple[float, float]]:
     """The loop that one would write with peft and PyTorch: the same rows in the same micro-batches, and no more."""
     model = _adapted(pruned)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
     moments = [_now()]
-    for step in order:
-        labels_in_step = sum(int(rows.learned_T[rows.slice_of(int(row))].sum()) for row in step)
-        for numbers in step.split(settings.micro_batch_size):
-            batch = collate(rows, numbers.tolist(), pad=pad)
+    rows = inputs.rows
+    for step in inputs.order_SB:
+        labels_in_step = sum(int(rows.loss_mask_T[rows.slice_of(int(row))].sum()) for row in step)
+        for numbers in step.split(options.micro_batch_size):
+            batch = collate(rows, numbers.tolist(), pad=inputs.pad)
             # A model shifts its labels itself.
             labels = torch.cat([torch.full((len(numbers), 1), -100), batch.pop("labels")[:, :-1]], dim=1)
             loss = model(**batch, labels=labels, num_items_in_batch=torch.tensor(labels_in_step), use_cache=False).loss

@@ -13,7 +13,7 @@ from word_models import word_tokenizer
 
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
-from secateur.data.reading import read_tuning_data
+from secateur.data.training_data import read_training_data
 from secateur.data.windows import calibration_windows, digest
 from secateur.evaluation.contamination import warn_of_overlap
 from tiny import tiny_tokenizer
@@ -37,7 +37,7 @@ def rows(tmp_path: Path) -> Path:
 def recovered(*sources: str, before: Any = None, **others: Any) -> dict[str, Any]:
     """What a record says of a training, as it is read back from JSON."""
     options = DataOptions(sources, **others)
-    rows = read_tuning_data(tiny_tokenizer(), options).train.digest()
+    rows = read_training_data(tiny_tokenizer(), options).train.digest()
     return {"data": {**asdict(options), "sources": list(sources)}, "rows": rows, "before": before}
 
 
@@ -67,7 +67,7 @@ def test_every_training_before_counts(rows: Path, caplog: pytest.LogCaptureFixtu
 
 def test_validation_rows_judge_the_training_and_count_too(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = DataOptions((str(rows),), max_length=64, validation=0.5)
-    held_back = read_tuning_data(tiny_tokenizer(), options).validation
+    held_back = read_training_data(tiny_tokenizer(), options).validation
     text = " ".join(str(tiny_tokenizer().decode(held_back.ids_T[held_back.slice_of(i)])) for i in range(len(held_back)))
     assert len(warnings(recovered(str(rows), max_length=64, validation=0.5), caplog, text)) == 1
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from secateur.cli.options import MODEL, OUT, Fields, Given, Loading, Quiet, Run
-from secateur.cli.output import COMMAND, check_files, finish, progress_bars, show
+from secateur.cli.output import check_files, finish, run_options, show
 from secateur.data.options import DataOptions
-from secateur.errors import DataError, PlanError, TrainingError
-from secateur.evaluation.texts import read_texts
+from secateur.errors import DataError, PlanError
 from secateur.pipeline.recipe import prune_recipe
 from secateur.recovery.options import RecoverOptions, options_for
+from secateur.recovery.recipe import RecoverRecipe, RoundsRecipe
 from secateur.recovery.recover import recover
 from secateur.recovery.rounds import prune_and_recover
 from secateur.report.formatting import format_bytes
@@ -35,10 +35,6 @@ class Recovery:
     """Share of the non-embedding parameters that all rounds together remove."""
     prune_recipe: Path | None = None
     """How to prune in rounds: a recipe of `prune`."""
-    save_adapter: bool = False
-    """Also put the LoRA adapter into OUT."""
-    plot: bool = False
-    """Also put the training curves into OUT as a picture."""
 
 
 DATA = Fields(DataOptions, main="sources samples", names={"sources": "--data"}, omit="seed")
@@ -70,27 +66,16 @@ def recover_command(
         raise DataError("--data is missing: a file, a data set or `demo` to train on, for example --data alpaca.json")
     seed = training.get("seed", 0)
     options, reading = options_for(how.preset, training, {**data, "seed": seed})
-    common: dict[str, Any] = {
-        "data": reading,
-        "options": options,
-        "texts": read_texts(how.texts, option="--eval") if how.texts else {},
-        "teacher": how.teacher,
-        "plot": how.plot,
-        "overwrite": run.get("overwrite", False),
-        "resume": run.get("resume", False),
-        "command": COMMAND.get(),
-        "bars": progress_bars(quiet=output.quiet),
-    }
+    recipe = RecoverRecipe(pruned, reading, options, how.texts, how.teacher, loading)
     if how.rounds is None and how.ratio is None and how.prune_recipe is None:
-        recovered = recover(pruned, out, save_adapter=how.save_adapter, loading=loading, **common)
-    elif how.save_adapter:
-        raise TrainingError("--save-adapter: in rounds, the model of an adapter is pruned again; leave it out")
+        recovered = recover(recipe, out, run=run_options(run, quiet=output.quiet))
     elif how.ratio is None and how.prune_recipe is None:
         raise PlanError("rounds: say how much is to go in all, for example --rounds 3 --ratio 0.5")
     else:
         cut = {} if how.ratio is None else {"ratio": how.ratio}
-        recipe = replace(prune_recipe(pruned, file=how.prune_recipe, cut=cut), loading=loading)
-        recovered = prune_and_recover(recipe, out, rounds=1 if how.rounds is None else how.rounds, **common)
+        prune = prune_recipe(pruned, file=how.prune_recipe, cut=cut)
+        in_rounds = RoundsRecipe(recipe, prune.cut, prune.calibration, 1 if how.rounds is None else how.rounds)
+        recovered = prune_and_recover(in_rounds, out, run=run_options(run, quiet=output.quiet))
     folder, models = run.get("folder"), [pruned, str(out)]
     finish(recovered.to_json(), output.json, run=folder, command="recover", seed=seed, models=models)
     if output.quiet:

@@ -14,9 +14,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.calibration import DEMO, CalibrationOptions
-from secateur.data.options import DataOptions, split_weight
+from secateur.data.options import DataOptions
 from secateur.data.overlap import OVERLAP_WORDS, overlap
-from secateur.data.reading import read_tuning_data
+from secateur.data.training_data import read_training_data
 from secateur.data.windows import calibration_windows, digest
 from secateur.errors import DataError
 from secateur.evaluation.texts import decode
@@ -74,10 +74,10 @@ def _calibration(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) 
 def _training(tokenizer: PreTrainedTokenizerBase, recovery: Mapping[str, Any]) -> Seen | None:
     about = recovery["data"]
     options = DataOptions(**{**about, "sources": tuple(about["sources"])})
-    sources = [split_weight(source)[0] for source in options.sources]
+    sources = options.source_names
     if not all(map(_is_local, sources)):
         return None
-    data = read_tuning_data(tokenizer, options)
+    data = read_training_data(tokenizer, options)
     if recovery.get("rows") != data.train.digest():
         raise DataError(f"{', '.join(sources)} give other rows")
     pieces = [

@@ -22,7 +22,7 @@ from secateur.files import check_apart, check_vacant, read_json, read_tensors
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
-from secateur.recovery.lora import check_peft, loaded_adapter, merged
+from secateur.recovery.lora import check_peft, load_adapter, merge_lora
 
 SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -105,13 +105,13 @@ def _merge(
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The merged model in the model's dtype, and how far each changed weight moved, relative to its norm."""
     before = {name: parameter.data for name, parameter in model.named_parameters()}  # replaced, not written to
-    adapted, unplaced = loaded_adapter(model, folder, weights)
+    adapted, unplaced = load_adapter(model, folder, weights)
     if unplaced:
         raise ExportError(
             f"the adapter {folder} and {base!r} do not have {unplaced[0]}{' and others' if unplaced[1:] else ''} in "
             f"common: it was trained for another model. Name that: secateur export MODEL OUT --adapter {folder}"
         )
-    result = merged(adapted)
+    result = merge_lora(adapted)
     changes = {}
     for name, parameter in result.named_parameters():
         parameter.data = parameter.data.to(before[name].dtype)

@@ -1,85 +1,109 @@
-"""What happens beside the steps of a training: seeds, stops, and the line that says how it goes."""
+"""Trainer callbacks: a seed for every step, errors for NaN, early stopping, progress, the state of the optimizer."""
 
 from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from secateur import processes
 from secateur.errors import TrainingError
 from secateur.progress import Progress
-from secateur.recovery.course import Course, Settings
+from secateur.recovery.checkpoints import load_optimizer_in_place
+from secateur.recovery.options import RecoverOptions
 
-SCORE = "eval_score"  # what the best checkpoint has least of
+SCORE = "eval_score"  # the best checkpoint has the lowest
+PERPLEXITY = "eval_perplexity_"  # before the name of a held-out text
+VALIDATION = "eval_validation"
 
 
-class Steady(TrainerCallback):
-    """Seeds every step, and stops where the loss is no number or nothing gets better."""
+class SeedSteps(TrainerCallback):
+    """Seed every step by its number, so that a resumed run draws the same dropout."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seed the step by its number."""
-        torch.manual_seed((self.settings.seed * 1_000_003 + state.global_step) * 1009 + processes.rank())
+        """Seed the step."""
+        torch.manual_seed((self.seed * 1_000_003 + state.global_step) * 1009 + processes.rank())
+
+
+class LoadOptimizer(TrainerCallback):
+    """Load the optimizer and the learning rate schedule from a checkpoint when training resumes."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **training: Any) -> None:
+        """Load them; the weights were loaded before."""
+        model, optimizer, schedule = (training[name] for name in ("model", "optimizer", "lr_scheduler"))
+        load_optimizer_in_place(self.checkpoint, model, optimizer, schedule)
+
+
+class StopTraining(TrainerCallback):
+    """Raise `TrainingError` for NaN or Inf; stop early where evaluations do not improve."""
+
+    def __init__(self, options: RecoverOptions) -> None:
+        self.options = options
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Raise `TrainingError` for a loss or gradient that is no number."""
-        for name, called in (("loss", "loss"), ("grad_norm", "gradient")):
-            value = (logs or {}).get(name)
+        """Check the loss and the gradient norm."""
+        for key, name in (("loss", "loss"), ("grad_norm", "gradient")):
+            value = (logs or {}).get(key)
             if value is not None and not math.isfinite(value):
                 raise TrainingError(
-                    f"the {called} is {value} at step {state.global_step}. Expected a finite one; train with a smaller "
-                    f"rate (--learning-rate {self.settings.learning_rate / 3:.1g}), or with --dtype float32"
+                    f"the {name} is {value} at step {state.global_step}. Expected a finite one; train with a smaller "
+                    f"learning rate (--learning-rate {self.options.learning_rate / 3:.1g}), or with --dtype float32"
                 )
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop where nothing has become better for too long."""
-        if got_stuck(state, self.settings.patience):
+        """Stop after `patience` evaluations without improvement."""
+        if stopped_early(state, self.options.patience):
             control.should_training_stop = True
 
 
-class Shown(TrainerCallback):
-    """Says after every step how it goes."""
+class ReportProgress(TrainerCallback):
+    """Report each step with the latest loss, speed and evaluation."""
 
-    def __init__(self, course: Course, settings: Settings, report: Progress | None) -> None:
-        lengths = course.rows.lengths[course.order].sum(dim=1)
-        self.tokens = [0, *lengths.cumsum(0).tolist()]  # that are read before each step
-        self.settings, self.report = settings, report
-        self.began, self.first = 0.0, 0
+    def __init__(self, tokens_S: Tensor, progress: Progress) -> None:
+        self.tokens_before = [0, *tokens_S.cumsum(0).tolist()]  # read before each step
+        self.progress = progress
+        self.start, self.first_step = 0.0, 0
         self.latest: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note where it begins, which need not be the first step."""
-        self.began, self.first = time.perf_counter(), state.global_step
-        for entry in state.log_history:  # of a training that goes on
+        """Note the first step and, of a resumed run, what was measured last."""
+        self.start, self.first_step = time.perf_counter(), state.global_step
+        for entry in state.log_history:
             self.latest.update(entry)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Say what was measured last."""
-        if self.report is None:
-            return
+        """Report."""
         latest = self.latest
         latest.update(logs or {})
-        said = []
+        parts = []
         if "loss" in latest:
-            rate = (self.tokens[state.global_step] - self.tokens[self.first]) / (time.perf_counter() - self.began)
-            said += [f"loss {latest['loss']:.3f}", f"{rate:,.0f} tokens/s"]
-        said += [
-            f"{name.removeprefix('eval_perplexity_')} {value:.1f}"
+            tokens = self.tokens_before[state.global_step] - self.tokens_before[self.first_step]
+            parts += [
+                f"loss {latest['loss']:.3f}",
+                f"{tokens / (time.perf_counter() - self.start):,.0f} tokens/s",
+            ]
+        parts += [
+            f"{name.removeprefix(PERPLEXITY)} {value:.1f}"
             for name, value in latest.items()
-            if name.startswith("eval_perplexity_")
+            if name.startswith(PERPLEXITY)
         ]
-        if "eval_validation" in latest:
-            said.append(f"validation {latest['eval_validation']:.3f}")
-        self.report(state.global_step, self.settings.steps, "  ".join(said))
+        if VALIDATION in latest:
+            parts.append(f"validation {latest[VALIDATION]:.3f}")
+        self.progress(state.global_step, len(self.tokens_before) - 1, "  ".join(parts))
 
 
-def got_stuck(state: TrainerState, patience: int | None) -> bool:
-    """Whether so many evaluations came after the best one; the one before the first step counts."""
+def stopped_early(state: TrainerState, patience: int | None) -> bool:
+    """Whether `patience` evaluations came after the best one; the one before the first step counts."""
     scores = [entry[SCORE] for entry in state.log_history if SCORE in entry]
     return patience is not None and len(scores) - 1 - scores.index(min(scores)) >= patience if scores else False

@@ -1,4 +1,4 @@
-"""A model -> the same with a small trainable adapter (LoRA) at every matrix of its layers; and back again."""
+"""A model -> the same with a small trainable adapter (LoRA) at every matrix of its layers; and merged again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from secateur.errors import TrainingError, one_line
 from secateur.models.silence import quiet
 
-EVERYWHERE = "all-linear"  # peft's word for every linear layer but the one that gives the logits
-FOLDER = "adapter"  # in a model's folder, where the adapter is kept
+TARGET_MODULES = "all-linear"  # peft's name for every linear layer but the output layer
+ADAPTER_FOLDER = "adapter"  # within a model's folder
 
 
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
-    """The size of an adapter: W becomes W + alpha / rank * B A, of which A has `rank` rows (LoRA, arXiv 2106.09685).
+    """Size of a LoRA adapter: W becomes W + alpha / rank * B A, with `rank` rows in A (arXiv 2106.09685).
 
     >>> LoraOptions(rank=0)
     Traceback (most recent call last):
@@ -30,8 +30,13 @@ class LoraOptions:
     """
 
     rank: int = 16
+    """Rank of the adapter."""
+
     alpha: float = 32.0
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
+
     dropout: float = 0.0
+    """Dropout on the adapter's input."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -39,7 +44,7 @@ class LoraOptions:
         if self.alpha <= 0:
             raise TrainingError(f"alpha={self.alpha} gives the adapter no weight. Expected more than 0: --alpha 16")
         if not 0 <= self.dropout < 1:
-            raise TrainingError(f"dropout={self.dropout} is no share. Expected 0 up to 1: --dropout 0.05")
+            raise TrainingError(f"dropout={self.dropout} is no fraction. Expected 0 up to 1: --dropout 0.05")
 
 
 def check_peft() -> None:
@@ -48,43 +53,44 @@ def check_peft() -> None:
         raise TrainingError("LoRA needs the package peft. Run: pip install 'secateur[recover]'")
 
 
-def with_adapter(model: PreTrainedModel, options: LoraOptions) -> Any:
-    """Give the model an adapter, which starts as nothing; its own weights are frozen. Returns peft's model around it.
+def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:
+    """Return peft's model around `model` with a new adapter, whose product is 0; the model's own weights are frozen.
 
-    Stacked experts get one, too; peft has no dropout for these, so there is none in such a model.
+    Stacked experts get an adapter, too. peft has no dropout for these, so a model that has any is trained without.
+    Raises `TrainingError` where peft is missing or refuses the model.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> adapted = with_adapter(AutoModelForCausalLM.from_config(config), LoraOptions(rank=2))
+    >>> adapted = add_lora(AutoModelForCausalLM.from_config(config), LoraOptions(rank=2))
     >>> sorted({name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad})
     ['fc1', 'fc2', 'k_proj', 'out_proj', 'q_proj', 'v_proj']
     """
     check_peft()
     import peft
 
-    alpha: Any = options.alpha  # declared as a whole number, of which only a quotient is used
-    stacked = stacked_weights(model)
-    settings = peft.LoraConfig(
+    alpha: Any = options.alpha  # peft declares an int and only divides it
+    experts = expert_weights(model)
+    config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=alpha,
-        lora_dropout=0.0 if stacked else options.dropout,
-        target_modules=EVERYWHERE,
-        target_parameters=stacked or None,
+        lora_dropout=0.0 if experts else options.dropout,
+        target_modules=TARGET_MODULES,
+        target_parameters=experts or None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
-    with _unwarned():
+    with _without_warnings():
         try:
-            return peft.get_peft_model(model, settings)
+            return peft.get_peft_model(model, config)
         except ValueError as error:
             raise TrainingError(
                 f"{type(model).__name__} takes no LoRA ({one_line(error)}). Train all weights: --method full or distill"
             ) from error
 
 
-def stacked_weights(model: nn.Module) -> list[str]:
-    """The weights that are a matrix for each of several experts, in one stack: no linear layers, but adapted as such.
+def expert_weights(model: nn.Module) -> list[str]:
+    """Return the names of weights that stack one matrix for each expert: experts x output x input.
 
-    >>> stacked_weights(nn.Conv1d(4, 4, 3))
+    >>> expert_weights(nn.Conv1d(4, 4, 3))
     []
     """
     return [
@@ -96,18 +102,18 @@ def stacked_weights(model: nn.Module) -> list[str]:
     ]
 
 
-def merged(adapted: Any) -> PreTrainedModel:
-    """The ordinary model that computes what model and adapter compute together; its weights are changed in place.
+def merge_lora(adapted: Any) -> PreTrainedModel:
+    """Merge the adapter into the model's weights, in place; returns the ordinary model.
 
     Raises `TrainingError` where a weight would be NaN or Inf.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
     >>> model = AutoModelForCausalLM.from_config(config)
-    >>> type(merged(with_adapter(model, LoraOptions(rank=2)))).__name__
+    >>> type(merge_lora(add_lora(model, LoraOptions(rank=2)))).__name__
     'OPTForCausalLM'
     """
-    with _unwarned():
+    with _without_warnings():
         try:
             model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
@@ -118,40 +124,41 @@ def merged(adapted: Any) -> PreTrainedModel:
     return model
 
 
-def loaded_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
-    """Peft's model around a model, with the adapter of a folder; and what of its weights has no place, or is missing.
+def load_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor]) -> tuple[Any, list[str]]:
+    """Return peft's model around `model` with the adapter of a folder, and the names of weights that do not match.
 
-    `weights` are what the folder's file holds. Raises `TrainingError` for an adapter that the model does not take.
+    `weights` are what the folder's file holds; names that the model has no place for, or that are missing, are
+    returned. Raises `TrainingError` for an adapter that the model does not take.
     """
     import peft
 
-    with _unwarned(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of keys that are missing: they are returned
+    with _without_warnings(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about missing names, which are returned
         try:
             adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
-            held = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            loaded = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             raise TrainingError(
                 f"{type(model).__name__} does not take the adapter {folder} ({one_line(error)}). Name the model that "
                 "it was trained for: secateur export MODEL OUT --adapter FOLDER"
             ) from error
-    return adapted, sorted(held.keys() ^ weights.keys())
+    return adapted, sorted(loaded.keys() ^ weights.keys())
 
 
-def write_adapter(adapted: Any, folder: Path, *, base: str) -> None:
+def save_adapter(adapted: Any, folder: Path, *, base: str) -> None:
     """Write the adapter alone, as peft reads it; `base` names the model that it belongs to."""
-    for settings in adapted.peft_config.values():
-        settings.base_model_name_or_path = base
-    with _unwarned():
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = base
+    with _without_warnings():
         adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
-    # peft asks models for attributes by names that newer versions of transformers have given up.
+def _without_warnings() -> Iterator[None]:
     with quiet(), warnings.catch_warnings():
+        # peft reads attributes of models by names that newer versions of transformers have given up.
         warnings.simplefilter("ignore", FutureWarning)
-        # Of patterns that peft itself has made, for weights that have no name of a module.
+        # About patterns that peft itself has made, for weights that are no module.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
         yield

@@ -79,6 +79,12 @@ class RecoverOptions:
     gradient_checkpointing: bool = False
     """Gradient checkpointing: less memory, more time."""
 
+    save_adapter: bool = False
+    """Also write the LoRA adapter alone, into the folder `adapter` of the output."""
+
+    plot: bool = False
+    """Also write the loss curves as a picture."""
+
     track: Tracker | None = None
     """Experiment tracker to report to."""
 

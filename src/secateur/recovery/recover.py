@@ -1,14 +1,13 @@
-"""Pruned folder and data -> the same model, trained to do again what the dense one did: LoRA, all weights, a teacher.
+"""Recipe -> one ordinary folder with the pruned model, trained by LoRA, in all weights, or from a teacher.
 
-What is trained lies in checkpoints beside the output, from which a run that was killed goes on; the best of them
-becomes one ordinary folder.
+Checkpoints of the training lie beside the output; a killed run resumes from the last, and the best becomes the output.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,302 +16,245 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur import __version__, processes
-from secateur.checkpoint.record import make_record, read_record
+from secateur.checkpoint.record import Record, make_record, read_record
 from secateur.checkpoint.save import save_updated
-from secateur.data.options import DataOptions, split_weight
+from secateur.data.windows import digest
 from secateur.files import write_json
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.pipeline.cache import recovery_key, work_folder
+from secateur.pipeline.recipe import RunOptions
 from secateur.planning.plan import Plan
-from secateur.progress import Clock, ProgressBars, peak_rss
-from secateur.recovery.distillation import KeptTeacher, keep_teacher
-from secateur.recovery.hidden_states import Counterparts
-from secateur.recovery.lora import FOLDER, merged, stacked_weights, with_adapter, write_adapter
-from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
-from secateur.recovery.preparation import Prepared, compared_states, plan_of, prepare
-from secateur.recovery.result import Recovered, draw
+from secateur.progress import Clock, Progress, peak_rss
+from secateur.recovery.hidden_states import MatchedLayers
+from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
+from secateur.recovery.options import RecoverOptions
+from secateur.recovery.recipe import RecoverRecipe
+from secateur.recovery.result import RecoverResult, write_curves
+from secateur.recovery.setup import TrainingSetup, compared_layers, plan_of, prepare
+from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 
 if TYPE_CHECKING:
-    from secateur.recovery.course import Trained
+    from secateur.recovery.training_inputs import TrainingResult
 
-CURVES_FILE = "secateur_curves.json"
-PLOT_FILE = "secateur_curves.png"
-TRAINING_FOLDER = "training"
+CHECKPOINTS_FOLDER = "training"  # within the work folder
 TEACHER_FOLDER = "teacher"
 
 
-def recover(
-    pruned: str,
-    out: str | Path,
-    *,
-    data: DataOptions,
-    options: RecoverOptions | None = None,
-    texts: Mapping[str, str] | None = None,
-    teacher: str | None = None,
-    loading: LoadOptions | None = None,
-    save_adapter: bool = False,
-    plot: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    command: str | None = None,
-    bars: ProgressBars | None = None,
-) -> Recovered:
-    """Train a pruned folder and write the result as one ordinary folder.
+def recover(recipe: RecoverRecipe, out: str | Path, *, run: RunOptions | None = None) -> RecoverResult:
+    """Train a pruned folder and write the result as one ordinary folder; LoRA is merged into the weights.
 
-    `texts` (name -> text) are held-out texts of another kind than the data: the checkpoint on which they have the least
-    perplexity is kept, and training stops where it rises. Without any, the loss on validation rows decides. The teacher
-    is by default the dense model that the folder's record names. With `resume`, a run that was killed goes on from its
-    last checkpoint, to the same weights. Raises `SecateurError`.
+    With `run.resume`, a killed run goes on from its last checkpoint, to the same weights. Raises `SecateurError`.
     """
     processes.join()
-    clock = Clock(bars) if bars else Clock()
-    out, options = Path(out), options or RecoverOptions()
-    plan = plan_of(pruned) if options.hidden_states_weight else None
-    ready = prepare(
-        pruned,
-        out,
-        data,
-        options,
-        texts=texts or {},
-        teacher=teacher,
-        loading=loading or LoadOptions(),
-        save_adapter=save_adapter,
-        plot=plot,
-        overwrite=overwrite,
-        clock=clock,
-    )
-    return train_folder(
-        ready,
-        out,
-        plan=plan,
-        texts=texts or {},
-        save_adapter=save_adapter,
-        plot=plot,
-        overwrite=overwrite,
-        resume=resume,
-        command=command,
-        clock=clock,
-    )
+    out, run = Path(out), run or RunOptions()
+    clock = Clock(run.bars)
+    plan = plan_of(recipe.model) if recipe.options.hidden_states_weight else None
+    setup = prepare(recipe, out, overwrite=run.overwrite, clock=clock)
+    return train_folder(setup, out, plan=plan, run=run, clock=clock)
 
 
 def train_folder(
-    ready: Prepared,
+    setup: TrainingSetup,
     out: Path,
     *,
     plan: Plan | None,
-    texts: Mapping[str, str],
-    save_adapter: bool = False,
-    plot: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    command: str | None = None,
+    run: RunOptions,
     clock: Clock,
-    kept: Path | None = None,
-    beside: str | None = None,
+    teacher_folder: Path | None = None,
     logs: Path | None = None,
-) -> Recovered:
-    """Do what is prepared; `plan` is that of the teacher, by which hidden states are compared.
+    result_file: str | None = None,
+) -> RecoverResult:
+    """Train as set up and write the folder; `plan` matches the layers of teacher and student.
 
-    `kept` is a folder in which the teacher's logits stay, instead of going with this training; `beside` is the name of
-    a file in the folder for what is returned; trackers write into `logs`.
+    `teacher_folder` keeps the teacher's outputs beyond this training, trackers write into `logs`, and the result goes
+    into the folder as `result_file`.
     """
-    options, settings, read, teacher = ready.options, ready.settings, ready.read, ready.teacher
-    states = compared_states(ready, plan) if plan is not None else None
-    key = recovery_key(
-        [ready.pruned, *(split_weight(source)[0] for source in ready.data.sources), *([teacher] if teacher else [])],
-        [asdict(options), asdict(ready.data), asdict(ready.loading), asdict(settings), sorted(texts.items())],
-    )
-    with work_folder(out, key, resume=resume, worth_keeping=has_begun) as work:
+    layers = compared_layers(setup, plan) if plan is not None else None
+    recipe, data = setup.recipe, setup.data
+    held_out = [(name, digest(ids_T)) for name, ids_T in sorted(setup.held_out.items())]
+    paths = [recipe.model, *recipe.data.source_names, *([setup.teacher] if setup.teacher else [])]
+    key = recovery_key(paths, [asdict(recipe), asdict(setup.options), setup.bf16, held_out])
+    with work_folder(out, key, resume=run.resume, worth_keeping=has_begun) as work:
         resumed = has_begun(work)
-        trained, parameters, more = _train(
-            ready, states, work, kept or work / TEACHER_FOLDER, logs or out.absolute().parent / "runs" / out.name, clock
-        )
-        tokens = int(read.train.lengths[ready.order[: trained.steps]].sum())
-        found = Recovered(
+        caches = {}
+        if setup.teacher is not None:
+            with clock.stage("teacher") as progress:
+                caches = _cache_teacher(setup, layers, teacher_folder or work / TEACHER_FOLDER, progress)
+                gc.collect()  # the teacher
+        logs = logs or out.absolute().parent / "runs" / out.name
+        trained, parameters, notes = _train(setup, layers, caches, work / CHECKPOINTS_FOLDER, logs, clock)
+        result = RecoverResult(
             out,
-            options.method,
+            recipe.options.method,
             trained.steps,
             trained.best_step,
-            tokens,
+            int(data.train.lengths_R[setup.order_SB[: trained.steps]].sum()),
             parameters,
-            len(read.train),
-            read.dropped,
+            len(data.train),
+            data.dropped,
             trained.loss,
             trained.evaluations,
             clock.seconds,
-            0,
-            (*ready.notes, *more, *_disappointment(trained)),
-            resumed,
+            notes=(*setup.notes, *_note_states(setup, layers), *notes, *_note_no_better(trained)),
+            resumed=resumed,
         )
         if processes.is_first():
             with clock.stage("save"):
-                _save(ready, trained, found, save_adapter, plot, overwrite, command, beside)
+                _save(setup, trained, result, run, result_file)
         processes.wait()
-    return replace(found, peak_rss_bytes=peak_rss())
+    return replace(result, peak_rss_bytes=peak_rss())
 
 
 def has_begun(work: Path) -> bool:
-    """Whether a run that was stopped has left a checkpoint, or some of what the teacher gave.
+    """Whether a stopped run has left a checkpoint, or outputs of the teacher.
 
     >>> has_begun(Path("no-such-folder"))
     False
     """
-    patterns = (f"{TRAINING_FOLDER}/checkpoint-*", f"{TEACHER_FOLDER}/*/*.safetensors")
+    patterns = (f"{CHECKPOINTS_FOLDER}/checkpoint-*", f"{TEACHER_FOLDER}/*/*.safetensors")
     return any(any(work.glob(pattern)) for pattern in patterns)
 
 
+def _cache_teacher(
+    setup: TrainingSetup, layers: MatchedLayers | None, folder: Path, progress: Progress | None
+) -> dict[str, TeacherCache]:
+    """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
+    assert setup.teacher is not None
+    teacher = functools.cache(functools.partial(_load, setup.teacher, setup.recipe.loading))  # loaded once, if at all
+    outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
+    rows_folder = folder / "train"
+    if layers is not None:
+        rows_folder = folder / f"train-{layers.key}"
+        if processes.is_first():  # in an earlier round other layers or channels were compared
+            for other in {*folder.glob("train-*")} - {rows_folder}:
+                shutil.rmtree(other, ignore_errors=True)
+    parts = {
+        "train": (setup.data.train, rows_folder, replace(outputs, layers=layers)),
+        "validation": (setup.data.validation, folder / "validation", outputs),
+    }
+    for rows, part_folder, part_outputs in parts.values():
+        save_teacher_outputs(teacher, rows, part_folder, part_outputs, progress=progress)
+    return {name: TeacherCache(part_folder, rows) for name, (rows, part_folder, _) in parts.items()}
+
+
 def _train(
-    ready: Prepared, states: Counterparts | None, work: Path, kept_in: Path, logs: Path, clock: Clock
-) -> tuple[Trained, int, list[str]]:
-    """Let the teacher read, then train; returns what came of it, how many parameters were trained, and what to say."""
-    from secateur.recovery.course import Course
-    from secateur.recovery.loop import train
+    setup: TrainingSetup,
+    layers: MatchedLayers | None,
+    caches: dict[str, TeacherCache],
+    folder: Path,
+    logs: Path,
+    clock: Clock,
+) -> tuple[TrainingResult, int, list[str]]:
+    """Load the pruned model and train it; returns the result, the number of trained parameters, and notes."""
+    from secateur.recovery.trainer import train
+    from secateur.recovery.training_inputs import TrainingInputs
 
-    read, options, notes = ready.read, ready.options, []
-    parts = {"train": read.train, "validation": read.validation}
-    kept: dict[str, KeptTeacher] = {}
-    if ready.teacher is not None:
-        with clock.stage("teacher") as progress:
-            loaded: list[PreTrainedModel] = []
-
-            def teacher() -> PreTrainedModel:
-                if not loaded:
-                    assert ready.teacher is not None
-                    loaded.append(_load(ready.teacher, ready.loading))
-                return loaded[0]
-
-            for name, rows in parts.items():
-                folder = kept_in / name
-                if states is not None and name == "train":  # of other layers or channels in a round before
-                    folder = kept_in / f"{name}-{states.key}"
-                    if processes.is_first():
-                        for other in {*kept_in.glob(f"{name}-*")} - {folder}:
-                            shutil.rmtree(other, ignore_errors=True)
-                keep_teacher(
-                    teacher,
-                    rows,
-                    folder,
-                    top_k=options.top_k,
-                    temperature=options.temperature,
-                    states=states if name == "train" else None,
-                    progress=progress,
-                )
-                kept[name] = KeptTeacher(folder, rows)
-            loaded.clear()
-            gc.collect()
-        if states is not None:
-            size = states.bytes_for(int(read.train.learned_T.sum())) / 2**20
-            notes.append(
-                f"hidden states of {len(states.layers)} layers were compared ({', '.join(states.layers)}); the "
-                f"teacher's took {size:,.1f} MiB on the disk meanwhile"
-            )
+    options, notes = setup.options, []
     with clock.stage("load"):
-        model = _trainable(ready)
-    if options.has_lora and options.lora.dropout and stacked_weights(model):
+        model = _load_trainable(setup.recipe.model, setup.recipe.loading, options)
+    if options.has_lora and options.lora.dropout and expert_weights(model):
         notes.append(f"there is no dropout, though {options.lora.dropout:g} was asked for: peft has none for experts")
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    course = Course(
-        read.train,
-        ready.order,
-        read.validation,
-        ready.held_out,
-        EVAL_WINDOW,
-        kept.get("train"),
-        kept.get("validation"),
-        pad=ready.tokenizer.pad_token_id or 0,
-        compared=states.layers if states is not None else (),
+    inputs = TrainingInputs(
+        setup.data.train,
+        setup.order_SB,
+        setup.data.validation,
+        setup.held_out,
+        caches.get("train"),
+        caches.get("validation"),
+        compared_layers=layers.pruned if layers is not None else (),
+        pad=setup.tokenizer.pad_token_id or 0,
     )
-    with clock.stage("train") as report:
-        told: Any = report  # it takes a line beside the numbers, where `bars` is one of ours
-        trained = train(model, course, ready.settings, work / TRAINING_FOLDER, logs=logs, report=told)
+    with clock.stage("train") as progress:
+        trained = train(model, inputs, options, folder, bf16=setup.bf16, logs=logs, progress=progress)
     return trained, parameters, notes
 
 
-def _trainable(ready: Prepared) -> torch.nn.Module:
-    """The pruned model with an adapter, or with all its weights in float32, ready to be trained."""
-    model = _load(ready.pruned, ready.loading)
-    torch.manual_seed(ready.options.seed)  # of the adapter's first values
-    if ready.options.has_lora:
-        adapted: torch.nn.Module = with_adapter(model, ready.options.lora)
+def _load_trainable(name: str, loading: LoadOptions, options: RecoverOptions) -> torch.nn.Module:
+    """Load the pruned model with an adapter, or with all its weights in float32, ready to be trained."""
+    model = _load(name, loading)
+    torch.manual_seed(options.seed)  # of the adapter's initial values
+    if options.has_lora:
+        adapted: torch.nn.Module = add_lora(model, options.lora)
         return adapted
     exact = torch.float64 if model.dtype == torch.float64 else torch.float32
     for parameter in model.parameters():
-        # Small steps vanish in weights of few digits; and mapped from a file they are not ours to write.
+        # Small steps vanish in 16 bits; and weights that are mapped from a file may not be written to.
         parameter.data = parameter.data.to(exact, copy=True)
         parameter.requires_grad_(parameter.is_floating_point())
     return model
 
 
 def _save(
-    ready: Prepared,
-    trained: Trained,
-    found: Recovered,
-    save_adapter: bool,
-    plot: bool,
-    overwrite: bool,
-    command: str | None,
-    beside: str | None,
+    setup: TrainingSetup, trained: TrainingResult, result: RecoverResult, run: RunOptions, result_file: str | None
 ) -> None:
-    """Put the weights of the best checkpoint into the pruned model, as it was loaded anew, and write that."""
-    from secateur.recovery.checkpoints import put_weights_in_place, read_weights
+    """Put the weights of the best checkpoint into the pruned model, loaded anew, and write the folder."""
+    from secateur.recovery.checkpoints import load_weights, set_weights_in_place
 
-    options = ready.options
-    gc.collect()  # the trained model is in cycles with its Trainer
-    model = load(ready.pruned, device="cpu", trust_remote_code=ready.loading.trust_remote_code)
-    folder = resolve(ready.pruned).path
-    before = read_record(folder) if folder is not None else None
-    record = before or make_record(model, name=ready.pruned, seed=options.seed)
-    about = {
-        "method": options.method,
-        "options": asdict(options),
-        "data": asdict(ready.data),
-        "rows": ready.read.train.digest(),
-        "teacher": ready.teacher,
+    recipe, options = setup.recipe, setup.options
+    trust = recipe.loading.trust_remote_code
+    gc.collect()  # the trained model, which is in reference cycles with its Trainer
+    model = load(recipe.model, device="cpu", trust_remote_code=trust)
+    source = resolve(recipe.model).path
+    record = _record(setup, trained, result, model, run.command)
+    weights = load_weights(trained.checkpoint)
+    if options.has_lora:
+        adapted = add_lora(model, options.lora)
+        set_weights_in_place(adapted, weights)
+        model = merge_lora(adapted)
+    else:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # mapped from the pruned folder's file
+        set_weights_in_place(model, weights)
+    check_finite(model)
+    with save_updated(
+        model,
+        result.out,
+        source=source,
+        tokenizer=setup.tokenizer,
+        record=record,
+        files=text_files(recipe.model, setup.tokenizer),
+        overwrite=run.overwrite,
+    ) as unfinished:
+        write_curves(result, unfinished, plot=options.plot)
+        if result_file is not None:
+            write_json(unfinished / result_file, result.to_json())
+        if options.save_adapter:
+            adapted = add_lora(load(recipe.model, device="cpu", trust_remote_code=trust), options.lora)
+            set_weights_in_place(adapted, weights)
+            save_adapter(adapted, unfinished / ADAPTER_FOLDER, base=recipe.model)
+
+
+def _record(
+    setup: TrainingSetup, trained: TrainingResult, result: RecoverResult, model: PreTrainedModel, command: str | None
+) -> Record:
+    """Return the record of the pruned folder, with this training in it."""
+    recipe = setup.recipe
+    source = resolve(recipe.model).path
+    before = read_record(source) if source is not None else None
+    record = before or make_record(model, name=recipe.model, seed=recipe.options.seed)
+    recovery: dict[str, Any] = {
+        "method": recipe.options.method,
+        "options": asdict(recipe.options),
+        "data": asdict(recipe.data),
+        "rows": setup.data.train.digest(),
+        "teacher": setup.teacher,
         "steps": trained.steps,
         "best_step": trained.best_step,
-        "tokens": found.tokens,
+        "tokens": result.tokens,
         "evaluation": [dict(entry) for entry in trained.evaluations],
         "command": command,
         "secateur": __version__,
         "before": record.recovery,
     }
-    weights = read_weights(trained.checkpoint)
-    if options.has_lora:
-        adapted = with_adapter(model, options.lora)
-        put_weights_in_place(adapted, weights)
-        model = merged(adapted)
-    else:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # mapped from the pruned folder's file
-        put_weights_in_place(model, weights)
-    check_finite(model)
-    curves = {"loss": found.loss, "evaluation": [dict(entry) for entry in found.evaluation]}
-    with save_updated(
-        model,
-        found.out,
-        source=folder,
-        tokenizer=ready.tokenizer,
-        record=replace(record, recovery=about),
-        files=text_files(str(ready.pruned), ready.tokenizer),
-        overwrite=overwrite,
-    ) as unfinished:
-        write_json(unfinished / CURVES_FILE, curves)
-        if plot:
-            draw(found, unfinished / PLOT_FILE)
-        if beside is not None:
-            write_json(unfinished / beside, found.to_json())
-        if save_adapter:
-            again = load(ready.pruned, device="cpu", trust_remote_code=ready.loading.trust_remote_code)
-            adapted = with_adapter(again, options.lora)
-            put_weights_in_place(adapted, weights)
-            write_adapter(adapted, unfinished / FOLDER, base=str(ready.pruned))
+    return replace(record, recovery=recovery)
 
 
 def _load(name: str, loading: LoadOptions) -> PreTrainedModel:
-    """The model in its own dtype if no other is asked for; float16 becomes float32, in which nothing overflows."""
+    """Load a model in its own dtype if no other is asked for; float16 becomes float32, which does not overflow."""
     model = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
     if model.dtype == torch.float16:
         model = load(name, dtype="float32", device=loading.device, trust_remote_code=loading.trust_remote_code)
@@ -320,12 +262,22 @@ def _load(name: str, loading: LoadOptions) -> PreTrainedModel:
     return model
 
 
-def _disappointment(trained: Trained) -> list[str]:
-    """What to say where the training has made the model no better."""
+def _note_states(setup: TrainingSetup, layers: MatchedLayers | None) -> list[str]:
+    if layers is None:
+        return []
+    size = layers.bytes_for(int(setup.data.train.loss_mask_T.sum())) / 2**20
+    return [
+        f"hidden states of {len(layers.pruned)} layers were compared ({', '.join(layers.pruned)}); the teacher's took "
+        f"{size:,.1f} MiB on the disk meanwhile"
+    ]
+
+
+def _note_no_better(trained: TrainingResult) -> list[str]:
+    """Return a note where the training has made the model no better."""
     scores = {entry["step"]: entry["score"] for entry in trained.evaluations}
     if 0 in scores and scores.get(trained.best_step, 0.0) >= scores[0]:
         return [
             f"no checkpoint is better than the pruned model was (score {scores[0]:.3f}, best afterwards "
-            f"{scores[trained.best_step]:.3f}): train with a smaller rate, on more data, or keep what you have"
+            f"{scores[trained.best_step]:.3f}): train with a smaller learning rate, on more data, or keep what you have"
         ]
     return []

@@ -1,4 +1,4 @@
-"""A row of a file or data set -> the same in words, and which characters of it are answers."""
+"""A row of a file or data set -> its text by a prompt template, and which characters of it are answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.data.options import DataOptions
 from secateur.data.text import MESSAGES, read_calibration
 from secateur.errors import DataError, one_line
 
-# The prompt of Stanford Alpaca, as LLM-Pruner trains with it. It is data: a comma less is another prompt.
+# The prompt of Stanford Alpaca, as LLM-Pruner trains with it. It is data: without a comma it is another prompt.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -24,62 +24,66 @@ ALPACA_WITH_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# What the fields of instructions are called in Alpaca's, Dolly's and other data sets, the first that is there.
-QUESTIONS = ("instruction", "prompt", "question")
-CONTEXTS = ("input", "context")
-ANSWERS = ("output", "response", "completion", "answer")
-CHATS = (MESSAGES, "conversations")
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}  # others are as they are
+# Names of the fields in Alpaca's, Dolly's and other data sets; the first that a row has is read.
+INSTRUCTION_FIELDS = ("instruction", "prompt", "question")
+INPUT_FIELDS = ("input", "context")
+ANSWER_FIELDS = ("output", "response", "completion", "answer")
+MESSAGE_FIELDS = (MESSAGES, "conversations")
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}  # other roles stay as they are
 ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One row in words."""
+class Example:
+    """One row as text."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]  # characters of answers, from and to
-    where: str
-    special: bool = True  # whether special tokens are to be added; a chat template has written its own
-    document: bool = False  # what does not fit into a row goes into further ones
+    answer_spans: tuple[tuple[int, int], ...]  # characters, half-open
+    where: str  # for errors: the file and the number of the row
+    add_special_tokens: bool = True  # False: a chat template has written them
+    is_document: bool = False  # plain text: what does not fit into a row goes into further rows
 
 
-def samples_of(name: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Iterator[Sample]:
-    """The rows of a source in words; of a plain text the whole is one."""
-    if name == DEMO or not holds_documents(name):
+def read_examples(source: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Iterator[Example]:
+    """Yield the rows of a source as text; a plain text file is one example."""
+    if source == DEMO or not holds_documents(source):
         if options.column is not None:
             raise DataError(
-                f"{name!r}: column={options.column!r} names a field of rows, and this is one text. Leave it out, or "
+                f"{source!r}: column={options.column!r} names a field of rows, and this is one text. Leave it out, or "
                 "give a .jsonl, .json or .parquet file."
             )
-        text = read_calibration(name)
+        text = read_calibration(source)
         assert isinstance(text, str)
-        yield Sample(text, ((0, len(text)),), repr(name), document=True)
+        yield Example(text, ((0, len(text)),), repr(source), is_document=True)
         return
-    for number, (where, row) in enumerate(read_documents(name)):
+    for number, (where, row) in enumerate(read_documents(source)):
         if number == options.samples:
             return
-        yield _in_words(row, where, tokenizer, options)
+        yield _format_row(row, where, tokenizer, options)
 
 
-def _in_words(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Sample:
+def _format_row(
+    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions
+) -> Example:
     if options.column is not None:
         if options.column not in row:
             raise DataError(f"{where}: no column {options.column!r} among {sorted(row)}. Name one of them: --column.")
-        return _of_column(row[options.column], options.column, where, tokenizer, options)
-    question = next((name for name in QUESTIONS if name in row), None)
-    answer = next((name for name in ANSWERS if name in row), None)
-    if question is not None and answer is not None:
-        context = next((name for name in CONTEXTS if name in row), None)
-        texts = [_string(row, name, where) for name in (question, context, answer)]
-        return _instruction(*texts, where=where, tokenizer=tokenizer, options=options)
-    column = next((name for name in (*CHATS, COLUMN) if name in row), None)
+        return _format_column(row[options.column], options.column, where, tokenizer, options)
+    instruction, answer = _first_field(row, INSTRUCTION_FIELDS), _first_field(row, ANSWER_FIELDS)
+    if instruction is not None and answer is not None:
+        fields = (instruction, _first_field(row, INPUT_FIELDS), answer)
+        return _format_instruction([_string(row, name, where) for name in fields], where, tokenizer, options)
+    column = _first_field(row, (*MESSAGE_FIELDS, COLUMN))
     if column is None:
         raise DataError(
             f"{where}: no fields to train on among {sorted(row)}. Expected instruction and output (or response), "
             "messages, or text; a field of another name is read with --column NAME."
         )
-    return _of_column(row[column], column, where, tokenizer, options)
+    return _format_column(row[column], column, where, tokenizer, options)
+
+
+def _first_field(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in row), None)
 
 
 def _string(row: Mapping[str, Any], name: str | None, where: str) -> str:
@@ -89,18 +93,18 @@ def _string(row: Mapping[str, Any], name: str | None, where: str) -> str:
     return value or ""
 
 
-def _of_column(
+def _format_column(
     value: object, column: str, where: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions
-) -> Sample:
+) -> Example:
     where = f"{where}: its {column!r}"
     if isinstance(value, str):
-        return Sample(value, ((0, len(value)),), where, document=True)
+        return Example(value, ((0, len(value)),), where, is_document=True)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise DataError(
             f"{where} is of type {type(value).__name__}, neither a text nor messages. Expected a string, or a list of "
             '{"role": "...", "content": "..."}.'
         )
-    return _chat([_message(message, where) for message in value], where, tokenizer, options)
+    return _format_chat([_message(message, where) for message in value], where, tokenizer, options)
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -110,28 +114,23 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, str]:
     return {"role": ROLES.get(role, role), "content": content}
 
 
-def _instruction(
-    question: str,
-    context: str,
-    answer: str,
-    *,
-    where: str,
-    tokenizer: PreTrainedTokenizerBase,
-    options: DataOptions,
-) -> Sample:
+def _format_instruction(
+    fields: list[str], where: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions
+) -> Example:
+    instruction, context, answer = fields
     if options.template == "chat":
-        asked = f"{question}\n\n{context}" if context else question
-        messages = [{"role": "user", "content": asked}, {"role": ASSISTANT, "content": answer}]
-        return _chat(messages, where, tokenizer, options)
-    prompt = (ALPACA_WITH_INPUT if context else ALPACA).format(instruction=question, input=context)
+        prompt = f"{instruction}\n\n{context}" if context else instruction
+        messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
+        return _format_chat(messages, where, tokenizer, options)
+    prompt = (ALPACA_WITH_INPUT if context else ALPACA).format(instruction=instruction, input=context)
     text = prompt + answer
-    return Sample(text, ((len(prompt), len(text)),) if answer.strip() else (), where)
+    return Example(text, ((len(prompt), len(text)),) if answer.strip() else (), where)
 
 
-def _chat(
+def _format_chat(
     messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions
-) -> Sample:
-    """Messages as the chat template writes them; an answer is what an assistant's message adds to those before it."""
+) -> Example:
+    """Apply the chat template; an answer is what an assistant's message adds to the messages before it."""
     if options.template == "alpaca":
         raise DataError(
             f"{where} holds messages, which Alpaca's prompt has no place for. Use the tokenizer's: --template chat"
@@ -142,7 +141,7 @@ def _chat(
             "instructions (--template alpaca), or give it one: tokenizer.chat_template = ..."
         )
 
-    def written(count: int, *, prompt: bool = False) -> str:
+    def apply_template(count: int, *, prompt: bool = False) -> str:
         try:
             return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
         except Exception as error:  # templates refuse what they do not expect, each in its own way
@@ -150,17 +149,17 @@ def _chat(
                 f"{where}: the chat template does not take it ({one_line(error)}). Mend the messages."
             ) from error
 
-    text = written(len(messages))
+    text = apply_template(len(messages))
     if options.loss_on == "all":
-        return Sample(text, ((0, len(text)),), where, special=False)
+        return Example(text, ((0, len(text)),), where, add_special_tokens=False)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == ASSISTANT and message["content"].strip():
-            before, after = written(i, prompt=True), written(i + 1)
+            before, after = apply_template(i, prompt=True), apply_template(i + 1)
             if not (text.startswith(after) and after.startswith(before)):
                 raise DataError(
-                    f"{where}: the chat template writes message {i + 1} otherwise when others follow, so that it is "
-                    "not known which tokens are the answer. Learn all tokens (--loss-on all), or split the chat."
+                    f"{where}: the chat template writes message {i + 1} otherwise when others follow, so it is not "
+                    "known which tokens are the answer. Learn all tokens (--loss-on all), or split the chat."
                 )
             spans.append((len(before), len(after)))
-    return Sample(text, tuple(spans), where, special=False)
+    return Example(text, tuple(spans), where, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Rows of files become rows of tokens: what is learned of them, how they are cut, packed, mixed and ordered."""
+"""Rows of files become rows of tokens: what is learned of them, how they are cut, pack_rows, mixed and ordered."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.data.options import DataOptions, split_weight
-from secateur.data.reading import TuningData, read_tuning_data
-from secateur.data.rows import IGNORED, Rows, collate, packed, training_order, whole_steps
+from secateur.data.rows import IGNORED, Rows, collate, pack_rows, steps_for_epochs, training_order
+from secateur.data.training_data import TrainingData, read_training_data
 from secateur.errors import DataError
 from tiny import tiny_tokenizer
 
@@ -47,15 +47,15 @@ def write(folder: Path, rows: list[Any], name: str = "rows.json") -> str:
     return str(path)
 
 
-def read(tokenizer: Any, *sources: str, **options: Any) -> TuningData:
-    return read_tuning_data(tokenizer, DataOptions(sources, **{"validation": 0.0, **options}))
+def read(tokenizer: Any, *sources: str, **options: Any) -> TrainingData:
+    return read_training_data(tokenizer, DataOptions(sources, **{"validation": 0.0, **options}))
 
 
 def texts(tokenizer: Any, rows: Rows) -> list[tuple[str, str]]:
     """Every row as text, and what of it is learned."""
     found = []
     for row in range(len(rows)):
-        ids, learned = rows.ids_T[rows.slice_of(row)], rows.learned_T[rows.slice_of(row)]
+        ids, learned = rows.ids_T[rows.slice_of(row)], rows.loss_mask_T[rows.slice_of(row)]
         found.append((tokenizer.decode(ids), tokenizer.decode(ids[learned])))
     return found
 
@@ -112,14 +112,14 @@ class TestWords:
 
     def test_all_tokens_but_the_first_are_learned_where_asked_for(self, tokenizer: Any, tmp_path: Path) -> None:
         rows = read(tokenizer, write(tmp_path, [ALPACA]), loss_on="all").train
-        assert rows.learned_T.tolist() == [False] + [True] * (len(rows.learned_T) - 1)
+        assert rows.loss_mask_T.tolist() == [False] + [True] * (len(rows.loss_mask_T) - 1)
 
     def test_text_is_cut_into_rows_and_nothing_is_lost(self, tokenizer: Any, tmp_path: Path) -> None:
         text = "A saw cuts a branch. " * 30
         (tmp_path / "book.txt").write_text(text)
         rows = read(tokenizer, str(tmp_path / "book.txt"), max_length=32).train
         assert tokenizer.decode(rows.ids_T) == f"{text}<end>"
-        assert set(rows.lengths[:-1].tolist()) == {32}
+        assert set(rows.lengths_R[:-1].tolist()) == {32}
         assert len(read(tokenizer, str(tmp_path / "book.txt"), max_length=32, samples=3).train) == 3
 
     def test_documents_and_a_column_of_another_name(self, tokenizer: Any, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ class TestCut:
         )
         assert found.dropped == {"cut off before the answer": 1, "without an answer": 1}
         assert len(found.train) == 2
-        assert int(found.train.lengths.max()) == 200
+        assert int(found.train.lengths_R.max()) == 200
 
     @pytest.mark.parametrize(
         ("rows", "options", "match"),
@@ -251,20 +251,20 @@ def some_rows(lengths: list[int], sources: list[int] | None = None) -> Rows:
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=40), st.integers(20, 50))
 def test_packing_keeps_every_token_once_and_fills_rows(lengths: list[int], length: int) -> None:
     rows = some_rows(lengths)
-    fewer = packed(rows, length)
+    fewer = pack_rows(rows, length)
     assert sorted(fewer.ids_T.tolist()) == rows.ids_T.tolist()
-    assert int(fewer.lengths.max()) <= length
+    assert int(fewer.lengths_R.max()) <= length
     assert fewer.positions_T is not None
     begins = fewer.positions_T == 0
     assert int(begins.sum()) == len(lengths)
-    assert not fewer.learned_T[begins].any()
-    full = fewer.lengths.tolist()
+    assert not fewer.loss_mask_T[begins].any()
+    full = fewer.lengths_R.tolist()
     assert all(a + b > length for i, a in enumerate(full) for b in full[:i])  # else the two would be one
 
 
 def test_packed_rows_are_of_one_source() -> None:
-    fewer = packed(some_rows([5, 5, 5, 5], [0, 1, 0, 1]), 10)
-    assert fewer.sources.tolist() == [0, 1]
+    fewer = pack_rows(some_rows([5, 5, 5, 5], [0, 1, 0, 1]), 10)
+    assert fewer.sources_R.tolist() == [0, 1]
     assert fewer.ids_T.tolist() == [*range(5), *range(10, 15), *range(5, 10), *range(15, 20)]
 
 
@@ -272,11 +272,11 @@ class TestOrder:
     @given(st.lists(st.integers(2, 20), min_size=4, max_size=40), st.integers(1, 4), st.booleans())
     def test_every_row_is_read_before_any_again(self, lengths: list[int], batch: int, group: bool) -> None:
         rows = some_rows(lengths)
-        steps = whole_steps(len(rows), 3, batch)
+        steps = steps_for_epochs(len(rows), 3, batch)
         order = training_order(rows, steps=steps, batch_size=batch, seed=1, group_by_length=group)
         counts = Counter(order.flatten().tolist())
         assert max(counts.values()) - min(counts[row] for row in range(len(rows))) <= 1
-        by_step = rows.lengths[order]
+        by_step = rows.lengths_R[order]
         assert bool((by_step.diff(dim=1) <= 0).all())
 
     def test_the_same_seed_gives_the_same_order_and_another_another(self) -> None:
@@ -288,14 +288,14 @@ class TestOrder:
     def test_sources_are_drawn_by_weight(self) -> None:
         rows = some_rows([4] * 40, [0] * 30 + [1] * 10)
         order = training_order(rows, steps=10, batch_size=8, seed=0, weights=(1.0, 3.0))
-        assert Counter(rows.sources[order.flatten()].tolist()) == {0: 20, 1: 60}
+        assert Counter(rows.sources_R[order.flatten()].tolist()) == {0: 20, 1: 60}
         assert set(order.flatten().tolist()) >= set(range(30, 40))
 
     def test_grouping_leaves_less_padding(self) -> None:
         rows = some_rows(torch.randint(2, 200, (256,), generator=torch.Generator().manual_seed(0)).tolist())
 
         def padding(group: bool) -> int:
-            lengths = rows.lengths[training_order(rows, steps=64, batch_size=4, seed=0, group_by_length=group)]
+            lengths = rows.lengths_R[training_order(rows, steps=64, batch_size=4, seed=0, group_by_length=group)]
             return int((lengths.max(dim=1).values * 4 - lengths.sum(dim=1)).sum())
 
         assert padding(True) < padding(False) / 2
@@ -303,7 +303,7 @@ class TestOrder:
 
 def test_labels_are_the_next_tokens_that_are_learned() -> None:
     rows = some_rows([2, 4])
-    rows.learned_T[3] = False
+    rows.loss_mask_T[3] = False
     batch = collate(rows, [1, 0], pad=9)
     assert batch["input_ids"].tolist() == [[2, 3, 4, 5], [0, 1, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORED, 4, 5, IGNORED], [1, IGNORED, IGNORED, IGNORED]]

@@ -1,0 +1,75 @@
+"""The whole cut of a dense model -> the cut of each round, and one plan of the dense model for all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.checkpoint.formats import check_saveable
+from secateur.discovery.groups import Discovery
+from secateur.errors import PlanError
+from secateur.pipeline.pipeline import may_be_per_layer
+from secateur.pipeline.recipe import PruneRecipe, RunOptions
+from secateur.pipeline.run import prune_model
+from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, plan
+from secateur.progress import ProgressBars
+from secateur.recovery.recipe import RoundsRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCut:
+    """The cut of one round."""
+
+    number: int  # from 1
+    options: CutOptions  # for the model that the round before left
+    sizes: Mapping[str, int] | None  # units of each group that stay, where the budget counts units
+
+
+def plan_rounds(recipe: RoundsRecipe, dense: Discovery, config: PreTrainedConfig) -> tuple[CutOptions, list[RoundCut]]:
+    """Return the options of the whole cut, and the cut of every round.
+
+    Raises `PlanError` or `CheckpointError` where a round cannot be cut, or no folder can hold what it leaves.
+    """
+    whole = replace(recipe.cut, iterations=recipe.rounds)
+    if whole.shape == "per-layer" and not may_be_per_layer(config):
+        whole = replace(whole, shape="uniform")
+    cuts = [_round_cut(whole, dense, number) for number in range(1, recipe.rounds + 1)]
+    trust = recipe.training.loading.trust_remote_code
+    for cut in cuts:
+        of_dense = cut.options if cut.options.target is not None else replace(cut.options, ratio=whole.ratio)
+        try:
+            sizes = plan(dense, of_dense, config=config, fixed_sizes=cut.sizes, trust_remote_code=trust)
+            check_saveable(sizes, config=config, discovery=dense, trust_remote_code=trust)
+        except PlanError as error:
+            raise PlanError(f"round {cut.number} of {recipe.rounds}: {error}") from error
+    return whole, cuts
+
+
+def _round_cut(whole: CutOptions, dense: Discovery, number: int) -> RoundCut:
+    if whole.iterations == 1:
+        return RoundCut(number, whole, None)
+    options = options_of_iteration(whole, dense, number)
+    return RoundCut(number, options, sizes_after_iteration(whole, dense, number))
+
+
+def prune_round(source: str, out: Path, cut: RoundCut, recipe: RoundsRecipe, bars: ProgressBars) -> float:
+    """Prune what the round before left into a folder; a killed run resumes. Returns seconds."""
+    pruning = PruneRecipe(source, cut=cut.options, calibration=recipe.calibration, loading=recipe.training.loading)
+    pruned = prune_model(pruning, out, fixed_sizes=cut.sizes, run=RunOptions(resume=True, bars=bars))
+    return sum(pruned.seconds.values())
+
+
+def merge_plans(plans: Sequence[Plan], dense: Discovery) -> Plan:
+    """Return one plan of the dense model for those of the rounds, each of what the round before left."""
+    return functools.reduce(lambda first, second: composed(first, second, dense), plans)
+
+
+def plan_of_dense(plans: Sequence[Plan], whole: CutOptions, dense: Discovery, model: PreTrainedModel) -> Plan:
+    """Return the plan for the output: that of all rounds, with the sizes and settings of the dense model."""
+    return as_of_dense(merge_plans(plans, dense), whole, dense, model)

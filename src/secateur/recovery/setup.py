@@ -1,0 +1,234 @@
+"""Recipe -> all that a training needs; everything that can be refused is refused here, before weights are read."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from secateur import processes
+from secateur.checkpoint.record import PLAN_FILE, read_record
+from secateur.data.overlap import OVERLAP_WORDS, overlap
+from secateur.data.rows import steps_for_epochs, training_order
+from secateur.data.training_data import TrainingData, read_training_data
+from secateur.discovery.discover import discover
+from secateur.errors import DataError, ModelError, TrainingError
+from secateur.evaluation.texts import encode, read_texts
+from secateur.files import check_apart, check_vacant
+from secateur.models.config import check_not_quantised, check_positions, load_config
+from secateur.models.loading import LoadOptions
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.planning.plan import Plan, read_plan
+from secateur.progress import Clock
+from secateur.recovery.distillation import check_teacher
+from secateur.recovery.hidden_states import MatchedLayers, match_layers
+from secateur.recovery.lora import check_peft
+from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
+from secateur.recovery.recipe import RecoverRecipe
+from secateur.recovery.result import check_plot
+
+logger = logging.getLogger(__name__)
+
+WARMUP_FRACTION = 0.06  # of all steps, by default
+MOST_WARMUP = 0.25  # a longer warmup that was asked for is shortened to the default
+EVALUATIONS = 10  # of a training, by default
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingSetup:
+    """All that is known before the weights are read."""
+
+    recipe: RecoverRecipe
+    options: RecoverOptions  # of the recipe, with every default resolved
+    data: TrainingData
+    held_out: Mapping[str, Tensor]  # name -> ids_T of a text
+    teacher: str | None
+    tokenizer: PreTrainedTokenizerBase
+    bf16: bool
+    notes: tuple[str, ...]  # what is done differently than asked, and why
+
+    @property
+    def order_SB(self) -> Tensor:
+        """The rows that each step reads: int64, steps x rows of a step."""
+        assert self.options.max_steps is not None
+        return training_order(
+            self.data.train,
+            steps=self.options.max_steps,
+            batch_size=self.options.global_batch_size,
+            seed=self.options.seed,
+            weights=self.data.weights,
+            group_by_length=self.recipe.data.group_by_length,
+        )
+
+
+def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) -> TrainingSetup:
+    """Check everything, and read the data. Raises `SecateurError`; `recover` shows a run."""
+    from secateur.recovery.trainer import check_environment  # Trainer takes a second to import
+
+    options, model = recipe.options, recipe.model
+    trust = recipe.loading.trust_remote_code
+    check_vacant(out, overwrite=overwrite)
+    check_apart(resolve(model).path, out)
+    if options.has_lora:
+        check_peft()
+    elif options.save_adapter:
+        raise TrainingError(f"method={options.method!r} has no adapter to save; leave out --save-adapter")
+    if options.plot:
+        check_plot()
+    check_environment(options.track)
+    config = load_config(model, trust_remote_code=trust)
+    check_not_quantised(config, name=model)
+    check_positions(config, recipe.data.max_length, name="max_length")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust)
+    teacher = _find_teacher(recipe, tokenizer, config) if options.has_teacher else None
+    texts = read_texts(recipe.eval_texts, option="--eval") if recipe.eval_texts else {}
+    with clock.stage("read"):
+        data = read_training_data(tokenizer, recipe.data)
+        held_out = {
+            name: _check_text(name, encode(tokenizer, text, max_tokens=options.eval_tokens))
+            for name, text in texts.items()
+        }
+        overlaps = _find_overlaps(tokenizer, data, held_out)
+    resolved, notes = resolve_options(options, len(data.train))
+    bf16 = _use_bf16(recipe.loading)
+    return TrainingSetup(recipe, resolved, data, held_out, teacher, tokenizer, bf16, (*notes, *overlaps))
+
+
+def resolve_options(options: RecoverOptions, rows: int) -> tuple[RecoverOptions, list[str]]:
+    """Return the options with every default resolved for so many rows, and notes on what differs from what was asked.
+
+    Raises `TrainingError` where a step cannot be shared by the processes.
+
+    >>> options, _ = resolve_options(RecoverOptions(), rows=1000)
+    >>> options.max_steps, options.warmup_steps, options.eval_steps
+    (125, 7, 12)
+    """
+    notes = []
+    batch_size, count = options.global_batch_size, processes.count()
+    if batch_size > rows:
+        multiple = options.micro_batch_size * count
+        batch_size = rows // multiple * multiple or rows // count * count or count
+        notes.append(f"a step takes {batch_size} of the {rows} rows that there are, not {options.global_batch_size}")
+    if batch_size % count or batch_size > rows:
+        raise TrainingError(
+            f"a step of {min(batch_size, rows)} rows cannot be shared by {count} processes. Expected a multiple: "
+            f"--global-batch-size {-(-batch_size // count) * count}"
+        )
+    steps = options.max_steps or steps_for_epochs(rows, options.epochs, batch_size)
+    warmup = int(WARMUP_FRACTION * steps)  # its first step has a learning rate of 0: no warmup for few steps
+    if options.warmup_steps is not None and options.warmup_steps <= MOST_WARMUP * steps:
+        warmup = options.warmup_steps
+    elif options.warmup_steps is not None:
+        notes.append(
+            f"warmup takes {warmup} steps, not {options.warmup_steps}: of {steps} steps in all, most would have a "
+            "learning rate near 0"
+        )
+    divisors = [n for n in range(1, options.micro_batch_size + 1) if batch_size % (n * count) == 0]
+    resolved = replace(
+        options,
+        max_steps=steps,
+        global_batch_size=batch_size,
+        micro_batch_size=max(divisors),
+        warmup_steps=warmup,
+        eval_steps=options.eval_steps or max(1, steps // EVALUATIONS),
+    )
+    return resolved, notes
+
+
+def plan_of(model: str) -> Plan:
+    """Read the plan in a pruned folder. Raises `ModelError` where there is none, by which layers could be compared."""
+    path = resolve(model).path
+    if path is None or not (path / PLAN_FILE).is_file():
+        raise ModelError(
+            f"{model!r} has no {PLAN_FILE}, which says what layers and channels of the teacher are left, so hidden "
+            "states cannot be compared. Expected a folder that `secateur prune` wrote; or leave out "
+            "--hidden-states-weight"
+        )
+    return read_plan(path / PLAN_FILE)
+
+
+def compared_layers(setup: TrainingSetup, plan: Plan) -> MatchedLayers | None:
+    """Return the layers whose hidden states are learned; None where none are. Raises `ModelError`."""
+    if setup.teacher is None or not setup.options.hidden_states_weight:
+        return None
+    trust = setup.recipe.loading.trust_remote_code
+    dense, pruned = (discover(name, trust_remote_code=trust) for name in (setup.teacher, setup.recipe.model))
+    config = load_config(setup.teacher, trust_remote_code=trust).get_text_config()
+    return match_layers(plan, dense, pruned, teacher=setup.teacher, width=getattr(config, "hidden_size", 0))
+
+
+def _find_teacher(recipe: RecoverRecipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> str:
+    """Return the name of the teacher, after checking its vocabulary."""
+    teacher = recipe.teacher
+    if teacher is None:
+        path = resolve(recipe.model).path
+        record = read_record(path) if path is not None else None
+        if record is None:
+            raise ModelError(
+                f"{recipe.model!r} has no record that names the dense model it was cut from. Name a teacher: "
+                "--teacher MODEL"
+            )
+        teacher = record.model
+    trust = recipe.loading.trust_remote_code
+    teacher_config = load_config(teacher, trust_remote_code=trust)
+    check_teacher(
+        (recipe.model, tokenizer, config.get_text_config().vocab_size),
+        (teacher, load_tokenizer(teacher, trust_remote_code=trust), teacher_config.get_text_config().vocab_size),
+    )
+    return teacher
+
+
+def _use_bf16(loading: LoadOptions) -> bool:
+    """Whether products are taken in bfloat16. Raises `TrainingError` for float16, in which gradients overflow."""
+    if loading.dtype == "float16":
+        raise TrainingError(
+            "dtype='float16' overflows in training, and the loss becomes NaN. Expected bfloat16, which has float32's "
+            "range, or float32: --dtype auto takes bfloat16 where it is faster"
+        )
+    return loading.dtype == "bfloat16" or (loading.dtype == "auto" and _has_fast_bf16(loading.device))
+
+
+def _has_fast_bf16(device: str) -> bool:
+    """Whether the machine multiplies bfloat16 faster than float32.
+
+    Of x86 processors those with AMX do; with the bfloat16 products of AVX-512 alone a step takes longer.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has_products = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return has_products and (bool(torch.cpu._is_amx_tile_supported()) if is_x86 else True)
+
+
+def _check_text(name: str, ids_T: Tensor) -> Tensor:
+    if len(ids_T) < EVAL_WINDOW:
+        raise DataError(
+            f"{name}: {len(ids_T)} tokens are fewer than one window of {EVAL_WINDOW}. Expected a longer text: "
+            "--eval NAME=FILE"
+        )
+    return ids_T
+
+
+def _find_overlaps(tokenizer: PreTrainedTokenizerBase, data: TrainingData, held_out: Mapping[str, Tensor]) -> list[str]:
+    """Return and log a note for every held-out text that shares text with the rows."""
+    notes = []
+    rows = data.train
+    for name, ids_T in held_out.items():
+        windows = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in ids_T.split(EVAL_WINDOW)]
+        texts = (
+            str(tokenizer.decode(rows.ids_T[rows.slice_of(row)], skip_special_tokens=True)) for row in range(len(rows))
+        )
+        if fraction := overlap(windows, texts):
+            notes.append(
+                f"{100 * fraction:.3g} % of the held-out text {name} has {OVERLAP_WORDS} words in a row in common with "
+                "the data; this flatters its perplexity, which picks the checkpoint: hold out another text"
+            )
+            logger.warning("%s", notes[-1])
+    return notes

@@ -1,0 +1,90 @@
+"""LoRA adapts every linear layer but the last, and the stacked experts of a mixture, and is merged into them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainings import FLOAT32, ROWS, TEXT, options, weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from recipes import recipe
+from secateur import CalibrationOptions, DataOptions, load, prune_model, recover, verify
+from secateur.export.merge import merge_adapter
+from secateur.models.silence import quiet
+from secateur.recovery.lora import LoraOptions, add_lora, expert_weights, merge_lora
+from secateur.recovery.recipe import RecoverRecipe
+from tiny import SIZES, tiny_model, tiny_tokenizer
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+IDS = torch.arange(40)[None]
+temporary = functools.cache(tempfile.TemporaryDirectory)  # until the end of all tests
+
+
+@functools.cache
+def mixtures() -> Path:
+    """Two cuts of a mixture of experts, and rows to train on."""
+    folder = Path(temporary().name)
+    torch.manual_seed(0)
+    with quiet():
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES, **EXPERTS)).save_pretrained(
+            folder / "dense"
+        )
+        tiny_tokenizer().save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    for shape in ("uniform", "per-layer"):
+        cut: dict[str, Any] = {"ratio": 0.2, "shape": shape, "score": "l2", "repair": "none"}
+        text = CalibrationOptions(str(folder / "text.txt"), 4, 16, shuffled=0.0)
+        prune_model(recipe(folder / "dense", cut=cut, calibration=text), folder / shape)
+    return folder
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+def test_stacked_experts_have_an_adapter(shape: str) -> None:
+    model = load(str(mixtures() / shape), device="cpu")
+    stacks = expert_weights(model)
+    assert stacks == [f"model.layers.{i}.mlp.experts.{name}_proj" for i in range(3) for name in ("gate_up", "down")]
+    before = {name: model.get_parameter(name).data.clone() for name in stacks}
+    adapted = add_lora(model, LoraOptions(rank=4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        expected = adapted.eval()(input_ids=IDS).logits
+        merged = merge_lora(adapted)
+        assert torch.allclose(merged(input_ids=IDS).logits, expected, atol=1e-4)
+    assert all(not torch.equal(merged.get_parameter(name), before[name]) for name in stacks)
+
+
+@pytest.mark.parametrize(("shape", "packing"), [("uniform", False), ("per-layer", True)])
+def test_stacked_experts_are_trained(shape: str, packing: bool, tmp_path: Path) -> None:
+    data = DataOptions((str(mixtures() / "rows.json"),), max_length=128, packing=packing)
+    training = options(gradient_checkpointing=packing, lora=LoraOptions(rank=4, dropout=0.05), save_adapter=True)
+    source, out = mixtures() / shape, tmp_path / "out"
+    found = recover(RecoverRecipe(str(source), data, training, loading=FLOAT32), out)
+    assert "there is no dropout, though 0.05 was asked for: peft has none for experts" in found.notes
+    assert found.loss[-1][1] < found.loss[0][1]
+    assert verify(out).problems == ()
+    before, after = weights(source), weights(out)
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert experts
+    assert all(not torch.equal(before[name], after[name]) for name in experts)
+    merge_adapter(str(out / "adapter"), tmp_path / "again")
+    assert all(torch.allclose(weights(tmp_path / "again")[name], after[name], atol=1e-6) for name in after)
+
+
+def test_every_linear_layer_but_the_last_has_an_adapter() -> None:
+    model = tiny_model()
+    assert expert_weights(model) == []
+    adapted = add_lora(model, LoraOptions(rank=2))
+    found = {name.split(".lora_")[0].split(".", 4)[-1] for name, p in adapted.named_parameters() if p.requires_grad}
+    seven = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj"
+    assert found == {f"{i}.{name}" for i in range(3) for name in [*seven.split(), "mlp.down_proj"]}

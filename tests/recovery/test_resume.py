@@ -1,0 +1,198 @@
+"""A training that was stopped or killed resumes to the same weights; two processes train as one does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainings import (
+    KILLING,
+    copy_work,
+    counted_steps,
+    distance,
+    interrupt,
+    interrupted_at,
+    place_fixture,  # noqa: F401 - the fixture `place`
+    shelf,
+    train,
+)
+
+from launching import launch
+from secateur.errors import CheckpointError
+from secateur.pipeline.recipe import RunOptions
+from secateur.recovery.checkpoints import last_checkpoint
+from secateur.recovery.lora import LoraOptions
+from secateur.recovery.result import RecoverResult
+from tiny import names
+
+RESUME = RunOptions(resume=True)
+TAUGHT: dict[str, Any] = {
+    "method": "lora+distill",
+    "hidden_states_weight": 1.0,
+    "eval_texts": ("reference=held.txt",),
+    "lora": LoraOptions(rank=4, dropout=0.1),
+}
+RECOVER = sys.modules["secateur.recovery.recover"]  # the package has the function under this name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RecoverResult:
+    """A training that nothing stops."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shelf())
+        return train(out=tmp_path_factory.mktemp("whole") / "out", **TAUGHT)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a training that was stopped after its third step, and checkpoint 2; there is none yet."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shelf())
+        with interrupted_at(3):
+            train(out=out, **TAUGHT)
+    return out
+
+
+class TestStopped:
+    def test_it_goes_on_to_the_same_weights_and_the_teacher_reads_nothing_again(
+        self, whole: RecoverResult, stopped: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy_work(stopped, place / "out")
+        checkpoint = last_checkpoint(place / ".out.secateur" / "training")
+        assert checkpoint is not None
+        assert checkpoint.name == "checkpoint-2"
+        files = ["optimizer.json", "optimizer.safetensors", "trained.safetensors", "trainer_state.json"]
+        assert names(checkpoint) == files
+        for name in ("torch.save", "torch.load", "pickle.dump", "pickle.load"):
+            monkeypatch.setattr(name, lambda *_, **__: pytest.fail("a pickle"))
+        monkeypatch.setattr(
+            "secateur.recovery.teacher_cache._teacher_outputs", lambda *_: pytest.fail("the teacher read again")
+        )
+        with counted_steps() as steps:
+            resumed = train(run=RESUME, **TAUGHT)
+        assert steps == [2, 3]
+        assert (whole.resumed, resumed.resumed) == (False, True)
+        assert distance("here/out", whole.out) == 0
+        assert (resumed.loss, resumed.evaluation, resumed.best_step) == (whole.loss, whole.evaluation, whole.best_step)
+        assert [name for name in names(place) if "/" not in name] == ["out"]
+
+    def test_all_weights_go_on_to_the_same(self, place: Path) -> None:
+        train(out="here/whole", method="full")
+        with interrupted_at(3):
+            train(method="full")
+        assert train(method="full", run=RESUME).resumed
+        assert distance("here/out", "here/whole") == 0
+
+    @pytest.mark.parametrize("given", [{"learning_rate": 1e-3, "run": RESUME}, {}], ids=["other options", "no resume"])
+    def test_another_training_starts_anew(self, given: dict[str, Any], stopped: Path, place: Path) -> None:
+        copy_work(stopped, place / "out")
+        assert not train(**{**TAUGHT, **given}).resumed
+
+    def test_a_checkpoint_without_a_state_is_passed_over(self, stopped: Path, place: Path) -> None:
+        copy_work(stopped, place / "out")
+        (place / ".out.secateur" / "training" / "checkpoint-3").mkdir()
+        assert train(run=RESUME, **TAUGHT).resumed
+
+    def test_a_damaged_checkpoint_is_named_and_removed(self, stopped: Path, place: Path) -> None:
+        copy_work(stopped, place / "out")
+        (place / ".out.secateur" / "training" / "checkpoint-2" / "trained.safetensors").write_bytes(b"half")
+        with pytest.raises(CheckpointError, match=r"trained.safetensors cannot be read .* start without --resume"):
+            train(run=RESUME, **TAUGHT)
+        assert names(place) == []
+
+    @pytest.mark.parametrize("patience", [None, 1])
+    def test_a_training_that_was_over_does_not_train_again(
+        self, patience: int | None, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given: dict[str, Any] = {"method": "full", "eval_texts": ("reference=held.txt",), "patience": patience}
+        if patience is not None:  # it stops early
+            given |= {"learning_rate": 0.3, "max_steps": 60, "eval_steps": 1}
+        with monkeypatch.context() as patch:
+            patch.setattr(RECOVER, "_save", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(**given)
+        monkeypatch.setattr("secateur.recovery.trainer.RecoveryTrainer", lambda *_: pytest.fail("trained again"))
+        steps = train(run=RESUME, **given).steps
+        assert steps == 4 if patience is None else steps < 60
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_at_the_same_weights(place: Path) -> None:
+    arguments = "recover per-layer here/out --data rows.json --method lora+distill --max-length 128 --max-steps 24"
+    arguments += " --eval-steps 2 --learning-rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50"
+    arguments += " --eval reference=held.txt --quiet --global-batch-size 8 --micro-batch-size 8"
+    whole = arguments.replace("here/out", "here/whole").split()
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", KILLING, "0", "1", *whole], check=True, capture_output=True)
+    early = (time.monotonic() - start) / 6
+    command = [sys.executable, "-c", KILLING, "7", str(early), *arguments.split()]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4
+    assert distance("here/out", "here/whole") <= 1e-6
+    assert [name for name in names(place) if "/" not in name] == ["out", "whole"]
+
+
+# Stops all processes as a step begins. accelerate shards weights over GPUs alone; told that CPUs are some, it does.
+STOPPING = """
+import os, signal, sys
+from accelerate.state import DistributedType, PartialState
+config, stop, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+made = PartialState.__init__
+def initialise(self, *given, **options):
+    made(self, *given, **options)
+    if config == "fsdp2" and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = initialise
+import secateur.cli.main
+from secateur import processes
+from secateur.recovery.callbacks import SeedSteps
+from secateur.recovery.trainer import RecoveryTrainer
+from torch.distributed.tensor import DTensor
+begin, save = SeedSteps.on_step_begin, RecoveryTrainer._save_checkpoint
+def on_step_begin(self, args, state, control, **others):
+    if state.global_step == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin(self, args, state, control, **others)
+def on_save(self, model, trial):
+    if processes.is_first() and any(isinstance(weight, DTensor) for weight in model.parameters()):
+        print("sharded")
+    save(self, model, trial)
+SeedSteps.on_step_begin, RecoveryTrainer._save_checkpoint = on_step_begin, on_save
+sys.exit(secateur.cli.main.run(arguments))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "method"), [("ddp", "full"), ("fsdp2", "lora+distill")])
+def test_two_processes_that_were_killed_go_on_and_train_as_one_does(
+    config: str, method: str, place: Path, tmp_path: Path
+) -> None:
+    """With the configs that we ship; the processes speak gloo."""
+    alone = train(out="here/alone", method=method, eval_texts=("reference=held.txt",))
+    (tmp_path / "stopping.py").write_text(STOPPING)
+    command = "recover per-layer here/out --data rows.json --max-length 128 --max-steps 4 --global-batch-size 8"
+    command += " --learning-rate 3e-3 --eval-steps 2 --dtype float32 --eval reference=held.txt --json here.json"
+    arguments = [*command.split(), "--method", method]
+    file = Path(__file__).parents[2] / "docs" / "accelerate" / f"{config}.yaml"
+    stopped = launch(str(tmp_path / "stopping.py"), config, "3", *arguments, config=file)
+    assert stopped.returncode != 0
+    assert last_checkpoint(Path("here/.out.secateur/training")).name == "checkpoint-2"  # type: ignore[union-attr]
+    done = launch(str(tmp_path / "stopping.py"), config, "-1", *arguments, "--resume", config=file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote here/out") == 1
+    assert ("sharded" in done.stdout) == (config == "fsdp2")
+    result = json.loads(Path("here.json").read_text())
+    assert result["resumed"]
+    assert [step for step, _ in result["loss"]] == [step for step, _ in alone.loss]
+    for (_, one), (_, other) in zip(result["loss"], alone.loss, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    for entry, expected in zip(result["evaluation"], alone.evaluation, strict=True):
+        assert entry["score"] == pytest.approx(expected["score"], rel=1e-4)
+    assert distance("here/out", "here/alone") < 1e-4

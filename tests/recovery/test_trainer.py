@@ -1,0 +1,62 @@
+"""Training lowers the loss; how a step is computed does not change its weights; it stops where nothing improves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from trainings import distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
+
+
+def test_the_loss_falls_on_the_rows_and_on_others(place: Path) -> None:
+    found = train(method="full", max_steps=20, eval_steps=5, learning_rate=2e-2, data={"validation": 0.1})
+    values = [entry["validation"] for entry in found.evaluation]
+    assert found.loss[-1][1] < 0.6 * found.loss[0][1]
+    assert min(values) < 0.75 * values[0]
+
+
+@pytest.mark.parametrize(
+    # An adapter does not reach the output layer, by which alone this teacher is surer.
+    ("method", "left"),
+    [("distill", 0.5), pytest.param("lora+distill", 0.98, marks=pytest.mark.slow)],
+)
+def test_a_teacher_is_approached(method: str, left: float, place: Path) -> None:
+    shutil.copytree(Path("dense").resolve(), place / "sharp")  # surer than random weights are
+    sharp = weights(place / "sharp")
+    sharp["lm_head.weight"] *= 8
+    save_file(sharp, place / "sharp" / "model.safetensors", {"format": "pt"})
+    data = {"validation": 0.1, "loss_on": "all"}
+    found = train(method=method, teacher="here/sharp", data=data, max_steps=40, eval_steps=40)
+    first, last = (found.evaluation[i]["validation"] for i in (0, -1))
+    assert first > 0.1
+    assert last < left * first
+
+
+def test_micro_batches_and_gradient_checkpointing_do_not_change_the_weights(place: Path) -> None:
+    train(out="here/one", model="hidden", method="distill", hidden_states_weight=1.0, micro_batch_size=8)
+    parts: dict[str, Any] = {"micro_batch_size": 2, "gradient_checkpointing": True}
+    train(out="here/other", model="hidden", method="distill", hidden_states_weight=1.0, **parts)
+    assert distance("here/one", "here/other") < 2e-5
+
+
+def test_packed_rows_train(place: Path) -> None:
+    rows = [{"text": f"It is {i}, is it not?"} for i in range(60)]
+    Path("short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"sources": ("short.jsonl",), "packing": True, "max_length": 100}
+    found = train(method="full", data=data, global_batch_size=4)
+    assert found.rows < 60 / 3
+    assert found.loss[-1][1] < found.loss[0][1]
+
+
+def test_it_stops_early_and_says_where_nothing_became_better(place: Path) -> None:
+    given: dict[str, Any] = {"learning_rate": 0.3, "max_steps": 60, "eval_steps": 1, "patience": 2}
+    found = train(method="full", eval_texts=("reference=held.txt",), **given)
+    assert found.steps < 60
+    scores = [entry["score"] for entry in found.evaluation]
+    assert found.steps == found.evaluation[-1]["step"]
+    assert len(scores) - 1 - scores.index(min(scores)) == 2
+    assert any("no checkpoint is better than the pruned model was" in note for note in found.notes)
