@@ -96,7 +96,7 @@ def test_fisher_information_in_parts_is_that_at_once(family: str, monkeypatch: p
     model = family_model(config, dtype=torch.float32)
     whole = score(model, name="fisher", windows=WINDOWS)
     monkeypatch.setattr(
-        "secateur.scoring.collect_masks.fitting_batches", lambda model, windows, *_: list(windows.tensor_split(3))
+        "secateur.scoring.collect_backward.fitting_batches", lambda model, windows, *_: list(windows.tensor_split(3))
     )
     parts = score(model, name="fisher", windows=WINDOWS)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.scoring.obs import damped, least_squares, output_error, removal_costs, unit_costs
+from secateur.scoring.obs import (
+    STRIP,
+    TOKENS_AT_ONCE,
+    add_gram,
+    damped,
+    gram,
+    least_squares,
+    output_error,
+    removal_costs,
+    unit_costs,
+)
 
 
 def problem(seed: int, rows: int = 5, columns: int = 8, tokens: int = 40) -> tuple[Tensor, Tensor]:
@@ -100,3 +110,19 @@ def test_damping_makes_a_singular_gram_matrix_invertible() -> None:
     w, x = problem(5, tokens=3)
     assert torch.isfinite(unit_costs(w, x.t() @ x, torch.arange(8))).all()
     assert bool((torch.linalg.eigvalsh(damped(x.t() @ x)) > 0).all())
+
+
+@pytest.mark.parametrize("columns", [1, 5, STRIP, STRIP + 1, 3 * STRIP - 7])
+def test_a_gram_matrix_in_strips(columns: int) -> None:
+    x = torch.randn(40, columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert torch.allclose(gram(x), x.t() @ x, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums_over_blocks_of_tokens(dtype: torch.dtype) -> None:
+    x = torch.randn(TOKENS_AT_ONCE + 9, 5, generator=torch.Generator().manual_seed(3)).to(dtype)
+    total, exact = torch.ones(5, 5, dtype=torch.float64), torch.zeros(5, 5, dtype=torch.float64)
+    add_gram(total, x)
+    add_gram(exact, x, dtype=torch.float64)
+    assert torch.allclose(total, 1 + x.double().t() @ x.double(), rtol=1e-5, atol=1e-3)
+    assert torch.allclose(exact, x.double().t() @ x.double(), rtol=1e-12, atol=1e-9)

@@ -13,8 +13,8 @@ from families import family_config, family_model
 from secateur import CutOptions, score
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import check_score
-from secateur.scoring.evidence import Salience
 from secateur.scoring.registry import REDUCTIONS, SCORES, check_known, register_score
+from secateur.scoring.saliences import Salience
 
 WINDOWS = torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(2))
 WITHOUT_PAPER = {"random", "layer_loss"}

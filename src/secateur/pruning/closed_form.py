@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.scoring.gram import add_gram
-from secateur.scoring.obs import least_squares
+from secateur.scoring.obs import add_gram, least_squares
 
 
 @dataclass(frozen=True, slots=True)

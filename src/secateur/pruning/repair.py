@@ -30,9 +30,8 @@ from secateur.progress import Progress
 from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, inputs_of
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.scoring.obs import output_error, removal_costs
-from secateur.scoring.passes.activations import input_dims
 from secateur.scoring.passes.forward import eager_experts, input_device, probe_windows, split_output_head
-from secateur.scoring.passes.products import WeightProduct, WeightProducts
+from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 
 
 @dataclass(frozen=True, slots=True)

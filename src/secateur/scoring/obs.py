@@ -1,10 +1,13 @@
-"""Gram matrices -> which inputs of a matrix to leave out, and how the others make up for them, in closed form.
+"""Inputs of a matrix -> Gram matrix -> which inputs to leave out, and how the others make up for them in closed form.
 
 Optimal brain surgeon for whole units (Hassibi and Stork 1992; for units of language models ZipLM, arXiv 2302.04089): a
-matrix W reads features x with the Gram matrix H = sum of x x'. To leave out the columns S at the least
-squared error of the outputs costs tr(W_S ((H^-1)_SS)^-1 W_S'), when all other columns change by
--W_S ((H^-1)_SS)^-1 (H^-1)_S. All in float64. Axes: R rows (outputs), C columns
-(inputs), S the columns of one unit, K the columns that are kept, U units.
+matrix W reads features x with the Gram matrix H = sum of x x'. To leave out the columns S at the least squared error of
+the outputs costs tr(W_S ((H^-1)_SS)^-1 W_S'), when all other columns change by -W_S ((H^-1)_SS)^-1 (H^-1)_S.
+
+All in float64, but for the products of a Gram matrix: repairs solve a well-damped system, for which float32 is exact
+enough at half the cost. Scores divide by entries of an inverse, which with fewer tokens than columns would show
+float32's rounding. Axes: N tokens, R rows (outputs), C columns (inputs), S the columns of one unit, K the columns that
+are kept, U units.
 """
 
 from __future__ import annotations
@@ -15,14 +18,43 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
-AT_ONCE = 1 / 64  # of the units that are left, removed between two updates
+UNITS_AT_ONCE = 1 / 64  # of the units that are left, removed between two updates
+TOKENS_AT_ONCE = 2048  # multiplied before they are added to the float64 sum
+STRIP = 256  # columns of a Gram matrix that are computed at once
+
+
+def add_gram(total_CC: Tensor, x_NC: Tensor, *, dtype: torch.dtype = torch.float32) -> None:
+    """Add X'X to `total_CC` (float64) in place; products are taken in `dtype`, or in float64 where x is.
+
+    >>> total_CC = torch.zeros(2, 2, dtype=torch.float64)
+    >>> add_gram(total_CC, torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    >>> total_CC.tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+    """
+    dtype = torch.float64 if x_NC.dtype == torch.float64 else dtype
+    for first in range(0, len(x_NC), TOKENS_AT_ONCE):
+        total_CC += gram(x_NC[first : first + TOKENS_AT_ONCE].to(dtype))
+
+
+def gram(x_NC: Tensor) -> Tensor:
+    """X'X in the dtype of x. Only strips on and below the diagonal are computed, then mirrored.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+    """
+    gram_CC = x_NC.new_empty(x_NC.shape[1], x_NC.shape[1])
+    for first in range(0, x_NC.shape[1], STRIP):
+        below = x_NC[:, first:].t() @ x_NC[:, first : first + STRIP]
+        gram_CC[first:, first : first + STRIP] = below
+        gram_CC[first : first + STRIP, first:] = below.t()
+    return gram_CC
 
 
 def damped(gram_CC: Tensor, damping: float = DAMPING) -> Tensor:
     """A Gram matrix in float64 that can be inverted.
 
-    >>> damped(torch.zeros(2, 2)).diagonal().min() > 0, damped(torch.eye(2), 0.5)[0].tolist()
-    (tensor(True), [1.5, 0.0])
+    >>> damped(torch.eye(2), 0.5)[0].tolist()
+    [1.5, 0.0]
     """
     gram_CC = gram_CC.double().clone()
     gram_CC.diagonal().add_(damping * gram_CC.diagonal().mean().clamp_min(1e-12))
@@ -37,8 +69,8 @@ def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float
     >>> unit_costs(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.tensor([0, 1]), damping=0.0).tolist()
     [9.0, 16.0]
     """
-    columns = [each.to(w_RC.device) for each in _columns_of_units(unit_of)]
-    return _costs(w_RC.double(), torch.linalg.inv(damped(gram_CC, damping)), columns)
+    columns, inverse_CC = _columns_of_units(unit_of, w_RC.device), torch.linalg.inv(damped(gram_CC, damping))
+    return _costs(w_RC.double(), inverse_CC, columns, _single_columns(columns))
 
 
 def removal_costs(
@@ -55,7 +87,7 @@ def removal_costs(
     ([0, 2], True)
     """
     w_RC, inverse_CC = w_RC.double().clone(), torch.linalg.inv(damped(gram_CC, damping))
-    columns = [each.to(w_RC.device) for each in _columns_of_units(unit_of)]
+    columns = _columns_of_units(unit_of, w_RC.device)
     n_removed = max(0, len(columns) - keep)
     # Units without columns go first and cost nothing.
     order = [unit for unit, own in enumerate(columns) if not len(own)][:n_removed]
@@ -64,10 +96,8 @@ def removal_costs(
     single_U = _single_columns([columns[unit] for unit in left])
     while len(order) < n_removed:
         # 1. Score the units that are left; of units with one column, a few go at a time.
-        if single_U is None:
-            cost_U, count = _costs(w_RC, inverse_CC, [columns[unit] for unit in left]), 1
-        else:
-            cost_U, count = _column_costs(w_RC, inverse_CC, single_U), max(1, int(len(left) * AT_ONCE))
+        cost_U = _costs(w_RC, inverse_CC, [columns[unit] for unit in left], single_U)
+        count = 1 if single_U is None else max(1, int(len(left) * UNITS_AT_ONCE))
         cheapest = cost_U.argsort(stable=True)[: min(count, n_removed - len(order))].tolist()
         # 2. The other columns make up for them, and the inverse becomes that of the Gram matrix without them.
         gone = torch.cat([columns[left[i]] for i in cheapest])
@@ -78,15 +108,11 @@ def removal_costs(
         inverse_CC[gone] = 0
         inverse_CC[:, gone] = 0
         inverse_CC[gone, gone] = 1
-        # 3. Note them.
         order += [left[i] for i in cheapest]
-        costs += [float(cost_U[i]) for i in cheapest]
-        removed = set(cheapest)
-        left = [unit for i, unit in enumerate(left) if i not in removed]
-        if single_U is not None:
-            stays = torch.ones(len(single_U), dtype=torch.bool, device=single_U.device)
-            stays[cheapest] = False
-            single_U = single_U[stays]
+        costs += cost_U[cheapest].tolist()
+        stays = sorted(set(range(len(left))) - set(cheapest))
+        left = [left[i] for i in stays]
+        single_U = None if single_U is None else single_U[stays]
     return order, torch.tensor(costs, dtype=torch.float64)
 
 
@@ -122,13 +148,11 @@ def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
     return float(((change_RC @ gram_CC) * change_RC).sum())
 
 
-def _columns_of_units(unit_of: Tensor) -> list[Tensor]:
+def _columns_of_units(unit_of: Tensor, device: torch.device) -> list[Tensor]:
     """The columns of each unit."""
-    units = int(unit_of.max()) + 1 if len(unit_of) else 0
     order = unit_of.argsort(stable=True)
     order = order[unit_of[order] >= 0]
-    sizes = torch.bincount(unit_of[order], minlength=units).tolist()
-    return list(order.split(sizes))
+    return list(order.to(device).split(torch.bincount(unit_of[order]).tolist()))
 
 
 def _single_columns(columns: Sequence[Tensor]) -> Tensor | None:
@@ -136,20 +160,9 @@ def _single_columns(columns: Sequence[Tensor]) -> Tensor | None:
     return torch.cat(list(columns)) if columns and all(len(own) == 1 for own in columns) else None
 
 
-def _costs(w_RC: Tensor, inverse_CC: Tensor, columns: Sequence[Tensor]) -> Tensor:
-    single_U = _single_columns(columns)
+def _costs(w_RC: Tensor, inverse_CC: Tensor, columns: Sequence[Tensor], single_U: Tensor | None) -> Tensor:
     if single_U is not None:
-        return _column_costs(w_RC, inverse_CC, single_U)
-    return torch.stack([_cost(w_RC[:, own], inverse_CC[own][:, own]) for own in columns])
-
-
-def _column_costs(w_RC: Tensor, inverse_CC: Tensor, single_U: Tensor) -> Tensor:
-    squares_C: Tensor = torch.linalg.vector_norm(w_RC, dim=0).square()
-    return squares_C[single_U] / inverse_CC.diagonal()[single_U]
-
-
-def _cost(w_RS: Tensor, inverse_SS: Tensor) -> Tensor:
-    if not w_RS.shape[1]:
-        return w_RS.new_zeros(())
-    cost: Tensor = (w_RS.t() * torch.linalg.solve(inverse_SS, w_RS.t())).sum()
-    return cost
+        squares_C: Tensor = torch.linalg.vector_norm(w_RC, dim=0).square()
+        return squares_C[single_U] / inverse_CC.diagonal()[single_U]
+    solved = (torch.linalg.solve(inverse_CC[own][:, own], w_RC[:, own].t()) for own in columns)
+    return torch.stack([(w_RC[:, own].t() * each_SR).sum() for own, each_SR in zip(columns, solved, strict=True)])

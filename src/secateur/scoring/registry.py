@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from secateur.errors import ScoreError, did_you_mean
-from secateur.scoring.evidence import Evidence, Salience
+from secateur.scoring.saliences import Evidence, Salience
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
     "sum": lambda x: x.sum(0),

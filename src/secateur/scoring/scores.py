@@ -20,13 +20,10 @@ from secateur.errors import CheckpointError, ScoreError
 from secateur.files import read_tensors, write_tensors
 from secateur.models.config import check_not_quantised, check_positions
 from secateur.progress import Progress
-from secateur.scoring.collect_activations import GramScore, activation_statistics
-from secateur.scoring.collect_gradients import gradient_statistics
-from secateur.scoring.collect_layer_losses import layer_loss_statistics
-from secateur.scoring.collect_masks import mask_statistics
-from secateur.scoring.evidence import Salience
+from secateur.scoring.collect_backward import gradient_statistics, mask_statistics
+from secateur.scoring.collect_forward import activation_statistics, layer_loss_statistics
 from secateur.scoring.registry import REDUCTIONS, SCORES, check_known
-from secateur.scoring.salience_sums import weight_statistics
+from secateur.scoring.saliences import Salience, weight_statistics
 from secateur.scoring.statistics import Statistics
 from secateur.scoring.unit_scores import check_kinds, unit_scores, units_reached, weights_scored
 
@@ -167,13 +164,12 @@ def statistics_for(
         return weight_statistics(weights, saliences)
     if windows is None:
         raise ScoreError(f"score {name} needs calibration text: give windows of token ids")
-    layers = _layer_numbers(model, discovery)
+    modules = dict(model.named_modules())
+    layers = {path: number for path, number in discovery.layer_paths.items() if path in modules}
     cached: dict[str, Any] = {"layers": [*layers], "layer_cache": layer_cache, "progress": progress}
     if needs in ("gradient", "second order"):
         second_order = needs == "second order"
-        found = gradient_statistics(
-            model, windows, saliences, second_order=second_order, wanted=sorted(wanted), **cached
-        )
+        found = gradient_statistics(model, windows, saliences, second_order=second_order, wanted=wanted, **cached)
     elif needs == "masks":
         dims: dict[str, set[int]] = defaultdict(set)
         for axis in (axis for group in groups for axis in group.axes if axis.weight in wanted):
@@ -182,24 +178,18 @@ def statistics_for(
     elif needs == "losses":
         found = layer_loss_statistics(model, windows, layers, progress=progress)
     else:
-        gram = _gram_score(name, discovery, groups) if needs == "grams" else None
+        names, shapes = {group.name for group in groups}, {weight.name: weight.dims for weight in discovery.weights}
         found = activation_statistics(
-            model, windows, saliences, wanted=wanted, gram_score=gram, layers=layers, progress=progress
+            model,
+            windows,
+            saliences,
+            wanted=wanted,
+            units_of=(lambda weight, dim: units_reached(shapes[weight][dim], names)) if needs == "grams" else None,
+            greedy=name == "obs_greedy",
+            layers=layers,
+            progress=progress,
         )
     return replace(found, calibration=digest(windows))
-
-
-def _gram_score(name: str, discovery: Discovery, groups: Sequence[Group]) -> GramScore:
-    names = {group.name for group in groups}
-    dims = {weight.name: weight.dims for weight in discovery.weights}
-    return GramScore(lambda weight, dim: units_reached(dims[weight][dim], names), greedy=name == "obs_greedy")
-
-
-def _layer_numbers(model: PreTrainedModel, discovery: Discovery) -> dict[str, int]:
-    """Path of a layer -> its number."""
-    paths = discovery.layer_paths
-    modules = dict(model.named_modules())
-    return {path: i for path, i in paths.items() if path in modules}
 
 
 def _saliences_beside(name: str) -> dict[str, Salience]:
@@ -226,14 +216,8 @@ def save_scores(path: Path, scores: Scores) -> None:
     ...     load_scores(Path(folder) / "s.safetensors").units
     {'hidden': tensor([1., 2.])}
     """
-    metadata = {
-        "score": scores.score,
-        "reduce": scores.reduce,
-        "calibration": scores.calibration,
-        "loss": scores.loss,
-        "seed": scores.seed,
-        "options": None if scores.options is None else asdict(scores.options),
-    }
+    metadata = asdict(replace(scores, units={}))
+    del metadata["units"]
     write_tensors(path, scores.units, metadata)
 
 

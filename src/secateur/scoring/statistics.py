@@ -18,6 +18,8 @@ from torch import Tensor
 from secateur.errors import CheckpointError, ScoreError
 from secateur.files import read_tensors, write_tensors
 
+METADATA = ("reads", "loss", "samples", "tokens", "calibration")  # fields that are no tensors, as in the file
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -81,32 +83,16 @@ def save_statistics(path: Path, statistics: Statistics, *, about: str = "") -> N
     >>> loaded.loss, [sums.tolist() for sums in loaded.sums["l1"]["w"]]
     (1.5, [[1.0, 1.0], [0.0, 0.0, 0.0]])
     """
-    tensors = {
-        f"sums/{score}/{dim}/{weight}": sums
-        for score, by_weight in statistics.sums.items()
-        for weight, dims in by_weight.items()
-        for dim, sums in enumerate(dims)
-    }
-    tensors |= {
-        f"units/{score}/{group}/{axis}": values
-        for score, by_group in statistics.units.items()
-        for group, by_axis in by_group.items()
-        for axis, values in by_axis.items()
-    }
-    tensors |= {
-        f"masks/{dim}/{weight}": derivatives
-        for weight, by_dim in statistics.masks.items()
-        for dim, derivatives in by_dim.items()
-    }
-    metadata = {
-        "about": about,
-        "reads": dict(statistics.reads),
-        "loss": statistics.loss,
-        "samples": statistics.samples,
-        "tokens": statistics.tokens,
-        "calibration": statistics.calibration,
-    }
-    write_tensors(path, tensors, metadata)
+    tensors: dict[str, Tensor] = {}
+    for score, by_weight in statistics.sums.items():
+        for weight, dims in by_weight.items():
+            tensors |= {f"sums/{score}/{dim}/{weight}": sums for dim, sums in enumerate(dims)}
+    for score, by_group in statistics.units.items():
+        for group, by_axis in by_group.items():
+            tensors |= {f"units/{score}/{group}/{axis}": values for axis, values in by_axis.items()}
+    for weight, by_dim in statistics.masks.items():
+        tensors |= {f"masks/{dim}/{weight}": derivatives for dim, derivatives in by_dim.items()}
+    write_tensors(path, tensors, {"about": about, **{key: getattr(statistics, key) for key in METADATA}})
 
 
 def load_statistics(path: Path, *, about: str = "") -> Statistics:
@@ -136,9 +122,9 @@ def load_statistics(path: Path, *, about: str = "") -> Statistics:
                 score: {weight: tuple(dims[i] for i in range(len(dims))) for weight, dims in by_weight.items()}
                 for score, by_weight in sums.items()
             },
-            units={score: {group: dict(axes) for group, axes in groups.items()} for score, groups in units.items()},
-            masks=dict(masks),
-            **{key: metadata[key] for key in ("reads", "loss", "samples", "tokens", "calibration")},
+            units=units,
+            masks=masks,
+            **{key: metadata[key] for key in METADATA},
         )
     except (CheckpointError, KeyError, ValueError, TypeError) as error:
         raise ScoreError(f"{path} holds no statistics ({error}); expected what save_statistics writes") from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.discovery.algebra import Expression, units_along, variables_in
-from secateur.discovery.groups import Discovery, Group, Weight
+from secateur.discovery.groups import Discovery, Group
 from secateur.errors import ScoreError
 from secateur.scoring.registry import REDUCTIONS, SCORES
 from secateur.scoring.statistics import Statistics
@@ -101,7 +101,8 @@ def _salience_axes(
                 raise ScoreError(f"there is no gradient for the weight {weight.name}: the loss does not depend on it")
             continue  # a weight that no cut touches may have none
         for dim, expression in enumerate(weight.dims):
-            if how.needs == "inputs" and not _is_read(weight, dim, statistics):
+            counts_experts = dim == 0 and len(weight.dims) > 2
+            if how.needs == "inputs" and not counts_experts and dim != statistics.reads[weight.name]:
                 continue  # scores of inputs count the axes that read the units alone
             channels_S = sums[weight.name][dim].abs() if how.signed else sums[weight.name][dim]
             for group, unit_of_S in units_reached(expression, units).items():
@@ -113,11 +114,6 @@ def _salience_axes(
             whole = [REDUCTIONS[reduce](torch.stack(layers[i])[:, None]) for i in range(each.units)]
             axes[each.name] = [torch.cat(whole)]
     return axes
-
-
-def _is_read(weight: Weight, dim: int, statistics: Statistics) -> bool:
-    """Whether a dimension meets the inputs, or counts the experts of a stack."""
-    return dim == statistics.reads[weight.name] or (dim == 0 and len(weight.dims) > 2)
 
 
 def _mask_axes(discovery: Discovery, statistics: Statistics, groups: Sequence[Group]) -> dict[str, list[Tensor]]:

@@ -10,9 +10,10 @@ Axes: B samples, T tokens, R rows of a weight (dimension 0), C columns (dimensio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -115,83 +116,60 @@ class Capture:
         """Capture the gradients of the model's parameters until the stack is closed."""
         by_autograd = self.context.layout.by_autograd
         for name in by_autograd:
-            hook = self.context.parameters[name].register_post_accumulate_grad_hook(self._grad_hook(name))
+            hook = self.context.parameters[name].register_post_accumulate_grad_hook(partial(self._grad_hook, name))
             stack.callback(hook.remove)
         for module in model.modules():
-            names = {attribute: name for attribute, name in self._own(module) if name not in by_autograd}
+            own = {key: self._name_of.get(id(parameter)) for key, parameter in module.named_parameters(recurse=False)}
+            names = {key: name for key, name in own.items() if name is not None and name not in by_autograd}
             if names:
                 hook_of = self._embedding_hook if isinstance(module, nn.Embedding) else self._linear_hook
-                stack.callback(module.register_forward_hook(hook_of(module, names)).remove)
+                stack.callback(module.register_forward_hook(partial(hook_of, names)).remove)
 
-    def _own(self, module: nn.Module) -> Iterator[tuple[str, str]]:
-        for attribute, parameter in module.named_parameters(recurse=False):
-            name = self._name_of.get(id(parameter))
-            if name is not None:
-                yield attribute, name
+    def _linear_hook(self, names: Mapping[str, str], module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None  # a forward pass without a graph: it runs again in the backward pass
+        left_is_input, output = isinstance(module, Conv1D), _requiring_gradient(output)
+        held, first, samples = [args[0].detach()], self.context.running.first, self.context.running.count
 
-    def _linear_hook(self, module: nn.Module, names: Mapping[str, str]) -> Callable[..., Tensor | None]:
-        left_is_input = isinstance(module, Conv1D)
+        def take(d: Tensor) -> None:
+            x_BTC = _by_sample(held.pop(), samples)  # popped: autograd keeps this function to the end of the pass
+            d_BTR = _by_sample(d.detach(), samples)
+            if "bias" in names:
+                self.visitor.add_vector(names["bias"], first, d_BTR.float().sum(1))
+                self._count(names["bias"], samples)
+            if "weight" in names:
+                left, right = (x_BTC, d_BTR) if left_is_input else (d_BTR, x_BTC)
+                self.visitor.add_factors(names["weight"], Factors(first, left, right, left_is_input))
+                self._count(names["weight"], samples)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None  # a forward pass without a graph: it runs again in the backward pass
-            output, replaced = _requiring_gradient(output)
-            held, first, samples = [args[0].detach()], self.context.running.first, self.context.running.count
+        output.register_hook(take)
+        return output
 
-            def take(d: Tensor) -> None:
-                x_BTC = _by_sample(held.pop(), samples)  # popped: autograd keeps this function to the end of the pass
-                d_BTR = _by_sample(d.detach(), samples)
-                if "bias" in names:
-                    self.visitor.add_vector(names["bias"], first, d_BTR.float().sum(1))
-                    self._count(names["bias"], samples)
-                if "weight" in names:
-                    left, right = (x_BTC, d_BTR) if left_is_input else (d_BTR, x_BTC)
-                    self.visitor.add_factors(names["weight"], Factors(first, left, right, left_is_input))
-                    self._count(names["weight"], samples)
+    def _embedding_hook(self, names: Mapping[str, str], _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        ids, first, samples = args[0].detach(), self.context.running.first, self.context.running.count
+        if output.shape[0] == 1 < samples:  # the same for every sample, such as positions: each gets its gradient
+            ids, output = ids.expand(samples, -1), output.expand(samples, -1, -1)
+        output = _requiring_gradient(output)
 
-            output.register_hook(take)
-            return replaced
+        def take(d: Tensor) -> None:
+            ids_BT = ids.reshape(samples, -1)
+            self.visitor.add_factors(names["weight"], Factors(first, ids_BT, d.detach().reshape(*ids_BT.shape, -1)))
+            self._count(names["weight"], samples)
 
-        return hook
+        output.register_hook(take)
+        return output
 
-    def _embedding_hook(self, module: nn.Module, names: Mapping[str, str]) -> Callable[..., Tensor | None]:
-        name = names["weight"]
-
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            ids, first, samples = args[0].detach(), self.context.running.first, self.context.running.count
-            expanded = None
-            if output.shape[0] == 1 < samples:  # the same for every sample, such as positions: each gets its gradient
-                ids = ids.expand(samples, -1)
-                output = expanded = output.expand(samples, -1, -1)
-            output, replaced = _requiring_gradient(output)
-
-            def take(d: Tensor) -> None:
-                ids_BT = ids.reshape(samples, -1)
-                d_BTC = d.detach().reshape(*ids_BT.shape, -1)
-                self.visitor.add_factors(name, Factors(first, ids_BT, d_BTC))
-                self._count(name, samples)
-
-            output.register_hook(take)
-            return expanded if replaced is None else replaced
-
-        return hook
-
-    def _grad_hook(self, name: str) -> Callable[[Tensor], None]:
-        context = self.context
-
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return
-            gradient = parameter.grad.detach().float() / context.loss_scale
-            parameter.grad = None
-            self.visitor.add_gradient(name, context.running.first, gradient)
-            # With all samples in one backward pass, autograd has added up all uses, unless other text has more of them.
-            if context.running.depth == 0 and name not in context.layout.conditional:
-                self.visitor.finish(name)
-
-        return hook
+    def _grad_hook(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        running, gradient = self.context.running, parameter.grad.detach().float() / self.context.loss_scale
+        parameter.grad = None
+        self.visitor.add_gradient(name, running.first, gradient)
+        # With all samples in one backward pass, autograd has added up all uses, unless other text has more of them.
+        if running.depth == 0 and name not in self.context.layout.conditional:
+            self.visitor.finish(name)
 
     def _count(self, name: str, samples: int) -> None:
         self._samples_seen[name] += samples
@@ -199,12 +177,8 @@ class Capture:
             self.visitor.finish(name)
 
 
-def _requiring_gradient(output: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The output as a tensor that gets a gradient, and the new tensor, where it had to be another one."""
-    if output.requires_grad:
-        return output, None
-    output = output.detach().requires_grad_(True)
-    return output, output
+def _requiring_gradient(output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_(True)
 
 
 def _by_sample(x: Tensor, samples: int) -> Tensor:

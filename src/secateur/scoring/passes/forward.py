@@ -1,7 +1,7 @@
-"""Calibration windows -> a forward pass in parts: where token ids go in, the base model, the output head.
+"""Calibration windows -> a forward pass in parts: where token ids go in, the base model, the output head, the loss.
 
 Logits (tokens x vocabulary) are the largest tensor of a forward pass. So the base model runs on all samples at once,
-and the output head on a few at a time. Axes: B samples, T tokens, D hidden, V vocabulary.
+and the output head on a few at a time. Axes: B samples, T tokens, N tokens of all samples, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 PROBE_SAMPLES, PROBE_TOKENS = 2, 7
 LOGITS_BYTES = 2**25  # float32 logits that are held at once
+LOSS_ROWS = 64  # rows of logits that are made probabilities at once
+NO_LABEL = -100
 EAGER = "eager"  # transformers' name for code that computes experts one after the other
 
 
@@ -50,17 +53,6 @@ def rows_per_sample(tensor: Tensor, samples: int) -> int | None:
         return None
     size = tensor.shape[0]
     return size // samples if size >= samples and size % samples == 0 else None
-
-
-def logit_chunks(samples: int, length: int, vocabulary: int) -> Iterator[slice]:
-    """Ranges of samples whose float32 logits fit into `LOGITS_BYTES`; at least one sample each.
-
-    >>> list(logit_chunks(3, 4096, 2048))
-    [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)]
-    """
-    at_once = max(1, LOGITS_BYTES // (vocabulary * length * 4))
-    for first in range(0, samples, at_once):
-        yield slice(first, min(first + at_once, samples))
 
 
 @contextmanager
@@ -111,15 +103,13 @@ class OutputHead:
             return None
         return cls(model, base)
 
-    @property
-    def vocabulary(self) -> int:
-        """The number of logits of a token."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
-
     def chunks(self, ids_BT: Tensor) -> Iterator[slice]:
-        """Ranges of samples whose logits are held at once."""
+        """Ranges of samples whose float32 logits fit into `LOGITS_BYTES`; at least one sample each."""
         samples, length = ids_BT.shape
-        return logit_chunks(samples, length, self.vocabulary)
+        vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        at_once = max(1, LOGITS_BYTES // (vocabulary * length * 4))
+        for first in range(0, samples, at_once):
+            yield slice(first, min(first + at_once, samples))
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Run the base model: the last hidden states, B x T x D."""
@@ -141,11 +131,8 @@ class OutputHead:
         def record(_: nn.Module, __: Any, output: Any) -> None:
             self.base_output[:] = [output]
 
-        handle = self.base.register_forward_hook(record)
-        try:
+        with self.base.register_forward_hook(record):
             yield
-        finally:
-            handle.remove()
 
     def reproduces(self, ids_BT: Tensor, logits_BTV: Tensor) -> bool:
         """Whether the recorded hidden states alone decide the logits of the whole model."""
@@ -175,3 +162,41 @@ def split_output_head(model: PreTrainedModel, ids_BT: Tensor) -> OutputHead | No
     with head.recording():
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     return head if head.reproduces(ids_BT, logits_BTV) else None
+
+
+def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, weight: float) -> Tensor:
+    """The sum over all tokens but the first of their cross-entropy (nats), times a weight: a float64 scalar.
+
+    It holds no second tensor of the logits' size but their gradient. Its backward pass takes it for the end of the
+    graph: it ignores a factor from outside.
+
+    >>> loss = next_token_loss(torch.zeros(1, 3, 8), torch.tensor([[0, 1, 2]]), 0.5)
+    >>> round(float(loss), 4)  # ln 8 for each of two tokens
+    2.0794
+    """
+    labels_N = functional.pad(ids_BT[:, 1:], (0, 1), value=NO_LABEL).flatten().to(logits_BTV.device)
+    loss: Tensor = _CrossEntropy.apply(logits_BTV.flatten(0, 1), labels_N, weight)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, weight: float) -> Tensor:
+        gradient_NV = torch.empty_like(logits_NV)
+        total = torch.zeros((), dtype=torch.float64)
+        for first in range(0, len(logits_NV), LOSS_ROWS):
+            rows = slice(first, min(first + LOSS_ROWS, len(logits_NV)))
+            labelled_N1 = (labels_N[rows] != NO_LABEL)[:, None]
+            label_N1 = labels_N[rows, None].clamp_min(0)
+            # log p, then in place p - [v = label]: the gradient of the cross-entropy by the logits.
+            p_NV = torch.log_softmax(logits_NV[rows].float(), -1)
+            total -= p_NV.gather(1, label_N1).where(labelled_N1, 0).sum().double().cpu()
+            p_NV.exp_().scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=p_NV.dtype))
+            gradient_NV[rows] = p_NV.mul_(labelled_N1 * weight)
+        ctx.save_for_backward(gradient_NV)
+        return (total * weight).to(logits_NV.device)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV, None, None  # `outer` is 1

@@ -12,8 +12,9 @@ Axes: B samples, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ from secateur import processes
 from secateur.errors import ScoreError
 from secateur.progress import Progress
 from secateur.scoring.passes.capture import Capture, GradientVisitor, PassContext, PassProgress
-from secateur.scoring.passes.forward import input_device, replaced_forward
-from secateur.scoring.passes.loss import next_token_loss
+from secateur.scoring.passes.forward import input_device, next_token_loss, replaced_forward
 from secateur.scoring.passes.mask_gradients import MaskGradients, MaskVisit
 from secateur.scoring.passes.probe import Layout, probe
 from secateur.scoring.passes.recomputation import Recomputation, Recompute, SampleRange
@@ -40,7 +40,7 @@ def stream_gradients(
     windows: Tensor,
     visit: WeightVisit,
     *,
-    wanted: Sequence[str] | None = None,
+    wanted: Collection[str] | None = None,
     second_order: bool = False,
     recompute: Recompute | None = None,
     progress: Progress | None = None,
@@ -62,9 +62,7 @@ def stream_gradients(
     >>> largest["model.decoder.layers.0.fc1.weight"] > 0
     True
     """
-    names = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-    names = names if wanted is None else names & set(wanted)
-    gradient_pass = _GradientPass(model, windows, names, second_order, recompute or Recompute())
+    gradient_pass = _GradientPass(model, windows, wanted, second_order, recompute or Recompute())
     return gradient_pass.run(lambda context: WeightGradients(context, visit, second_order=second_order), progress)
 
 
@@ -73,7 +71,7 @@ def stream_masks(
     windows: Tensor,
     visit: MaskVisit,
     *,
-    wanted: Sequence[str] | None = None,
+    wanted: Collection[str] | None = None,
     recompute: Recompute | None = None,
     progress: Progress | None = None,
 ) -> float:
@@ -91,9 +89,8 @@ def stream_masks(
     >>> shapes["model.decoder.layers.0.fc2.weight", 1]
     (2, 24)
     """
-    names = {name for name, p in model.named_parameters() if p.is_floating_point() and p.dim() > 1}
-    names = names if wanted is None else names & set(wanted)
-    gradient_pass = _GradientPass(model, windows, names, True, recompute or Recompute())
+    matrices = [n for n, p in model.named_parameters() if p.dim() > 1 and (wanted is None or n in wanted)]
+    gradient_pass = _GradientPass(model, windows, matrices, True, recompute or Recompute())
     return gradient_pass.run(lambda context: MaskGradients(context, visit), progress)
 
 
@@ -101,15 +98,21 @@ class _GradientPass:
     """One forward and one backward pass."""
 
     def __init__(
-        self, model: PreTrainedModel, windows: Tensor, wanted: set[str], second_order: bool, recompute: Recompute
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        wanted: Collection[str] | None,
+        second_order: bool,
+        recompute: Recompute,
     ) -> None:
         _check_in_memory(model)
         self.model, self.second_order, self.recompute = model, second_order, recompute
         self.windows, self.all_samples = processes.share_of(windows), len(windows)
         self.samples, self.length = self.windows.shape  # of this process
         self.running = SampleRange(0, self.samples)
-        self.parameters = {name: p for name, p in model.named_parameters() if name in wanted}
-        self.ids = {id(parameter) for parameter in self.parameters.values()}
+        self.parameters = {
+            n: p for n, p in model.named_parameters() if p.is_floating_point() and (wanted is None or n in wanted)
+        }
         float16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self.loss_scale = FLOAT16_LOSS_SCALE if float16 else 1.0
 
@@ -118,8 +121,16 @@ class _GradientPass:
         with ExitStack() as stack, torch.enable_grad():
             stack.enter_context(_restored(self.model))
 
-            # 1. Probe the model with two short samples: which gradients are products, which layers fit into memory.
-            layout = self._probe()
+            # 1. Probe the model with two short samples: which gradients are products, which layers fit into memory. In
+            #    its pass, what autograd saves is measured: the graph has to begin where the real one will.
+            traced = {id(each) for each in (*self.parameters.values(), self.model.get_input_embeddings().weight)}
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in traced)
+            memory = 0 if self.recompute.layer_cache else self.recompute.memory  # only recomputed layers are cached
+            layers, squares = self.recompute.layers, self.second_order
+            layout = probe(
+                self.model, self.windows, self.parameters, second_order=squares, layers=layers, memory=memory
+            )
             context = PassContext(
                 parameters=self.parameters,
                 layout=layout,
@@ -154,43 +165,22 @@ class _GradientPass:
             visitor.finish_rest()
         return float(loss)
 
-    def _probe(self) -> Layout:
-        # In the probe's pass, what autograd saves is measured: the graph has to begin where the real one will.
-        embeddings = id(self.model.get_input_embeddings().weight)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in self.ids or id(parameter) == embeddings)
-        return probe(
-            self.model,
-            self.windows,
-            self.parameters,
-            second_order=self.second_order,
-            layers=self.recompute.layers,
-            memory=0 if self.recompute.layer_cache else self.recompute.memory,  # only recomputed layers are cached
-        )
-
     def _replace_recomputed(self, context: PassContext, visitor: GradientVisitor, stack: ExitStack) -> None:
         layout = context.layout
         complete = layout.by_autograd - layout.conditional - layout.tied  # parameters, once their module is done
-
-        def may_skip(path: str) -> bool:
-            return (
-                not self._names_within(path) & layout.tied
-            )  # of tied weights, another part of the gradient is missing
 
         def finish_module(path: str) -> None:
             for name in sorted(self._names_within(path) & complete):  # in the same order in all processes
                 visitor.finish(name)
 
-        def skip_module(path: str) -> None:
-            context.progress.finish(*self._names_within(path))
-
         recomputation = Recomputation(
             self.running,
             layout.calls,
             self.recompute.layer_cache,
-            may_skip=may_skip,
+            # Of tied weights, another part of the gradient would be missing.
+            may_skip=lambda path: not self._names_within(path) & layout.tied,
             on_done=finish_module,
-            on_skipped=skip_module,
+            on_skipped=lambda path: context.progress.finish(*self._names_within(path)),
         )
         for path, module in self.model.named_modules():
             chunk = self._chunk(path, layout)
@@ -213,14 +203,14 @@ class _GradientPass:
 
     def _report_layers(self, progress: PassProgress, stack: ExitStack) -> None:
         """Report each layer of the forward pass."""
+
+        def report(size: int, *_: Any) -> None:
+            if self.running.depth == 0:
+                progress.advance(size)
+
         for path in self.recompute.layers:
             size = sum(self.parameters[name].numel() for name in self._names_within(path))
-
-            def hook(*_: Any, size: int = size) -> None:
-                if self.running.depth == 0:
-                    progress.advance(size)
-
-            stack.callback(self.model.get_submodule(path).register_forward_hook(hook).remove)
+            stack.callback(self.model.get_submodule(path).register_forward_hook(partial(report, size)).remove)
 
     def _forward_and_backward(self, layout: Layout) -> float:
         """Run all samples through the model and back; returns their part of the mean loss."""

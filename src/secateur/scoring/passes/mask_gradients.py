@@ -37,11 +37,9 @@ class MaskGradients:
             return
         weight_RC = self.context.parameters[name].detach()
         if factors.left_is_input:
-            x_BTR, d_BTC = factors.left, factors.right
-            dim, x, gradient = 0, x_BTR, d_BTC.to(weight_RC.dtype) @ weight_RC.t()
+            dim, x, gradient = 0, factors.left, factors.right.to(weight_RC.dtype) @ weight_RC.t()
         else:
-            d_BTR, x_BTC = factors.left, factors.right
-            dim, x, gradient = 1, x_BTC, d_BTR.to(weight_RC.dtype) @ weight_RC
+            dim, x, gradient = 1, factors.right, factors.left.to(weight_RC.dtype) @ weight_RC
         self._add(name, dim, factors.first, (gradient.float() * x.float()).sum(1) / self.context.loss_scale)
 
     def add_vector(self, name: str, first: int, gradient_BR: Tensor) -> None:

@@ -7,8 +7,9 @@ They are measured on two short samples and scaled to all windows. From them foll
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +19,17 @@ from transformers import PreTrainedModel
 from secateur import processes
 from secateur.scoring.passes.forward import PROBE_SAMPLES, PROBE_TOKENS, input_device, probe_windows
 
-SPARE_SHARE = 0.2  # activations may take this share of the bytes of the weights
 LEAST_BYTES = 3 * 2**29  # weights and activations together may always take this much
 
 
-def activation_budget(model: PreTrainedModel) -> int:
+def activation_budget(model: nn.Module) -> int:
     """Bytes of activations that may be held instead of computed again: a fifth of the weights, more of a small model.
 
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> activation_budget(AutoModelForCausalLM.from_config(config)) > 2**30
-    True
+    >>> activation_budget(nn.Linear(2**12, 2**12, bias=False)) / 2**20
+    1472.0
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return max(int(weights * SPARE_SHARE), LEAST_BYTES - weights)
+    return max(int(weights * 0.2), LEAST_BYTES - weights)
 
 
 class ActivationMemory:
@@ -48,20 +46,14 @@ class ActivationMemory:
         """While open, a forward pass over the probe windows (with gradients) is measured."""
         self._seen.update({weight.untyped_storage().data_ptr(): weight for weight in model.parameters()})
 
-        def enter(path: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                self._layer = path
-
-            return hook
-
-        def leave(*_: Any) -> None:
-            self._layer = None
+        def running(layer: str | None, *_: Any) -> None:
+            self._layer = layer
 
         with ExitStack() as stack:
             for path in self.layers:
                 module = model.get_submodule(path)
-                stack.callback(module.register_forward_pre_hook(enter(path)).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
+                stack.callback(module.register_forward_pre_hook(partial(running, path)).remove)
+                stack.callback(module.register_forward_hook(partial(running, None)).remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor))
             yield
 

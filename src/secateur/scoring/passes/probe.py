@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def probe(
     fit into `memory` bytes are held, the others recomputed. The parameters must require gradients as in the real pass.
     """
     ids_BT = probe_windows(windows).to(input_device(model))
-    products = _ProductModules(model, parameters, ids_BT)
+    products = _ProductModules(parameters, ids_BT)
     head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows)
 
     # 1. One forward pass, watched: which operators and which modules use a parameter, and what autograd saves.
@@ -128,7 +129,7 @@ class _OperatorUses(TorchFunctionMode):
 class _ProductModules:
     """Linear layers and embeddings: which parameters they own, and how often each is called."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], ids_BT: Tensor) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], ids_BT: Tensor) -> None:
         self.samples, self.tokens = ids_BT.shape
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
         self.calls: Counter[str] = Counter()  # by parameter
@@ -165,11 +166,7 @@ class _ProductModules:
 
 
 def _without_numbers(name: str) -> str:
-    """A name without its numbers: the same for all layers and experts.
-
-    >>> _without_numbers("layers.0.experts.3.weight")
-    'layers.*.experts.*.weight'
-    """
+    """A name without its numbers: the same for all layers and experts, such as `layers.*.experts.*.weight`."""
     return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
 
 
@@ -185,38 +182,31 @@ def _independent_modules(
 ) -> tuple[set[str], Counter[str]]:
     """Of the modules `apart`, those around them and the recomputed ones: which are independent; the calls of each."""
     candidates = {path for each in apart for path in _path_and_parents(each)} | set(recomputed)
-    independent: dict[str, bool] = {}
     calls: Counter[str] = Counter()
+    dependent: set[str] = set()
     testing = False  # the test runs modules, whose hooks must not test in turn
 
-    def hook_of(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal testing
-            if not testing:
-                testing = True
-                calls[path] += 1
-                independent[path] = independent.get(path, True) and _is_independent(
-                    module, (args, kwargs), output, len(ids_BT)
-                )
-                testing = False
-
-        return hook
+    def test(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal testing
+        if testing:
+            return
+        testing = True
+        calls[path] += 1
+        if path not in dependent and not _is_independent(module, (args, kwargs), output, len(ids_BT)):
+            dependent.add(path)
+        testing = False
 
     if candidates:
         with ExitStack() as stack:
             for path in candidates:
-                hook = model.get_submodule(path).register_forward_hook(hook_of(path), with_kwargs=True)
+                hook = model.get_submodule(path).register_forward_hook(partial(test, path), with_kwargs=True)
                 stack.callback(hook.remove)
             model(input_ids=ids_BT, use_cache=False)
-    return {path for path, verdict in independent.items() if verdict}, calls
+    return calls.keys() - dependent, calls
 
 
 def _path_and_parents(path: str) -> list[str]:
-    """A path and those of the modules around it, except the model itself.
-
-    >>> _path_and_parents("model.layers.0")
-    ['model.layers.0', 'model.layers', 'model']
-    """
+    """A path and those of the modules around it, except the model itself: a.b.c -> a.b.c, a.b, a."""
     pieces = path.split(".") if path else []
     return [".".join(pieces[:i]) for i in range(len(pieces), 0, -1)]
 

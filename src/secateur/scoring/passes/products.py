@@ -2,20 +2,27 @@
 
 Products are observed where they are computed, not by the module that computes them: a weight, or one matrix of a stack
 of weights, that is an operand of `linear`, `matmul`, `mm`, `addmm` or `bmm`. So linear layers of any kind, `Conv1D` and
-stacked experts look alike. Axes: N tokens, C features (columns of the weight).
+stacked experts look alike. All samples go forward together, so when a layer is done, all inputs of its weights have
+been seen. Axes: B samples, T tokens, N tokens of all samples, C features (columns of the weight), D hidden.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from secateur.progress import Progress
+from secateur.scoring.passes.forward import eager_experts, input_device, probe_windows, split_output_head
 
 
 class Operands(NamedTuple):
@@ -28,56 +35,11 @@ class Operands(NamedTuple):
 
 OPERATORS: dict[Any, Operands] = {
     functional.linear: Operands(0, 1, bias=2),
-    torch.matmul: Operands(0, 1),
-    Tensor.matmul: Operands(0, 1),
-    Tensor.__matmul__: Operands(0, 1),
-    torch.mm: Operands(0, 1),
-    Tensor.mm: Operands(0, 1),
-    torch.bmm: Operands(0, 1),
-    Tensor.bmm: Operands(0, 1),
     torch.addmm: Operands(1, 2, bias=0),
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), Operands(0, 1)
+    ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _OperatorCall:
-    """An operator with its arguments, one of which is a view of a weight."""
-
-    operator: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def inputs(self) -> Tensor:
-        inputs: Tensor = self.args[OPERATORS[self.operator].inputs]
-        return inputs
-
-    @property
-    def matrix(self) -> Tensor:
-        matrix: Tensor = self.args[OPERATORS[self.operator].matrix]
-        return matrix
-
-    @property
-    def bias(self) -> Any:
-        at = OPERATORS[self.operator].bias
-        return self.args[at] if at is not None and len(self.args) > at else self.kwargs.get("bias")
-
-    @property
-    def contracted(self) -> int:
-        """The matrix's dimension that is summed over: the last one in `linear`, the one before in all others."""
-        return self.matrix.dim() - (1 if self.operator is functional.linear else 2)
-
-    def repeat(self, inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """The same product with other operands."""
-        operands = OPERATORS[self.operator]
-        args, kwargs = list(self.args), dict(self.kwargs)
-        args[operands.inputs], args[operands.matrix] = inputs, matrix
-        if operands.bias is not None and len(args) > operands.bias:
-            args[operands.bias] = bias
-        elif "bias" in kwargs:
-            kwargs["bias"] = bias
-        result: Tensor = self.operator(*args, **kwargs)
-        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +49,36 @@ class WeightProduct:
     weight: str  # its name
     dim: int  # the weight's dimension that meets the inputs
     parts: tuple[tuple[int | None, Tensor], ...]  # index of the matrix in a stack (or None), inputs N x C
-    call: _OperatorCall
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     weight_offset: int  # of the weight in its storage
 
     @property
     def inputs(self) -> Tensor:
         """All inputs, in the shape of the call."""
-        return self.call.inputs
+        inputs: Tensor = self.args[OPERATORS[self.operator].inputs]
+        return inputs
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias of the call, if it is a parameter."""
-        return self.call.bias if isinstance(self.call.bias, nn.Parameter) else None
+        at = OPERATORS[self.operator].bias
+        bias = self.args[at] if at is not None and len(self.args) > at else self.kwargs.get("bias")
+        return bias if isinstance(bias, nn.Parameter) else None
 
     def compute(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same product of other inputs with another weight, laid out in memory as the first, and its bias."""
-        view = self.call.matrix
-        matrix = weight.as_strided(view.shape, view.stride(), view.storage_offset() - self.weight_offset)
-        return self.call.repeat(inputs, matrix, bias)
+        operands, args, kwargs = OPERATORS[self.operator], list(self.args), dict(self.kwargs)
+        view: Tensor = args[operands.matrix]
+        args[operands.inputs] = inputs
+        args[operands.matrix] = weight.as_strided(view.shape, view.stride(), view.storage_offset() - self.weight_offset)
+        if operands.bias is not None and len(args) > operands.bias:
+            args[operands.bias] = bias
+        elif "bias" in kwargs:
+            kwargs["bias"] = bias
+        result: Tensor = self.operator(*args, **kwargs)
+        return result
 
 
 class WeightProducts(TorchFunctionMode):
@@ -119,37 +93,36 @@ class WeightProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in OPERATORS:
-            operands = OPERATORS[func]
-            if (
-                len(args) > operands.matrix
-                and isinstance(args[operands.inputs], Tensor)
-                and isinstance(args[operands.matrix], Tensor)
-            ):
-                product = self._product(_OperatorCall(func, args, kwargs))
+        operands = OPERATORS.get(func)
+        if operands is not None and len(args) > operands.matrix:
+            inputs, matrix = args[operands.inputs], args[operands.matrix]
+            if isinstance(inputs, Tensor) and isinstance(matrix, Tensor):
+                product = self._product(func, args, kwargs, inputs, matrix)
                 result = None if product is None else self.observe(product)
                 if result is not None:
                     return result
         return func(*args, **kwargs)
 
-    def _product(self, call: _OperatorCall) -> WeightProduct | None:
-        inputs, matrix = call.inputs, call.matrix
+    def _product(
+        self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Tensor, matrix: Tensor
+    ) -> WeightProduct | None:
         features = inputs.shape[-1]
+        contracted = matrix.dim() - (1 if operator is functional.linear else 2)  # `linear` transposes its matrix
         for name, weight in self.by_storage.get(matrix.untyped_storage().data_ptr(), ()):
             index = _index_in_stack(matrix, weight)
             if index == ():
                 continue
             # The weight's dimension that is contracted has the stride of the matrix's, whatever views lie between.
-            stride = matrix.stride(call.contracted)
+            stride = matrix.stride(contracted)
             dims = [d for d in range(weight.dim()) if weight.stride(d) == stride and weight.shape[d] == features]
-            if len(dims) != 1 or matrix.shape[call.contracted] != features:
+            if len(dims) != 1 or matrix.shape[contracted] != features:
                 continue
             parts: tuple[tuple[int | None, Tensor], ...]
             if matrix.dim() == 3:  # a stack: each matrix has inputs of its own
                 parts = tuple((i, inputs[i].detach()) for i in range(len(matrix)))
             else:
                 parts = ((index[0] if index is not None else None, inputs.detach().reshape(-1, features)),)
-            return WeightProduct(name, dims[0], parts, call, int(weight.storage_offset()))
+            return WeightProduct(name, dims[0], parts, operator, args, kwargs, int(weight.storage_offset()))
         return None
 
 
@@ -162,3 +135,79 @@ def _index_in_stack(matrix: Tensor, weight: Tensor) -> tuple[int, ...] | None:
         return ()
     index, rest = divmod(int(offset), int(weight.stride(0)))
     return (index,) if rest == 0 and 0 <= index < len(weight) else ()
+
+
+# Name of a weight, its dimension that meets the inputs, the index in a stack (or None), and the inputs N x C.
+InputVisit = Callable[[str, int, int | None, Tensor], None]
+# Path of a layer and the hidden states before and after it, B x T x D.
+LayerVisit = Callable[[str, Tensor, Tensor], None]
+
+
+@torch.no_grad()
+def stream_inputs(
+    model: PreTrainedModel,
+    windows: Tensor,
+    visit: InputVisit,
+    *,
+    wanted: Collection[str] | None = None,
+    layers: Sequence[str] = (),
+    visit_layer: LayerVisit | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run the windows (int64, samples x length) through the model and visit the inputs of each product with a weight.
+
+    `wanted` names the weights (by default, all of two or more dimensions), `layers` the modules that are visited.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, shapes = AutoModelForCausalLM.from_config(config), {}
+    >>> def visit(weight, dim, index, x_NC):
+    ...     shapes[weight] = dim, tuple(x_NC.shape)
+    >>> stream_inputs(model, torch.arange(20).reshape(2, 10), visit)
+    >>> shapes["model.decoder.layers.0.fc2.weight"]
+    (1, (20, 24))
+    """
+    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and (wanted is None or n in wanted)}
+    ids_BT = windows.to(input_device(model))
+
+    def observe(product: WeightProduct) -> None:
+        for index, x_NC in product.parts:
+            visit(product.weight, product.dim, index, x_NC)
+
+    def hook(path: str, done: int, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs.get("hidden_states")
+        after = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape and visit_layer:
+            visit_layer(path, before, after)
+        if progress is not None:
+            progress(done, len(layers))
+
+    with ExitStack() as stack:
+        stack.enter_context(eager_experts(model))
+        head = split_output_head(model, probe_windows(windows).to(ids_BT.device))
+        for done, path in enumerate(layers, 1):
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_hook(partial(hook, path, done), with_kwargs=True).remove)
+        stack.enter_context(WeightProducts(weights, observe))
+        if head is None:
+            model(input_ids=ids_BT, use_cache=False)
+            return
+        hidden_BTD = head.hidden(ids_BT)
+        for some in head.chunks(ids_BT):
+            head.logits(hidden_BTD[some], ids_BT[some])
+
+
+def input_dims(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
+    """The dimension along which each weight meets its inputs, seen in a pass over these ids (samples x length).
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> input_dims(model, torch.arange(20).reshape(2, 10))["model.decoder.layers.0.fc2.weight"]
+    1
+    """
+    dims: dict[str, int] = {}
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    with torch.no_grad(), eager_experts(model), WeightProducts(weights, lambda p: dims.update({p.weight: p.dim})):
+        model(input_ids=ids.to(input_device(model)), use_cache=False)
+    return dims

@@ -2,11 +2,9 @@
 
 In the forward pass the module runs without a graph, and only its inputs are saved. When the backward pass reaches it,
 it runs again with a graph, a few samples at a time, and the gradients go on to its inputs. There are two reasons to
-recompute a module: its activations do not fit into memory, or autograd is to give the gradient of every single sample
-(then it runs again with one sample at a time).
-
-With a layer cache, outputs and input gradients of layers are also saved to files, and a pass that was killed reads them
-instead of running those layers.
+recompute a module: its activations do not fit into memory, or autograd is to give the gradient of every single sample.
+With a layer cache, outputs and input gradients of layers are also saved, and a pass that was killed reads them instead
+of running those layers.
 """
 
 from __future__ import annotations
@@ -168,38 +166,13 @@ class ModuleCall:
         step = rows_per_sample(tensor, self.samples) if count < self.samples else None
         return tensor if step is None else tensor[first * step : (first + count) * step]
 
-    def load_outputs(self) -> list[Tensor] | None:
-        """The outputs of this call in the layer cache, if any."""
-        cached = self._load("forward")
-        if cached is None:
-            return None
-        tensors, text = cached
-        self.result = TensorTree.from_json(text)
-        return tensors
-
-    def save_outputs(self, tensors: Sequence[Tensor]) -> None:
-        """Save the outputs to the layer cache, if there is one that can hold them."""
-        assert self.result is not None
-        text = self.result.to_json()
-        if text is not None:
-            self._save("forward", tensors, text)
-
-    def load_input_gradients(self) -> list[Tensor] | None:
-        """The gradients of this call's inputs in the layer cache, if it need not be computed again."""
-        if self.number is None or not self.recomputation.may_skip(self.path):
-            return None
-        cached = self._load("backward")
-        return None if cached is None else cached[0]
-
-    def save_input_gradients(self, tensors: Sequence[Tensor]) -> None:
-        """Save the gradients of the inputs to the layer cache, if there is one."""
-        self._save("backward", tensors, "")
-
-    def _load(self, direction: str) -> tuple[list[Tensor], str] | None:
+    def load(self, direction: str) -> tuple[list[Tensor], str] | None:
+        """The outputs (forward) or input gradients (backward) of this call in the layer cache, and a text."""
         cache = self.recomputation.layer_cache
         return None if cache is None or self.number is None else cache.read(f"{direction}/{self.number}")
 
-    def _save(self, direction: str, tensors: Sequence[Tensor], text: str) -> None:
+    def save(self, direction: str, tensors: Sequence[Tensor], text: str) -> None:
+        """Save outputs or input gradients to the layer cache, if there is one."""
         cache = self.recomputation.layer_cache
         if cache is not None and self.number is not None:
             cache.write(f"{direction}/{self.number}", tensors, text)
@@ -211,10 +184,14 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: ModuleCall, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         # Autograd builds no graph in here, so the module's activations are freed when it returns.
-        outputs = call.load_outputs()
-        if outputs is None:
+        cached = call.load("forward")
+        if cached is not None:
+            outputs, call.result = cached[0], TensorTree.from_json(cached[1])
+        else:
             outputs = call.run(inputs)
-            call.save_outputs(outputs)
+            text = call.result.to_json() if call.result else None
+            if text is not None:
+                call.save("forward", outputs, text)
         ctx.call = call
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
@@ -226,15 +203,17 @@ class _Checkpoint(torch.autograd.Function):
         call: ModuleCall = ctx.call
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
         needed = [i for i in range(len(inputs)) if ctx.needs_input_grad[i + 2]]
-        cached = call.load_input_gradients()
+        cached = None
+        if call.number is not None and call.recomputation.may_skip(call.path):
+            cached = call.load("backward")
         if cached is not None:
             call.recomputation.skipped(call.path)
-            gradients = dict(zip(needed, cached, strict=True))
+            gradients = dict(zip(needed, cached[0], strict=True))
         else:
             gradients = _input_gradients(call, inputs, output_gradients, needed)
             call.recomputation.done(call.path)
             if all(i in gradients for i in needed):
-                call.save_input_gradients([gradients[i] for i in needed])
+                call.save("backward", [gradients[i] for i in needed], "")
         return None, None, *(gradients.get(i) for i in range(len(inputs)))
 
 

@@ -26,7 +26,7 @@ from secateur.scoring.passes.capture import Factors, PassContext
 # where asked for, A. The tensors are good for as long as the visit lasts.
 WeightVisit = Callable[[str, slice, Tensor, Tensor, Tensor | None], None]
 
-ROWS_BYTES = 2**23  # of the rows of a gradient that are formed at once
+ROW_ELEMENTS = 2**21  # of a gradient that are formed at once
 
 
 @dataclass(slots=True)
@@ -54,18 +54,13 @@ class WeightGradients:
         self._sums: dict[str, _Sums] = defaultdict(_Sums)
         self._buffers: dict[str, Tensor] = {}
 
-    # --- what the hooks bring -----------------------------------------------------------------------------------------
-
     def add_factors(self, name: str, factors: Factors) -> None:
         """Hold the factors of a matrix's gradient until the last are there."""
         self._factors[name].append(factors)
 
     def add_vector(self, name: str, first: int, gradient_BR: Tensor) -> None:
         """Add the gradients of a bias, one for each sample from `first` on."""
-        if not self.second_order:
-            self.add_gradient(name, first, gradient_BR.sum(0) / self.context.loss_scale)
-            return
-        for i, gradient_R in enumerate(gradient_BR):
+        for i, gradient_R in enumerate(gradient_BR if self.second_order else gradient_BR.sum(0)[None]):
             self.add_gradient(name, first + i, gradient_R / self.context.loss_scale)
 
     def add_gradient(self, name: str, sample: int, gradient: Tensor) -> None:
@@ -82,22 +77,21 @@ class WeightGradients:
         # The mean over n samples of (n g)^2 is the sum of n g^2.
         return gradient.square().mul_(self.context.all_samples)
 
-    # --- visits -------------------------------------------------------------------------------------------------------
-
     def finish(self, name: str) -> None:
         """Visit a parameter whose gradients are all there."""
-        if name in self._factors:
-            self._finish_factors(name)
-        else:
+        factors = self._factors.pop(name, None)
+        if factors is None:
             self._finish_sums(name)
+            return
+        if not self.context.is_cached(name):
+            with _exact_products(factors):
+                self._multiply_out(name, [replace(each, right=each.right.float()) for each in factors])
+        self.context.progress.finish(name)
 
     def finish_rest(self) -> None:
         """Visit what may be complete only now: tied weights, and experts that other text could have used more."""
-        if processes.count() == 1:
-            rest = [*self._sums]
-        else:  # in the same order in all processes
-            rest = sorted(self.context.layout.by_autograd - self.context.progress.finished)
-        for name in rest:
+        unfinished = self.context.layout.by_autograd - self.context.progress.finished
+        for name in [*self._sums] if processes.count() == 1 else sorted(unfinished):  # all processes in one order
             self._finish_sums(name)
 
     def _finish_sums(self, name: str) -> None:
@@ -107,7 +101,7 @@ class WeightGradients:
         if not processes.largest(int(sums.gradient is not None)):
             return  # the loss does not depend on it
         parameter = self.context.parameters[name].detach()
-        for rows in _row_blocks(parameter):
+        for rows in row_blocks(parameter, ROW_ELEMENTS):
             weight = parameter[rows]
             gradient, squared = (
                 torch.zeros_like(weight, dtype=torch.float32) if total is None else total[rows]
@@ -116,17 +110,10 @@ class WeightGradients:
             self._visit(name, rows, weight.float(), gradient, squared if self.second_order else None)
         self.context.progress.finish(name)
 
-    def _finish_factors(self, name: str) -> None:
-        factors = self._factors.pop(name)
-        if not self.context.is_cached(name):
-            with _exact_products(factors):
-                self._multiply_out(name, [replace(each, right=each.right.float()) for each in factors])
-        self.context.progress.finish(name)
-
-    def _multiply_out(self, name: str, factors: Sequence[Factors]) -> None:
+    def _multiply_out(self, name: str, factors: list[Factors]) -> None:
         """Form the gradient from its factors, block by block of its rows, and visit each block."""
         parameter = self.context.parameters[name].detach()
-        for rows in _row_blocks(parameter):
+        for rows in row_blocks(parameter, ROW_ELEMENTS):
             weight_RC = parameter[rows].float()
             gradient_RC, squared_RC = self._buffer("gradient", weight_RC), None
             if self.second_order:
@@ -140,9 +127,7 @@ class WeightGradients:
                 gradient_RC.div_(self.context.loss_scale)
             self._visit(name, rows, weight_RC, gradient_RC, squared_RC)
 
-    def _multiply_samples(
-        self, gradient_RC: Tensor, squared_RC: Tensor, factors: Sequence[Factors], rows: slice
-    ) -> None:
+    def _multiply_samples(self, gradient_RC: Tensor, squared_RC: Tensor, factors: list[Factors], rows: slice) -> None:
         """Write into the first two tensors the sum of the samples' gradients and the mean of their squares."""
         own_RC = self._buffer("own", gradient_RC)
         for sample in range(self.context.samples):
@@ -172,9 +157,14 @@ class WeightGradients:
         self._visit_rows(name, rows, weight, gradient, squared)
 
 
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    rows = weight.shape[0]
-    at_once = max(1, ROWS_BYTES * rows // max(1, weight.numel() * 4))
+def row_blocks(weight: Tensor, elements: int) -> Iterator[slice]:
+    """The rows of a weight, so many at a time that they have at most that many elements; none of a scalar.
+
+    >>> list(row_blocks(torch.zeros(3, 2), 4))
+    [slice(0, 2, None), slice(2, 3, None)]
+    """
+    rows = weight.shape[0] if weight.dim() else 0
+    at_once = max(1, elements * rows // max(1, weight.numel()))
     for first in range(0, rows, at_once):
         yield slice(first, min(first + at_once, rows))
 

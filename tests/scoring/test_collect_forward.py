@@ -16,9 +16,9 @@ from secateur import discover, score
 from secateur.discovery.groups import Discovery
 from secateur.errors import ScoreError
 from secateur.models.silence import quiet
-from secateur.scoring.collect_activations import FeatureMoments, activation_statistics
+from secateur.scoring.collect_forward import FeatureMoments, activation_statistics
 from secateur.scoring.obs import DAMPING, removal_costs
-from secateur.scoring.passes.activations import stream_inputs
+from secateur.scoring.passes.products import stream_inputs
 from secateur.scoring.scores import statistics_for
 from secateur.scoring.unit_scores import unit_scores
 
@@ -150,31 +150,17 @@ def test_layer_loss_is_the_loss_without_the_layer_minus_that_with_it(
             model.model.layers = layers
 
 
-class _Inputs:
-    """Holds all that an observer is shown."""
-
-    def __init__(self) -> None:
-        self.inputs_of: dict[str, list[Tensor]] = defaultdict(list)
-
-    def inputs(self, weight: str, dim: int, index: int | None, x_NC: Tensor) -> None:
-        del dim, index
-        self.inputs_of[weight].append(x_NC.double())
-
-    def layer(self, path: str, before_BTD: Tensor, after_BTD: Tensor) -> None:
-        """Nothing is held."""
-
-
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "falcon", "phi3"])
 def test_inputs_of_linear_layers_of_any_kind_are_seen(model_type: str) -> None:
     with quiet():
         model = tiny_type_model(model_type, dtype=torch.float32)
-    expected, observer = hooked_inputs(model), _Inputs()
-    stream_inputs(model, WINDOWS, observer)
+    expected, inputs_of = hooked_inputs(model), defaultdict(list)
+    stream_inputs(model, WINDOWS, lambda weight, _, __, x_NC: inputs_of[weight].append(x_NC.double()))
     parameters = dict(model.named_parameters())
     names = [name for name in expected if name in parameters]  # a tied head has another name
     assert len(names) > 4
     for name in names:
-        torch.testing.assert_close(torch.cat(observer.inputs_of[name]), expected[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(inputs_of[name]), expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen3_moe"])

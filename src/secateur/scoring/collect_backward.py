@@ -1,0 +1,167 @@
+"""Model and calibration windows -> statistics of its gradients, from one forward and backward pass.
+
+Sums of saliences come from one pass over all windows. Derivatives by masks (for the Fisher score) are held for each
+sample apart. Samples do not depend on each other, so they may come from several passes, each over as many samples as
+fit into memory without recomputation. Axes: B samples, S the size of a dimension.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.errors import ScoreError
+from secateur.progress import Progress
+from secateur.scoring.passes.forward import probe_windows
+from secateur.scoring.passes.gradients import stream_gradients, stream_masks
+from secateur.scoring.passes.layer_cache import LayerCache
+from secateur.scoring.passes.memory import activation_budget, fitting_batches
+from secateur.scoring.passes.products import input_dims
+from secateur.scoring.passes.recomputation import Recompute
+from secateur.scoring.saliences import MORE_PRECISE, Evidence, Salience, SalienceSums
+from secateur.scoring.statistics import Statistics
+
+
+def gradient_statistics(
+    model: PreTrainedModel,
+    windows: Tensor,
+    saliences: Mapping[str, Salience],
+    *,
+    second_order: bool = False,
+    wanted: Collection[str] | None = None,
+    layers: Sequence[str] = (),
+    layer_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Sums of saliences of the gradients of the mean cross-entropy over the windows (int64, samples x length).
+
+    With `second_order`, saliences see the mean over the samples of the square of each one's gradient: the Hessian's
+    diagonal by the Fisher information (LLM-Pruner, arXiv 2305.11627, equation 5). `wanted` names the parameters (by
+    default, all), `layers` the modules that may be recomputed to save memory. `layer_cache` is a folder to which every
+    layer is saved when it is done; the same call resumes from there. Raises `ScoreError` for a loss or a gradient that
+    is not finite, and where all gradients are zero.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(20).reshape(2, 10)
+    >>> statistics = gradient_statistics(model, windows, {"first": lambda evidence: evidence.first.abs()})
+    >>> sums = statistics.sums["first"]["model.decoder.layers.0.fc1.weight"]
+    >>> statistics.samples, statistics.tokens, [len(each) for each in sums]
+    (2, 18, [24, 12])
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sums = SalienceSums(saliences)
+    cache = None if layer_cache is None else LayerCache(layer_cache, sums)
+    any_gradient = cache is not None and bool(cache.finished)
+
+    def visit(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
+        nonlocal any_gradient
+        any_gradient = any_gradient or bool(gradient.any())
+        sums.add(name, rows, Evidence(weight, gradient=gradient, squared=squared), shapes[name])
+
+    recompute = Recompute(layers, activation_budget(model), cache)
+    loss = stream_gradients(
+        model, windows, visit, wanted=wanted, second_order=second_order, recompute=recompute, progress=progress
+    )
+    if not any_gradient:
+        raise _all_zero(loss)
+    return Statistics(sums.finished(), loss=loss, samples=len(windows), tokens=windows[:, 1:].numel())
+
+
+def _all_zero(loss: float) -> ScoreError:
+    return ScoreError(
+        f"all gradients are zero (loss {loss:.4g}), so all units score the same. Check the weights and the "
+        "calibration text, or use dtype float32 or bfloat16"
+    )
+
+
+def mask_statistics(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    wanted: Mapping[str, Collection[int]] | None = None,
+    layers: Sequence[str] = (),
+    layer_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Derivatives by masks over what every weight reads, sample by sample: weight -> dimension -> samples x size.
+
+    `wanted` names weights and dimensions of theirs: those that read along one of them are looked at (by default, all).
+    All else is as in `gradient_statistics`.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> statistics = mask_statistics(AutoModelForCausalLM.from_config(config), torch.arange(20).reshape(2, 10))
+    >>> statistics.masks["model.decoder.layers.0.fc2.weight"][1].shape
+    torch.Size([2, 24])
+    """
+    reads = input_dims(model, probe_windows(windows))
+    stacks = {name for name, parameter in model.named_parameters() if parameter.dim() > 2}  # of experts
+    names = None
+    if wanted is not None:
+        names = sorted(n for n, dims in wanted.items() if n not in reads or reads[n] in dims or n in stacks)
+    memory = activation_budget(model)
+    batches = [windows] if layer_cache is not None else fitting_batches(model, windows, layers, memory)
+    loss, results = 0.0, []
+    for number, batch in enumerate(batches):
+
+        def report(done: int, total: int, number: int = number) -> None:
+            if progress is not None:  # one of several passes, as a part of all
+                progress(number * total + done, len(batches) * total)
+
+        masks = _Masks(reads, stacks)
+        recompute = Recompute(layers, memory, None if layer_cache is None else LayerCache(layer_cache, masks))
+        batch_loss = stream_masks(model, batch, masks.add, wanted=names, recompute=recompute, progress=report)
+        loss += len(batch) / len(windows) * batch_loss
+        results.append(masks.derivatives)
+    joined = results[0] if len(results) == 1 else _joined(results, [len(batch) for batch in batches])
+    if not any(bool(each_BS.any()) for by_dim in joined.values() for each_BS in by_dim.values()):
+        raise _all_zero(loss)
+    tokens = windows[:, 1:].numel()
+    return Statistics({}, masks=joined, reads=reads, loss=loss, samples=len(windows), tokens=tokens)
+
+
+class _Masks:
+    """Derivatives as they come. The layer cache saves and restores them by weight."""
+
+    def __init__(self, reads: Mapping[str, int], stacks: Collection[str]) -> None:
+        self.reads, self.stacks = reads, stacks
+        self.derivatives: dict[str, dict[int, Tensor]] = defaultdict(dict)  # weight -> dimension -> B x S
+
+    def add(self, name: str, dim: int, derivatives_BS: Tensor) -> None:
+        """Hold the derivatives along the dimension that reads, and of experts along that of their number, too."""
+        if not torch.isfinite(derivatives_BS).all():
+            raise ScoreError(f"the gradient of what {name} reads has values that are NaN or Inf; {MORE_PRECISE}")
+        if dim == self.reads.get(name, dim) or (dim == 0 and name in self.stacks):
+            self.derivatives[name][dim] = derivatives_BS.cpu()
+
+    def by_weight(self) -> dict[str, dict[str, Tensor]]:
+        """Weight -> dimension -> derivatives, for the layer cache."""
+        return {name: {str(dim): each for dim, each in by_dim.items()} for name, by_dim in self.derivatives.items()}
+
+    def restore(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `by_weight` gave for a weight."""
+        self.derivatives[weight] = {int(dim): each for dim, each in tensors.items()}
+
+
+def _joined(
+    batches: Sequence[Mapping[str, Mapping[int, Tensor]]], sizes: Sequence[int]
+) -> dict[str, dict[int, Tensor]]:
+    """The derivatives of all batches' samples, by the mean loss over all; each batch's are by its own mean loss.
+
+    A weight that some batch does not use (an expert) has derivatives of zero there.
+    """
+    like = {(name, dim): each for batch in batches for name, by_dim in batch.items() for dim, each in by_dim.items()}
+    joined: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for (name, dim), each_BS in like.items():
+        parts = [
+            batch.get(name, {}).get(dim, each_BS.new_zeros(size, each_BS.shape[1])) * (size / sum(sizes))
+            for batch, size in zip(batches, sizes, strict=True)
+        ]
+        joined[name][dim] = torch.cat(parts)
+    return joined
