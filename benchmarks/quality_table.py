@@ -1,4 +1,4 @@
-"""The results of quality.py -> the tables of README.md and docs/choosing.md, between two marks in each page.
+"""The results of quality.py -> the tables of README.md and docs/benchmarks.md, between two marks in each page.
 
 A page is written only when every row that its table is to have has been measured with every seed, and all with the same
 settings, so that what has been measured before is never replaced by less.
@@ -146,15 +146,15 @@ def readme_block(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) ->
             f"nats per token on the first {_tokens(results)} tokens of each text, of the same model, calibrated on "
             f"`{_of_dense(results)['calibration']}`;",
             f"the peers are our implementations of their methods. {_seeds(rows)}",
-            f"{conditions(results, rows)} All rows and how to read them: [docs/choosing.md](docs/choosing.md).",
+            f"{conditions(results, rows)} All rows: [benchmarks](docs/benchmarks.md).",
             "",
             body,
         ]
     )
 
 
-def choosing_block(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
-    """What docs/choosing.md says between the marks."""
+def benchmarks_block(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
+    """What docs/benchmarks.md says between the marks."""
     body = table(results, wanted, costs=True)
     dense = ", ".join(f"{nll:.3f} ({text})" for text, nll in _of_dense(results)["nll"].items())
     return "\n".join(
@@ -213,7 +213,7 @@ def write_tables(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *,
     Raises `TableError` when a measurement is missing, rows were measured with different settings, or a page lacks its
     marks.
     """
-    pages = {root / "README.md": readme_block, root / "docs" / "choosing.md": choosing_block}
+    pages = {root / "README.md": readme_block, root / "docs" / "benchmarks.md": benchmarks_block}
     made = {}
     for path, block in pages.items():
         try:

@@ -19,8 +19,8 @@ from quality_table import (
     README_ROWS,
     Key,
     TableError,
+    benchmarks_block,
     between_marks,
-    choosing_block,
     label_of,
     readme_block,
     table,
@@ -56,7 +56,7 @@ RESULTS = [result(*DENSE), *(result(*key, 0.4 + 0.01 * key[2], 0.575) for key in
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "docs").mkdir()
-    for path in ("README.md", "docs/choosing.md"):
+    for path in ("README.md", "docs/benchmarks.md"):
         (tmp_path / path).write_text(f"# A page\n\n{BEGIN}\nwhat was\n{END}\n\nMore.\n")
     return tmp_path
 
@@ -76,8 +76,8 @@ def test_a_row_of_one_seed_and_one_of_three() -> None:
 
 
 def test_both_pages_are_written_and_nothing_else_of_them_changes(root: Path) -> None:
-    assert [path.name for path in write_tables(RESULTS, WANTED, root=root)] == ["README.md", "choosing.md"]
-    for path, block in (("README.md", readme_block), ("docs/choosing.md", choosing_block)):
+    assert [path.name for path in write_tables(RESULTS, WANTED, root=root)] == ["README.md", "benchmarks.md"]
+    for path, block in (("README.md", readme_block), ("docs/benchmarks.md", benchmarks_block)):
         text = (root / path).read_text()
         assert text == f"# A page\n\n{BEGIN}\n{block(RESULTS, WANTED)}\n{END}\n\nMore.\n"
         assert "first 10,000 tokens" in text
@@ -86,7 +86,7 @@ def test_both_pages_are_written_and_nothing_else_of_them_changes(root: Path) -> 
         assert "Measured 2026-01-02; Secateur 0.1.0, torch 2.13.0; 2 cores, float32." in text
         assert 'QUALITY="--tokens 10000"' in text
     assert len([line for line in (root / "README.md").read_text().splitlines() if line.startswith("|")]) == 2 + 14
-    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == ["README.md", "choosing.md"]
+    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == ["README.md", "benchmarks.md"]
 
 
 @pytest.mark.parametrize("gone", [DENSE, ("fast", 0.5, 0), ("best", 0.2, 2)])
@@ -111,8 +111,8 @@ def test_the_readme_has_all_its_rows_or_stays(root: Path) -> None:
 
 
 def test_one_page_without_marks_and_none_is_written(root: Path) -> None:
-    (root / "docs" / "choosing.md").write_text("no marks")
-    with pytest.raises(TableError, match=r"choosing.md: expected <!-- quality:begin --> once"):
+    (root / "docs" / "benchmarks.md").write_text("no marks")
+    with pytest.raises(TableError, match=r"benchmarks.md: expected <!-- quality:begin --> once"):
         write_tables(RESULTS, WANTED, root=root)
     assert "what was" in (root / "README.md").read_text()
 
@@ -124,7 +124,7 @@ def test_odd_marks_are_refused(page: str) -> None:
 
 
 def test_our_pages_have_the_marks_around_a_table() -> None:
-    for path in ("README.md", "docs/choosing.md"):
+    for path in ("README.md", "docs/benchmarks.md"):
         text = (ROOT / path).read_text(encoding="utf-8")
         inside = text[text.index(BEGIN) : text.index(END)]
         assert "| 20.0% | `--preset best` (three seeds) |" in inside
@@ -153,4 +153,4 @@ def test_the_command_writes_from_the_file_alone(
     quality.main()
     assert f"wrote the table of {root / 'README.md'}" in capsys.readouterr().out
     assert readme_block(RESULTS, WANTED) in (root / "README.md").read_text()
-    assert choosing_block(RESULTS, WANTED) in (root / "docs" / "choosing.md").read_text()
+    assert benchmarks_block(RESULTS, WANTED) in (root / "docs" / "benchmarks.md").read_text()

@@ -1,4 +1,4 @@
-"""Every relative link of the Markdown pages leads somewhere, and every Python block of theirs runs."""
+"""The Markdown pages: links and paths lead somewhere, keys and numbers are complete, and every Python block runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
-from secateur import CutOptions
+from quality_plot import SHOWN, points_of
+from secateur import CutOptions, __all__
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.models.folder_files import TOKENIZER_FILES
 from secateur.models.manifest import MANIFEST_FILE, Entry
+from secateur.pipeline.recipe import RECIPE_FILE, PruneRecipe, checked
 from secateur.planning.plan import Plan, PlannedGroup
+from secateur.scoring.registry import SCORES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -61,15 +65,47 @@ def test_the_page_on_the_format_has_every_file_and_key() -> None:
     page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     keys = {f.name for kind in (Plan, CutOptions, PlannedGroup, Record, Entry) for f in fields(kind)}
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
-    assert (
-        sorted(name for name in (*TOKENIZER_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE) if f"`{name}`" not in page)
-        == []
-    )
+    files = (*TOKENIZER_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE, RECIPE_FILE)
+    assert sorted(name for name in files if f"`{name}`" not in page) == []
+
+
+def test_the_recipe_on_its_page_is_one() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(next(m[2] for m in FENCE.finditer(page) if m[1] == "yaml"))
+    assert checked(PruneRecipe, {key: recipe[key] for key in recipe if key not in ("command", "preset")}, "page")
+
+
+def test_every_score_and_every_public_name_has_a_row() -> None:
+    scores, api = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("scores.md", "api/index.md")]
+    assert [name for name, score in SCORES.items() if not score.own and f"`{name}`" not in scores] == []
+    assert [name for name in __all__ if f"`{name}`" not in api] == []
+    assert f"gives {len(__all__)} names" in api
+
+
+def test_every_path_that_the_design_names_exists() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page[page.index("## To change X") :]
+    paths = re.findall(r"`((?:\w+/)+[\w.]*)`|`(tests/[\w/.]+)`", table)
+    named = [one or two for one, two in paths]
+    assert len(named) > 20
+    assert [path for path in named if not any((base / path).exists() for base in (ROOT, ROOT / "src/secateur"))] == []
+    assert len(page.splitlines()) <= 100  # two printed pages
+
+
+def test_the_picture_of_quality_shows_the_rows_of_the_table() -> None:
+    points = points_of((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    assert [name for name in SHOWN if name not in points] == []
+    picture = (ROOT / "docs" / "quality.svg").read_text(encoding="utf-8")
+    assert [label for label in SHOWN.values() if f">{label}<" not in picture] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 @pytest.mark.slow
 @pytest.mark.demo_model
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=page_name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the blocks of one page in order, in one namespace and an empty folder, as a reader would."""
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ AXES: dict[str, tuple[str, ...]] = {  # axis -> the kinds of group that it cuts
     "layers": ("layer",),
 }
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-SHUFFLED = 0.25  # of the windows that repair sees; measured in docs/choosing.md
+SHUFFLED = 0.25  # of the windows that repair sees; measured in docs/research.md
 ALONE = ("hidden", "layers")  # axes that run through all layers: each is cut in a run of its own
 
 
