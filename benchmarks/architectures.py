@@ -362,7 +362,7 @@ def document(types: Mapping[str, Outcome], versions: Mapping[str, str]) -> str:
         "# Architectures",
         "",
         "What can be cut in every type of causal language model of transformers, on a tiny random model of each.",
-        "This page is generated (`make architectures`); the wording of kinds is in [design.md](design.md).",
+        "This page is generated (`make architectures`); kinds are explained in [Internals](internals.md#discovery).",
         "",
         f"With transformers {versions['transformers']} and torch {versions['torch']}:",
         "",
