@@ -318,6 +318,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise CheckpointError(f"{path} cannot be read; {one_line(error)}") from error
 
 
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, which its library writes in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
+
+
 def copy_in(folder: Path, files: Mapping[str, Path]) -> None:
     """Copy files into a folder under the names given, which may lie in a folder of their own."""
     for name, path in files.items():

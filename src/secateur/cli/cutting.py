@@ -23,13 +23,14 @@ from secateur.cli.options import (
     Run,
     Trust,
     main,
+    model_and_out,
     recipe_of,
 )
 from secateur.cli.output import check_files, finish, run_options, show
 from secateur.cli.reading import comma_separated, run_score_file
 from secateur.discovery.coverage import coverage_as_json
 from secateur.discovery.discover import discover
-from secateur.errors import PlanError, RecipeError
+from secateur.errors import PlanError
 from secateur.evaluation.texts import read_texts
 from secateur.export.serving import serving_note, tensor_parallel_sizes
 from secateur.models.config import load_config
@@ -105,7 +106,7 @@ def prune_command(
     Scores every unit, plans the cut, repairs and prunes, and writes a folder with the plan, the recipe and a record of
     the run beside the weights.
     """
-    name, folder = _model_and_out(model, out, cutting.get("recipe"))
+    name, folder = model_and_out(model, out, cutting.get("recipe"), "prune")
     check_files(output.json, made=folder, run=run.get("folder"))
     if plan is not None:
         _check_alone(plan, cutting)
@@ -126,15 +127,6 @@ def _check_alone(plan: Path, cutting: Given) -> None:
     given += [f"{part}.{name}" for part in ("cut", "calibration") for name in cutting.get(part, ())]
     if given:
         raise PlanError(f"--plan {plan} says all about the cut: leave out {CUTTING.option(given[0])}")
-
-
-def _model_and_out(model: str, out: Path | None, recipe: Path | None) -> tuple[str | None, Path]:
-    """MODEL and OUT; with a recipe, which names the model, one argument is OUT."""
-    if out is not None:
-        return model, out
-    if recipe is None:
-        raise RecipeError(f"OUT is missing: secateur prune {model} OUT writes a folder; with --recipe FILE, OUT alone")
-    return None, Path(model)
 
 
 def _report(pruned: Pruned, recipe: PruneRecipe, run: Given, output: Output) -> None:

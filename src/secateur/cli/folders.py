@@ -9,11 +9,12 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from secateur.checkpoint.verification import verify
-from secateur.cli.options import MAIN, MODEL, RUN, Fields, Given, Loading, Quiet, Trust
+from secateur.cli.options import MAIN, MODEL, RUN, Fields, Given, Loading, Quiet, Trust, model_and_out
 from secateur.cli.output import COMMAND, check_files, finish, progress_bars, show
 from secateur.errors import CheckpointError
 from secateur.export.formats import ExportOptions, choose_format, export_model
-from secateur.export.options import GgufOptions, Int8Options, MergeOptions
+from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions
+from secateur.pipeline.recipe import build, read_recipe
 from secateur.report.tables.files import export_tables, verify_tables
 
 
@@ -46,6 +47,8 @@ class Formats:
     merge_lora: bool = False
     """An ordinary folder with a LoRA adapter merged in: MODEL's own, or that of --adapter."""
     merging: MergeOptions
+    recipe: Path | None = None
+    """Write what this recipe says, with OUT alone as an argument; no other options."""
 
     @classmethod
     def chosen(cls, out: Path, given: Given) -> ExportOptions:
@@ -61,7 +64,7 @@ class Formats:
 
 def export_command(
     model: Annotated[str, MODEL],
-    out: Annotated[Path, Parameter(help="File to write, FILE.gguf; else a folder.")],
+    out: Annotated[Path | None, Parameter(help="File to write, FILE.gguf; else a folder.")] = None,
     /,
     *,
     formats: Annotated[Given, Fields(Formats, group=MAIN)],
@@ -75,11 +78,18 @@ def export_command(
     --int8 writes a folder that transformers reads where torchao is installed. --merge-lora writes an ordinary folder
     with a LoRA adapter merged into the weights.
     """
-    options, folder = Formats.chosen(out, formats), run.get("folder")
+    name, out = model_and_out(model, out, formats.get("recipe"), "export")
+    if "recipe" in formats:
+        recipe = build(ExportRecipe, read_recipe(formats["recipe"], "export", ExportRecipe), str(formats["recipe"]))
+        name, loading = recipe.model, recipe.loading
+        options: ExportOptions = recipe.int8 or recipe.merge or MergeOptions()
+    else:
+        options = Formats.chosen(out, formats)
+    name, folder = name or model, run.get("folder")
     check_files(output.json, made=None if isinstance(options, GgufOptions) else out, run=folder)
     with progress_bars(quiet=output.quiet)("export") as progress:
         written = export_model(
-            model,
+            name,
             out,
             options,
             loading=loading,
@@ -87,6 +97,6 @@ def export_command(
             progress=progress,
             command=COMMAND.get(),
         )
-    finish(written.to_json(), output.json, run=folder, command="export", models=[model, str(out)])
+    finish(written.to_json(), output.json, run=folder, command="export", models=[name, str(out)])
     if not output.quiet:
         show(export_tables(written))

@@ -18,6 +18,7 @@ from docstring_parser import parse_from_object
 
 from secateur.cli.reading import comma_separated, count, layer_range, proportion, run_score_file
 from secateur.data.calibration import CalibrationOptions
+from secateur.errors import RecipeError
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
 from secateur.planning.options import PRESETS, CutOptions
@@ -236,3 +237,14 @@ def recipe_of(model: str | None, cutting: Given, loading: LoadOptions) -> PruneR
         calibration=cutting.get("calibration"),
         loading=given,
     )
+
+
+def model_and_out(model: str, out: Path | None, recipe: Path | None, command: str) -> tuple[str | None, Path]:
+    """MODEL and OUT of a command; with a recipe, which names the model, one argument is OUT. Raises `RecipeError`."""
+    if out is not None:
+        return model, out
+    if recipe is None:
+        raise RecipeError(
+            f"OUT is missing: secateur {command} {model} OUT writes a folder; with --recipe FILE, OUT alone"
+        )
+    return None, Path(model)

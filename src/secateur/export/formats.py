@@ -11,12 +11,13 @@ from secateur.errors import ExportError
 from secateur.export.gguf_file import SUFFIX, GgufResult, check_gguf, export_gguf
 from secateur.export.int8 import Int8Result, check_torchao, export_int8
 from secateur.export.merge import MergeResult, merge_adapter
-from secateur.export.options import GgufOptions, Int8Options, MergeOptions
+from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions
 from secateur.export.source import load_source
 from secateur.files import check_apart, check_vacant
 from secateur.models.config import load_config
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
+from secateur.pipeline.recipe import recipe_text
 from secateur.progress import Progress
 
 ExportOptions = GgufOptions | Int8Options | MergeOptions
@@ -84,6 +85,7 @@ def export_model(
                 source=source.folder,
                 files=source.files,
                 overwrite=overwrite,
+                recipe=recipe_text("export", ExportRecipe(model, int8=options, loading=loading)),
             )
         case MergeOptions():
             return merge_adapter(model, out, options, loading=loading, overwrite=overwrite, command=command)

@@ -29,13 +29,14 @@ from secateur.errors import CheckpointError, ModelError, SecateurError, one_line
 from secateur.evaluation.inference import evaluation_mode, input_device, vocabulary_size
 from secateur.evaluation.memory import weight_bytes
 from secateur.export.options import Int8Options
-from secateur.files import atomic_folder, check_vacant, copy_in
+from secateur.files import atomic_folder, check_vacant, copy_in, sort_metadata
 from secateur.models.config import check_not_quantised
 from secateur.models.loading import skeleton
 from secateur.models.manifest import write_manifest
 from secateur.models.silence import quiet
 from secateur.models.tensors import plain_tensors
 from secateur.models.trust import runs_remote_code
+from secateur.pipeline.recipe import RECIPE_FILE
 
 SCHEMES = ("weight-only", "dynamic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,6 +70,7 @@ def export_int8(
     source: str | Path | None = None,
     files: Mapping[str, Path] | None = None,
     overwrite: bool = False,
+    recipe: str | None = None,
 ) -> Int8Result:
     """Write a model, dense or pruned, with int8 weights in its linear layers; the model itself stays as it is.
 
@@ -93,11 +95,15 @@ def export_int8(
     with atomic_folder(out, overwrite=overwrite) as folder:
         with quiet():
             packed.save_pretrained(folder, max_shard_size=SHARD)
+            for path in folder.glob("*.safetensors"):
+                sort_metadata(path)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         beside = {} if source is None else {name: Path(source) / name for name in (PLAN_FILE, RECORD_FILE)}
         copy_in(folder, {**(files or {}), **{name: path for name, path in beside.items() if path.is_file()}})
         _check_loads(folder, packed)
+        if recipe is not None:
+            (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
         write_manifest(folder)
         file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     sizes = {path: model.get_parameter(f"{path}.weight").shape for path in layers}

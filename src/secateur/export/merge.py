@@ -16,12 +16,13 @@ from secateur import __version__
 from secateur.checkpoint.record import make_record, read_record
 from secateur.checkpoint.save import save_updated
 from secateur.errors import ExportError, ModelError
-from secateur.export.options import MergeOptions
+from secateur.export.options import ExportRecipe, MergeOptions
 from secateur.export.source import load_source
 from secateur.files import check_apart, check_vacant, read_json, read_tensors
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
+from secateur.pipeline.recipe import RECIPE_FILE, recipe_text
 from secateur.recovery.lora import check_peft, load_adapter, merge_lora
 
 SETTINGS_FILE = "adapter_config.json"
@@ -94,8 +95,9 @@ def merge_adapter(
         record=replace(record, recovery=about),
         files=source.files,
         overwrite=overwrite,
-    ):
-        pass
+    ) as unfinished:
+        recipe = ExportRecipe(model, merge=options or MergeOptions(), loading=loading or LoadOptions())
+        (unfinished / RECIPE_FILE).write_text(recipe_text("export", recipe), encoding="utf-8")
     rank = int(settings.get("r") or 0)
     return MergeResult(out, base, str(folder), rank, tuple(changes), max(changes.values(), default=0.0))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from secateur.errors import ExportError
+from secateur.models.loading import LoadOptions
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 GGUF_TYPES: tuple[str, ...] = get_args(GgufType)  # all that the gguf package quantizes without an importance matrix
@@ -61,3 +62,13 @@ class MergeOptions:
     adapter: Path | None = None
     """Folder of the adapter to merge into MODEL. By default MODEL is itself the folder of an adapter, which names its
     base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRecipe:
+    """All that decides a folder that `export` writes: a model, and the options of one format."""
+
+    model: str
+    int8: Int8Options | None = None
+    merge: MergeOptions | None = None
+    loading: LoadOptions = field(default_factory=LoadOptions)

@@ -171,8 +171,9 @@ def build(kind: type[Options], data: Mapping[str, Any], where: str) -> Options:
     values = checked(kind, data, where)
     hints = get_type_hints(kind)
     for name, value in values.items():
-        if isinstance(value, dict) and is_dataclass(hints[name]):
-            values[name] = build(hints[name], value, f"{where}: {name}")
+        section = next((each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)), None)
+        if isinstance(value, dict) and isinstance(section, type):
+            values[name] = build(section, value, f"{where}: {name}")
     try:
         return kind(**values)
     except TypeError as error:  # a field that must be given
