@@ -38,7 +38,7 @@ from secateur.pipeline.run import Pruned, plan_model, prune_as_planned, prune_mo
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.repair import repair
-from secateur.scoring.passes.layer_cache import LayerCache
+from secateur.scoring.passes.recomputation import LayerCache
 from secateur.scoring.passes.recomputation import ModuleCall
 from secateur.scoring.registry import SCORES, Score
 from secateur.scoring.scores import Scores, load_scores

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from families import GROUPED, family_config, family_model
 from secateur import discover, score
-from secateur.scoring.passes.memory import fitting_batches
+from secateur.scoring.passes.probe import fitting_batches
 from secateur.scoring.scores import statistics_for
 
 WINDOWS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0))

@@ -19,10 +19,9 @@ from secateur.errors import ScoreError
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import probe_windows
 from secateur.scoring.passes.gradients import stream_gradients, stream_masks
-from secateur.scoring.passes.layer_cache import LayerCache
-from secateur.scoring.passes.memory import activation_budget, fitting_batches
+from secateur.scoring.passes.probe import activation_budget, fitting_batches
 from secateur.scoring.passes.products import input_dims
-from secateur.scoring.passes.recomputation import Recompute
+from secateur.scoring.passes.recomputation import LayerCache, Recompute
 from secateur.scoring.saliences import MORE_PRECISE, Evidence, Salience, SalienceSums
 from secateur.scoring.statistics import Statistics
 

@@ -10,8 +10,9 @@ R rows of a matrix, C features (columns), D hidden, U units.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ def activation_statistics(
         units_of,
         greedy,
         layers or {},
+        torch.zeros(2, max((layers or {}).values(), default=-1) + 1, dtype=torch.float64),
     )
     stream_inputs(
         model,
@@ -88,24 +90,20 @@ def activation_statistics(
     )
 
 
+@dataclass(slots=True)
 class _InputCollector:
     """Watches a forward pass and reduces it to sums and costs of units, layer by layer."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        tied: Collection[str],  # of several modules: what reads them is known only after the last layer
-        sums: SalienceSums,
-        units_of: UnitsOf | None,
-        greedy: bool,
-        layers: Mapping[str, int],
-    ) -> None:
-        self.weights, self.tied, self.sums, self.layers = weights, tied, sums, layers
-        self.units_of, self.greedy = units_of, greedy
-        self.features: dict[str, FeatureMoments] = {}  # of weights that are not finished
-        self.read_dims: dict[str, int] = {}
-        self.units: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
-        self.cosines = torch.zeros(2, max(layers.values(), default=-1) + 1, dtype=torch.float64)  # sums, tokens
+    weights: Mapping[str, Tensor]
+    tied: Collection[str]  # weights of several modules: what reads them is known only after the last layer
+    sums: SalienceSums
+    units_of: UnitsOf | None
+    greedy: bool
+    layers: Mapping[str, int]
+    cosines: Tensor  # sums and tokens x layers
+    features: dict[str, FeatureMoments] = field(default_factory=dict)  # of weights that are not finished
+    read_dims: dict[str, int] = field(default_factory=dict)
+    units: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     def add_inputs(self, weight: str, dim: int, index: int | None, x_NC: Tensor) -> None:
         if weight not in self.features:
@@ -127,7 +125,7 @@ class _InputCollector:
             processes.add_up(self.cosines)
             total, tokens = self.cosines
             if tokens.all():
-                self.units["block_influence"]["layers"]["hidden"] = (1 - total / tokens).float()
+                self.units["block_influence"] = {"layers": {"hidden": (1 - total / tokens).float()}}
 
     def _moments(self, matrices: int, features: int, device: torch.device) -> FeatureMoments:
         return FeatureMoments(matrices, features, device, gram=self.units_of is not None)
@@ -153,7 +151,8 @@ class _InputCollector:
             self.sums.add(name, rows, Evidence(weight[rows].float(), moments=moments.rows(rows)), weight.shape)
         for group, unit_of in ({} if self.units_of is None else self.units_of(name, dim)).items():
             costs_U = features.unit_costs(weight, dim, unit_of, greedy=self.greedy)
-            self.units["obs_greedy" if self.greedy else "obs"][group][name] = costs_U.float().cpu()
+            of_score = self.units.setdefault("obs_greedy" if self.greedy else "obs", {})
+            of_score.setdefault(group, {})[name] = costs_U.float().cpu()
 
 
 class FeatureMoments:

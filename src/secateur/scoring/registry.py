@@ -1,4 +1,4 @@
-"""Every score with its formula and its paper. To add one, decorate its salience with `register_score`.
+"""Every score with its formula and its paper, in `SCORES`. Users add theirs with `register_score`.
 
 A score gives every element of a weight a salience s. A channel (one index of an axis) adds up its elements, a unit its
 channels, and the axes of a group are reduced by sum, mean, max, prod, first or last. The higher, the more the unit is
@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from secateur.errors import ScoreError, did_you_mean
-from secateur.scoring.saliences import Evidence, Salience
+from secateur.scoring.saliences import Salience
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
     "sum": lambda x: x.sum(0),
@@ -38,18 +38,61 @@ class Score:
     """None where units are scored as wholes, by what a pass collects for them."""
     needs: Needs
     """Which pass over the calibration windows, if any."""
+    formula: str = ""
+    paper: str = ""
+    """Its address."""
     signed: bool = False
     """A channel is |sum s|, not sum |s|."""
     reduce: str = "sum"
     """How the axes of a group are reduced, unless the user says otherwise."""
-    formula: str = ""
-    paper: str = ""
-    """Its address."""
     own: bool = False
     """The user's, not one of Secateur's."""
 
 
-SCORES: dict[str, Score] = {}
+LLM_PRUNER, ZIPLM = "https://arxiv.org/abs/2305.11627", "https://arxiv.org/abs/2302.04089"
+SHORTGPT, FISHER = "https://arxiv.org/abs/2403.03853", "https://arxiv.org/abs/2204.09656"
+WANDA, FLAP = "https://arxiv.org/abs/2306.11695", "https://arxiv.org/abs/2312.11983"
+
+# fmt: off  # a table: one to three lines for each score
+SCORES: dict[str, Score] = {
+    # without calibration
+    "random": Score(None, "weights", "Uniform, seeded"),
+    "l1": Score(lambda of: of.weight, "weights", "L1 norm: sum |W|", LLM_PRUNER, reduce="mean"),
+    "l2": Score(lambda of: of.weight.square(), "weights", "L2 norm, squared: sum W^2", LLM_PRUNER, reduce="mean"),
+    # one forward and backward pass
+    "vectorize": Score(lambda of: of.first, "gradient", "LLM-Pruner, equation 3: |sum W G|", LLM_PRUNER, signed=True),
+    "param_first": Score(lambda of: of.first, "gradient", "LLM-Pruner, equation 5, first order: sum |W G|", LLM_PRUNER),
+    "param_second": Score(
+        lambda of: of.second, "second order", "LLM-Pruner, equation 5, second order: sum |W A W|", LLM_PRUNER
+    ),
+    "param_mix": Score(
+        lambda of: of.first.sub(of.second, alpha=0.5),
+        "second order",
+        "LLM-Pruner, equation 5: sum |W G - W A W / 2|",
+        LLM_PRUNER,
+    ),
+    "fisher": Score(
+        None,
+        "masks",
+        "Fisher information, equations 6-8, nats per token: 1/2 sum over samples of (dL/dm)^2, m a unit's mask",
+        FISHER,
+    ),
+    # one forward pass
+    "wanda": Score(lambda of: of.weight * of.inputs.norm, "inputs", "Wanda, equation 1: sum |W| norm(x)", WANDA),
+    "fluctuation": Score(
+        lambda of: of.weight.square() * of.inputs.variance, "inputs", "FLAP, WIFV: sum W^2 var(x)", FLAP
+    ),
+    "obs": Score(
+        None, "grams", "Optimal brain surgeon (ZipLM): tr(W_u ((X'X)^-1)_uu^-1 W_u'), each unit u alone", ZIPLM
+    ),
+    "obs_greedy": Score(
+        None, "grams", "Optimal brain surgeon (ZipLM): the same as obs, one unit after the other", ZIPLM
+    ),
+    "block_influence": Score(None, "layers", "ShortGPT: 1 - mean cos(h, layer(h))", SHORTGPT),
+    # one forward pass for every layer
+    "layer_loss": Score(None, "losses", "Nats per token: loss without the layer - loss"),
+}
+# fmt: on
 
 
 def register_score(
@@ -79,8 +122,7 @@ def register_score(
 
     def register(salience: Salience) -> Salience:
         formula = (inspect.getdoc(salience) or "").partition("\n")[0].rstrip(".")
-        own = salience.__module__ != __name__
-        SCORES[name] = Score(salience, needs, signed, reduce, formula, paper, own)
+        SCORES[name] = Score(salience, needs, formula, paper, signed, reduce, own=True)
         return salience
 
     return register
@@ -96,90 +138,3 @@ def check_known(name: str, known: Iterable[str], kind: str) -> None:
     names = list(known)
     if name not in names:
         raise ScoreError(f"unknown {kind} {name!r}{did_you_mean(name, names) or '.'} Known: {', '.join(names)}")
-
-
-# --- without calibration ----------------------------------------------------------------------------------------------
-
-SCORES["random"] = Score(None, "weights", formula="Uniform, seeded")
-
-
-@register_score("l1", reduce="mean", paper="https://arxiv.org/abs/2305.11627")
-def l1(evidence: Evidence) -> Tensor:
-    """L1 norm: sum |W|."""
-    return evidence.weight
-
-
-@register_score("l2", reduce="mean", paper="https://arxiv.org/abs/2305.11627")
-def l2(evidence: Evidence) -> Tensor:
-    """L2 norm, squared: sum W^2."""
-    return evidence.weight.square()
-
-
-# --- one forward and backward pass ------------------------------------------------------------------------------------
-
-
-@register_score("vectorize", needs="gradient", signed=True, paper="https://arxiv.org/abs/2305.11627")
-def vectorize(evidence: Evidence) -> Tensor:
-    """LLM-Pruner, equation 3: |sum W G|."""
-    return evidence.first
-
-
-@register_score("param_first", needs="gradient", paper="https://arxiv.org/abs/2305.11627")
-def param_first(evidence: Evidence) -> Tensor:
-    """LLM-Pruner, equation 5, first order: sum |W G|."""
-    return evidence.first
-
-
-@register_score("param_second", needs="second order", paper="https://arxiv.org/abs/2305.11627")
-def param_second(evidence: Evidence) -> Tensor:
-    """LLM-Pruner, equation 5, second order: sum |W A W|."""
-    return evidence.second
-
-
-@register_score("param_mix", needs="second order", paper="https://arxiv.org/abs/2305.11627")
-def param_mix(evidence: Evidence) -> Tensor:
-    """LLM-Pruner, equation 5: sum |W G - W A W / 2|."""
-    return evidence.first.sub(evidence.second, alpha=0.5)
-
-
-SCORES["fisher"] = Score(
-    None,
-    "masks",
-    formula="Fisher information, equations 6-8, nats per token: 1/2 sum over samples of (dL/dm)^2, m a unit's mask",
-    paper="https://arxiv.org/abs/2204.09656",
-)
-
-# --- one forward pass -------------------------------------------------------------------------------------------------
-
-
-@register_score("wanda", needs="inputs", paper="https://arxiv.org/abs/2306.11695")
-def wanda(evidence: Evidence) -> Tensor:
-    """Wanda, equation 1: sum |W| norm(x)."""
-    return evidence.weight * evidence.inputs.norm
-
-
-@register_score("fluctuation", needs="inputs", paper="https://arxiv.org/abs/2312.11983")
-def fluctuation(evidence: Evidence) -> Tensor:
-    """FLAP, WIFV: sum W^2 var(x)."""
-    return evidence.weight.square() * evidence.inputs.variance
-
-
-SCORES["obs"] = Score(
-    None,
-    "grams",
-    formula="Optimal brain surgeon (ZipLM): tr(W_u ((X'X)^-1)_uu^-1 W_u'), each unit u alone",
-    paper="https://arxiv.org/abs/2302.04089",
-)
-SCORES["obs_greedy"] = Score(
-    None,
-    "grams",
-    formula="Optimal brain surgeon (ZipLM): the same as obs, one unit after the other",
-    paper="https://arxiv.org/abs/2302.04089",
-)
-SCORES["block_influence"] = Score(
-    None, "layers", formula="ShortGPT: 1 - mean cos(h, layer(h))", paper="https://arxiv.org/abs/2403.03853"
-)
-
-# --- one forward pass for every layer ---------------------------------------------------------------------------------
-
-SCORES["layer_loss"] = Score(None, "losses", formula="Nats per token: loss without the layer - loss")

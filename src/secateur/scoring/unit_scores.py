@@ -150,10 +150,8 @@ def covers(statistics: Statistics, name: str, discovery: Discovery, groups: Sequ
     >>> from transformers import AutoConfig
     >>> from secateur.discovery.discover import discover
     >>> discovery = discover(AutoConfig.for_model("opt", num_hidden_layers=1))
-    >>> covers(Statistics({}), "random", discovery, discovery.groups)
-    True
-    >>> covers(Statistics({}), "l1", discovery, discovery.groups)
-    False
+    >>> [covers(Statistics({}), name, discovery, discovery.groups) for name in ("random", "l1")]
+    [True, False]
     """
     how = SCORES[name]
     if how.own or name == "random":

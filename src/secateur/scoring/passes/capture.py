@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.progress import Progress
-from secateur.scoring.passes.layer_cache import LayerCache
 from secateur.scoring.passes.probe import Layout
-from secateur.scoring.passes.recomputation import SampleRange
+from secateur.scoring.passes.recomputation import LayerCache, SampleRange
 
 BACKWARD = 3  # times the work of the forward pass, for the progress bar
 

@@ -1,19 +1,16 @@
 """Model and calibration windows -> gradients, shown one weight at a time; no `.grad` is ever held.
 
-One forward and one backward pass over all samples together. The parts of it have files of their own:
-
-- `probe.py` looks at how the model uses its parameters,
-- `capture.py` takes the factors of each gradient as the backward pass reaches it,
-- `weight_gradients.py` and `mask_gradients.py` form from them what is asked for, show it and drop it,
-- `recomputation.py` runs modules again in the backward pass, to save memory or to have samples apart.
-
+One forward and one backward pass over all samples together. `probe.py` looks at how the model uses its parameters,
+`capture.py` takes the factors of each gradient as the backward pass reaches it, `weight_gradients.py` and
+`mask_gradients.py` form from them what is asked for, show it and drop it, `recomputation.py` runs modules again.
 Axes: B samples, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -79,15 +76,6 @@ def stream_masks(
 
     Weights of linear layers are visited along the dimension that reads; those whose gradients autograd has to form
     (stacked experts) along every dimension. All else is as in `stream_gradients`.
-
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> model, shapes = AutoModelForCausalLM.from_config(config), {}
-    >>> def visit(name, dim, derivatives_BS):
-    ...     shapes[name, dim] = tuple(derivatives_BS.shape)
-    >>> loss = stream_masks(model, torch.arange(20).reshape(2, 10), visit)
-    >>> shapes["model.decoder.layers.0.fc2.weight", 1]
-    (2, 24)
     """
     matrices = [n for n, p in model.named_parameters() if p.dim() > 1 and (wanted is None or n in wanted)]
     gradient_pass = _GradientPass(model, windows, matrices, True, recompute or Recompute())
@@ -175,7 +163,7 @@ class _GradientPass:
 
         recomputation = Recomputation(
             self.running,
-            layout.calls,
+            Counter(layout.calls),
             self.recompute.layer_cache,
             # Of tied weights, another part of the gradient would be missing.
             may_skip=lambda path: not self._names_within(path) & layout.tied,
@@ -237,9 +225,7 @@ class _GradientPass:
 
     def _whole_model(self, first: int, ids_BT: Tensor) -> float:
         """Forward and back with these samples, without a split."""
-        with ExitStack() as stack:
-            if len(ids_BT) < self.samples:
-                stack.enter_context(self.running.narrowed(first, len(ids_BT)))
+        with nullcontext() if len(ids_BT) == self.samples else self.running.narrowed(first, len(ids_BT)):
             loss = self._loss(self.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
             loss.backward()
         return float(loss.detach()) / self.loss_scale

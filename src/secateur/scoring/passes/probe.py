@@ -1,7 +1,9 @@
-"""Two short samples -> how a model uses its parameters: what has to be known before gradients can be streamed.
+"""Two short samples -> how a model uses its parameters and its memory: what has to be known before a long pass.
 
 The gradient of a linear layer's weight is a product of its input and its output's gradient. The probe finds which
 parameters have such a gradient, and for all others the smallest module around them that can be run sample by sample.
+It also measures the bytes of each layer's activations and scales them to all windows. From them follows which layers
+are recomputed (gradient checkpointing), or how many windows go through the model together.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +24,19 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur.scoring.passes.forward import OutputHead, input_device, probe_windows, rows_per_sample
-from secateur.scoring.passes.memory import ActivationMemory
+from secateur import processes
+from secateur.scoring.passes.forward import (
+    PROBE_SAMPLES,
+    PROBE_TOKENS,
+    OutputHead,
+    input_device,
+    probe_windows,
+    rows_per_sample,
+)
 
 logger = logging.getLogger(__name__)
+
+LEAST_BYTES = 3 * 2**29  # weights and activations together may always take this much
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +47,9 @@ class Layout:
     owner: Mapping[str, str]  # parameter -> path of the (first) module that has it
     tied: frozenset[str]  # parameters that several modules or calls use
     by_autograd: frozenset[str]  # parameters whose gradients are left to autograd: norms, stacked experts, convolutions
-    conditional: frozenset[str]
-    """Of these, those whose use depends on the text: experts that not all of it is routed to."""
-    recomputed: tuple[str, ...]
-    """Layers that are computed again in the backward pass because their activations take too much memory."""
-    one_by_one: frozenset[str]
-    """Modules that are computed again sample by sample, so that autograd gives the gradient of each sample."""
+    conditional: frozenset[str]  # of these, those whose use depends on the text: experts not all of it is routed to
+    recomputed: tuple[str, ...]  # layers that are computed again because their activations take too much memory
+    one_by_one: frozenset[str]  # modules that are computed again one sample at a time, for the gradient of each
     independent: frozenset[str]  # modules that treat each sample independently of the others
     calls: Mapping[str, int]  # module that is computed again -> its calls in one forward pass
     whole_model: bool  # some parameter has no independent module around it: the whole model runs sample by sample
@@ -232,3 +240,71 @@ def _is_independent(module: nn.Module, arguments: tuple[Any, Any], output: Any, 
         part.shape == result[:step].shape and torch.allclose(part.float(), result[:step].float(), rtol=1e-2, atol=1e-3)
         for part, result, step in zip(again, results, steps, strict=True)
     )
+
+
+def activation_budget(model: nn.Module) -> int:
+    """Bytes of activations that may be held instead of computed again: a fifth of the weights, more of a small model.
+
+    >>> activation_budget(nn.Linear(2**12, 2**12, bias=False)) / 2**20
+    1472.0
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return max(int(weights * 0.2), LEAST_BYTES - weights)
+
+
+class ActivationMemory:
+    """Bytes that layers hold for the backward pass over all windows, measured on the probe windows."""
+
+    def __init__(self, layers: Sequence[str], windows: Tensor) -> None:
+        self.layers, self.windows = tuple(layers), windows
+        self.bytes: Counter[str] = Counter()  # layer -> bytes
+        self._seen: dict[int, Tensor] = {}  # storages that are counted; holding them keeps their addresses theirs
+        self._layer: str | None = None  # that is running
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """While open, a forward pass over the probe windows (with gradients) is measured."""
+        self._seen.update({weight.untyped_storage().data_ptr(): weight for weight in model.parameters()})
+
+        def running(layer: str | None, *_: Any) -> None:
+            self._layer = layer
+
+        with ExitStack() as stack:
+            for path in self.layers:
+                module = model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(partial(running, path)).remove)
+                stack.callback(module.register_forward_hook(partial(running, None)).remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor))
+            yield
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd saves, once."""
+        address = tensor.untyped_storage().data_ptr()
+        if self._layer is not None and address not in self._seen and not isinstance(tensor, nn.Parameter):
+            self._seen[address] = tensor
+            samples, length = self.windows.shape
+            # Attention maps are tokens x tokens, so they grow with the square of the length.
+            token_dims = max(1, sum(size == PROBE_TOKENS for size in tensor.shape))
+            scale = samples / PROBE_SAMPLES * (length / min(length, PROBE_TOKENS)) ** token_dims
+            self.bytes[self._layer] += int(tensor.untyped_storage().nbytes() * scale)
+        return tensor
+
+    def recomputed(self, memory: int) -> tuple[str, ...]:
+        """The layers that do not fit into the memory (bytes). The last ones stay: backward, they are freed first."""
+        count = len(self.layers)
+        for path in reversed(self.layers) if memory else ():
+            memory -= self.bytes[path]
+            if memory < 0:
+                break
+            count -= 1
+        return self.layers[:count]
+
+
+def fitting_batches(model: PreTrainedModel, windows: Tensor, layers: Sequence[str], memory: int) -> list[Tensor]:
+    """The windows in batches whose activations fit into the memory (bytes); at least one window for each process."""
+    activations = ActivationMemory(layers, windows)
+    with torch.enable_grad(), activations.recording(model):
+        model(input_ids=probe_windows(windows).to(input_device(model)), use_cache=False)
+    of_each = max(1, sum(activations.bytes.values()) // len(windows))
+    at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
+    return list(windows.tensor_split(max(1, len(windows) // at_once)))

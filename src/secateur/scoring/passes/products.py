@@ -198,14 +198,7 @@ def stream_inputs(
 
 
 def input_dims(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
-    """The dimension along which each weight meets its inputs, seen in a pass over these ids (samples x length).
-
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> model = AutoModelForCausalLM.from_config(config)
-    >>> input_dims(model, torch.arange(20).reshape(2, 10))["model.decoder.layers.0.fc2.weight"]
-    1
-    """
+    """The dimension along which each weight meets its inputs, seen in a pass over these ids (samples x length)."""
     dims: dict[str, int] = {}
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
     with torch.no_grad(), eager_experts(model), WeightProducts(weights, lambda p: dims.update({p.weight: p.dim})):

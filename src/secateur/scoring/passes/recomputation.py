@@ -4,36 +4,100 @@ In the forward pass the module runs without a graph, and only its inputs are sav
 it runs again with a graph, a few samples at a time, and the gradients go on to its inputs. There are two reasons to
 recompute a module: its activations do not fit into memory, or autograd is to give the gradient of every single sample.
 With a layer cache, outputs and input gradients of layers are also saved, and a pass that was killed reads them instead
-of running those layers.
+of running those layers: one safetensors file for each layer and direction. `forward-0` holds the layer's output,
+`backward-0` the gradients of its inputs and all results of weights that were finished since the file before.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur.files import METADATA_KEY, write_tensors
 from secateur.scoring.passes.forward import rows_per_sample
-from secateur.scoring.passes.layer_cache import LayerCache
+
+RESULT, TENSOR = "found", "given"  # first part of a tensor's name in a file: found/WEIGHT/KIND, given/NUMBER
+
+
+class CachedResults(Protocol):
+    """What a pass has found of every weight that it has finished."""
+
+    def by_weight(self) -> dict[str, dict[str, Tensor]]:
+        """Weight -> kind -> tensor."""
+
+    def restore(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `by_weight` gave for a weight."""
+
+
+class LayerCache:
+    """The files of finished layers in a folder. Opening it restores the results of those that are there."""
+
+    def __init__(self, folder: Path, results: CachedResults) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.results = folder, results
+        for path in sorted(folder.glob("*.safetensors")):
+            restored: dict[str, dict[str, Tensor]] = defaultdict(dict)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for key in list(file.keys()):
+                        if key.startswith(f"{RESULT}/"):
+                            _, weight, kind = key.split("/", 2)
+                            restored[weight][kind] = file.get_tensor(key).clone()
+            except (OSError, SafetensorError):  # damaged: that layer is computed again
+                path.unlink()
+                continue
+            for weight, tensors in restored.items():
+                results.restore(weight, tensors)
+        self.finished: set[str] = set(results.by_weight())
+        """Weights whose results are in files: the pass need not form their gradients."""
+
+    def read(self, key: str) -> tuple[list[Tensor], str] | None:
+        """The tensors saved under a key and the text that was saved with them; None where there is no file."""
+        path = self._path(key)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            text: str = json.loads((file.metadata() or {})[METADATA_KEY])
+            count = sum(name.startswith(f"{TENSOR}/") for name in list(file.keys()))
+            return [file.get_tensor(f"{TENSOR}/{i}") for i in range(count)], text
+
+    def write(self, key: str, tensors: Sequence[Tensor], text: str) -> None:
+        """Save tensors, a text and all results that are in no file yet; whole or not at all.
+
+        Raises `DiskError` when the file cannot be written.
+        """
+        results = self.results.by_weight()
+        content = {
+            f"{RESULT}/{weight}/{kind}": tensor
+            for weight, kinds in results.items()
+            if weight not in self.finished
+            for kind, tensor in kinds.items()
+        }
+        content |= {f"{TENSOR}/{i}": tensor.detach() for i, tensor in enumerate(tensors)}
+        write_tensors(self._path(key), content, text)
+        self.finished |= set(results)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key.replace('/', '-')}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
     """Which layers may be computed again in the backward pass, and what limits that."""
 
-    layers: Sequence[str] = ()
-    """Paths of the layers."""
-    memory: int = 0
-    """Bytes: the last layers whose activations fit are not recomputed. 0: all are."""
-    layer_cache: LayerCache | None = None
-    """Saves every layer when it is done; then all layers are recomputed."""
+    layers: Sequence[str] = ()  # paths
+    memory: int = 0  # bytes: the last layers whose activations fit are not recomputed; 0: all are
+    layer_cache: LayerCache | None = None  # saves every layer when it is done; then all layers are recomputed
 
 
 @dataclass(slots=True)
@@ -55,28 +119,17 @@ class SampleRange:
             (self.first, self.count), self.depth = outer, self.depth - 1
 
 
+@dataclass(slots=True)
 class Recomputation:
     """The modules of one pass that are computed again, and how far the backward pass is with them."""
 
-    def __init__(
-        self,
-        samples: SampleRange,
-        calls: Mapping[str, int],
-        layer_cache: LayerCache | None,
-        *,
-        may_skip: Callable[[str], bool],
-        on_done: Callable[[str], None],
-        on_skipped: Callable[[str], None],
-    ) -> None:
-        """`calls`: path -> calls in one forward pass. `may_skip`: whether a cached layer need not run again.
-
-        `on_done` is called with a path when its last call has been computed again for all samples, `on_skipped` when a
-        call was read from the cache.
-        """
-        self.samples, self.layer_cache = samples, layer_cache
-        self.may_skip, self._on_done, self._on_skipped = may_skip, on_done, on_skipped
-        self._open_calls = Counter(calls)
-        self._cached_calls = 0  # so far: a call's number is its name in the cache
+    samples: SampleRange
+    open_calls: Counter[str]  # path -> calls of its module that the backward pass has not reached
+    layer_cache: LayerCache | None
+    may_skip: Callable[[str], bool]  # whether a cached layer need not run again
+    on_done: Callable[[str], None]  # called with a path when its last call has been computed again for all samples
+    on_skipped: Callable[[str], None]  # called with a path when a call was read from the cache
+    cached_calls: int = 0  # so far: a call's number is its name in the cache
 
     def wrap(self, module: nn.Module, path: str, chunk: int, *, cached: bool) -> Callable[..., Any]:
         """A `forward` for the module that is recomputed, `chunk` samples at a time."""
@@ -88,7 +141,7 @@ class Recomputation:
             arguments, tensors = TensorTree.of((args, kwargs))
             call = ModuleCall(path, forward, arguments, chunk, self.samples.first, self.samples.count, self)
             if cached and self.layer_cache is not None and self.samples.depth == 0:
-                call.number, self._cached_calls = self._cached_calls, self._cached_calls + 1
+                call.number, self.cached_calls = self.cached_calls, self.cached_calls + 1
             # Autograd comes back to a function only if one of its inputs requires a gradient; token ids do not.
             anchor = torch.zeros((), requires_grad=True)
             outputs = _Checkpoint.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
@@ -99,14 +152,14 @@ class Recomputation:
 
     def done(self, path: str) -> None:
         """A call of a module has been computed again for all of its samples."""
-        self._open_calls[path] -= 1
-        if self.samples.depth == 0 and self._open_calls[path] == 0:
-            self._on_done(path)
+        self.open_calls[path] -= 1
+        if self.samples.depth == 0 and self.open_calls[path] == 0:
+            self.on_done(path)
 
     def skipped(self, path: str) -> None:
         """A call of a module was done by an earlier process."""
-        self._open_calls[path] -= 1
-        self._on_skipped(path)
+        self.open_calls[path] -= 1
+        self.on_skipped(path)
 
 
 @dataclass(frozen=True, slots=True)

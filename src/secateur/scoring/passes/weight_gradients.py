@@ -2,10 +2,8 @@
 
 G is the gradient of the mean loss over all samples, A the mean over the samples of the square of each one's gradient.
 No gradient is held whole: when all factors of a weight are there, some rows of G are multiplied out and shown to the
-visit, and their memory is used for the next rows. For A, rows are multiplied out once for every sample.
-
-Products are taken in float32 whatever the dtype of the model: squares of float16 gradients are zero.
-
+visit, and their memory is used for the next rows. For A, rows are multiplied out once for every sample. Products are
+taken in float32 whatever the dtype of the model: squares of float16 gradients are zero.
 Axes: B samples, T tokens, R rows of a weight (dimension 0), C columns (dimension 1).
 """
 
