@@ -6,6 +6,8 @@ work and not into imports.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import select
@@ -13,28 +15,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 Moment = Callable[[float], bool]  # seconds since the start -> whether to kill now
 
-# Reads the arguments of a command from each line, and tells the number of its process and, at its end, its status.
+# Reads a folder and the arguments of a command from each line, and tells the number of its process and, at its end, its
+# status.
 SERVER = """
 import json, os, sys, traceback
 import secateur.checkpoint.save
 import secateur.cli.main
 import transformers.models.llama.modeling_llama
 for line in sys.stdin:
+    folder, arguments = json.loads(line)
     process = os.fork()
     if process == 0:
+        os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 70
         try:
             secateur.checkpoint.save.SHARD = "20KB"  # many files, and time between the first and the last
-            status = secateur.cli.main.run(json.loads(line))
+            status = secateur.cli.main.run(arguments)
         except BaseException:
             traceback.print_exc()
         os._exit(status)
@@ -72,7 +76,7 @@ class Commands:
 
     def _start(self, arguments: Sequence[str]) -> int:
         assert self.server.stdin is not None
-        print(json.dumps(arguments), file=self.server.stdin, flush=True)
+        print(json.dumps([str(Path.cwd()), arguments]), file=self.server.stdin, flush=True)
         return self._read()
 
     def _read(self) -> int:
@@ -80,15 +84,14 @@ class Commands:
         return int(self.server.stdout.readline())
 
 
-@contextmanager
-def commands() -> Iterator[Commands]:
-    """Start and stop such a process, in the current folder."""
-    with subprocess.Popen(
+@functools.cache
+def commands() -> Commands:
+    """Such a process, for all tests; a command runs in the folder that is the current one when it starts."""
+    server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as server:
-        yield Commands(server)
-        assert server.stdin is not None
-        server.stdin.close()
+    )
+    atexit.register(server.kill)
+    return Commands(server)
 
 
 def contents(path: Path) -> dict[str, bytes] | None:

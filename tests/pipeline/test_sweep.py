@@ -256,13 +256,11 @@ def test_a_killed_sweep_goes_on_to_the_same_result(tiny: Path, tmp_path: Path, m
         f"sweep {tiny} --ratios 0.1:0.5:0.1 --scores l2,param_first --ppl cats=text.txt --seq-len 16 --samples 6 "
         "--length 24 --no-plot --quiet --resume"
     ).split()
-    with commands() as run:
-        whole = run.run([*line, "--run", "whole", "--json", "whole.json"])
-        kills = sum(
-            run.kill([*line, "--run", "r", "--json", "r.json"], after(whole * share)) for share in (0.3, 0.5, 0.6)
-        )
-        assert kills > 0
-        run.run([*line, "--run", "r", "--json", "r.json"])
+    run = commands()
+    whole = run.run([*line, "--run", "whole", "--json", "whole.json"])
+    kills = sum(run.kill([*line, "--run", "r", "--json", "r.json"], after(whole * share)) for share in (0.3, 0.5, 0.6))
+    assert kills > 0
+    run.run([*line, "--run", "r", "--json", "r.json"])
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "r.json"))
     assert first["rows"] == second["rows"]
     assert second["resumed"] > 0
