@@ -936,6 +936,12 @@ class TestRecipe:
         for name in ("model.safetensors", "config.json", "recipe.yaml"):
             assert Path("two", name).read_bytes() == Path("one", name).read_bytes()
 
+    def test_a_trained_folder_replays(self, capsys: pytest.CaptureFixture[str]) -> None:
+        succeed(capsys, "recover", "tiny", "one", *RECOVER[3:], "--rank", "2")
+        succeed(capsys, "recover", "two", "--recipe", "one/recipe.yaml")
+        for name in ("model.safetensors", "config.json", "recipe.yaml"):
+            assert Path("two", name).read_bytes() == Path("one", name).read_bytes()
+
     def test_options_of_the_command_line_win(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("r.yaml").write_text("model: tiny\npreset: fast\ncut: {ratio: 0.1, axes: [mlp], score: l2}\n")
         data = written(capsys, "plan", "--recipe", "r.yaml", "--target", "90K", "--of", "parameters")

@@ -22,7 +22,7 @@ from secateur.files import check_apart, check_vacant, read_json, read_tensors
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
-from secateur.pipeline.recipe import RECIPE_FILE, recipe_text
+from secateur.pipeline.recipe import write_recipe
 from secateur.recovery.lora import check_peft, load_adapter, merge_lora
 
 SETTINGS_FILE = "adapter_config.json"
@@ -97,7 +97,7 @@ def merge_adapter(
         overwrite=overwrite,
     ) as unfinished:
         recipe = ExportRecipe(model, merge=options or MergeOptions(), loading=loading or LoadOptions())
-        (unfinished / RECIPE_FILE).write_text(recipe_text("export", recipe), encoding="utf-8")
+        write_recipe(unfinished, "export", recipe)
     rank = int(settings.get("r") or 0)
     return MergeResult(out, base, str(folder), rank, tuple(changes), max(changes.values(), default=0.0))
 

@@ -36,7 +36,7 @@ from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
 from secateur.pipeline.cache import Cache, Iteration, StatisticsFolder
-from secateur.pipeline.recipe import RECIPE_FILE, PruneRecipe, RunOptions, recipe_text
+from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
 from secateur.planning.allocation import DamageCurve
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.latency import LatencyTable
@@ -375,7 +375,7 @@ class Pipeline:
                 overwrite=run.overwrite,
             ) as folder:
                 recipe = replace(self.recipe, plan=None if self.given is None else PLAN_FILE)  # which lies beside it
-                (folder / RECIPE_FILE).write_text(recipe_text("prune", recipe), encoding="utf-8")
+                write_recipe(folder, "prune", recipe)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,11 @@ def recipe_text(command: str, recipe: Any) -> str:
     return head + text
 
 
+def write_recipe(folder: Path, command: str, recipe: Any) -> None:
+    """Put the recipe into a folder that is being written."""
+    (folder / RECIPE_FILE).write_text(recipe_text(command, recipe), encoding="utf-8")
+
+
 def read_recipe(file: str | Path, command: str, kind: type, *, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """The values of a recipe file by field of the dataclass `kind`; nested sections stay mappings of checked values.
 

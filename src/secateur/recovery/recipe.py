@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
+from secateur.errors import RecipeError
 from secateur.models.loading import LoadOptions
+from secateur.pipeline.recipe import build, read_recipe
 from secateur.planning.options import CutOptions
 from secateur.recovery.options import RecoverOptions
 
@@ -54,3 +57,13 @@ class RoundsRecipe:
 
     rounds: int = 3
     """Number of rounds; each removes the same part of what the whole cut removes, then trains."""
+
+
+def load_recover_recipe(file: str | Path) -> RecoverRecipe | RoundsRecipe:
+    """The recipe of a training in a file; one with `training` and `rounds` is of rounds. Raises `RecipeError`."""
+    kind: type[RecoverRecipe] | type[RoundsRecipe] = RecoverRecipe
+    try:
+        data = read_recipe(file, "recover", RecoverRecipe)
+    except RecipeError:
+        kind, data = RoundsRecipe, read_recipe(file, "recover", RoundsRecipe)
+    return build(kind, data, str(file))

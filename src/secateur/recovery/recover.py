@@ -25,7 +25,7 @@ from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.pipeline.cache import recovery_key, work_folder
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.recipe import RunOptions, write_recipe
 from secateur.planning.plan import Plan
 from secateur.progress import Clock, Progress, peak_rss
 from secateur.recovery.hidden_states import MatchedLayers
@@ -220,6 +220,7 @@ def _save(
         overwrite=run.overwrite,
     ) as unfinished:
         write_curves(result, unfinished, plot=options.plot)
+        write_recipe(unfinished, "recover", recipe)
         if result_file is not None:
             write_json(unfinished / result_file, result.to_json())
         if options.save_adapter:

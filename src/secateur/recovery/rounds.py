@@ -31,7 +31,7 @@ from secateur.models.tokenizer import text_files
 from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import recovery_key, work_folder
 from secateur.pipeline.pipeline import unplaced_in
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.recipe import RunOptions, write_recipe
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, peak_rss
@@ -196,6 +196,7 @@ def _save(shared: _Rounds, rounds: Sequence[Round], result: RecoverResult, run: 
         overwrite=run.overwrite,
     ) as unfinished:
         write_curves(result, unfinished, plot=setup.options.plot)
+        write_recipe(unfinished, "recover", shared.recipe)
 
 
 def _prune_with_weights(
