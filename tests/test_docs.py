@@ -12,8 +12,8 @@ import yaml
 from quality_plot import SHOWN, points_of
 from secateur import CutOptions, __all__
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
-from secateur.models.folder_files import TOKENIZER_FILES
 from secateur.models.manifest import MANIFEST_FILE, Entry
+from secateur.models.weight_files import TOKENIZER_FILES
 from secateur.pipeline.recipe import RECIPE_FILE, PruneRecipe, checked
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.scoring.registry import SCORES

@@ -59,12 +59,7 @@ def check_file_vacant(out: Path, *, overwrite: bool = False) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `CheckpointError` when no file can be written there: the path is a folder, or lies in none.
-
-    >>> check_writable(Path("/"))
-    Traceback (most recent call last):
-    secateur.errors.CheckpointError: / is a folder, and a file is to be written; name one in it
-    """
+    """Raise `CheckpointError` when no file can be written there: the path is a folder, or lies in none."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, and a file is to be written; name one in it")
     _check_parent(path)
@@ -86,22 +81,13 @@ def _check_parent(path: Path) -> None:
 
 
 def check_apart(source: Path | None, out: Path) -> None:
-    """Raise `CheckpointError` when writing the folder would delete its own source (None: one of the hub).
-
-    >>> check_apart(Path("model/config.json"), Path("model"))
-    Traceback (most recent call last):
-    secateur.errors.CheckpointError: model holds the MODEL itself, which would be deleted; name another folder
-    """
+    """Raise `CheckpointError` when writing the folder would delete its own source (None: one of the hub)."""
     if source is not None and out.resolve() in (source.resolve(), *source.resolve().parents):
         raise CheckpointError(f"{out} holds the MODEL itself, which would be deleted; name another folder")
 
 
 def unwritable(path: Path, error: Exception) -> DiskError:
-    """The error of a file or folder that cannot be written, for example because the disk is full.
-
-    >>> print(unwritable(Path("out"), OSError(28, "No space left on device")))
-    out cannot be written: No space left on device
-    """
+    """The error of a file or folder that cannot be written, for example because the disk is full."""
     return DiskError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
 
 

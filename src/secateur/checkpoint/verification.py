@@ -10,10 +10,10 @@ from typing import Any
 from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
 from secateur.models.config import load_config, quantisation
-from secateur.models.folder_files import is_read
 from secateur.models.loading import load_on_meta
 from secateur.models.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
 from secateur.models.modeling_per_layer import PER_LAYER
+from secateur.models.weight_files import is_read
 from secateur.planning.plan import read_plan
 
 

@@ -33,8 +33,6 @@ def warn_of_overlap(
     `record` says how it was calibrated: the record of its folder, or what its plan was scored with, as plain data. Its
     windows, and the rows of every training, are drawn again from the local file, or `demo`, that it names. Nothing is
     logged where they cannot be, or differ.
-
-    >>> warn_of_overlap("pruned", None, {"wikitext2": "A text."}, {"calibration": None})
     """
     readers: list[tuple[Callable[..., Seen | None], Mapping[str, Any]]] = [(_calibration, record)]
     recovery = record.get("recovery")

@@ -46,11 +46,7 @@ class RelativeCost:
 
 @dataclass(frozen=True, slots=True)
 class BatchCost:
-    """What a batch of prompts costs: counted, and measured where the model has weights.
-
-    >>> BatchCost(batch=4, seq_len=64, macs=1000, kv_cache_bytes=256).to_json()
-    {'batch': 4, 'seq_len': 64, 'macs': 1000, 'kv_cache_bytes': 256}
-    """
+    """What a batch of prompts costs: counted, and measured where the model has weights."""
 
     batch: int
     seq_len: int
@@ -117,18 +113,10 @@ def config_costs(
     The bytes of weights and cache are those of `dtype` (None: the one that the config names, else float32). The
     cache's are None for code that runs with weights alone. Raises `ModelError` when no model can be built from the
     config, and `PlanError` when the plan is of another model.
-
-    >>> from transformers import AutoConfig
-    >>> from secateur.discovery.discover import discover
-    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
-    >>> config = AutoConfig.for_model("opt", num_hidden_layers=2, **sizes)
-    >>> costs = config_costs(config, discover(config), name="opt", options=ProfileOptions(seq_lens=(10,)))
-    >>> costs.kv_cache_bytes == 2 * 2 * 12 * 10 * 4  # layers, keys and values, hidden, tokens, float32
-    True
     """
     pruned = PrunedSizes()
     if plan is not None:
-        plan = _with_any_units(plan)
+        plan = with_any_units(plan)
         check_plan(plan, discovery)
         pruned = plan.sizes
     if plan is not None and plan.settings is not None:
@@ -185,15 +173,8 @@ def _cache_bytes(model: PreTrainedModel, seq_len: int) -> tuple[int, ...] | None
         return None
 
 
-def prune_to_sizes(model: PreTrainedModel, plan: Plan, discovery: Discovery) -> PreTrainedModel:
-    """The model cut to a plan's sizes, for what depends on sizes alone: unrepaired, and of units not chosen the first.
-
-    Raises `PlanError` when the plan is of another model.
-    """
-    return prune(model, _with_any_units(plan), discovery=discovery)
-
-
-def _with_any_units(plan: Plan) -> Plan:
+def with_any_units(plan: Plan) -> Plan:
+    """The plan for what depends on sizes alone: of a group whose units were not chosen, the first stay."""
     groups = tuple(replace(g, keep=tuple(range(g.kept)) if g.keep is None else g.keep) for g in plan.groups)
     return replace(plan, groups=groups)
 
@@ -235,8 +216,9 @@ def _kinds(discovery: Discovery) -> list[str]:
     # over positions by positions is attention.
     inside: dict[str, set[str]] = defaultdict(set)  # module -> kinds of the operations in it
     for operation, kind in zip(discovery.operations, own, strict=True):
-        if kind is None and operation.kind == "softmax" and _times(operation, SEQUENCE) > 1:
-            kind = "attention"
+        if kind is None and operation.kind == "softmax":
+            names = [variable.name for dim in operation.dims for variable in variables_in(dim)]
+            kind = "attention" if names.count(SEQUENCE) > 1 else None
         if kind is not None:
             for module in _modules_around(operation, discovery):
                 inside[module].add(kind)
@@ -252,10 +234,6 @@ def _kinds(discovery: Discovery) -> list[str]:
 def _innermost(kinds: set[str]) -> str | None:
     kind = next((kind for kind in _INNERMOST if kind in kinds), None)
     return None if kind is None else _PART_OF.get(kind, kind)
-
-
-def _times(operation: Operation, name: str) -> int:
-    return sum(v.name == name for dim in operation.dims for v in variables_in(dim))
 
 
 def _modules_around(operation: Operation, discovery: Discovery) -> list[str]:

@@ -50,9 +50,6 @@ def load_inputs(options: EvaluationOptions) -> EvaluationInputs:
     """Read the texts and the questions, so that what is missing is known before a model is loaded.
 
     Raises `DataError` for a text, and `TaskError` for a task, that cannot be read.
-
-    >>> list(load_inputs(EvaluationOptions()).texts)
-    ['python reference']
     """
     defaults = EvaluationOptions()
     about_texts = options.texts or (options.protocols, options.max_tokens) != (defaults.protocols, defaults.max_tokens)

@@ -90,19 +90,14 @@ def fitting_batch(length: int, vocabulary: int, *, limit: int = LOGITS_BYTES) ->
     return max(1, min(limit // (4 * vocabulary * length), BATCH_TOKENS // length))
 
 
-def most_likely(logits_BV: Tensor) -> Tensor:
-    """The token of the highest logit, ids_B1."""
-    return logits_BV.argmax(dim=-1, keepdim=True)
-
-
 def decode_steps(
-    model: PreTrainedModel, prompt_BT: Tensor, choose: Callable[[Tensor], Tensor] = most_likely
+    model: PreTrainedModel, prompt_BT: Tensor, choose: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[Tensor]:
     """Yield the next token, ids_B1 (int64), once per forward pass and without end.
 
-    `choose` takes logits_BV and returns ids_B1. The first pass reads the whole prompt, each later one the token just
-    yielded, with the keys and values (or the recurrent state) that the model returned. A model that returns none reads
-    everything again. The caller sets evaluation and inference mode.
+    `choose` takes logits_BV and returns ids_B1 (None: the most likely). The first pass reads the whole prompt, each
+    later one the token just yielded, with the keys and values (or the recurrent state) that the model returned. A model
+    that returns none reads everything again. The caller sets evaluation and inference mode.
 
     >>> from transformers.modeling_outputs import CausalLMOutput
     >>> def counting(input_ids, **_):
@@ -114,10 +109,11 @@ def decode_steps(
     input_BT, seen_BT, state = prompt_BT, prompt_BT, dict[str, Any]()
     while True:
         outputs = model(input_ids=input_BT, use_cache=True, **state)
-        next_B1 = choose(outputs.logits[:, -1])
+        logits_BV = outputs.logits[:, -1]
+        next_B1 = logits_BV.argmax(dim=-1, keepdim=True) if choose is None else choose(logits_BV)
         # the first name only: newer outputs answer to the older names as well
         state = next(({name: outputs[name]} for name in STATE_NAMES if name in outputs), {})
-        del outputs  # the logits of the prompt need not outlive the pass
+        del outputs, logits_BV  # the logits of the prompt need not outlive the pass
         yield next_B1
         seen_BT = torch.cat([seen_BT, next_B1], dim=1)
         input_BT = next_B1 if state else seen_BT

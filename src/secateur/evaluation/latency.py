@@ -29,8 +29,6 @@ from secateur.progress import Progress
 from secateur.pruning.prune import prune
 
 TIMED_SHARES = (0.25, 0.5, 0.75)  # of a group's units
-REPEATS = 9
-SEQ_LEN = 64
 
 
 def latency_table(
@@ -38,7 +36,7 @@ def latency_table(
     discovery: Discovery,
     groups: Sequence[Group],
     *,
-    seq_len: int = SEQ_LEN,
+    seq_len: int = 64,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
@@ -47,16 +45,6 @@ def latency_table(
     Measured is the prefill of one window of `seq_len` tokens; every cut is timed in turns with the dense model, so what
     slows the machine slows both, and the share that a cut saves is recorded. `cache` is a folder, by default
     `~/.cache/secateur`. Raises `DiskError` when the table cannot be written there.
-
-    >>> import tempfile
-    >>> from secateur.discovery.discover import discover
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> model, discovery = AutoModelForCausalLM.from_config(config), discover(config)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     table = latency_table(model, discovery, [discovery.group("layers.0.mlp")], seq_len=8, cache=Path(folder))
-    >>> [units for units, _ in table.savings["mlp"]]
-    [6, 12, 18, 24]
     """
     kinds: dict[str, list[Group]] = {}
     for group in groups:
@@ -80,7 +68,7 @@ def _measure(
     seq_len: int,
     progress: Progress | None,
 ) -> LatencyTable:
-    options = ProfileOptions(seq_lens=(seq_len,), new_tokens=1, repeats=REPEATS)
+    options = ProfileOptions(seq_lens=(seq_len,), new_tokens=1, repeats=9)
     work = [(kind, units) for kind, members in kinds.items() for units in _timed_sizes(members[0])]
     dense_seconds: list[float] = []
     saved: dict[str, list[tuple[int, float]]] = {}  # kind -> units, and the share of the time that one group saves

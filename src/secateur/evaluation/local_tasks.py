@@ -40,12 +40,7 @@ class Source:
 
 
 def find_files(name: str, folder: Path) -> list[Path]:
-    """The files of a local task, in the folder or in its folder `eval`. Raises `TaskError` naming what is missing.
-
-    >>> find_files("winogrande", Path("no-such-folder"))
-    Traceback (most recent call last):
-    secateur.errors.TaskError: winogrande: 'no-such-folder' is not a folder. ...
-    """
+    """The files of a local task, in the folder or in its folder `eval`. Raises `TaskError` naming what is missing."""
     if not folder.is_dir():
         raise TaskError(
             f"{name}: {str(folder)!r} is not a folder. Expected one with the questions: --tasks-data FOLDER, or leave "

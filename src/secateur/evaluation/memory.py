@@ -42,13 +42,6 @@ def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, 
     The model runs once, on `meta` too, and every tensor of what it returned is counted with the elements that it has:
     a window that slides keeps what is in it, and a layer without attention its state. What is not made of layers is
     one entry, and what returns nothing none. Raises `DiscoveryError` when the pass on `meta` fails.
-
-    >>> from transformers import AutoConfig
-    >>> from secateur.models.loading import skeleton
-    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
-    >>> config = AutoConfig.for_model("opt", num_hidden_layers=2, vocab_size=9, **sizes)
-    >>> cache_bytes_by_layer(skeleton(config), seq_len=5)
-    (480, 480)
     """
     on_meta = not hasattr(model, "_hf_hook") and any(weight.device.type == "meta" for weight in model.parameters())
     with evaluation_mode(model), torch.no_grad():
@@ -113,13 +106,6 @@ class LiveBytes(TorchDispatchMode):
     Final. Views and in-place results share their input's storage and count nothing; a storage stops counting when
     its last tensor is gone. Run it under `torch.no_grad()`, not `torch.inference_mode()`: there, composite operators
     (matmul, attention) arrive whole, and what they allocate within is not seen.
-
-    >>> with torch.no_grad(), LiveBytes() as memory:
-    ...     first = torch.zeros(10)
-    ...     second = first.view(2, 5) + 1
-    ...     del first
-    >>> memory.live, memory.peak
-    (40, 80)
     """
 
     def __init__(self) -> None:

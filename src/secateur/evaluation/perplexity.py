@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -60,10 +61,6 @@ def loss_difference(result: Perplexity, first: Perplexity | None) -> Difference 
     """How many nats per token a model is worse than the first, window by window.
 
     None where the two did not read the same windows, as with another tokenizer.
-
-    >>> one = Perplexity("t", 3, 4, 1.0, 0.0, window_nats=(1.0, 2.0), window_tokens=(2, 2))
-    >>> loss_difference(one, one)
-    Difference(difference=0.0, stderr=0.0, p=1.0)
     """
     if not result.window_tokens or first is None:
         return None
@@ -113,10 +110,9 @@ def perplexity(
     """Perplexity of one text in the windows of a protocol.
 
     `text` is what `encode_text` returns, or token ids alone (T, integers, on any device), of which no bits per byte
-    are known. The log-softmax is taken in float32, or in float64 if the logits are, and summed in float64. The
-    standard error is that of a mean over windows (`ratio_and_error`). `data` names the text in the result and in
-    errors. `batch_size` counts windows per forward pass; None takes as many as keep the logits under 256 MB.
-    `progress` is called after each batch with the windows done and all windows.
+    are known. The log-softmax is taken in float32, or in float64 if the logits are, and summed in float64. `data` names
+    the text in the result and in errors. `batch_size` counts windows per forward pass; None takes as many as keep the
+    logits under 256 MB. `progress` is called after each batch with the windows done and all windows.
 
     Raises DataError if there is no window, a token the model does not know, or a window longer than its table of
     positions; ModelError if the weights are not loaded; SecateurError if the loss is NaN.
@@ -186,14 +182,9 @@ def _check_ids(ids_T: Tensor, vocabulary: int, *, data: str) -> None:
 
 def _batches(cut: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
     """Windows in order, up to `batch_size` at once; a shorter one, at the end of a text, alone."""
-    first = 0
-    while first < len(cut):
-        length = cut[first].end - cut[first].start
-        last = first + 1
-        while last < min(first + batch_size, len(cut)) and cut[last].end - cut[last].start == length:
-            last += 1
-        yield cut[first:last]
-        first = last
+    for _, group in groupby(cut, key=lambda window: window.end - window.start):
+        alike = list(group)
+        yield from (alike[first : first + batch_size] for first in range(0, len(alike), batch_size))
 
 
 def _summed_nll(logits_TV: Tensor, ids_T: Tensor, first: int) -> float:

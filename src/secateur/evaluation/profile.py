@@ -9,7 +9,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from secateur.discovery.discover import discover
-from secateur.evaluation.costs import BatchCost, Profile, RelativeCost, config_costs, model_costs, prune_to_sizes
+from secateur.evaluation.costs import BatchCost, Profile, RelativeCost, config_costs, model_costs, with_any_units
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.speed import measure_speed
 from secateur.models.config import load_config
@@ -17,6 +17,7 @@ from secateur.models.loading import DTYPES, LoadOptions, load
 from secateur.models.weight_files import has_weights
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
+from secateur.pruning.prune import prune
 
 
 def profile(
@@ -55,15 +56,6 @@ def profile_models(
     What is measured depends on sizes alone, so a plan that does not say which units stay will do, and nothing is
     repaired. With `sizes_only`, or where one of the models has no weights, everything is counted and nothing measured:
     weights are not read. Raises `SecateurError`.
-
-    >>> import tempfile
-    >>> from transformers import AutoConfig
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 12}
-    ...     AutoConfig.for_model("opt", num_hidden_layers=2, vocab_size=9, **sizes).save_pretrained(folder)
-    ...     [costs] = profile_models([f"{folder}/config.json"])
-    >>> costs.kv_cache_bytes  # 2 layers x 2 x 12 x 64 tokens, float32
-    12288
     """
     options, loading = options or ProfileOptions(), loading or LoadOptions()
     trust = loading.trust_remote_code
@@ -83,7 +75,7 @@ def profile_models(
         loaded[name] = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=trust)
         if plan is not None:
             discovery = discover(name, trust_remote_code=trust)
-            loaded[f"{name} + {plan_name}"] = prune_to_sizes(loaded[name], plan, discovery)
+            loaded[f"{name} + {plan_name}"] = prune(loaded[name], with_any_units(plan), discovery=discovery)
     return profile(loaded, options, progress=progress)
 
 

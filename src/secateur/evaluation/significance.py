@@ -107,20 +107,12 @@ def mean_of_errors(errors: Sequence[float | None]) -> float | None:
 
 
 def mean_difference(differences: Sequence[Difference]) -> Difference:
-    """The unweighted mean of differences over independent tasks, with the p-value of `normal_p`.
-
-    >>> mean_difference([Difference(-0.02, 0.006, 0.0), Difference(-0.04, 0.008, 0.0)]).stderr
-    0.005
-    """
+    """The unweighted mean of differences over independent tasks, with the p-value of `normal_p`."""
     mean = math.fsum(each.difference for each in differences) / len(differences)
     stderr = mean_of_errors([each.stderr for each in differences])
     return Difference(mean, stderr, normal_p(mean, stderr))
 
 
 def interval(estimate: float, stderr: float | None) -> tuple[float, float] | None:
-    """The 95 % interval of an estimate, from the normal distribution; None where the error is not known.
-
-    >>> [round(end, 2) for end in interval(3.0, 0.5)]
-    [2.02, 3.98]
-    """
+    """The 95 % interval of an estimate, from the normal distribution; None where the error is not known."""
     return None if stderr is None else (estimate - Z95 * stderr, estimate + Z95 * stderr)

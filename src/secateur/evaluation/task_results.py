@@ -36,12 +36,7 @@ class TaskResult:
 
 
 def read_results(raw: Mapping[str, Any], *, data: str | None = None, note: str | None = None) -> dict[str, TaskResult]:
-    """Read what `lm_eval.evaluate` returns; of a group of tasks, the group's result and its members'.
-
-    >>> raw = {"results": {"boolq": {"acc,none": 0.6, "sample_len": 10}}, "samples": {}, "n-samples": {}}
-    >>> read_results(raw)["boolq"].value
-    0.6
-    """
+    """Read what `lm_eval.evaluate` returns; of a group of tasks, the group's result and its members'."""
     results = {}
     for name, values in raw["results"].items():
         # lm-eval appends the name of a filter; `none` is the one that does nothing. "N/A" is no number.
@@ -82,12 +77,7 @@ def _outcomes(samples: Sequence[Mapping[str, Any]], metric: str, filtered: str) 
 
 
 def task_difference(result: TaskResult, first: TaskResult | None) -> Difference | None:
-    """A result against the first model's, question by question; None where the questions are not the same.
-
-    >>> first = TaskResult("boolq", {}, 2, "acc", 1.0, 0.0, (1.0, 1.0), ("a", "b"))
-    >>> task_difference(TaskResult("boolq", {}, 2, "acc", 0.5, 0.5, (1.0, 0.0), ("a", "b")), first)
-    Difference(difference=-0.5, stderr=0.5, p=1.0)
-    """
+    """A result against the first model's, question by question; None where the questions are not the same."""
     if first is None or not result.outcomes or (result.hashes, result.metric) != (first.hashes, first.metric):
         return None
     return paired(result.outcomes, first.outcomes)
@@ -100,10 +90,6 @@ def mean_accuracy(
 
     Plain data, as `secateur evaluate --json` writes it. LLM-Pruner's seven tasks where all of them are there, else all
     tasks with an accuracy; None where there is none.
-
-    >>> results = {"a": TaskResult("a", {}, 2, "acc", 0.5, 0.3), "b": TaskResult("b", {}, 2, "acc", 0.7, 0.4)}
-    >>> mean_accuracy(results)["stderr"]
-    0.25
     """
     accuracies = [result for result in results.values() if result.metric in HEADLINES]
     chosen = [result for result in accuracies if result.outcomes] or accuracies

@@ -164,17 +164,16 @@ def _load_from_hub(names: Sequence[str]) -> list[LoadedTask]:
         if name not in manager.all_tasks:
             near = did_you_mean(name, [*manager.all_tasks, *SHORTHANDS], most=3) or "."
             raise TaskError(f"task {name!r} is unknown to lm-eval{near} Expected for example --tasks boolq,piqa")
-    return [_fetch(name, manager) for name in names]
-
-
-def _fetch(name: str, manager: Any) -> LoadedTask:
-    try:
-        return LoadedTask(name, manager.load([name]))
-    except Exception as error:  # whatever the hub, the network, the cache or a task's own code raises
-        local = ", or give local files: --tasks-data FOLDER" if name in LOCAL else ""
-        raise TaskError(
-            f"task {name!r}: its questions cannot be fetched ({one_line(error)}). Check the network{local}"
-        ) from error
+    tasks = []
+    for name in names:
+        try:
+            tasks.append(LoadedTask(name, manager.load([name])))
+        except Exception as error:  # whatever the hub, the network, the cache or a task's own code raises
+            local = ", or give local files: --tasks-data FOLDER" if name in LOCAL else ""
+            raise TaskError(
+                f"task {name!r}: its questions cannot be fetched ({one_line(error)}). Check the network{local}"
+            ) from error
+    return tasks
 
 
 def _fitting_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Any]) -> int:

@@ -29,11 +29,7 @@ class EncodedText:
 
 
 def join_rows(rows: Sequence[str]) -> str:
-    r"""Join the rows of a data set with a blank line, as LLM-Pruner and most perplexity tables do.
-
-    >>> join_rows(["one", "two"])
-    'one\n\ntwo'
-    """
+    """Join the rows of a data set with a blank line, as LLM-Pruner and most perplexity tables do."""
     return "\n\n".join(rows)
 
 
@@ -51,9 +47,6 @@ def read_texts(named: Sequence[str], *, option: str = "--ppl") -> dict[str, str]
     Without any, the half of Python's language reference that calibration does not read. Errors name the `option` that
     the texts were given with. Raises `DataError` for another form, a name that comes twice, and where
     `read_evaluation_text` does.
-
-    >>> list(read_texts([]))
-    ['python reference']
     """
     if not named:
         return {DEMO_TEXT: demo_texts()[1]}

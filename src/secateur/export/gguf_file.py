@@ -23,7 +23,7 @@ from secateur.errors import ExportError
 from secateur.export.architectures import type_of
 from secateur.export.check import Checked, check_file
 from secateur.export.fitting import Fitted, fit
-from secateur.export.llama_cpp import is_installed, require
+from secateur.export.llama_cpp import is_installed
 from secateur.export.mapping import EMBEDDING, LazyTensor
 from secateur.export.metadata import metadata
 from secateur.export.options import GgufOptions
@@ -118,8 +118,8 @@ def check_gguf(config: PreTrainedConfig, out: Path, options: GgufOptions, *, ove
     if out.suffix != SUFFIX:
         raise ExportError(f"{out} does not end in {SUFFIX}; name it {out}{SUFFIX}")
     check_file_vacant(out, overwrite=overwrite)
-    if options.check:
-        require()
+    if options.check and not is_installed():
+        raise ExportError("--check runs the file in llama.cpp, which is not installed: pip install 'secateur[gguf]'")
     type_of(config)
 
 
@@ -204,16 +204,13 @@ def _write_metadata(
 
 def _write_value(writer: GGUFWriter, key: str, value: Any) -> None:
     """Integers as unsigned, as llama.cpp expects them."""
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case [bool(), *_]:
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.BOOL)
-        case _:
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.UINT32)
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.UINT32,
+        float: GGUFValueType.FLOAT32,
+        str: GGUFValueType.STRING,
+    }
+    if isinstance(value, list):
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, kinds[type(value[0])])
+    else:
+        writer.add_key_value(key, value, kinds[type(value)])

@@ -26,12 +26,6 @@ def is_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
-def require() -> None:
-    """Raise `ExportError` where llama.cpp is not installed."""
-    if not is_installed():
-        raise ExportError("--check runs the file in llama.cpp, which is not installed: pip install 'secateur[gguf]'")
-
-
 @functools.cache
 def _library() -> tuple[Any, Any, Any]:
     """Cffi's interface, the library, and the callback that drops its messages, which must live as long."""
@@ -57,7 +51,7 @@ def version() -> str:
 class Engine:
     """A GGUF file in llama.cpp, on the CPU, with a key-value cache in float32. Final."""
 
-    def __init__(self, file: Path, *, context: int, threads: int | None = None) -> None:
+    def __init__(self, file: Path, *, context: int) -> None:
         self._ffi, self._lib, _ = _library()
         loading = self._lib.llama_model_default_params()
         loading.n_gpu_layers = 0
@@ -66,7 +60,7 @@ class Engine:
             raise ExportError("llama.cpp does not load the file")
         settings = self._lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = threads or torch.get_num_threads()
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         settings.type_k = settings.type_v = FLOAT32
         settings.flash_attn_type = 0  # off: its sums are of 16 bits
         self._context = self._lib.llama_init_from_model(self._model, settings)

@@ -105,14 +105,6 @@ def map_model(model: PreTrainedModel, model_type: ModelType) -> MappedModel:
     """Map a model's weights to GGUF's names, and read each layer's sizes off their shapes.
 
     Raises `ExportError` for a weight that GGUF has no name for, and for heads that differ in more than their number.
-
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> from secateur.export.architectures import type_of
-    >>> config = AutoConfig.for_model("granite", hidden_size=12, num_attention_heads=4, num_key_value_heads=2,
-    ...     intermediate_size=20, num_hidden_layers=2, vocab_size=8)
-    >>> mapped = map_model(AutoModelForCausalLM.from_config(config), type_of(config))
-    >>> mapped.sizes[0].kv_heads, mapped.head_dim, mapped.shape(mapped.layers[0]["attn_k.weight"])
-    (2, 3, (6, 12))
     """
     weights = dict(model.named_parameters())
     count = int(model.config.num_hidden_layers)

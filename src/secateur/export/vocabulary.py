@@ -52,15 +52,6 @@ def vocabulary(
 
     `pre` names the pre-tokenizer where it is not recognised; `stops` are the ids that end a generated text, the usual
     one first. Raises `ExportError` for a tokenizer that llama.cpp would not follow.
-
-    >>> from tokenizers import Tokenizer, models, pre_tokenizers, decoders
-    >>> from transformers import PreTrainedTokenizerFast
-    >>> pairs = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
-    >>> pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    >>> pairs.decoder = decoders.ByteLevel()
-    >>> words = vocabulary(PreTrainedTokenizerFast(tokenizer_object=pairs), 4)
-    >>> words.pre, words.tokens, words.merges
-    ('gpt-2', ('a', 'b', 'ab', '[unused3]'), ('a b',))
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -87,12 +78,12 @@ def vocabulary(
     common: dict[str, Any] = {"tokens": tokens, "special": special, "add_bos": add_bos, "add_eos": add_eos}
     common |= {"chat_template": _template(tokenizer), "notes": tuple(notes)}
     if any(step["type"] == "ByteLevel" for step in _steps(spec["pre_tokenizer"], "pretokenizers")):
-        kind, name = _kind(BYTES), pre or _pre_name(spec)
+        kind, name = _table()["kinds"][BYTES], pre or _pre_name(spec)
         return Vocabulary(kind, name, types=types, scores=None, merges=merges, add_space=False, **common)
     if model.get("byte_fallback") and _marks_spaces(spec):
         types = _with_bytes(tokens, types, model.get("unk_token"))
         scores = _scores(tokens, merges)
-        kind, add_space = _kind(SENTENCEPIECE), _prepends(spec)
+        kind, add_space = _table()["kinds"][SENTENCEPIECE], _prepends(spec)
         return Vocabulary(kind, "default", types=types, scores=scores, merges=None, add_space=add_space, **common)
     raise ExportError(
         "the tokenizer is neither byte-level BPE nor SentencePiece BPE (byte_fallback, spaces as U+2581), and "
@@ -164,11 +155,6 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _table() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     return table
-
-
-def _kind(name: str) -> str:
-    """The file's name for a kind of tokenizer."""
-    return str(_table()["kinds"][name])
 
 
 def _pre_tokenizers() -> dict[tuple[tuple[str, ...], bool], str]:

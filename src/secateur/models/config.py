@@ -11,9 +11,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from secateur.errors import DataError, ModelError
-from secateur.models.gguf import gguf_reader
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
-from secateur.models.silence import quiet
 from secateur.models.sources import DEMO, check_unchanged, loader_arguments, resolve
 from secateur.models.trust import model_errors
 
@@ -47,8 +45,7 @@ def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     source = resolve(model)
     location, options = loader_arguments(source)
     check_unchanged(source, lambda name: name == "config.json")
-    errors = model_errors(source, "its config cannot be read", trust_remote_code=trust_remote_code)
-    with quiet(), gguf_reader(), errors:
+    with model_errors(source, "its config cannot be read", trust_remote_code=trust_remote_code):
         written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
         _check_blocks(written)
         if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
@@ -139,13 +136,6 @@ def register(model: str) -> None:
 
     For programs that load by `AutoModelForCausalLM` themselves; nothing that lies in a folder is run. Raises
     `ModelError` for a model that needs nothing of the kind.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     AutoConfig.for_model("opt").save_pretrained(folder)
-    ...     register(folder)
-    Traceback (most recent call last):
-    secateur.errors.ModelError: ... has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is
     """
     config = load_config(model)
     model_class = per_layer_model_class(config)

@@ -22,12 +22,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.errors import ModelError, one_line
 from secateur.models.config import causal_class, per_layer_model_class, quantisation, whole_config
-from secateur.models.folder_files import is_model_file
-from secateur.models.gguf import forget_gguf, gguf_reader
+from secateur.models.gguf import forget_gguf
 from secateur.models.silence import quiet
 from secateur.models.sources import Source, check_unchanged, loader_arguments, resolve
 from secateur.models.trust import check_trust, model_errors
-from secateur.models.weight_files import check_weight_files
+from secateur.models.weight_files import check_weight_files, is_model_file
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +144,7 @@ def _loaded(
         location_options = {**location_options, "trust_remote_code": trust_remote_code}
         if trust_remote_code:
             check_unchanged(source, lambda name: name.endswith(".py"))
-    errors = model_errors(source, "its weights cannot be loaded", trust_remote_code=trust_remote_code)
-    with quiet(), gguf_reader(), errors:
+    with model_errors(source, "its weights cannot be loaded", trust_remote_code=trust_remote_code):
         loaded, report = loader.from_pretrained(
             location,
             config=copy.deepcopy(config),

@@ -44,11 +44,7 @@ def silence_imports() -> Iterator[None]:
 
 @contextmanager
 def silence_logger(name: str) -> Iterator[None]:
-    """Leave out all that a logger, and those below it, say short of a critical error.
-
-    >>> with silence_logger("transformers"):
-    ...     logging.getLogger("transformers").error("an odd value in a config")
-    """
+    """Leave out all that a logger, and those below it, say short of a critical error."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -64,19 +60,18 @@ def quiet() -> Iterator[None]:
 
     The switches belong to the process, not to a thread: other threads are silenced for that time, too.
     """
-    loggers = (transformers_logging, hub_logging)
-    levels = [each.get_verbosity() for each in loggers]
+    levels = [(each, each.get_verbosity()) for each in (transformers_logging, hub_logging)]
     bars = transformers_logging.is_progress_bar_enabled()
     hub_bars = not are_progress_bars_disabled()
     # The hub client warns when its environment variable has the last word on progress bars.
     with warnings.catch_warnings(action="ignore"):
         transformers_logging.disable_progress_bar()  # the hub's, too
-    for each in loggers:
+    for each, _ in levels:
         each.set_verbosity_error()
     try:
         yield
     finally:
-        for each, level in zip(loggers, levels, strict=True):
+        for each, level in levels:
             each.set_verbosity(level)
         with warnings.catch_warnings(action="ignore"):
             if bars:

@@ -73,13 +73,8 @@ def resolve(model: str) -> Source:
 
 
 def _looks_like_path(model: str) -> bool:
-    return (
-        model.startswith((".", "~", os.sep))
-        or model.endswith((".gguf", ".json"))
-        or model.count("/") > 1
-        or "\\" in model
-        or Path(model).is_absolute()
-    )
+    marked = model.startswith((".", "~", os.sep)) or model.endswith((".gguf", ".json")) or "\\" in model
+    return marked or model.count("/") > 1 or Path(model).is_absolute()
 
 
 def _demo_file() -> Path:

@@ -9,11 +9,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from secateur.errors import ModelError
-from secateur.models.folder_files import TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
-from secateur.models.gguf import gguf_reader
 from secateur.models.silence import quiet
 from secateur.models.sources import DEMO, check_unchanged, hub_options, loader_arguments, resolve
 from secateur.models.trust import model_errors
+from secateur.models.weight_files import TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
         raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
     location, options = loader_arguments(source)
     check_unchanged(source, lambda name: name == "config.json" or is_tokenizer_file(name))  # the config names a class
-    errors = model_errors(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code)
-    with quiet(), gguf_reader(), errors:
+    with model_errors(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location, trust_remote_code=trust_remote_code, **options
         )
@@ -53,9 +51,6 @@ def text_files(model: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     """The files of MODEL that its tokenizer, chat template and processors are read from, by name; a GGUF has none.
 
     With its tokenizer, those that its class names, too.
-
-    >>> text_files("demo")
-    {}
     """
     source = resolve(model)
     named = {name for name in getattr(tokenizer, "vocab_files_names", {}).values() if isinstance(name, str)}

@@ -9,6 +9,8 @@ import torch
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from secateur.errors import ModelError, UntrustedCodeError, one_line
+from secateur.models.gguf import gguf_reader
+from secateur.models.silence import quiet
 from secateur.models.sources import DEMO, Source
 
 
@@ -16,19 +18,17 @@ def runs_remote_code(model: torch.nn.Module) -> bool:
     """Tell whether the model's class is custom code: Python files that lie beside the weights.
 
     Such a model exists only where that code was trusted, so more models of it may be built.
-
-    >>> runs_remote_code(torch.nn.Linear(2, 1))
-    False
     """
     return any(base.__module__.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME for base in type(model).__mro__)
 
 
 @contextmanager
 def model_errors(source: Source, failure: str, *, trust_remote_code: bool) -> Iterator[None]:
-    """Turn any exception into a `ModelError` of one line: loaders and the code of models raise anything."""
+    """Let loaders of transformers run silently, and turn any exception into a `ModelError` of one line."""
     try:
-        yield
-    except Exception as error:
+        with quiet(), gguf_reader():
+            yield
+    except Exception as error:  # the code of models raises anything
         check_trust(error, source.argument, trust_remote_code=trust_remote_code)
         message = f"{source.argument!r}: {failure}; {one_line(error)}."
         if source.kind == "hub":

@@ -1,4 +1,4 @@
-"""The files of a model's weights: whether there are any, how large they are, and whether they are all there.
+"""The files in a model's folder: which of them a loader reads, and whether those of the weights are all there.
 
 Weights are read from safetensors or GGUF, never from a pickle.
 """
@@ -6,14 +6,46 @@ Weights are read from safetensors or GGUF, never from a pickle.
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError, ModelError, one_line
 from secateur.files import read_json
-from secateur.models.folder_files import ADAPTER_FILE, INDEX_FILE, PICKLES, WEIGHTS_FILE
 from secateur.models.manifest import WEIGHTS, tensors_in
 from secateur.models.sources import Source, resolve
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+# What tokenizers and processors are made of, whichever class reads it; a tokenizer's class may name more.
+TOKENIZER_FILES = frozenset(
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
+    "vocab.txt merges.txt spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
+    "processor_config.json preprocessor_config.json video_preprocessor_config.json audio_tokenizer_config.json".split()
+)
+TEMPLATES = "additional_chat_templates/"  # a folder of them
+
+
+def is_read(name: str) -> bool:
+    """Whether a loader reads, or may run, a file of that name in the folder of a model.
+
+    >>> is_read("model.safetensors"), is_read("README.md")
+    (True, False)
+    """
+    other = name == ADAPTER_FILE or any(fnmatch(name, pattern) for pattern in (*PICKLES, "*.py", "adapter_model.*"))
+    return other or is_tokenizer_file(name) or is_model_file(name)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a tokenizer or processor may be read from a file of that name, of those that we write."""
+    return name in TOKENIZER_FILES or name.startswith(TEMPLATES)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a model is read from a file of that name."""
+    return name in ("config.json", "generation_config.json", INDEX_FILE) or name.endswith(WEIGHTS)
 
 
 def has_weights(model: str) -> bool:
@@ -66,7 +98,11 @@ def check_weight_files(source: Source) -> None:
 
 def _weight_files(source: Source, folder: Path) -> list[str]:
     """The safetensors files that a loader would read."""
-    named = _named_by_config(folder)
+    try:
+        config = read_json(folder / "config.json")
+    except CheckpointError:
+        config = None  # what is wrong with it is said when the config is read
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
     if named is not None:
         _check_plain(source, "config.json, transformers_weights", named, (WEIGHTS, f"{WEIGHTS}.index.json"))
     weights = named or WEIGHTS_FILE
@@ -77,15 +113,6 @@ def _weight_files(source: Source, folder: Path) -> list[str]:
     if any(folder.glob(f"*{WEIGHTS}")):
         return []  # a name of its own, which nothing gives: the loader will say so
     raise ModelError(f"{source.argument!r}: {_why_no_weights(folder)}")
-
-
-def _named_by_config(folder: Path) -> Any:
-    """The file of weights that a config names, if it does."""
-    try:
-        written = read_json(folder / "config.json")
-    except CheckpointError:
-        return None  # what is wrong with it is said when the config is read
-    return written.get("transformers_weights") if isinstance(written, dict) else None
 
 
 def _shards(source: Source, index: Path) -> list[str]:
