@@ -3,7 +3,6 @@
 `activation_statistics` takes sums of saliences of inputs, costs by Gram matrix and cosines of hidden states from one
 pass. When a layer is done, what was held of its weights' inputs is reduced and dropped. `layer_loss_statistics` runs
 the model once without each layer.
-
 Axes: B samples, T tokens, N tokens of all samples, V vocabulary, M matrices of a stack (1 for a plain weight),
 R rows of a matrix, C features (columns), D hidden, U units.
 """
@@ -81,13 +80,8 @@ def activation_statistics(
         progress=progress,
     )
     collector.finish_rest()
-    return Statistics(
-        sums=collector.sums.finished(),
-        units=collector.units,
-        reads=collector.read_dims,
-        samples=len(windows),
-        tokens=windows.numel(),
-    )
+    sums, units, reads = collector.sums.finished(), collector.units, collector.read_dims
+    return Statistics(sums, units, reads=reads, samples=len(windows), tokens=windows.numel())
 
 
 @dataclass(slots=True)

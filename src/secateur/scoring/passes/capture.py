@@ -3,7 +3,6 @@
 A linear layer y = x W' has the gradient G = d' x, with d the gradient of its output: the hooks take x in the forward
 pass and d in the backward pass, as the factors of G. An embedding adds d to the rows that its token ids name. All other
 parameters leave their gradients to autograd, whose result is taken from `.grad` at once.
-
 Axes: B samples, T tokens, R rows of a weight (dimension 0), C columns (dimension 1).
 """
 
@@ -34,8 +33,7 @@ class Factors:
     first: int
     left: Tensor  # B x T x R; for an embedding, the number of the row that each token looks up, B x T (int64)
     right: Tensor  # B x T x C
-    left_is_input: bool = False
-    """Whether left is x and right d (`Conv1D`, which stores W transposed), not the other way round."""
+    left_is_input: bool = False  # left is x and right d (`Conv1D`, which stores W transposed), not the other way round
 
     def of_sample(self, sample: int) -> tuple[Tensor, Tensor] | None:
         """The factors of one sample's gradient, T x R and T x C, if it is among these."""
@@ -127,12 +125,13 @@ class Capture:
     def _linear_hook(self, names: Mapping[str, str], module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None  # a forward pass without a graph: it runs again in the backward pass
-        left_is_input, output = isinstance(module, Conv1D), _requiring_gradient(output)
+        left_is_input = isinstance(module, Conv1D)
+        output = output if output.requires_grad else output.detach().requires_grad_(True)
         held, first, samples = [args[0].detach()], self.context.running.first, self.context.running.count
 
         def take(d: Tensor) -> None:
-            x_BTC = _by_sample(held.pop(), samples)  # popped: autograd keeps this function to the end of the pass
-            d_BTR = _by_sample(d.detach(), samples)
+            x = held.pop()  # autograd keeps this function to the end of the pass
+            x_BTC, d_BTR = (each.reshape(samples, -1, each.shape[-1]) for each in (x, d.detach()))
             if "bias" in names:
                 self.visitor.add_vector(names["bias"], first, d_BTR.float().sum(1))
                 self._count(names["bias"], samples)
@@ -150,7 +149,7 @@ class Capture:
         ids, first, samples = args[0].detach(), self.context.running.first, self.context.running.count
         if output.shape[0] == 1 < samples:  # the same for every sample, such as positions: each gets its gradient
             ids, output = ids.expand(samples, -1), output.expand(samples, -1, -1)
-        output = _requiring_gradient(output)
+        output = output if output.requires_grad else output.detach().requires_grad_(True)
 
         def take(d: Tensor) -> None:
             ids_BT = ids.reshape(samples, -1)
@@ -174,11 +173,3 @@ class Capture:
         self._samples_seen[name] += samples
         if self._samples_seen[name] == self.context.samples * self.context.layout.uses[name]:
             self.visitor.finish(name)
-
-
-def _requiring_gradient(output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.detach().requires_grad_(True)
-
-
-def _by_sample(x: Tensor, samples: int) -> Tensor:
-    return x.reshape(samples, -1, x.shape[-1])

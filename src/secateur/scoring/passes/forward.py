@@ -32,11 +32,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def probe_windows(windows_BT: Tensor) -> Tensor:
-    """Two short samples, to see what a model does with its parameters before a long pass.
-
-    >>> probe_windows(torch.zeros(128, 64, dtype=torch.int64)).shape
-    torch.Size([2, 7])
-    """
+    """Two short samples (2 x 7), to see what a model does with its parameters before a long pass."""
     two_BT = windows_BT[:PROBE_SAMPLES] if len(windows_BT) > 1 else torch.cat([windows_BT, windows_BT.roll(1, 1)])
     return two_BT[:, :PROBE_TOKENS]
 
@@ -44,10 +40,8 @@ def probe_windows(windows_BT: Tensor) -> Tensor:
 def rows_per_sample(tensor: Tensor, samples: int) -> int | None:
     """How many entries along dimension 0 belong to each sample; None where all samples share the tensor.
 
-    >>> rows_per_sample(torch.zeros(4, 3), 4), rows_per_sample(torch.zeros(12, 3), 4)
-    (1, 3)
-    >>> rows_per_sample(torch.zeros(1, 3), 4) is None  # such as position ids
-    True
+    >>> [rows_per_sample(torch.zeros(rows, 3), samples=4) for rows in (4, 12, 1)]
+    [1, 3, None]
     """
     if tensor.dim() < 2:
         return None

@@ -4,7 +4,6 @@ A mask m (a factor for each channel) multiplies the inputs x of a product y = (m
 sum over the tokens of x times (d W), the gradient by x, with d the gradient by y. No gradient of W is formed. Where
 only autograd's gradient G of a whole weight is known (stacked experts), the same is the sum of W G over the weight's
 other dimensions.
-
 Axes: B samples, T tokens, R rows of a weight (dimension 0), C columns (dimension 1), S the size of any one dimension.
 """
 

@@ -44,7 +44,6 @@ class Layout:
     """How a model uses its parameters, and which modules the backward pass computes again."""
 
     uses: Mapping[str, int]  # parameter -> how often linear layers or embeddings use it in one forward pass
-    owner: Mapping[str, str]  # parameter -> path of the (first) module that has it
     tied: frozenset[str]  # parameters that several modules or calls use
     by_autograd: frozenset[str]  # parameters whose gradients are left to autograd: norms, stacked experts, convolutions
     conditional: frozenset[str]  # of these, those whose use depends on the text: experts not all of it is routed to
@@ -98,12 +97,10 @@ def probe(
     apart = {path for name in by_autograd for path in products.owners[name]} if second_order else set()
     independent, calls = _independent_modules(model, ids_BT, apart, recomputed)
     nearest = {path: next((p for p in _path_and_parents(path) if p in independent), None) for path in apart}
-    owner = {name: products.owners[name][0] for name in parameters}
     tied = {name for name in parameters if len(products.owners[name]) > 1 or products.calls[name] > 1}
-    tied |= {name for name in by_autograd if second_order and calls[nearest[owner[name]] or ""] > 1}
+    tied |= {name for name in by_autograd if second_order and calls[nearest[products.owners[name][0]] or ""] > 1}
     return Layout(
         uses=products.calls,
-        owner=owner,
         tied=frozenset(tied),
         by_autograd=frozenset(by_autograd),
         conditional=frozenset(conditional),

@@ -157,15 +157,6 @@ def stream_inputs(
     """Run the windows (int64, samples x length) through the model and visit the inputs of each product with a weight.
 
     `wanted` names the weights (by default, all of two or more dimensions), `layers` the modules that are visited.
-
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> model, shapes = AutoModelForCausalLM.from_config(config), {}
-    >>> def visit(weight, dim, index, x_NC):
-    ...     shapes[weight] = dim, tuple(x_NC.shape)
-    >>> stream_inputs(model, torch.arange(20).reshape(2, 10), visit)
-    >>> shapes["model.decoder.layers.0.fc2.weight"]
-    (1, (20, 24))
     """
     weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and (wanted is None or n in wanted)}
     ids_BT = windows.to(input_device(model))

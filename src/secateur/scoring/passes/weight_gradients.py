@@ -33,8 +33,7 @@ class _Sums:
 
     gradient: Tensor | None = None
     squared: Tensor | None = None
-    by_sample: dict[int, Tensor] = field(default_factory=dict)
-    """Of tied weights: a sample's gradients from all uses have to be added before they are squared."""
+    by_sample: dict[int, Tensor] = field(default_factory=dict)  # of tied weights: uses are added, then squared
 
     def add(self, gradient: Tensor, squared: Tensor | None) -> None:
         """Add a gradient to the sum (kept as it is, so it must be the caller's to give), and its square."""
