@@ -103,6 +103,32 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+COMMAND = re.compile(r"^ *\$? ?secateur ([a-z]+) ([^#\n]*)", re.MULTILINE)
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+
+
+def unknown_options(markdown: str) -> list[str]:
+    """Return what commands in the blocks of a page have and their help has not."""
+    helps = {
+        path.stem.removeprefix("help_"): path.read_text("utf-8") for path in (ROOT / "tests/golden").glob("help_*")
+    }
+    return [
+        f"{command} {option}"
+        for command, rest in COMMAND.findall(markdown)
+        for option in OPTION.findall(rest)
+        if option not in OPTION.findall(helps[command])
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_commands_have_options_that_exist(page: Path) -> None:
+    assert unknown_options(page.read_text(encoding="utf-8")) == []
+
+
+def test_an_option_that_is_gone_is_found() -> None:
+    assert unknown_options("    secateur prune demo out --ratio 0.2 --strategy layer\n") == ["prune --strategy"]
+
+
 @pytest.mark.slow
 @pytest.mark.demo_model
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=page_name)
