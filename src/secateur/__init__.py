@@ -33,6 +33,7 @@ from secateur.planning.plan import plan
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import repair
 from secateur.recovery.options import RecoverOptions
+from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.recover import recover
 from secateur.scoring.registry import register_score
 from secateur.scoring.scores import score
@@ -43,6 +44,7 @@ __all__ = [
     "DataOptions",
     "PruneRecipe",
     "RecoverOptions",
+    "RecoverRecipe",
     "RunOptions",
     "SecateurError",
     "discover",

@@ -34,7 +34,7 @@ from secateur.recovery.result import RecoverResult
 from tiny import names, write_tiny
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-OURS = ["secateur_curves.json", "secateur_manifest.json", "secateur_plan.json", "secateur_record.json"]
+OURS = ["recipe.yaml", "secateur_curves.json", "secateur_manifest.json", "secateur_plan.json", "secateur_record.json"]
 SHAPES = {
     "lora": "uniform",
     "full": "per-layer",

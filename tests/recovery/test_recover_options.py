@@ -9,7 +9,7 @@ import pytest
 from secateur import RecoverOptions
 from secateur.errors import TrainingError
 from secateur.recovery.lora import LoraOptions
-from secateur.recovery.options import PRESETS, options_for
+from secateur.recovery.options import PRESETS, with_preset
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_an_adapter_of_no_size(options: dict[str, Any], match: str) -> None:
 
 
 def test_the_preset_of_llm_pruner_is_the_paper_s() -> None:
-    options, data = options_for("llm-pruner", {}, {"sources": ("alpaca.json",)})
+    options, data = with_preset("llm-pruner", {}, {"sources": ("alpaca.json",)})
     assert options == RecoverOptions(
         method="lora",
         epochs=2.0,
@@ -66,10 +66,10 @@ def test_the_preset_of_llm_pruner_is_the_paper_s() -> None:
 
 
 def test_changes_to_a_preset_leave_the_rest() -> None:
-    options, _ = options_for("llm-pruner", {"epochs": 1, "lora": {"rank": 4}}, {"sources": ("a.json",)})
+    options, _ = with_preset("llm-pruner", {"epochs": 1, "lora": {"rank": 4}}, {"sources": ("a.json",)})
     assert (options.epochs, options.learning_rate, options.lora) == (1, 1e-4, LoraOptions(4, 16.0, 0.05))
 
 
 def test_an_unknown_preset() -> None:
     with pytest.raises(TrainingError, match=r"preset='best' is unknown. Expected default or llm-pruner"):
-        options_for("best", {}, {"sources": ("a.json",)})
+        with_preset("best", {}, {"sources": ("a.json",)})

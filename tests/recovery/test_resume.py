@@ -37,7 +37,6 @@ TAUGHT: dict[str, Any] = {
     "eval_texts": ("reference=held.txt",),
     "lora": LoraOptions(rank=4, dropout=0.1),
 }
-RECOVER = sys.modules["secateur.recovery.recover"]  # the package has the function under this name
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ class TestStopped:
         if patience is not None:  # it stops early
             given |= {"learning_rate": 0.3, "max_steps": 60, "eval_steps": 1}
         with monkeypatch.context() as patch:
-            patch.setattr(RECOVER, "_save", interrupt)
+            patch.setattr("secateur.recovery.training._save", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 train(**given)
         monkeypatch.setattr("secateur.recovery.trainer.RecoveryTrainer", lambda *_: pytest.fail("trained again"))

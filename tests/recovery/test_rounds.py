@@ -40,9 +40,8 @@ from secateur.errors import CheckpointError, ModelError, PlanError, TrainingErro
 from secateur.pipeline.recipe import RunOptions
 from secateur.planning.plan import read_plan
 from secateur.recovery import teacher_cache
-from secateur.recovery.recipe import RecoverRecipe, RoundsRecipe
+from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from secateur.recovery.result import RecoverResult
-from secateur.recovery.rounds import prune_and_recover
 from tiny import names
 
 ROUNDS = sys.modules["secateur.recovery.rounds"]
@@ -61,9 +60,9 @@ def in_rounds(
     **given: Any,
 ) -> RecoverResult:
     """Two rounds of four steps, with an evaluation after every second, unless other options are given."""
-    training = RecoverRecipe(model, DATA, options(**given), loading=FLOAT32)
-    pruning = recipe(model, cut={"ratio": 0.3} if cut is None else cut, calibration=CALIBRATION)
-    return prune_and_recover(RoundsRecipe(training, pruning.cut, CALIBRATION, rounds), out, run=run)
+    whole = recipe(model, cut={"ratio": 0.3} if cut is None else cut).cut
+    in_turn = RoundOptions(rounds, whole, CALIBRATION)
+    return recover(RecoverRecipe(model, DATA, options(**given), rounds=in_turn, loading=FLOAT32), out, run=run)
 
 
 class Whole:

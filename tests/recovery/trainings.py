@@ -85,7 +85,11 @@ def train(
 ) -> RecoverResult:
     """A short training, in the folder `place`."""
     read = DataOptions(**{"sources": ("rows.json",), "max_length": 128, **(data or {})})
-    return recover(RecoverRecipe(model, read, options(**given), eval_texts, teacher, loading), out, run=run)
+    return recover(
+        RecoverRecipe(model, read, options(**given), eval_texts=eval_texts, teacher=teacher, loading=loading),
+        out,
+        run=run,
+    )
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:

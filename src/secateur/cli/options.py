@@ -228,15 +228,19 @@ assert set(PRESETS) == set(get_args(get_args(get_type_hints(Cutting)["preset"])[
 def recipe_of(model: str | None, cutting: Given, loading: LoadOptions) -> PruneRecipe:
     """The recipe that a command line asks for. Raises `SecateurError`."""
     run_score_file(cutting.get("score_file"))
-    given = {name: value for name, value in asdict(loading).items() if value != getattr(LoadOptions(), name)}
     return prune_recipe(
         model,
         preset=cutting.get("preset"),
         file=cutting.get("recipe"),
         cut=cutting.get("cut"),
         calibration=cutting.get("calibration"),
-        loading=given,
+        loading=changed(loading),
     )
+
+
+def changed(loading: LoadOptions) -> Given:
+    """The options that are no defaults, and so go before those of a recipe file."""
+    return {name: value for name, value in asdict(loading).items() if value != getattr(LoadOptions(), name)}
 
 
 def model_and_out(model: str, out: Path | None, recipe: Path | None, command: str) -> tuple[str | None, Path]:

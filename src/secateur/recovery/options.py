@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from secateur.data.options import DataOptions
@@ -157,36 +157,34 @@ def _flag(field_name: str) -> str:
     return f"--{field_name.replace('_', '-')}"
 
 
-# Options of the training, and of the data. LLM-Pruner's are of arXiv 2305.11627, section 4.1, and its scripts.
-PRESETS: dict[str, tuple[RecoverOptions, Mapping[str, Any]]] = {
-    "default": (RecoverOptions(), {}),
-    "llm-pruner": (
-        RecoverOptions(
-            method="lora",
-            epochs=2.0,
-            global_batch_size=64,
-            micro_batch_size=4,
-            learning_rate=1e-4,
-            warmup_steps=100,
-            lr_scheduler="linear",
-            lora=LoraOptions(rank=8, alpha=16.0, dropout=0.05),
-        ),
-        {"template": "alpaca", "loss_on": "answers", "max_length": 256},
-    ),
+# Preset -> the options in which it departs from the defaults. `llm-pruner` is the paper's recovery (arXiv 2305.11627,
+# section 4.1, and its scripts).
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "default": {"options": {}, "data": {}},
+    "llm-pruner": {
+        "options": {
+            "epochs": 2.0,
+            "global_batch_size": 64,
+            "learning_rate": 1e-4,
+            "warmup_steps": 100,
+            "lr_scheduler": "linear",
+            "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.05},
+        },
+        "data": {"template": "alpaca"},
+    },
 }
 
 
-def options_for(preset: str, changes: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[RecoverOptions, DataOptions]:
-    """Return the full options of a preset, with `changes` to its training and to its `data` options.
+def with_preset(name: str, options: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[RecoverOptions, DataOptions]:
+    """The options of a preset, but for those that are given by name; `data` names the `sources`.
 
-    `changes["lora"]` changes single fields of `LoraOptions`; `data` names the `sources`. Raises `TrainingError` for an
-    unknown preset.
+    `options["lora"]` gives single fields of `LoraOptions`. Raises `TrainingError` for an unknown preset.
 
-    >>> options_for("llm-pruner", {"lora": {"rank": 4}}, {"sources": ("alpaca.json",)})[0].lora
+    >>> with_preset("llm-pruner", {"lora": {"rank": 4}}, {"sources": ("alpaca.json",)})[0].lora
     LoraOptions(rank=4, alpha=16.0, dropout=0.05)
     """
-    if preset not in PRESETS:
-        raise TrainingError(f"preset={preset!r} is unknown. Expected {' or '.join(PRESETS)}: --preset llm-pruner")
-    options, data_defaults = PRESETS[preset]
-    lora = replace(options.lora, **changes.get("lora", {}))
-    return replace(options, **{**changes, "lora": lora}), DataOptions(**{**data_defaults, **data})
+    if name not in PRESETS:
+        raise TrainingError(f"preset={name!r} is unknown. Expected {' or '.join(PRESETS)}: --preset llm-pruner")
+    usual = PRESETS[name]
+    lora = LoraOptions(**{**usual["options"].get("lora", {}), **options.get("lora", {})})
+    return RecoverOptions(**{**usual["options"], **options, "lora": lora}), DataOptions(**{**usual["data"], **data})

@@ -1,69 +1,87 @@
-"""All that decides the weights of a trained folder, as plain data."""
+"""All that decides what `recover` writes, as plain data: built from a preset, a recipe file and single options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
-from secateur.errors import RecipeError
+from secateur.errors import DataError, RecipeError
 from secateur.models.loading import LoadOptions
-from secateur.pipeline.recipe import build, read_recipe
+from secateur.pipeline.recipe import read_recipe
+from secateur.planning import options as planning
 from secateur.planning.options import CutOptions
-from secateur.recovery.options import RecoverOptions
+from secateur.recovery.options import RecoverOptions, with_preset
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOptions:
+    """How a dense model is cut in rounds, each followed by a training."""
+
+    count: int = 3
+    """Number of rounds; each removes the same part of what the whole cut removes, then trains."""
+    cut: CutOptions = field(default_factory=CutOptions)
+    """The whole cut, of all rounds together."""
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    """The text that scores and repair look at."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecoverRecipe:
-    """Train a pruned folder: all that decides the weights of the result, as plain data.
+    """All that decides what `recover` makes.
 
     >>> RecoverRecipe("small", DataOptions(("alpaca.json",))).options.method
     'lora'
     """
 
     model: str
-    """Pruned folder, or any model."""
-
+    """Pruned folder, or any model; a dense model where it is cut in rounds."""
     data: DataOptions
     """What to train on."""
-
     options: RecoverOptions = field(default_factory=RecoverOptions)
     """How to train."""
-
+    _: KW_ONLY
     eval_texts: tuple[str, ...] = ()
     """Held-out texts, each NAME=FILE: the checkpoint with the lowest perplexity on them is kept. Without texts, the
     validation loss decides."""
-
     teacher: str | None = None
-    """Teacher for distillation. Default: the dense model that the folder's record names."""
-
+    """Teacher for distillation. Default: the dense model that the folder's record names, or that is cut in rounds."""
+    rounds: RoundOptions | None = None
+    """Cut the model and train it, in rounds. Default: train it as it is."""
     loading: LoadOptions = field(default_factory=LoadOptions)
-    """How models are loaded."""
+    """Dtype and device of the models."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoundsRecipe:
-    """Cut a dense model and train what is left, several times: all that decides the weights of the result."""
+def recover_recipe(
+    model: str | None = None, *, preset: str | None = None, file: str | Path | None = None, **changes: Any
+) -> RecoverRecipe:
+    """A recipe from a preset, a recipe file over it, and single options over both. Raises `SecateurError`.
 
-    training: RecoverRecipe
-    """How each round trains. Its model is the dense model, which is also the teacher unless another is named."""
+    `changes` are fields of `RecoverRecipe`; of `data`, `options` and `loading` a mapping changes single options.
 
-    cut: CutOptions = field(default_factory=CutOptions)
-    """The whole cut, of all rounds together."""
+    >>> recipe = recover_recipe("small", preset="llm-pruner", data={"sources": ("alpaca.json",)}, options={"epochs": 1})
+    >>> recipe.options.epochs, recipe.options.learning_rate
+    (1, 0.0001)
+    """
+    raw = {} if file is None else read_recipe(file, "recover", RecoverRecipe, also=("preset",))
+    sections = {name: _merged(raw, changes, name) for name in ("data", "options", "loading")}
+    sections["options"]["lora"] = _merged(raw.get("options") or {}, changes.get("options") or {}, "lora")
+    model = model if model is not None else raw.get("model")
+    if model is None:
+        raise RecipeError(f"{file or 'the recipe'}: no model. Expected one, for example `model: small`")
+    if not sections["data"].get("sources"):
+        raise DataError("--data is missing: a file, a data set or `demo` to train on, for example --data alpaca.json")
+    options, data = with_preset(preset or raw.get("preset") or "default", sections["options"], sections["data"])
+    chosen: dict[str, Any] = {name: changes.get(name, raw.get(name)) for name in ("eval_texts", "teacher", "rounds")}
+    if isinstance(rounds := chosen["rounds"], Mapping):  # of the file
+        cut, calibration = planning.with_preset("best", rounds.get("cut"), rounds.get("calibration"))
+        chosen["rounds"] = RoundOptions(**{**rounds, "cut": cut, "calibration": calibration})
+    chosen["eval_texts"] = chosen["eval_texts"] or ()
+    return RecoverRecipe(model, data, options, **chosen, loading=LoadOptions(**sections["loading"]))
 
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    """The text that scores and repair look at."""
 
-    rounds: int = 3
-    """Number of rounds; each removes the same part of what the whole cut removes, then trains."""
-
-
-def load_recover_recipe(file: str | Path) -> RecoverRecipe | RoundsRecipe:
-    """The recipe of a training in a file; one with `training` and `rounds` is of rounds. Raises `RecipeError`."""
-    kind: type[RecoverRecipe] | type[RoundsRecipe] = RecoverRecipe
-    try:
-        data = read_recipe(file, "recover", RecoverRecipe)
-    except RecipeError:
-        kind, data = RoundsRecipe, read_recipe(file, "recover", RoundsRecipe)
-    return build(kind, data, str(file))
+def _merged(raw: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {**(raw.get(name) or {}), **(changes.get(name) or {})}

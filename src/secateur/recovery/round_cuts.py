@@ -10,8 +10,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.checkpoint.formats import check_saveable
+from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
+from secateur.models.loading import LoadOptions
 from secateur.pipeline.pipeline import may_be_per_layer
 from secateur.pipeline.recipe import PruneRecipe, RunOptions
 from secateur.pipeline.run import prune_model
@@ -19,7 +21,7 @@ from secateur.planning.iterations import as_of_dense, composed, options_of_itera
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan
 from secateur.progress import ProgressBars
-from secateur.recovery.recipe import RoundsRecipe
+from secateur.recovery.recipe import RoundOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +33,24 @@ class RoundCut:
     sizes: Mapping[str, int] | None  # units of each group that stay, where the budget counts units
 
 
-def plan_rounds(recipe: RoundsRecipe, dense: Discovery, config: PreTrainedConfig) -> tuple[CutOptions, list[RoundCut]]:
+def plan_rounds(
+    rounds: RoundOptions, dense: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool
+) -> tuple[CutOptions, list[RoundCut]]:
     """Return the options of the whole cut, and the cut of every round.
 
     Raises `PlanError` or `CheckpointError` where a round cannot be cut, or no folder can hold what it leaves.
     """
-    whole = replace(recipe.cut, iterations=recipe.rounds)
+    whole = replace(rounds.cut, iterations=rounds.count)
     if whole.shape == "per-layer" and not may_be_per_layer(config):
         whole = replace(whole, shape="uniform")
-    cuts = [_round_cut(whole, dense, number) for number in range(1, recipe.rounds + 1)]
-    trust = recipe.training.loading.trust_remote_code
+    cuts = [_round_cut(whole, dense, number) for number in range(1, rounds.count + 1)]
     for cut in cuts:
         of_dense = cut.options if cut.options.target is not None else replace(cut.options, ratio=whole.ratio)
         try:
-            sizes = plan(dense, of_dense, config=config, fixed_sizes=cut.sizes, trust_remote_code=trust)
-            check_saveable(sizes, config=config, discovery=dense, trust_remote_code=trust)
+            sizes = plan(dense, of_dense, config=config, fixed_sizes=cut.sizes, trust_remote_code=trust_remote_code)
+            check_saveable(sizes, config=config, discovery=dense, trust_remote_code=trust_remote_code)
         except PlanError as error:
-            raise PlanError(f"round {cut.number} of {recipe.rounds}: {error}") from error
+            raise PlanError(f"round {cut.number} of {rounds.count}: {error}") from error
     return whole, cuts
 
 
@@ -58,9 +61,11 @@ def _round_cut(whole: CutOptions, dense: Discovery, number: int) -> RoundCut:
     return RoundCut(number, options, sizes_after_iteration(whole, dense, number))
 
 
-def prune_round(source: str, out: Path, cut: RoundCut, recipe: RoundsRecipe, bars: ProgressBars) -> float:
+def prune_round(
+    source: str, out: Path, cut: RoundCut, calibration: CalibrationOptions, loading: LoadOptions, bars: ProgressBars
+) -> float:
     """Prune what the round before left into a folder; a killed run resumes. Returns seconds."""
-    pruning = PruneRecipe(source, cut=cut.options, calibration=recipe.calibration, loading=recipe.training.loading)
+    pruning = PruneRecipe(source, cut=cut.options, calibration=calibration, loading=loading)
     pruned = prune_model(pruning, out, fixed_sizes=cut.sizes, run=RunOptions(resume=True, bars=bars))
     return sum(pruned.seconds.values())
 

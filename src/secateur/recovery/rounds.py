@@ -36,12 +36,12 @@ from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.prune import prune
-from secateur.recovery.recipe import RoundsRecipe
-from secateur.recovery.recover import TEACHER_FOLDER, train_folder
+from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from secateur.recovery.result import RecoverResult, write_curves
 from secateur.recovery.round_cuts import RoundCut, merge_plans, plan_of_dense, plan_rounds, prune_round
 from secateur.recovery.round_results import Round, chain_records, join_results, read_round, write_round
 from secateur.recovery.setup import TrainingSetup, prepare
+from secateur.recovery.training import TEACHER_FOLDER, train_folder
 
 RESULT_FILE = "secateur_round.json"  # the result of a training, in the folder of its round
 
@@ -50,7 +50,7 @@ RESULT_FILE = "secateur_round.json"  # the result of a training, in the folder o
 class _Rounds:
     """What all rounds share."""
 
-    recipe: RoundsRecipe
+    options: RoundOptions
     setup: TrainingSetup  # of the dense model
     dense: Discovery
     whole: CutOptions
@@ -59,43 +59,38 @@ class _Rounds:
     clock: Clock
 
 
-def prune_and_recover(recipe: RoundsRecipe, out: str | Path, *, run: RunOptions | None = None) -> RecoverResult:
+def recover_in_rounds(
+    recipe: RecoverRecipe, rounds: RoundOptions, out: Path, run: RunOptions, clock: Clock
+) -> RecoverResult:
     """Cut a dense model and train what is left, in several rounds, and write one ordinary folder.
 
     Round i of n removes i/n of what the whole cut removes, so the end has the size of one cut. Each round trains as
-    long as one training, with the rows in another order. With `run.resume`, a killed run goes on to the same weights.
-    Raises `SecateurError`.
+    long as one training, with the rows in another order. Raises `SecateurError`.
     """
-    processes.join()
-    out, run, training = Path(out), run or RunOptions(), recipe.training
-    if training.options.save_adapter:
+    if recipe.options.save_adapter:
         raise TrainingError(
             "--save-adapter: in rounds, the model that an adapter belongs to is cut again; leave it out"
         )
-    clock = Clock(run.bars)
-    trust = training.loading.trust_remote_code
-    config = load_config(training.model, trust_remote_code=trust)
-    if not has_weights(training.model):
-        raise ModelError(f"{training.model!r} has a config and no weights to cut and train; name a folder with weights")
+    trust = recipe.loading.trust_remote_code
+    config = load_config(recipe.model, trust_remote_code=trust)
+    if not has_weights(recipe.model):
+        raise ModelError(f"{recipe.model!r} has a config and no weights to cut and train; name a folder with weights")
     with clock.stage("discover"):
-        dense = discover(training.model, trust_remote_code=trust)
-    whole, cuts = plan_rounds(recipe, dense, config)
-    training = replace(training, teacher=training.teacher or training.model)
-    setup = prepare(training, out, overwrite=run.overwrite, clock=clock)
+        dense = discover(recipe.model, trust_remote_code=trust)
+    whole, cuts = plan_rounds(rounds, dense, config, trust_remote_code=trust)
+    taught = replace(recipe, teacher=recipe.teacher or recipe.model)
+    setup = prepare(taught, out, overwrite=run.overwrite, clock=clock)
+    setup = replace(setup, recipe=recipe)
     held_out = [(name, digest(ids_T)) for name, ids_T in sorted(setup.held_out.items())]
+    paths = [recipe.model, rounds.calibration.text, *recipe.data.source_names]
     key = recovery_key(
-        [
-            training.model,
-            recipe.calibration.text,
-            *training.data.source_names,
-            *([setup.teacher] if setup.teacher else []),
-        ],
-        [asdict(whole), asdict(recipe), asdict(training), asdict(setup.options), setup.bf16, held_out],
+        [*paths, *([setup.teacher] if setup.teacher else [])],
+        [asdict(whole), asdict(recipe), asdict(setup.options), setup.bf16, held_out],
     )
     with work_folder(out, key, resume=run.resume, worth_keeping=_has_begun) as work:
         resumed = _has_begun(work)
         processes.wait()
-        shared = _Rounds(recipe, setup, dense, whole, work, out, clock)
+        shared = _Rounds(rounds, setup, dense, whole, work, out, clock)
         finished: list[Round] = []
         for cut in cuts:
             finished.append(_run_round(shared, cut, finished))
@@ -124,12 +119,13 @@ def _run_round(shared: _Rounds, cut: RoundCut, before: Sequence[Round]) -> Round
     if processes.is_first():
         folder.mkdir(exist_ok=True)
     processes.wait()
-    clock = Clock(lambda stage: shared.clock.bars(f"{stage}, round {number} of {shared.recipe.rounds}"))
+    clock = Clock(lambda stage: shared.clock.bars(f"{stage}, round {number} of {shared.options.count}"))
     is_cut, is_trained = ((path / MODEL_MARK).is_file() for path in (pruned, trained))
     processes.wait()  # all have looked, so one may write
     if not is_cut and not is_trained:
         source = shared.setup.recipe.model if number == 1 else str(work / f"round-{number - 1}" / "trained")
-        clock.seconds["prune"] = prune_round(source, pruned, cut, shared.recipe, clock.bars)
+        loading = shared.setup.recipe.loading
+        clock.seconds["prune"] = prune_round(source, pruned, cut, shared.options.calibration, loading, clock.bars)
         gc.collect()
     if not is_trained:
         _train_round(shared, cut, pruned, trained, before, clock)
@@ -152,7 +148,7 @@ def _train_round(
 ) -> None:
     setup, out = shared.setup, shared.out
     seed = setup.options.seed + cut.number - 1  # a training of few steps does not read all rows: read others
-    recipe = replace(setup.recipe, model=str(pruned), options=replace(setup.recipe.options, seed=seed))
+    recipe = replace(setup.recipe, model=str(pruned), rounds=None, options=replace(setup.recipe.options, seed=seed))
     train_folder(
         replace(setup, recipe=recipe, options=replace(setup.options, seed=seed)),
         trained,
@@ -196,7 +192,7 @@ def _save(shared: _Rounds, rounds: Sequence[Round], result: RecoverResult, run: 
         overwrite=run.overwrite,
     ) as unfinished:
         write_curves(result, unfinished, plot=setup.options.plot)
-        write_recipe(unfinished, "recover", shared.recipe)
+        write_recipe(unfinished, "recover", recipe)
 
 
 def _prune_with_weights(

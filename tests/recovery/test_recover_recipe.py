@@ -1,0 +1,60 @@
+"""A recipe is built from a preset, a file and single options; the one in a folder makes the folder again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from trainings import distance, place_fixture, train  # noqa: F401 - the fixture `place`
+
+from secateur import DataOptions, RecoverRecipe, recover
+from secateur.errors import DataError, RecipeError
+from secateur.planning.options import CutOptions
+from secateur.recovery.lora import LoraOptions
+from secateur.recovery.recipe import RoundOptions, recover_recipe
+
+FILE = """
+command: recover
+model: small
+preset: llm-pruner
+data: {sources: [alpaca.json@2], samples: 100}
+options: {learning_rate: 2e-4, lora: {rank: 4}}
+rounds: {count: 2, cut: {ratio: 0.5}}
+"""
+
+
+def test_single_options_go_before_a_file_and_a_file_before_its_preset(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(FILE)
+    found = recover_recipe(file=tmp_path / "recipe.yaml", options={"epochs": 1.0, "lora": {"dropout": 0.0}})
+    assert (found.model, found.data) == ("small", DataOptions(("alpaca.json@2",), "alpaca", samples=100))
+    assert (found.options.epochs, found.options.learning_rate, found.options.warmup_steps) == (1.0, 2e-4, 100)
+    assert found.options.lora == LoraOptions(4, 16.0, 0.0)
+    assert found.rounds == RoundOptions(2, CutOptions(ratio=0.5))
+    assert recover_recipe("other", file=tmp_path / "recipe.yaml").model == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        ("model: small\noptions: {learnin_rate: 1}", RecipeError, "Did you mean learning_rate?"),
+        ("model: small\noptions: {method: magic}", RecipeError, "method: 'magic' is no lora or full"),
+        ("command: prune\nmodel: small", RecipeError, "recipe of another command"),
+        ("data: {sources: [a.json]}", RecipeError, "no model"),
+        ("model: small", DataError, "--data is missing"),
+    ],
+)
+def test_a_file_that_is_no_recipe(text: str, error: type[Exception], match: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(error, match=match):
+        recover_recipe(file=tmp_path / "recipe.yaml")
+
+
+def test_the_recipe_in_a_folder_makes_it_again(place: Path) -> None:
+    train(method="lora+distill", max_steps=2, eval_texts=("reference=held.txt",), lora=LoraOptions(4, 8.0, 0.1))
+    recipe = recover_recipe(file="here/out/recipe.yaml")
+    assert isinstance(recipe, RecoverRecipe)
+    recover(recipe, "here/again")
+    assert distance("here/out", "here/again") == 0
+    assert (place / "out" / "recipe.yaml").read_text() == (place / "again" / "recipe.yaml").read_text()
+    assert yaml.safe_load((place / "out" / "recipe.yaml").read_text())["options"]["lora"]["rank"] == 4
