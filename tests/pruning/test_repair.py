@@ -231,8 +231,9 @@ def test_a_norm_that_no_weight_scales_is_left_as_it_is() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).tanh()
 
-    norm = Clamped(torch.rand(4))
-    assert scaled_weight(norm, torch.randn(2, 3, 4), 5 * torch.ones(2, 3, 4)) is None
+    generator = torch.Generator().manual_seed(0)
+    norm, x = Clamped(torch.rand(12, generator=generator)), torch.randn(2, 3, 12, generator=generator)
+    assert scaled_weight(norm, x, 5 * torch.ones(2, 3, 12)) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
