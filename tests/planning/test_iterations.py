@@ -65,7 +65,7 @@ def test_no_iterations() -> None:
 def test_iterations_measure_anew() -> None:
     model = family_model(family_config("llama"), dtype=torch.float32)
     options = CutOptions(
-        ratio=0.3, scope="sensitivity", shape="per-layer", score="l2", repair="none", iterations=2, min_keep=0.0
+        ratio=0.2, axes=("mlp",), scope="sensitivity", score="l2", repair="none", choose="score", iterations=2
     )
     bars: list[str] = []
     smaller, decided = cut_in_memory(model, discover(model), options, WINDOWS, bars)

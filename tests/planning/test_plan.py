@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -70,11 +71,14 @@ def test_shares_round_as_llm_pruner_rounds_them(units: int, ratio: float, remove
     assert removed_units(units, ratio) == removed
 
 
+@functools.cache
+def seven_billion() -> Discovery:
+    return discover(AutoConfig.for_model("llama"))  # its defaults are LLaMA-7B's sizes
+
+
 def paper(**cut: Any) -> tuple[str, str]:
     """Parameters in B and MACs in G of LLaMA-7B after a cut, with the paper's decimals."""
-    config = AutoConfig.for_model("llama")  # its defaults are LLaMA-7B's sizes
-    found = discover(config)
-    decided = plan(found, with_preset("llm-pruner", cut)[0])
+    decided = plan(seven_billion(), with_preset("llm-pruner", cut)[0])
     return f"{decided.parameters['pruned'] / 1e9:.2f}", f"{decided.macs['pruned'] / 1e9:.2f}"
 
 
