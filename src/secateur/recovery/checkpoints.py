@@ -31,11 +31,7 @@ OPTIMIZER_NUMBERS_FILE = "optimizer.json"  # of the optimizer and the learning r
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the whole checkpoint of the latest step in a folder; None where there is none.
-
-    >>> last_checkpoint(Path("no-such-folder")) is None
-    True
-    """
+    """Return the whole checkpoint of the latest step in a folder; None where there is none."""
     named = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return max((path for path in named if (path / STATE_FILE).is_file()), key=_step_of, default=None)
 

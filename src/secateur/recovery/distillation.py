@@ -81,14 +81,7 @@ def distillation_loss(
 def check_teacher(
     student: tuple[str, PreTrainedTokenizerBase, int], teacher: tuple[str, PreTrainedTokenizerBase, int]
 ) -> None:
-    """Raise `ModelError` unless both have the same vocabulary; each is a name, a tokenizer and a vocabulary size.
-
-    >>> class Tokenizer:
-    ...     get_vocab = staticmethod(lambda: {"a": 0})
-    >>> check_teacher(("small", Tokenizer, 8), ("large", Tokenizer, 9))
-    Traceback (most recent call last):
-    secateur.errors.ModelError: teacher 'large' has a vocabulary of 9 tokens, and 'small' one of 8. ...
-    """
+    """Raise `ModelError` unless both have the same vocabulary; each is a name, a tokenizer and a vocabulary size."""
     (name, tokenizer, size), (teacher_name, teacher_tokenizer, teacher_size) = student, teacher
     remedy = "Expected the model that it was cut from, or another with its tokenizer; or train without: --method lora"
     if size != teacher_size:

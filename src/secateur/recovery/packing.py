@@ -18,9 +18,6 @@ def check_packing(model: nn.Module, rows: Rows) -> None:
 
     That depends on the model's code, so it is tried: the second text of a row must have the logits that it has alone.
     Rows that are not packed pass.
-
-    >>> ids = torch.arange(9, dtype=torch.int32)
-    >>> check_packing(nn.Identity(), Rows(ids, ids > 0, torch.tensor([0, 9]), torch.zeros(1, dtype=torch.int32)))
     """
     if rows.positions_T is None:
         return

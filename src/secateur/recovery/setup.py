@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +32,7 @@ from secateur.progress import Clock
 from secateur.recovery.distillation import check_teacher
 from secateur.recovery.hidden_states import MatchedLayers, match_layers
 from secateur.recovery.lora import check_peft
-from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
+from secateur.recovery.options import EVAL_WINDOW, RecoverOptions, Tracker
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import check_plot
 
@@ -70,8 +72,6 @@ class TrainingSetup:
 
 def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) -> TrainingSetup:
     """Check everything, and read the data. Raises `SecateurError`; `recover` shows a run."""
-    from secateur.recovery.trainer import check_environment  # Trainer takes a second to import
-
     options, model = recipe.options, recipe.model
     trust = recipe.loading.trust_remote_code
     check_vacant(out, overwrite=overwrite)
@@ -82,7 +82,7 @@ def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) 
         raise TrainingError(f"method={options.method!r} has no adapter to save; leave out --save-adapter")
     if options.plot:
         check_plot()
-    check_environment(options.track)
+    _check_environment(options.track)
     config = load_config(model, trust_remote_code=trust)
     check_not_quantised(config, name=model)
     check_positions(config, recipe.data.max_length, name="max_length")
@@ -183,6 +183,22 @@ def _find_teacher(recipe: RecoverRecipe, tokenizer: PreTrainedTokenizerBase, con
         (teacher, load_tokenizer(teacher, trust_remote_code=trust), teacher_config.get_text_config().vocab_size),
     )
     return teacher
+
+
+def _check_environment(track: Tracker | None = None) -> None:
+    """Raise `TrainingError` for a tracker that is not installed, and where accelerate asks for DeepSpeed or float16."""
+    if track is not None and importlib.util.find_spec(track) is None:
+        raise TrainingError(f"track={track!r} needs the package {track}. Run: pip install {track}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise TrainingError(
+            "DeepSpeed keeps its state in pickles, which are neither written nor read here. Expected FSDP2, which "
+            "shards the same: accelerate launch --config_file docs/accelerate/fsdp2.yaml"
+        )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise TrainingError(
+            "accelerate is configured for fp16, which overflows in training. Expected no precision there, since "
+            "--dtype sets it: accelerate launch --mixed_precision no ..."
+        )
 
 
 def _use_bf16(loading: LoadOptions) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import os
@@ -44,7 +43,7 @@ from secateur.recovery.checkpoints import (
 )
 from secateur.recovery.distillation import distillation_loss, nll_loss
 from secateur.recovery.hidden_states import hidden_states_loss, record_outputs, select_states
-from secateur.recovery.options import EVAL_WINDOW, RecoverOptions, Tracker
+from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
 from secateur.recovery.packing import check_packing
 from secateur.recovery.teacher_cache import TeacherCache
 from secateur.recovery.training_inputs import TrainingInputs, TrainingResult
@@ -66,8 +65,7 @@ def train(
 
     `options` have their defaults resolved (`resolve_options`). With `bf16`, products are taken in bfloat16. TensorBoard
     writes into the folder `logs`. The result is in the checkpoints; the model is left as the last step leaves it.
-    Raises `TrainingError` for a loss or gradient that is NaN or Inf, for a model that cannot be trained so, and as
-    `check_environment` does.
+    Raises `TrainingError` for a loss or gradient that is NaN or Inf, for a model that cannot be trained so.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -83,7 +81,6 @@ def train(
     >>> result.steps, [entry["step"] for entry in result.evaluations], len(weights) == len([*model.parameters()])
     (2, [0, 1, 2], True)
     """
-    check_environment(options.track)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         state = load_state(checkpoint)
@@ -106,25 +103,6 @@ def train(
         trainer = RecoveryTrainer(model, inputs, options, arguments, callbacks)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return _result(folder, trainer.state)
-
-
-def check_environment(track: Tracker | None = None) -> None:
-    """Raise `TrainingError` for a tracker that is not installed, and where accelerate asks for DeepSpeed or float16.
-
-    >>> check_environment()
-    """
-    if track is not None and importlib.util.find_spec(track) is None:
-        raise TrainingError(f"track={track!r} needs the package {track}. Run: pip install {track}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise TrainingError(
-            "DeepSpeed keeps its state in pickles, which are neither written nor read here. Expected FSDP2, which "
-            "shards the same: accelerate launch --config_file docs/accelerate/fsdp2.yaml"
-        )
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise TrainingError(
-            "accelerate is configured for fp16, which overflows in training. Expected no precision there, since "
-            "--dtype sets it: accelerate launch --mixed_precision no ..."
-        )
 
 
 class RecoveryTrainer(Trainer):

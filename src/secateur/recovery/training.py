@@ -95,11 +95,7 @@ def train_folder(
 
 
 def has_begun(work: Path) -> bool:
-    """Whether a stopped run has left a checkpoint, or outputs of the teacher.
-
-    >>> has_begun(Path("no-such-folder"))
-    False
-    """
+    """Whether a stopped run has left a checkpoint, or outputs of the teacher."""
     patterns = (f"{CHECKPOINTS_FOLDER}/checkpoint-*", f"{TEACHER_FOLDER}/*/*.safetensors")
     return any(any(work.glob(pattern)) for pattern in patterns)
 
