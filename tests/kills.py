@@ -27,6 +27,7 @@ SERVER = """
 import json, os, sys, traceback
 import secateur.checkpoint.save
 import secateur.cli.main
+import secateur.pipeline.pipeline
 import transformers.models.llama.modeling_llama
 for line in sys.stdin:
     folder, arguments = json.loads(line)
@@ -38,6 +39,7 @@ for line in sys.stdin:
         status = 70
         try:
             secateur.checkpoint.save.SHARD = "20KB"  # many files, and time between the first and the last
+            secateur.pipeline.pipeline.CACHE_LAYERS_FROM = 0  # as for large models, each layer is kept
             status = secateur.cli.main.run(arguments)
         except BaseException:
             traceback.print_exc()

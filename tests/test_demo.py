@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur.demo
 from recipes import recipe
 from secateur.cli.main import run
-from secateur.demo import Demonstration, demonstrate
+from secateur.demo import demonstrate
 from secateur.errors import CheckpointError
 from secateur.pipeline.recipe import RunOptions
 from secateur.pipeline.run_log import load_entries
@@ -77,67 +82,87 @@ def check_folder(out: Path) -> None:
     assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
-@pytest.fixture
-def small(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@dataclass(frozen=True)
+class Shown:
+    """What the command has shown, and where its folder d lies."""
+
+    place: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Path) -> Iterator[None]:
     """The tiny model in place of the demo's, and less text."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(secateur.demo, "DEMO", str(tiny))
-    monkeypatch.setattr("secateur.cli.pages.DEMO", str(tiny))
-    monkeypatch.setattr(secateur.demo, "PROTOCOLS", ("llm-pruner@32", "llm-pruner@64"))
-    monkeypatch.setattr(secateur.demo, "MAX_TOKENS", 256)
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secateur.demo, "DEMO", str(tiny))
+        patch.setattr("secateur.cli.pages.DEMO", str(tiny))
+        patch.setattr(secateur.demo, "PROTOCOLS", ("llm-pruner@32", "llm-pruner@64"))
+        patch.setattr(secateur.demo, "MAX_TOKENS", 256)
+        yield
 
 
-def demonstrate_small(tiny: Path, *, overwrite: bool = False, **cut: Any) -> Demonstration:
-    """The demo of the tiny model, into the folder d."""
-    return demonstrate(recipe(tiny, preset="fast", cut=cut), "d", run=RunOptions(overwrite=overwrite))
+@pytest.fixture(scope="module")
+def shown(small: None, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """The command, once."""
+    place, out, err = tmp_path_factory.mktemp("demo"), io.StringIO(), io.StringIO()
+    with chdir(place), redirect_stdout(out), redirect_stderr(err):
+        assert run(["demo", "--out", "d", "--json", "d.json", "--seed", "2"]) == 0
+    return Shown(place, out.getvalue(), err.getvalue())
 
 
 class TestSmall:
-    def test_every_stage_is_there(self, small: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run(["demo", "--out", "d", "--json", "d.json", "--seed", "2"]) == 0
-        shown = capsys.readouterr()
+    def test_every_stage_is_there(self, shown: Shown) -> None:
         assert shown.err == ""
         for row in ROWS:
             assert f"│ {row}" in shown.out
         assert "dense: A pruning saw cuts" in shown.out
         assert "pruned: A pruning saw cuts" in shown.out
         assert shown.out.endswith("\nreport: d/report.html\n")
-        check_folder(small / "d")
-        assert read(small / "d.json") == read(small / "d" / "summary.json")
-        record = read(small / "d" / "pruned" / "secateur_record.json")
+        check_folder(shown.place / "d")
+        assert read(shown.place / "d.json") == read(shown.place / "d" / "summary.json")
+        record = read(shown.place / "d" / "pruned" / "secateur_record.json")
         assert (record["seed"], record["command"]) == (2, "secateur demo --out d --json d.json --seed 2")
-        assert names(small) == sorted({"d", "d.json", *(f"d/{name}" for name in names(small / "d"))})
+        assert names(shown.place) == sorted({"d", "d.json", *(f"d/{name}" for name in names(shown.place / "d"))})
 
-    def test_it_is_not_replaced_unless_asked(self, small: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        first = demonstrate_small(tiny)
-        before = names(small)
+    def test_it_is_replaced_only_when_asked(
+        self,
+        shown: Shown,
+        tiny: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(shown.place / "d", "d")
+        before = names(tmp_path)
         assert run(["demo", "--out", "d"]) == 2
         assert capsys.readouterr().err.startswith("secateur: error: d exists; name another folder")
-        assert names(small) == before
-        second = demonstrate_small(tiny, ratio=0.3, overwrite=True)
-        assert second.plan.parameters["pruned"] < first.plan.parameters["pruned"]
-        assert read_plan(Path("d/pruned/secateur_plan.json")) == second.plan
+        assert names(tmp_path) == before
+        first = read_plan(Path("d/pruned/secateur_plan.json"))
+        layers_of_different_sizes = recipe(tiny, preset="fast", cut={"layers": (0, 1)})
+        second = demonstrate(layers_of_different_sizes, "d", run=RunOptions(overwrite=True))
+        assert read_plan(Path("d/pruned/secateur_plan.json")) == second.plan != first
+        assert second.plan.settings is None
+        assert "modeling_per_layer.py" in names(tmp_path / "d" / "pruned")
 
-    def test_what_is_no_run_is_never_replaced(self, small: Path, tiny: Path) -> None:
-        (small / "d").mkdir()
-        (small / "d" / "config.json").touch()
+    def test_what_is_no_run_is_never_replaced(self, small: None, tiny: Path, tmp_path: Path) -> None:
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "config.json").touch()
         with pytest.raises(CheckpointError, match=r"d holds other things: .* has no summary\.json"):
-            demonstrate_small(tiny, overwrite=True)
+            demonstrate(recipe(tiny, preset="fast"), tmp_path / "d", run=RunOptions(overwrite=True))
 
-    def test_layers_of_different_sizes(self, small: Path, tiny: Path) -> None:
-        found = demonstrate_small(tiny, layers=(0, 1))
-        assert found.plan.settings is None
-        assert "modeling_per_layer.py" in names(small / "d" / "pruned")
-
-    def test_a_failure_leaves_nothing(self, small: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failure_leaves_nothing(
+        self, small: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def fail(*_: Any, **__: Any) -> None:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(secateur.demo, "profile", fail)
+        monkeypatch.setattr(secateur.demo, "evaluate", fail)
+        cheap = recipe(tiny, cut={"score": "l2", "repair": "none"})
         with pytest.raises(RuntimeError):
-            demonstrate_small(tiny)
-        assert names(small) == []
+            demonstrate(cheap, tmp_path / "d")
+        assert names(tmp_path) == []
 
 
 @pytest.mark.slow

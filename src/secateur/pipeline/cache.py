@@ -134,8 +134,11 @@ class Cache:
         return _by_all(found)
 
     def save_iteration(self, options: CutOptions, iteration: Iteration) -> None:
-        """Keep what an iteration left."""
+        """Keep what an iteration left; scores of later ones, which a run of other options has left, are removed."""
         if self.folder is not None and processes.is_first():
+            for number in range(iteration.number + 1, options.iterations + 1):
+                (self.folder / f"scores-{number}.safetensors").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / f"layers-{number}", ignore_errors=True)
             about = {
                 "options": _hash(asdict(options)),
                 "number": iteration.number,

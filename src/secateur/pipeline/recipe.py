@@ -110,7 +110,10 @@ def recipe_text(command: str, recipe: Any) -> str:
     ['command: prune', 'model: demo', 'cut:']
     """
     head = f"# Written by Secateur {__version__}. Replay: secateur {command} --recipe {RECIPE_FILE} OUT\n"
-    text: str = yaml.safe_dump({"command": command, **plain(recipe)}, sort_keys=False, allow_unicode=True, width=120)
+    values = {"command": command, **plain(recipe)}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if yaml.safe_load(text) != values:  # a name with a line break of Unicode: only in ASCII it is kept
+        text = yaml.safe_dump(values, sort_keys=False, width=120)
     return head + text
 
 

@@ -26,7 +26,7 @@ def demo_tables(
     """The plan of a cut, what it cost, and a text by each model; profiles and perplexity are of dense and pruned."""
     yield from plan_tables(plan)
     table = make_table(("", "dense", "pruned", "pruned / dense"))
-    dense, pruned = profiles
+    dense, pruned = (profile.to_json() for profile in profiles)
     for label, field, text in (
         ("parameters", "parameters", format_count),
         ("MACs of 64 tokens", "macs", format_macs),
@@ -35,7 +35,7 @@ def demo_tables(
         ("prefill of 64 tokens", "prefill_seconds", format_seconds),
         ("decode", "decode_tokens_per_second", format_rate),
     ):
-        a, b = getattr(dense, field), getattr(pruned, field)
+        a, b = dense[field], pruned[field]
         table.add_row(label, text(a), text(b), f"{b / a:.2f}")
     for before, after in zip(perplexity["dense"], perplexity["pruned"], strict=True):
         label = f"perplexity, {before.data} @{before.seq_len}"

@@ -1,0 +1,233 @@
+"""The cache of a run: what it gives back, what it takes for damaged or another's, and what a run may resume from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from secateur.data.calibration import CalibrationOptions
+from secateur.errors import DataError, DiskError
+from secateur.files import METADATA_KEY
+from secateur.models.loading import LoadOptions
+from secateur.pipeline.cache import Cache, Iteration, run_key, work_folder
+from secateur.planning.options import CutOptions
+from secateur.planning.plan import Plan, PlannedGroup
+from secateur.pruning.repair import Repaired
+from secateur.scoring.scores import Scores
+from small_runs import OTHER_TEXT, emptied, small, top, write_inputs
+from tiny import write_tiny
+
+OPTIONS = CutOptions(iterations=3, ratio=0.4)
+SCORES = Scores("fisher", "sum", {"mlp": torch.tensor([1.0, 2.0])}, calibration="a0", loss=2.5)
+PLAN = Plan("tiny", OPTIONS, (PlannedGroup("mlp", "mlp", 0, 2, 1, (1,)),), {"dense": 8}, {"dense": 8})
+WEIGHTS = {"w": torch.arange(3.0)}
+DAMAGE = {"mlp": ((1, 0.25), (2, 0.0))}
+REPAIRED = Repaired(PLAN, WEIGHTS, {"mlp": (0.5, 0.25)})
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of frozen dataclasses, mappings and tensors are equal."""
+    return str(one) == str(other) and type(one) is type(other)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("key"))
+
+
+class TestCache:
+    """Every stage comes back as it was saved, for what it was saved for, and nothing else does."""
+
+    def test_without_a_folder_nothing_is_kept(self) -> None:
+        cache = Cache(None)
+        cache.save_scores(1, SCORES)
+        cache.save_damage(SCORES, DAMAGE)
+        cache.save_repair(PLAN, REPAIRED)
+        cache.save_iteration(OPTIONS, Iteration(1, PLAN, WEIGHTS))
+        cache.save_windows(torch.ones(2, 3, dtype=torch.int64))
+        assert cache.load_scores(1) is cache.load_damage(SCORES) is cache.load_repair(PLAN) is None
+        assert cache.load_iteration(OPTIONS) is cache.load_windows() is cache.layers(1) is None
+        assert not cache.begun
+
+    def test_scores_by_iteration(self, tmp_path: Path) -> None:
+        cache, later = Cache(tmp_path), replace(SCORES, loss=3.0)
+        (tmp_path / "layers-1").mkdir()
+        assert cache.layers(1) == tmp_path / "layers-1"
+        cache.save_scores(1, SCORES)
+        cache.save_scores(2, later)
+        assert same((cache.load_scores(1), cache.load_scores(2), cache.load_scores(3)), (SCORES, later, None))
+        assert top(tmp_path) == ["scores-1.safetensors", "scores-2.safetensors"]  # layers are in the scores now
+
+    def test_damage_by_scores(self, tmp_path: Path) -> None:
+        cache = Cache(tmp_path)
+        cache.save_damage(SCORES, DAMAGE)
+        assert cache.load_damage(SCORES) == DAMAGE
+        for change in ({"score": "l2"}, {"calibration": None}, {"units": {"mlp": torch.tensor([1.0, 3.0])}}):
+            assert cache.load_damage(replace(SCORES, **change)) is None
+
+    def test_repair_by_plan(self, tmp_path: Path) -> None:
+        cache = Cache(tmp_path)
+        cache.save_repair(PLAN, REPAIRED)
+        assert same(cache.load_repair(PLAN), REPAIRED)
+        assert cache.load_repair(replace(PLAN, groups=(replace(PLAN.groups[0], keep=(0,)),))) is None
+        assert cache.load_repair(replace(PLAN, options=replace(OPTIONS, repair="bias"))) is None
+
+    def test_an_iteration_by_options(self, tmp_path: Path) -> None:
+        cache, first = Cache(tmp_path), Iteration(1, PLAN, WEIGHTS)
+        cache.save_iteration(OPTIONS, first)
+        assert same(cache.load_iteration(OPTIONS), first)
+        assert cache.load_iteration(replace(OPTIONS, ratio=0.3)) is None
+
+    def test_an_iteration_removes_scores_of_later_ones(self, tmp_path: Path) -> None:
+        """They are of what another run's iteration left."""
+        cache = Cache(tmp_path)
+        for number in (1, 2, 3):
+            cache.save_scores(number, SCORES)
+        (tmp_path / "layers-2").mkdir()
+        cache.save_iteration(OPTIONS, Iteration(1, PLAN, WEIGHTS))
+        assert top(tmp_path) == ["iteration.safetensors", "scores-1.safetensors"]
+
+    def test_windows(self, tmp_path: Path) -> None:
+        windows = torch.arange(6).view(2, 3)
+        Cache(tmp_path).save_windows(windows)
+        loaded = Cache(tmp_path).load_windows()
+        assert loaded is not None
+        assert torch.equal(loaded, windows)
+
+    @pytest.mark.parametrize("about", ["[]", "{}", '{"options": 3}', '{"options": {"colour": 1}}', '{"plan": []}', "{"])
+    def test_damaged_files_are_not_there(self, about: str, tmp_path: Path) -> None:
+        cache = Cache(tmp_path)
+        for name in ("scores-1", "repaired", "iteration", "windows"):
+            save_file({"hidden": torch.ones(2)}, tmp_path / f"{name}.safetensors", {METADATA_KEY: about})
+        (tmp_path / "damage.json").write_text(about)
+        assert cache.load_scores(1) is cache.load_damage(SCORES) is cache.load_repair(PLAN) is None
+        assert cache.load_iteration(OPTIONS) is cache.load_windows() is None
+
+    @pytest.mark.parametrize(
+        ("file", "begun"),
+        [
+            ("scores-1.safetensors", True),
+            ("iteration.safetensors", True),
+            ("layers-2/forward-0.safetensors", True),
+            ("windows.safetensors", False),
+            ("key.json", False),
+        ],
+    )
+    def test_what_is_worth_a_resumption(self, file: str, begun: bool, tmp_path: Path) -> None:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+        assert Cache(tmp_path).begun == begun
+
+
+class TestWorkFolder:
+    def work(self, out: Path, error: BaseException | None, *, key: str = "a", resume: bool = False) -> bool:
+        """A run that saves scores and ends so; whether there were any."""
+        with work_folder(out, key, resume=resume) as folder:
+            begun = Cache(folder).begun
+            Cache(folder).save_scores(1, SCORES)
+            if error is not None:
+                raise error
+        return begun
+
+    @pytest.mark.parametrize(
+        ("error", "kept"),
+        [(KeyboardInterrupt(), True), (RuntimeError(), True), (DiskError("full"), True), (DataError("no"), False)],
+        ids=repr,
+    )
+    def test_what_a_repetition_would_meet_again_keeps_nothing(
+        self, error: BaseException, kept: bool, tmp_path: Path
+    ) -> None:
+        with pytest.raises(type(error)):
+            self.work(tmp_path / "out", error)
+        assert top(tmp_path) == ([".out.secateur"] if kept else [])
+        assert getattr(error, "__notes__", []) == (
+            ["what was done so far is kept: make room, and go on with --resume (resume=True)"]
+            if isinstance(error, DiskError)
+            else []
+        )
+
+    @pytest.mark.parametrize(("key", "resume", "begun"), [("a", True, True), ("a", False, False), ("b", True, False)])
+    def test_only_a_resumed_run_of_the_same_key_finds_anything(
+        self, key: str, resume: bool, begun: bool, tmp_path: Path
+    ) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            self.work(tmp_path / "out", KeyboardInterrupt())
+        assert self.work(tmp_path / "out", None, key=key, resume=resume) == begun
+        assert top(tmp_path) == []
+
+    @pytest.mark.parametrize("text", ["{", "[]", "{}"])
+    def test_a_damaged_key_is_no_key(self, text: str, tmp_path: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            self.work(tmp_path / "out", KeyboardInterrupt())
+        (tmp_path / ".out.secateur" / "key.json").write_text(text)
+        assert not self.work(tmp_path / "out", None, resume=True)
+
+
+class TestRunKey:
+    """Scores may be used again by a run with the same key."""
+
+    @pytest.fixture(autouse=True)
+    def place(self, inputs: Path) -> Iterator[None]:
+        with emptied(inputs):
+            yield
+
+    def key(self, **choices: Any) -> str:
+        return run_key(small(**choices))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"cut": {"score": "param_first"}},
+            {"cut": {"reduce": "max"}},
+            {"cut": {"axes": ("mlp",)}},
+            {"cut": {"layers": (0, 1)}},
+            *(
+                {"calibration": CalibrationOptions(**{"text": "in/text.txt", "samples": 4, "length": 16, **other})}
+                for other in (
+                    {"seed": 1},
+                    {"samples": 5},
+                    {"length": 17},
+                    {"chat": True},
+                    {"score_samples": 3},
+                    {"text": "demo"},
+                    {"text": "self"},
+                    {"text": "in/rows.jsonl"},
+                    {"text": "in/rows.jsonl", "column": "body"},
+                )
+            ),
+            {"loading": LoadOptions(dtype="float64")},
+        ],
+        ids=str,
+    )
+    def test_what_scores_depend_on_changes_it(self, change: dict[str, Any]) -> None:
+        assert self.key(**change) != self.key()
+
+    def test_columns_and_templates_of_one_file_differ(self) -> None:
+        rows = CalibrationOptions("in/rows.jsonl", samples=4, length=16)
+        keys = {self.key(calibration=each) for each in (rows, replace(rows, column="body"), replace(rows, chat=True))}
+        assert len(keys) == 3
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"ratio": 0.4}, {"target": 50_000}, {"scope": "sensitivity"}, {"shape": "uniform"}, {"iterations": 2}],
+    )
+    def test_budgets_do_not_change_it(self, change: dict[str, Any]) -> None:
+        assert self.key(cut=change) == self.key()
+
+    def test_the_state_of_files_does(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        keys = [self.key()]
+        shutil.copytree("in", tmp_path / "in")
+        monkeypatch.chdir(tmp_path)
+        keys.append(self.key())  # the same name elsewhere
+        Path("in/text.txt").write_text(OTHER_TEXT)
+        keys.append(self.key())
+        write_tiny(Path("in/tiny"), seed=1, num_hidden_layers=2)
+        keys.append(self.key())
+        assert len(set(keys)) == 4

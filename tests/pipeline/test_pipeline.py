@@ -1,0 +1,139 @@
+"""The stages of the pipeline: their order, their progress, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recipes import cut_in_memory, recipe
+from secateur.data.calibration import CalibrationOptions
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery
+from secateur.errors import PlanError
+from secateur.pipeline.pipeline import Pipeline
+from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.run import prune_model
+from secateur.planning.options import CutOptions
+from small_runs import STAGES, emptied, never, small, write_inputs
+from tiny import VOCABULARY, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model(num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def discovery(model: PreTrainedModel) -> Discovery:
+    return discover(model)
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    return torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("cut", "stages"),
+    [
+        ({}, ["score", "repair", "cut"]),
+        ({"score": "l2", "repair": "none"}, ["score", "cut"]),
+        ({"scope": "sensitivity", "repair": "none", "choose": "score"}, ["score", "measure damage", "cut"]),
+        ({"repair": "reconstruct", "score": "l2"}, ["score", "repair", "cut", "reconstruct"]),
+        (
+            {"iterations": 2, "score": "param_first", "ratio": 0.4},
+            [f"{stage}, iteration {number}" for number in (1, 2) for stage in ("score", "repair", "cut")],
+        ),
+    ],
+    ids=str,
+)
+def test_stages_come_in_order_and_leave_the_dense_model_as_it_is(
+    cut: dict[str, Any], stages: list[str], model: PreTrainedModel, discovery: Discovery, windows: Tensor
+) -> None:
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    seen: list[str] = []
+    smaller, decided = cut_in_memory(model, discovery, CutOptions(**cut), windows, seen)
+    assert seen == stages
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert sum(weight.numel() for weight in smaller.parameters()) == decided.parameters["pruned"]
+    assert decided.parameters["pruned"] < decided.parameters["dense"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def place(inputs: Path) -> Iterator[Path]:
+    with emptied(inputs):
+        yield inputs
+
+
+class Bars:
+    """Notes each stage, and how far it said that it was."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, list[tuple[int, int]]] = {}
+
+    def __call__(self, stage: str) -> Any:
+        steps = self.stages.setdefault(stage, [])
+
+        class Bar:
+            def __enter__(self) -> Any:
+                return lambda done, total: steps.append((done, total))
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        return Bar()
+
+
+def test_every_stage_of_a_run_has_a_bar_and_seconds(place: Path) -> None:
+    bars = Bars()
+    own = CalibrationOptions("self", samples=2, length=12)
+    pruned = prune_model(small(calibration=own), "here/out", run=RunOptions(bars=bars))
+    assert list(bars.stages) == ["discover", "load", "write", "score", "repair", "cut", "save"]
+    assert list(pruned.seconds) == list(bars.stages)
+    for stage in ("write", "score", "repair"):
+        done, total = bars.stages[stage][-1]
+        assert done == total > 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "cut", "samples", "shuffled"),
+    [
+        ("best", {}, 256, 0.25),
+        ("best", {"choose": "score", "repair": "none"}, 256, 0.0),
+        ("fast", {}, 24, 0.25),
+        ("llm-pruner", {"layers": (0, 2)}, 10, 0.0),
+    ],
+)
+def test_the_calibration_is_the_presets(
+    preset: str, cut: dict[str, Any], samples: int, shuffled: float, model: PreTrainedModel, discovery: Discovery
+) -> None:
+    """Repairs look at a share of windows in random order, and where there is none no window is."""
+    chosen = recipe("tiny", preset=preset, cut=cut)
+    pipeline = Pipeline(chosen, model=model, discovery=discovery)
+    assert pipeline.calibration == replace(chosen.calibration, shuffled=shuffled)
+    assert pipeline.calibration.samples == samples
+    assert pipeline.recipe.calibration == pipeline.calibration
+
+
+def test_a_recipe_that_cannot_be_is_refused_at_once(
+    model: PreTrainedModel, discovery: Discovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{STAGES}.statistics_for", never("scored"))
+    for cut, match in (
+        ({"axes": ("layers",), "score": "fisher"}, "score=fisher is not for whole layers"),
+        ({"iterations": 2, "of": "latency"}, "latency"),
+    ):
+        with pytest.raises(PlanError, match=match):
+            Pipeline(recipe("tiny", cut=cut), model=model, discovery=discovery)
