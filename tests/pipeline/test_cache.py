@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.data.calibration import CalibrationOptions
 from secateur.errors import DataError, DiskError
 from secateur.files import METADATA_KEY
 from secateur.models.loading import LoadOptions
@@ -21,7 +20,7 @@ from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.repair import Repaired
 from secateur.scoring.scores import Scores
-from small_runs import OTHER_TEXT, emptied, small, top, write_inputs
+from small_runs import CALIBRATION, OTHER_TEXT, emptied, small, top, write_inputs
 from tiny import write_tiny
 
 OPTIONS = CutOptions(iterations=3, ratio=0.4)
@@ -29,12 +28,29 @@ SCORES = Scores("fisher", "sum", {"mlp": torch.tensor([1.0, 2.0])}, calibration=
 PLAN = Plan("tiny", OPTIONS, (PlannedGroup("mlp", "mlp", 0, 2, 1, (1,)),), {"dense": 8}, {"dense": 8})
 WEIGHTS = {"w": torch.arange(3.0)}
 DAMAGE = {"mlp": ((1, 0.25), (2, 0.0))}
+OTHER_TEXTS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"samples": 5},
+    {"length": 17},
+    {"chat": True},
+    {"score_samples": 3},
+    {"text": "demo"},
+    {"text": "self"},
+    {"text": "in/rows.jsonl"},
+    {"text": "in/rows.jsonl", "column": "body"},
+]
 REPAIRED = Repaired(PLAN, WEIGHTS, {"mlp": (0.5, 0.25)})
 
 
 def same(one: Any, other: Any) -> bool:
     """Whether two values of frozen dataclasses, mappings and tensors are equal."""
     return str(one) == str(other) and type(one) is type(other)
+
+
+def loaded(cache: Cache) -> list[object]:
+    """All that a cache can give."""
+    stages = (cache.load_scores(1), cache.load_damage(SCORES), cache.load_repair(PLAN), cache.load_iteration(OPTIONS))
+    return [*stages, cache.load_windows()]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +68,8 @@ class TestCache:
         cache.save_repair(PLAN, REPAIRED)
         cache.save_iteration(OPTIONS, Iteration(1, PLAN, WEIGHTS))
         cache.save_windows(torch.ones(2, 3, dtype=torch.int64))
-        assert cache.load_scores(1) is cache.load_damage(SCORES) is cache.load_repair(PLAN) is None
-        assert cache.load_iteration(OPTIONS) is cache.load_windows() is cache.layers(1) is None
+        assert loaded(cache) == [None] * 5
+        assert cache.layers(1) is None
         assert not cache.begun
 
     def test_scores_by_iteration(self, tmp_path: Path) -> None:
@@ -97,9 +113,7 @@ class TestCache:
     def test_windows(self, tmp_path: Path) -> None:
         windows = torch.arange(6).view(2, 3)
         Cache(tmp_path).save_windows(windows)
-        loaded = Cache(tmp_path).load_windows()
-        assert loaded is not None
-        assert torch.equal(loaded, windows)
+        assert same(Cache(tmp_path).load_windows(), windows)
 
     @pytest.mark.parametrize("about", ["[]", "{}", '{"options": 3}', '{"options": {"colour": 1}}', '{"plan": []}', "{"])
     def test_damaged_files_are_not_there(self, about: str, tmp_path: Path) -> None:
@@ -107,8 +121,7 @@ class TestCache:
         for name in ("scores-1", "repaired", "iteration", "windows"):
             save_file({"hidden": torch.ones(2)}, tmp_path / f"{name}.safetensors", {METADATA_KEY: about})
         (tmp_path / "damage.json").write_text(about)
-        assert cache.load_scores(1) is cache.load_damage(SCORES) is cache.load_repair(PLAN) is None
-        assert cache.load_iteration(OPTIONS) is cache.load_windows() is None
+        assert loaded(cache) == [None] * 5
 
     @pytest.mark.parametrize(
         ("file", "begun"),
@@ -188,20 +201,7 @@ class TestRunKey:
             {"cut": {"reduce": "max"}},
             {"cut": {"axes": ("mlp",)}},
             {"cut": {"layers": (0, 1)}},
-            *(
-                {"calibration": CalibrationOptions(**{"text": "in/text.txt", "samples": 4, "length": 16, **other})}
-                for other in (
-                    {"seed": 1},
-                    {"samples": 5},
-                    {"length": 17},
-                    {"chat": True},
-                    {"score_samples": 3},
-                    {"text": "demo"},
-                    {"text": "self"},
-                    {"text": "in/rows.jsonl"},
-                    {"text": "in/rows.jsonl", "column": "body"},
-                )
-            ),
+            *({"calibration": replace(CALIBRATION, **other)} for other in OTHER_TEXTS),
             {"loading": LoadOptions(dtype="float64")},
         ],
         ids=str,
@@ -210,7 +210,7 @@ class TestRunKey:
         assert self.key(**change) != self.key()
 
     def test_columns_and_templates_of_one_file_differ(self) -> None:
-        rows = CalibrationOptions("in/rows.jsonl", samples=4, length=16)
+        rows = replace(CALIBRATION, text="in/rows.jsonl")
         keys = {self.key(calibration=each) for each in (rows, replace(rows, column="body"), replace(rows, chat=True))}
         assert len(keys) == 3
 

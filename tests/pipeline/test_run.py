@@ -26,7 +26,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe
 from secateur.pipeline.run import Pruned, plan_model, prune_as_planned, prune_model
-from secateur.planning.plan import read_plan
+from secateur.planning.plan import Plan, read_plan
 from secateur.scoring.registry import SCORES, Score
 from small_runs import CALIBRATION, STAGES, WORK, emptied, never, prune, raiser, small, top, weights, write_inputs
 from tiny import names, write_tiny
@@ -100,7 +100,7 @@ class TestPlansAndSizes:
     def test_sizes_that_are_given(self, place: Path) -> None:
         """The scores choose the units, and groups that are not named stay whole."""
         sizes = {"layers.0.mlp": 40, "layers.1.attention": 2}
-        seen = []
+        seen: list[Plan] = []
         made = prune_model(small(cut=CHEAP), "here/out", fixed_sizes=sizes, announce=seen.append)
         assert {group.name: group.kept for group in made.plan.groups if group.kept < group.units} == sizes
         assert made.plan.decided
@@ -109,7 +109,7 @@ class TestPlansAndSizes:
         assert sum(weight.numel() for weight in loaded.parameters()) == made.plan.parameters["pruned"]
 
     def test_a_plan_is_announced_as_soon_as_its_sizes_are_known(self, whole: Pruned, place: Path) -> None:
-        seen = []
+        seen: list[Plan] = []
         prune_model(small(cut={**CHEAP, "scope": "local"}), "here/out", announce=seen.append)
         prune_model(small(), "here/again", plan=whole.plan, announce=seen.append)
         assert (seen[0].decided, seen[1]) == (False, whole.plan)  # before the scores; a plan that is given is whole

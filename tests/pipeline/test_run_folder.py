@@ -56,7 +56,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_another_plan_needs_no_pass_and_no_weights(first: Plan, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = {"ratio": 0.4, "score": "param_first", "reduce": "max"}
+    other: dict[str, Any] = {"ratio": 0.4, "score": "param_first", "reduce": "max"}
     with monkeypatch.context() as patch:
         patch.setattr(f"{STAGES}.load", never("weights were read"))
         assert plan(ratio=0.2, score="param_second") == first

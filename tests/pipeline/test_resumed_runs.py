@@ -27,7 +27,6 @@ from secateur.scoring.passes.recomputation import LayerCache, ModuleCall
 from secateur.scoring.scores import load_scores
 from small_runs import (
     CALIBRATION,
-    OTHER_TEXT,
     STAGES,
     WORK,
     emptied,
@@ -40,7 +39,7 @@ from small_runs import (
     weights,
     write_inputs,
 )
-from tiny import names, write_tiny
+from tiny import names
 
 SAVING = f"{STAGES}.save_updated"
 KEPT = [WORK, *(f"{WORK}/{name}" for name in ("key.json", "repaired.safetensors", "scores-1.safetensors"))]
@@ -332,15 +331,3 @@ def test_the_same_name_elsewhere_is_another_model(interrupted: Path) -> None:
     shutil.copytree("in", "elsewhere/in")
     with chdir("elsewhere"):
         assert not prune(out="../here/out", resume=True).resumed
-
-
-def test_a_model_or_text_that_changed_since(tmp_path: Path) -> None:
-    write_inputs(tmp_path)
-    with chdir(tmp_path):
-        for change in (
-            lambda: Path("in/text.txt").write_text(OTHER_TEXT),
-            lambda: shutil.rmtree("in/tiny") or write_tiny(Path("in/tiny"), seed=1),
-        ):
-            interrupt(SAVING)
-            change()
-            assert not prune(resume=True, overwrite=True).resumed
