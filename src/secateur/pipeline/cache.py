@@ -136,11 +136,7 @@ class Cache:
     def save_iteration(self, options: CutOptions, iteration: Iteration) -> None:
         """Keep what an iteration left."""
         if self.folder is not None and processes.is_first():
-            about = {
-                "options": _hash(asdict(options)),
-                "number": iteration.number,
-                "plan": iteration.plan.to_json(),
-            }
+            about = {"options": _hash(asdict(options)), "number": iteration.number, "plan": iteration.plan.to_json()}
             weights = {name: weight.detach() for name, weight in iteration.weights.items()}
             write_tensors(self.folder / "iteration.safetensors", weights, about)
 

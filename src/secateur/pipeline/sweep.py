@@ -165,11 +165,7 @@ class _Cut:
 
 
 def _cuts(
-    model: str,
-    options: SweepOptions,
-    cut: Mapping[str, Any],
-    calibration: Mapping[str, Any],
-    loading: LoadOptions,
+    model: str, options: SweepOptions, cut: Mapping[str, Any], calibration: Mapping[str, Any], loading: LoadOptions
 ) -> tuple[list[_Cut], list[Refused]]:
     """Every cut, the ratios of one score after the other; options that do not go together are refused one by one."""
     found, refused = [], []
