@@ -40,8 +40,8 @@ from secateur.pipeline.sweep import SweepOptions, ratios_in, sweep
 from secateur.planning.plan import read_plan
 from secateur.report.formatting import format_bytes
 from secateur.report.tables.discovery import discovery_tables
+from secateur.report.tables.evaluation import sweep_tables
 from secateur.report.tables.plan import plan_tables
-from secateur.report.tables.sweep import sweep_tables
 
 
 def discover_command(model: Annotated[str, MODEL], /, *, loading: Trust, output: Quiet) -> None:

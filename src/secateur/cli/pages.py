@@ -16,7 +16,7 @@ from secateur.compare.compare import HERE, PORT, Opened, compare
 from secateur.demo import PROMPT, demonstrate
 from secateur.models.sources import DEMO
 from secateur.report.page import write_report
-from secateur.report.tables.comparison import demo_tables
+from secateur.report.tables.plan import demo_tables
 from secateur.report.tables.profile import profile_tables
 
 

@@ -17,7 +17,7 @@ from secateur.recovery.recipe import RecoverRecipe, RoundsRecipe, load_recover_r
 from secateur.recovery.recover import recover
 from secateur.recovery.rounds import prune_and_recover
 from secateur.report.formatting import format_bytes
-from secateur.report.tables.recovery import recovery_tables
+from secateur.report.tables.evaluation import recovery_tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

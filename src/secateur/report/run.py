@@ -15,8 +15,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError, ScoreError
 from secateur.pipeline.run_log import LogEntry, load_entries
-from secateur.report.decode import decode
-from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training
+from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training, decode
 from secateur.scoring.scores import Scores, load_scores
 
 ROLES = ("dense", "pruned", "recovered", "exported", "measured")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from secateur.discovery.weight_names import format_ranges
+from secateur.evaluation.costs import Profile
+from secateur.evaluation.perplexity import Perplexity
 from secateur.planning.plan import Plan, PlannedGroup
-from secateur.report.formatting import format_count, format_macs
+from secateur.report.formatting import format_bytes, format_count, format_macs, format_rate, format_seconds
 from secateur.report.tables.layout import make_table, titled
 
 NEAR = 0.005  # of a budget; a plan farther from it gets a warning
@@ -96,3 +99,33 @@ def _missed(planned: Plan) -> str | None:
 
 def _setting(value: Any) -> str:
     return f"({len(value)} entries)" if isinstance(value, list) else str(value)
+
+
+def demo_tables(
+    plan: Plan,
+    profiles: Sequence[Profile],
+    perplexity: Mapping[str, Sequence[Perplexity]],
+    *,
+    prompt: str,
+    samples: Mapping[str, str],
+) -> Iterator[RenderableType]:
+    """The plan of a cut, what it cost, and a text by each model; profiles and perplexity are of dense and pruned."""
+    yield from plan_tables(plan)
+    table = make_table(("", "dense", "pruned", "pruned / dense"))
+    dense, pruned = profiles
+    for label, field, text in (
+        ("parameters", "parameters", format_count),
+        ("MACs of 64 tokens", "macs", format_macs),
+        ("weights", "weight_bytes", format_bytes),
+        ("peak memory of 64 tokens", "peak_bytes", format_bytes),
+        ("prefill of 64 tokens", "prefill_seconds", format_seconds),
+        ("decode", "decode_tokens_per_second", format_rate),
+    ):
+        a, b = getattr(dense, field), getattr(pruned, field)
+        table.add_row(label, text(a), text(b), f"{b / a:.2f}")
+    for before, after in zip(perplexity["dense"], perplexity["pruned"], strict=True):
+        label = f"perplexity, {before.data} @{before.seq_len}"
+        table.add_row(label, f"{before.ppl:.2f}", f"{after.ppl:.2f}", f"{after.ppl / before.ppl:.2f}")
+    yield from titled("What it cost", table)
+    for name, continuation in samples.items():
+        yield Text.assemble(f"{name}: {prompt} ", (" ".join(continuation.split()), "bold"))
