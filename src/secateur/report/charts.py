@@ -32,9 +32,7 @@ SETTINGS: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
     "axes.edgecolor": RULE,
-    "axes.labelcolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), SOFT),
 }
 P = ParamSpec("P")
 
@@ -85,9 +83,8 @@ def bar_chart(axes: Any, groups: Mapping[str, Sequence[Bar]]) -> None:
     longest = max([*ends, 1e-12])
     y, labels = 0.0, []
     for name, bars in groups.items():
-        axes.text(
-            0, y, printable(name), color=INK, fontweight="bold", va="center", transform=axes.get_yaxis_transform()
-        )
+        at_left = axes.get_yaxis_transform()
+        axes.text(0, y, printable(name), color=INK, fontweight="bold", va="center", transform=at_left)
         for bar in bars:
             y += 1
             labels.append((y, printable(bar.label)))
@@ -173,9 +170,8 @@ def bin_edges(values: Sequence[float], *, log: bool) -> list[float]:
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = max(abs(low) * 0.01, 1e-9)
         low, high = low - margin, high + margin
-    if log:
-        return [low * (high / low) ** (i / BINS) for i in range(BINS)] + [high]
-    return [low + (high - low) * i / BINS for i in range(BINS)] + [high]
+    inner = [low * (high / low) ** (i / BINS) if log else low + (high - low) * i / BINS for i in range(BINS)]
+    return [*inner, high]
 
 
 def _finish_axes(
@@ -194,8 +190,7 @@ def _finish_axes(
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         elif max(abs(low), abs(high)) >= 10_000:
             axis.set_major_formatter(EngFormatter())
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y", color=RULE, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -19,8 +19,7 @@ class Perplexity:
     seq_len: int
     tokens: int
     ppl: float | None
-    ppl_low: float | None = None
-    """Lower end of the 95 % interval."""
+    ppl_low: float | None = None  # lower end of the 95 % interval
     ppl_high: float | None = None
     bits_per_byte: float | None = None
 
@@ -46,8 +45,7 @@ class Accuracy:
     metric: str = ""
     stderr: float | None = None
     documents: int | None = None
-    against: Difference | None = None
-    """Of a task; a mean has the two fields below instead."""
+    against: Difference | None = None  # of a task; a mean has the two fields below instead
     difference: float | None = None
     p: float | None = None
 
@@ -116,8 +114,7 @@ class Cut:
     parameters: Mapping[str, int]
     macs: Mapping[str, int]
     scored: Mapping[str, Any] = field(default_factory=dict)
-    out: str | None = None
-    """The folder that was written; None of a plan."""
+    out: str | None = None  # the folder that was written; None of a plan
 
     def __post_init__(self) -> None:
         for group in self.groups:

@@ -95,9 +95,5 @@ def render(report: Report, run: Run) -> str:
 
 
 def _with_ids_of(svg: str, figure: str) -> str:
-    """A chart whose ids (of clip paths and markers) no other chart of the page has.
-
-    >>> _with_ids_of('<path id="m1"/><use href="#m1"/>', "a")
-    '<path id="a-m1"/><use href="#a-m1"/>'
-    """
+    """A chart whose ids (of clip paths and markers) no other chart of the page has."""
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{figure}-", svg)

@@ -55,10 +55,8 @@ def models_section(run: Run) -> Section | None:
 
 def quality_section(run: Run) -> Section | None:
     """Perplexity and tasks, as bars and as tables with differences."""
-    blocks = [
-        *([_perplexity_figure(run)] if any(model.perplexity for model in run.models) else []),
-        *([_task_figure(run)] if any(model.tasks for model in run.models) else []),
-    ]
+    blocks = [_perplexity_figure(run)] if any(model.perplexity for model in run.models) else []
+    blocks += [_task_figure(run)] if any(model.tasks for model in run.models) else []
     return Section("quality", "Quality", tuple(blocks)) if blocks else None
 
 
@@ -106,16 +104,10 @@ def _task_figure(run: Run) -> Figure:
 
 def samples_section(run: Run) -> Section | None:
     """What the models write after the same prompts."""
-    prompts = dict.fromkeys(prompt for model in run.models for prompt in model.samples)
-    tables = [
-        Table(
-            prompt,
-            ("Model", "Continuation"),
-            tuple((Cell(m.label), Cell(m.samples[prompt].strip())) for m in run.models if prompt in m.samples),
-            text_columns=(0, 1),
-        )
-        for prompt in prompts
-    ]
+    tables = []
+    for prompt in dict.fromkeys(prompt for model in run.models for prompt in model.samples):
+        rows = tuple((Cell(m.label), Cell(m.samples[prompt].strip())) for m in run.models if prompt in m.samples)
+        tables.append(Table(prompt, ("Model", "Continuation"), rows, text_columns=(0, 1)))
     note = "Greedy continuations of the same prompt."
     return Section("samples", "Samples", (note, *tables)) if tables else None
 
@@ -185,7 +177,6 @@ def _by_step(caption: str, curves: Mapping[str, Sequence[tuple[int, float]]]) ->
     values = [dict(points) for points in curves.values()]
     steps = sorted({step for each in values for step in each})
     shown = sorted({*steps[:: 1 + len(steps) // MOST_STEPS], steps[-1]})
-    rows = tuple(
-        (Cell(f"{step:,}"), *(Cell(f"{each[step]:.4g}" if step in each else "") for each in values)) for step in shown
-    )
+    cells = [[Cell(f"{each[step]:.4g}" if step in each else "") for each in values] for step in shown]
+    rows = tuple((Cell(f"{step:,}"), *row) for step, row in zip(shown, cells, strict=True))
     return Table(caption, ("Step", *curves), rows)
