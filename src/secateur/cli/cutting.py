@@ -84,7 +84,7 @@ def plan_command(
     recipe = recipe_of(model, cutting, loading)
     planned = plan_model(recipe, sizes_only=wanted.sizes_only, run=run_options(run, quiet=output.quiet))
     seed, models = recipe.calibration.seed, [recipe.model]
-    finish(planned.to_json(), output.json, run=run.get("folder"), command="plan", seed=seed, models=models)
+    finish(planned.to_json(), output.json, run=run.get("folder"), kind="plan", seed=seed, models=models)
     finish(planned.to_json(), wanted.out)
     if not output.quiet:
         show(plan_tables(planned))
@@ -136,7 +136,7 @@ def _report(pruned: Pruned, recipe: PruneRecipe, run: Given, output: Output) -> 
         result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(smaller))
         note = serving_note(dense, smaller)
     models, seed = [recipe.model, str(pruned.out)], recipe.calibration.seed
-    finish(result, output.json, run=run.get("folder"), command="prune", seed=seed, models=models)
+    finish(result, output.json, run=run.get("folder"), kind="prune", seed=seed, models=models)
     if output.quiet:
         return
     if note is not None:
@@ -192,6 +192,6 @@ def sweep_command(
         run=run_options({**run, "folder": folder}, quiet=output.quiet),
     )
     seed = calibration.get("seed", 0)
-    finish(found.to_json(), output.json, run=folder, command="sweep", seed=seed, models=[model])
+    finish(found.to_json(), output.json, run=folder, kind="sweep", seed=seed, models=[model])
     if not output.quiet:
         show(sweep_tables(found))

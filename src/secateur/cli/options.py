@@ -28,11 +28,6 @@ ADVANCED = Group("Advanced options", sort_key=2)
 COMMON = Group("Common options", sort_key=3)
 
 
-def flag(text: str) -> Parameter:
-    """A switch of a command's own."""
-    return Parameter(group=MAIN, negative=(), help=text)
-
-
 def main(text: str, **more: Any) -> Parameter:
     """An option of a command's own, in the first section."""
     return Parameter(group=MAIN, help=text, **more)
@@ -167,9 +162,6 @@ def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:
     return f"{text} [default: {default}]"
 
 
-# --- groups that several commands have --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """What a command prints and writes besides its result."""
@@ -229,14 +221,8 @@ def recipe_of(model: str | None, cutting: Given, loading: LoadOptions) -> PruneR
     """The recipe that a command line asks for. Raises `SecateurError`."""
     run_score_file(cutting.get("score_file"))
     given = {name: value for name, value in asdict(loading).items() if value != getattr(LoadOptions(), name)}
-    return prune_recipe(
-        model,
-        preset=cutting.get("preset"),
-        file=cutting.get("recipe"),
-        cut=cutting.get("cut"),
-        calibration=cutting.get("calibration"),
-        loading=given,
-    )
+    parts = {name: cutting.get(name) for name in ("preset", "cut", "calibration")}
+    return prune_recipe(model, file=cutting.get("recipe"), loading=given, **parts)
 
 
 def model_and_out(model: str, out: Path | None, recipe: Path | None, command: str) -> tuple[str | None, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -31,8 +31,6 @@ from secateur.progress import ProgressBars
 from secateur.report.formatting import format_bytes
 
 PIPE_WIDTH = 240  # columns of a table that no terminal shows
-
-
 COMMAND: ContextVar[str] = ContextVar("command", default="secateur")  # the command line, for records and the run log
 
 
@@ -48,22 +46,12 @@ def check_files(*files: Path | None, made: Path | None = None, run: Path | None 
             check_writable(file)
 
 
-def finish(
-    result: Any,
-    file: Path | None,
-    *,
-    run: Path | None = None,
-    command: str = "",
-    seed: int = 0,
-    models: Sequence[str] = (),
-) -> None:
-    """Write a result as JSON where that was asked for, and into the log of the run folder, if there is one."""
-    if not processes.is_first():
-        return
-    if file is not None:
+def finish(result: Any, file: Path | None, *, run: Path | None = None, **entry: Any) -> None:
+    """Write a result as JSON where that was asked for, and its log entry where there is a run folder."""
+    if processes.is_first() and file is not None:
         write_json(file, result)
-    if run is not None:
-        append_entry(run, COMMAND.get(), command, result, seed=seed, models=models)
+    if processes.is_first() and run is not None:
+        append_entry(run, COMMAND.get(), result=result, **{"seed": 0, **entry})
 
 
 def run_options(given: Mapping[str, Any], *, quiet: bool) -> RunOptions:

@@ -74,7 +74,7 @@ def recover_command(
         recovered, trained = recover(recipe, out, run=how_run), recipe
     pruned, seed = trained.model, trained.options.seed
     folder, models = run.get("folder"), [pruned, str(out)]
-    finish(recovered.to_json(), output.json, run=folder, command="recover", seed=seed, models=models)
+    finish(recovered.to_json(), output.json, run=folder, kind="recover", seed=seed, models=models)
     if output.quiet:
         return
     if run.get("resume"):

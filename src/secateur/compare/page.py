@@ -65,11 +65,9 @@ def ask_tab(sides: Sequence[Side]) -> None:
     with gr.Row():
         for side in sides:
             with gr.Column(min_width=300):
-                name = side.letter.lower()
-                outputs.append(
-                    gr.Textbox(label=side.title, lines=8, max_lines=24, buttons=["copy"], elem_id=f"answer-{name}")
-                )
-                outputs.append(gr.Markdown(elem_id=f"speed-{name}"))
+                name = f"answer-{side.letter.lower()}"
+                outputs.append(gr.Textbox(label=side.title, lines=8, max_lines=24, buttons=["copy"], elem_id=name))
+                outputs.append(gr.Markdown(elem_id=f"speed-{side.letter.lower()}"))
     gr.Markdown(NOTE)
 
     stopped: set[str | None] = set()  # sessions; gradio's `cancels` fails on a generator that is computing
@@ -84,42 +82,29 @@ def ask_tab(sides: Sequence[Side]) -> None:
                     return
                 if all(answer.ended for answer in current) or time.monotonic() - shown > UPDATE_SECONDS:
                     shown = time.monotonic()
-                    yield [
-                        outcome(sides, current),
-                        *(part for answer in current for part in (answer.text, speed(answer))),
-                    ]
+                    texts = [part for answer in current for part in (answer.text, speed(answer))]
+                    yield [outcome(sides, current), *texts]
 
     def halt(request: gr.Request) -> None:
         stopped.add(request.session_hash)
 
-    gr.on(
-        [ask.click, prompt.submit],
-        write,
-        [prompt, *settings],
-        outputs,
-        concurrency_id=MODELS,
-        concurrency_limit=1,
-        show_progress_on=[status],
-    )
-    stop.click(halt, queue=False)
+    events, inputs = [ask.click, prompt.submit], [prompt, *settings]
+    gr.on(events, write, inputs, outputs, concurrency_id=MODELS, concurrency_limit=1, show_progress_on=[status])
+    stop.click(lambda request: stopped.add(request.session_hash), queue=False)
 
 
 def _settings(sides: Sequence[Side]) -> list[Any]:
     """A component for each field of `Sampling`."""
     templates = [side.letter for side in sides if side.tokenizer.chat_template is not None]
     longest = min([LONGEST_ANSWER, *(side.positions - 1 for side in sides if side.positions)])
+    all_chat, label = len(templates) == len(sides), f"Chat template ({' and '.join(templates)})"
     return [
         gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the most likely token", elem_id="temperature"),
         gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all tokens", elem_id="top-p"),
         gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all tokens", elem_id="top-k"),
         gr.Slider(1, longest, min(64, longest), step=1, label="Length", info="in tokens", elem_id="length"),
         gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed"),
-        gr.Checkbox(
-            len(templates) == len(sides),
-            label=f"Chat template ({' and '.join(templates)})",
-            visible=bool(templates),
-            elem_id="chat",
-        ),
+        gr.Checkbox(all_chat, label=label, visible=bool(templates), elem_id="chat"),
     ]
 
 

@@ -119,15 +119,13 @@ def size_rows(planned: Plan) -> list[list[str]]:
 
 def layer_rows(side: Side, planned: Plan) -> dict[str, Any]:
     """A row for each layer, a column for each kind of units, as a Dataframe takes them."""
+    data = []
     layers = kept_by_layer(side, planned)
     kinds = [*dict.fromkeys(kind for kept in layers.values() for kind in kept)]
-    texts = {
-        layer: {kind: f"{n:,} of {units:,}" for kind, (n, units) in kept.items()} for layer, kept in layers.items()
-    }
-    return {
-        "headers": ["", *kinds],
-        "data": [[layer, *(text.get(k, "") for k in kinds)] for layer, text in texts.items()],
-    }
+    for layer, kept in layers.items():
+        texts = {kind: f"{n:,} of {units:,}" for kind, (n, units) in kept.items()}
+        data.append([layer, *(texts.get(kind, "") for kind in kinds)])
+    return {"headers": ["", *kinds], "data": data}
 
 
 @contextmanager

@@ -45,13 +45,10 @@ def demo_texts() -> tuple[str, str]:
     """
     from pydoc_data.topics import topics
 
-    halves: tuple[list[str], list[str]] = ([], [])
-    seen: set[str] = set()
+    places: dict[str, int] = {}
     for place, name in enumerate(sorted(topics)):
-        if topics[name] not in seen:
-            seen.add(topics[name])
-            halves[place % 2].append(topics[name])
-    calibration, evaluation = halves
+        places.setdefault(topics[name], place)
+    calibration, evaluation = ([topic for topic, place in places.items() if place % 2 == half] for half in (0, 1))
     tested = {run for topic in evaluation for run in word_runs(topic)}
     calibration = [topic for topic in calibration if tested.isdisjoint(word_runs(topic))]
     return "\n\n".join(calibration), "\n\n".join(evaluation)
@@ -143,9 +140,6 @@ def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:
         raise DataError(f"{str(name)!r}: there is no text in it. Expected text in UTF-8, or {DEMO!r}.")
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Field:
     """Which field of a document is its text, and the tokenizer whose chat template it is put into, if any."""
@@ -214,28 +208,23 @@ def _is_dialogue(value: object) -> bool:
 
 
 def _is_chat(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, dict) and message.keys() >= {"role", "content"} for message in value)
-    )
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(message, dict) and message.keys() >= {"role", "content"} for message in value)
 
 
 def _no_column(where: str, column: str, names: Iterable[str], texts: Sequence[str]) -> DataError:
     """The error for a column that is not there; `texts` are columns that hold text."""
+    remedy = 'Expected an object with a text: {"text": "..."}.'
     if texts:
         remedy = f"{texts[0]!r} holds text: name it, CalibrationOptions(column={texts[0]!r}), or rename it {COLUMN!r}."
-    else:
-        remedy = 'Expected an object with a text: {"text": "..."}.'
     return DataError(f"{where}: no column {column!r} among {sorted(names)}. {remedy}")
 
 
 def _in_template(value: Any, where: str, chat: PreTrainedTokenizerBase) -> str:
     """A text, utterances or messages as the chat template writes them."""
-    messages: list[dict[str, str]]
-    if _is_chat(value):
-        messages = value
-    else:
+    messages: list[dict[str, str]] = value
+    if not _is_chat(value):
         turns = [value] if isinstance(value, str) else value
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     try:

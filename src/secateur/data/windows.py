@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,6 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: Calibration
     """Read the text that the options name and take their windows of it; returns int64 ids, samples x length.
 
     Raises `DataError` as `read_calibration` and `sample_windows` do.
-
-    >>> from types import SimpleNamespace
-    >>> def letters(texts, **_):
-    ...     return SimpleNamespace(input_ids=[list(text.encode()) for text in texts])
-    >>> calibration_windows(letters, CalibrationOptions(samples=3, length=8)).shape
-    torch.Size([3, 8])
     """
     text = read_calibration(options.text, column=options.column, chat=tokenizer if options.chat else None)
     return sample_windows(text, tokenizer, options)
@@ -111,16 +106,11 @@ def digest(tokens: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def _first_characters(documents: Iterable[str]) -> list[str]:
+def _first_characters(documents: Sequence[str]) -> list[str]:
     """Return the documents up to `MAX_CHARACTERS` in all; the last one may be cut."""
-    first: list[str] = []
-    left = MAX_CHARACTERS
-    for document in documents:
-        if left <= 0:
-            break
-        first.append(document[:left])
-        left -= len(first[-1])
-    return first
+    ends = itertools.accumulate(map(len, documents), initial=0)
+    pairs = itertools.takewhile(lambda pair: pair[1] < MAX_CHARACTERS, zip(documents, ends, strict=False))
+    return [document[: MAX_CHARACTERS - start] for document, start in pairs]
 
 
 def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
