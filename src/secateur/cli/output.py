@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich import progress as columns
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from secateur import processes
@@ -68,10 +59,10 @@ def show(renderables: Iterable[RenderableType]) -> None:
         console.print(renderable)
 
 
-class _MemoryColumn(ProgressColumn):
+class _MemoryColumn(columns.ProgressColumn):
     """The memory that the process holds now."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: columns.Task) -> Text:
         return Text(format_bytes(psutil.Process().memory_info().rss))
 
 
@@ -83,18 +74,12 @@ def progress_bars(*, quiet: bool) -> ProgressBars:
         if quiet or not sys.stderr.isatty() or not processes.is_first():
             yield None
             return
-        bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(),
-            _MemoryColumn(),
-            console=Console(stderr=True),
-            transient=True,
+        shown = (
+            *(columns.SpinnerColumn(), columns.TextColumn("{task.description}"), columns.BarColumn()),
+            *(columns.TaskProgressColumn(), columns.TextColumn("{task.fields[said]}")),
+            *(columns.TimeRemainingColumn(), _MemoryColumn()),
         )
-        with bar:
+        with columns.Progress(*shown, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(stage, total=None, said="")
 
             def progress(done: int, total: int, said: str = "") -> None:

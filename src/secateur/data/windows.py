@@ -33,9 +33,8 @@ def sample_windows(
 
     In one text every place is equally likely. Of documents, first a document that is long enough is drawn and then a
     place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
-    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The tokens of
-    the last `options.shuffled` of the windows are in random order. The same text, tokenizer and options give the same
-    windows. Raises `DataError` when the text is shorter than a window or has fewer places than samples.
+    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The last
+    `options.shuffled` of them are shuffled. Raises `DataError` when the text has fewer places than samples.
 
     >>> from types import SimpleNamespace
     >>> def letters(texts, **_):

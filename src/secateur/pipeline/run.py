@@ -108,15 +108,6 @@ def prune_as_planned(
     """The model that `prune --plan` would write, in memory: pruned, and repaired on the plan's calibration text.
 
     Raises `PlanError` when the plan is of another model.
-
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> from secateur.planning.options import CutOptions
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> model = AutoModelForCausalLM.from_config(config)
-    >>> options = CutOptions(ratio=0.5, of="units", axes=("mlp",), score="l2", repair="none")
-    >>> decided = Pipeline(PruneRecipe("tiny", cut=options), model=model).decide().plan
-    >>> prune_as_planned(model, decided, None).config.ffn_dim
-    12
     """
     recipe = PruneRecipe(plan.model, cut=plan.options)
     return Pipeline(recipe, given=plan, model=model, tokenizer=tokenizer, clock=Clock(bars)).cut()[0]

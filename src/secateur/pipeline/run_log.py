@@ -42,8 +42,7 @@ def append_entry(
 ) -> Path:
     """Add a command's result to the log of a run folder, which is made if it does not exist; returns the new file.
 
-    The file is written whole or not at all, under a name that no other entry has. Raises `CheckpointError` when it
-    cannot be written.
+    Raises `CheckpointError` when the file cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as run:

@@ -170,9 +170,6 @@ def decode(kind: Any, data: Any) -> Any:
 
     >>> decode(tuple[int, ...], [1, 2]), decode(Mapping[str, float | None], {"a": None, "b": 1})
     ((1, 2), {'a': None, 'b': 1.0})
-    >>> decode(int, 1.5)
-    Traceback (most recent call last):
-    ValueError: expected int, found 1.5
     """
     arguments = get_args(kind)
     if kind is Any or (type(data) is kind and kind in (str, int)):

@@ -71,10 +71,10 @@ def _task_table(results: Sequence[ModelEvaluation]) -> Table:
         table.add_section()
         cells = []
         for number, mean in enumerate(means):
-            text = "" if mean is None else format_with_error(100 * mean["value"], _hundred(mean["stderr"]), ".2f")
+            text = "" if mean is None else _with_error(mean["value"], mean["stderr"], ".2f")
             if number and mean is not None and "difference" in mean:
-                error = _hundred(mean["difference_stderr"])
-                text += f" ({format_with_error(100 * mean['difference'], error, '+.2f')}, {format_p_value(mean['p'])})"
+                change = _with_error(mean["difference"], mean["difference_stderr"], "+.2f")
+                text += f" ({change}, {format_p_value(mean['p'])})"
             cells.append(text)
         table.add_row("mean", f"of {len(means[0]['tasks'])}", "", *cells)
     return table
@@ -83,15 +83,14 @@ def _task_table(results: Sequence[ModelEvaluation]) -> Table:
 def _accuracy(result: TaskResult, beside: Difference | None) -> str:
     """A value, in percent where it is an accuracy, with its difference to the first model."""
     scale = 100.0 if result.metric in HEADLINES else 1.0
-    text = format_with_error(scale * result.value, None if result.stderr is None else scale * result.stderr, ".2f")
+    text = _with_error(result.value, result.stderr, ".2f", scale)
     if beside is None:
         return text
-    error = None if beside.stderr is None else scale * beside.stderr
-    return f"{text} ({format_with_error(scale * beside.difference, error, '+.2f')}, {format_p_value(beside.p)})"
+    return f"{text} ({_with_error(beside.difference, beside.stderr, '+.2f', scale)}, {format_p_value(beside.p)})"
 
 
-def _hundred(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+def _with_error(value: float, error: float | None, form: str, scale: float = 100.0) -> str:
+    return format_with_error(scale * value, None if error is None else scale * error, form)
 
 
 def sweep_tables(found: Sweep) -> Iterator[RenderableType]:

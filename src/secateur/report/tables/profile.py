@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from secateur.evaluation.costs import BatchCost, Profile
-from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent
+from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent, format_rate
 from secateur.report.tables.layout import make_table, titled
 
 PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
@@ -33,11 +33,11 @@ def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
             "unknown" if row.kv_cache_bytes is None else format_bytes(row.kv_cache_bytes),
         ]
         if row.speed is not None:
-            cells += [
-                format_bytes(row.speed.peak_bytes),
+            prefill, decode = (
                 f"{row.speed.prefill_seconds * 1000:.1f} ms",
-                f"{row.speed.decode_tokens_per_second:.1f} tokens/s",
-            ]
+                format_rate(row.speed.decode_tokens_per_second),
+            )
+            cells += [format_bytes(row.speed.peak_bytes), prefill, decode]
             if (against := row.grid[0].against) is not None:
                 cells += [
                     f"{against.prefill_speedup:.2f} x for {against.macs_ratio:.2f} of the MACs",
