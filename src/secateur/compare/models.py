@@ -87,8 +87,8 @@ def _costs(models: dict[str, PreTrainedModel], discoveries: Sequence[Discovery])
         weights / 2**30,
         free / 2**30,
     )
-    named = zip(models.items(), discoveries, strict=True)
-    return [model_costs(model, discovery, name=name, options=options) for (name, model), discovery in named]
+    pairs = zip(models, models.values(), discoveries, strict=True)
+    return [model_costs(model, discovery, name=name, options=options) for name, model, discovery in pairs]
 
 
 def _positions(model: PreTrainedModel) -> int | None:

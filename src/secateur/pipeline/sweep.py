@@ -89,10 +89,7 @@ def sweep(
 
     `cut` and `calibration` are options of all cuts, by name. The run folder keeps statistics, finished points and the
     picture; with `resume`, points that an earlier run has done for the very same are not done again. A cut that cannot
-    be done is among the `refused`.
-
-    Raises `SecateurError` for what is wrong with all points: a model or text that cannot be read, and when no cut can
-    be done at all.
+    be done is among the `refused`. Raises `SecateurError` for what is wrong with all points.
     """
     if processes.count() > 1:
         raise PlanError("a sweep runs in one process: start it without accelerate launch")

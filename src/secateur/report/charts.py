@@ -22,7 +22,6 @@ INK, SOFT, RULE = "#1b1f24", "#555d66", "#d5d9dd"
 TONES = ("#595f66", "#0072b2", "#c25200", "#007a5a", "#8f3f7f")  # dense, pruned, recovered, exported, measured
 VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", **{tone: f"--tone{i}" for i, tone in enumerate(TONES)}}
 LINES = tuple((tone, style) for style in ("-", "--", ":") for tone in TONES[1:])
-WIDTH = 4.8  # inches of 72 pixels
 MOST_POINTS = 400  # of a line; a chart has no more pixels
 BINS = 32
 SETTINGS: dict[Any, Any] = {
@@ -49,7 +48,7 @@ def _inline_svg(draw: Callable[Concatenate[Any, P], None]) -> Callable[P, str | 
 
         with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a glyph that the measuring font lacks, in a model's name
-            figure = Figure(figsize=(WIDTH, 3.0))
+            figure = Figure(figsize=(4.8, 3.0))  # inches of 72 pixels
             draw(figure.add_subplot(), *arguments, **options)
             file = io.StringIO()
             no_date = dict.fromkeys(("Creator", "Date", "Format", "Type"))

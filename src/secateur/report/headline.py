@@ -65,8 +65,7 @@ def _accuracy(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
 
 
 def _perplexity(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
-    test = _first_test(dense, result)
-    if test is not None:
+    if (test := _first_test(dense, result)) is not None:
         before, after = dense.perplexity[test].ppl, result.perplexity[test].ppl
         worse = before is not None and (after is None or after > before)
         change = format_change(before, after) or format_perplexity(after)

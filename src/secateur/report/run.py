@@ -166,11 +166,9 @@ class _Reader:
 
     def _named(self, name: str) -> Model:
         """The model of that name, which is new where nothing is known of it."""
-        before, plus, _ = name.rpartition(" + ")
+        new, (before, plus, _) = Model(name), name.rpartition(" + ")
         if plus and model_key(before) in self.models:  # "MODEL + plan.json", which `evaluate --plan` measures
             new = Model(name, "pruned", parent=self._as_parent(before).name)
-        else:
-            new = Model(name)
         return self.models.setdefault(model_key(name), new)
 
     def _put(self, model: Model) -> None:
