@@ -167,15 +167,10 @@ def sweep_command(
     if "ratios" not in options:
         raise PlanError("--ratios is missing: name the shares to remove, for example --ratios 0.1:0.6:0.1")
     calibration = cutting.get("calibration", {})
-    found = sweep(
-        model,
-        SweepOptions(**options),
-        texts=read_texts(ppl or []),
-        cut=cutting.get("cut"),
-        calibration=calibration,
-        loading=loading,
-        run=run_options({**run, "folder": folder}, quiet=output.quiet),
-    )
+    wanted, texts = SweepOptions(**options), read_texts(ppl or [])
+    how = run_options({**run, "folder": folder}, quiet=output.quiet)
+    cut = cutting.get("cut")
+    found = sweep(model, wanted, texts=texts, cut=cut, calibration=calibration, loading=loading, run=how)
     seed = calibration.get("seed", 0)
     finish(found.to_json(), output.json, run=folder, kind="sweep", seed=seed, models=[model])
     if not output.quiet:

@@ -187,17 +187,16 @@ class Cutting:
     """Run this Python file first; it registers scores of your own."""
 
 
-READ: dict[str, Callable[[str], Any]] = {
-    "cut.target": count,
-    "cut.axes": comma_separated,
-    "cut.layers": layer_range,
-    "cut.schedule": functools.partial(proportion, option="--schedule"),
-}
 CUTTING = Fields(
     Cutting,
     main="preset recipe cut.ratio cut.of cut.target cut.axes cut.shape cut.repair calibration.text calibration.samples",
     names={"calibration.text": "--calibration"},
-    read=READ,
+    read={
+        "cut.target": count,
+        "cut.axes": comma_separated,
+        "cut.layers": layer_range,
+        "cut.schedule": lambda text: proportion(text, option="--schedule"),
+    },
 )
 CALIBRATION = Fields(CalibrationOptions, main="text samples", names={"text": "--calibration"})
 LOADING = Fields(LoadOptions, group=COMMON, build=True)

@@ -90,13 +90,7 @@ def compare_command(
             show([f"open {opened.url} (Ctrl-C ends it)"])
             sys.stdout.flush()
 
+    folder, bars = run.get("folder"), progress_bars(quiet=output.quiet)
     compare(
-        [a, b],
-        host=host,
-        port=port,
-        loading=loading,
-        calibration=calibration,
-        run=run.get("folder"),
-        bars=progress_bars(quiet=output.quiet),
-        announce=announce,
+        [a, b], host=host, port=port, loading=loading, calibration=calibration, run=folder, bars=bars, announce=announce
     )

@@ -209,14 +209,9 @@ class Pipeline:
             statistics = new if statistics is None else statistics.joined(new)
             if self.statistics is not None and first:
                 self.statistics.save(statistics)
-        found = scores_from(
-            at.discovery,
-            statistics,
-            groups=at.groups,
-            name=at.options.score,
-            reduce=None if at.options.reduce == "auto" else at.options.reduce,
-            options=self.calibration,
-        )
+        reduce = None if at.options.reduce == "auto" else at.options.reduce
+        name, text = at.options.score, self.calibration
+        found = scores_from(at.discovery, statistics, groups=at.groups, name=name, reduce=reduce, options=text)
         if self.statistics is not None and first:
             self.statistics.save_scores(found)
         self.cache.save_scores(at.number, found)
