@@ -28,7 +28,6 @@ from secateur.report.page import write_report
 PROMPT = "A pruning saw cuts"
 PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
 MAX_TOKENS = 4096
-TEXT = "python reference"
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"  # by which a folder is known to be a run of the demo
 
@@ -87,7 +86,7 @@ def demonstrate(recipe: PruneRecipe, out: str | Path, *, run: RunOptions | None 
 
 def _measured(out: Path, pruned: Pruned, models: Mapping[str, PreTrainedModel], clock: Clock) -> Demonstration:
     """Perplexity, size, speed and a sample of both models."""
-    tokenizer, texts = load_tokenizer(str(pruned.out)), {TEXT: demo_texts()[1]}
+    tokenizer, texts = load_tokenizer(str(pruned.out)), {"python reference": demo_texts()[1]}
     perplexity = {}
     for name, model in models.items():
         with clock.stage(f"evaluate {name}") as progress:
@@ -104,23 +103,14 @@ def _measured(out: Path, pruned: Pruned, models: Mapping[str, PreTrainedModel], 
 def _log(found: Demonstration, pruned: Pruned, recipe: PruneRecipe, folder: Path, run: RunOptions) -> None:
     """Enter what `prune`, `evaluate` and `profile` would, with the models as they are called from outside."""
     line, names = run.command or "secateur demo", {"dense": DEMO, "pruned": str(pruned.out)}
-    rows = [
-        {
-            "model": names[name],
-            "perplexity": [measured.to_json() for measured in results],
-            "tasks": {},
-            "samples": [{"prompt": PROMPT, "text": found.samples[name]}],
-        }
-        for name, results in found.perplexity.items()
-    ]
+    evaluated = []
+    for name, results in found.perplexity.items():
+        samples, perplexity = [{"prompt": PROMPT, "text": found.samples[name]}], [each.to_json() for each in results]
+        evaluated.append({"model": names[name], "perplexity": perplexity, "tasks": {}, "samples": samples})
     profiles = [row.to_json() | {"model": names[row.model]} for row in found.profiles]
     for row in profiles:
         if "against" in row:
             row["against"] = {**row["against"], "model": names[row["against"]["model"]]}
-    results: dict[str, dict[str, Any]] = {
-        "prune": pruned.to_json(),
-        "evaluate": {"results": rows},
-        "profile": {"results": profiles},
-    }
-    for command, result in results.items():
+    logged = {"prune": pruned.to_json(), "evaluate": {"results": evaluated}, "profile": {"results": profiles}}
+    for command, result in logged.items():
         append_entry(folder, line, command, result, seed=recipe.calibration.seed, models=list(names.values()))

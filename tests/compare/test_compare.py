@@ -16,10 +16,9 @@ import torch
 from transformers import AutoConfig, LogitsProcessorList
 
 from secateur.compare.answers import Answer, Sampling, answers, prompt_ids
-from secateur.compare.ask_tab import outcome, speed
 from secateur.compare.compare import Opened, compare, free_port
 from secateur.compare.models import Side, load_sides
-from secateur.compare.page import size_rows
+from secateur.compare.page import outcome, size_rows, speed
 from secateur.compare.plan_tab import layer_rows
 from secateur.compare.plan_tab import size_rows as plan_rows
 from secateur.compare.plans import Planner, possible_axes

@@ -14,8 +14,8 @@ from rich.console import Console, RenderableType
 from secateur.evaluation.costs import BatchCost, Profile, RelativeCost
 from secateur.evaluation.speed import Speed
 from secateur.pipeline.frontier import Point, Refused, Sweep
+from secateur.report.tables.evaluation import sweep_tables
 from secateur.report.tables.profile import pays_little, profile_tables, verdicts
-from secateur.report.tables.sweep import sweep_tables
 
 
 def shown(renderables: Iterable[RenderableType]) -> str:

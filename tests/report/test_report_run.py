@@ -12,7 +12,7 @@ import pytest
 from runs import evaluate_json, plan_json, recover_json, write_run
 from secateur.errors import CheckpointError
 from secateur.pipeline.run_log import append_entry
-from secateur.report.decode import decode
+from secateur.report.entries import decode
 from secateur.report.run import load_run
 
 

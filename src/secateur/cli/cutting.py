@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 from secateur.cli.options import (
     CUTTING,
-    MAIN,
     MODEL,
     RUN,
     Cut,
@@ -40,8 +39,8 @@ from secateur.pipeline.sweep import SweepOptions, ratios_in, sweep
 from secateur.planning.plan import read_plan
 from secateur.report.formatting import format_bytes
 from secateur.report.tables.discovery import discovery_tables
+from secateur.report.tables.evaluation import sweep_tables
 from secateur.report.tables.plan import plan_tables
-from secateur.report.tables.sweep import sweep_tables
 
 
 def discover_command(model: Annotated[str, MODEL], /, *, loading: Trust, output: Quiet) -> None:
@@ -56,22 +55,13 @@ def discover_command(model: Annotated[str, MODEL], /, *, loading: Trust, output:
         show(discovery_tables(discovery))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOutput:
-    """What `plan` writes."""
-
-    out: Path | None = None
-    """Write the plan to this file."""
-    sizes_only: bool = False
-    """Do not score: how many units stay, not which."""
-
-
 def plan_command(
     model: Annotated[str | None, MODEL] = None,
     /,
     *,
     cutting: Cut,
-    wanted: Annotated[PlanOutput, Fields(PlanOutput, group=MAIN, build=True)],
+    out: Annotated[Path | None, main("Write the plan to this file.")] = None,
+    sizes_only: Annotated[bool | None, main("Do not score: how many units stay, not which.", negative=())] = None,
     run: Folder,
     loading: Loading,
     output: Quiet,
@@ -80,12 +70,12 @@ def plan_command(
 
     A config.json without weights is enough for the sizes; with weights, the plan says which units stay.
     """
-    check_files(output.json, wanted.out, run=run.get("folder"))
+    check_files(output.json, out, run=run.get("folder"))
     recipe = recipe_of(model, cutting, loading)
-    planned = plan_model(recipe, sizes_only=wanted.sizes_only, run=run_options(run, quiet=output.quiet))
+    planned = plan_model(recipe, sizes_only=bool(sizes_only), run=run_options(run, quiet=output.quiet))
     seed, models = recipe.calibration.seed, [recipe.model]
-    finish(planned.to_json(), output.json, run=run.get("folder"), command="plan", seed=seed, models=models)
-    finish(planned.to_json(), wanted.out)
+    finish(planned.to_json(), output.json, run=run.get("folder"), kind="plan", seed=seed, models=models)
+    finish(planned.to_json(), out)
     if not output.quiet:
         show(plan_tables(planned))
 
@@ -96,7 +86,7 @@ def prune_command(
     /,
     *,
     cutting: Cut,
-    plan: Annotated[Path | None, Parameter(group=MAIN, help="Prune what this plan says; no other options.")] = None,
+    plan: Annotated[Path | None, main("Prune what this plan says; no other options.")] = None,
     run: Run,
     loading: Loading,
     output: Quiet,
@@ -110,14 +100,9 @@ def prune_command(
     check_files(output.json, made=folder, run=run.get("folder"))
     if plan is not None:
         _check_alone(plan, cutting)
-    recipe = recipe_of(name, cutting, loading)
-    pruned = prune_model(
-        recipe,
-        folder,
-        plan=None if plan is None else read_plan(plan),
-        run=run_options(run, quiet=output.quiet),
-        announce=None if output.quiet else lambda sizes: show(plan_tables(sizes)),
-    )
+    recipe, given = recipe_of(name, cutting, loading), None if plan is None else read_plan(plan)
+    announce = None if output.quiet else lambda sizes: show(plan_tables(sizes))
+    pruned = prune_model(recipe, folder, plan=given, run=run_options(run, quiet=output.quiet), announce=announce)
     _report(pruned, recipe, run, output)
 
 
@@ -136,7 +121,7 @@ def _report(pruned: Pruned, recipe: PruneRecipe, run: Given, output: Output) -> 
         result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(smaller))
         note = serving_note(dense, smaller)
     models, seed = [recipe.model, str(pruned.out)], recipe.calibration.seed
-    finish(result, output.json, run=run.get("folder"), command="prune", seed=seed, models=models)
+    finish(result, output.json, run=run.get("folder"), kind="prune", seed=seed, models=models)
     if output.quiet:
         return
     if note is not None:
@@ -182,16 +167,11 @@ def sweep_command(
     if "ratios" not in options:
         raise PlanError("--ratios is missing: name the shares to remove, for example --ratios 0.1:0.6:0.1")
     calibration = cutting.get("calibration", {})
-    found = sweep(
-        model,
-        SweepOptions(**options),
-        texts=read_texts(ppl or []),
-        cut=cutting.get("cut"),
-        calibration=calibration,
-        loading=loading,
-        run=run_options({**run, "folder": folder}, quiet=output.quiet),
-    )
+    wanted, texts = SweepOptions(**options), read_texts(ppl or [])
+    how = run_options({**run, "folder": folder}, quiet=output.quiet)
+    cut = cutting.get("cut")
+    found = sweep(model, wanted, texts=texts, cut=cut, calibration=calibration, loading=loading, run=how)
     seed = calibration.get("seed", 0)
-    finish(found.to_json(), output.json, run=folder, command="sweep", seed=seed, models=[model])
+    finish(found.to_json(), output.json, run=folder, kind="sweep", seed=seed, models=[model])
     if not output.quiet:
         show(sweep_tables(found))

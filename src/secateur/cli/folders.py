@@ -97,6 +97,6 @@ def export_command(
             progress=progress,
             command=COMMAND.get(),
         )
-    finish(written.to_json(), output.json, run=folder, command="export", models=[name, str(out)])
+    finish(written.to_json(), output.json, run=folder, kind="export", models=[name, str(out)])
     if not output.quiet:
         show(export_tables(written))

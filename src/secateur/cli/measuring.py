@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
-
-from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoint.record import read_record
 from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Quiet, main
@@ -24,7 +21,7 @@ from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.weight_files import weight_file_bytes
 from secateur.pipeline.run import prune_as_planned
-from secateur.planning.plan import Plan, read_plan
+from secateur.planning.plan import read_plan
 from secateur.report.tables.evaluation import evaluation_tables
 from secateur.report.tables.profile import profile_tables
 
@@ -40,8 +37,8 @@ PROFILE = Fields(
     main="seq_lens batch_sizes new_tokens repeats sizes_only",
     names={"seq_lens": "--seq-len", "batch_sizes": "--batch"},
     read={
-        "seq_lens": functools.partial(numbers, option="--seq-len"),
-        "batch_sizes": functools.partial(numbers, option="--batch"),
+        "seq_lens": lambda text: numbers(text, option="--seq-len"),
+        "batch_sizes": lambda text: numbers(text, option="--batch"),
     },
 )
 
@@ -73,18 +70,18 @@ def evaluate_command(
         with bars(f"load {name}"):
             model = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
             tokenizer = load_tokenizer(name, trust_remote_code=loading.trust_remote_code)
-        if not output.quiet:
-            _warn_of_overlap(name, tokenizer, inputs.texts, planned)
+        record = read_record(Path(name))
+        for calibrated in (record.to_json() if record else None, planned.scored if planned else None):
+            if calibrated and not output.quiet:
+                warn_of_overlap(name, tokenizer, inputs.texts, calibrated)
         variants = {name: model}
         if planned is not None:
             variants[f"{name} + {plan}"] = prune_as_planned(model, planned, tokenizer, bars=bars)
         for label, each in variants.items():
-            sizes = {
-                "weight_bytes": weight_bytes(each),
-                "file_bytes": weight_file_bytes(name) if label == name else None,
-            }
+            files = weight_file_bytes(name) if label == name else None
+            sizes = {"weight_bytes": weight_bytes(each), "file_bytes": files}
             results.append(evaluate_model(label, each, tokenizer, inputs, bars=bars, **sizes))
-    finish(as_json(results), output.json, run=run.get("folder"), command="evaluate", models=models)
+    finish(as_json(results), output.json, run=run.get("folder"), kind="evaluate", models=models)
     if not output.quiet:
         show(evaluation_tables(results))
 
@@ -108,16 +105,10 @@ def profile_command(
     for name in models:
         load_config(name, trust_remote_code=loading.trust_remote_code)
     with progress_bars(quiet=output.quiet)("profile") as progress:
-        rows = profile_models(
-            models,
-            wanted,
-            plan=None if plan is None else read_plan(plan),
-            plan_name=str(plan),
-            loading=loading,
-            progress=progress,
-        )
+        planned = None if plan is None else read_plan(plan)
+        rows = profile_models(models, wanted, plan=planned, plan_name=str(plan), loading=loading, progress=progress)
     result = {"results": [row.to_json() for row in rows]}
-    finish(result, output.json, run=run.get("folder"), command="profile", seed=wanted.seed, models=models)
+    finish(result, output.json, run=run.get("folder"), kind="profile", seed=wanted.seed, models=models)
     if not output.quiet:
         show(profile_tables(rows))
 
@@ -125,13 +116,3 @@ def profile_command(
 def _check_named(models: Sequence[str], command: str) -> None:
     if not models:
         raise ModelError(f"no MODEL is named: give one or more, for example secateur {command} demo")
-
-
-def _warn_of_overlap(
-    name: str, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], planned: Plan | None
-) -> None:
-    """Warn where a text was calibrated on: by the folder's record, or by the plan."""
-    record = read_record(Path(name))
-    for calibrated in (record.to_json() if record else None, planned.scored if planned else None):
-        if calibrated:
-            warn_of_overlap(name, tokenizer, texts, calibrated)

@@ -28,11 +28,6 @@ ADVANCED = Group("Advanced options", sort_key=2)
 COMMON = Group("Common options", sort_key=3)
 
 
-def flag(text: str) -> Parameter:
-    """A switch of a command's own."""
-    return Parameter(group=MAIN, negative=(), help=text)
-
-
 def main(text: str, **more: Any) -> Parameter:
     """An option of a command's own, in the first section."""
     return Parameter(group=MAIN, help=text, **more)
@@ -167,9 +162,6 @@ def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:
     return f"{text} [default: {default}]"
 
 
-# --- groups that several commands have --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """What a command prints and writes besides its result."""
@@ -195,17 +187,16 @@ class Cutting:
     """Run this Python file first; it registers scores of your own."""
 
 
-READ: dict[str, Callable[[str], Any]] = {
-    "cut.target": count,
-    "cut.axes": comma_separated,
-    "cut.layers": layer_range,
-    "cut.schedule": functools.partial(proportion, option="--schedule"),
-}
 CUTTING = Fields(
     Cutting,
     main="preset recipe cut.ratio cut.of cut.target cut.axes cut.shape cut.repair calibration.text calibration.samples",
     names={"calibration.text": "--calibration"},
-    read=READ,
+    read={
+        "cut.target": count,
+        "cut.axes": comma_separated,
+        "cut.layers": layer_range,
+        "cut.schedule": lambda text: proportion(text, option="--schedule"),
+    },
 )
 CALIBRATION = Fields(CalibrationOptions, main="text samples", names={"text": "--calibration"})
 LOADING = Fields(LoadOptions, group=COMMON, build=True)
@@ -228,14 +219,8 @@ assert set(PRESETS) == set(get_args(get_args(get_type_hints(Cutting)["preset"])[
 def recipe_of(model: str | None, cutting: Given, loading: LoadOptions) -> PruneRecipe:
     """The recipe that a command line asks for. Raises `SecateurError`."""
     run_score_file(cutting.get("score_file"))
-    return prune_recipe(
-        model,
-        preset=cutting.get("preset"),
-        file=cutting.get("recipe"),
-        cut=cutting.get("cut"),
-        calibration=cutting.get("calibration"),
-        loading=changed(loading),
-    )
+    parts = {name: cutting.get(name) for name in ("preset", "cut", "calibration")}
+    return prune_recipe(model, file=cutting.get("recipe"), loading=changed(loading), **parts)
 
 
 def changed(loading: LoadOptions) -> Given:

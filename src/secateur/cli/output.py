@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import psutil
+from rich import progress as columns
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from secateur import processes
@@ -31,8 +22,6 @@ from secateur.progress import ProgressBars
 from secateur.report.formatting import format_bytes
 
 PIPE_WIDTH = 240  # columns of a table that no terminal shows
-
-
 COMMAND: ContextVar[str] = ContextVar("command", default="secateur")  # the command line, for records and the run log
 
 
@@ -48,22 +37,12 @@ def check_files(*files: Path | None, made: Path | None = None, run: Path | None 
             check_writable(file)
 
 
-def finish(
-    result: Any,
-    file: Path | None,
-    *,
-    run: Path | None = None,
-    command: str = "",
-    seed: int = 0,
-    models: Sequence[str] = (),
-) -> None:
-    """Write a result as JSON where that was asked for, and into the log of the run folder, if there is one."""
-    if not processes.is_first():
-        return
-    if file is not None:
+def finish(result: Any, file: Path | None, *, run: Path | None = None, **entry: Any) -> None:
+    """Write a result as JSON where that was asked for, and its log entry where there is a run folder."""
+    if processes.is_first() and file is not None:
         write_json(file, result)
-    if run is not None:
-        append_entry(run, COMMAND.get(), command, result, seed=seed, models=models)
+    if processes.is_first() and run is not None:
+        append_entry(run, COMMAND.get(), result=result, **{"seed": 0, **entry})
 
 
 def run_options(given: Mapping[str, Any], *, quiet: bool) -> RunOptions:
@@ -80,10 +59,10 @@ def show(renderables: Iterable[RenderableType]) -> None:
         console.print(renderable)
 
 
-class _MemoryColumn(ProgressColumn):
+class _MemoryColumn(columns.ProgressColumn):
     """The memory that the process holds now."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: columns.Task) -> Text:
         return Text(format_bytes(psutil.Process().memory_info().rss))
 
 
@@ -95,18 +74,12 @@ def progress_bars(*, quiet: bool) -> ProgressBars:
         if quiet or not sys.stderr.isatty() or not processes.is_first():
             yield None
             return
-        bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(),
-            _MemoryColumn(),
-            console=Console(stderr=True),
-            transient=True,
+        shown = (
+            *(columns.SpinnerColumn(), columns.TextColumn("{task.description}"), columns.BarColumn()),
+            *(columns.TaskProgressColumn(), columns.TextColumn("{task.fields[said]}")),
+            *(columns.TimeRemainingColumn(), _MemoryColumn()),
         )
-        with bar:
+        with columns.Progress(*shown, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(stage, total=None, said="")
 
             def progress(done: int, total: int, said: str = "") -> None:

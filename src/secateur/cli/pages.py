@@ -16,7 +16,7 @@ from secateur.compare.compare import HERE, PORT, Opened, compare
 from secateur.demo import PROMPT, demonstrate
 from secateur.models.sources import DEMO
 from secateur.report.page import write_report
-from secateur.report.tables.comparison import demo_tables
+from secateur.report.tables.plan import demo_tables
 from secateur.report.tables.profile import profile_tables
 
 
@@ -90,13 +90,7 @@ def compare_command(
             show([f"open {opened.url} (Ctrl-C ends it)"])
             sys.stdout.flush()
 
+    folder, bars = run.get("folder"), progress_bars(quiet=output.quiet)
     compare(
-        [a, b],
-        host=host,
-        port=port,
-        loading=loading,
-        calibration=calibration,
-        run=run.get("folder"),
-        bars=progress_bars(quiet=output.quiet),
-        announce=announce,
+        [a, b], host=host, port=port, loading=loading, calibration=calibration, run=folder, bars=bars, announce=announce
     )

@@ -43,9 +43,8 @@ def numbers(text: str, *, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise DataError(
-            f"{option} {text}: expected whole numbers, for example {option} 64 or {option} 64,512"
-        ) from None
+        expected = f"whole numbers, for example {option} 64 or {option} 64,512"
+        raise DataError(f"{option} {text}: expected {expected}") from None
 
 
 def layer_range(text: str) -> tuple[float, float]:
@@ -57,9 +56,8 @@ def layer_range(text: str) -> tuple[float, float]:
     try:
         first, last = (float(part) if "." in part else int(part) for part in text.split(":"))
     except ValueError:
-        raise PlanError(
-            f"--layers {text}: expected first:last with the last left out, for example 4:30 or 0.125:0.9375"
-        ) from None
+        expected = "first:last with the last left out, for example 4:30 or 0.125:0.9375"
+        raise PlanError(f"--layers {text}: expected {expected}") from None
     return first, last
 
 

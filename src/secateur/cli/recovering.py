@@ -17,7 +17,7 @@ from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recipe import RoundOptions, recover_recipe
 from secateur.recovery.recover import recover
 from secateur.report.formatting import format_bytes
-from secateur.report.tables.recovery import recovery_tables
+from secateur.report.tables.evaluation import recovery_tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def recover_command(
     recipe = recover_recipe(name, preset=how.preset, file=how.recipe, **changes)
     recovered = recover(recipe, made, run=run_options(run, quiet=output.quiet))
     folder, models, seed = run.get("folder"), [recipe.model, str(made)], recipe.options.seed
-    finish(recovered.to_json(), output.json, run=folder, command="recover", seed=seed, models=models)
+    finish(recovered.to_json(), output.json, run=folder, kind="recover", seed=seed, models=models)
     if output.quiet:
         return
     if run.get("resume"):

@@ -27,23 +27,14 @@ LONGEST_PROMPT = 1_000_000  # characters; to tokenize more takes long, and no mo
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How both models write.
+    """How both models write."""
 
-    >>> Sampling(temperature=0.7).top_k
-    0
-    """
-
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-    """Only the most likely tokens that have this much probability together; 1: all."""
-    top_k: int = 0
-    """Only so many of the most likely tokens; 0: all."""
-    new_tokens: int = 64
-    """The most tokens of an answer."""
+    temperature: float = 0.0  # 0 takes the most likely token
+    top_p: float = 1.0  # only the most likely tokens that have this much probability together; 1: all
+    top_k: int = 0  # only so many of the most likely tokens; 0: all
+    new_tokens: int = 64  # the most tokens of an answer
     seed: int = 0
-    chat: bool = False
-    """Whether the prompt is a message in the chat template, where a tokenizer has one."""
+    chat: bool = False  # whether the prompt is a message in the chat template, where a tokenizer has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +44,9 @@ class Answer:
     text: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
-    first_seconds: float = 0.0
-    """To read the prompt and write the first token."""
-    other_seconds: float = 0.0
-    """To write the tokens after the first."""
-    ended: str | None = None
-    """Why it ended; None while it writes."""
+    first_seconds: float = 0.0  # to read the prompt and write the first token
+    other_seconds: float = 0.0  # to write the tokens after the first
+    ended: str | None = None  # why it ended; None while it writes
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -87,9 +75,8 @@ def prompt_ids(side: Side, prompt: str, sampling: Sampling) -> Tensor:
         try:
             found: Any = side.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a template is a program, and refuses in any way it likes
-            raise DataError(
-                f"{side.title}: its chat template refuses the prompt ({one_line(error)}): switch the chat template off"
-            ) from error
+            why = f"its chat template refuses the prompt ({one_line(error)})"
+            raise DataError(f"{side.title}: {why}: switch the chat template off") from error
     else:
         found = side.tokenizer(prompt, verbose=False)  # a prompt that is too long has an error of ours
     ids = list(found["input_ids"])
@@ -101,9 +88,8 @@ def prompt_ids(side: Side, prompt: str, sampling: Sampling) -> Tensor:
             f"to {sampling.new_tokens:,}: shorten the prompt or the answer"
         )
     if max(ids) >= (known := vocabulary_size(side.model)):
-        raise DataError(
-            f"{side.title}: the tokenizer gives token {max(ids)}, and the model has {known}: it is of another model"
-        )
+        other = f"gives token {max(ids)}, and the model has {known}: it is of another model"
+        raise DataError(f"{side.title}: the tokenizer {other}")
     return torch.tensor([ids], device=input_device(side.model))
 
 
@@ -129,7 +115,8 @@ def answers(sides: Sequence[Side], prompt: str, sampling: Sampling) -> Iterator[
 def _write(side: Side, ids_BT: Tensor, sampling: Sampling) -> Iterator[Answer]:
     """One model's answer, a token at a time."""
     steps = decode_steps(side.model, ids_BT, _choice(sampling, ids_BT.device))
-    ends = end_tokens(side)
+    end = getattr(side.model.generation_config, "eos_token_id", None)
+    ends = {side.tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
     answer = Answer(prompt_tokens=ids_BT.shape[1])
     written: list[int] = []
     while answer.ended is None:
@@ -150,12 +137,6 @@ def _write(side: Side, ids_BT: Tensor, sampling: Sampling) -> Iterator[Answer]:
             ended=("end of text" if token in ends else "length") if done else None,
         )
         yield answer
-
-
-def end_tokens(side: Side) -> set[int | None]:
-    """The tokens that end a text, for the model or for its tokenizer."""
-    end = getattr(side.model.generation_config, "eos_token_id", None)
-    return {side.tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
 
 
 def _choice(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """Two models side by side on a local web page, which gradio serves; nothing is asked of any other machine.
 
-`models.py` loads them, `answers.py` lets them answer in turns, `plans.py` plans cuts, `page.py` and its tabs show it.
+`models.py` loads them, `answers.py` lets them answer in turns, `plans.py` plans cuts, `page.py` shows all of it.
 """
 
 from __future__ import annotations

@@ -31,10 +31,8 @@ PROMPT_TOKENS = 64
 class Side:
     """One of the two models, with all that answering and planning need."""
 
-    letter: str
-    """A or B."""
-    name: str
-    """The MODEL argument."""
+    letter: str  # A or B
+    name: str  # the MODEL argument
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     discovery: Discovery
@@ -55,10 +53,6 @@ def load_sides(models: Sequence[str], *, loading: LoadOptions | None = None) -> 
     """Load two models, and profile them side by side, which also warms them up.
 
     Raises `ModelError` for a model that cannot be loaded, or that has no tokenizer.
-
-    >>> load_sides(["demo"])
-    Traceback (most recent call last):
-    secateur.errors.ModelError: 1 models to compare; expected two: secateur compare demo pruned
     """
     if len(models) != 2:
         raise ModelError(f"{len(models)} models to compare; expected two: secateur compare demo pruned")
@@ -93,8 +87,8 @@ def _costs(models: dict[str, PreTrainedModel], discoveries: Sequence[Discovery])
         weights / 2**30,
         free / 2**30,
     )
-    named = zip(models.items(), discoveries, strict=True)
-    return [model_costs(model, discovery, name=name, options=options) for (name, model), discovery in named]
+    pairs = zip(models, models.values(), discoveries, strict=True)
+    return [model_costs(model, discovery, name=name, options=options) for name, model, discovery in pairs]
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from secateur.compare.ask_tab import MODELS, errors_shown
 from secateur.compare.models import Side
 from secateur.compare.plans import Planner, kept_by_layer, possible_axes
 from secateur.errors import SecateurError
@@ -22,6 +21,7 @@ from secateur.report.formatting import format_bytes, format_count, format_macs
 from secateur.scoring.registry import SCORES
 
 PRESETS_OWN = ("as the preset says", "")
+MODELS = "models"  # gradio's queue lets one job at a time compute, so that speeds are fair
 BUDGETS = tuple(name for name in get_args(BudgetName) if name != "latency")  # which has to be measured first
 
 
@@ -119,12 +119,19 @@ def size_rows(planned: Plan) -> list[list[str]]:
 
 def layer_rows(side: Side, planned: Plan) -> dict[str, Any]:
     """A row for each layer, a column for each kind of units, as a Dataframe takes them."""
+    data = []
     layers = kept_by_layer(side, planned)
     kinds = [*dict.fromkeys(kind for kept in layers.values() for kind in kept)]
-    texts = {
-        layer: {kind: f"{n:,} of {units:,}" for kind, (n, units) in kept.items()} for layer, kept in layers.items()
-    }
-    return {
-        "headers": ["", *kinds],
-        "data": [[layer, *(text.get(k, "") for k in kinds)] for layer, text in texts.items()],
-    }
+    for layer, kept in layers.items():
+        texts = {kind: f"{n:,} of {units:,}" for kind, (n, units) in kept.items()}
+        data.append([layer, *(texts.get(kind, "") for kind in kinds)])
+    return {"headers": ["", *kinds], "data": data}
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Show an error of ours on the page, and not in the terminal."""
+    try:
+        yield
+    except SecateurError as error:
+        raise gr.Error(str(error), print_exception=False, duration=None) from error

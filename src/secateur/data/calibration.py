@@ -24,25 +24,18 @@ class CalibrationOptions:
 
     text: str = DEMO
     """A file, the name of a data set, demo (Python's language reference) or self (text that the model generates)."""
-
     samples: int = 256
     """Number of calibration windows."""
-
     length: int = 256
     """Tokens per window."""
-
     seed: int = 0
     """Of the choice of windows, and of the text that the model generates."""
-
     column: str = COLUMN
     """The field of a document that holds its text; with chat, `messages` comes before `text`."""
-
     chat: bool = False
     """Put every document into the tokenizer's chat template."""
-
     score_samples: int | None = 64
     """Number of windows that scores look at, the first ones; repairs look at all. None: scores look at all, too."""
-
     shuffled: float | None = None
     """Share of the windows, the last ones, whose tokens are shuffled: repairs look at them, scores do not.
     Default: 0.25 where the cut has a repair, else 0."""
@@ -58,16 +51,12 @@ class CalibrationOptions:
                 f"generates. Leave them out: CalibrationOptions({SELF!r})."
             )
         # A window of one token predicts nothing.
-        for name, value, least, good in (
-            ("samples", self.samples, 1, 64),
-            ("length", self.length, 2, 128),
-            ("seed", self.seed, 0, 0),
-            ("score_samples", self.score_samples, 1, 64),
-        ):
+        limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "score_samples": (1, 64)}
+        for name, (least, good) in limits.items():
+            value = getattr(self, name)
             if value is not None and value < least:
-                raise DataError(
-                    f"{name}={value} is too small. Expected at least {least}: CalibrationOptions({name}={good})."
-                )
+                example = f"CalibrationOptions({name}={good})"
+                raise DataError(f"{name}={value} is too small. Expected at least {least}: {example}.")
         if self.shuffled is not None and not 0 <= self.shuffled < 1:
             raise DataError(
                 f"shuffled={self.shuffled:g} is no share of the windows that leaves some as they are. Expected at "
@@ -75,30 +64,18 @@ class CalibrationOptions:
             )
 
     def in_order(self, windows: Tensor) -> Tensor:
-        """Those of the windows (int64, samples x length) whose tokens are in the order of the text.
-
-        >>> import torch
-        >>> len(CalibrationOptions(shuffled=0.25).in_order(torch.zeros(8, 2)))
-        6
-        """
+        """Those of the windows (int64, samples x length) whose tokens are in the order of the text."""
         return windows[: self._in_order(len(windows))]
 
     def scored(self, windows: Tensor) -> Tensor:
-        """Those of the windows that scores look at.
-
-        >>> import torch
-        >>> len(CalibrationOptions(score_samples=3).scored(torch.zeros(8, 2)))
-        3
-        """
+        """Those of the windows that scores look at."""
         return self.in_order(windows)[: self.score_samples]
 
     def as_scored(self) -> CalibrationOptions:
         """The same options without what only repairs look at, under which statistics for scores can be saved.
 
-        >>> CalibrationOptions(samples=8, score_samples=6, shuffled=0.25).as_scored().shuffled
-        0.0
-        >>> CalibrationOptions(samples=8, score_samples=7, shuffled=0.25).as_scored().shuffled
-        0.25
+        >>> [CalibrationOptions(samples=8, score_samples=n, shuffled=0.25).as_scored().shuffled for n in (6, 7)]
+        [0.0, 0.25]
         """
         unaffected = self.score_samples is not None and self.score_samples <= self._in_order(self.samples)
         return replace(self, shuffled=0.0) if unaffected else self

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -27,19 +26,16 @@ def read_documents(name_or_path: str | Path) -> Iterator[tuple[str, Mapping[str,
 
     A data set is named `name` or `name:config`, and its split `train` is streamed. Raises `DataError` for a file that
     is missing or damaged, a data set that cannot be read, a package that is missing, and a row that is no object.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "rows.jsonl"
-    ...     _ = file.write_text('{"question": "Why?"}', encoding="utf-8")
-    ...     [row for _, row in read_documents(file)]
-    [{'question': 'Why?'}]
     """
     if is_data_set(name_or_path):
         rows = data_set_rows(str(name_or_path))
     else:
         path = existing_file(name_or_path)
-        rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else json_rows(path)
+        rows = json_rows(path)
+        if path.suffix.lower() == ".parquet":
+            with parquet_reader(path) as parquet:
+                table = parquet.read_table(path).to_pylist()
+            rows = ((f"{str(path)!r}, row {i}", row) for i, row in enumerate(table, start=1))
     for where, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"{where}: a JSON {type(row).__name__} is no row. Expected an object with named fields.")
@@ -127,12 +123,6 @@ def parquet_reader(path: Path) -> Iterator[Any]:
         raise DataError(f"{str(path)!r}: not a readable Parquet file ({one_line(error)}).") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    with parquet_reader(path) as parquet:
-        rows = parquet.read_table(path).to_pylist()
-    yield from ((f"{str(path)!r}, row {i}", row) for i, row in enumerate(rows, start=1))
-
-
 def data_set_rows(name: str) -> Iterator[tuple[str, object]]:
     """The rows of a data set's split `train`, streamed: a few windows do not need a whole corpus on the disk."""
     if importlib.util.find_spec("datasets") is None:
@@ -144,11 +134,8 @@ def data_set_rows(name: str) -> Iterator[tuple[str, object]]:
 
     try:
         repository, _, config = name.partition(":")
-        rows = iter(datasets.load_dataset(repository, config or None, split="train", streaming=True))
-        for number in itertools.count(1):
-            row = next(rows, None)
-            if row is None:
-                return
+        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
             yield f"{name!r}, row {number}", row
     except Exception as error:  # whatever the hub, the network or the data set's format makes of it
         raise DataError(

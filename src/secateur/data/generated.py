@@ -26,11 +26,9 @@ def generate_windows(
     """Let the model generate its own calibration text; returns int64 ids on the CPU, samples x length.
 
     Calibration without data, as in LLM-QAT (arXiv 2305.17888): every token is drawn from the model's own distribution
-    at temperature 1, with none of its generation settings. A sample starts after the start token that the model's
-    configs name, else the first end-of-text token, else token 0, and does not hold it; an end of text within it is a
-    token like any other, so all samples have the same length. The same model, options and machine give the same
-    tokens. `progress` counts samples. Raises `DataError` for a model that cannot generate, or whose logits hold NaN,
-    and as `check_positions` does.
+    at temperature 1. A sample starts after the start token that the configs name, else the first end-of-text token,
+    else token 0, and does not hold it; an end of text within it is a token like any other. `progress` counts samples.
+    Raises `DataError` for a model that cannot generate, or whose logits hold NaN, and as `check_positions` does.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
@@ -48,7 +46,7 @@ def generate_windows(
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # accelerate moves what goes in
     at_once = max(1, BATCH_TOKENS // options.length)
     batches: list[Tensor] = []
-    with _seeded(options.seed, device), _without_generation_settings(any_model), quiet():
+    with _own_distribution(any_model, options.seed, device), quiet():
         for first in range(0, options.samples, at_once):
             count = min(at_once, options.samples - first)
             start = torch.full((count, 1), _start_token(model), device=device)
@@ -90,19 +88,12 @@ def _start_token(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random numbers, and put them back as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _without_generation_settings(model: Any) -> Iterator[None]:
-    """Take the model's generation settings away for a while: generate reads those that it is not given from there."""
-    settings = model.generation_config
-    model.generation_config = GenerationConfig()
+def _own_distribution(model: Any, seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch and take the model's generation settings away, which `generate` reads; both come back."""
+    settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        yield
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
     finally:
         model.generation_config = settings

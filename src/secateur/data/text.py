@@ -35,9 +35,8 @@ def demo_texts() -> tuple[str, str]:
     """Return a calibration text and an evaluation text that every Python has: its own language reference.
 
     The topics of `pydoc_data.topics`, by name: those at even places are for calibration, those at odd places for
-    evaluation. A text that stands under several names counts once. Some topics repeat parts of others; one for
-    calibration that has `OVERLAP_WORDS` words in a row of the evaluation text is left out. The wording differs between
-    Python versions, therefore results name the version or the `digest` of the tokens.
+    evaluation. A text under several names counts once; one for calibration that has `OVERLAP_WORDS` words in a row of
+    the evaluation text is left out. The wording differs between Python versions.
 
     >>> calibration, evaluation = demo_texts()
     >>> min(len(calibration), len(evaluation)) > 100_000
@@ -45,36 +44,21 @@ def demo_texts() -> tuple[str, str]:
     """
     from pydoc_data.topics import topics
 
-    halves: tuple[list[str], list[str]] = ([], [])
-    seen: set[str] = set()
+    places: dict[str, int] = {}
     for place, name in enumerate(sorted(topics)):
-        if topics[name] not in seen:
-            seen.add(topics[name])
-            halves[place % 2].append(topics[name])
-    calibration, evaluation = halves
+        places.setdefault(topics[name], place)
+    calibration, evaluation = ([topic for topic, place in places.items() if place % 2 == half] for half in (0, 1))
     tested = {run for topic in evaluation for run in word_runs(topic)}
     calibration = [topic for topic in calibration if tested.isdisjoint(word_runs(topic))]
     return "\n\n".join(calibration), "\n\n".join(evaluation)
 
 
 def read_rows(path: str | Path) -> list[str]:
-    r"""Read a file's rows, ready to be joined with a blank line as the perplexity protocol does.
+    """Read a file's rows, ready to be joined with a blank line as the perplexity protocol does.
 
-    - `.jsonl` and `.json`: the `text` of each object, as it is. `.json` may be one array instead of one object a line.
-    - `.parquet`: the `text` column, as it is.
-    - anything else, if some line is blank (nothing or white space): prose laid out in lines, such as WikiText's raw
-      files. Every line is a row and keeps its newline; a blank line is the row `""`.
-    - anything else without blank lines, such as PTB's files: every line is a row, stripped.
-
-    The newline that ends a file starts no further row. Raises `DataError` for a file that is missing, not UTF-8, empty
-    or without such texts, naming the line, and for Parquet without the packages that read it.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "wiki.txt"
-    ...     _ = file.write_text(" \n = Title = \n \n A line . \n", encoding="utf-8")
-    ...     read_rows(file)
-    ['', ' = Title = \n', '', ' A line . \n']
+    `.jsonl`, `.json` (one array, or one object a line) and `.parquet`: the `text` of each row, as it is. Any other
+    file: its lines, see `lines_of`. Raises `DataError` for a file that is missing, not UTF-8, empty or without such
+    texts, naming the line, and for Parquet without the packages that read it.
     """
     path = existing_file(path)
     rows = _file_texts(path, _Field()) if holds_documents(path) else lines_of(decoded(path))
@@ -83,7 +67,14 @@ def read_rows(path: str | Path) -> list[str]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The rows of a plain text: see `read_rows`."""
+    r"""The rows of a plain text.
+
+    With a blank line (nothing or white space), it is prose laid out in lines, such as WikiText's raw files: every line
+    keeps its newline, and a blank one is `""`. Without, as in PTB's files, every line is stripped.
+
+    >>> lines_of(" \n = Title = \n \n A line . \n"), lines_of(" a b \n c \n")
+    (['', ' = Title = \n', '', ' A line . \n'], ['a b', 'c'])
+    """
     lines = list(io.StringIO(text))  # splits at \n alone, where str.splitlines knows ten other characters
     if any(not line.strip() for line in lines):
         return [line if line.strip() else "" for line in lines]
@@ -96,17 +87,13 @@ def read_calibration(
     """Read what calibration windows are taken from: one text, or documents that no window crosses.
 
     `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents is a list of
-    them; any other name is a data set on the hub (`name`, or `name:config`), of which the split `train` is read up to
-    `MAX_CHARACTERS`. A document's text is its field `column`: a string, or a dialogue's utterances (a list of strings),
-    which are joined by newlines.
+    them; any other name is a data set on the hub, of which the split `train` is read up to `MAX_CHARACTERS`. A
+    document's text is its field `column`: a string, or utterances (a list of strings), which newlines join.
 
     With a tokenizer as `chat`, every document is put into its chat template: a text as one message of the user,
     utterances as messages of user and assistant in turns, and a list of messages (`role` and `content`) as it is;
-    `messages` is read rather than `text` where there is such a field and no other `column` is named. A plain text is
-    then one long message.
-
-    Raises `DataError` as `read_rows` does, for a data set that cannot be read, for a column that is not there, and
-    for a tokenizer without a template.
+    `messages` is read rather than `text` where there is such a field and no other `column` is named. Raises `DataError`
+    as `read_rows` does, for a data set or column that is not there, and for a tokenizer without a template.
 
     >>> isinstance(read_calibration("demo"), str)
     True
@@ -141,9 +128,6 @@ def read_calibration(
 def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:
     if not any(text.strip() for text in texts):
         raise DataError(f"{str(name)!r}: there is no text in it. Expected text in UTF-8, or {DEMO!r}.")
-
-
-# --- documents --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,28 +198,23 @@ def _is_dialogue(value: object) -> bool:
 
 
 def _is_chat(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, dict) and message.keys() >= {"role", "content"} for message in value)
-    )
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(message, dict) and message.keys() >= {"role", "content"} for message in value)
 
 
 def _no_column(where: str, column: str, names: Iterable[str], texts: Sequence[str]) -> DataError:
     """The error for a column that is not there; `texts` are columns that hold text."""
+    remedy = 'Expected an object with a text: {"text": "..."}.'
     if texts:
         remedy = f"{texts[0]!r} holds text: name it, CalibrationOptions(column={texts[0]!r}), or rename it {COLUMN!r}."
-    else:
-        remedy = 'Expected an object with a text: {"text": "..."}.'
     return DataError(f"{where}: no column {column!r} among {sorted(names)}. {remedy}")
 
 
 def _in_template(value: Any, where: str, chat: PreTrainedTokenizerBase) -> str:
     """A text, utterances or messages as the chat template writes them."""
-    messages: list[dict[str, str]]
-    if _is_chat(value):
-        messages = value
-    else:
+    messages: list[dict[str, str]] = value
+    if not _is_chat(value):
         turns = [value] if isinstance(value, str) else value
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,6 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: Calibration
     """Read the text that the options name and take their windows of it; returns int64 ids, samples x length.
 
     Raises `DataError` as `read_calibration` and `sample_windows` do.
-
-    >>> from types import SimpleNamespace
-    >>> def letters(texts, **_):
-    ...     return SimpleNamespace(input_ids=[list(text.encode()) for text in texts])
-    >>> calibration_windows(letters, CalibrationOptions(samples=3, length=8)).shape
-    torch.Size([3, 8])
     """
     text = read_calibration(options.text, column=options.column, chat=tokenizer if options.chat else None)
     return sample_windows(text, tokenizer, options)
@@ -38,9 +33,8 @@ def sample_windows(
 
     In one text every place is equally likely. Of documents, first a document that is long enough is drawn and then a
     place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
-    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The tokens of
-    the last `options.shuffled` of the windows are in random order. The same text, tokenizer and options give the same
-    windows. Raises `DataError` when the text is shorter than a window or has fewer places than samples.
+    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The last
+    `options.shuffled` of them are shuffled. Raises `DataError` when the text has fewer places than samples.
 
     >>> from types import SimpleNamespace
     >>> def letters(texts, **_):
@@ -111,16 +105,11 @@ def digest(tokens: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def _first_characters(documents: Iterable[str]) -> list[str]:
+def _first_characters(documents: Sequence[str]) -> list[str]:
     """Return the documents up to `MAX_CHARACTERS` in all; the last one may be cut."""
-    first: list[str] = []
-    left = MAX_CHARACTERS
-    for document in documents:
-        if left <= 0:
-            break
-        first.append(document[:left])
-        left -= len(first[-1])
-    return first
+    ends = itertools.accumulate(map(len, documents), initial=0)
+    pairs = itertools.takewhile(lambda pair: pair[1] < MAX_CHARACTERS, zip(documents, ends, strict=False))
+    return [document[: MAX_CHARACTERS - start] for document, start in pairs]
 
 
 def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -35,7 +35,7 @@ from secateur.scoring.scores import Scores, load_scores, save_scores
 from secateur.scoring.statistics import Statistics, load_statistics, save_statistics
 
 Value = TypeVar("Value")
-DAMAGED = (CheckpointError, KeyError, ValueError, TypeError, AttributeError, PlanError)
+DAMAGED = (CheckpointError, ScoreError, KeyError, ValueError, TypeError, AttributeError, PlanError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Cache:
     """The finished stages of one run, as files; without a folder nothing is kept, and nothing is there.
 
     Every `load_*` gives None where there is nothing, or where it is damaged or of other options. Of several processes
-    the first writes, and either all load a stage or none.
+    the first writes (`save_*`), and either all load a stage or none.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -59,15 +59,14 @@ class Cache:
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything to resume from: scores, an iteration, a layer that has been scored.
-
-        >>> Cache(None).begun
-        False
-        """
-        if self.folder is None:
-            return False
+        """Whether there is anything to resume from: scores, an iteration, a layer that has been scored."""
         patterns = ("scores-*.safetensors", "iteration.safetensors", "layers-*/*.safetensors")
-        return any(any(self.folder.glob(pattern)) for pattern in patterns)
+        return self.folder is not None and any(any(self.folder.glob(pattern)) for pattern in patterns)
+
+    @property
+    def _target(self) -> Path | None:
+        """The folder to write to: of several processes, for the first."""
+        return self.folder if processes.is_first() else None
 
     def layers(self, iteration: int) -> Path | None:
         """The folder of layers that have been scored."""
@@ -75,101 +74,93 @@ class Cache:
 
     def load_scores(self, iteration: int) -> Scores | None:
         """The scores of an iteration."""
-        found = None if self.folder is None else _scores_in(self.folder / f"scores-{iteration}.safetensors")
-        return _by_all(found)
+        return _by_all(self._read(lambda folder: load_scores(folder / f"scores-{iteration}.safetensors")))
 
     def save_scores(self, iteration: int, scores: Scores) -> None:
         """Keep the scores; the layers that led to them are needed no more."""
-        if self.folder is not None and processes.is_first():
-            save_scores(self.folder / f"scores-{iteration}.safetensors", scores)
-            shutil.rmtree(self.folder / f"layers-{iteration}", ignore_errors=True)
+        if self._target is not None:
+            save_scores(self._target / f"scores-{iteration}.safetensors", scores)
+            shutil.rmtree(self._target / f"layers-{iteration}", ignore_errors=True)
 
     def load_damage(self, scores: Scores) -> dict[str, DamageCurve] | None:
         """The damage curves that were measured with these scores."""
-        found: dict[str, DamageCurve] | None = None
-        try:
-            if self.folder is not None and (data := read_json(self.folder / "damage.json"))["scores"] == _id(scores):
-                found = {
+
+        def read(folder: Path) -> dict[str, DamageCurve] | None:
+            data = read_json(folder / "damage.json")
+            return (
+                None
+                if data["scores"] != _id(scores)
+                else {
                     str(name): tuple((int(kept), float(damage)) for kept, damage in points)
                     for name, points in data["damage"].items()
                 }
-        except DAMAGED:
-            pass
-        return _by_all(found)
+            )
+
+        return _by_all(self._read(read))
 
     def save_damage(self, scores: Scores, damage: Mapping[str, DamageCurve]) -> None:
         """Keep the damage curves."""
-        if self.folder is not None and processes.is_first():
-            write_json(self.folder / "damage.json", {"scores": _id(scores), "damage": dict(damage)})
+        if self._target is not None:
+            write_json(self._target / "damage.json", {"scores": _id(scores), "damage": dict(damage)})
 
     def load_repair(self, plan: Plan) -> Repaired | None:
         """The repaired weights of a plan."""
-        if self.folder is None:
-            return None
-        try:
-            weights, about = read_tensors(self.folder / "repaired.safetensors")
+
+        def read(folder: Path) -> Repaired | None:
+            weights, about = read_tensors(folder / "repaired.safetensors")
             if about["plan"] != _hash(plan.to_json()):
                 return None
             errors = {name: (float(before), float(after)) for name, (before, after) in about["errors"].items()}
             return Repaired(plan_from_json(about["repaired"]), weights, errors)
-        except DAMAGED:
-            return None
+
+        return self._read(read)
 
     def save_repair(self, plan: Plan, repaired: Repaired) -> None:
         """Keep the repaired weights."""
-        if self.folder is not None and processes.is_first():
+        if self._target is not None:
             about = {"plan": _hash(plan.to_json()), "repaired": repaired.plan.to_json(), "errors": repaired.errors}
-            write_tensors(self.folder / "repaired.safetensors", repaired.weights, about)
+            write_tensors(self._target / "repaired.safetensors", repaired.weights, about)
 
     def load_iteration(self, options: CutOptions) -> Iteration | None:
         """The last iteration that was finished with these options."""
-        found = None
-        try:
-            if self.folder is not None:
-                weights, about = read_tensors(self.folder / "iteration.safetensors")
-                if about["options"] == _hash(asdict(options)):
-                    found = Iteration(int(about["number"]), plan_from_json(about["plan"]), weights)
-        except DAMAGED:
-            pass
-        return _by_all(found)
+
+        def read(folder: Path) -> Iteration | None:
+            weights, about = read_tensors(folder / "iteration.safetensors")
+            if about["options"] != _hash(asdict(options)):
+                return None
+            return Iteration(int(about["number"]), plan_from_json(about["plan"]), weights)
+
+        return _by_all(self._read(read))
 
     def save_iteration(self, options: CutOptions, iteration: Iteration) -> None:
         """Keep what an iteration left; scores of later ones, which a run of other options has left, are removed."""
-        if self.folder is not None and processes.is_first():
+        if self._target is not None:
             for number in range(iteration.number + 1, options.iterations + 1):
-                (self.folder / f"scores-{number}.safetensors").unlink(missing_ok=True)
-                shutil.rmtree(self.folder / f"layers-{number}", ignore_errors=True)
-            about = {
-                "options": _hash(asdict(options)),
-                "number": iteration.number,
-                "plan": iteration.plan.to_json(),
-            }
+                (self._target / f"scores-{number}.safetensors").unlink(missing_ok=True)
+                shutil.rmtree(self._target / f"layers-{number}", ignore_errors=True)
+            about = {"options": _hash(asdict(options)), "number": iteration.number, "plan": iteration.plan.to_json()}
             weights = {name: weight.detach() for name, weight in iteration.weights.items()}
-            write_tensors(self.folder / "iteration.safetensors", weights, about)
+            write_tensors(self._target / "iteration.safetensors", weights, about)
 
     def load_windows(self) -> Tensor | None:
         """The calibration windows that the model wrote itself."""
-        try:
-            return None if self.folder is None else read_tensors(self.folder / "windows.safetensors")[0]["windows"]
-        except DAMAGED:
-            return None
+        return self._read(lambda folder: read_tensors(folder / "windows.safetensors")[0]["windows"])
 
     def save_windows(self, windows: Tensor) -> None:
         """Keep them: a resumed run must not have others."""
-        if self.folder is not None and processes.is_first():
-            write_tensors(self.folder / "windows.safetensors", {"windows": windows})
+        if self._target is not None:
+            write_tensors(self._target / "windows.safetensors", {"windows": windows})
+
+    def _read(self, read: Callable[[Path], Value | None]) -> Value | None:
+        try:
+            return None if self.folder is None else read(self.folder)
+        except DAMAGED:
+            return None
 
 
 def _by_all(found: Value | None) -> Value | None:
     """The value where every process has loaded one, else None."""
     return None if processes.largest(int(found is None)) else found
-
-
-def _scores_in(path: Path) -> Scores | None:
-    try:
-        return load_scores(path)
-    except ScoreError:
-        return None
 
 
 @contextmanager
@@ -204,17 +195,12 @@ def work_folder(
 def run_key(recipe: PruneRecipe) -> str:
     """What scores depend on, as a hash: a run may only resume from scores made for the same."""
     cut = recipe.cut
-    return _hash(
-        [_about(recipe.model, recipe.calibration, recipe.loading), cut.score, cut.reduce, cut.axes, cut.layers]
-    )
+    about = _about(recipe.model, recipe.calibration, recipe.loading)
+    return _hash([about, cut.score, cut.reduce, cut.axes, cut.layers])
 
 
 def recovery_key(paths: Sequence[str], about: Any) -> str:
-    """What a training depends on, as a hash: the state of the files and folders named, and plain data.
-
-    >>> recovery_key(["organisation/model"], {"steps": 3}) == recovery_key(["organisation/model"], {"steps": 4})
-    False
-    """
+    """What a training depends on, as a hash: the state of the files and folders named, and plain data."""
     return _hash([[_stamp(path) for path in paths], about, __version__, torch.__version__])
 
 
@@ -223,9 +209,6 @@ def _key_in(work: Path) -> Any:
         return read_json(work / "key.json")["key"]
     except DAMAGED:
         return None
-
-
-# --- between runs -----------------------------------------------------------------------------------------------------
 
 
 class StatisticsFolder:
@@ -243,10 +226,9 @@ class StatisticsFolder:
     def load(self) -> Statistics | None:
         """The statistics; None where there are none. By all processes or none."""
         try:
-            found = load_statistics(self.path, about=self.key)
+            return _by_all(load_statistics(self.path, about=self.key))
         except ScoreError:
-            found = None
-        return None if processes.largest(int(found is None)) else found
+            return _by_all(None)
 
     def save(self, statistics: Statistics) -> None:
         """Keep statistics, but for those of the user's own scores, whose code may change."""
@@ -264,14 +246,8 @@ class StatisticsFolder:
 
 def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) -> list[Any]:
     """What statistics depend on."""
-    return [
-        _stamp(resolve(model).path or model),
-        _stamp(calibration.text),
-        asdict(calibration),
-        asdict(loading),
-        __version__,
-        torch.__version__,
-    ]
+    states = [_stamp(resolve(model).path or model), _stamp(calibration.text)]
+    return [*states, asdict(calibration), asdict(loading), __version__, torch.__version__]
 
 
 def _id(scores: Scores) -> str:

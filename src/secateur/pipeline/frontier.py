@@ -11,16 +11,11 @@ from typing import Any
 from secateur.files import atomic_file
 
 DENSE = "dense"
-PICTURES = ("frontier.png", "frontier.svg")
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One cut: what is left of the model and how well it predicts; ratio 0 is the dense model.
-
-    >>> Point("dense", "", 0.0, "dense", 100, 80, 6400, ({"data": "t", "seq_len": 8, "nll": 2.0},)).nll
-    2.0
-    """
+    """One cut: what is left of the model and how well it predicts; ratio 0 is the dense model."""
 
     score: str
     preset: str
@@ -41,11 +36,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A cut that cannot be done, and why.
-
-    >>> Refused("fisher", "best", 0.99, "best", "leaves nothing").why
-    'leaves nothing'
-    """
+    """A cut that cannot be done, and why."""
 
     score: str
     preset: str
@@ -56,11 +47,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """All points of one model, the dense one first; `size` names what the frontier weighs perplexity against.
-
-    >>> Sweep("demo", "parameters", (), ()).to_json()["size"]
-    'parameters'
-    """
+    """All points of one model, the dense one first; `size` names what the frontier weighs perplexity against."""
 
     model: str
     size: str  # "parameters" or "macs"
@@ -71,8 +58,7 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur sweep --json` writes it."""
-        data = asdict(self)
-        return {**data, "pictures": [str(path) for path in self.pictures]}
+        return {**asdict(self), "pictures": [str(path) for path in self.pictures]}
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -129,11 +115,10 @@ def draw(found: Sweep, folder: Path) -> tuple[Path, ...]:
         axes.plot(*at(found.rows[0]), marker="*", markersize=13, color="black", linestyle="", label=DENSE, zorder=3)
         axes.legend()
     figure.suptitle(f"{found.model}: quality against size; what nothing beats in grey")
-    written = []
+    written = tuple(folder / f"frontier.{kind}" for kind in ("png", "svg"))
     with matplotlib.rc_context({"svg.hashsalt": "secateur"}):  # the same file from the same numbers
-        for name in PICTURES:
-            with atomic_file(folder / name, overwrite=True) as temporary:
-                kind = Path(name).suffix[1:]
+        for path in written:
+            with atomic_file(path, overwrite=True) as temporary:
+                kind = path.suffix[1:]
                 figure.savefig(temporary, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {})
-            written.append(folder / name)
-    return tuple(written)
+    return written

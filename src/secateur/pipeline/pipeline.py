@@ -105,8 +105,7 @@ class Pipeline:
         self.clock, self.cache = clock or Clock(), Cache(None)
         self.trust = recipe.loading.trust_remote_code or (model is not None and runs_remote_code(model))
         self.statistics: StatisticsFolder | None = None
-        self._model, self._tokenizer = model, tokenizer
-        self._windows = windows
+        self._model, self._tokenizer, self._windows = model, tokenizer, windows
         self._table: LatencyTable | None = None
         self.config: PreTrainedConfig = (
             model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
@@ -122,17 +121,15 @@ class Pipeline:
             options = given.options
             if given.scored.get("calibration_options"):
                 calibration = CalibrationOptions(**given.scored["calibration_options"])
-        elif options.shape == "per-layer" and not may_be_per_layer(self.config):
-            options = replace(options, shape="uniform")
-        if given is None:
+        else:
+            if options.shape == "per-layer" and not may_be_per_layer(self.config):
+                options = replace(options, shape="uniform")
             check_score(options)
-        if given is None and options.iterations > 1:
-            options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
+            if options.iterations > 1:
+                options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
         self.calibration = settled(calibration, options)
         self.recipe = replace(recipe, cut=options, calibration=self.calibration)
-
-    # --- what the stages share ---
 
     @property
     def model(self) -> PreTrainedModel:
@@ -180,8 +177,6 @@ class Pipeline:
     def _title(self, stage: str, at: Position) -> str:
         return stage if self.options.iterations == 1 else f"{stage}, iteration {at.number}"
 
-    # --- the stages of an iteration ---
-
     def latency(self, at: Position) -> LatencyTable | None:
         """4. What sizes take on this machine, where the budget is of time."""
         if at.options.of == "latency" and self._table is None and self.given is None:
@@ -214,14 +209,9 @@ class Pipeline:
             statistics = new if statistics is None else statistics.joined(new)
             if self.statistics is not None and first:
                 self.statistics.save(statistics)
-        found = scores_from(
-            at.discovery,
-            statistics,
-            groups=at.groups,
-            name=at.options.score,
-            reduce=None if at.options.reduce == "auto" else at.options.reduce,
-            options=self.calibration,
-        )
+        reduce = None if at.options.reduce == "auto" else at.options.reduce
+        name, text = at.options.score, self.calibration
+        found = scores_from(at.discovery, statistics, groups=at.groups, name=name, reduce=reduce, options=text)
         if self.statistics is not None and first:
             self.statistics.save_scores(found)
         self.cache.save_scores(at.number, found)
@@ -278,15 +268,8 @@ class Pipeline:
         if found is None:
             windows, model = self.windows(), at.model or self.model
             with self.clock.stage(self._title("repair", at)) as progress:
-                found = repair(
-                    model,
-                    decided,
-                    at.discovery,
-                    windows,
-                    method=at.options.repair,
-                    choose=at.options.choose == "obs",
-                    progress=progress,
-                )
+                how, choose = at.options.repair, at.options.choose == "obs"
+                found = repair(model, decided, at.discovery, windows, method=how, choose=choose, progress=progress)
             text = {"calibration": digest(windows), "calibration_options": asdict(self.calibration)}
             found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **text}))
             self.cache.save_repair(decided, found)
@@ -300,8 +283,6 @@ class Pipeline:
         with self.clock.stage(self._title("cut", at)):
             large = bytes_of(model) > IN_MEMORY * psutil.virtual_memory().available
             return prune(model, decided, discovery=at.discovery, weights=weights, room=room if large else None)
-
-    # --- all of them, as many iterations as the options ask for ---
 
     @property
     def iterations(self) -> int:
@@ -354,6 +335,7 @@ class Pipeline:
     def save(self, pruned: PreTrainedModel, decided: Plan, out: Path, run: RunOptions) -> None:
         """11. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""
         with self.clock.stage("save"):
+            unplaced = unplaced_in(self.name, self.loading)
             record = make_record(
                 self.model,
                 name=self.name,
@@ -361,9 +343,7 @@ class Pipeline:
                 calibration_options=decided.scored.get("calibration_options"),
                 seed=decided.scored.get("seed", self.calibration.seed),
                 command=run.command,
-                tensors=account_for_tensors(
-                    self.model, pruned, decided, self.discovery, unplaced=unplaced_in(self.name, self.loading)
-                ),
+                tensors=account_for_tensors(self.model, pruned, decided, self.discovery, unplaced=unplaced),
             )
             with save_updated(
                 pruned,
@@ -388,15 +368,9 @@ class Decision:
 
 
 def unplaced_in(name: str, loading: LoadOptions) -> tuple[str, ...]:
-    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names.
-
-    >>> unplaced_in("model.gguf", LoadOptions())
-    Traceback (most recent call last):
-    secateur.errors.ModelError: 'model.gguf': no such file or folder. ...
-    """
-    if resolve(name).kind == "gguf":
-        return ()
-    return load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]
+    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names."""
+    gguf = resolve(name).kind == "gguf"
+    return () if gguf else load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]
 
 
 def bytes_of(model: PreTrainedModel) -> int:
@@ -405,11 +379,7 @@ def bytes_of(model: PreTrainedModel) -> int:
 
 
 def may_be_per_layer(config: PreTrainedConfig) -> bool:
-    """Whether a folder can hold layers of different sizes: of custom code, only what its config can say.
-
-    >>> may_be_per_layer(PreTrainedConfig())
-    True
-    """
+    """Whether a folder can hold layers of different sizes: of custom code, only what its config can say."""
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return not custom or per_layer_model_class(config) is not None
 

@@ -26,26 +26,16 @@ from secateur.progress import Clock, ProgressBars, peak_rss
 class Pruned:
     """What `prune_model` made."""
 
-    plan: Plan
-    """The plan of the dense model."""
-    out: Path
-    """The folder."""
-    seconds: Mapping[str, float]
-    """Seconds by stage."""
-    peak_rss_bytes: int
-    """The most memory that the process held."""
-    resumed: bool = False
-    """Whether anything of a killed run was used."""
+    plan: Plan  # of the dense model
+    out: Path  # the folder
+    seconds: Mapping[str, float]  # by stage
+    peak_rss_bytes: int  # the most memory that the process held
+    resumed: bool = False  # whether anything of a killed run was used
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur prune --json` writes it."""
-        return {
-            **self.plan.to_json(),
-            "out": str(self.out),
-            "seconds": dict(self.seconds),
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "resumed": self.resumed,
-        }
+        about = {"seconds": dict(self.seconds), "peak_rss_bytes": self.peak_rss_bytes, "resumed": self.resumed}
+        return {**self.plan.to_json(), "out": str(self.out), **about}
 
 
 def plan_model(recipe: str | PruneRecipe, *, sizes_only: bool = False, run: RunOptions | None = None) -> Plan:
@@ -83,7 +73,6 @@ def prune_model(
     first weight is read. Raises `SecateurError`.
     """
     processes.join()
-    # Everything that can be refused is refused before the first weight is read.
     recipe, run, out = _as_recipe(recipe), run or RunOptions(), Path(out)
     check_vacant(out, overwrite=run.overwrite)
     check_apart(resolve(recipe.model).path, out)
@@ -119,15 +108,6 @@ def prune_as_planned(
     """The model that `prune --plan` would write, in memory: pruned, and repaired on the plan's calibration text.
 
     Raises `PlanError` when the plan is of another model.
-
-    >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> from secateur.planning.options import CutOptions
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
-    >>> model = AutoModelForCausalLM.from_config(config)
-    >>> options = CutOptions(ratio=0.5, of="units", axes=("mlp",), score="l2", repair="none")
-    >>> decided = Pipeline(PruneRecipe("tiny", cut=options), model=model).decide().plan
-    >>> prune_as_planned(model, decided, None).config.ffn_dim
-    12
     """
     recipe = PruneRecipe(plan.model, cut=plan.options)
     return Pipeline(recipe, given=plan, model=model, tokenizer=tokenizer, clock=Clock(bars)).cut()[0]
@@ -140,8 +120,6 @@ def _as_recipe(recipe: str | PruneRecipe) -> PruneRecipe:
 def _check_weights(recipe: PruneRecipe) -> None:
     config = load_config(recipe.model, trust_remote_code=recipe.loading.trust_remote_code)
     if not has_weights(recipe.model):
-        raise ModelError(
-            f"{recipe.model!r} has a config and no weights to cut; `secateur plan {recipe.model}` says what a cut "
-            "leaves"
-        )
+        instead = f"`secateur plan {recipe.model}` says what a cut leaves"
+        raise ModelError(f"{recipe.model!r} has a config and no weights to cut; {instead}")
     check_not_quantised(config, name=recipe.model)

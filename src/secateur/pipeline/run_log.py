@@ -20,41 +20,21 @@ from secateur.errors import CheckpointError
 from secateur.files import make_folder, read_json, write_json
 
 LOG_FOLDER = "log"  # within a run folder
-_KEYS: dict[str, type] = {
-    "kind": str,
-    "command": str,
-    "time": str,
-    "versions": dict,
-    "seed": int,
-    "models": list,
-    "result": dict,
-}
+_KEYS = {"kind": str, "command": str, "time": str, "versions": dict, "seed": int, "models": list, "result": dict}
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One command and its result.
+    """One command and its result."""
 
-    >>> made = datetime(2026, 1, 2, tzinfo=UTC)
-    >>> LogEntry(Path("a.json"), "plan", "secateur plan demo", made, {"torch": "2.13"}, 0, ("demo",), {}).models
-    ('demo',)
-    """
-
-    path: Path
-    """The file that holds the entry."""
-    kind: str
-    """The command's name: prune, evaluate, ..."""
-    command: str
-    """The whole line, as typed."""
-    time: datetime
-    """When the command had its result, UTC."""
-    versions: Mapping[str, str]
-    """Of secateur, torch, transformers and Python."""
+    path: Path  # the file that holds the entry
+    kind: str  # the command's name: prune, evaluate, ...
+    command: str  # the whole line, as typed
+    time: datetime  # when the command had its result, UTC
+    versions: Mapping[str, str]  # of secateur, torch, transformers and Python
     seed: int
-    models: tuple[str, ...]
-    """Names and folders of the models that the command read and wrote, as typed."""
-    result: Mapping[str, Any]
-    """What the command writes with `--json`."""
+    models: tuple[str, ...]  # names and folders of the models that the command read and wrote, as typed
+    result: Mapping[str, Any]  # what the command writes with `--json`
 
 
 def append_entry(
@@ -62,8 +42,7 @@ def append_entry(
 ) -> Path:
     """Add a command's result to the log of a run folder, which is made if it does not exist; returns the new file.
 
-    The file is written whole or not at all, under a name that no other entry has. Raises `CheckpointError` when it
-    cannot be written.
+    Raises `CheckpointError` when the file cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as run:
@@ -94,10 +73,8 @@ def check_run_folder(run: Path) -> None:
             f"{parent} is a file, and --run needs a folder for the run's log: name another, for example --run runs/mine"
         )
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(
-            f"--run {run}: you have no permission to write in {parent}: name another folder, "
-            "for example --run runs/mine"
-        )
+        advice = "name another folder, for example --run runs/mine"
+        raise CheckpointError(f"--run {run}: you have no permission to write in {parent}: {advice}")
 
 
 def _exists(path: Path) -> bool:
@@ -108,13 +85,7 @@ def _exists(path: Path) -> bool:
 
 
 def load_entries(run: Path) -> list[LogEntry]:
-    """Load the log of a run folder, oldest entry first; empty without a log.
-
-    Raises `CheckpointError` for a damaged entry.
-
-    >>> load_entries(Path("no-such-folder"))
-    []
-    """
+    """Load the log of a run folder, oldest entry first; empty without a log. Raises `CheckpointError` if damaged."""
     entries = [_load_entry(path) for path in (run / LOG_FOLDER).glob("*.json")]
     return sorted(entries, key=lambda entry: (entry.time, entry.path.name))
 
@@ -135,5 +106,5 @@ def _load_entry(path: Path) -> LogEntry:
         raise CheckpointError(
             f"{path} is damaged ({error}). Remove it to make the report from the other entries: rm {path}"
         ) from error
-    given = {key: data[key] for key in ("kind", "command", "versions", "seed", "result")}
-    return LogEntry(path=path, time=time, models=tuple(data["models"]), **given)
+    values = {key: data[key] for key in _KEYS} | {"time": time, "models": tuple(data["models"])}
+    return LogEntry(path=path, **values)

@@ -89,10 +89,7 @@ def sweep(
 
     `cut` and `calibration` are options of all cuts, by name. The run folder keeps statistics, finished points and the
     picture; with `resume`, points that an earlier run has done for the very same are not done again. A cut that cannot
-    be done is among the `refused`.
-
-    Raises `SecateurError` for what is wrong with all points: a model or text that cannot be read, and when no cut can
-    be done at all.
+    be done is among the `refused`. Raises `SecateurError` for what is wrong with all points.
     """
     if processes.count() > 1:
         raise PlanError("a sweep runs in one process: start it without accelerate launch")
@@ -165,11 +162,7 @@ class _Cut:
 
 
 def _cuts(
-    model: str,
-    options: SweepOptions,
-    cut: Mapping[str, Any],
-    calibration: Mapping[str, Any],
-    loading: LoadOptions,
+    model: str, options: SweepOptions, cut: Mapping[str, Any], calibration: Mapping[str, Any], loading: LoadOptions
 ) -> tuple[list[_Cut], list[Refused]]:
     """Every cut, the ratios of one score after the other; options that do not go together are refused one by one."""
     found, refused = [], []
@@ -208,16 +201,9 @@ class _Measuring:
         point = self._load_point(path, own=False)
         if point is None:
             model, tokenizer = self._model()
-            point = Point(
-                score=DENSE,
-                preset="",
-                ratio=0.0,
-                label=DENSE,
-                parameters=count_parameters(self.discovery),
-                non_embedding_parameters=count_parameters(self.discovery, embeddings=False),
-                macs=sum(count_macs(self.discovery).values()),
-                perplexity=self._perplexity(model, tokenizer, DENSE),
-            )
+            total, inner = (count_parameters(self.discovery, embeddings=counted) for counted in (True, False))
+            macs = sum(count_macs(self.discovery).values())
+            point = Point(DENSE, "", 0.0, DENSE, total, inner, macs, self._perplexity(model, tokenizer, DENSE))
             write_json(path, asdict(point))
         return point
 
@@ -233,16 +219,9 @@ class _Measuring:
         if each.recipe.calibration not in self._warned:
             self._warned.add(each.recipe.calibration)
             warn_of_overlap(each.label, tokenizer, self.texts, decided.scored)
-        point = Point(
-            score=cut.score,
-            preset=each.preset,
-            ratio=each.ratio,
-            label=each.label,
-            parameters=decided.parameters["pruned"],
-            non_embedding_parameters=decided.parameters["pruned_non_embedding"],
-            macs=decided.macs["pruned"],
-            perplexity=self._perplexity(pruned, tokenizer, title),
-        )
+        counts = decided.parameters["pruned"], decided.parameters["pruned_non_embedding"], decided.macs["pruned"]
+        perplexity = self._perplexity(pruned, tokenizer, title)
+        point = Point(cut.score, each.preset, each.ratio, each.label, *counts, perplexity)
         write_json(path, asdict(point))
         return point
 
@@ -271,27 +250,16 @@ class _Measuring:
     def _perplexity(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, title: str
     ) -> tuple[dict[str, Any], ...]:
+        protocols, most = self.options.protocols, self.options.max_tokens
         with self.bars(f"{title}: evaluate") as progress:
-            results = evaluate(
-                model,
-                tokenizer,
-                self.texts,
-                protocols=self.options.protocols,
-                max_tokens=self.options.max_tokens,
-                progress=progress,
-            )
+            results = evaluate(model, tokenizer, self.texts, protocols=protocols, max_tokens=most, progress=progress)
         return tuple(result.to_json() for result in results)
 
     def _path(self, recipe: PruneRecipe | None) -> Path:
         """The file of a point, named by all that it depends on."""
         texts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.texts.items()}
-        about = [
-            None if recipe is None else [asdict(recipe.cut), asdict(recipe.calibration)],
-            asdict(self.loading),
-            texts,
-            list(self.options.protocols),
-            self.options.max_tokens,
-        ]
+        cut = None if recipe is None else [asdict(recipe.cut), asdict(recipe.calibration)]
+        about = [cut, asdict(self.loading), texts, list(self.options.protocols), self.options.max_tokens]
         files = [str(resolve(self.name).path or self.name), *([] if recipe is None else [recipe.calibration.text])]
         return self.folder / f"point-{recovery_key(files, about)[:16]}.json"
 

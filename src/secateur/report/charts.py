@@ -22,7 +22,6 @@ INK, SOFT, RULE = "#1b1f24", "#555d66", "#d5d9dd"
 TONES = ("#595f66", "#0072b2", "#c25200", "#007a5a", "#8f3f7f")  # dense, pruned, recovered, exported, measured
 VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", **{tone: f"--tone{i}" for i, tone in enumerate(TONES)}}
 LINES = tuple((tone, style) for style in ("-", "--", ":") for tone in TONES[1:])
-WIDTH = 4.8  # inches of 72 pixels
 MOST_POINTS = 400  # of a line; a chart has no more pixels
 BINS = 32
 SETTINGS: dict[Any, Any] = {
@@ -32,9 +31,7 @@ SETTINGS: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
     "axes.edgecolor": RULE,
-    "axes.labelcolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), SOFT),
 }
 P = ParamSpec("P")
 
@@ -51,7 +48,7 @@ def _inline_svg(draw: Callable[Concatenate[Any, P], None]) -> Callable[P, str | 
 
         with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a glyph that the measuring font lacks, in a model's name
-            figure = Figure(figsize=(WIDTH, 3.0))
+            figure = Figure(figsize=(4.8, 3.0))  # inches of 72 pixels
             draw(figure.add_subplot(), *arguments, **options)
             file = io.StringIO()
             no_date = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -85,9 +82,8 @@ def bar_chart(axes: Any, groups: Mapping[str, Sequence[Bar]]) -> None:
     longest = max([*ends, 1e-12])
     y, labels = 0.0, []
     for name, bars in groups.items():
-        axes.text(
-            0, y, printable(name), color=INK, fontweight="bold", va="center", transform=axes.get_yaxis_transform()
-        )
+        at_left = axes.get_yaxis_transform()
+        axes.text(0, y, printable(name), color=INK, fontweight="bold", va="center", transform=at_left)
         for bar in bars:
             y += 1
             labels.append((y, printable(bar.label)))
@@ -173,9 +169,8 @@ def bin_edges(values: Sequence[float], *, log: bool) -> list[float]:
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = max(abs(low) * 0.01, 1e-9)
         low, high = low - margin, high + margin
-    if log:
-        return [low * (high / low) ** (i / BINS) for i in range(BINS)] + [high]
-    return [low + (high - low) * i / BINS for i in range(BINS)] + [high]
+    inner = [low * (high / low) ** (i / BINS) if log else low + (high - low) * i / BINS for i in range(BINS)]
+    return [*inner, high]
 
 
 def _finish_axes(
@@ -194,8 +189,7 @@ def _finish_axes(
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         elif max(abs(low), abs(high)) >= 10_000:
             axis.set_major_formatter(EngFormatter())
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y", color=RULE, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,8 +14,7 @@ class Cell:
     """One cell of a table."""
 
     text: str
-    note: str = ""
-    """Small print below the text: a difference or an interval."""
+    note: str = ""  # small print below the text: a difference or an interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +24,7 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    text_columns: tuple[int, ...] = (0,)
-    """Indices of the columns that hold no numbers."""
+    text_columns: tuple[int, ...] = (0,)  # indices of the columns that hold no numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,7 @@ class Figure:
     """A chart, and the table of its numbers."""
 
     title: str
-    svg: str | None
-    """None where matplotlib is not installed."""
+    svg: str | None  # None where matplotlib is not installed
     numbers: Table
 
 
@@ -55,15 +52,9 @@ class KeyFigure:
     name: str
     change: str
     detail: str
-    good: bool | None
-    """None where the change is neither good nor bad."""
+    good: bool | None  # None where the change is neither good nor bad
 
     def __str__(self) -> str:
-        """One line.
-
-        >>> str(KeyFigure("Parameters", "-20.0 %", "100 to 80", None))
-        'Parameters: -20.0 % (100 to 80)'
-        """
         return f"{self.name}: {self.change} ({self.detail})" if self.detail else f"{self.name}: {self.change}"
 
 

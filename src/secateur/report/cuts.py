@@ -56,7 +56,8 @@ def _kept_units(run: Run, cut: Cut) -> Iterator[Figure | Table]:
     by_kind = _by_kind(run, cut)
     if by_kind:
         layers = sorted({layer for found in by_kind.values() for layer in found})
-        rows = tuple((Cell(str(layer)), *(_kept(found.get(layer)) for found in by_kind.values())) for layer in layers)
+        texts = {kind: {n: f"{kept:,} of {of:,}" for n, (kept, of) in found.items()} for kind, found in by_kind.items()}
+        rows = tuple((Cell(str(n)), *(Cell(found.get(n, "")) for found in texts.values())) for n in layers)
         title = f"Units kept in {_label(run, cut)}: the darker, the larger the share"
         names = {_words(kind): found for kind, found in by_kind.items()}
         yield Figure(title, heat_map(names), Table("Units kept", ("Layer", *by_kind), rows))
@@ -64,10 +65,6 @@ def _kept_units(run: Run, cut: Cut) -> Iterator[Figure | Table]:
     if whole:
         rows = tuple((Cell(group.name), Cell(f"{group.kept:,}"), Cell(f"{group.units:,}")) for group in whole)
         yield Table("Units that run through the model", ("Group", "Kept", "Of"), rows)
-
-
-def _kept(found: tuple[int, int] | None) -> Cell:
-    return Cell("" if found is None else f"{found[0]:,} of {found[1]:,}")
 
 
 def _words(kind: str) -> str:
@@ -95,11 +92,7 @@ def _by_kind(run: Run, cut: Cut) -> dict[str, dict[int, tuple[int, int]]]:
 
 
 def _kind_and_layer(name: str) -> tuple[str, int | None]:
-    """A group's kind and layer, by its name.
-
-    >>> _kind_and_layer("layers.3.mlp"), _kind_and_layer("hidden")
-    (('mlp', 3), ('hidden', None))
-    """
+    """A group's kind and layer: ("mlp", 3) of layers.3.mlp, ("hidden", None) of hidden."""
     match = _NAME.fullmatch(name)
     return (match[2], int(match[1])) if match is not None and int(match[1]) < MOST_LAYERS else (name, None)
 
@@ -149,13 +142,10 @@ def _histogram(kind: str, found: Mapping[str, Tensor], kept: Mapping[str, Planne
 def _by_layer(kind: str, layers: Sequence[tuple[int, Tensor]]) -> Figure:
     """The median of each layer's scores, and their spread."""
     spread = [(layer, [units.quantile(share).item() for share in QUANTILES]) for layer, units in layers]
-    svg = line_chart(
-        {"median": [(layer, values[2]) for layer, values in spread]},
-        x_label="layer",
-        y_label="score",
-        log_y=all(values[0] > 0 for _, values in spread),
-        bands=[[(layer, values[low], values[high]) for layer, values in spread] for low, high in ((0, 4), (1, 3))],
-    )
+    medians = {"median": [(layer, values[2]) for layer, values in spread]}
+    bands = [[(layer, values[low], values[high]) for layer, values in spread] for low, high in ((0, 4), (1, 3))]
+    log_y = all(values[0] > 0 for _, values in spread)
+    svg = line_chart(medians, x_label="layer", y_label="score", log_y=log_y, bands=bands)
     rows = tuple((Cell(str(layer)), *_quantile_cells(units)) for layer, units in layers)
     title = f"Scores of {_words(kind)} by layer: median, middle half, and 5 to 95 %"
     return Figure(title, svg, Table(title, ("Layer", *_QUANTILE_NAMES), rows))

@@ -65,8 +65,7 @@ def _accuracy(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
 
 
 def _perplexity(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
-    test = _first_test(dense, result)
-    if test is not None:
+    if (test := _first_test(dense, result)) is not None:
         before, after = dense.perplexity[test].ppl, result.perplexity[test].ppl
         worse = before is not None and (after is None or after > before)
         change = format_change(before, after) or format_perplexity(after)
@@ -96,17 +95,17 @@ def _regained(run: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
 def _speed(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
     before, after = dense.cost, result.cost
     if before.prefill_seconds and after.prefill_seconds:
-        times = before.prefill_seconds / after.prefill_seconds
         detail = f"{_arrow(format_seconds, before.prefill_seconds, after.prefill_seconds)} for a prompt"
         if before.macs and after.macs:
             detail += f", {after.macs / before.macs:.2f} of the MACs"
-        good = None if abs(times - 1) <= SAME_SPEED else times > 1
-        yield KeyFigure("Prefill speed", f"{TIMES} {times:.2f}", detail, good)
-    if before.decode_tokens_per_second and after.decode_tokens_per_second:
-        rates = before.decode_tokens_per_second, after.decode_tokens_per_second
-        times = rates[1] / rates[0]
-        good = None if abs(times - 1) <= SAME_SPEED else times > 1
-        yield KeyFigure("Decode speed", f"{TIMES} {times:.2f}", _arrow(format_rate, *rates), good)
+        yield _speed_up("Prefill speed", before.prefill_seconds / after.prefill_seconds, detail)
+    slow, fast = before.decode_tokens_per_second, after.decode_tokens_per_second
+    if slow and fast:
+        yield _speed_up("Decode speed", fast / slow, _arrow(format_rate, slow, fast))
+
+
+def _speed_up(name: str, times: float, detail: str) -> KeyFigure:
+    return KeyFigure(name, f"{TIMES} {times:.2f}", detail, None if abs(times - 1) <= SAME_SPEED else times > 1)
 
 
 def _memory(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:

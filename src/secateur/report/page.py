@@ -9,12 +9,11 @@ from typing import Any
 
 from secateur.files import atomic_file
 from secateur.report.content import Figure, KeyFigure, Section
-from secateur.report.curves import frontier_section, recovery_section
 from secateur.report.cuts import cuts_section, scores_section
 from secateur.report.formatting import printable
 from secateur.report.headline import key_figures
 from secateur.report.provenance import provenance_section
-from secateur.report.quality import models_section, quality_section, samples_section
+from secateur.report.quality import frontier_section, models_section, quality_section, recovery_section, samples_section
 from secateur.report.run import Run, load_run
 from secateur.report.speed import speed_section
 
@@ -96,9 +95,5 @@ def render(report: Report, run: Run) -> str:
 
 
 def _with_ids_of(svg: str, figure: str) -> str:
-    """A chart whose ids (of clip paths and markers) no other chart of the page has.
-
-    >>> _with_ids_of('<path id="m1"/><use href="#m1"/>', "a")
-    '<path id="a-m1"/><use href="#a-m1"/>'
-    """
+    """A chart whose ids (of clip paths and markers) no other chart of the page has."""
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{figure}-", svg)

@@ -22,16 +22,11 @@ def provenance_section(run: Run) -> Section:
         for name, version in entry.versions.items():
             versions.setdefault(name, {})[version] = None
     rows = tuple((Cell(name), Cell(", ".join(found))) for name, found in versions.items())
-    return Section(
-        "provenance",
-        "How it was made",
-        (
-            *run.notes,
-            Table("Commands", ("Command", "Time", "Seed"), commands, text_columns=(0, 1)),
-            Table("Versions", ("Package", "Version"), rows, text_columns=(0, 1)),
-            *_hashes(run),
-        ),
+    tables = (
+        Table("Commands", ("Command", "Time", "Seed"), commands, text_columns=(0, 1)),
+        Table("Versions", ("Package", "Version"), rows, text_columns=(0, 1)),
     )
+    return Section("provenance", "How it was made", (*run.notes, *tables, *_hashes(run)))
 
 
 def _hashes(run: Run) -> Iterator[str | Table]:

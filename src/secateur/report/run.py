@@ -15,8 +15,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError, ScoreError
 from secateur.pipeline.run_log import LogEntry, load_entries
-from secateur.report.decode import decode
-from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training
+from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training, decode
 from secateur.scoring.scores import Scores, load_scores
 
 ROLES = ("dense", "pruned", "recovered", "exported", "measured")
@@ -27,21 +26,15 @@ LONGEST_LABEL = 26  # characters; the table of models has the whole name
 class Model:
     """One model of a run, and what is known of it."""
 
-    name: str
-    """As the commands name it."""
-    role: str = "measured"
-    """One of ROLES."""
-    label: str = ""
-    """What the report calls it: unique among the models, and short."""
-    parent: str | None = None
-    """Name of the model that it was made from."""
+    name: str  # as the commands name it
+    role: str = "measured"  # one of ROLES
+    label: str = ""  # what the report calls it: unique among the models, and short
+    parent: str | None = None  # name of the model that it was made from
     cost: Cost = field(default_factory=Cost)
-    perplexity: Mapping[str, Perplexity] = field(default_factory=dict)
-    """By test."""
+    perplexity: Mapping[str, Perplexity] = field(default_factory=dict)  # by test
     tasks: Mapping[str, Accuracy] = field(default_factory=dict)
     tasks_mean: Accuracy | None = None
-    samples: Mapping[str, str] = field(default_factory=dict)
-    """By prompt."""
+    samples: Mapping[str, str] = field(default_factory=dict)  # by prompt
 
     @property
     def color(self) -> int:
@@ -60,8 +53,7 @@ class Run:
     trainings: tuple[Training, ...]
     sweeps: tuple[Sweep, ...]
     scores: tuple[Scores, ...]
-    notes: tuple[str, ...]
-    """What of the log no longer holds."""
+    notes: tuple[str, ...]  # what of the log no longer holds
 
     def model(self, name: str) -> Model | None:
         """The model of that name or path."""
@@ -112,18 +104,14 @@ def load_run(folder: Path) -> Run:
                 f"{entry.path} is damaged (the result of {entry.kind}: {problem}). Remove it to make the report from "
                 f"the other entries: rm {entry.path}"
             ) from error
+    stale = "Measurements of {} from before it was last written are left out: it was another model."
     return Run(
-        folder=folder,
-        entries=tuple(entries),
-        models=tuple(_labelled([*reader.models.values()])),
-        cuts=tuple(reader.cuts),
-        trainings=tuple(reader.trainings),
-        sweeps=tuple(reader.sweeps),
+        folder,
+        tuple(entries),
+        tuple(_labelled([*reader.models.values()])),
+        *(tuple(reader.cuts), tuple(reader.trainings), tuple(reader.sweeps)),
         scores=_load_scores(folder),
-        notes=tuple(
-            f"Measurements of {name} from before it was last written are left out: it was another model."
-            for name in reader.stale
-        ),
+        notes=tuple(map(stale.format, reader.stale)),
     )
 
 
@@ -142,7 +130,7 @@ def model_key(name: str) -> str:
 
 
 class _Reader:
-    """Collects the models of a run, entry by entry. Final."""
+    """Collects the models of a run, entry by entry."""
 
     def __init__(self) -> None:
         self.models: dict[str, Model] = {}  # by key
@@ -178,11 +166,9 @@ class _Reader:
 
     def _named(self, name: str) -> Model:
         """The model of that name, which is new where nothing is known of it."""
-        before, plus, _ = name.rpartition(" + ")
+        new, (before, plus, _) = Model(name), name.rpartition(" + ")
         if plus and model_key(before) in self.models:  # "MODEL + plan.json", which `evaluate --plan` measures
             new = Model(name, "pruned", parent=self._as_parent(before).name)
-        else:
-            new = Model(name)
         return self.models.setdefault(model_key(name), new)
 
     def _put(self, model: Model) -> None:
@@ -229,8 +215,7 @@ class _Reader:
 
 def _updated(cost: Cost, newer: Cost) -> Cost:
     """A cost with all that a newer one knows."""
-    known = {f.name: getattr(newer, f.name) for f in fields(Cost) if getattr(newer, f.name)}
-    return replace(cost, **known)
+    return replace(cost, **{f.name: getattr(newer, f.name) for f in fields(Cost) if getattr(newer, f.name)})
 
 
 def _labelled(models: list[Model]) -> Iterator[Model]:

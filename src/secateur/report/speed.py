@@ -21,16 +21,11 @@ def _speed_ups(run: Run) -> Iterator[Table]:
     for model in run.models:
         before, after = getattr(run.baseline(model), "cost", None), model.cost
         if before and before.macs and after.macs and before.prefill_seconds and after.prefill_seconds:
-            decode = (before.decode_tokens_per_second, after.decode_tokens_per_second)
-            speed_ups = (before.macs / after.macs, before.prefill_seconds / after.prefill_seconds)
-            rows.append(
-                (
-                    Cell(model.label),
-                    Cell(f"{after.macs / before.macs:.2f}"),
-                    *(Cell(f"{TIMES} {times:.2f}") for times in speed_ups),
-                    Cell(f"{TIMES} {decode[1] / decode[0]:.2f}" if decode[0] and decode[1] else ""),
-                )
-            )
+            slow, fast = before.decode_tokens_per_second, after.decode_tokens_per_second
+            speed_ups = [before.macs / after.macs, before.prefill_seconds / after.prefill_seconds]
+            speed_ups += [fast / slow] if slow and fast else []
+            cells = [*(Cell(f"{TIMES} {times:.2f}") for times in speed_ups), Cell("")][:3]
+            rows.append((Cell(model.label), Cell(f"{after.macs / before.macs:.2f}"), *cells))
     if rows:
         columns = ("Model", "MACs, share of dense", "Speed-up by MACs alone", "Prefill", "Decode")
         yield Table("Speed-up beside the MACs saved", columns, tuple(rows))
@@ -40,14 +35,8 @@ def _prefill(run: Run) -> Iterator[Figure]:
     timed = [(model, model.cost.prefill_seconds) for model in run.models if model.cost.prefill_seconds]
     if len(timed) > 1:
         bars = [Bar(model.label, seconds, format_seconds(seconds), model.color) for model, seconds in timed]
-        rows = tuple(
-            (
-                Cell(model.label),
-                Cell(format_seconds(seconds)),
-                optional(model.cost.decode_tokens_per_second, lambda rate: f"{rate:.1f}"),
-            )
-            for model, seconds in timed
-        )
+        rates = [optional(model.cost.decode_tokens_per_second, "{:.1f}".format) for model, _ in timed]
+        rows = tuple((Cell(bar.label), Cell(bar.text), rate) for bar, rate in zip(bars, rates, strict=True))
         table = Table("Prefill and decode", ("Model", "Prefill", "Decode, tokens/s"), rows)
         yield Figure("Prefill time; lower is better", bar_chart({"prompt of one sequence": bars}), table)
 

@@ -33,7 +33,10 @@ def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
     yield ""
     yield Text("What can be cut", style="italic")
     heading = ("group", "units", "share", Text("one unit is"))
-    rows = [[_group_row(group) for group in summary.groups] for summary in summaries]
+    rows = [
+        [(g.name, f"{g.group.units:,}", format_percent(g.coverage.share), _unit(g)) for g in summary.groups]
+        for summary in summaries
+    ]
     columns = list(zip(heading, *itertools.chain(*rows), strict=True))
     widths = [max(map(len, column)) for column in columns[:-1]]
     yield Padding(_line(*heading, widths), (0, 0, 0, 4), expand=False)
@@ -54,11 +57,6 @@ def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
     yield from _frozen(discovery)
 
 
-def _group_row(summary: GroupSummary) -> tuple[str, str, str, Text]:
-    units, share = summary.group.units, summary.coverage.share
-    return summary.name, f"{units:,}", format_percent(share), _unit(summary)
-
-
 def _line(name: str, units: str, share: str, unit: Text, widths: Sequence[int]) -> Table:
     """A line of columns, of which only the last may be broken."""
     line = Table.grid(padding=(0, 2, 0, 0))
@@ -75,9 +73,8 @@ def _layers(summary: LayerSummary) -> Text:
         return Text.assemble(("the whole model", "bold"), f" ({share} lie outside the layers)")
     if len(summary.layers) == 1:
         return Text.assemble((f"layer {summary.layers[0]}", "bold"), f": {share}")
-    return Text.assemble(
-        (f"layers {format_ranges(summary.layers)}", "bold"), f" ({len(summary.layers)} alike): {share}"
-    )
+    layers = f"layers {format_ranges(summary.layers)}"
+    return Text.assemble((layers, "bold"), f" ({len(summary.layers)} alike): {share}")
 
 
 def _unit(summary: GroupSummary) -> Text:
@@ -96,14 +93,11 @@ def _unit(summary: GroupSummary) -> Text:
 
 def _coverage_table(discovery: Discovery) -> Table:
     table = make_table(("kind", "groups", "units", "share", "its units are"), text=("kind", "its units are"))
-    coverages = coverage_by_kind(discovery)
-    for kind, row in coverages.items():
-        table.add_row(
-            kind, f"{row.groups:,}", f"{row.units:,}", format_percent(row.share), KIND_DESCRIPTIONS[kind].units
-        )
-    everything = total_coverage(discovery)
-    table.add_section()
-    table.add_row("any", f"{everything.groups:,}", f"{everything.units:,}", format_percent(everything.share), "")
+    for kind, row in [*coverage_by_kind(discovery).items(), ("any", total_coverage(discovery))]:
+        if kind == "any":
+            table.add_section()
+        unit = "" if kind == "any" else KIND_DESCRIPTIONS[kind].units
+        table.add_row(kind, f"{row.groups:,}", f"{row.units:,}", format_percent(row.share), unit)
     return table
 
 
@@ -128,8 +122,7 @@ def _out_of_reach(discovery: Discovery) -> str:
     by_any = parameters - total_coverage(discovery).parameters
     if not by_axes:
         return "Every parameter is in a weight that some group has an axis in."
-    outside = f", {format_percent(by_any / parameters) if by_any else 'none of them'} outside the layers" * (
-        by_any != by_axes
-    )
+    any_share = format_percent(by_any / parameters) if by_any else "none of them"
+    outside = f", {any_share} outside the layers" if by_any != by_axes else ""
     share = format_percent(by_axes / parameters)
     return f"{share} of the parameters lie in weights that no group has an axis in{outside}."

@@ -1,4 +1,4 @@
-"""An evaluation -> perplexities, accuracies and samples, with every model beside the first."""
+"""An evaluation, a sweep or a training -> how good models are, beside the first, by size, before and after."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from secateur.evaluation.evaluate import ModelEvaluation
 from secateur.evaluation.perplexity import loss_difference
 from secateur.evaluation.significance import Difference
 from secateur.evaluation.task_results import HEADLINES, TaskResult, mean_accuracy, task_difference
-from secateur.report.formatting import format_bytes, format_p_value, format_with_error
+from secateur.pipeline.frontier import Sweep
+from secateur.recovery.result import RecoverResult
+from secateur.report.formatting import format_bytes, format_count, format_macs, format_p_value, format_with_error
 from secateur.report.tables.layout import make_table, titled
 
 
@@ -69,10 +71,10 @@ def _task_table(results: Sequence[ModelEvaluation]) -> Table:
         table.add_section()
         cells = []
         for number, mean in enumerate(means):
-            text = "" if mean is None else format_with_error(100 * mean["value"], _hundred(mean["stderr"]), ".2f")
+            text = "" if mean is None else _with_error(mean["value"], mean["stderr"], ".2f")
             if number and mean is not None and "difference" in mean:
-                error = _hundred(mean["difference_stderr"])
-                text += f" ({format_with_error(100 * mean['difference'], error, '+.2f')}, {format_p_value(mean['p'])})"
+                change = _with_error(mean["difference"], mean["difference_stderr"], "+.2f")
+                text += f" ({change}, {format_p_value(mean['p'])})"
             cells.append(text)
         table.add_row("mean", f"of {len(means[0]['tasks'])}", "", *cells)
     return table
@@ -81,12 +83,79 @@ def _task_table(results: Sequence[ModelEvaluation]) -> Table:
 def _accuracy(result: TaskResult, beside: Difference | None) -> str:
     """A value, in percent where it is an accuracy, with its difference to the first model."""
     scale = 100.0 if result.metric in HEADLINES else 1.0
-    text = format_with_error(scale * result.value, None if result.stderr is None else scale * result.stderr, ".2f")
+    text = _with_error(result.value, result.stderr, ".2f", scale)
     if beside is None:
         return text
-    error = None if beside.stderr is None else scale * beside.stderr
-    return f"{text} ({format_with_error(scale * beside.difference, error, '+.2f')}, {format_p_value(beside.p)})"
+    return f"{text} ({_with_error(beside.difference, beside.stderr, '+.2f', scale)}, {format_p_value(beside.p)})"
 
 
-def _hundred(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+def _with_error(value: float, error: float | None, form: str, scale: float = 100.0) -> str:
+    return format_with_error(scale * value, None if error is None else scale * error, form)
+
+
+def sweep_tables(found: Sweep) -> Iterator[RenderableType]:
+    """A row for every cut, the largest model first; the frontier is marked, and refused cuts are listed."""
+    panels = [f"{entry['data']} @{entry['seq_len']}" for entry in found.rows[0].perplexity]
+    columns = ["", "ratio", "parameters", "left", "MACs", *panels, "nats/token", "frontier"]
+    table = make_table(columns, text=("",))
+    dense = found.rows[0]
+    for row in found.rows:
+        table.add_row(
+            row.label,
+            f"{row.ratio:g}",
+            format_count(row.parameters),
+            f"{row.parameters / dense.parameters:.1%}",
+            format_macs(row.macs),
+            *("inf" if entry["ppl"] is None else f"{entry['ppl']:.2f}" for entry in row.perplexity),
+            f"{row.nll:.4f}",
+            "*" if row.frontier else "",
+        )
+    if found.refused:
+        table.add_section()
+    for refused in found.refused:
+        table.add_row(refused.label, f"{refused.ratio:g}", *[""] * (len(panels) + 4), "refused")
+    yield from titled(f"{found.model}: quality against size", table)
+    yield f"*: no other cut has as few {'MACs' if found.size == 'macs' else found.size} and as few nats per token"
+    for refused in found.refused:
+        yield Text(f"{refused.label} {refused.ratio:g} refused: {refused.why}")
+    for path in found.pictures:
+        yield Text(f"drawn: {path}")
+
+
+def recovery_tables(result: RecoverResult) -> Iterator[RenderableType]:
+    """Validation loss and perplexity before the training, at its best and at its end; rows left out; notes."""
+    measured = result.evaluation
+    best = next((entry for entry in reversed(measured) if entry["step"] == result.best_step), None)
+    if len(result.rounds) > 1:
+        yield from _round_tables(result)
+    elif best is not None:
+        last = f"last, step {measured[-1]['step']}"
+        table = make_table(("", "before", f"best, step {result.best_step}", last))
+        shown = (measured[0], best, measured[-1])
+        if best["validation"] is not None:
+            table.add_row("validation, nats", *(f"{entry['validation']:.3f}" for entry in shown))
+        for name in best["perplexity"]:
+            table.add_row(f"perplexity, {name}", *(f"{entry['perplexity'][name]:.2f}" for entry in shown))
+        yield from titled(f"{result.method}, {format_count(result.trained_parameters)} parameters trained", table)
+    yield f"{result.steps} steps, {result.tokens:,} tokens of {result.rows:,} rows"
+    for why, count in result.dropped.items():
+        yield f"dropped: {count:,} rows {why}"
+    yield from result.notes
+
+
+def _round_tables(result: RecoverResult) -> Iterator[RenderableType]:
+    """The size of every round, with its measurements after the cut and after the training."""
+    texts = [] if result.rounds[-1]["best"] is None else [*result.rounds[-1]["best"]["perplexity"]]
+    columns = ("round", "parameters", "steps", "validation, nats", *(f"perplexity, {name}" for name in texts))
+    table = make_table(columns)
+    for each in result.rounds:
+        pairs = []
+        if each["before"] is not None and each["best"] is not None:
+            validation = [entry["validation"] for entry in (each["before"], each["best"])]
+            pairs.append("" if None in validation else "{:.3f} -> {:.3f}".format(*validation))
+            for name in texts:
+                pairs.append(
+                    "{:.2f} -> {:.2f}".format(*(each[when]["perplexity"][name] for when in ("before", "best")))
+                )
+        table.add_row(str(each["round"]), format_count(each["parameters"]), str(each["steps"]), *pairs)
+    yield from titled(f"{result.method}, after the cut -> after the training", table)

@@ -75,19 +75,16 @@ def gguf_tables(written: GgufResult) -> Iterator[RenderableType]:
     table = Table(show_header=False)
     table.add_row("file", str(written.out))
     table.add_row("architecture", written.architecture)
-    table.add_row(
-        "weights", f"{written.dtype}, {format_count(written.parameters)} parameters, {format_bytes(written.bytes)}"
-    )
+    size = f"{format_count(written.parameters)} parameters, {format_bytes(written.bytes)}"
+    table.add_row("weights", f"{written.dtype}, {size}")
     table.add_row("pre-tokenizer", written.pre)
     checked = written.checked
     if checked is not None:
         table.add_row("compared in", f"llama.cpp {checked.version}")
         table.add_row("texts tokenized alike", f"{checked.texts - len(checked.other_tokens)} of {checked.texts}")
         table.add_row("greedy tokens as torch's", f"{checked.same_tokens} of {checked.new_tokens}")
-        table.add_row(
-            "logits differ by",
-            f"{checked.difference:.2g} of their spread ({checked.rounding:.2g} from rounding weights alone)",
-        )
+        rounding = f"({checked.rounding:.2g} from rounding weights alone)"
+        table.add_row("logits differ by", f"{checked.difference:.2g} of their spread {rounding}")
     yield from titled("Written", table)
     for note in written.notes:
         yield f"note: {note}"

@@ -8,12 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from secateur.evaluation.costs import BatchCost, Profile
-from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent
+from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent, format_rate
 from secateur.report.tables.layout import make_table, titled
 
 PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
-
-
 SMALL = 0.98  # of the MACs: cuts that leave more promise nothing that could be told from noise
 
 
@@ -35,11 +33,11 @@ def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
             "unknown" if row.kv_cache_bytes is None else format_bytes(row.kv_cache_bytes),
         ]
         if row.speed is not None:
-            cells += [
-                format_bytes(row.speed.peak_bytes),
+            prefill, decode = (
                 f"{row.speed.prefill_seconds * 1000:.1f} ms",
-                f"{row.speed.decode_tokens_per_second:.1f} tokens/s",
-            ]
+                format_rate(row.speed.decode_tokens_per_second),
+            )
+            cells += [format_bytes(row.speed.peak_bytes), prefill, decode]
             if (against := row.grid[0].against) is not None:
                 cells += [
                     f"{against.prefill_speedup:.2f} x for {against.macs_ratio:.2f} of the MACs",
@@ -62,18 +60,10 @@ def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
 def _macs(rows: Sequence[Profile]) -> Table:
     """MACs by kind of group, then by kind of operator; with several models, the share of the first that is left."""
     table = make_table(["", *(row.model for row in rows)], text=("",))
-
-    def add(label: str, counts: Sequence[int], whole: Sequence[int]) -> None:
-        cells = [
-            f"{format_macs(count)} ({format_percent(count / total)})"
-            for count, total in zip(counts, whole, strict=True)
-        ]
-        table.add_row(label, *cells)
-
-    whole = [row.macs for row in rows]
     for by in ([row.macs_by_kind for row in rows], [row.macs_by_operator for row in rows]):
         for kind in dict.fromkeys(kind for each in by for kind in each):
-            add(kind, [each.get(kind, 0) for each in by], whole)
+            counts = [(each.get(kind, 0), row.macs) for each, row in zip(by, rows, strict=True)]
+            table.add_row(kind, *(f"{format_macs(n)} ({format_percent(n / whole)})" for n, whole in counts))
         table.add_section()
     return table
 
