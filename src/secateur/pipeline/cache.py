@@ -60,7 +60,7 @@ class Cache:
     @property
     def begun(self) -> bool:
         """Whether there is anything to resume from: scores, an iteration, a layer that has been scored."""
-        patterns = ("scores-*.safetensors", "iteration.safetensors", "layers-*/*.safetensors")
+        patterns = ("scores-*.safetensors", "repaired.safetensors", "iteration.safetensors", "layers-*/*.safetensors")
         return self.folder is not None and any(any(self.folder.glob(pattern)) for pattern in patterns)
 
     @property
