@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, Phi3Config, PreTrainedConfig
+
+from secateur.discovery.discover import discover
+from secateur.discovery.groups import Discovery
 
 SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 LAYERS: dict[str, Any] = {**SHARED, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16}
@@ -24,6 +28,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**LAYERS, intermediate_size=24),
     "opt": OPTConfig(**LAYERS, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32),
 }
+
+
+@functools.cache
+def small_discovery(family: str) -> Discovery:
+    """What is found in the model of a config above."""
+    return discover(CONFIGS[family])
 
 
 class Plain(nn.Module):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
-from transformers import PreTrainedConfig
 
 from families import DISTINCT, family_config
 from secateur import discover
@@ -14,6 +15,12 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes, name_after, shapes_after, shapes_of
 from secateur.errors import PlanError
 from secateur.models.loading import skeleton
+
+
+@functools.cache
+def found_in(family: str) -> Discovery:
+    """What is found in the model of a family."""
+    return discover(family_config(family))
 
 
 def cut_of(discovery: Discovery, kind: str, kept: int) -> PrunedSizes:
@@ -35,8 +42,7 @@ def cut_of(discovery: Discovery, kind: str, kept: int) -> PrunedSizes:
     ],
 )
 def test_settings_are_found(family: str, kind: str, kept: int, settings: dict[str, int]) -> None:
-    config = family_config(family)
-    discovery = discover(config)
+    config, discovery = family_config(family), found_in(family)
     assert stock_settings(config, discovery, cut_of(discovery, kind, kept)) == settings
 
 
@@ -50,8 +56,7 @@ def test_a_setting_that_is_unset_can_be_set() -> None:
 
 @pytest.mark.parametrize("family", DISTINCT)
 def test_dropping_layers_shortens_what_counts_them(family: str) -> None:
-    config = family_config(family)
-    discovery = discover(config)
+    config, discovery = family_config(family), found_in(family)
     cut = PrunedSizes(dropped_layers=frozenset({1}))
     changed = with_settings(config, stock_settings(config, discovery, cut))
     assert changed.num_hidden_layers == 2
@@ -63,50 +68,51 @@ def test_dropping_layers_shortens_what_counts_them(family: str) -> None:
 @pytest.mark.parametrize("family", DISTINCT)
 def test_nothing_but_sizes_changes(family: str) -> None:
     """Special tokens keep their numbers even where they equal a size."""
-    config = family_config(family)
-    discovery = discover(config)
+    config, discovery = family_config(family), found_in(family)
     changed = with_settings(config, stock_settings(config, discovery, cut_of(discovery, "mlp", 50))).to_dict()
     before = config.to_dict()
     assert {name for name in before if before[name] != changed[name]} <= {"intermediate_size", "n_inner", "ffn_dim"}
 
 
-def refusal(config: PreTrainedConfig, cut: PrunedSizes) -> str:
+def refusal(family: str, cut: PrunedSizes) -> str:
     with pytest.raises(PlanError) as caught:
-        stock_settings(config, discover(config), cut)
+        stock_settings(family_config(family), found_in(family), cut)
     return str(caught.value)
 
 
 def test_a_refusal_quotes_the_config() -> None:
-    config = family_config("llama")
-    text = refusal(config, cut_of(discover(config), "hidden", 37))
+    text = refusal("llama", cut_of(found_in("llama"), "hidden", 37))
     assert text.startswith("LlamaConfig cannot describe the cut (hidden 37 of 48): the config refuses: hidden_size=37")
     assert "not a multiple of the number of attention heads (6)" in text
 
 
-@pytest.mark.parametrize(("kind", "kept", "units"), [("hidden", 36, 48), ("attention", 4, 6)])
-def test_a_cut_that_no_setting_says_is_refused(kind: str, kept: int, units: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "kept", "asked", "because"),
+    [
+        ("hidden", 36, "hidden 36 of 48", "no setting of the config gives these sizes"),
+        ("attention", 4, "attention 4 of 6", "the config refuses: n_embd=32"),
+    ],
+)
+def test_a_cut_that_no_setting_says_is_refused(kind: str, kept: int, asked: str, because: str) -> None:
     """Its heads are as wide as the hidden width divided by their number, so neither changes alone."""
-    config = family_config("gpt2")
-    text = refusal(config, cut_of(discover(config), kind, kept))
-    assert text.startswith(f"GPT2Config cannot describe the cut ({kind} {kept} of {units}): ")
+    text = refusal("gpt2", cut_of(found_in("gpt2"), kind, kept))
+    assert text.startswith(f"GPT2Config cannot describe the cut ({asked}): {because}")
 
 
 def test_layers_of_different_sizes_are_refused_without_a_search() -> None:
-    config = family_config("llama")
-    text = refusal(config, PrunedSizes({"layers.1.mlp": 50}))
+    text = refusal("llama", PrunedSizes({"layers.1.mlp": 50}))
     assert text == "mlp differs between layers: layers.1.mlp keeps 50 units and layers.0.mlp keeps 84"
 
 
 def test_dropped_layers_leave_the_numbering() -> None:
-    discovery = discover(family_config("llama"))
+    discovery = found_in("llama")
     cut = PrunedSizes(dropped_layers=frozenset({0}))
     assert name_after("model.layers.2.mlp.up_proj.weight", discovery, cut) == "model.layers.1.mlp.up_proj.weight"
     assert name_after("model.norm.weight", discovery, cut) == "model.norm.weight"
 
 
 def test_a_search_does_not_change_the_config() -> None:
-    config = family_config("phi3")
+    config, discovery = family_config("phi3"), found_in("phi3")
     before: dict[str, Any] = config.to_dict()
-    discovery = discover(config)
-    list(twins(config, discovery, cut_of(discovery, "attention", 2), []))
+    assert len(list(itertools.islice(twins(config, discovery, cut_of(discovery, "attention", 2), []), 20))) == 20
     assert config.to_dict() == before

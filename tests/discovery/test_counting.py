@@ -11,7 +11,7 @@ from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.models.silence import quiet
-from small_models import CONFIGS, llama
+from small_models import CONFIGS, llama, small_discovery
 
 
 def parameters(config: PreTrainedConfig) -> int:
@@ -23,7 +23,7 @@ def parameters(config: PreTrainedConfig) -> int:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_parameter_counts_once(family: str) -> None:
-    discovery = discover(CONFIGS[family])
+    discovery = small_discovery(family)
     tables = sum(torch.Size(w.shape).numel() for w in discovery.weights if w.embedding)
     assert count_parameters(discovery) == parameters(CONFIGS[family])
     assert count_parameters(discovery, embeddings=False) == parameters(CONFIGS[family]) - tables
@@ -43,7 +43,7 @@ def test_every_parameter_counts_once(family: str) -> None:
     ],
 )
 def test_a_cut_counts_as_the_smaller_model_does(kept: dict[str, int], smaller: LlamaConfig) -> None:
-    discovery = discover(llama())
+    discovery = small_discovery("llama")
     sizes = {g.name: kept[g.kind] for g in discovery.groups if g.kind in kept}
     assert count_parameters(discovery, sizes) == parameters(smaller)
     assert count_macs(discovery, sizes) == count_macs(discover(smaller))

@@ -20,7 +20,7 @@ from secateur.discovery.discover import discover, discover_groups
 from secateur.discovery.groups import KINDS, Discovery
 from secateur.discovery.layers import layer_of
 from secateur.models.silence import quiet
-from small_models import CONFIGS, Plain, in_turn, llama
+from small_models import CONFIGS, Plain, in_turn, llama, small_discovery
 
 every_family = pytest.mark.parametrize("family", CONFIGS)
 
@@ -107,7 +107,7 @@ AXES = {
 
 @every_family
 def test_the_groups_of_a_family(family: str) -> None:
-    discovery = discover(CONFIGS[family])
+    discovery = small_discovery(family)
     layer = [g for g in discovery.groups if g.layer == 0]
     assert ", ".join(f"{g.name.removeprefix('layers.0.')} {g.kind} {g.units}" for g in layer) == GROUPS[family]
     second = [(g.name.replace("layers.1.", "layers.0."), g.kind, g.units) for g in discovery.groups if g.layer == 1]
@@ -124,7 +124,7 @@ def test_the_groups_of_a_family(family: str) -> None:
 
 @every_family
 def test_the_axes_of_a_family(family: str) -> None:
-    discovery = discover(CONFIGS[family])
+    discovery = small_discovery(family)
     (prefix,) = discovery.layer_lists
     shown = {w.name: ", ".join(show(dim) for dim in w.dims).replace("layers.0.", "") for w in discovery.weights}
     assert {name: dims for name, dims in shown.items() if layer_of(name, [prefix]) == 0} == {
@@ -140,7 +140,7 @@ def test_the_axes_of_a_family(family: str) -> None:
 
 @every_family
 def test_groups_list_exactly_the_axes_that_name_them(family: str) -> None:
-    discovery = discover(CONFIGS[family])
+    discovery = small_discovery(family)
     dims = {(w.name, i): dim for w in discovery.weights for i, dim in enumerate(w.dims)}
     for group in discovery.groups:
         assert {(axis.weight, axis.dim): axis.expression for axis in group.axes} == {
@@ -150,7 +150,7 @@ def test_groups_list_exactly_the_axes_that_name_them(family: str) -> None:
 
 @every_family
 def test_tables_and_heads_are_embeddings(family: str) -> None:
-    discovery = discover(CONFIGS[family])
+    discovery = small_discovery(family)
     assert {w.name for w in discovery.weights if w.embedding} == {
         w.name for w in discovery.weights if "emb" in w.name or "wte" in w.name or "wpe" in w.name or "head" in w.name
     }
@@ -281,7 +281,7 @@ def test_a_dense_layer_of_a_model_with_experts_has_a_plain_mlp() -> None:
 
 
 def test_every_kind_has_an_example() -> None:
-    examples = [discover(config) for config in CONFIGS.values()] + [tiny_discovery(name) for name in UNLIKE]
+    examples = [small_discovery(family) for family in CONFIGS] + [tiny_discovery(name) for name in UNLIKE]
     apart = nn.Parameter(torch.ones(5))
     examples.append(discover_groups(Plain(lambda x, m: x * m.a.dot(m.b), a=apart, b=nn.Parameter(torch.ones(5)))))
     found = {group.kind: group for discovery in examples for group in discovery.groups}
@@ -391,7 +391,7 @@ def test_experts_in_a_loop_are_cut_with_their_router_or_not_at_all(
 
 
 def test_frozen_axes_say_why() -> None:
-    reasons = {(f.weight, f.dim, f.size): f.reason for f in discover(llama()).frozen if ".1." not in f.weight}
+    reasons = {(f.weight, f.dim, f.size): f.reason for f in small_discovery("llama").frozen if ".1." not in f.weight}
     rotary = "the code computes the buffer model.rotary_emb.inv_freq"
     assert reasons == {
         ("model.layers.0.self_attn.q_proj.weight", 0, 2): rotary,
@@ -400,7 +400,7 @@ def test_frozen_axes_say_why() -> None:
 
 
 def test_a_group_that_does_not_exist_is_a_key_error() -> None:
-    discovery = discover(llama())
+    discovery = small_discovery("llama")
     assert discovery.group("layers.1.mlp").units == 24
     with pytest.raises(KeyError, match=r"layers\.2\.mlp"):
         discovery.group("layers.2.mlp")

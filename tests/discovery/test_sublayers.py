@@ -68,7 +68,7 @@ def masked(model: PreTrainedModel, discovery: Discovery, names: list[str]) -> Te
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_sublayer_goes_as_a_whole(family: str, tmp_path: Path) -> None:
     if family not in FAMILIES:
         pytest.skip(f"no tiny {family} here")

@@ -35,7 +35,7 @@ from secateur.discovery.summary import GroupSummary, summarize_layers
 from secateur.discovery.weight_names import fold_names, format_ranges
 from secateur.report.tables.discovery import discovery_tables
 
-TYPES = ("bloom", "deepseek_v3", "gemma3_text", "gpt2", "jamba", "llama", "mamba2", "mixtral", "qwen3_next", "xlm")
+TYPES = ("deepseek_v3", "gemma3_text", "gpt2", "jamba", "mamba2", "mixtral")
 every_type = pytest.mark.parametrize("model_type", TYPES)
 
 
@@ -379,7 +379,7 @@ def test_a_dimension_may_follow_the_sequence() -> None:
 
 
 @every_type
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [80])
 def test_a_page_cuts_nothing_off(model_type: str, width: int) -> None:
     narrow, wide = page(of_type(model_type), width), page(of_type(model_type), 2000)
     assert max(map(len, narrow.splitlines())) <= width
