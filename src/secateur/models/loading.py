@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.errors import ModelError, one_line
@@ -62,7 +63,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
     if hasattr(own_config, "_experts_implementation"):
         own_config._experts_implementation = EXPERTS
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"), no_init_weights():  # there are no values to initialise
             build: Any = functools.partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
             model_class = per_layer_model_class(config)
             if model_class is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -70,6 +71,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
             if model_class is not None:
                 build = model_class._from_config
             model = build(own_config, attn_implementation="eager")
+            model.tie_weights()  # else a part of the initialisation
     except Exception as error:  # any model code may raise anything
         check_trust(error, config.name_or_path or config.model_type, trust_remote_code=trust_remote_code)
         raise ModelError(
