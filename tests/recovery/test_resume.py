@@ -123,17 +123,17 @@ class TestStopped:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_at_the_same_weights(place: Path) -> None:
-    arguments = "recover per-layer here/out --data rows.json --method lora+distill --max-length 128 --max-steps 24"
+    arguments = "recover per-layer here/out --data rows.json --method lora+distill --max-length 128 --max-steps 16"
     arguments += " --eval-steps 2 --learning-rate 3e-3 --dropout 0.1 --dtype float32 --device cpu --patience 50"
     arguments += " --eval reference=held.txt --quiet --global-batch-size 8 --micro-batch-size 8"
     whole = arguments.replace("here/out", "here/whole").split()
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", KILLING, "0", "1", *whole], check=True, capture_output=True)
     early = (time.monotonic() - start) / 6
-    command = [sys.executable, "-c", KILLING, "7", str(early), *arguments.split()]
+    command = [sys.executable, "-c", KILLING, "5", str(early), *arguments.split()]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 4
+    assert int(done.stdout) >= 3
     assert distance("here/out", "here/whole") <= 1e-6
     assert [name for name in names(place) if "/" not in name] == ["out", "whole"]
 
