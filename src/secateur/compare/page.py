@@ -85,12 +85,13 @@ def ask_tab(sides: Sequence[Side]) -> None:
                     texts = [part for answer in current for part in (answer.text, speed(answer))]
                     yield [outcome(sides, current), *texts]
 
-    def halt(request: gr.Request) -> None:
-        stopped.add(request.session_hash)
-
     events, inputs = [ask.click, prompt.submit], [prompt, *settings]
     gr.on(events, write, inputs, outputs, concurrency_id=MODELS, concurrency_limit=1, show_progress_on=[status])
-    stop.click(lambda request: stopped.add(request.session_hash), queue=False)
+
+    def halt(request: gr.Request) -> None:  # gradio gives it by its annotation
+        stopped.add(request.session_hash)
+
+    stop.click(halt, queue=False)
 
 
 def _settings(sides: Sequence[Side]) -> list[Any]:
