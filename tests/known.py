@@ -27,7 +27,7 @@ def not_looked_at(model_type: str, file: Path) -> list[str]:
         check
         for check, entries in json.loads(file.read_text(encoding="utf-8")).items()
         for entry in entries
-        if model_type in entry["types"] and model_type not in entry["types"][::EVERY]
+        if len(entry["types"]) > EVERY and model_type in entry["types"] and model_type not in entry["types"][::EVERY]
     ]
 
 
