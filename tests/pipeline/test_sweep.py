@@ -262,8 +262,8 @@ def test_a_killed_sweep_goes_on_to_the_same_result(small: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXTS["cats"])
     line = (
-        f"sweep {small} --ratios 0.1:0.5:0.1 --scores l2,param_first --ppl cats=text.txt --seq-len 16 --samples 6 "
-        "--length 24 --no-plot --quiet --resume"
+        f"sweep {small} --ratios 0.1:0.5:0.1 --scores l2,param_first --ppl cats=text.txt --protocol llm-pruner@16 "
+        "--samples 6 --length 24 --no-plot --quiet --resume"
     ).split()
     server = commands()
     whole = server.run([*line, "--run", "whole", "--json", "whole.json"])
