@@ -17,7 +17,7 @@ from typing import Any
 # with the statuses. Where one of them fails, the others, which may wait for it, are stopped, as by the launcher.
 SERVER = """
 import json, os, runpy, signal, sys, traceback
-import secateur.cli.main, secateur.demo
+import secateur.cli.main, secateur.cli.demo
 import transformers.models.llama.modeling_llama
 def rank(number, run):
     os.chdir(run["cwd"])

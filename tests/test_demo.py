@@ -18,10 +18,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import secateur.demo
+import secateur.cli.demo
 from recipes import recipe
+from secateur.cli.demo import demonstrate
 from secateur.cli.main import run
-from secateur.demo import demonstrate
 from secateur.errors import CheckpointError
 from secateur.pipeline.recipe import RunOptions
 from secateur.pipeline.run_log import load_entries
@@ -95,10 +95,9 @@ class Shown:
 def small(tiny: Path) -> Iterator[None]:
     """The tiny model in place of the demo's, and less text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(secateur.demo, "DEMO", str(tiny))
         patch.setattr("secateur.cli.pages.DEMO", str(tiny))
-        patch.setattr(secateur.demo, "PROTOCOLS", ("llm-pruner@32", "llm-pruner@64"))
-        patch.setattr(secateur.demo, "MAX_TOKENS", 256)
+        patch.setattr(secateur.cli.demo, "PROTOCOLS", ("llm-pruner@32", "llm-pruner@64"))
+        patch.setattr(secateur.cli.demo, "MAX_TOKENS", 256)
         yield
 
 
@@ -158,7 +157,7 @@ class TestSmall:
         def fail(*_: Any, **__: Any) -> None:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(secateur.demo, "evaluate", fail)
+        monkeypatch.setattr(secateur.cli.demo, "evaluate", fail)
         cheap = recipe(tiny, cut={"score": "l2", "repair": "none"})
         with pytest.raises(RuntimeError):
             demonstrate(cheap, tmp_path / "d")

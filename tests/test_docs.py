@@ -12,9 +12,10 @@ import yaml
 from quality_plot import SHOWN, points_of
 from secateur import CutOptions, __all__
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
+from secateur.decoding import values_by_field
 from secateur.models.manifest import MANIFEST_FILE, Entry
 from secateur.models.weight_files import TOKENIZER_FILES
-from secateur.pipeline.recipe import RECIPE_FILE, PruneRecipe, checked
+from secateur.pipeline.recipe import RECIPE_FILE, PruneRecipe
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.scoring.registry import SCORES
 
@@ -72,7 +73,9 @@ def test_the_page_on_the_format_has_every_file_and_key() -> None:
 def test_the_recipe_on_its_page_is_one() -> None:
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     recipe = yaml.safe_load(next(m[2] for m in FENCE.finditer(page) if m[1] == "yaml"))
-    assert checked(PruneRecipe, {key: recipe[key] for key in recipe if key not in ("command", "preset")}, "page")
+    assert values_by_field(
+        PruneRecipe, {key: recipe[key] for key in recipe if key not in ("command", "preset")}, "page"
+    )
 
 
 def test_every_score_and_every_public_name_has_a_row() -> None:

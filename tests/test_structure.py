@@ -22,6 +22,7 @@ ORDER = [
     "processes",
     "progress",
     "files",
+    "decoding",
     "models",
     "data",
     "discovery",
@@ -34,7 +35,6 @@ ORDER = [
     "recovery",
     "export",
     "report",
-    "demo",
     "compare",
     "cli",
 ]

@@ -59,9 +59,9 @@ class TestRecord:
         [
             ("{", "cannot be read; Expecting property name"),
             ("[" * 100_000, "cannot be read; maximum recursion depth"),
-            ("[]", "is damaged: weights cannot be missing"),
-            ('{"colour": "green"}', "is damaged: model cannot be missing"),
-            ('{"model": 3}', "is damaged: model cannot be 3"),
+            ("[]", r"is damaged \(\[\] is no Record\)"),
+            ('{"colour": "green"}', r"is damaged \(model is missing\)"),
+            ('{"model": 3}', r"is damaged \(model: 3 is no str\)"),
         ],
     )
     def test_a_damaged_record(self, content: str, match: str, tmp_path: Path) -> None:

@@ -490,7 +490,7 @@ def test_parts_that_do_not_fit_together(folder: Path, wholes: dict[str, Whole]) 
     assert "secateur_plan.json: the plan has format 99" in verify(folder).problems[0]
     shutil.copy(wholes["uniform"].folder / PLAN_FILE, folder)
     rewrite(folder / RECORD_FILE, lambda data: data.update(seed="x"))
-    assert "secateur_record.json is damaged: seed cannot be 'x'" in verify(folder).problems[0]
+    assert "secateur_record.json is damaged (seed: 'x' is no int)" in verify(folder).problems[0]
     shutil.copy(wholes["uniform"].folder / RECORD_FILE, folder)
     rewrite(folder / "config.json", lambda data: data.update(num_hidden_layers=2))
     assert any("config.json describes a model without model.layers.2" in problem for problem in verify(folder).problems)

@@ -12,9 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from secateur.data.calibration import CalibrationOptions
+from secateur.decoding import build, values_by_field
 from secateur.errors import PlanError, RecipeError
+from secateur.export.options import ExportRecipe
 from secateur.models.loading import DTYPES, LoadOptions
-from secateur.pipeline.recipe import PruneRecipe, build, checked, load_recipe, plain, prune_recipe, recipe_text
+from secateur.pipeline.recipe import PruneRecipe, load_recipe, plain, prune_recipe, read_whole_recipe, recipe_text
 from secateur.planning.options import AXES, ITEM_BYTES, PRESETS, CutOptions
 from secateur.scoring.registry import REDUCTIONS, SCORES
 
@@ -141,7 +143,9 @@ class TestFile:
         ],
     )
     def test_values_have_the_types_of_their_fields(self, key: str, text: str, value: object, tmp_path: Path) -> None:
-        loaded = checked(PruneRecipe, yaml.safe_load(f"model: demo\ncut: {{{key}: {text}}}"), "r.yaml")["cut"][key]
+        loaded = values_by_field(PruneRecipe, yaml.safe_load(f"model: demo\ncut: {{{key}: {text}}}"), "r.yaml")["cut"][
+            key
+        ]
         assert (loaded, repr(loaded)) == (value, repr(value))
 
     def test_layers_by_number_and_by_share(self, tmp_path: Path) -> None:
@@ -164,20 +168,20 @@ class TestErrors:
             ("cut: {ratoi: 0.2}", r"r\.yaml: cut: 'ratoi' is unknown\. Known: ratio, of, .*Did you mean ratio\?"),
             ("cut: {1: 2}", r"r\.yaml: cut: 1 is unknown\. Known: ratio"),
             ("cut: 3", r"r\.yaml: cut: 3 is no CutOptions"),
-            ("cut: {ratio: half}", r"r\.yaml: cut: ratio: 'half' is no float \| None"),
-            ("cut: {ratio: true}", r"r\.yaml: cut: ratio: True is no float \| None"),
-            ("cut: {ratio: [0.2]}", r"r\.yaml: cut: ratio: \[0\.2\] is no float \| None"),
+            ("cut: {ratio: half}", r"r\.yaml: cut: ratio: 'half' is no float"),
+            ("cut: {ratio: true}", r"r\.yaml: cut: ratio: True is no float"),
+            ("cut: {ratio: [0.2]}", r"r\.yaml: cut: ratio: \[0\.2\] is no float"),
             ("cut: {min_keep: null}", r"r\.yaml: cut: min_keep: None is no float"),
             ("cut: {iterations: 2.0}", r"r\.yaml: cut: iterations: 2\.0 is no int"),
             ("cut: {iterations: true}", r"r\.yaml: cut: iterations: True is no int"),
             ("cut: {of: mac}", r"r\.yaml: cut: of: 'mac' is no non-embedding or .*Did you mean macs\?"),
-            ("cut: {axes: mlp}", r"r\.yaml: cut: axes: 'mlp' is no "),
+            ("cut: {axes: mlp}", r"r\.yaml: cut: axes: 'mlp' is no list"),
             ("cut: {axes: [mpl]}", r"r\.yaml: cut: axes: 'mpl' is no attention or mlp or .*Did you mean mlp\?"),
-            ("cut: {layers: [1]}", r"r\.yaml: cut: layers: \[1\] is no "),
+            ("cut: {layers: [1]}", r"r\.yaml: cut: layers: \[1\] is no list of 2"),
             ("cut: {score: 3}", r"r\.yaml: cut: score: 3 is no str"),
             ("calibration: {samples: many}", r"r\.yaml: calibration: samples: 'many' is no int"),
             ("loading: {dtype: 16}", r"r\.yaml: loading: dtype: 16 is no str"),
-            ("plan: 3", r"r\.yaml: plan: 3 is no str \| None"),
+            ("plan: 3", r"r\.yaml: plan: 3 is no str"),
         ],
     )
     def test_a_file_that_is_no_recipe(self, text: str, match: str, tmp_path: Path) -> None:
@@ -203,5 +207,7 @@ class TestErrors:
             load_recipe(write(tmp_path, "model: demo\ncut: {ratio: 1.5}"))
         with pytest.raises(PlanError, match=r"preset='bets' is unknown.*Did you mean best\?"):
             load_recipe(write(tmp_path, "model: demo\npreset: bets"))
-        with pytest.raises(RecipeError, match=r"it: .*'model'"):
-            build(PruneRecipe, {}, "it")
+
+    def test_a_whole_recipe_names_its_model(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match=r"r\.yaml: model is missing"):
+            read_whole_recipe(write(tmp_path, "command: export"), "export", ExportRecipe)

@@ -289,7 +289,7 @@ def test_plan_files_that_are_none_are_refused(tmp_path: Path) -> None:
         ("{", "is not a plan"),
         ("[]", "expected a JSON object, found list"),
         ('{"format": 0}', "has format 0, this version reads 2"),
-        ('{"format": 2, "modle": 1}', r"unknown or missing keys \(modle\)"),
+        ('{"format": 2, "modle": 1}', r"'modle' is unknown.*Did you mean model"),
     ):
         file.write_text(text)
         with pytest.raises(PlanError, match=message):

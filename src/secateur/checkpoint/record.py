@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,13 @@ import transformers
 from torch import nn
 
 from secateur import __version__
+from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError
 from secateur.files import read_json
 from secateur.models.manifest import check_as_written
 
 PLAN_FILE = "secateur_plan.json"
 RECORD_FILE = "secateur_record.json"
-_NONE = type(None)
-_TYPES: dict[str, tuple[type, ...]] = {  # of the values of a record; all others are texts
-    "calibration": (str, _NONE),
-    "seed": (int,),
-    "versions": (dict,),
-    "command": (str, _NONE),
-    "calibration_options": (dict, _NONE),
-    "tensors": (dict, _NONE),
-    "recovery": (dict, _NONE),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +102,13 @@ def read_record(folder: Path) -> Record | None:
         data = read_json(folder / RECORD_FILE)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    values = {f.name: data.get(f.name, f.default) for f in fields(Record)} if isinstance(data, dict) else {}
-    for name, value in values.items() or [("weights", MISSING)]:
-        if not isinstance(value, _TYPES.get(name, (str,))):
-            raise CheckpointError(
-                f"{folder}: {RECORD_FILE} is damaged: {name} cannot be {'missing' if value is MISSING else repr(value)}"
-                ". Copy it again, or remove it: models load without one"
-            )
-    return Record(**values)
+    try:
+        record: Record = decode(Record, data, section=build_known)
+        return record
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: {RECORD_FILE} is damaged ({error}). Copy it again, or remove it: models load without one"
+        ) from error
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from secateur.cli.output import COMMAND, check_files, finish, progress_bars, sho
 from secateur.errors import CheckpointError
 from secateur.export.formats import ExportOptions, choose_format, export_model
 from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions
-from secateur.pipeline.recipe import build, read_recipe
+from secateur.pipeline.recipe import read_whole_recipe
 from secateur.report.tables.files import export_tables, verify_tables
 
 
@@ -80,7 +80,7 @@ def export_command(
     """
     name, out = model_and_out(model, out, formats.get("recipe"), "export")
     if "recipe" in formats:
-        recipe = build(ExportRecipe, read_recipe(formats["recipe"], "export", ExportRecipe), str(formats["recipe"]))
+        recipe = read_whole_recipe(formats["recipe"], "export", ExportRecipe)
         name, loading = recipe.model, recipe.loading
         options: ExportOptions = recipe.int8 or recipe.merge or MergeOptions()
     else:

@@ -10,10 +10,10 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from secateur.cli.demo import PROMPT, demonstrate
 from secateur.cli.options import CALIBRATION, CUTTING, MODEL, OVERWRITE, Folder, Given, Loading, Quiet, main, recipe_of
 from secateur.cli.output import check_files, finish, progress_bars, run_options, show
 from secateur.compare.compare import HERE, PORT, Opened, compare
-from secateur.demo import PROMPT, demonstrate
 from secateur.models.sources import DEMO
 from secateur.report.page import write_report
 from secateur.report.tables.plan import demo_tables

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median_high
 
@@ -17,12 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur import __version__
+from secateur.decoding import decode
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.speed import measure_speed
 from secateur.files import make_folder, read_json, write_json
-from secateur.planning.latency import LatencyTable, table_from_json
+from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.progress import Progress
@@ -52,12 +54,13 @@ def latency_table(
     folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
     path = folder / f"latency-{_key(model, kinds, seq_len)[:24]}.json"
     try:
-        return table_from_json(read_json(path))
-    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):
+        known: LatencyTable = decode(LatencyTable, read_json(path))
+        return known
+    except (CheckpointError, ValueError):
         pass  # there is none yet, or it is damaged
     table = _measure(model, discovery, kinds, seq_len, progress)
     make_folder(path.parent)
-    write_json(path, table.to_json())
+    write_json(path, asdict(table))
     return table
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from secateur.decoding import decode
 from secateur.errors import CheckpointError, one_line
 from secateur.files import read_json, unwritable, write_json
 
@@ -86,7 +87,7 @@ def read_manifest(folder: Path) -> dict[str, Entry] | None:
     try:
         if data["format"] != FORMAT:
             raise ValueError(f"it has format {data['format']!r:.40}, this version reads {FORMAT}")
-        return {_plain(name): _entry(name, about) for name, about in data["files"].items()}
+        return {_plain(name): decode(Entry, about, name) for name, about in data["files"].items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else one_line(error)
         raise CheckpointError(f"{MANIFEST_FILE} is damaged ({reason[:200]}). {REMEDY}") from error
@@ -97,14 +98,6 @@ def _plain(name: str) -> str:
     if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == ".":
         raise ValueError(f"{name!r:.80} is no path within the folder")
     return name
-
-
-def _entry(name: str, about: Any) -> Entry:
-    size, digest, tensors = about["bytes"], about["sha256"], about.get("tensors")
-    texts = [digest] if tensors is None else [digest, *tensors.keys(), *tensors.values()]
-    if type(size) is not int or not all(type(text) is str for text in texts):
-        raise ValueError(f"expected bytes, sha256 and tensors of {name}")
-    return Entry(size, digest, tensors)
 
 
 def changes(folder: Path, name: str, written: Entry, *, hashed: bool) -> str | None:

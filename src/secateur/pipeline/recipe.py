@@ -6,17 +6,18 @@ recipe that makes it again: `secateur prune --recipe OUT/recipe.yaml AGAIN`.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
 from secateur import __version__
 from secateur.data.calibration import CalibrationOptions
-from secateur.errors import RecipeError, did_you_mean, one_line
+from secateur.decoding import build, values_by_field
+from secateur.errors import RecipeError, one_line
 from secateur.models.loading import LoadOptions
 from secateur.planning.options import CutOptions, with_preset
 from secateur.progress import ProgressBars
@@ -78,7 +79,7 @@ def prune_recipe(
     >>> recipe.cut.ratio, recipe.calibration.samples
     (0.3, 24)
     """
-    raw: dict[str, Any] = {} if file is None else read_recipe(file, "prune", PruneRecipe, also=("preset",))
+    raw: dict[str, Any] = {} if file is None else read_recipe(file, "prune", PruneRecipe)
     base = {name: dict(raw.get(name) or {}) for name in ("cut", "calibration", "loading")}
     if cut and cut.keys() & {"ratio", "target"}:  # one budget replaces another
         base["cut"] = {key: value for key, value in base["cut"].items() if key not in ("ratio", "target")}
@@ -113,12 +114,33 @@ def write_recipe(folder: Path, command: str, recipe: Any) -> None:
     (folder / RECIPE_FILE).write_text(recipe_text(command, recipe), encoding="utf-8")
 
 
-def read_recipe(file: str | Path, command: str, kind: type, *, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The values of a recipe file by field of the dataclass `kind`; nested sections stay mappings of checked values.
+def read_recipe(file: str | Path, command: str, kind: type[Any]) -> dict[str, Any]:
+    """The values of a recipe file by field of the dataclass `kind`, and its `preset`; sections stay mappings.
 
     Raises `RecipeError` for a file that is missing or no YAML, a recipe of another command, an unknown key and a value
     of the wrong type.
     """
+    with _errors_of_recipes():
+        data = _read_yaml(file, command)
+        preset = {name: data.pop(name) for name in ("preset",) if name in data}
+        return {**values_by_field(kind, data, str(file)), **preset}
+
+
+def read_whole_recipe(file: str | Path, command: str, kind: type[Options]) -> Options:
+    """The dataclass `kind` from a recipe file. Raises `RecipeError`, and what the dataclass's own checks raise."""
+    with _errors_of_recipes():
+        return build(kind, _read_yaml(file, command), str(file))
+
+
+@contextmanager
+def _errors_of_recipes() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _read_yaml(file: str | Path, command: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -127,8 +149,7 @@ def read_recipe(file: str | Path, command: str, kind: type, *, also: tuple[str, 
         raise RecipeError(f"{file}: expected keys with values, for example `model: demo`; found {type(data).__name__}")
     if data.pop("command", command) != command:
         raise RecipeError(f"{file}: this is a recipe of another command. Expected `command: {command}`")
-    extra = {name: data.pop(name) for name in also if name in data}
-    return {**checked(kind, data, str(file)), **extra}
+    return data
 
 
 def load_recipe(file: str | Path) -> PruneRecipe:
@@ -145,73 +166,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def checked(kind: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values by field of a dataclass, each of the type that the field has. Raises `RecipeError`.
-
-    >>> checked(CutOptions, {"axes": ["mlp"]}, "recipe.yaml: cut")
-    {'axes': ('mlp',)}
-    """
-    hints = get_type_hints(kind)
-    known = [each.name for each in fields(kind)]
-    for name in data:
-        if name not in known:
-            hint = did_you_mean(str(name), known)
-            raise RecipeError(f"{where}: {name!r} is unknown. Known: {', '.join(known)}{hint}")
-    return {name: _typed(hints[name], value, f"{where}: {name}") for name, value in data.items()}
-
-
-def build(kind: type[Options], data: Mapping[str, Any], where: str) -> Options:
-    """The dataclass with these values, sections and all. Raises `RecipeError`, and what its own checks raise."""
-    values = checked(kind, data, where)
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        section = next((each for each in (hints[name], *get_args(hints[name])) if is_dataclass(each)), None)
-        if isinstance(value, dict) and isinstance(section, type):
-            values[name] = build(section, value, f"{where}: {name}")
-    try:
-        return kind(**values)
-    except TypeError as error:  # a field that must be given
-        raise RecipeError(f"{where}: {one_line(error)}") from error
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for each in sorted(arguments, key=lambda each: each is not type(None)):
-            try:
-                return _typed(each, value, where)
-            except RecipeError:
-                continue
-    elif origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        items = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
-        if len(items) == len(value):
-            return tuple(_typed(each, item, where) for each, item in zip(items, value, strict=True))
-    elif is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
-        return checked(hint, value, where)
-    elif origin is not None and isinstance(value, Mapping):
-        return dict(value)
-    elif hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value  # whole numbers stay whole: layers 4:30 are no shares
-    elif hint is Path and isinstance(value, str):
-        return Path(value)
-    elif hint is Any or (hint is type(None) and value is None) or (isinstance(hint, type) and type(value) is hint):
-        return value
-    raise RecipeError(f"{where}: {value!r} is no {_name(hint)}{did_you_mean(str(value), _literals(hint))}")
-
-
-def _literals(hint: Any) -> list[str]:
-    return [str(each) for each in get_args(hint) if not isinstance(each, type)] if get_origin(hint) is Literal else []
-
-
-def _name(hint: Any) -> str:
-    return " or ".join(_literals(hint)) or getattr(hint, "__name__", str(hint))

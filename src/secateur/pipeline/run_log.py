@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint.record import versions
+from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError
 from secateur.files import make_folder, read_json, write_json
 
 LOG_FOLDER = "log"  # within a run folder
-_KEYS = {"kind": str, "command": str, "time": str, "versions": dict, "seed": int, "models": list, "result": dict}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +92,11 @@ def load_entries(run: Path) -> list[LogEntry]:
 
 def _load_entry(path: Path) -> LogEntry:
     try:
-        data = read_json(path)
-        if not isinstance(data, dict):
-            raise ValueError(f"expected an object, found {type(data).__name__}")
-        for key, kind in _KEYS.items():
-            if type(data.get(key)) is not kind:
-                raise ValueError(f"{key!r} is {'missing' if key not in data else 'no ' + kind.__name__}")
-        if not all(isinstance(text, str) for text in (*data["models"], *data["versions"].values())):
-            raise ValueError("models and versions must be strings")
-        time = datetime.fromisoformat(data["time"])
+        data = decode(Mapping[str, Any], read_json(path))
+        time = datetime.fromisoformat(decode(str, data.get("time"), "time"))
         time = time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+        return build_known(LogEntry, {**data, "path": path, "time": time})
     except (CheckpointError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}). Remove it to make the report from the other entries: rm {path}"
         ) from error
-    values = {key: data[key] for key in _KEYS} | {"time": time, "models": tuple(data["models"])}
-    return LogEntry(path=path, **values)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
 from secateur.data.calibration import CalibrationOptions
+from secateur.decoding import decode
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
@@ -268,8 +269,7 @@ class _Measuring:
         if not self.run.resume or own:
             return None
         try:
-            data = read_json(path)
-            point = Point(**{**data, "perplexity": tuple(data["perplexity"])})
+            point: Point = decode(Point, read_json(path))
             point.nll  # noqa: B018 - a damaged file has none
         except (OSError, CheckpointError, TypeError, ValueError, LookupError):
             return None  # there is none, or it is damaged

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from secateur.discovery.groups import Discovery
 
@@ -37,21 +36,3 @@ class LatencyTable:
         """Seconds of one forward pass of a model of which the groups named keep so many units."""
         kinds = {group.name: group.kind for group in discovery.groups}
         return self.dense_seconds - sum(self.saved(kinds[name], units) for name, units in kept.items())
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
-def table_from_json(data: Mapping[str, Any]) -> LatencyTable:
-    """Read back what `LatencyTable.to_json` wrote.
-
-    >>> table = LatencyTable("cpu", 64, 1.0, {"mlp": ((2, 0.3), (8, 0.0))})
-    >>> table_from_json(table.to_json()) == table
-    True
-    """
-    savings = {
-        str(kind): tuple((int(units), float(seconds)) for units, seconds in points)
-        for kind, points in data["savings"].items()
-    }
-    return LatencyTable(str(data["device"]), int(data["seq_len"]), float(data["dense_seconds"]), savings)

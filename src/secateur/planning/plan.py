@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from secateur.decoding import build
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import Discovery
@@ -99,30 +100,10 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
     """Read back what `Plan.to_json` wrote. Raises `PlanError` for unknown keys, another format or other values."""
     if data.get("format") != FORMAT:
         raise PlanError(f"the plan has format {data.get('format')!r}, this version reads {FORMAT}: plan again")
-    known = {f.name for f in fields(Plan)}
-    unknown = set(data) - known - {"format"}
-    if unknown or not known <= set(data):
-        odd = ", ".join(sorted(unknown or known - set(data)))
-        raise PlanError(f"the plan has unknown or missing keys ({odd}); expected: {', '.join(sorted(known))}")
     try:
-        options = dict(data["options"])
-        options["axes"] = tuple(options["axes"])
-        for pair in ("layers", "schedule"):
-            options[pair] = tuple(options[pair]) if options.get(pair) is not None else None
-        groups = tuple(_planned_group(group) for group in data["groups"])
-        for name in ("parameters", "macs", "scored"):
-            dict(data[name])
-        return Plan(**{**{k: data[k] for k in known}, "options": CutOptions(**options), "groups": groups})
-    except (TypeError, ValueError, LookupError) as error:
-        raise PlanError(f"the plan is damaged ({type(error).__name__}: {error}): plan again") from error
-
-
-def _planned_group(data: Mapping[str, Any]) -> PlannedGroup:
-    keep = data["keep"]
-    for number in (data["units"], data["kept"], *(keep or ())):
-        if type(number) is not int:
-            raise ValueError(f"{data['name']}: expected whole numbers, found {number!r}")
-    return PlannedGroup(**{**data, "keep": None if keep is None else tuple(keep)})
+        return build(Plan, {name: value for name, value in data.items() if name != "format"})
+    except ValueError as error:
+        raise PlanError(f"the plan is damaged ({error}): plan again") from error
 
 
 def read_plan(path: Path) -> Plan:

@@ -66,7 +66,7 @@ def recover_recipe(
     >>> recipe.options.epochs, recipe.options.learning_rate
     (1, 0.0001)
     """
-    raw = {} if file is None else read_recipe(file, "recover", RecoverRecipe, also=("preset",))
+    raw = {} if file is None else read_recipe(file, "recover", RecoverRecipe)
     sections = {name: _merged(raw, changes, name) for name in ("data", "options", "loading")}
     sections["options"]["lora"] = _merged(raw.get("options") or {}, changes.get("options") or {}, "lora")
     model = model if model is not None else raw.get("model")

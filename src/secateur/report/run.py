@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError, ScoreError
 from secateur.pipeline.run_log import LogEntry, load_entries
-from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training, decode
+from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training
 from secateur.scoring.scores import Scores, load_scores
 
 ROLES = ("dense", "pruned", "recovered", "exported", "measured")
@@ -98,10 +99,9 @@ def load_run(folder: Path) -> Run:
     for entry in entries:
         try:
             reader.add(entry)
-        except (KeyError, ValueError) as error:
-            problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        except ValueError as error:
             raise CheckpointError(
-                f"{entry.path} is damaged (the result of {entry.kind}: {problem}). Remove it to make the report from "
+                f"{entry.path} is damaged (the result of {entry.kind}: {error}). Remove it to make the report from "
                 f"the other entries: rm {entry.path}"
             ) from error
     stale = "Measurements of {} from before it was last written are left out: it was another model."
@@ -144,9 +144,9 @@ class _Reader:
         result = entry.result
         match entry.kind:
             case "plan" | "prune":
-                self._add_cut(decode(Cut, result))
+                self._add_cut(build_known(Cut, result))
             case "recover":
-                training = decode(Training, result)
+                training = build_known(Training, result)
                 self.trainings.append(training)
                 parent = self._named(entry.models[0] if entry.models else training.out)
                 cost = parent.cost if parent.role == "pruned" else Cost()  # training changes no size
@@ -155,14 +155,14 @@ class _Reader:
             case "export" if len(entry.models) > 1:
                 self._write(entry.models[-1], self._named(entry.models[0]), "exported", Cost())
             case "evaluate":
-                for row in decode(tuple[Evaluated, ...], result["results"]):
-                    self._add_evaluated(row)
+                for row in _rows(result):
+                    self._add_evaluated(build_known(Evaluated, row))
             case "profile":
-                for about in decode(tuple[Mapping[str, Any], ...], result["results"]):
-                    model = self._named(decode(str, about["model"]))
-                    self._put(replace(model, cost=_updated(model.cost, decode(Cost, about))))
+                for row in _rows(result):
+                    model = self._named(decode(str, row.get("model"), "model"))
+                    self._put(replace(model, cost=_updated(model.cost, build_known(Cost, row))))
             case "sweep":
-                self.sweeps.append(decode(Sweep, result))
+                self.sweeps.append(build_known(Sweep, result))
 
     def _named(self, name: str) -> Model:
         """The model of that name, which is new where nothing is known of it."""
@@ -211,6 +211,11 @@ class _Reader:
                 cost=_updated(model.cost, Cost(weight_bytes=row.weight_bytes, file_bytes=row.file_bytes)),
             )
         )
+
+
+def _rows(result: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    rows: tuple[Mapping[str, Any], ...] = decode(tuple[Mapping[str, Any], ...], result.get("results"), "results")
+    return rows
 
 
 def _updated(cost: Cost, newer: Cost) -> Cost:

@@ -16,7 +16,6 @@ from secateur.evaluation.perplexity import Perplexity, evaluate
 from secateur.evaluation.profile import profile
 from secateur.files import atomic_folder, check_vacant, write_json
 from secateur.models.loading import load
-from secateur.models.sources import DEMO
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.recipe import PruneRecipe, RunOptions
 from secateur.pipeline.run import Pruned, prune_model
@@ -102,7 +101,7 @@ def _measured(out: Path, pruned: Pruned, models: Mapping[str, PreTrainedModel], 
 
 def _log(found: Demonstration, pruned: Pruned, recipe: PruneRecipe, folder: Path, run: RunOptions) -> None:
     """Enter what `prune`, `evaluate` and `profile` would, with the models as they are called from outside."""
-    line, names = run.command or "secateur demo", {"dense": DEMO, "pruned": str(pruned.out)}
+    line, names = run.command or "secateur demo", {"dense": recipe.model, "pruned": str(pruned.out)}
     evaluated = []
     for name, results in found.perplexity.items():
         samples, perplexity = [{"prompt": PROMPT, "text": found.samples[name]}], [each.to_json() for each in results]
