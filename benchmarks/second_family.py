@@ -30,7 +30,7 @@ from transformers import (
 from secateur.data.text import read_calibration
 from secateur.data.windows import sample_windows
 from secateur.evaluation.perplexity import evaluate
-from secateur.evaluation.texts import join_rows, read_evaluation_text
+from secateur.evaluation.texts import read_evaluation_text
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
@@ -109,7 +109,7 @@ def main() -> None:
     with quiet():
         model = load(str(arguments.folder), dtype="float32")
     tokenizer = load_tokenizer(str(arguments.folder))
-    texts = {"held out": join_rows(held_out)}
+    texts = {"held out": "\n\n".join(held_out)}
     texts |= {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
 
     def nll(each: PreTrainedModel) -> dict[str, float]:

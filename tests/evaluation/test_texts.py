@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from word_models import word_tokenizer
 
 from secateur.errors import DataError
-from secateur.evaluation.texts import encode, encode_text, join_rows, read_evaluation_text, read_texts
+from secateur.evaluation.texts import encode, encode_text, read_evaluation_text, read_texts
 from tiny import tiny_tokenizer
 
 
@@ -23,14 +24,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
 
 
-def test_rows_are_joined_by_a_blank_line() -> None:
-    assert join_rows([]) == ""
-    assert join_rows(["", " = Title = \n", "text"]) == "\n\n = Title = \n\n\ntext"
-
-
-def test_a_file_is_read_as_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.evaluation.texts.read_rows", lambda path: [path.name, "row"])
-    assert read_evaluation_text(str(tmp_path / "rows.txt")) == "rows.txt\n\nrow"
+def test_the_rows_of_a_file_are_joined_by_a_blank_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps({'text': row})}\n" for row in ("", " = Title = \n", "text")))
+    assert read_evaluation_text(str(file)) == "\n\n = Title = \n\n\ntext"
 
 
 def test_encode_reads_a_long_text_in_one_call_and_in_silence(

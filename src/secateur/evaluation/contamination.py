@@ -19,7 +19,7 @@ from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.training_data import read_training_data
 from secateur.data.windows import calibration_windows, digest
 from secateur.errors import DataError
-from secateur.evaluation.texts import decode
+from secateur.evaluation.texts import decode, decode_rows
 
 logger = logging.getLogger(__name__)
 Seen = tuple[str, str, list[str]]  # what was read and from where; the verb of the remedy; windows or rows as text
@@ -78,11 +78,7 @@ def _training(tokenizer: PreTrainedTokenizerBase, recovery: Mapping[str, Any]) -
     data = read_training_data(tokenizer, options)
     if recovery.get("rows") != data.train.digest():
         raise DataError(f"{', '.join(sources)} give other rows")
-    pieces = [
-        decode(tokenizer, rows.ids_T[rows.slice_of(row)].tolist())
-        for rows in (data.train, data.validation)
-        for row in range(len(rows))
-    ]
+    pieces = [*decode_rows(tokenizer, data.train), *decode_rows(tokenizer, data.validation)]
     return f"the rows it was trained on, from {', '.join(sources)}", "train", pieces
 
 

@@ -5,7 +5,7 @@ Tensor names end in their axes: T token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.rows import Rows
 from secateur.data.text import demo_texts, read_rows
 from secateur.errors import DataError
 from secateur.evaluation.options import check_count
@@ -28,17 +29,12 @@ class EncodedText:
     byte_ends_T: Tensor  # int64, never falling
 
 
-def join_rows(rows: Sequence[str]) -> str:
-    """Join the rows of a data set with a blank line, as LLM-Pruner and most perplexity tables do."""
-    return "\n\n".join(rows)
-
-
 def read_evaluation_text(path: Path | str) -> str:
-    """Read the rows of a file and join them with a blank line.
+    """Read the rows of a file and join them with a blank line, as LLM-Pruner and most perplexity tables do.
 
     Raises DataError where `read_rows` does: the file is missing, empty or of an unknown format.
     """
-    return join_rows(read_rows(Path(path)))
+    return "\n\n".join(read_rows(path))
 
 
 def read_texts(named: Sequence[str], *, option: str = "--ppl") -> dict[str, str]:
@@ -116,3 +112,8 @@ def _byte_ends(text: str, ends: Sequence[int]) -> Tensor:
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Tokens as the text that they stand for, without special tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def decode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Iterator[str]:
+    """The text of every row."""
+    return (decode(tokenizer, rows.ids_T[rows.slice_of(row)].tolist()) for row in range(len(rows)))

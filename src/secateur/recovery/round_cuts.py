@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from secateur.checkpoint.formats import check_saveable
 from secateur.data.calibration import CalibrationOptions
@@ -17,7 +17,7 @@ from secateur.models.loading import LoadOptions
 from secateur.pipeline.pipeline import may_be_per_layer
 from secateur.pipeline.recipe import PruneRecipe, RunOptions
 from secateur.pipeline.run import prune_model
-from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
+from secateur.planning.iterations import composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan
 from secateur.progress import ProgressBars
@@ -73,8 +73,3 @@ def prune_round(
 def merge_plans(plans: Sequence[Plan], dense: Discovery) -> Plan:
     """Return one plan of the dense model for those of the rounds, each of what the round before left."""
     return functools.reduce(lambda first, second: composed(first, second, dense), plans)
-
-
-def plan_of_dense(plans: Sequence[Plan], whole: CutOptions, dense: Discovery, model: PreTrainedModel) -> Plan:
-    """Return the plan for the output: that of all rounds, with the sizes and settings of the dense model."""
-    return as_of_dense(merge_plans(plans, dense), whole, dense, model)

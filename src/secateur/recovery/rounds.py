@@ -19,7 +19,6 @@ from secateur import processes
 from secateur.checkpoint.record import PLAN_FILE, make_record, read_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
-from secateur.data.windows import digest
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, ModelError, TrainingError, one_line
@@ -29,16 +28,17 @@ from secateur.models.loading import load
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.models.weight_files import has_weights
-from secateur.pipeline.cache import recovery_key, work_folder
+from secateur.pipeline.cache import work_folder
 from secateur.pipeline.pipeline import unplaced_in
 from secateur.pipeline.recipe import RunOptions, write_recipe
+from secateur.planning.iterations import as_of_dense
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.prune import prune
 from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from secateur.recovery.result import RecoverResult, write_curves
-from secateur.recovery.round_cuts import RoundCut, merge_plans, plan_of_dense, plan_rounds, prune_round
+from secateur.recovery.round_cuts import RoundCut, merge_plans, plan_rounds, prune_round
 from secateur.recovery.round_results import Round, chain_records, join_results, read_round, write_round
 from secateur.recovery.setup import TrainingSetup, prepare
 from secateur.recovery.training import TEACHER_FOLDER, train_folder
@@ -81,12 +81,7 @@ def recover_in_rounds(
     taught = replace(recipe, teacher=recipe.teacher or recipe.model)
     setup = prepare(taught, out, overwrite=run.overwrite, clock=clock)
     setup = replace(setup, recipe=recipe)
-    held_out = [(name, digest(ids_T)) for name, ids_T in sorted(setup.held_out.items())]
-    paths = [recipe.model, rounds.calibration.text, *recipe.data.source_names]
-    key = recovery_key(
-        [*paths, *([setup.teacher] if setup.teacher else [])],
-        [asdict(whole), asdict(recipe), asdict(setup.options), setup.bf16, held_out],
-    )
+    key = setup.key(rounds.calibration.text, asdict(whole))
     with work_folder(out, key, resume=run.resume, worth_keeping=_has_begun) as work:
         resumed = _has_begun(work)
         processes.wait()
@@ -167,10 +162,12 @@ def _save(shared: _Rounds, rounds: Sequence[Round], result: RecoverResult, run: 
     recipe = setup.recipe
     trust = recipe.loading.trust_remote_code
     dense = load(recipe.model, dtype=recipe.loading.dtype, device="cpu", trust_remote_code=trust)
-    plan = plan_of_dense([each.plan for each in rounds], shared.whole, shared.dense, dense)
+    merged = merge_plans([each.plan for each in rounds], shared.dense)
+    plan = as_of_dense(merged, shared.whole, shared.dense, dense)
     last = shared.work / f"round-{len(rounds)}" / "trained"
     pruned = _prune_with_weights(dense, plan, shared.dense, last, trust_remote_code=trust)
     scored = plan.scored
+    unplaced = unplaced_in(recipe.model, recipe.loading)
     record = make_record(
         dense,
         name=recipe.model,
@@ -178,9 +175,7 @@ def _save(shared: _Rounds, rounds: Sequence[Round], result: RecoverResult, run: 
         calibration_options=scored.get("calibration_options"),
         seed=scored.get("seed", recipe.options.seed),
         command=run.command,
-        tensors=account_for_tensors(
-            dense, pruned, plan, shared.dense, unplaced=unplaced_in(recipe.model, recipe.loading)
-        ),
+        tensors=account_for_tensors(dense, pruned, plan, shared.dense, unplaced=unplaced),
     )
     with save_updated(
         pruned,

@@ -7,8 +7,9 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.rows import steps_for_epochs, training_order
 from secateur.data.training_data import TrainingData, read_training_data
+from secateur.data.windows import digest
 from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, TrainingError
-from secateur.evaluation.texts import encode, read_texts
+from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
 from secateur.files import check_apart, check_vacant
 from secateur.models.config import check_not_quantised, check_positions, load_config
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.pipeline.cache import recovery_key
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock
 from secateur.recovery.distillation import check_teacher
@@ -69,6 +72,13 @@ class TrainingSetup:
             group_by_length=self.recipe.data.group_by_length,
         )
 
+    def key(self, text: str | None = None, cut: Any = None) -> str:
+        """What the training depends on, as a hash; in rounds, the calibration text and the whole cut as well."""
+        held_out = [(name, digest(ids_T)) for name, ids_T in sorted(self.held_out.items())]
+        paths = [self.recipe.model, *self.recipe.data.source_names, self.teacher, text]
+        about = [asdict(self.recipe), asdict(self.options), self.bf16, held_out, cut]
+        return recovery_key([path for path in paths if path is not None], about)
+
 
 def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) -> TrainingSetup:
     """Check everything, and read the data. Raises `SecateurError`; `recover` shows a run."""
@@ -91,10 +101,13 @@ def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) 
     texts = read_texts(recipe.eval_texts, option="--eval") if recipe.eval_texts else {}
     with clock.stage("read"):
         data = read_training_data(tokenizer, recipe.data)
-        held_out = {
-            name: _check_text(name, encode(tokenizer, text, max_tokens=options.eval_tokens))
-            for name, text in texts.items()
-        }
+        held_out = {name: encode(tokenizer, text, max_tokens=options.eval_tokens) for name, text in texts.items()}
+        for name, ids_T in held_out.items():
+            if len(ids_T) < EVAL_WINDOW:
+                raise DataError(
+                    f"{name}: {len(ids_T)} tokens are fewer than one window of {EVAL_WINDOW}. Expected a longer text: "
+                    "--eval NAME=FILE"
+                )
         overlaps = _find_overlaps(tokenizer, data, held_out)
     resolved, notes = resolve_options(options, len(data.train))
     bf16 = _use_bf16(recipe.loading)
@@ -185,7 +198,7 @@ def _find_teacher(recipe: RecoverRecipe, tokenizer: PreTrainedTokenizerBase, con
     return teacher
 
 
-def _check_environment(track: Tracker | None = None) -> None:
+def _check_environment(track: Tracker | None) -> None:
     """Raise `TrainingError` for a tracker that is not installed, and where accelerate asks for DeepSpeed or float16."""
     if track is not None and importlib.util.find_spec(track) is None:
         raise TrainingError(f"track={track!r} needs the package {track}. Run: pip install {track}")
@@ -223,25 +236,12 @@ def _has_fast_bf16(device: str) -> bool:
     return has_products and (bool(torch.cpu._is_amx_tile_supported()) if is_x86 else True)
 
 
-def _check_text(name: str, ids_T: Tensor) -> Tensor:
-    if len(ids_T) < EVAL_WINDOW:
-        raise DataError(
-            f"{name}: {len(ids_T)} tokens are fewer than one window of {EVAL_WINDOW}. Expected a longer text: "
-            "--eval NAME=FILE"
-        )
-    return ids_T
-
-
 def _find_overlaps(tokenizer: PreTrainedTokenizerBase, data: TrainingData, held_out: Mapping[str, Tensor]) -> list[str]:
     """Return and log a note for every held-out text that shares text with the rows."""
     notes = []
-    rows = data.train
     for name, ids_T in held_out.items():
-        windows = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in ids_T.split(EVAL_WINDOW)]
-        texts = (
-            str(tokenizer.decode(rows.ids_T[rows.slice_of(row)], skip_special_tokens=True)) for row in range(len(rows))
-        )
-        if fraction := overlap(windows, texts):
+        windows = [decode(tokenizer, part.tolist()) for part in ids_T.split(EVAL_WINDOW)]
+        if fraction := overlap(windows, decode_rows(tokenizer, data.train)):
             notes.append(
                 f"{100 * fraction:.3g} % of the held-out text {name} has {OVERLAP_WORDS} words in a row in common with "
                 "the data; this flatters its perplexity, which picks the checkpoint: hold out another text"
