@@ -51,8 +51,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.recovery.lora import LoraOptions, add_lora
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
-from secateur.recovery.trainer import train
-from secateur.recovery.training_inputs import TrainingInputs
+from secateur.recovery.trainer import TrainingInputs, train
 
 LENGTHS = (128, 1024)
 ROWS: dict[str, list[str]] = {
@@ -198,7 +197,7 @@ def _speed(pruned: str, arguments: argparse.Namespace) -> dict[str, Any]:
             for name, loop in loops.items():
                 found[name] += loop(Path(folder) / f"{name}-{turn}")
     tokens = int(used.lengths_R[renumbered].sum())
-    steps = inputs.steps
+    steps = len(inputs.order_SB)
     return {
         "tokens": tokens,
         "teacher_cpu_seconds": reading,
@@ -231,7 +230,7 @@ def _ours(pruned: str, inputs: TrainingInputs, options: RecoverOptions, folder: 
 
     model.register_forward_pre_hook(lambda *_: started.append(_now()) if not started else None)
     train(model, inputs, options, folder, progress=progress)
-    return _between([*started, *moments[: inputs.steps]])
+    return _between([*started, *moments[: len(inputs.order_SB)]])
 
 
 def _bare(pruned: str, inputs: TrainingInputs, options: RecoverOptions) -> list[tuple[float, float]]:

@@ -1,10 +1,9 @@
-"""Trainer callbacks: a seed for every step, errors for NaN, early stopping, progress, the state of the optimizer."""
+"""Trainer callbacks: a seed for every step, errors for NaN, early stopping, progress."""
 
 from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from secateur import processes
 from secateur.errors import TrainingError
 from secateur.progress import Progress
-from secateur.recovery.checkpoints import load_optimizer_in_place
 from secateur.recovery.options import RecoverOptions
 
 SCORE = "eval_score"  # the best checkpoint has the lowest
@@ -31,18 +29,6 @@ class SeedSteps(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seed the step."""
         torch.manual_seed((self.seed * 1_000_003 + state.global_step) * 1009 + processes.rank())
-
-
-class LoadOptimizer(TrainerCallback):
-    """Load the optimizer and the learning rate schedule from a checkpoint when training resumes."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **training: Any) -> None:
-        """Load them; the weights were loaded before."""
-        model, optimizer, schedule = (training[name] for name in ("model", "optimizer", "lr_scheduler"))
-        load_optimizer_in_place(self.checkpoint, model, optimizer, schedule)
 
 
 class StopTraining(TrainerCallback):
@@ -89,10 +75,7 @@ class ReportProgress(TrainerCallback):
         parts = []
         if "loss" in latest:
             tokens = self.tokens_before[state.global_step] - self.tokens_before[self.first_step]
-            parts += [
-                f"loss {latest['loss']:.3f}",
-                f"{tokens / (time.perf_counter() - self.start):,.0f} tokens/s",
-            ]
+            parts += [f"loss {latest['loss']:.3f}", f"{tokens / (time.perf_counter() - self.start):,.0f} tokens/s"]
         parts += [
             f"{name.removeprefix(PERPLEXITY)} {value:.1f}"
             for name, value in latest.items()

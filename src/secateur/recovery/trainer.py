@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +25,48 @@ from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.protocols import Protocol
 from secateur.models.silence import quiet
 from secateur.progress import Progress
+from secateur.recovery import checkpoints
 from secateur.recovery.callbacks import (
     PERPLEXITY,
     SCORE,
     VALIDATION,
-    LoadOptimizer,
     ReportProgress,
     SeedSteps,
     StopTraining,
     stopped_early,
-)
-from secateur.recovery.checkpoints import (
-    last_checkpoint,
-    load_state,
-    load_weights,
-    save_checkpoint,
-    set_weights_in_place,
 )
 from secateur.recovery.distillation import distillation_loss, nll_loss
 from secateur.recovery.hidden_states import hidden_states_loss, record_outputs, select_states
 from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
 from secateur.recovery.packing import check_packing
 from secateur.recovery.teacher_cache import TeacherCache
-from secateur.recovery.training_inputs import TrainingInputs, TrainingResult
 
 VALIDATION_TOKENS = 1024  # of a batch of validation rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingInputs:
+    """Rows in their order, rows and texts to evaluate on, and the outputs of a teacher."""
+
+    rows: Rows
+    order_SB: Tensor  # int64, steps x rows of a step
+    validation: Rows
+    texts: Mapping[str, Tensor]  # held-out: name -> ids_T
+    teacher: TeacherCache | None = None
+    validation_teacher: TeacherCache | None = None
+    compared_layers: tuple[str, ...] = ()  # paths of the student's layers whose hidden states are learned
+    pad: int = 0  # token id
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """The best checkpoint, and what was measured on the way."""
+
+    checkpoint: Path  # the best by held-out text or validation; the last where nothing was measured
+    best_step: int
+    steps: int  # done; fewer than planned after early stopping
+    loss: tuple[tuple[int, float], ...]  # (step, nats per token)
+    evaluations: tuple[Mapping[str, Any], ...]  # step, validation, perplexity by text, score
 
 
 def train(
@@ -76,22 +94,20 @@ def train(
     >>> options = RecoverOptions(method="full", global_batch_size=2, micro_batch_size=1, warmup_steps=0, eval_steps=1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result = train(model, inputs, options, Path(folder))
-    ...     weights = load_weights(result.checkpoint)
-    ...     set_weights_in_place(model, weights)
+    ...     weights = checkpoints.load_weights(result.checkpoint)
+    ...     checkpoints.set_weights_in_place(model, weights)
     >>> result.steps, [entry["step"] for entry in result.evaluations], len(weights) == len([*model.parameters()])
     (2, [0, 1, 2], True)
     """
-    checkpoint = last_checkpoint(folder)
+    checkpoint = checkpoints.last_checkpoint(folder)
     if checkpoint is not None:
-        state = load_state(checkpoint)
-        if state.global_step >= inputs.steps or stopped_early(state, options.patience):
+        state = checkpoints.load_state(checkpoint)
+        if state.global_step >= len(inputs.order_SB) or stopped_early(state, options.patience):
             return _result(folder, state)
     check_packing(model, inputs.rows)
     if options.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     callbacks: list[TrainerCallback] = [SeedSteps(options.seed), StopTraining(options)]
-    if checkpoint is not None:
-        callbacks.append(LoadOptimizer(checkpoint))
     if progress is not None:
         callbacks.append(ReportProgress(inputs.rows.lengths_R[inputs.order_SB].sum(dim=1), progress))
     environment = {  # which TensorBoard and accelerate read; a launcher may have set another precision
@@ -221,11 +237,17 @@ class RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         model = self.accelerator.unwrap_model(model)
-        save_checkpoint(Path(str(self.args.output_dir)), model, self.optimizer, self.lr_scheduler, self.state)
+        folder = Path(str(self.args.output_dir))
+        checkpoints.save_checkpoint(folder, model, self.optimizer, self.lr_scheduler, self.state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)
-        set_weights_in_place(model, load_weights(Path(resume_from_checkpoint)))
+        checkpoints.set_weights_in_place(model, checkpoints.load_weights(Path(resume_from_checkpoint)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            model: Any = self.model
+            checkpoints.load_optimizer_in_place(Path(checkpoint), model, self.optimizer, self.lr_scheduler)
 
 
 def _training_arguments(
@@ -234,7 +256,7 @@ def _training_arguments(
     evaluates = bool(len(inputs.validation) or inputs.texts)
     return TrainingArguments(
         output_dir=str(folder),
-        max_steps=inputs.steps,
+        max_steps=len(inputs.order_SB),
         per_device_train_batch_size=options.micro_batch_size,
         gradient_accumulation_steps=options.global_batch_size // (options.micro_batch_size * processes.count()),
         learning_rate=options.learning_rate,
@@ -246,7 +268,7 @@ def _training_arguments(
         eval_steps=options.eval_steps,
         eval_on_start=evaluates and not resumed,
         save_strategy="steps",
-        save_steps=options.eval_steps or inputs.steps,
+        save_steps=options.eval_steps or len(inputs.order_SB),
         metric_for_best_model=SCORE if evaluates else None,
         greater_is_better=False if evaluates else None,
         logging_steps=1,

@@ -18,13 +18,12 @@ from transformers import PreTrainedModel
 from secateur import __version__, processes
 from secateur.checkpoint.record import Record, make_record, read_record
 from secateur.checkpoint.save import save_updated
-from secateur.data.windows import digest
 from secateur.files import write_json
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
-from secateur.pipeline.cache import recovery_key, work_folder
+from secateur.pipeline.cache import work_folder
 from secateur.pipeline.recipe import RunOptions, write_recipe
 from secateur.planning.plan import Plan
 from secateur.progress import Clock, Progress, peak_rss
@@ -36,7 +35,7 @@ from secateur.recovery.setup import TrainingSetup, compared_layers
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 
 if TYPE_CHECKING:
-    from secateur.recovery.training_inputs import TrainingResult
+    from secateur.recovery.trainer import TrainingResult
 
 CHECKPOINTS_FOLDER = "training"  # within the work folder
 TEACHER_FOLDER = "teacher"
@@ -60,10 +59,7 @@ def train_folder(
     """
     layers = compared_layers(setup, plan) if plan is not None else None
     recipe, data = setup.recipe, setup.data
-    held_out = [(name, digest(ids_T)) for name, ids_T in sorted(setup.held_out.items())]
-    paths = [recipe.model, *recipe.data.source_names, *([setup.teacher] if setup.teacher else [])]
-    key = recovery_key(paths, [asdict(recipe), asdict(setup.options), setup.bf16, held_out])
-    with work_folder(out, key, resume=run.resume, worth_keeping=has_begun) as work:
+    with work_folder(out, setup.key(), resume=run.resume, worth_keeping=has_begun) as work:
         resumed = has_begun(work)
         caches = {}
         if setup.teacher is not None:
@@ -131,8 +127,7 @@ def _train(
     clock: Clock,
 ) -> tuple[TrainingResult, int, list[str]]:
     """Load the pruned model and train it; returns the result, the number of trained parameters, and notes."""
-    from secateur.recovery.trainer import train
-    from secateur.recovery.training_inputs import TrainingInputs
+    from secateur.recovery.trainer import TrainingInputs, train
 
     options, notes = setup.options, []
     with clock.stage("load"):
@@ -181,7 +176,7 @@ def _save(
     gc.collect()  # the trained model, which is in reference cycles with its Trainer
     model = load(recipe.model, device="cpu", trust_remote_code=trust)
     source = resolve(recipe.model).path
-    record = _record(setup, trained, result, model, run.command)
+    record = _record(setup, result, model, run.command)
     weights = load_weights(trained.checkpoint)
     if options.has_lora:
         adapted = add_lora(model, options.lora)
@@ -211,9 +206,7 @@ def _save(
             save_adapter(adapted, unfinished / ADAPTER_FOLDER, base=recipe.model)
 
 
-def _record(
-    setup: TrainingSetup, trained: TrainingResult, result: RecoverResult, model: PreTrainedModel, command: str | None
-) -> Record:
+def _record(setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel, command: str | None) -> Record:
     """Return the record of the pruned folder, with this training in it."""
     recipe = setup.recipe
     source = resolve(recipe.model).path
@@ -225,10 +218,10 @@ def _record(
         "data": asdict(recipe.data),
         "rows": setup.data.train.digest(),
         "teacher": setup.teacher,
-        "steps": trained.steps,
-        "best_step": trained.best_step,
+        "steps": result.steps,
+        "best_step": result.best_step,
         "tokens": result.tokens,
-        "evaluation": [dict(entry) for entry in trained.evaluations],
+        "evaluation": [dict(entry) for entry in result.evaluation],
         "command": command,
         "secateur": __version__,
         "before": record.recovery,
