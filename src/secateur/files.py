@@ -115,24 +115,13 @@ def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK)
     ['out']
     """
     check_vacant(out, overwrite=overwrite, mark=mark)
-    out = out.resolve()  # a link to a folder stays a link
-    temporary = _beside(out, "partial")
-    try:
-        _remove_stale(out)
+    with _renamed(out) as temporary:
         temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 path.chmod(0o644)  # some writers make files that only their owner can read
             _flush(path)
-        _flush(temporary)
-        _replace(out, temporary)
-        _flush(out.parent)
-        _remove_stale(out)  # now that there is one, what an earlier process had moved away
-    except (OSError, SafetensorError) as error:
-        raise unwritable(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -148,18 +137,19 @@ def atomic_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _renamed(path: Path) -> Iterator[Path]:
-    """Give a path beside `path`; the file written there is flushed and renamed to `path`, whatever was there."""
+    """Give a path beside `path`; what is written there is flushed and renamed to `path`, whatever was there."""
     try:
-        path = path.resolve()  # a link to a file stays a link
+        path = path.resolve()  # a link stays a link
         temporary = _beside(path, "partial")
         _remove_stale(path)
         try:
             yield temporary
             _flush(temporary)
-            temporary.replace(path)
+            _replace(path, temporary)
             _flush(path.parent)
+            _remove_stale(path)  # now that there is one, what an earlier process had moved away
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
 
@@ -177,17 +167,21 @@ def _remove_stale(out: Path) -> None:
             continue
         if match[2] == "old" and not out.exists():
             continue  # the one that was moved away is all there is
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _replace(out: Path, new: Path) -> None:
     """Rename `new` to `out`; what was there is removed once `new` has its name, and comes back if it cannot have it."""
-    if not out.exists():
-        new.rename(out)
+    if not out.exists() or new.is_file():
+        new.replace(out)
         return
     if _exchanged(out, new):
         return  # what `new` is now is removed with it

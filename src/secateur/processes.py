@@ -19,14 +19,8 @@ from secateur.errors import ScoreError
 def join() -> None:
     """Join the process group, where several processes were started: gloo between CPUs, nccl between GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        PartialState(cpu=not torch.cuda.is_available())
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    """Leave the process group; without it the end of this process may be a crash."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        state = PartialState(cpu=not torch.cuda.is_available())
+        atexit.register(state.destroy_process_group)  # else the end of this process may be a crash
 
 
 def count() -> int:

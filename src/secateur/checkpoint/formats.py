@@ -1,18 +1,14 @@
 """Pruned model and plan -> the format of the folder that holds it.
 
 A stock folder is for what the model's own config can say. Any other sizes go into a per-layer folder, in which the
-config lists the shapes and a file of code builds the stock class in them (`models.modeling_per_layer`). A new format is
-one entry of `FORMATS`.
+config lists the shapes and a file of code builds the stock class in them (`models.modeling_per_layer`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.checkpoint.per_layer import as_per_layer, check_same, is_per_layer
+from secateur.checkpoint.per_layer import is_per_layer
 from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DiscoveryError
@@ -20,32 +16,9 @@ from secateur.models.config import per_layer_model_class
 from secateur.planning.plan import Plan
 
 
-@dataclass(frozen=True, slots=True)
-class FolderFormat:
-    """How a model becomes a folder that the ordinary loader reads."""
-
-    holds: Callable[[PreTrainedModel, Plan | None], bool]
-    """Whether the format is for a model that this plan has cut; without a plan, for a model as it was loaded."""
-    prepare: Callable[[PreTrainedModel], PreTrainedModel]
-    """The same tensors in a model of the class whose `save_pretrained` writes the folder. Raises `CheckpointError`."""
-    check: Callable[[PreTrainedModel, PreTrainedModel], None]
-    """Raises `CheckpointError` where the saved model and the one loaded again (on `meta`) differ in more than names,
-    shapes and dtypes, which are checked of every format."""
-
-
-FORMATS = {  # the first that holds a model is taken
-    "stock": FolderFormat(
-        holds=lambda model, plan: not is_per_layer(model) and (plan is None or plan.settings is not None),
-        prepare=lambda model: model,
-        check=lambda saved, loaded: None,
-    ),
-    "per-layer": FolderFormat(holds=lambda model, plan: True, prepare=as_per_layer, check=check_same),
-}
-
-
-def format_of(model: PreTrainedModel, plan: Plan | None) -> FolderFormat:
-    """The first format that holds the model."""
-    return next(each for each in FORMATS.values() if each.holds(model, plan))
+def needs_per_layer(model: PreTrainedModel, plan: Plan | None) -> bool:
+    """Whether a model that this plan has cut, or without a plan one as it was loaded, needs a per-layer folder."""
+    return is_per_layer(model) or (plan is not None and plan.settings is None)
 
 
 def check_saveable(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint.formats import check_saveable, format_of
+from secateur.checkpoint.formats import check_saveable, needs_per_layer
+from secateur.checkpoint.per_layer import as_per_layer, check_same
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.errors import CheckpointError
 from secateur.files import atomic_folder, check_vacant, copy_in, write_json
@@ -92,15 +93,18 @@ def save_updated(
     24
     """
     check_vacant(Path(out), overwrite=overwrite)
-    kind = format_of(model, plan)
-    model = kind.prepare(model)
+    per_layer = needs_per_layer(model, plan)
+    if per_layer:
+        model = as_per_layer(model)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         with quiet():
             model.save_pretrained(folder, max_shard_size=SHARD)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         copy_in(folder, files or {})
-        kind.check(model, _loaded_again(folder, model))
+        again = _loaded_again(folder, model)
+        if per_layer:
+            check_same(model, again)
         if source is not None and (source / PLAN_FILE).is_file():
             copy_in(folder, {PLAN_FILE: source / PLAN_FILE})
         if plan is not None:
@@ -134,8 +138,7 @@ def _loaded_again(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
         if names:
             raise CheckpointError(f"the folder {what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
     _check_dtypes(folder, model)
-    again: PreTrainedModel = loaded[0]
-    return again
+    return cast(PreTrainedModel, loaded[0])
 
 
 def _check_dtypes(folder: Path, model: PreTrainedModel) -> None:

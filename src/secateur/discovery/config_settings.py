@@ -21,16 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.discovery.algebra import (
-    Concat,
-    Expression,
-    Fixed,
-    Product,
-    concat,
-    product,
-    size_after,
-    variables_in,
-)
+from secateur.discovery.algebra import Concat, Expression, Fixed, Product, concat, product, size_after, variables_in
 from secateur.discovery.discover import discover_groups
 from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after

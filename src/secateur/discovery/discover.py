@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.discovery.groups import Discovery
 from secateur.discovery.inference import infer
 from secateur.discovery.joining import group_axes
+from secateur.discovery.sizes import shapes_of
 from secateur.discovery.tracing import trace
 from secateur.models.config import load_config
 from secateur.models.loading import skeleton
@@ -34,13 +35,9 @@ def discover(
         config = model if isinstance(model, PreTrainedConfig) else model.config
         trust_remote_code |= isinstance(model, PreTrainedModel) and runs_remote_code(model)
     twin = skeleton(config, trust_remote_code=trust_remote_code)
-    if isinstance(model, PreTrainedModel) and _parameter_shapes(model) != _parameter_shapes(twin):
+    if isinstance(model, PreTrainedModel) and shapes_of(model) != shapes_of(twin):
         twin = model  # cut in a way that its config does not say
     return discover_groups(twin, name=name or type(twin).__name__)
-
-
-def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def discover_groups(model: nn.Module, *, name: str = "") -> Discovery:

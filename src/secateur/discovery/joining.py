@@ -154,11 +154,7 @@ def _only(layers: set[int | None]) -> int | None:
 
 
 def _groups(
-    state: Inference,
-    occurrences: Occurrences,
-    kinds: Mapping[str, str],
-    names: Mapping[str, str],
-    rename: Rename,
+    state: Inference, occurrences: Occurrences, kinds: Mapping[str, str], names: Mapping[str, str], rename: Rename
 ) -> Iterator[Group]:
     dims, axes = occurrences.dims, occurrences.axes
     sizes = {v.name: v.size for expressions in dims.values() for dim in expressions for v in variables_in(dim)}

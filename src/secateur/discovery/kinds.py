@@ -27,8 +27,7 @@ class Occurrences:
     def across(self, variable: str) -> set[str]:
         """The variables in the other dimensions of its weights."""
         return _others(
-            variable,
-            [e for weight, dim in self.axes[variable] for i, e in enumerate(self.dims[weight]) if i != dim],
+            variable, [e for weight, dim in self.axes[variable] for i, e in enumerate(self.dims[weight]) if i != dim]
         )
 
 

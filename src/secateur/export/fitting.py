@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import gguf
 import torch
@@ -34,6 +35,8 @@ from secateur.export.mapping import (
     map_model,
 )
 from secateur.export.metadata import Positions, positions, rotary_dim
+
+Grid = tuple[int, ...]  # sizes that a dimension is the product of
 
 HEAD_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 BLOCK = 32  # multiple of MLP widths: whole blocks of every quantized type, and what llama.cpp's fast kernels take
@@ -69,7 +72,7 @@ def fit(model: PreTrainedModel, model_type: ModelType, *, pad: bool) -> Fitted:
             return _fitted(mapped, candidate, where)
     if unsaid is not None:
         raise unsaid
-    paddable = [each for each in candidates if not hard_misfits(mapped, each, partial_rotary=partial_rotary)]
+    paddable = [each for each in candidates if not misfits(mapped, each, partial_rotary=partial_rotary, padded=True)]
     if pad and paddable:
         return _fitted(mapped, paddable[0], positions(model, paddable[0], mapped))
     raise _no_architecture(reasons, paddable=bool(paddable) and not mapped.sizes[0].experts)
@@ -80,23 +83,17 @@ def _fitted(mapped: MappedModel, chosen: Architecture, where: Positions) -> Fitt
     return Fitted(padded, chosen, where, count_padding(mapped, padded))
 
 
-def misfits(mapped: MappedModel, wanted: Architecture, *, partial_rotary: bool) -> list[str]:
-    """Why an architecture cannot hold a model as it is; empty when it can."""
+def misfits(mapped: MappedModel, wanted: Architecture, *, partial_rotary: bool, padded: bool = False) -> list[str]:
+    """Why an architecture cannot hold a model as it is, or not even padded; empty when it can."""
     reasons = []
-    if not wanted.per_layer and not mapped.uniform:
+    if not padded and not wanted.per_layer and not mapped.uniform:
         reasons.append("its layers are all of one size, and the model's are not")
     heads = max(size.heads for size in mapped.sizes)
-    if wanted.width == "hidden" and heads * mapped.head_dim != mapped.hidden:
+    if not padded and wanted.width == "hidden" and heads * mapped.head_dim != mapped.hidden:
         reasons.append(
             f"its heads are together as wide as the hidden states ({mapped.hidden}), and the model's {heads} heads of "
             f"{mapped.head_dim} are not"
         )
-    return reasons + hard_misfits(mapped, wanted, partial_rotary=partial_rotary)
-
-
-def hard_misfits(mapped: MappedModel, wanted: Architecture, *, partial_rotary: bool) -> list[str]:
-    """Why an architecture cannot hold a model even with padding."""
-    reasons = []
     if wanted.output == "tied" and HEAD in mapped.outside:
         reasons.append("its output matrix is the embedding, and the model has one of its own")
     if partial_rotary and not wanted.part_rotary:
@@ -143,12 +140,8 @@ def count_padding(before: MappedModel, after: MappedModel) -> int:
     def size(layer: LazyTensors, name: str) -> int:
         return torch.Size(before.shape(layer[name])).numel() if name in layer else 0
 
-    return sum(
-        size(new, name) - size(old, name)
-        for old, new in zip(before.layers, after.layers, strict=True)
-        for name in new
-        if old.get(name) is not new[name]
-    )
+    pairs = zip(before.layers, after.layers, strict=True)
+    return sum(size(new, name) - size(old, name) for old, new in pairs for name in new)
 
 
 def _target_sizes(mapped: MappedModel, architecture: Architecture) -> list[LayerSizes]:
@@ -200,68 +193,45 @@ def _padded(mapped: MappedModel, index: int, after: LayerSizes) -> LazyTensors:
                     f"layer {index}: {name.removesuffix('.weight')} normalises all heads together, so heads of zeros "
                     "would change it; cut all layers alike (--shape uniform) or the MLP alone (--axes mlp)"
                 )
-        tensors |= _with_heads(mapped, layer, before, after) if before.heads else _zero_attention(mapped, layer, after)
+        # KV heads, the query heads of each and the numbers of a head form a grid.
+        sizes, head_dim = (before, after), mapped.head_dim
+        queries, wider_queries = ((n.kv_heads, n.heads // max(n.kv_heads, 1), head_dim) for n in sizes)
+        keys, wider_keys = ((n.kv_heads, 1, head_dim) for n in sizes)
+        grids = {QUERIES: (queries, wider_queries), KEYS: (keys, wider_keys), VALUES: (keys, wider_keys)}
+        tensors |= _widened(mapped, layer, grids, OUTPUT)
     if before.mlp != after.mlp:
-        tensors |= _with_channels(layer, before, after) if before.mlp else _zero_mlp(mapped, layer, after)
+        channels = ((before.mlp,), (after.mlp,))
+        tensors |= _widened(mapped, layer, {GATE: channels, UP: channels}, DOWN)
     return tensors
 
 
-def _with_heads(
-    mapped: MappedModel, layer: LazyTensors, before: LayerSizes, after: LayerSizes
+def _widened(
+    mapped: MappedModel, layer: LazyTensors, grids: Mapping[str, tuple[Grid, Grid]], last: str
 ) -> dict[str, LazyTensor]:
-    """Attention with more heads: KV heads, query heads of each, numbers of a head form the grid that grows."""
-    query_grids = [(size.kv_heads, size.heads // size.kv_heads, mapped.head_dim) for size in (before, after)]
-    kv_grids = [(size.kv_heads, 1, mapped.head_dim) for size in (before, after)]
-    tensors = {
-        name: _grown(layer[name], 0, *(query_grids if part == QUERIES else kv_grids))
-        for part in (QUERIES, KEYS, VALUES)
-        for name in (f"{part}.{kind}" for kind in KINDS)
-        if name in layer
-    }
-    tensors[f"{OUTPUT}.weight"] = _grown(layer[f"{OUTPUT}.weight"], 1, *query_grids)
-    return tensors
+    """A sub-layer in wider grids: of the rows of each part, and of what the last matrix reads, as the first part's.
 
-
-def _with_channels(layer: LazyTensors, before: LayerSizes, after: LayerSizes) -> dict[str, LazyTensor]:
-    rows = [f"{part}.{kind}" for part in (GATE, UP) for kind in KINDS]
-    tensors = {name: _grown(layer[name], 0, (before.mlp,), (after.mlp,)) for name in rows if name in layer}
-    return tensors | {f"{DOWN}.weight": _grown(layer[f"{DOWN}.weight"], 1, (before.mlp,), (after.mlp,))}
-
-
-def _zero_attention(mapped: MappedModel, layer: LazyTensors, after: LayerSizes) -> dict[str, LazyTensor]:
-    widths = {QUERIES: after.heads, KEYS: after.kv_heads, VALUES: after.kv_heads}
-    tensors = _zero_sublayer(mapped, layer, {part: n * mapped.head_dim for part, n in widths.items()}, OUTPUT)
-    reference = _layer_with(mapped, OUTPUT)
-    return tensors | {name: _zeros(*mapped.shape(reference[name])) for name in HEAD_NORMS if name in reference}
-
-
-def _zero_mlp(mapped: MappedModel, layer: LazyTensors, after: LayerSizes) -> dict[str, LazyTensor]:
-    reference = _layer_with(mapped, DOWN)
-    rows = {part: after.mlp for part in (GATE, UP) if f"{part}.weight" in reference}
-    return _zero_sublayer(mapped, layer, rows, DOWN)
-
-
-def _zero_sublayer(mapped: MappedModel, layer: LazyTensors, rows: dict[str, int], last: str) -> dict[str, LazyTensor]:
-    """A sub-layer of zeros: parts with so many rows each, and the last matrix, with biases where other layers have."""
-    reference = _layer_with(mapped, last)
-    tensors = {f"{part}.weight": _zeros(n, mapped.hidden) for part, n in rows.items()}
-    tensors |= {f"{part}.bias": _zeros(n) for part, n in rows.items() if f"{part}.bias" in reference}
-    tensors[f"{last}.weight"] = _zeros(mapped.hidden, next(iter(rows.values())))
-    if f"{last}.bias" in reference and f"{last}.bias" not in layer:
-        tensors[f"{last}.bias"] = _zeros(mapped.hidden)
-    return tensors
-
-
-def _layer_with(mapped: MappedModel, part: str) -> LazyTensors:
-    """A layer that has the part: which norms and biases the others have, too."""
-    return next(layer for layer in mapped.layers if f"{part}.weight" in layer)
+    One that the layer skips becomes one of zeros, with the biases and norms that other layers have.
+    """
+    rows = {f"{part}.{kind}": grid for kind in KINDS for part, grid in grids.items()}
+    read = next(iter(grids.values()))
+    if f"{last}.weight" in layer:
+        grown = {name: _grown(layer[name], 0, *grid) for name, grid in rows.items() if name in layer}
+        return grown | {f"{last}.weight": _grown(layer[f"{last}.weight"], 1, *read)}
+    other = next(each for each in mapped.layers if f"{last}.weight" in each)
+    widths = {name: prod(wide) for name, (_, wide) in rows.items() if name in other}
+    zeros = {name: _zeros(width, *mapped.shape(other[name])[1:]) for name, width in widths.items()}
+    zeros[f"{last}.weight"] = _zeros(mapped.hidden, prod(read[1]))
+    if f"{last}.bias" in other and f"{last}.bias" not in layer:
+        zeros[f"{last}.bias"] = _zeros(mapped.hidden)
+    norms = HEAD_NORMS if last == OUTPUT else ()
+    return zeros | {name: _zeros(*mapped.shape(other[name])) for name in norms if name in other}
 
 
 def _zeros(*shape: int) -> LazyTensor:
     return lambda fetch: torch.zeros(shape)
 
 
-def _grown(tensor: LazyTensor, dim: int, grid: tuple[int, ...], wide: tuple[int, ...]) -> LazyTensor:
+def _grown(tensor: LazyTensor, dim: int, grid: Grid, wide: Grid) -> LazyTensor:
     """A tensor whose dimension, seen as a grid, is put into the first corner of a wider grid of zeros."""
 
     def grow(fetch: Fetch) -> Tensor:

@@ -9,9 +9,7 @@ from secateur.discovery.rules.registry import aten, rule
 from secateur.discovery.rules.state import Dims, Inference
 
 
-@rule(
-    *aten("zeros ones full empty scalar_tensor new_ones new_zeros new_full new_empty empty_permuted rand randn"),
-)
+@rule(*aten("zeros ones full empty scalar_tensor new_ones new_zeros new_full new_empty empty_permuted rand randn"))
 def filled(state: Inference, node: Node) -> Sequence[Dims]:
     """The same value (or a random one) at every position, so nothing ties its dimensions."""
     return [state.new_dims(state.output_shape(node))]
