@@ -81,7 +81,7 @@ def _missed(planned: Plan) -> Iterator[str]:
         if abs(removed - ratio) > NEAR:
             yield (
                 f"the nearest that whole units allow: {removed:.2%} of {of}, for the {ratio:.2%} asked for. "
-                "More axes or layers, or --shape free, may come nearer"
+                "More axes or layers, or --shape per-layer, may come nearer"
             )
 
 
