@@ -155,7 +155,7 @@ def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:
     choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
     if reads and choices:
         text += f" [choices: {', '.join(map(str, choices))}]"
-    if default in (None, MISSING, "", (), False):
+    if default in (None, MISSING, "", ()) or default is False:
         return text
     if isinstance(default, tuple):
         default = ",".join(map(str, default))

@@ -29,7 +29,7 @@ class CalibrationOptions:
     length: int = 256
     """Tokens per window."""
     seed: int = 0
-    """Of the choice of windows, and of the text that the model generates."""
+    """Seed of the choice of windows, and of the text that the model generates."""
     column: str = COLUMN
     """The field of a document that holds its text; with chat, `messages` comes before `text`."""
     chat: bool = False

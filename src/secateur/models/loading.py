@@ -40,10 +40,10 @@ class LoadOptions:
     """How to load a model: see `load`."""
 
     dtype: str = "auto"
-    """Of the weights: auto (the checkpoint's own), float32, bfloat16, float16 or float64."""
+    """Dtype of the weights: auto (the checkpoint's own), float32, bfloat16, float16 or float64."""
 
     device: str = "auto"
-    """Where they lie: auto (the GPU if there is one), cpu, cuda, cuda:N or balanced (over all GPUs)."""
+    """Device of the weights: auto (the GPU if there is one), cpu, cuda, cuda:N or balanced (over all GPUs)."""
 
     trust_remote_code: bool = False
     """Run Python files that come with a model. They can do anything on this machine: read them first."""
