@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 # Each worker has one thread, or they would fight over the cores. Each starts with half of the tests in their order, so
 # that what a file's tests share is made once, and takes from the other's half when its own is done.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rs
 
 # A warning fails the build (not with --quiet, which hides warnings from --strict); the theme announces its successor at
 # every build unless told not to.
