@@ -59,7 +59,6 @@ from secateur.progress import peak_rss
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import Repaired, repair
-from secateur.pruning.sensitivity import damage_curves
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.statistics import load_statistics, save_statistics
 
@@ -97,7 +96,6 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, uniform": Row("ablation: no allocation, the same share of every layer", replace(best, shape="uniform")),
         "fast": Row("the same on less text", best, preset="fast"),
         "best, no repair": Row("ablation", replace(best, repair="none", choose="score")),
-        "best, sensitivity": Row("sizes by measured damage instead", replace(best, scope="sensitivity")),
         "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two iterations": Row("plan, cut, repair, score again", replace(best, iterations=2)),
@@ -203,10 +201,7 @@ def cut(
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
     if row.standardise:
         scores = standardised(scores, discovery)
-    damage = None
-    if options.scope == "sensitivity":
-        damage = damage_curves(model, discovery, groups, scores, windows)
-    decided = plan(discovery, options, config=model.config, scores=scores, damage=damage)
+    decided = plan(discovery, options, config=model.config, scores=scores)
     repaired = None
     if options.repairs:
         repaired = repair(

@@ -27,7 +27,6 @@ LABELS = {
     "best, longer windows": "`best --samples 128 --length 512`",
     "best, in order": "`best --shuffled 0`",
     "best, score chooses": "`best`, units by score (no choice while repairing)",
-    "best, sensitivity": "`best --scope sensitivity`",
     "best, reconstruct": "`best --repair reconstruct`",
     "best, sublayers": "`best --sublayers`",
     "best, two iterations": "`best --iterations 2`",

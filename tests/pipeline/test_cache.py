@@ -27,7 +27,6 @@ OPTIONS = CutOptions(iterations=3, ratio=0.4)
 SCORES = Scores("fisher", "sum", {"mlp": torch.tensor([1.0, 2.0])}, calibration="a0", loss=2.5)
 PLAN = Plan("tiny", OPTIONS, (PlannedGroup("mlp", "mlp", 0, 2, 1, (1,)),), {"dense": 8}, {"dense": 8})
 WEIGHTS = {"w": torch.arange(3.0)}
-DAMAGE = {"mlp": ((1, 0.25), (2, 0.0))}
 OTHER_TEXTS: list[dict[str, Any]] = [
     {"seed": 1},
     {"samples": 5},
@@ -49,8 +48,7 @@ def same(one: Any, other: Any) -> bool:
 
 def loaded(cache: Cache) -> list[object]:
     """All that a cache can give."""
-    stages = (cache.load_scores(1), cache.load_damage(SCORES), cache.load_repair(PLAN), cache.load_iteration(OPTIONS))
-    return [*stages, cache.load_windows()]
+    return [cache.load_scores(1), cache.load_repair(PLAN), cache.load_iteration(OPTIONS), cache.load_windows()]
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +62,10 @@ class TestCache:
     def test_without_a_folder_nothing_is_kept(self) -> None:
         cache = Cache(None)
         cache.save_scores(1, SCORES)
-        cache.save_damage(SCORES, DAMAGE)
         cache.save_repair(PLAN, REPAIRED)
         cache.save_iteration(OPTIONS, Iteration(1, PLAN, WEIGHTS))
         cache.save_windows(torch.ones(2, 3, dtype=torch.int64))
-        assert loaded(cache) == [None] * 5
+        assert loaded(cache) == [None] * 4
         assert cache.layers(1) is None
         assert not cache.begun
 
@@ -80,13 +77,6 @@ class TestCache:
         cache.save_scores(2, later)
         assert same((cache.load_scores(1), cache.load_scores(2), cache.load_scores(3)), (SCORES, later, None))
         assert top(tmp_path) == ["scores-1.safetensors", "scores-2.safetensors"]  # layers are in the scores now
-
-    def test_damage_by_scores(self, tmp_path: Path) -> None:
-        cache = Cache(tmp_path)
-        cache.save_damage(SCORES, DAMAGE)
-        assert cache.load_damage(SCORES) == DAMAGE
-        for change in ({"score": "l2"}, {"calibration": None}, {"units": {"mlp": torch.tensor([1.0, 3.0])}}):
-            assert cache.load_damage(replace(SCORES, **change)) is None
 
     def test_repair_by_plan(self, tmp_path: Path) -> None:
         cache = Cache(tmp_path)
@@ -121,7 +111,7 @@ class TestCache:
         for name in ("scores-1", "repaired", "iteration", "windows"):
             save_file({"hidden": torch.ones(2)}, tmp_path / f"{name}.safetensors", {METADATA_KEY: about})
         (tmp_path / "damage.json").write_text(about)
-        assert loaded(cache) == [None] * 5
+        assert loaded(cache) == [None] * 4
 
     @pytest.mark.parametrize(
         ("file", "begun"),
@@ -216,7 +206,7 @@ class TestRunKey:
 
     @pytest.mark.parametrize(
         "change",
-        [{"ratio": 0.4}, {"target": 50_000}, {"scope": "sensitivity"}, {"shape": "uniform"}, {"iterations": 2}],
+        [{"ratio": 0.4}, {"target": 50_000}, {"scope": "local"}, {"shape": "uniform"}, {"iterations": 2}],
     )
     def test_budgets_do_not_change_it(self, change: dict[str, Any]) -> None:
         assert self.key(cut=change) == self.key()

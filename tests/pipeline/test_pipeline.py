@@ -45,7 +45,6 @@ def windows() -> Tensor:
     [
         ({}, ["score", "repair", "cut"]),
         ({"score": "l2", "repair": "none"}, ["score", "cut"]),
-        ({"scope": "sensitivity", "repair": "none", "choose": "score"}, ["score", "measure damage", "cut"]),
         ({"repair": "reconstruct", "score": "l2"}, ["score", "repair", "cut", "reconstruct"]),
         (
             {"iterations": 2, "score": "param_first", "ratio": 0.4},

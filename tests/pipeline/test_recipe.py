@@ -38,7 +38,7 @@ def cut_options(draw: st.DrawFn) -> CutOptions:
         "score": st.sampled_from(sorted(SCORES)),
         "reduce": st.sampled_from(["auto", *REDUCTIONS]),
         "choose": st.sampled_from(["auto", "score", "obs"]),
-        "scope": st.sampled_from(["auto", "local", "global", "sensitivity"]),
+        "scope": st.sampled_from(["auto", "local", "global"]),
         "layers": RANGES,
         "schedule": st.tuples(SHARES, st.floats(0.1, 4)),
         "min_keep": SHARES,

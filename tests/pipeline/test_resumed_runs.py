@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 import secateur.cli.main
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import DataError, DiskError
-from secateur.pipeline.run import plan_model
 from secateur.planning.plan import Plan, read_plan
 from secateur.pruning.repair import repair
 from secateur.scoring.passes.recomputation import LayerCache, ModuleCall
@@ -34,7 +33,6 @@ from small_runs import (
     never,
     prune,
     raiser,
-    small,
     top,
     weights,
     write_inputs,
@@ -120,20 +118,6 @@ class TestSameAsUndisturbed:
         resumed = prune(resume=True)
         assert ("repair" in resumed.seconds) == (stage == "repair")
         assert (weights("here/out"), resumed.plan, top(place)) == (*whole, ["out"])
-
-    def test_measured_damage_is_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        choices: dict[str, Any] = {"cut": {"scope": "sensitivity", "ratio": 0.3}}
-        undisturbed = prune(**choices, out="here/whole")
-        assert "measure damage" in undisturbed.seconds
-        interrupt(SAVING, **choices)
-        monkeypatch.setattr(f"{STAGES}.damage_curves", never("measured again"))
-        assert prune(resume=True, **choices).plan == undisturbed.plan
-        assert weights("here/out") == weights("here/whole")
-        monkeypatch.undo()
-        planned = plan_model(small(**choices))
-        assert [(group.name, group.kept) for group in planned.groups] == [
-            (group.name, group.kept) for group in undisturbed.plan.groups
-        ]
 
     def test_what_the_model_wrote_is_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         own = CalibrationOptions("self", samples=4, length=16)

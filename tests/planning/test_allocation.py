@@ -1,9 +1,8 @@
-"""Sizes by one ranking of all units, or by measured damage: budgets, floors, widths, shapes."""
+"""Sizes by one ranking of all units: budgets, floors, widths, shapes."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -12,13 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from families import family_config, family_model
-from secateur import CutOptions, discover, plan, score
+from families import family_config
+from secateur import CutOptions, discover, plan
 from secateur.discovery.counting import count_macs, count_parameters
-from secateur.discovery.groups import Discovery, Group
+from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
-from secateur.planning.allocation import DamageCurve, SizeRules, damage_at, knapsack_by_damage
-from secateur.planning.budget import COUNTERS, Budget
+from secateur.planning.budget import COUNTERS
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import BudgetName
 from secateur.planning.plan import Plan
@@ -160,66 +158,6 @@ def test_a_budget_of_time_is_met_by_the_table(discovery: Discovery) -> None:
     assert table.seconds(discovery, decided.sizes.sizes) == pytest.approx(0.7, abs=0.005)
     with pytest.raises(PlanError, match="needs a latency table"):
         plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0))
-
-
-# --- by measured damage -----------------------------------------------------------------------------------------------
-
-CURVE = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(
-    lambda drops: ((2, drops[0] + drops[1]), (5, drops[1]), (8, 0.0))
-)
-
-
-@given(st.lists(CURVE, min_size=1, max_size=4), st.lists(st.integers(1, 5), min_size=4, max_size=4), st.floats(0, 1))
-@settings(deadline=None, max_examples=100)
-def test_no_other_sizes_do_less_damage(curves: list[DamageCurve], sizes: list[int], share: float) -> None:
-    groups = [Group(str(i), "mlp", i, 8, ()) for i in range(len(curves))]
-    by_name = {str(i): curve for i, curve in enumerate(curves)}
-
-    def count(kept: dict[str, int]) -> int:
-        return sum(size * kept.get(str(i), 8) for i, size in zip(range(len(curves)), sizes, strict=False))
-
-    wanted = round(count(dict.fromkeys(by_name, 1)) + share * (count({}) - count(dict.fromkeys(by_name, 1))))
-    kept = knapsack_by_damage([groups], by_name, Budget(count, wanted), SizeRules(False, 0.0, lambda group: 1))
-    damage = sum(damage_at(by_name[name], units) for name, units in kept.items())
-    assert abs(count(kept) - wanted) <= max(sizes)
-    saves_as_much = [
-        sum(damage_at(by_name[name], units) for name, units in zip(by_name, other, strict=True))
-        for other in itertools.product(range(1, 9), repeat=len(curves))
-        if count(dict(zip(by_name, other, strict=True))) <= min(count(kept), wanted)
-    ]
-    if saves_as_much and count(kept) <= wanted:
-        assert damage <= min(saves_as_much) + 1e-9
-
-
-@pytest.mark.parametrize("shape", ["per-layer", "uniform"])
-@pytest.mark.parametrize("of", ["non-embedding", "macs"])
-def test_a_plan_by_measured_damage_meets_the_budget(shape: Any, of: Any) -> None:
-    config = family_config("llama", hidden_size=120, intermediate_size=800, num_hidden_layers=4)
-    discovery = discover(config)
-    model = family_model(config, dtype=torch.float32)
-    scores = score(model, discovery=discovery, name="l2")
-    generator = torch.Generator().manual_seed(1)
-    curves = {}
-    for group in discovery.groups:
-        harm = float(torch.rand((), generator=generator)) * (50 if group.layer == 0 else 1)
-        curves[group.name] = ((group.units // 4, harm), (group.units // 2, harm / 3), (group.units, 0.0))
-    options = CutOptions(ratio=0.3, of=of, scope="sensitivity", shape=shape, score="l2", min_keep=0.1)
-    decided = plan(discovery, options, config=config, scores=scores, damage=curves)
-    if of == "non-embedding":
-        whole = count_parameters(discovery, embeddings=False)
-        assert 1 - decided.parameters["pruned_non_embedding"] / whole == pytest.approx(0.3, abs=0.005)
-    else:
-        assert 1 - decided.macs["pruned"] / decided.macs["dense"] == pytest.approx(0.3, abs=0.005)
-    kept = {group.name: group.kept for group in decided.groups}
-    if shape == "uniform":
-        assert decided.settings is not None
-        assert len({kept.get(f"layers.{i}.mlp") for i in range(4)}) == 1
-    else:
-        assert kept.get("layers.0.mlp", 800) > max(kept.get(f"layers.{i}.mlp", 800) for i in range(1, 4))
-    with pytest.raises(PlanError, match="needs the damage of cuts"):
-        plan(discovery, options, config=config, scores=scores)
-    rounded = plan(discovery, replace(options, round_to=32), config=config, scores=scores, damage=curves)
-    assert all(group.kept % 32 == 0 for group in rounded.groups if group.kind == "mlp")
 
 
 def test_every_budget_that_the_options_offer_has_a_counter() -> None:

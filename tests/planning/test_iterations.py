@@ -62,16 +62,14 @@ def test_no_iterations() -> None:
         CutOptions(ratio=0.2, iterations=0, scope="local", shape="uniform")
 
 
-def test_iterations_measure_anew() -> None:
+def test_iterations_score_anew() -> None:
     model = family_model(family_config("llama"), dtype=torch.float32)
-    options = CutOptions(
-        ratio=0.2, axes=("mlp",), scope="sensitivity", score="l2", repair="none", choose="score", iterations=2
-    )
+    options = CutOptions(ratio=0.2, axes=("mlp",), score="l2", repair="none", choose="score", iterations=2)
     bars: list[str] = []
     smaller, decided = cut_in_memory(model, discover(model), options, WINDOWS, bars)
     assert bars == [
-        *("score, iteration 1", "measure damage, iteration 1", "cut, iteration 1"),
-        *("score, iteration 2", "measure damage, iteration 2", "cut, iteration 2"),
+        *("score, iteration 1", "cut, iteration 1"),
+        *("score, iteration 2", "cut, iteration 2"),
     ]
     assert decided.parameters["pruned"] == sum(parameter.numel() for parameter in smaller.parameters())
 

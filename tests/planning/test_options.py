@@ -103,14 +103,13 @@ def test_scores_and_reductions_are_checked() -> None:
     [
         (
             {"scope": "globel"},
-            r"scope='globel' is unknown\. Known: auto, local, global, sensitivity\. Did you mean global\?",
+            r"scope='globel' is unknown\. Known: auto, local, global\. Did you mean global\?",
         ),
         ({"shape": "round"}, "shape='round'"),
         ({"repair": "glue"}, "repair='glue'"),
         ({"choose": "dice"}, "choose='dice'"),
         ({"min_keep": 1.0}, "min_keep=1 is outside"),
         ({"scope": "global", "of": "units"}, "use scope=local"),
-        ({"scope": "sensitivity", "axes": ("layers",)}, "axes=layers needs scope=local"),
     ],
 )
 def test_refusals(given: dict[str, Any], said: str) -> None:

@@ -26,7 +26,6 @@ from secateur.files import atomic_folder, make_folder, read_json, read_tensors, 
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.pipeline.recipe import PruneRecipe
-from secateur.planning.allocation import DamageCurve
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan_from_json
 from secateur.pruning.repair import Repaired
@@ -81,27 +80,6 @@ class Cache:
         if self._target is not None:
             save_scores(self._target / f"scores-{iteration}.safetensors", scores)
             shutil.rmtree(self._target / f"layers-{iteration}", ignore_errors=True)
-
-    def load_damage(self, scores: Scores) -> dict[str, DamageCurve] | None:
-        """The damage curves that were measured with these scores."""
-
-        def read(folder: Path) -> dict[str, DamageCurve] | None:
-            data = read_json(folder / "damage.json")
-            return (
-                None
-                if data["scores"] != _id(scores)
-                else {
-                    str(name): tuple((int(kept), float(damage)) for kept, damage in points)
-                    for name, points in data["damage"].items()
-                }
-            )
-
-        return _by_all(self._read(read))
-
-    def save_damage(self, scores: Scores, damage: Mapping[str, DamageCurve]) -> None:
-        """Keep the damage curves."""
-        if self._target is not None:
-            write_json(self._target / "damage.json", {"scores": _id(scores), "damage": dict(damage)})
 
     def load_repair(self, plan: Plan) -> Repaired | None:
         """The repaired weights of a plan."""
@@ -248,10 +226,6 @@ def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) ->
     """What statistics depend on."""
     states = [_stamp(resolve(model).path or model), _stamp(calibration.text)]
     return [*states, asdict(calibration), asdict(loading), __version__, torch.__version__]
-
-
-def _id(scores: Scores) -> str:
-    return _hash([scores.score, scores.calibration, [[n, x.tolist()] for n, x in sorted(scores.units.items())]])
 
 
 def _hash(about: Any) -> str:

@@ -37,7 +37,6 @@ from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
 from secateur.pipeline.cache import Cache, Iteration, StatisticsFolder
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
-from secateur.planning.allocation import DamageCurve
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions, check_score, settled
@@ -48,7 +47,6 @@ from secateur.pruning.closed_form import REPAIRS
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
-from secateur.pruning.sensitivity import damage_curves
 from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
@@ -217,18 +215,6 @@ class Pipeline:
         self.cache.save_scores(at.number, found)
         return found
 
-    def damage(self, at: Position, scores: Scores) -> dict[str, DamageCurve] | None:
-        """6. The damage of cutting each group to a few sizes, where the budget is shared by it."""
-        if at.options.scope != "sensitivity":
-            return None
-        found = self.cache.load_damage(scores)
-        if found is None:
-            windows, model = self.windows(), at.model or self.model
-            with self.clock.stage(self._title("measure damage", at)) as progress:
-                found = damage_curves(model, at.discovery, at.groups, scores, windows, progress=progress)
-            self.cache.save_damage(scores, found)
-        return found
-
     def sizes(self, at: Position) -> Plan:
         """What the cut leaves, before anything is scored: how many units, not which."""
         return self.given or plan(
@@ -245,7 +231,7 @@ class Pipeline:
         check_saveable(decided, config=self.config, discovery=self.discovery, trust_remote_code=self.trust)
 
     def plan(self, at: Position) -> Plan:
-        """7. Which units stay, by scores and budget."""
+        """6. Which units stay, by scores and budget."""
         if self.given is not None:
             return self.given
         scores = self.scores(at)
@@ -255,13 +241,12 @@ class Pipeline:
             config=self.config if at.model is None else at.model.config,
             scores=scores,
             latency=self.latency(at),
-            damage=self.damage(at, scores),
             fixed_sizes=at.fixed_sizes,
             trust_remote_code=self.trust,
         )
 
     def repair(self, at: Position, decided: Plan) -> tuple[Plan, Mapping[str, Tensor]]:
-        """8. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
+        """7. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
         if not at.options.repairs:
             return decided, {}
         found = self.cache.load_repair(decided)
@@ -278,7 +263,7 @@ class Pipeline:
     def prune(
         self, at: Position, decided: Plan, weights: Mapping[str, Tensor], room: Path | None = None
     ) -> PreTrainedModel:
-        """9. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
+        """8. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
         model = at.model or self.model
         with self.clock.stage(self._title("cut", at)):
             large = bytes_of(model) > IN_MEMORY * psutil.virtual_memory().available
@@ -286,7 +271,7 @@ class Pipeline:
 
     @property
     def iterations(self) -> int:
-        """How often stages 4 to 9 run."""
+        """How often stages 4 to 8 run."""
         return 1 if self.given is not None else self.options.iterations
 
     def decide(self) -> Decision:
@@ -302,7 +287,7 @@ class Pipeline:
         """Repair and prune as decided: the smaller model, and the plan of the dense model that leads to it."""
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
         if REPAIRS[self.options.repair].trains_layers:
-            # 10. Reconstruction: each layer is trained to give what the dense one gives.
+            # 9. Reconstruction: each layer is trained to give what the dense one gives.
             windows, model = self.windows(), self.model
             with self.clock.stage("reconstruct") as progress:
                 reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
@@ -333,7 +318,7 @@ class Pipeline:
         return self._position(kept.number + 1, discover(smaller), smaller), kept.plan
 
     def save(self, pruned: PreTrainedModel, decided: Plan, out: Path, run: RunOptions) -> None:
-        """11. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""
+        """10. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""
         with self.clock.stage("save"):
             unplaced = unplaced_in(self.name, self.loading)
             record = make_record(

@@ -1,14 +1,10 @@
-"""Scores or measured damage, and a budget -> how many units each group keeps.
+"""Scores and a budget -> how many units each group keeps.
 
-Two methods, both of the knapsack problem:
+One ranking of all units by their score per unit of budget (parameters, MACs, bytes or time). The lowest are removed
+first wherever they are, so heads, channels and experts of all layers compete, and important layers keep their units
+without being named.
 
-- `greedy_by_score`: one ranking of all units by their score per unit of budget (parameters, MACs, bytes or time). The
-  lowest are removed first wherever they are, so heads, channels and experts of all layers compete, and important layers
-  keep their units without being named.
-- `knapsack_by_damage`: each group was cut to a few sizes and the damage measured (see `pruning.sensitivity`). Dynamic
-  programming finds the sizes with the least damage in sum (multiple-choice knapsack).
-
-Names of tensors end in their axes: U units, M groups that share a size, B bins of budget.
+Names of tensors end in their axes: U units, M groups that share a size.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,10 +19,6 @@ from torch import Tensor
 from secateur.discovery.groups import Group
 from secateur.errors import PlanError
 from secateur.planning.budget import Budget, Sizes
-
-DamageCurve = tuple[tuple[int, float], ...]  # units kept, ascending to all of them, and the damage in nats per token
-MOST_BINS = 8192  # of the budget that is to be saved: smaller ones are solved exactly
-MOST_SIZES = 64  # of a group, that the dynamic program chooses from
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +44,6 @@ class SizeRules:
         least = max(group.least for group in members)
         units = members[0].units
         return min(max(least, math.ceil(self.min_keep * units)), units) if least else 0
-
-
-# --- by score ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,140 +118,3 @@ def _cut_ranking(ranked: Sequence[_RankedGroups], budget: Budget, settled: Sizes
         return kept
 
     return budget.bisect(sizes_at, len(ratios_U))
-
-
-# --- by measured damage -----------------------------------------------------------------------------------------------
-
-
-def damage_at(curve: DamageCurve, kept: int) -> float:
-    """The damage of keeping so many units: between the sizes measured, its square root is interpolated linearly.
-
-    Small cuts do damage in proportion to their square, as any loss does near its minimum.
-
-    >>> curve = ((0, 1.0), (10, 0.0))
-    >>> damage_at(curve, 5), damage_at(curve, 10)
-    (0.25, 0.0)
-    """
-    for (low, first), (high, last) in pairwise(curve):
-        if kept <= high:  # below the fewest that were measured, the line goes on
-            share = (kept - low) / (high - low)
-            return float(math.sqrt(first) + (math.sqrt(last) - math.sqrt(first)) * share) ** 2
-    return 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _SizeChoice:
-    """Groups that keep equally many units, and the sizes that the dynamic program chooses from."""
-
-    groups: tuple[Group, ...]
-    kept: tuple[int, ...]  # descending from all
-    damage: tuple[float, ...]
-    saved: tuple[int, ...]  # of the budget
-
-    def sizes(self, kept: int) -> Sizes:
-        """All groups with so many units."""
-        return dict.fromkeys([group.name for group in self.groups], kept)
-
-
-def knapsack_by_damage(
-    axes: Sequence[Sequence[Group]], curves: Mapping[str, DamageCurve], budget: Budget, rules: SizeRules
-) -> Sizes:
-    """Units kept by group: of all sizes that bring the count to the target, those with the least damage in sum.
-
-    Exact up to `MOST_BINS` steps of what is saved and `MOST_SIZES` sizes of a group. What is then left of the budget
-    is spent unit by unit where it lowers the damage most.
-
-    >>> groups = [Group("a", "mlp", 0, 4, ()), Group("b", "mlp", 1, 4, ())]
-    >>> curves = {"a": ((1, 0.9), (4, 0.0)), "b": ((1, 9.0), (4, 0.0))}
-    >>> budget = Budget(lambda kept: sum(kept.get(name, 4) for name in "ab"), target=5)
-    >>> knapsack_by_damage([groups], curves, budget, SizeRules(False, 0.0, lambda group: 1))
-    {'a': 1, 'b': 4}
-    """
-    choices = [_size_choice(members, curves, budget, rules) for axis in axes for members in rules.sharing_size(axis)]
-    needed = max(budget.count({}) - budget.target, 0)
-    picked = _solve_knapsack(choices, needed)
-    kept: Sizes = {}
-    for choice, number in zip(choices, picked, strict=True):
-        kept |= choice.sizes(choice.kept[number])
-    return _spend_rest(kept, choices, curves, budget, rules)
-
-
-def _size_choice(
-    members: Sequence[Group], curves: Mapping[str, DamageCurve], budget: Budget, rules: SizeRules
-) -> _SizeChoice:
-    units, multiple = members[0].units, rules.multiple_of(members[0])
-    step = max(1, -(-units // MOST_SIZES)) if multiple == 1 else multiple
-    widest = units if multiple == 1 else (units - 1) // multiple * multiple
-    sizes = [units, *(size for size in range(widest, rules.fewest(members) - 1, -step) if size < units)]
-    dense = budget.count({})
-    return _SizeChoice(
-        tuple(members),
-        tuple(sizes),
-        tuple(sum(damage_at(curves[group.name], size) for group in members) for size in sizes),
-        tuple(dense - budget.count({group.name: size for group in members}) for size in sizes),
-    )
-
-
-def _solve_knapsack(choices: Sequence[_SizeChoice], needed: int) -> list[int]:
-    """One size of each choice, by its number, so that `needed` of the budget is saved at the least damage."""
-    bin_width = max(1, -(-needed // MOST_BINS))
-    last = -(-needed // bin_width)  # the bin of "enough": what saves more counts as just that
-    best_B = torch.full((last + 1,), math.inf, dtype=torch.float64)  # the least damage that saves so many bins
-    best_B[0] = 0.0
-    taken = []  # of every choice: which size led to each bin, and from which bin
-    for choice in choices:
-        new_B, size_B = torch.full_like(best_B, math.inf), torch.zeros(last + 1, dtype=torch.int64)
-        from_B = torch.zeros(last + 1, dtype=torch.int64)
-        for number, (damage, saved) in enumerate(zip(choice.damage, choice.saved, strict=True)):
-            bins = min(saved // bin_width, last)
-            moved_B = torch.full_like(best_B, math.inf)
-            moved_B[bins:] = best_B[: last + 1 - bins] + damage
-            source_B = torch.arange(last + 1) - bins
-            lowest, at = best_B[last - bins :].min(0)
-            moved_B[last], source_B[last] = lowest + damage, last - bins + int(at)
-            better_B = moved_B < new_B
-            new_B, size_B = torch.where(better_B, moved_B, new_B), torch.where(better_B, number, size_B)
-            from_B = torch.where(better_B, source_B, from_B)
-        best_B = new_B
-        taken.append((size_B, from_B))
-    place = int(torch.nonzero(torch.isfinite(best_B)).max())
-    picked = []
-    for size_B, from_B in reversed(taken):
-        picked.append(int(size_B[place]))
-        place = int(from_B[place])
-    return picked[::-1]
-
-
-def _spend_rest(
-    kept: Sizes,
-    choices: Sequence[_SizeChoice],
-    curves: Mapping[str, DamageCurve],
-    budget: Budget,
-    rules: SizeRules,
-) -> Sizes:
-    """The same sizes, with single units added or taken as long as that brings the count nearer to the target.
-
-    A unit that would go past the target comes last: what goes beyond is not made up for by another's damage.
-    """
-    while True:
-        now = budget.count(kept)
-        gap = budget.target - now  # above zero: units can come back
-        moves: list[tuple[bool, float, int, Sizes]] = []
-        for choice in choices:
-            size = kept[choice.groups[0].name]
-            multiple = rules.multiple_of(choice.groups[0])
-            other = min(size + multiple, choice.kept[0]) if gap > 0 else size - multiple
-            if other == size or other < rules.fewest(choice.groups):
-                continue
-            if gap < 0 and size % multiple:
-                other = size // multiple * multiple
-            moved = kept | choice.sizes(other)
-            change = budget.count(moved) - now
-            if change and abs(gap - change) < abs(gap):
-                harm = sum(damage_at(curves[g.name], other) - damage_at(curves[g.name], size) for g in choice.groups)
-                moves.append((abs(change) > abs(gap), harm / abs(change), len(moves), moved))
-        if not moves:
-            return kept
-        past, _, _, kept = min(moves)
-        if past:
-            return kept

@@ -69,9 +69,9 @@ class CutOptions:
     choose: Literal["auto", "score", "obs"] = "auto"
     """Which units of a group go: those of the lowest score, or by optimal brain surgeon during repair.
     Auto: obs with the score fisher."""
-    scope: Literal["auto", "local", "global", "sensitivity"] = "auto"
-    """How the budget is shared: the same share of every group, one ranking of all units by score per parameter, or by
-    the measured damage of cutting each group. Auto: global; local for of=units, hidden, layers and a schedule."""
+    scope: Literal["auto", "local", "global"] = "auto"
+    """How the budget is shared: the same share of every group (local), or one ranking of all units by score per
+    parameter (global). Auto: global; local for of=units, hidden, layers and a schedule."""
     layers: tuple[float, float] | None = None
     """Cut only layers first <= i < last: numbers of layers, or shares of the depth such as 0.125:0.9375."""
     schedule: tuple[float, float] | None = None
@@ -131,7 +131,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "repair": ("auto", "none", "bias", "least-squares", "reconstruct"),
     "reduce": get_args(Reduction),
     "choose": ("auto", "score", "obs"),
-    "scope": ("auto", "local", "global", "sensitivity"),
+    "scope": ("auto", "local", "global"),
     "memory_dtype": tuple(ITEM_BYTES),
 }
 
@@ -187,10 +187,6 @@ def _check_together(options: CutOptions) -> None:
         raise PlanError(f"axes={','.join(options.axes)}: hidden and layers are cut alone, for example axes=hidden")
     if options.scope != "local" and options.of == "units":
         raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
-    if options.scope == "sensitivity" and alone:
-        raise PlanError(
-            f"scope=sensitivity weighs groups of single layers: axes={','.join(options.axes)} needs scope=local"
-        )
     if options.repair == "reconstruct" and alone:
         raise PlanError(
             f"repair=reconstruct fits every layer to the dense model's, which axes={','.join(options.axes)} changes: "

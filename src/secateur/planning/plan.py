@@ -23,7 +23,6 @@ from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import CheckpointError, PlanError
 from secateur.files import read_json
 from secateur.models.manifest import check_as_written
-from secateur.planning.allocation import DamageCurve
 from secateur.planning.budget import Sizes
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions, check_score
@@ -130,7 +129,6 @@ def plan(
     config: PreTrainedConfig | None = None,
     scores: Scores | None = None,
     latency: LatencyTable | None = None,
-    damage: Mapping[str, DamageCurve] | None = None,
     fixed_sizes: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -138,9 +136,8 @@ def plan(
 
     With a config, the settings that describe the result are found as well; where none can, the plan carries the
     reason. The custom code that a config names runs only with `trust_remote_code`. A budget of latency needs a latency
-    table; with scores, the scope `sensitivity` needs damage curves (`pruning.sensitivity.damage_curves`).
-    `fixed_sizes` are units kept by group that were decided before; groups that it does not name stay whole. Raises
-    `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
+    table. `fixed_sizes` are units kept by group that were decided before; groups that it does not name stay whole.
+    Raises `PlanError` when the budget cannot be met: nothing would be cut, or a group emptied.
 
     >>> from transformers import AutoConfig
     >>> from secateur.discovery.discover import discover_groups
@@ -153,7 +150,7 @@ def plan(
     """
     check_score(options)
     # 1. The groups that the options cut.
-    search = SizeSearch(discovery, groups_to_cut(discovery, options), options, scores, latency, damage)
+    search = SizeSearch(discovery, groups_to_cut(discovery, options), options, scores, latency)
     # 2. How many units each keeps: the candidate nearest to the budget that a stock config can say.
     candidates: Iterable[Sizes] = candidate_sizes(search)
     if fixed_sizes is not None:

@@ -3,7 +3,7 @@
 Without a ranking (scope `local`), every group gives the same share of its units. The budget `units` says that share;
 any other budget is met by searching for it. Groups of few units (heads, layers) are coarse: they lose whole units of a
 noticeable size, so they are rounded down and the wide groups (MLP channels, hidden width) settle the difference. With
-the scopes `global` and `sensitivity`, `allocation` decides instead.
+the scope `global`, `allocation` decides instead.
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ import torch
 
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
-from secateur.planning.allocation import (
-    DamageCurve,
-    SizeRules,
-    damage_at,
-    greedy_by_score,
-    knapsack_by_damage,
-)
+from secateur.planning.allocation import SizeRules, greedy_by_score
 from secateur.planning.budget import Budget, Sizes, counter
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions
@@ -43,7 +37,6 @@ class SizeSearch:
     options: CutOptions
     scores: Scores | None = None
     latency: LatencyTable | None = None
-    damage: Mapping[str, DamageCurve] | None = None
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -205,18 +198,14 @@ def _share_of_units(search: SizeSearch) -> Sizes:
 
 
 def _allocated(search: SizeSearch, scores: Scores) -> Sizes:
-    """Sizes by one ranking of all units, or by the damage that was measured."""
+    """Sizes by one ranking of all units."""
     options, axes = search.options, [*search.axes.values()]
 
     def multiple_of(group: Group) -> int:
         return search.multiple_of(group) if is_wide(group) else 1
 
     rules = SizeRules(options.shape == "uniform", options.min_keep, multiple_of)
-    if options.scope == "global":
-        return greedy_by_score(axes, scores.units, search.budget, rules, coarse=lambda group: not is_wide(group))
-    if search.damage is None:
-        raise PlanError("scope=sensitivity needs the damage of cuts: see secateur.pruning.sensitivity.damage_curves")
-    return knapsack_by_damage(axes, search.damage, search.budget, rules)
+    return greedy_by_score(axes, scores.units, search.budget, rules, coarse=lambda group: not is_wide(group))
 
 
 def _settle_widths(search: SizeSearch, wide: Sequence[Group], settled: Sizes) -> Sizes:
@@ -232,23 +221,15 @@ def _settle_widths(search: SizeSearch, wide: Sequence[Group], settled: Sizes) ->
 
 
 def rounding_cost(search: SizeSearch, kept: Mapping[str, int]) -> dict[str, Any]:
-    """What widths that are multiples cost, beside any widths: in nats where damage was measured, else in scores.
+    """What widths that are multiples cost, beside any widths: as the share of all scores that goes.
 
     Needs scores. Empty where widths are not rounded.
     """
     if search.options.round_to == 1:
         return {}
     any_widths = replace(search, options=replace(search.options, round_to=1))
-    cost, measure = _removed_scores, "share of all scores"
-    if search.damage is not None:
-        cost, measure = _damage, "nats per token"
     best = next(candidate_sizes(any_widths), {})
-    return {"rounding": {"measure": measure, "planned": cost(search, kept), "any_widths": cost(search, best)}}
-
-
-def _damage(search: SizeSearch, kept: Mapping[str, int]) -> float:
-    curves = search.damage or {}
-    return sum(damage_at(curves[group.name], kept.get(group.name, group.units)) for group in search.groups)
+    return {"rounding": {"planned": _removed_scores(search, kept), "any_widths": _removed_scores(search, best)}}
 
 
 def _removed_scores(search: SizeSearch, kept: Mapping[str, int]) -> float:

@@ -46,7 +46,7 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
     if (rounding := planned.scored.get("rounding")) is not None:
         yield (
             f"rounded to multiples of {planned.options.round_to}, the cut takes {rounding['planned']:.4g} "
-            f"{rounding['measure']}; with any widths, {rounding['any_widths']:.4g}"
+            f"share of all scores; with any widths, {rounding['any_widths']:.4g}"
         )
     if planned.settings is not None:
         short = {k: f"({len(v)} entries)" if isinstance(v, list) else str(v) for k, v in planned.settings.items()}
