@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from secateur.errors import did_you_mean
+from secateur.errors import SecateurError, did_you_mean, unknown
 
 T = TypeVar("T")
 Section = Callable[[type[Any], Mapping[str, Any], str], Any]  # a mapping where a dataclass is expected -> its value
@@ -91,6 +91,32 @@ def decode(kind: Any, data: Any, where: str = "", section: Section = build) -> A
     if origin is tuple:
         expected = "list" if arguments[-1] is ... else f"list of {len(arguments)}"
     raise ValueError(f"{_at(where)}{data!r:.60} is no {expected}{did_you_mean(str(data), choices)}")
+
+
+def check_choices(options: Any, error: type[SecateurError]) -> None:
+    """Raise an error for the first field of a dataclass that its `Literal` does not hold.
+
+    >>> from secateur.planning.options import CutOptions
+    >>> CutOptions(shape="unifrom")
+    Traceback (most recent call last):
+    secateur.errors.PlanError: shape='unifrom' is unknown. Expected auto, uniform or per-layer. Did you mean uniform?
+    """
+    for name, hint in get_type_hints(type(options)).items():
+        choices, value = literals(hint), getattr(options, name)
+        for each in value if isinstance(value, tuple) else [value]:
+            if choices and each is not None and each not in choices:
+                raise error(unknown(name, each, choices))
+
+
+def literals(hint: Any) -> list[str]:
+    """The choices of a `Literal`, of one that may be None, or of a tuple of them.
+
+    >>> literals(tuple[Literal["a", "b"], ...] | None)
+    ['a', 'b']
+    """
+    if get_origin(hint) is Literal:
+        return [*get_args(hint)]
+    return [choice for part in get_args(hint) for choice in literals(part)]
 
 
 def _number(data: Any) -> float | None:

@@ -88,3 +88,31 @@ def did_you_mean(name: str, names: Iterable[str], *, most: int = 1) -> str:
     """
     close = difflib.get_close_matches(name, list(names), n=most)
     return f". Did you mean {' or '.join(close)}?" if close else ""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The sentence about a name that is none of those known; `what` is the option that has it.
+
+    >>> unknown("axes", "mpl", ["attention", "mlp"])
+    "axes='mpl' is unknown. Expected attention or mlp. Did you mean mlp?"
+    """
+    *others, last = names = list(known)
+    expected = f"{', '.join(others)} or {last}" if others else last
+    return f"{what}={name!r} is unknown. Expected {expected}{did_you_mean(str(name), names)}"
+
+
+def check_known(error: type[SecateurError], what: str, name: str, known: Iterable[str]) -> None:
+    """Raise an error for a name that is none of those known."""
+    if name not in (names := list(known)):
+        raise error(unknown(what, name, names))
+
+
+def check_least(error: type[SecateurError], what: str, value: float | None, least: float, example: float) -> None:
+    """Raise an error for a number that is too small; None is none.
+
+    >>> check_least(DataError, "samples", 0, 1, 64)
+    Traceback (most recent call last):
+    secateur.errors.DataError: samples=0 is too small. Expected at least 1, for example samples=64
+    """
+    if value is not None and value < least:
+        raise error(f"{what}={value} is too small. Expected at least {least}, for example {what}={example}")

@@ -538,7 +538,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("prune", "packed", "out"),
     ),
     "quantised plan": ("'packed' is quantised .*--sizes-only", ("plan", "packed")),
-    "dtype": ("dtype 'int3' is unknown. Expected auto, float32", (*PRUNE, "--dtype", "int3")),
+    "dtype": ('Invalid value "int3" for --dtype. Choose from: "auto", "float32"', (*PRUNE, "--dtype", "int3")),
     "device": ("device 'abacus' is unknown. Expected auto, cpu", (*PRUNE, "--device", "abacus")),
     # calibration
     "no calibration file": (r"'no\.txt': no such file", (*PRUNE, "--calibration", "no.txt")),
@@ -694,7 +694,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "tiny"),
     ),
     "no limit": (
-        "limit=0: expected at least 1, for example 200",
+        "limit=0 is too small. Expected at least 1, for example limit=200",
         ("evaluate", "tiny", "--tasks", "piqa", "--tasks-data", "questions", "--limit", "0"),
     ),
     "questions of no task": (
@@ -707,17 +707,20 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         "llm-pruner@1: a window of 1 scores nothing",
         ("evaluate", "tiny", "--protocol", "llm-pruner@1"),
     ),
-    "no tokens": ("max_tokens=0: expected at least 1", ("evaluate", "tiny", "--max-tokens", "0")),
+    "no tokens": ("max_tokens=0 is too small. Expected at least 1", ("evaluate", "tiny", "--max-tokens", "0")),
     "profile letters": ("--seq-len 8;9: expected whole numbers", ("profile", "tiny", "--seq-len", "8;9")),
-    "profile no batch": ("batch_sizes=0: expected at least 1", ("profile", "sizes/config.json", "--batch", "0")),
+    "profile no batch": (
+        "batch_sizes=0 is too small. Expected at least 1",
+        ("profile", "sizes/config.json", "--batch", "0"),
+    ),
     "profile another plan": ("the plan cuts layers.3", ("profile", "tiny", "--plan", "deep.json", "--sizes-only")),
     "sweep letters": ("--ratios a:b: expected first:last:step", ("sweep", "tiny", "--ratios", "a:b")),
-    "sweep unknown": ("unknown score 'l3'", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
+    "sweep unknown": ("score='l3' is unknown", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
     "sweep in a file": (
         "plan.json is a file, and --run needs a folder for the run.s log",
         ("sweep", "tiny", "--ratios", "0.2", "--run", "plan.json"),
     ),
-    "profile nothing": ("seq_lens=0: expected at least 1", ("profile", "tiny", "--seq-len", "0")),
+    "profile nothing": ("seq_lens=0 is too small. Expected at least 1", ("profile", "tiny", "--seq-len", "0")),
     # comparing
     "compare with nothing": ("'./no-such': no such file", ("compare", "--port", "0", "tiny", "./no-such")),
     "compare, shard missing": ("shardless.*is missing", ("compare", "--port", "0", "tiny", "shardless")),

@@ -14,15 +14,15 @@ from secateur.errors import DataError
     ("changes", "match"),
     [
         ({"text": ""}, r"text='' names no text\. Expected demo, a file or a data set: CalibrationOptions\('demo'\)"),
-        ({"samples": 0}, r"samples=0 is too small\. Expected at least 1: CalibrationOptions\(samples=64\)"),
-        ({"length": 1}, r"length=1 is too small\. Expected at least 2: CalibrationOptions\(length=128\)"),
+        ({"samples": 0}, r"samples=0 is too small\. Expected at least 1, for example samples=64"),
+        ({"length": 1}, r"length=1 is too small\. Expected at least 2, for example length=128"),
         ({"column": ""}, r"column='' names no field\. .*CalibrationOptions\(column='text'\)"),
         (
             {"text": "self", "chat": True},
             r"chat=True are about documents, and 'self' is what .*: Cal.*Options\('self'\)",
         ),
         ({"text": "self", "column": "x"}, r"column='x' and chat=False are about documents"),
-        ({"seed": -1}, r"seed=-1 is too small\. Expected at least 0: CalibrationOptions\(seed=0\)"),
+        ({"seed": -1}, r"seed=-1 is too small\. Expected at least 0, for example seed=0"),
         ({"shuffled": -0.1}, r"shuffled=-0\.1 is no share of the windows .*: CalibrationOptions\(shuffled=0\.25\)"),
         ({"shuffled": 1.0}, r"shuffled=1 is no share .* Expected at least 0 and less than 1: "),
         ({"shuffled": float("nan")}, r"shuffled=nan is no share"),

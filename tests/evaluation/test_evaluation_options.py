@@ -15,10 +15,10 @@ from secateur.evaluation.options import EvaluationOptions, ProfileOptions
     ("options", "message"),
     [
         ({"protocols": ("gtpq@9",)}, r"protocol='gtpq@9' is unknown"),
-        ({"max_tokens": 0}, r"max_tokens=0: expected at least 1, for example 40000"),
-        ({"tasks": ("boolq",), "limit": 0}, r"limit=0: expected at least 1, for example 200"),
-        ({"tasks": ("boolq",), "batch_size": 0}, r"batch_size=0: expected at least 1"),
-        ({"new_tokens": 0}, r"new_tokens=0: expected at least 1"),
+        ({"max_tokens": 0}, r"max_tokens=0 is too small. Expected at least 1, for example max_tokens=40000"),
+        ({"tasks": ("boolq",), "limit": 0}, r"limit=0 is too small. Expected at least 1, for example limit=200"),
+        ({"tasks": ("boolq",), "batch_size": 0}, r"batch_size=0 is too small. Expected at least 1"),
+        ({"new_tokens": 0}, r"new_tokens=0 is too small. Expected at least 1"),
         ({"tasks_data": "questions"}, r"tasks_data=questions is about tasks, and none is named"),
         ({"batch_size": 8}, r"batch_size=8 is about tasks"),
     ],
@@ -32,7 +32,7 @@ def test_an_evaluation_of_nothing(options: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize("name", ["seq_lens", "batch_sizes", "new_tokens", "repeats"])
 def test_a_profile_of_nothing(name: str) -> None:
     nothing: Any = (4, 0) if name in ("seq_lens", "batch_sizes") else 0
-    with pytest.raises(SecateurError, match=f"{name}=0: expected at least 1"):
+    with pytest.raises(SecateurError, match=f"{name}=0 is too small. Expected at least 1"):
         ProfileOptions(**{name: nothing})
 
 

@@ -120,7 +120,7 @@ def test_sample_text_ends_at_the_end_of_text(
 
 
 def test_errors_of_sample_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"new_tokens=0: expected at least 1, for example 48"):
+    with pytest.raises(DataError, match=r"new_tokens=0 is too small. Expected at least 1, for example new_tokens=48"):
         sample_text(model, tokenizer, "w1", new_tokens=0)
     with pytest.raises(DataError, match=r"prompt='' has no tokens\. prompt='Once upon a time'"):
         sample_text(model, tokenizer, "")

@@ -243,7 +243,7 @@ def test_dropout_is_off_and_the_modes_of_all_modules_come_back(tokens: Tensor) -
             {"protocol": Protocol(2048)},
             r"wiki: 95 tokens are fewer than one window of 2048\. .* --protocol llm-pruner@95 or less",
         ),
-        ({"batch_size": 0}, r"batch_size=0: expected at least 1, for example 8"),
+        ({"batch_size": 0}, r"batch_size=0 is too small. Expected at least 1, for example batch_size=8"),
         ({"text": torch.zeros(1, 95).long()}, r"wiki: token_ids has shape \(1, 95\); expected one dimension\."),
         ({"text": torch.arange(98)}, r"wiki: token 97 is outside the model's vocabulary of 97\."),
         ({"text": torch.arange(-1, 97)}, r"wiki: token -1 is outside the model's vocabulary of 97\."),

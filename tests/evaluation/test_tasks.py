@@ -194,11 +194,13 @@ class TestRun:
 
     @pytest.mark.parametrize("limit", [0, -3])
     def test_a_limit_that_leaves_nothing(self, limit: int) -> None:
-        with pytest.raises(TaskError, match=rf"limit={limit}: expected at least 1, for example 200"):
+        with pytest.raises(TaskError, match=rf"limit={limit} is too small. Expected at least 1, for example limit=200"):
             zero_shot(None, None, [], limit=limit)  # type: ignore[arg-type]
 
     def test_a_batch_of_nothing(self) -> None:
-        with pytest.raises(DataError, match=r"batch_size=0: expected at least 1, for example 8"):
+        with pytest.raises(
+            DataError, match=r"batch_size=0 is too small. Expected at least 1, for example batch_size=8"
+        ):
             zero_shot(None, None, [], batch_size=0)  # type: ignore[arg-type]
 
 

@@ -62,7 +62,9 @@ def test_only_the_first_tokens_are_encoded() -> None:
     some = encode_text(tiny_tokenizer(), "An ordinary text.", max_tokens=4)
     assert len(some.ids_T) == len(some.byte_ends_T) == 4
     for encoder in (encode, encode_text):
-        with pytest.raises(DataError, match=r"max_tokens=0: expected at least 1, for example 40000"):
+        with pytest.raises(
+            DataError, match=r"max_tokens=0 is too small. Expected at least 1, for example max_tokens=40000"
+        ):
             encoder(tiny_tokenizer(), "a", max_tokens=0)
 
 

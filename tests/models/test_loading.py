@@ -67,7 +67,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("dtype", ["int8", "fp16", "nn", torch.int8])
     def test_an_unknown_dtype(self, dtype: str | torch.dtype, plain_folder: Path) -> None:
-        with fails(f"dtype {str(dtype)!r} is unknown. Expected auto, float32, bfloat16, float16, float64"):
+        with fails(f"dtype={str(dtype)!r} is unknown. Expected auto, float32, bfloat16, float16 or float64"):
             load(str(plain_folder), dtype=dtype)
 
     @pytest.mark.parametrize(

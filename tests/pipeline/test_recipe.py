@@ -180,7 +180,7 @@ class TestErrors:
             ("cut: {layers: [1]}", r"r\.yaml: cut: layers: \[1\] is no list of 2"),
             ("cut: {score: 3}", r"r\.yaml: cut: score: 3 is no str"),
             ("calibration: {samples: many}", r"r\.yaml: calibration: samples: 'many' is no int"),
-            ("loading: {dtype: 16}", r"r\.yaml: loading: dtype: 16 is no str"),
+            ("loading: {dtype: 16}", r"r\.yaml: loading: dtype: 16 is no auto or float32 or"),
             ("plan: 3", r"r\.yaml: plan: 3 is no str"),
         ],
     )

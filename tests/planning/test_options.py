@@ -29,7 +29,7 @@ def test_presets_depart_from_the_default() -> None:
     assert (paper.ratio, paper.of, paper.score, paper.repair) == (0.25, "units", "param_first", "none")
     assert paper.layer_range(32) == (4, 30)
     assert (text.samples, text.length, text.score_samples) == (10, 64, None)
-    with pytest.raises(PlanError, match=r"'bets' is unknown\. Known: best, fast, llm-pruner\. Did you mean best\?"):
+    with pytest.raises(PlanError, match=r"'bets' is unknown\. Expected best, fast or llm-pruner\. Did you mean best\?"):
         with_preset("bets")
 
 
@@ -103,7 +103,7 @@ def test_scores_and_reductions_are_checked() -> None:
     [
         (
             {"scope": "globel"},
-            r"scope='globel' is unknown\. Known: auto, local, global\. Did you mean global\?",
+            r"scope='globel' is unknown\. Expected auto, local or global\. Did you mean global\?",
         ),
         ({"shape": "round"}, "shape='round'"),
         ({"repair": "glue"}, "repair='glue'"),

@@ -179,7 +179,7 @@ def test_every_repair_that_the_options_offer_is_registered() -> None:
 
 def test_an_unknown_repair_is_refused() -> None:
     model, discovery, decided = planned("llama")
-    with pytest.raises(PlanError, match=r"repair='bais' is unknown\. Known: none, bias, .*Did you mean bias\?"):
+    with pytest.raises(PlanError, match=r"repair='bais' is unknown\. Expected none, bias, .*Did you mean bias\?"):
         repair(model, decided, discovery, WINDOWS, method="bais")
 
 

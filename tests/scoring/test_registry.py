@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from families import family_config, family_model
-from secateur import CutOptions, score
+from secateur import CutOptions, discover, score
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import check_score
-from secateur.scoring.registry import REDUCTIONS, SCORES, check_known, register_score
+from secateur.scoring.registry import SCORES, register_score
 from secateur.scoring.saliences import Salience
+from secateur.scoring.scores import scores_from
+from secateur.scoring.statistics import Statistics
 
 WINDOWS = torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(2))
 WITHOUT_PAPER = {"random", "layer_loss"}
@@ -76,15 +78,17 @@ def test_names_that_cannot_be_registered() -> None:
         register_score("l1")
     with pytest.raises(ScoreError, match="'my score' is no name"):
         register_score("my score")
-    with pytest.raises(ScoreError, match=r"unknown need of a score 'gradients'. Did you mean gradient\?"):
+    with pytest.raises(ScoreError, match=r"needs='gradients' is unknown.*Did you mean gradient\?"):
         register_score("mine", needs="gradients")  # type: ignore[arg-type]  # that is the error
 
 
 def test_unknown_names_get_a_suggestion(model: PreTrainedModel) -> None:
-    with pytest.raises(ScoreError, match=r"unknown score 'param_frist'. Did you mean param_first\? Known: random, l1"):
+    with pytest.raises(
+        ScoreError, match=r"score='param_frist' is unknown. Expected random, l1.* Did you mean param_first\?"
+    ):
         score(model, name="param_frist")
-    with pytest.raises(ScoreError, match=r"unknown reduction 'som'. Did you mean sum\? Known: sum, mean"):
-        check_known("som", REDUCTIONS, "reduction")
+    with pytest.raises(ScoreError, match=r"reduce='som' is unknown. Expected sum, mean.* Did you mean sum\?"):
+        scores_from(discover(model), Statistics({}), name="l1", reduce="som")
 
 
 def test_scores_of_other_kinds_of_groups_are_refused() -> None:

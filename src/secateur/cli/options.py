@@ -18,6 +18,7 @@ from docstring_parser import parse_from_object
 
 from secateur.cli.reading import comma_separated, count, layer_range, proportion, run_score_file
 from secateur.data.calibration import CalibrationOptions
+from secateur.decoding import literals
 from secateur.errors import RecipeError
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
@@ -152,9 +153,8 @@ def _as_option(hint: Any) -> Any:
 def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:
     """The help of an option, with its choices where the parser cannot know them, and its default."""
     default = each.default
-    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
-    if reads and choices:
-        text += f" [choices: {', '.join(map(str, choices))}]"
+    if reads and (choices := literals(hint)):
+        text += f" [choices: {', '.join(choices)}]"
     if default in (None, MISSING, "", ()) or default is False:
         return text
     if isinstance(default, tuple):

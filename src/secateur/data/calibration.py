@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from secateur.errors import DataError
+from secateur.errors import DataError, check_least
 
 DEMO = "demo"
 SELF = "self"
@@ -19,7 +19,7 @@ class CalibrationOptions:
 
     >>> CalibrationOptions(samples=0)
     Traceback (most recent call last):
-    secateur.errors.DataError: samples=0 is too small. Expected at least 1: CalibrationOptions(samples=64).
+    secateur.errors.DataError: samples=0 is too small. Expected at least 1, for example samples=64
     """
 
     text: str = DEMO
@@ -52,11 +52,8 @@ class CalibrationOptions:
             )
         # A window of one token predicts nothing.
         limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "score_samples": (1, 64)}
-        for name, (least, good) in limits.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                example = f"CalibrationOptions({name}={good})"
-                raise DataError(f"{name}={value} is too small. Expected at least {least}: {example}.")
+        for name, (least, example) in limits.items():
+            check_least(DataError, name, getattr(self, name), least, example)
         if self.shuffled is not None and not 0 <= self.shuffled < 1:
             raise DataError(
                 f"shuffled={self.shuffled:g} is no share of the windows that leaves some as they are. Expected at "

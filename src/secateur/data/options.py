@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from secateur.errors import DataError
+from secateur.decoding import check_choices
+from secateur.errors import DataError, check_least
 
 Template = Literal["auto", "alpaca", "chat"]
 LossOn = Literal["answers", "all"]
@@ -18,7 +19,7 @@ class DataOptions:
 
     >>> DataOptions(("alpaca.json",), loss_on="questions")
     Traceback (most recent call last):
-    secateur.errors.DataError: loss_on='questions' is unknown. Expected answers or all: DataOptions(loss_on='answers').
+    secateur.errors.DataError: loss_on='questions' is unknown. Expected answers or all
     """
 
     sources: tuple[str, ...]
@@ -54,19 +55,9 @@ class DataOptions:
     def __post_init__(self) -> None:
         if not self.sources or not all(name for name, _ in map(split_weight, self.sources)):
             raise DataError(f"sources={self.sources} names no data. Expected files or data sets: ('alpaca.json',).")
-        for name, value, choices in (
-            ("template", self.template, get_args(Template)),
-            ("loss_on", self.loss_on, get_args(LossOn)),
-        ):
-            if value not in choices:
-                *others, last = choices
-                expected = f"{', '.join(others)} or {last}"
-                raise DataError(
-                    f"{name}={value!r} is unknown. Expected {expected}: DataOptions({name}={choices[0]!r})."
-                )
-        for name, number, least, good in (("max_length", self.max_length, 2, 256), ("samples", self.samples, 1, 1000)):
-            if number is not None and number < least:
-                raise DataError(f"{name}={number} is too small. Expected at least {least}: DataOptions({name}={good}).")
+        check_choices(self, DataError)
+        check_least(DataError, "max_length", self.max_length, 2, 256)
+        check_least(DataError, "samples", self.samples, 1, 1000)
         if not 0 <= self.validation < 1:
             raise DataError(
                 f"validation={self.validation} is no fraction of the rows. Expected 0 (none) up to 1: "

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import DataError, ModelError
-from secateur.evaluation.options import check_count
+from secateur.errors import DataError, ModelError, check_least
 from secateur.evaluation.texts import decode, encode
 
 LOGITS_BYTES = 256 * 2**20  # of one batch; a single row may need more
@@ -128,7 +127,7 @@ def sample_text(
     settings. Ends after `new_tokens` tokens, or before the model's or the tokenizer's end-of-text token.
     Raises DataError if the prompt has no tokens or `new_tokens` is below 1.
     """
-    check_count("new_tokens", new_tokens, 48)
+    check_least(DataError, "new_tokens", new_tokens, 1, 48)
     prompt_T = encode(tokenizer, prompt)
     if not len(prompt_T):
         raise DataError(f"prompt={prompt!r} has no tokens. prompt='Once upon a time' has some.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secateur.errors import DataError, SecateurError, TaskError
+from secateur.errors import DataError, TaskError, check_least
 from secateur.evaluation.protocols import read_protocol
 
 
@@ -54,10 +54,10 @@ class EvaluationOptions:
             value = getattr(self, name)
             if value is not None and not self.tasks:
                 raise TaskError(f"{name}={value} is about tasks, and none is named. Expected --tasks zero-shot")
-        check_count("max_tokens", self.max_tokens, 40_000)
-        check_count("limit", self.limit, 200, TaskError)
-        check_count("batch_size", self.batch_size, 8)
-        check_count("new_tokens", self.new_tokens, 48)
+        check_least(DataError, "max_tokens", self.max_tokens, 1, 40_000)
+        check_least(TaskError, "limit", self.limit, 1, 200)
+        check_least(DataError, "batch_size", self.batch_size, 1, 8)
+        check_least(DataError, "new_tokens", self.new_tokens, 1, 48)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +87,12 @@ class ProfileOptions:
     """Seed of the random prompts."""
 
     def __post_init__(self) -> None:
-        check_count("seq_lens", min(self.seq_lens, default=0), 64)
-        check_count("batch_sizes", min(self.batch_sizes, default=0), 1)
-        check_count("new_tokens", self.new_tokens, 16)
-        check_count("repeats", self.repeats, 5)
+        check_least(DataError, "seq_lens", min(self.seq_lens, default=0), 1, 64)
+        check_least(DataError, "batch_sizes", min(self.batch_sizes, default=0), 1, 1)
+        check_least(DataError, "new_tokens", self.new_tokens, 1, 16)
+        check_least(DataError, "repeats", self.repeats, 1, 5)
 
     @property
     def grid(self) -> tuple[tuple[int, int], ...]:
         """All pairs of a length and a batch size, each once."""
         return tuple(dict.fromkeys((length, batch) for length in self.seq_lens for batch in self.batch_sizes))
-
-
-def check_count(name: str, value: int | None, example: int, error: type[SecateurError] = DataError) -> None:
-    """Raise an error for a count below 1; None is no limit."""
-    if value is not None and value < 1:
-        raise error(f"{name}={value}: expected at least 1, for example {example}")

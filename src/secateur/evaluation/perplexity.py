@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import DataError, SecateurError
+from secateur.errors import DataError, SecateurError, check_least
 from secateur.evaluation.inference import evaluation_mode, fitting_batch, input_device, position_errors, vocabulary_size
-from secateur.evaluation.options import check_count
 from secateur.evaluation.protocols import Protocol, Window, read_protocol, windows
 from secateur.evaluation.significance import Difference, interval, paired_ratio, ratio_and_error
 from secateur.evaluation.texts import EncodedText, encode_text
@@ -127,7 +126,7 @@ def perplexity(
     >>> result.tokens, round(result.ppl, 4)  # 6 windows of 5; the last 2 tokens are dropped
     (24, 8.0)
     """
-    check_count("batch_size", batch_size, 8)
+    check_least(DataError, "batch_size", batch_size, 1, 8)
     ids_T = text.ids_T if isinstance(text, EncodedText) else text
     if ids_T.dim() != 1:
         raise DataError(

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import TaskError, did_you_mean, one_line
+from secateur.errors import DataError, TaskError, check_least, did_you_mean, one_line
 from secateur.evaluation.inference import evaluation_mode, fitting_batch, input_device, vocabulary_size
 from secateur.evaluation.local_tasks import LOCAL, find_files, read_rows
-from secateur.evaluation.options import check_count
 from secateur.evaluation.task_results import LLM_PRUNER_TASKS, TaskResult, read_results
 
 logger = logging.getLogger(__name__)
@@ -78,8 +77,8 @@ def zero_shot(
     probabilities are taken in float32 whatever the model's dtype. `progress` is called with answers scored, all answers
     and the task's name. Raises `TaskError` for a limit below 1 and for tasks that lm-eval refuses to run.
     """
-    check_count("limit", limit, 200, TaskError)
-    check_count("batch_size", batch_size, 8)
+    check_least(TaskError, "limit", limit, 1, 200)
+    check_least(DataError, "batch_size", batch_size, 1, 8)
     results: dict[str, TaskResult] = {}
     for task in tasks:
         with _quiet() as messages:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.rows import Rows
 from secateur.data.text import demo_texts, read_rows
-from secateur.errors import DataError
-from secateur.evaluation.options import check_count
+from secateur.errors import DataError, check_least
 
 DEMO_TEXT = "python reference"  # the name of the text that is read where none is given
 
@@ -67,7 +66,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: int | N
     >>> encode(bytes_tokenizer, "prune", max_tokens=3)
     tensor([112, 114, 117])
     """
-    check_count("max_tokens", max_tokens, 40_000)
+    check_least(DataError, "max_tokens", max_tokens, 1, 40_000)
     # verbose=False: a text is longer than the model reads at once, and we cut it into windows ourselves
     ids = tokenizer(text, verbose=False)["input_ids"]
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
@@ -86,7 +85,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: in
     >>> encode_text(words, "one d\u00e9ux").byte_ends_T
     tensor([3, 9])
     """
-    check_count("max_tokens", max_tokens, 40_000)
+    check_least(DataError, "max_tokens", max_tokens, 1, 40_000)
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
         ids_T = torch.tensor(encoding["input_ids"], dtype=torch.int64)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from secateur.errors import ExportError
+from secateur.errors import ExportError, unknown
 from secateur.models.loading import LoadOptions
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -19,7 +19,7 @@ class GgufOptions:
 
     >>> GgufOptions("q4_k_m")
     Traceback (most recent call last):
-    secateur.errors.ExportError: --gguf q4_k_m: no such type. Expected f32, f16, bf16, q8_0, ...
+    secateur.errors.ExportError: gguf='q4_k_m' is unknown. Expected f32, f16, bf16, q8_0, ...
     """
 
     gguf: GgufType = "f16"
@@ -39,10 +39,9 @@ class GgufOptions:
     def __post_init__(self) -> None:
         """Refuse a type that is not written, with the tool that writes it."""
         if self.gguf not in GGUF_TYPES:
-            *others, last = GGUF_TYPES
             raise ExportError(
-                f"--gguf {self.gguf}: no such type. Expected {', '.join(others)} or {last}; for another write f16 and "
-                "convert it with llama.cpp's own tool: llama-quantize OUT.gguf SMALLER.gguf TYPE"
+                f"{unknown('gguf', self.gguf, GGUF_TYPES)}; for another type write f16 and convert it with llama.cpp's "
+                "own tool: llama-quantize OUT.gguf SMALLER.gguf TYPE"
             )
 
 

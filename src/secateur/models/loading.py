@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from secateur.errors import ModelError, one_line
+from secateur.errors import ModelError, one_line, unknown
 from secateur.models.config import causal_class, per_layer_model_class, quantisation, whole_config
 from secateur.models.gguf import forget_gguf
 from secateur.models.silence import quiet
@@ -39,8 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoadOptions:
     """How to load a model: see `load`."""
 
-    dtype: str = "auto"
-    """Dtype of the weights: auto (the checkpoint's own), float32, bfloat16, float16 or float64."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Dtype of the weights; auto: the checkpoint's own."""
 
     device: str = "auto"
     """Device of the weights: auto (the GPU if there is one), cpu, cuda, cuda:N or balanced (over all GPUs)."""
@@ -184,9 +184,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
         return dtype
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    raise ModelError(
-        f'dtype {str(dtype)!r} is unknown. Expected auto, {", ".join(DTYPES)}: load("demo", dtype="auto").'
-    )
+    raise ModelError(unknown("dtype", str(dtype), ["auto", *DTYPES]))
 
 
 def _device_map(device: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from secateur.decoding import decode
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.errors import CheckpointError, DataError, PlanError, SecateurError
+from secateur.errors import CheckpointError, DataError, PlanError, ScoreError, SecateurError, check_known
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
 from secateur.files import make_folder, read_json, write_json
@@ -41,7 +41,7 @@ from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
 from secateur.planning.options import check_score
 from secateur.planning.plan import Plan
 from secateur.progress import Clock
-from secateur.scoring.registry import SCORES, check_known
+from secateur.scoring.registry import SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         for score in self.scores:
-            check_known(score, SCORES, "score")
+            check_known(ScoreError, "score", score, SCORES)
         if not self.presets:
             raise PlanError("presets is empty: name one, for example --presets best")
         _check_ratios(self.ratios)

@@ -7,12 +7,13 @@ Python, on the command line and in a recipe. `CutOptions()` is the default prese
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from secateur.data.calibration import SELF, CalibrationOptions
-from secateur.errors import PlanError, ScoreError, did_you_mean
+from secateur.decoding import check_choices
+from secateur.errors import PlanError, ScoreError, check_known
 from secateur.scoring.registry import SCORES
 
 AxisName = Literal["attention", "mlp", "query", "experts", "latent", "state", "hidden", "layers"]
@@ -89,10 +90,7 @@ class CutOptions:
 
     def __post_init__(self) -> None:
         """Check each value, fill in what is automatic, then check what must go together."""
-        for name, known in _CHOICES.items():
-            _check_choice(name, getattr(self, name), known)
-        for axis in self.axes:
-            _check_choice("axes", axis, AXES)
+        check_choices(self, PlanError)
         if not self.axes:
             raise PlanError(f"axes is empty: name what to cut, for example axes=mlp. Known: {', '.join(AXES)}")
         _fill_in(self)
@@ -123,23 +121,6 @@ class CutOptions:
                 f"layers={first}:{last} is outside the model: it has layers 0:{depth} (the end is left out)"
             )
         return first, last
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "of": get_args(BudgetName),
-    "shape": ("auto", "uniform", "per-layer"),
-    "repair": ("auto", "none", "bias", "least-squares", "reconstruct"),
-    "reduce": get_args(Reduction),
-    "choose": ("auto", "score", "obs"),
-    "scope": ("auto", "local", "global"),
-    "memory_dtype": tuple(ITEM_BYTES),
-}
-
-
-def _check_choice(name: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        hint = did_you_mean(value, known)
-        raise PlanError(f"{name}={value!r} is unknown. Known: {', '.join(known)}{hint}")
 
 
 def _fill_in(options: CutOptions) -> None:
@@ -210,9 +191,7 @@ def check_score(options: CutOptions) -> None:
 
     Plans that are read are not held to it: which units stay is decided, and the score may be one that its maker has.
     """
-    if options.score not in SCORES:
-        hint = did_you_mean(options.score, SCORES)
-        raise ScoreError(f"score={options.score!r} is unknown. Known: {', '.join(SCORES)}{hint}")
+    check_known(ScoreError, "score", options.score, SCORES)
     if SCORES[options.score].needs in ("layers", "losses") and options.axes != ("layers",):
         raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
     if SCORES[options.score].needs in ("grams", "masks") and options.axes == ("layers",):
@@ -238,12 +217,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "calibration": {"samples": 10, "length": 64, "score_samples": None},
     },
 }
-WRITTEN = {
-    "samples": 64,
-    "length": 128,
-    "score_samples": None,
-    "shuffled": 0.0,
-}  # writing them takes as long as the rest
+# Windows that the model writes itself: fewer and shorter, for writing them takes as long as the rest.
+WRITTEN = {"samples": 64, "length": 128, "score_samples": None, "shuffled": 0.0}
 
 
 def with_preset(
@@ -259,7 +234,7 @@ def with_preset(
     >>> with_preset("llm-pruner", {"ratio": 0.2})[0].of
     'non-embedding'
     """
-    _check_choice("preset", name, PRESETS)
+    check_known(PlanError, "preset", name, PRESETS)
     cut, calibration = dict(cut or {}), dict(calibration or {})
     preset = dict(PRESETS[name]["cut"])
     if cut.keys() & {"ratio", "target"}:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from secateur.discovery.algebra import units_along, variables_in
 from secateur.discovery.groups import Discovery
-from secateur.errors import PlanError, did_you_mean
+from secateur.errors import PlanError, check_known
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, inputs_of
@@ -79,8 +79,7 @@ def repair(
     >>> after < left_out
     True
     """
-    if method not in REPAIRS:
-        raise PlanError(f"repair={method!r} is unknown. Known: {', '.join(REPAIRS)}{did_you_mean(method, REPAIRS)}")
+    check_known(PlanError, "repair", method, REPAIRS)
     # 1. The matrices that read the units which go.
     reads = input_dims(model, probe_windows(windows))
     pass_ = _RepairPass(model, plan, discovery, reads, REPAIRS[method], choose=choose)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.errors import TrainingError, one_line
+from secateur.errors import TrainingError, check_least, one_line
 from secateur.models.silence import quiet
 
 TARGET_MODULES = "all-linear"  # peft's name for every linear layer but the output layer
@@ -26,7 +26,7 @@ class LoraOptions:
 
     >>> LoraOptions(rank=0)
     Traceback (most recent call last):
-    secateur.errors.TrainingError: rank=0 is too small. Expected at least 1: --rank 8
+    secateur.errors.TrainingError: rank=0 is too small. Expected at least 1, for example rank=8
     """
 
     rank: int = 16
@@ -39,12 +39,13 @@ class LoraOptions:
     """Dropout on the adapter's input."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise TrainingError(f"rank={self.rank} is too small. Expected at least 1: --rank 8")
+        check_least(TrainingError, "rank", self.rank, 1, 8)
         if self.alpha <= 0:
-            raise TrainingError(f"alpha={self.alpha} gives the adapter no weight. Expected more than 0: --alpha 16")
+            raise TrainingError(
+                f"alpha={self.alpha} gives the adapter no weight. Expected more than 0, for example alpha=16"
+            )
         if not 0 <= self.dropout < 1:
-            raise TrainingError(f"dropout={self.dropout} is no fraction. Expected 0 up to 1: --dropout 0.05")
+            raise TrainingError(f"dropout={self.dropout} is no fraction. Expected 0 up to 1, for example dropout=0.05")
 
 
 def check_peft() -> None:

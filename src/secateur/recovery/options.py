@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from secateur.data.options import DataOptions
-from secateur.errors import TrainingError
+from secateur.decoding import check_choices
+from secateur.errors import TrainingError, check_known, check_least
 from secateur.recovery.lora import LoraOptions
 
 Method = Literal["lora", "full", "distill", "lora+distill"]
@@ -22,7 +23,7 @@ class RecoverOptions:
 
     >>> RecoverOptions(method="magic")
     Traceback (most recent call last):
-    secateur.errors.TrainingError: method='magic' is unknown. Expected lora, full, distill or lora+distill: ...
+    secateur.errors.TrainingError: method='magic' is unknown. Expected lora, full, distill or lora+distill
     """
 
     method: Method = "lora"
@@ -92,41 +93,31 @@ class RecoverOptions:
     """Seed of the order of rows, the adapter's initial values and dropout."""
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        check_choices(self, TrainingError)
         self._check_numbers()
         if self.hidden_states_weight and not self.has_teacher:
             raise TrainingError(
                 f"method={self.method!r} has no teacher whose hidden states could be learned. Expected distill or "
-                "lora+distill with --hidden-states-weight: --method lora+distill"
+                "lora+distill with hidden_states_weight, for example method=lora+distill"
             )
-
-    def _check_choices(self) -> None:
-        for name, value, choices in (
-            ("method", self.method, get_args(Method)),
-            ("lr_scheduler", self.lr_scheduler, get_args(Scheduler)),
-            ("track", self.track, (*get_args(Tracker), None)),
-        ):
-            if value not in choices:
-                *others, last = filter(None, choices)
-                raise TrainingError(
-                    f"{name}={value!r} is unknown. Expected {', '.join(others)} or {last}: {_flag(name)} {choices[0]}"
-                )
 
     def _check_numbers(self) -> None:
         for name, example in (("epochs", 1), ("learning_rate", 1e-4), ("temperature", 1)):
             if not 0 < (value := getattr(self, name)) < float("inf"):
-                raise TrainingError(f"{name}={value} trains nothing. Expected more than 0: {_flag(name)} {example:g}")
+                raise TrainingError(
+                    f"{name}={value} trains nothing. Expected more than 0, for example {name}={example:g}"
+                )
         for name, least in _LEAST.items():
-            if (number := getattr(self, name)) is not None and number < least:
-                raise TrainingError(f"{name}={number} is too small. Expected at least {least}: {_flag(name)} {least}")
+            check_least(TrainingError, name, getattr(self, name), least, least)
         if not 0 <= self.hidden_states_weight < float("inf"):
             raise TrainingError(
-                f"hidden_states_weight={self.hidden_states_weight} is no loss weight. Expected 0 (none) or more: "
-                "--hidden-states-weight 1"
+                f"hidden_states_weight={self.hidden_states_weight} is no loss weight. Expected 0 (none) or more, for "
+                "example hidden_states_weight=1"
             )
         if not 0 <= self.teacher_weight <= 1:
             raise TrainingError(
-                f"teacher_weight={self.teacher_weight} is no fraction of the loss. Expected 0 to 1: --teacher-weight 1"
+                f"teacher_weight={self.teacher_weight} is no fraction of the loss. Expected 0 to 1, for example "
+                "teacher_weight=1"
             )
 
     @property
@@ -151,10 +142,6 @@ _LEAST = {
     "patience": 1,
     "seed": 0,
 }
-
-
-def _flag(field_name: str) -> str:
-    return f"--{field_name.replace('_', '-')}"
 
 
 # Preset -> the options in which it departs from the defaults. `llm-pruner` is the paper's recovery (arXiv 2305.11627,
@@ -183,8 +170,7 @@ def with_preset(name: str, options: Mapping[str, Any], data: Mapping[str, Any]) 
     >>> with_preset("llm-pruner", {"lora": {"rank": 4}}, {"sources": ("alpaca.json",)})[0].lora
     LoraOptions(rank=4, alpha=16.0, dropout=0.05)
     """
-    if name not in PRESETS:
-        raise TrainingError(f"preset={name!r} is unknown. Expected {' or '.join(PRESETS)}: --preset llm-pruner")
+    check_known(TrainingError, "preset", name, PRESETS)
     usual = PRESETS[name]
     lora = LoraOptions(**{**usual["options"].get("lora", {}), **options.get("lora", {})})
     return RecoverOptions(**{**usual["options"], **options, "lora": lora}), DataOptions(**{**usual["data"], **data})

@@ -8,13 +8,13 @@ worth. W is the weight, G its gradient, A the mean over the samples of the squar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from secateur.errors import ScoreError, did_you_mean
+from secateur.errors import ScoreError, check_known
 from secateur.scoring.saliences import Salience
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
@@ -113,8 +113,8 @@ def register_score(
     >>> SCORES.pop("magnitude_times_input").formula
     'Sum |W mean(x)|'
     """
-    check_known(needs, SALIENCE_NEEDS, "need of a score")
-    check_known(reduce, REDUCTIONS, "reduction")
+    check_known(ScoreError, "needs", needs, SALIENCE_NEEDS)
+    check_known(ScoreError, "reduce", reduce, REDUCTIONS)
     if name in SCORES and not SCORES[name].own:
         raise ScoreError(f"the score {name!r} is Secateur's own; give yours another name")
     if not name.isidentifier():
@@ -126,15 +126,3 @@ def register_score(
         return salience
 
     return register
-
-
-def check_known(name: str, known: Iterable[str], kind: str) -> None:
-    """Raise `ScoreError` with a suggestion when `name` is not among the known names.
-
-    >>> check_known("wonda", SCORES, "score")
-    Traceback (most recent call last):
-    secateur.errors.ScoreError: unknown score 'wonda'. Did you mean wanda? Known: random, l1, l2, ...
-    """
-    names = list(known)
-    if name not in names:
-        raise ScoreError(f"unknown {kind} {name!r}{did_you_mean(name, names) or '.'} Known: {', '.join(names)}")

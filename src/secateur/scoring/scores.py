@@ -16,13 +16,13 @@ from secateur.data.generated import generate_windows
 from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
-from secateur.errors import CheckpointError, ScoreError
+from secateur.errors import CheckpointError, ScoreError, check_known
 from secateur.files import read_tensors, write_tensors
 from secateur.models.config import check_not_quantised, check_positions
 from secateur.progress import Progress
 from secateur.scoring.collect_backward import gradient_statistics, mask_statistics
 from secateur.scoring.collect_forward import activation_statistics, layer_loss_statistics
-from secateur.scoring.registry import REDUCTIONS, SCORES, check_known
+from secateur.scoring.registry import REDUCTIONS, SCORES
 from secateur.scoring.saliences import Salience, weight_statistics
 from secateur.scoring.statistics import Statistics
 from secateur.scoring.unit_scores import check_kinds, unit_scores, units_reached, weights_scored
@@ -71,7 +71,7 @@ def score(
     >>> scores.units["layers.0.mlp"].shape
     torch.Size([24])
     """
-    check_known(name, SCORES, "score")
+    check_known(ScoreError, "score", name, SCORES)
     check_not_quantised(model.config)
     discovery = discovery or discover(model)
     options = calibration or CalibrationOptions()
@@ -113,7 +113,7 @@ def scores_from(
     """
     on_text = SCORES[name].needs != "weights"
     reduce = reduce or SCORES[name].reduce
-    check_known(reduce, REDUCTIONS, "reduction")
+    check_known(ScoreError, "reduce", reduce, REDUCTIONS)
     if seed is None:
         seed = 0 if options is None else options.seed
     return Scores(
