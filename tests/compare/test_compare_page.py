@@ -38,7 +38,8 @@ pytestmark = [
 
 # Put on the path of the server's process: the addresses that it connects to or looks up are written to a file.
 WATCHER = """
-import os, socket
+import os, signal, socket
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def watched(name, owner):
     original = getattr(owner, name)
     def call(*arguments, **options):
