@@ -44,7 +44,7 @@ def test_two_formats_or_none_are_refused(out: str, asked: dict[str, Any], match:
 
 
 def test_an_unknown_type_is_refused_with_the_tool_that_writes_it() -> None:
-    with pytest.raises(ExportError, match=r"--gguf q4_k_m: no such type\. Expected f32, .* or q4_0; .*llama-quantize"):
+    with pytest.raises(ExportError, match=r"gguf='q4_k_m' is unknown\. Expected f32, .* or q4_0.*llama-quantize"):
         GgufOptions("q4_k_m")  # type: ignore[arg-type]  # what is refused
 
 

@@ -217,7 +217,7 @@ def test_without_matplotlib(small: str, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"scores": ("fischer",)}, ScoreError, r"unknown score 'fischer'. Did you mean fisher\?"),
+        ({"scores": ("fischer",)}, ScoreError, r"score='fischer' is unknown.*Did you mean fisher\?"),
         ({"presets": ("bets",)}, PlanError, r"preset='bets' is unknown. .*Did you mean best\?"),
         ({"presets": ()}, PlanError, "presets is empty: name one, for example --presets best"),
         ({"ratios": ()}, PlanError, "there is no ratio"),

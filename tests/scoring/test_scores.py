@@ -39,7 +39,7 @@ def test_scores_say_where_their_windows_came_from_only_where_they_know(model: Pr
     options = CalibrationOptions(seed=5)
     found = scores_from(discovery, statistics, name="param_first", reduce="max", options=options)
     assert (found.options, found.seed, found.reduce) == (options, 5, "max")
-    with pytest.raises(ScoreError, match="unknown reduction 'maximum'"):
+    with pytest.raises(ScoreError, match="reduce='maximum' is unknown"):
         scores_from(discovery, statistics, name="param_first", reduce="maximum")
 
 

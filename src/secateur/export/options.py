@@ -40,8 +40,8 @@ class GgufOptions:
         """Refuse a type that is not written, with the tool that writes it."""
         if self.gguf not in GGUF_TYPES:
             raise ExportError(
-                f"{unknown('gguf', self.gguf, GGUF_TYPES)}; for another type write f16 and convert it with llama.cpp's "
-                "own tool: llama-quantize OUT.gguf SMALLER.gguf TYPE"
+                f"{unknown('gguf', self.gguf, GGUF_TYPES)} (for another type write f16 and convert it with llama.cpp's "
+                "own tool: llama-quantize OUT.gguf SMALLER.gguf TYPE)"
             )
 
 
