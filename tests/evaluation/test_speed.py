@@ -68,6 +68,12 @@ def test_error_of_weights_on_meta() -> None:
         measure_speed({"m": model}, short())
 
 
+def on(*devices: str) -> nn.Module:
+    """A model with a weight on each device."""
+    weights = [SimpleNamespace(device=torch.device(device)) for device in devices]
+    return cast(nn.Module, SimpleNamespace(parameters=lambda: iter(weights)))
+
+
 class FakeEvent:
     """An event of a device whose clock moves by one millisecond with each."""
 
@@ -90,7 +96,8 @@ def test_on_an_accelerator_events_mark_the_steps_and_nothing_waits_between(monke
     FakeEvent.log.clear()
     monkeypatch.setattr(module, "_event_and_stream", lambda device: (FakeEvent(), f"{device}'s stream"))
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: FakeEvent.log.append(f"wait for {device}"))
-    monkeypatch.setattr(module, "_timer", lambda model: module._EventTimer(torch.device("cuda", 1)))
+    timer = module._Timer(on("cuda:1"))
+    monkeypatch.setattr(module, "_Timer", lambda model: timer)
     seconds = module._time_steps(tiny_model(), torch.zeros(1, 4, dtype=torch.long), new_tokens=2)
     assert seconds == [0.001, 0.001, 0.001]
     assert FakeEvent.log == ["wait for cuda:1", *["record on cuda:1's stream"] * 4, "wait for the last"]
@@ -110,13 +117,9 @@ def test_on_an_accelerator_events_mark_the_steps_and_nothing_waits_between(monke
 )
 def test_which_timer_a_model_gets(devices: list[str], timer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
-    weights = [SimpleNamespace(device=torch.device(device)) for device in devices]
-    found = module._timer(cast(nn.Module, SimpleNamespace(parameters=lambda: iter(weights))))
-    if isinstance(found, module._EventTimer):
-        assert timer == f"events of {found.device}"
-    else:
-        assert isinstance(found, module._HostTimer)
-        assert timer == f"clock of {[str(device) for device in found.devices]}"
+    found = module._Timer(on(*devices))
+    names = [str(device) for device in found.accelerators]
+    assert timer == (f"events of {', '.join(names)}" if found.by_events else f"clock of {names}")
 
 
 def test_the_clock_waits_for_every_accelerator_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +132,9 @@ def test_the_clock_waits_for_every_accelerator_before_it_is_read(monkeypatch: py
 
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: log.append(str(device)))
     monkeypatch.setattr("time.perf_counter", tick)
-    clock = module._HostTimer([torch.device("cuda", 0), torch.device("cuda", 1)])
+    clock = module._Timer(on("cuda:0", "cuda:1"))
+    assert log == ["cuda:0", "cuda:1"]
+    log.clear()
     for _ in range(3):
         clock.mark()
     monkeypatch.undo()

@@ -13,6 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 Z95 = 1.959963984540054  # standard errors to either side of an estimate that hold 95 % of a normal distribution
 
 
@@ -116,3 +119,13 @@ def mean_difference(differences: Sequence[Difference]) -> Difference:
 def interval(estimate: float, stderr: float | None) -> tuple[float, float] | None:
     """The 95 % interval of an estimate, from the normal distribution; None where the error is not known."""
     return None if stderr is None else (estimate - Z95 * stderr, estimate + Z95 * stderr)
+
+
+def quantiles(values: Sequence[float] | Tensor, shares: Sequence[float]) -> list[float]:
+    """Quantiles of the values with linear interpolation, in float64.
+
+    >>> quantiles([1.0, 2.0, 4.0], (0.25, 0.5))
+    [1.5, 2.0]
+    """
+    values_X = torch.as_tensor(values, dtype=torch.float64)
+    return [values_X.quantile(share).item() for share in shares]

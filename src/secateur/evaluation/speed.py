@@ -9,11 +9,11 @@ Tensor names end in their axes: B batch, T token.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from secateur.evaluation.inference import decode_steps, evaluation_mode, input_device, position_errors, random_ids
 from secateur.evaluation.memory import activation_bytes, weight_bytes
 from secateur.evaluation.options import ProfileOptions
+from secateur.evaluation.significance import quantiles
 from secateur.models.tensors import plain_tensors
 from secateur.progress import Progress
 
@@ -81,17 +82,11 @@ def _time_models(
                 prefill, *steps = _time_steps(model, prompts_BT, new_tokens=options.new_tokens)
                 prefills[name].append(prefill)
                 decodes[name].extend(steps)
-    return {
-        name: Speed(median(prefills[name]), _quartiles(prefills[name]), batch / median(decodes[name]), peaks[name])
-        for name in models
-    }
-
-
-def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    if len(seconds) < 2:
-        return seconds[0], seconds[0]
-    low, _, high = quantiles(seconds, n=4, method="inclusive")
-    return low, high
+    speeds = {}
+    for name in models:
+        low, middle, high = quantiles(prefills[name], (0.25, 0.5, 0.75))
+        speeds[name] = Speed(middle, (low, high), batch / median(decodes[name]), peaks[name])
+    return speeds
 
 
 def _copy_weights_in_place(model: nn.Module) -> None:
@@ -106,7 +101,7 @@ def _time_steps(model: PreTrainedModel, prompts_BT: Tensor, *, new_tokens: int) 
     """Return the seconds of the prefill, then of each of `new_tokens` greedy steps."""
     with torch.inference_mode():
         steps = decode_steps(model, prompts_BT.to(input_device(model)))
-        timer = _timer(model)
+        timer = _Timer(model)
         timer.mark()
         for _ in range(1 + new_tokens):
             next(steps)
@@ -114,41 +109,39 @@ def _time_steps(model: PreTrainedModel, prompts_BT: Tensor, *, new_tokens: int) 
     return timer.seconds()
 
 
-class _HostTimer:
-    """Reads the computer's clock when all of the accelerators named have finished their work.
+class _Timer:
+    """Takes the time between marks: the end of a step, and the start of the next.
 
-    `mark` is the end of a step and the start of the next; `seconds` are those from each mark to the next.
+    Where all weights are on one accelerator, a mark is an event on its stream, and nothing waits for the device before
+    the last has been recorded. On a CPU, over several devices and where accelerate moves weights (they lie on `meta`
+    between layers, and what they wait for is not on the stream), it is the clock when all accelerators have finished.
     """
 
-    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
-        self.devices = devices
-        self.at: list[float] = []
+    def __init__(self, model: nn.Module) -> None:
+        devices = {weight.device for weight in model.parameters()}
+        self.accelerators = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
+        self.by_events = len(devices) == 1 and bool(self.accelerators)
+        self.marks: list[Any] = []
+        self._wait()  # what came before is not to count
 
     def mark(self) -> None:
-        for device in self.devices:
+        if self.by_events:
+            event, stream = _event_and_stream(self.accelerators[0])
+            event.record(stream)
+            self.marks.append(event)
+        else:
+            self._wait()
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self.by_events:
+            self.marks[-1].synchronize()
+            return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.marks)]
+        return [after - before for before, after in pairwise(self.marks)]
+
+    def _wait(self) -> None:
+        for device in self.accelerators:
             torch.accelerator.synchronize(device)
-        self.at.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        return [after - before for before, after in pairwise(self.at)]
-
-
-class _EventTimer:
-    """Records events on an accelerator's stream: nothing waits for the device before the last has been recorded."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.at: list[Any] = []
-        torch.accelerator.synchronize(device)  # what came before is not to count
-
-    def mark(self) -> None:
-        event, stream = _event_and_stream(self.device)
-        event.record(stream)
-        self.at.append(event)
-
-    def seconds(self) -> list[float]:
-        self.at[-1].synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.at)]
 
 
 def _event_and_stream(device: torch.device) -> tuple[Any, Any]:
@@ -156,15 +149,3 @@ def _event_and_stream(device: torch.device) -> tuple[Any, Any]:
     if device.type == "cuda":
         return torch.cuda.Event(enable_timing=True), torch.cuda.current_stream(device)
     return torch.Event(device, enable_timing=True), torch.accelerator.current_stream(device)
-
-
-def _timer(model: nn.Module) -> _HostTimer | _EventTimer:
-    """Events where all weights are on one accelerator; the clock on a CPU, over several devices, and where they move.
-
-    Weights that accelerate moves in and out lie on `meta` between layers; what they wait for is not on the stream.
-    """
-    devices = {weight.device for weight in model.parameters()}
-    accelerators = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
-    if len(devices) == 1 and accelerators:
-        return _EventTimer(accelerators[0])
-    return _HostTimer(accelerators)

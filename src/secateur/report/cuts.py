@@ -6,10 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from secateur.discovery.descriptions import KIND_DESCRIPTIONS
+from secateur.evaluation.significance import quantiles
 from secateur.planning.plan import PlannedGroup
 from secateur.report.charts import heat_map, histogram, line_chart
 from secateur.report.content import Cell, Figure, Section, Table
@@ -134,25 +134,22 @@ def _histogram(kind: str, found: Mapping[str, Tensor], kept: Mapping[str, Planne
             (stay if unit in keep else gone).append(score)
     stacks = {"stay": stay, "go": gone} if gone else {"units": stay}
     svg = histogram(stacks, log_x=min(stay + gone) > 0)
-    rows = tuple((Cell(name), *_quantile_cells(torch.tensor(values))) for name, values in stacks.items() if values)
+    spread = {name: quantiles(values, QUANTILES) for name, values in stacks.items() if values}
+    rows = tuple((Cell(name), *(Cell(f"{value:.3g}") for value in values)) for name, values in spread.items())
     title = f"Scores of {_words(kind)}"
     return Figure(title, svg, Table(title, ("Units", *_QUANTILE_NAMES), rows))
 
 
 def _by_layer(kind: str, layers: Sequence[tuple[int, Tensor]]) -> Figure:
     """The median of each layer's scores, and their spread."""
-    spread = [(layer, [units.quantile(share).item() for share in QUANTILES]) for layer, units in layers]
+    spread = [(layer, quantiles(units, QUANTILES)) for layer, units in layers]
     medians = {"median": [(layer, values[2]) for layer, values in spread]}
     bands = [[(layer, values[low], values[high]) for layer, values in spread] for low, high in ((0, 4), (1, 3))]
     log_y = all(values[0] > 0 for _, values in spread)
     svg = line_chart(medians, x_label="layer", y_label="score", log_y=log_y, bands=bands)
-    rows = tuple((Cell(str(layer)), *_quantile_cells(units)) for layer, units in layers)
+    rows = tuple((Cell(str(layer)), *(Cell(f"{value:.3g}") for value in values)) for layer, values in spread)
     title = f"Scores of {_words(kind)} by layer: median, middle half, and 5 to 95 %"
     return Figure(title, svg, Table(title, ("Layer", *_QUANTILE_NAMES), rows))
 
 
 _QUANTILE_NAMES = tuple(f"{100 * share:.0f} %" for share in QUANTILES)
-
-
-def _quantile_cells(values: Tensor) -> Iterator[Cell]:
-    yield from (Cell(f"{values.double().quantile(share).item():.3g}") for share in QUANTILES)
