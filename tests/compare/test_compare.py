@@ -18,9 +18,8 @@ from transformers import AutoConfig, LogitsProcessorList
 from secateur.compare.answers import Answer, Sampling, answers, prompt_ids
 from secateur.compare.compare import Opened, compare, free_port
 from secateur.compare.models import Side, load_sides
-from secateur.compare.page import outcome, size_rows, speed
+from secateur.compare.page import SIZES, outcome, speed
 from secateur.compare.plan_tab import layer_rows
-from secateur.compare.plan_tab import size_rows as plan_rows
 from secateur.compare.plans import Planner, possible_axes
 from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, PageError, PlanError, ScoreError
@@ -29,6 +28,8 @@ from secateur.models.loading import LoadOptions
 from secateur.pipeline.recipe import prune_recipe
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.planning.plan import plan_from_json
+from secateur.report.tables.plan import size_rows
+from secateur.report.tables.profile import cost_rows
 from tiny import tiny_tokenizer, write_tiny
 
 PROMPT = "The for statement is used to iterate over the"
@@ -69,7 +70,10 @@ class TestLoading:
         assert b.macs < a.macs
         assert a.speed is not None
         assert a.speed.peak_bytes > a.weight_bytes
-        assert [row[0] for row in size_rows(sides)][0::5] == ["parameters", "peak memory of 64 tokens"]
+        assert [row[0] for row in cost_rows([side.costs for side in sides], SIZES)][0::5] == [
+            "parameters",
+            "peak memory of 64 tokens",
+        ]
         opened = json.loads(json.dumps(Opened("http://127.0.0.1:1", sides).to_json()))
         assert [row["model"] for row in opened["results"]] == [side.name for side in sides]
         assert {"parameters", "macs", "weight_bytes", "peak_bytes"} <= opened["results"][0].keys()
@@ -88,7 +92,7 @@ class TestLoading:
         monkeypatch.setattr("secateur.compare.models.profile", lambda *_, **__: pytest.fail("measured"))
         loaded = load_sides(folders)
         assert "read from the disk while models answer" in caplog.text
-        assert "peak memory" not in str(size_rows(loaded))
+        assert "peak memory" not in str(cost_rows([side.costs for side in loaded], SIZES))
 
 
 class TestAnswers:
@@ -239,14 +243,14 @@ class TestPlans:
         drawn = planner.sizes(sides[0], "best", cut)
         planned = plan_model(prune_recipe(sides[0].name, cut=cut), sizes_only=True)
         assert (drawn.groups, drawn.parameters, drawn.macs) == (planned.groups, planned.parameters, planned.macs)
-        assert float(plan_rows(drawn)[1][3].rstrip("%")) == pytest.approx(30, abs=0.5)  # of non-embedding parameters
+        assert float(size_rows(drawn)[1][3].rstrip("%")) == pytest.approx(30, abs=0.5)  # of non-embedding parameters
         assert layer_rows(sides[0], drawn)["headers"] == ["", "mlp"]
 
     @pytest.mark.parametrize("preset", ["best", "llm-pruner"])
     def test_sizes_of_a_large_model_follow_at_once(self, preset: str, large: Side, planner: Planner) -> None:
         start = time.process_time()
         drawn = planner.sizes(large, preset, {"ratio": 0.25})
-        rows = [plan_rows(drawn), layer_rows(large, drawn)["data"]]
+        rows = [size_rows(drawn), layer_rows(large, drawn)["data"]]
         assert time.process_time() - start < 0.7
         assert "6.74 B" in rows[0][0]
         assert len(rows[1]) == 32

@@ -17,7 +17,6 @@ from secateur.cli.options import (
     Folder,
     Given,
     Loading,
-    Output,
     Quiet,
     Run,
     Trust,
@@ -25,7 +24,7 @@ from secateur.cli.options import (
     model_and_out,
     recipe_of,
 )
-from secateur.cli.output import check_files, finish, run_options, show
+from secateur.cli.output import Output, check_files, finish, print_written, run_options, show
 from secateur.cli.reading import comma_separated, run_score_file
 from secateur.discovery.coverage import coverage_as_json
 from secateur.discovery.discover import discover
@@ -37,7 +36,6 @@ from secateur.pipeline.recipe import PruneRecipe
 from secateur.pipeline.run import Pruned, plan_model, prune_model
 from secateur.pipeline.sweep import SweepOptions, ratios_in, sweep
 from secateur.planning.plan import read_plan
-from secateur.report.formatting import format_bytes
 from secateur.report.tables.discovery import discovery_tables
 from secateur.report.tables.evaluation import sweep_tables
 from secateur.report.tables.plan import plan_tables
@@ -50,9 +48,8 @@ def discover_command(model: Annotated[str, MODEL], /, *, loading: Trust, output:
     """
     check_files(output.json)
     discovery = discover(model, trust_remote_code=loading.trust_remote_code)
-    finish(discovery.to_json() | {"coverage": coverage_as_json(discovery)}, output.json)
-    if not output.quiet:
-        show(discovery_tables(discovery))
+    result = discovery.to_json() | {"coverage": coverage_as_json(discovery)}
+    finish(result, output, discovery_tables(discovery))
 
 
 def plan_command(
@@ -73,11 +70,9 @@ def plan_command(
     check_files(output.json, out, run=run.get("folder"))
     recipe = recipe_of(model, cutting, loading)
     planned = plan_model(recipe, sizes_only=bool(sizes_only), run=run_options(run, quiet=output.quiet))
-    seed, models = recipe.calibration.seed, [recipe.model]
-    finish(planned.to_json(), output.json, run=run.get("folder"), kind="plan", seed=seed, models=models)
-    finish(planned.to_json(), out)
-    if not output.quiet:
-        show(plan_tables(planned))
+    result, folder, seed = planned.to_json(), run.get("folder"), recipe.calibration.seed
+    finish(result, Output(quiet=True, json=out))
+    finish(result, output, plan_tables(planned), run=folder, kind="plan", seed=seed, models=[recipe.model])
 
 
 def prune_command(
@@ -121,15 +116,11 @@ def _report(pruned: Pruned, recipe: PruneRecipe, run: Given, output: Output) -> 
         result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(smaller))
         note = serving_note(dense, smaller)
     models, seed = [recipe.model, str(pruned.out)], recipe.calibration.seed
-    finish(result, output.json, run=run.get("folder"), kind="prune", seed=seed, models=models)
-    if output.quiet:
-        return
-    if note is not None:
-        print(note)
-    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.seconds.items())
-    if run.get("resume"):
-        print("resumed a killed run" if pruned.resumed else "no killed run of this cut to resume: started anew")
-    print(f"wrote {pruned.out} ({stages}; peak memory {format_bytes(pruned.peak_rss_bytes)})")
+    finish(result, output, run=run.get("folder"), kind="prune", seed=seed, models=models)
+    if not output.quiet:
+        if note is not None:
+            print(note)
+        print_written(pruned, resume=run.get("resume", False))
 
 
 SWEEP = Fields(
@@ -172,6 +163,4 @@ def sweep_command(
     cut = cutting.get("cut")
     found = sweep(model, wanted, texts=texts, cut=cut, calibration=calibration, loading=loading, run=how)
     seed = calibration.get("seed", 0)
-    finish(found.to_json(), output.json, run=folder, kind="sweep", seed=seed, models=[model])
-    if not output.quiet:
-        show(sweep_tables(found))
+    finish(found.to_json(), output, sweep_tables(found), run=folder, kind="sweep", seed=seed, models=[model])

@@ -9,10 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from secateur.data.text import demo_texts
 from secateur.evaluation.costs import Profile
-from secateur.evaluation.inference import sample_text
-from secateur.evaluation.perplexity import Perplexity, evaluate
+from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs
+from secateur.evaluation.options import EvaluationOptions
 from secateur.evaluation.profile import profile
 from secateur.files import atomic_folder, check_vacant, write_json
 from secateur.models.loading import load
@@ -37,9 +36,8 @@ class Demonstration:
 
     out: Path
     plan: Plan
-    perplexity: Mapping[str, tuple[Perplexity, ...]]
+    evaluations: tuple[ModelEvaluation, ...]
     profiles: tuple[Profile, ...]
-    samples: Mapping[str, str]
     seconds: Mapping[str, float]
 
     @property
@@ -52,10 +50,10 @@ class Demonstration:
         return {
             "out": str(self.out),
             "plan": self.plan.to_json(),
-            "perplexity": {name: [p.to_json() for p in results] for name, results in self.perplexity.items()},
+            "perplexity": {each.model: [p.to_json() for p in each.perplexity] for each in self.evaluations},
             "profiles": [row.to_json() for row in self.profiles],
             "prompt": PROMPT,
-            "samples": dict(self.samples),
+            "samples": {each.model: each.samples[PROMPT] for each in self.evaluations},
             "seconds": dict(self.seconds),
         }
 
@@ -85,31 +83,21 @@ def demonstrate(recipe: PruneRecipe, out: str | Path, *, run: RunOptions | None 
 
 def _measured(out: Path, pruned: Pruned, models: Mapping[str, PreTrainedModel], clock: Clock) -> Demonstration:
     """Perplexity, size, speed and a sample of both models."""
-    tokenizer, texts = load_tokenizer(str(pruned.out)), {"python reference": demo_texts()[1]}
-    perplexity = {}
-    for name, model in models.items():
-        with clock.stage(f"evaluate {name}") as progress:
-            results = evaluate(model, tokenizer, texts, protocols=PROTOCOLS, max_tokens=MAX_TOKENS, progress=progress)
-        perplexity[name] = tuple(results)
+    tokenizer = load_tokenizer(str(pruned.out))
+    options = EvaluationOptions(protocols=PROTOCOLS, max_tokens=MAX_TOKENS, prompts=(PROMPT,), new_tokens=32)
+    inputs = load_inputs(options)
+    found = tuple(evaluate_model(name, each, tokenizer, inputs, bars=clock.stage) for name, each in models.items())
     with clock.stage("profile"):
         profiles = tuple(profile(models))
-    with clock.stage("sample"):
-        samples = {name: sample_text(model, tokenizer, PROMPT, new_tokens=32) for name, model in models.items()}
-    seconds = {**pruned.seconds, **clock.seconds}
-    return Demonstration(out, pruned.plan, perplexity, profiles, samples, seconds)
+    return Demonstration(out, pruned.plan, found, profiles, {**pruned.seconds, **clock.seconds})
 
 
 def _log(found: Demonstration, pruned: Pruned, recipe: PruneRecipe, folder: Path, run: RunOptions) -> None:
     """Enter what `prune`, `evaluate` and `profile` would, with the models as they are called from outside."""
     line, names = run.command or "secateur demo", {"dense": recipe.model, "pruned": str(pruned.out)}
-    evaluated = []
-    for name, results in found.perplexity.items():
-        samples, perplexity = [{"prompt": PROMPT, "text": found.samples[name]}], [each.to_json() for each in results]
-        evaluated.append({"model": names[name], "perplexity": perplexity, "tasks": {}, "samples": samples})
-    profiles = [row.to_json() | {"model": names[row.model]} for row in found.profiles]
-    for row in profiles:
-        if "against" in row:
-            row["against"] = {**row["against"], "model": names[row["against"]["model"]]}
-    logged = {"prune": pruned.to_json(), "evaluate": {"results": evaluated}, "profile": {"results": profiles}}
+    evaluated = as_json([replace(each, model=names[each.model]) for each in found.evaluations])
+    profiles = [replace(each, model=names[each.model], first_model=recipe.model) for each in found.profiles]
+    costs = {"results": [each.to_json() for each in profiles]}
+    logged = {"prune": pruned.to_json(), "evaluate": evaluated, "profile": costs}
     for command, result in logged.items():
         append_entry(folder, line, command, result, seed=recipe.calibration.seed, models=list(names.values()))

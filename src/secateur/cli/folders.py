@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from secateur.checkpoint.verification import verify
 from secateur.cli.options import MAIN, MODEL, RUN, Fields, Given, Loading, Quiet, Trust, model_and_out
-from secateur.cli.output import COMMAND, check_files, finish, progress_bars, show
+from secateur.cli.output import COMMAND, check_files, finish, progress_bars
 from secateur.errors import CheckpointError
 from secateur.export.formats import ExportOptions, choose_format, export_model
 from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions
@@ -28,9 +28,7 @@ def verify_command(
     check_files(output.json)
     with progress_bars(quiet=output.quiet)(f"verify {folder}"):
         found = verify(folder, trust_remote_code=loading.trust_remote_code)
-    finish(found.to_json(), output.json)
-    if not output.quiet:
-        show(verify_tables(found))
+    finish(found.to_json(), output, verify_tables(found))
     if found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         raise CheckpointError(f"{folder}: {found.problems[0]}{more}; copy it again, or prune again")
@@ -49,17 +47,6 @@ class Formats:
     merging: MergeOptions
     recipe: Path | None = None
     """Write what this recipe says, with OUT alone as an argument; no other options."""
-
-    @classmethod
-    def chosen(cls, out: Path, given: Given) -> ExportOptions:
-        """The options of the one format that was asked for. Raises `ExportError`."""
-        gguf, packing, merging = (given.get(name) for name in ("gguf", "packing", "merging"))
-        return choose_format(
-            out,
-            gguf=GgufOptions(**gguf) if gguf else None,
-            int8=Int8Options(**(packing or {})) if "int8" in given or packing else None,
-            merge=MergeOptions(**(merging or {})) if "merge_lora" in given or merging else None,
-        )
 
 
 def export_command(
@@ -84,7 +71,13 @@ def export_command(
         name, loading = recipe.model, recipe.loading
         options: ExportOptions = recipe.int8 or recipe.merge or MergeOptions()
     else:
-        options = Formats.chosen(out, formats)
+        gguf, packing, merging = (formats.get(name, {}) for name in ("gguf", "packing", "merging"))
+        options = choose_format(
+            out,
+            gguf=GgufOptions(**gguf) if gguf else None,
+            int8=Int8Options(**packing) if "int8" in formats or packing else None,
+            merge=MergeOptions(**merging) if "merge_lora" in formats or merging else None,
+        )
     name, folder = name or model, run.get("folder")
     check_files(output.json, made=None if isinstance(options, GgufOptions) else out, run=folder)
     with progress_bars(quiet=output.quiet)("export") as progress:
@@ -97,6 +90,4 @@ def export_command(
             progress=progress,
             command=COMMAND.get(),
         )
-    finish(written.to_json(), output.json, run=folder, kind="export", models=[name, str(out)])
-    if not output.quiet:
-        show(export_tables(written))
+    finish(written.to_json(), output, export_tables(written), run=folder, kind="export", models=[name, str(out)])

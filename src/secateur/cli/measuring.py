@@ -8,12 +8,11 @@ from typing import Annotated
 
 from secateur.checkpoint.record import read_record
 from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Quiet, main
-from secateur.cli.output import check_files, finish, progress_bars, show
-from secateur.cli.reading import comma_separated, numbers
+from secateur.cli.output import check_files, finish, progress_bars
+from secateur.cli.reading import comma_separated, whole_numbers
 from secateur.errors import ModelError, TaskError
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs
-from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import EvaluationOptions, ProfileOptions
 from secateur.evaluation.profile import profile_models
 from secateur.models.config import load_config
@@ -36,10 +35,8 @@ PROFILE = Fields(
     ProfileOptions,
     main="seq_lens batch_sizes new_tokens repeats sizes_only",
     names={"seq_lens": "--seq-len", "batch_sizes": "--batch"},
-    read={
-        "seq_lens": lambda text: numbers(text, option="--seq-len"),
-        "batch_sizes": lambda text: numbers(text, option="--batch"),
-    },
+    read=dict.fromkeys(("seq_lens", "batch_sizes"), whole_numbers),
+    expected=dict.fromkeys(("seq_lens", "batch_sizes"), "whole numbers, for example 64 or 64,512"),
 )
 
 
@@ -79,11 +76,8 @@ def evaluate_command(
             variants[f"{name} + {plan}"] = prune_as_planned(model, planned, tokenizer, bars=bars)
         for label, each in variants.items():
             files = weight_file_bytes(name) if label == name else None
-            sizes = {"weight_bytes": weight_bytes(each), "file_bytes": files}
-            results.append(evaluate_model(label, each, tokenizer, inputs, bars=bars, **sizes))
-    finish(as_json(results), output.json, run=run.get("folder"), kind="evaluate", models=models)
-    if not output.quiet:
-        show(evaluation_tables(results))
+            results.append(evaluate_model(label, each, tokenizer, inputs, bars=bars, file_bytes=files))
+    finish(as_json(results), output, evaluation_tables(results), run=run.get("folder"), kind="evaluate", models=models)
 
 
 def profile_command(
@@ -102,15 +96,11 @@ def profile_command(
     _check_named(models, "profile")
     check_files(output.json, run=run.get("folder"))
     wanted = ProfileOptions(**options)
-    for name in models:
-        load_config(name, trust_remote_code=loading.trust_remote_code)
     with progress_bars(quiet=output.quiet)("profile") as progress:
         planned = None if plan is None else read_plan(plan)
         rows = profile_models(models, wanted, plan=planned, plan_name=str(plan), loading=loading, progress=progress)
-    result = {"results": [row.to_json() for row in rows]}
-    finish(result, output.json, run=run.get("folder"), kind="profile", seed=wanted.seed, models=models)
-    if not output.quiet:
-        show(profile_tables(rows))
+    result, folder = {"results": [row.to_json() for row in rows]}, run.get("folder")
+    finish(result, output, profile_tables(rows), run=folder, kind="profile", seed=wanted.seed, models=models)
 
 
 def _check_named(models: Sequence[str], command: str) -> None:

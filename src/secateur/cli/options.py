@@ -1,22 +1,24 @@
 """Options dataclasses -> options of a command: names, types, choices, defaults and help come from their fields.
 
-A command is a function whose parameters may be annotated with `Fields(SomeOptions)`. `command` replaces each by one
-option per field. The first section of a help page has what a common task needs, the second the rest.
+A command is a function whose parameters may be annotated with `Fields(SomeOptions)`. `command` makes each one option
+per field. The first section of a help page has what a common task needs, the second the rest.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 from docstring_parser import parse_from_object
 
-from secateur.cli.reading import comma_separated, count, layer_range, proportion, run_score_file
+from secateur.cli.output import Output
+from secateur.cli.reading import comma_separated, count, run_score_file, two_numbers
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import literals
 from secateur.errors import RecipeError
@@ -35,7 +37,6 @@ def main(text: str, **more: Any) -> Parameter:
 
 
 MODEL = Parameter(help="Hub name, folder, .gguf file, config.json, or `demo`.")
-OUT = Parameter(help="Folder to write.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +51,31 @@ class Fields:
     omit: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # field -> option, where it has another name
     read: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)  # field -> what reads its text
+    expected: Mapping[str, str] = field(default_factory=dict)  # field -> what its text is to be
     group: Group | None = None  # of all fields
     build: bool = False
 
-    def parameters(self, kind: type | None = None, outer: str = "") -> dict[str, inspect.Parameter]:
-        """One keyword parameter for each field, by the field's name."""
+    def parsed(self, kind: type | None = None, outer: str = "") -> Any:
+        """The type that the parser fills: a dictionary with a key for each field, none of which must be there."""
         kind = kind or self.kind
-        hints, about = get_type_hints(kind), help_of(kind)
-        found: dict[str, inspect.Parameter] = {}
+        hints = get_type_hints(kind)
+        about = {each.arg_name: " ".join((each.description or "").split()) for each in parse_from_object(kind).params}
+        keys: dict[str, Any] = {}
         for each in fields(kind):
             name, hint = outer + each.name, hints[each.name]
             if name in self.omit.split():
                 continue
             if is_dataclass(hint) and isinstance(hint, type):
-                found |= self.parameters(hint, f"{name}.")
+                keys[each.name] = self.parsed(hint, f"{name}.")
                 continue
             text = _with_default(about.get(each.name, ""), each, hint, reads=name in self.read)
             group = self.group or (MAIN if name in self.main.split() else ADVANCED)
             negative = f"--no-{self.option(name)[2:]}" if hint == (bool | None) else ()
-            parameter = Parameter(name=self.option(name), help=text, group=group, negative=negative)
-            found[name] = inspect.Parameter(
-                self.option(name).removeprefix("--").replace("-", "_"),
-                inspect.Parameter.KEYWORD_ONLY,
-                annotation=Annotated[(str if name in self.read else _as_option(hint)) | None, parameter],
-                default=None,
-            )
-        return found
+            convert = partial(self._convert, name) if name in self.read else None
+            parameter = Parameter(self.option(name), converter=convert, help=text, group=group, negative=negative)
+            keys[each.name] = Annotated[Any if convert else hint, parameter]  # Any: the parser takes it as text
+        given = TypedDict("Given", keys, total=False)  # type: ignore[operator]  # a type made at run time
+        return Annotated[given, Parameter(name="*")]
 
     def option(self, name: str) -> str:
         """The option of a field.
@@ -85,26 +85,12 @@ class Fields:
         """
         return self.names.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
 
-    def value(self, given: Mapping[str, Any]) -> Any:
-        """What the command gets, from what was given by field."""
-        values: dict[str, Any] = {}
-        for name, value in given.items():
-            if value is not None:
-                outer, _, inner = name.rpartition(".")
-                place = values.setdefault(outer, {}) if outer else values
-                place[inner] = self._read(name, value)
-        return self.kind(**values) if self.build else values
-
-    def _read(self, name: str, value: Any) -> Any:
-        if name in self.read:
-            return self.read[name](value)
-        return tuple(value) if isinstance(value, list) else value
-
-
-def help_of(kind: type) -> dict[str, str]:
-    """Field -> its docstring, on one line."""
-    parsed = parse_from_object(kind)
-    return {each.arg_name: " ".join((each.description or "").split()) for each in parsed.params}
+    def _convert(self, name: str, _: Any, tokens: Sequence[Token]) -> Any:
+        text = tokens[0].value
+        try:
+            return self.read[name](text)
+        except (ValueError, OverflowError):
+            raise RecipeError(f"{self.option(name)} {text}: expected {self.expected[name]}") from None
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -112,42 +98,30 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     >>> def shown(model: str, /, *, loading: Annotated[LoadOptions, Fields(LoadOptions, build=True)]) -> None:
     ...     print(model, loading.dtype)
-    >>> list(inspect.signature(command(shown)).parameters)
-    ['model', 'dtype', 'device', 'trust_remote_code']
-    >>> command(shown)("demo", dtype="float32")
+    >>> command(shown)("demo", loading={"dtype": "float32"})
     demo float32
     """
-    parameters: list[inspect.Parameter] = []
-    spread: dict[str, tuple[Fields, dict[str, str]]] = {}
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        about = [each for each in get_args(parameter.annotation)[1:] if isinstance(each, Fields)]
-        if not about:
-            parameters.append(parameter)
-            continue
-        own = about[0].parameters()
-        parameters += own.values()
-        spread[parameter.name] = about[0], {each.name: name for name, each in own.items()}
+    signature = inspect.signature(function, eval_str=True)
+    parameters = dict(signature.parameters)
+    spread = {
+        name: about
+        for name, parameter in parameters.items()
+        for about in get_args(parameter.annotation)[1:]
+        if isinstance(about, Fields)
+    }
+    for name, about in spread.items():
+        parameters[name] = parameters[name].replace(annotation=about.parsed(), default=None)
 
     @functools.wraps(function)
     def run(*positional: Any, **options: Any) -> None:
-        groups = {
-            name: kind.value({each: options.pop(option, None) for option, each in own.items()})
-            for name, (kind, own) in spread.items()
-        }
-        function(*positional, **options, **groups)
+        for name, about in spread.items():
+            given = options.get(name) or {}
+            options[name] = about.kind(**given) if about.build else given
+        function(*positional, **options)
 
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    vars(run)["__signature__"] = inspect.Signature(parameters)  # what the parser looks at
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    vars(run)["__signature__"] = signature.replace(parameters=[*parameters.values()])  # what the parser looks at
     return run
-
-
-def _as_option(hint: Any) -> Any:
-    """The type of an option: without None, and lists for tuples of any length."""
-    if get_origin(hint) in (Union, type(int | None)):
-        hint = next(each for each in get_args(hint) if each is not type(None))
-    if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
-        return list[get_args(hint)[0]]  # type: ignore[misc]  # a type made at run time
-    return hint
 
 
 def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:
@@ -160,16 +134,6 @@ def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
     return f"{text} [default: {default}]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """What a command prints and writes besides its result."""
-
-    quiet: bool = False
-    """Print nothing but errors."""
-    json: Path | None = None
-    """Also write the result to this file, as JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,8 +158,13 @@ CUTTING = Fields(
     read={
         "cut.target": count,
         "cut.axes": comma_separated,
-        "cut.layers": layer_range,
-        "cut.schedule": lambda text: proportion(text, option="--schedule"),
+        "cut.layers": two_numbers,
+        "cut.schedule": two_numbers,
+    },
+    expected={
+        "cut.target": "a number such as 100M, 1.5B or 100000000",
+        "cut.layers": "first:last with the last left out, for example 4:30 or 0.125:0.9375",
+        "cut.schedule": "two numbers, for example 0.5:1.5",
     },
 )
 CALIBRATION = Fields(CalibrationOptions, main="text samples", names={"text": "--calibration"})

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ from rich.text import Text
 from secateur import processes
 from secateur.files import check_writable, write_json
 from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.run import Pruned
 from secateur.pipeline.run_log import append_entry, check_run_folder
 from secateur.progress import ProgressBars
+from secateur.recovery.result import RecoverResult
 from secateur.report.formatting import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a command prints and writes besides its result."""
+
+    quiet: bool = False
+    """Print nothing but errors."""
+    json: Path | None = None
+    """Also write the result to this file, as JSON."""
+
 
 PIPE_WIDTH = 240  # columns of a table that no terminal shows
 COMMAND: ContextVar[str] = ContextVar("command", default="secateur")  # the command line, for records and the run log
@@ -37,12 +51,27 @@ def check_files(*files: Path | None, made: Path | None = None, run: Path | None 
             check_writable(file)
 
 
-def finish(result: Any, file: Path | None, *, run: Path | None = None, **entry: Any) -> None:
-    """Write a result as JSON where that was asked for, and its log entry where there is a run folder."""
-    if processes.is_first() and file is not None:
-        write_json(file, result)
+def finish(
+    result: Any, output: Output, tables: Iterable[RenderableType] = (), *, run: Path | None = None, **entry: Any
+) -> None:
+    """Write a result as JSON where that was asked for, and its log entry where there is a run folder; show its tables.
+
+    Tables are made only where they are shown.
+    """
+    if processes.is_first() and output.json is not None:
+        write_json(output.json, result)
     if processes.is_first() and run is not None:
         append_entry(run, COMMAND.get(), result=result, **{"seed": 0, **entry})
+    if not output.quiet:
+        show(tables)
+
+
+def print_written(made: Pruned | RecoverResult, *, resume: bool) -> None:
+    """Say where a model was written, how long that took, and whether a killed run was resumed, if it was to be."""
+    if resume:
+        print("resumed a killed run" if made.resumed else "no killed run of this to resume: started anew")
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made.seconds.items())
+    print(f"wrote {made.out} ({stages}; peak memory {format_bytes(made.peak_rss_bytes)})")
 
 
 def run_options(given: Mapping[str, Any], *, quiet: bool) -> RunOptions:

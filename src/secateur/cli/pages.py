@@ -10,9 +10,9 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from secateur.cli.demo import PROMPT, demonstrate
+from secateur.cli.demo import demonstrate
 from secateur.cli.options import CALIBRATION, CUTTING, MODEL, OVERWRITE, Folder, Given, Loading, Quiet, main, recipe_of
-from secateur.cli.output import check_files, finish, progress_bars, run_options, show
+from secateur.cli.output import check_files, finish, progress_bars, run_options
 from secateur.compare.compare import HERE, PORT, Opened, compare
 from secateur.models.sources import DEMO
 from secateur.report.page import write_report
@@ -34,9 +34,7 @@ def report_command(
     """
     check_files(output.json)
     written = write_report(run, out, overwrite=options.get("overwrite", False))
-    finish(written.to_json(), output.json)
-    if not output.quiet:
-        show([*map(str, written.key_figures), f"report: {written.out}"])
+    finish(written.to_json(), output, [*map(str, written.key_figures), f"report: {written.out}"])
 
 
 def demo_command(
@@ -55,11 +53,9 @@ def demo_command(
     check_files(output.json, made=out)
     recipe = recipe_of(DEMO, {"preset": "fast", **cutting}, loading)
     shown = demonstrate(recipe, out, run=run_options(options, quiet=output.quiet))
-    finish(shown.to_json(), output.json)
-    if not output.quiet:
-        show(demo_tables(shown.plan, shown.profiles, shown.perplexity, prompt=PROMPT, samples=shown.samples))
-        total = sum(shown.seconds.values())
-        show([f"pruned model: {shown.out / 'pruned'} ({total:.0f} s in all)", f"report: {shown.report}"])
+    tables = demo_tables(shown.plan, shown.profiles, shown.evaluations)
+    where = f"pruned model: {shown.out / 'pruned'} ({sum(shown.seconds.values()):.0f} s in all)"
+    finish(shown.to_json(), output, [*tables, where, f"report: {shown.report}"])
 
 
 def compare_command(
@@ -84,11 +80,9 @@ def compare_command(
     check_files(output.json)
 
     def announce(opened: Opened) -> None:
-        finish(opened.to_json(), output.json)
-        if not output.quiet:
-            show(profile_tables([side.costs for side in opened.sides]))
-            show([f"open {opened.url} (Ctrl-C ends it)"])
-            sys.stdout.flush()
+        tables = profile_tables([side.costs for side in opened.sides])
+        finish(opened.to_json(), output, [*tables, f"open {opened.url} (Ctrl-C ends it)"])
+        sys.stdout.flush()
 
     folder, bars = run.get("folder"), progress_bars(quiet=output.quiet)
     compare(

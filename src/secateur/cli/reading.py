@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from secateur.errors import DataError, PlanError, ScoreError, SecateurError
+from secateur.errors import ScoreError, SecateurError
 from secateur.scoring.registry import SCORES
 
 
@@ -28,50 +28,26 @@ def count(text: str) -> int:
     number, factor = text.strip().upper(), 1
     if number and number[-1] in factors:
         number, factor = number[:-1], factors[number[-1]]
-    try:
-        return round(float(number) * factor)
-    except (ValueError, OverflowError):
-        raise PlanError(f"--target {text}: expected a number such as 100M, 1.5B or 100000000") from None
+    return round(float(number) * factor)
 
 
-def numbers(text: str, *, option: str) -> tuple[int, ...]:
+def whole_numbers(text: str) -> tuple[int, ...]:
     """Whole numbers with commas between them.
 
-    >>> numbers("64,512", option="--seq-len")
+    >>> whole_numbers("64,512")
     (64, 512)
     """
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        expected = f"whole numbers, for example {option} 64 or {option} 64,512"
-        raise DataError(f"{option} {text}: expected {expected}") from None
+    return tuple(map(int, text.split(",")))
 
 
-def layer_range(text: str) -> tuple[float, float]:
-    """The first layer and the one after the last, as numbers or as shares of the depth.
+def two_numbers(text: str) -> tuple[float, float]:
+    """Two numbers with a colon between them, of which whole ones stay whole.
 
-    >>> layer_range("4:30"), layer_range("0.125:0.9375")
+    >>> two_numbers("4:30"), two_numbers("0.125:0.9375")
     ((4, 30), (0.125, 0.9375))
     """
-    try:
-        first, last = (float(part) if "." in part else int(part) for part in text.split(":"))
-    except ValueError:
-        expected = "first:last with the last left out, for example 4:30 or 0.125:0.9375"
-        raise PlanError(f"--layers {text}: expected {expected}") from None
+    first, last = (int(part) if part.strip().isdigit() else float(part) for part in text.split(":"))
     return first, last
-
-
-def proportion(text: str, *, option: str) -> tuple[float, float]:
-    """Two numbers in proportion.
-
-    >>> proportion("0.5:1.5", option="--schedule")
-    (0.5, 1.5)
-    """
-    first, _, last = text.partition(":")
-    try:
-        return float(first), float(last)
-    except ValueError:
-        raise PlanError(f"{option} {text}: expected two numbers, for example 0.5:1.5") from None
 
 
 def run_score_file(file: Path | None) -> None:

@@ -9,14 +9,13 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from secateur.cli.options import MAIN, MODEL, Fields, Given, Loading, Quiet, Run, changed, model_and_out
-from secateur.cli.output import check_files, finish, run_options, show
+from secateur.cli.output import check_files, finish, print_written, run_options
 from secateur.data.options import DataOptions
 from secateur.errors import PlanError
 from secateur.pipeline.recipe import prune_recipe
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recipe import RoundOptions, recover_recipe
 from secateur.recovery.recover import recover
-from secateur.report.formatting import format_bytes
 from secateur.report.tables.evaluation import recovery_tables
 
 
@@ -30,7 +29,7 @@ class Recovery:
     """Take options from this YAML file; options on the command line win."""
     teacher: str | None = None
     """Teacher for distillation. Default: the dense model that the folder's record names."""
-    texts: tuple[str, ...] = ()
+    eval_texts: tuple[str, ...] = ()
     """Held-out text NAME=FILE that picks the best checkpoint; may be repeated."""
     rounds: int | None = None
     """Prune a dense model and train it in so many rounds; with --ratio or --prune-recipe."""
@@ -42,7 +41,7 @@ class Recovery:
 
 DATA = Fields(DataOptions, main="sources samples", names={"sources": "--data"}, omit="seed")
 TRAINING = Fields(RecoverOptions, main="method epochs max_steps")
-RECOVERY = Fields(Recovery, group=MAIN, names={"texts": "--eval"}, build=True)
+RECOVERY = Fields(Recovery, group=MAIN, names={"eval_texts": "--eval"})
 
 
 def recover_command(
@@ -52,7 +51,7 @@ def recover_command(
     *,
     data: Annotated[Given, DATA],
     training: Annotated[Given, TRAINING],
-    how: Annotated[Recovery, RECOVERY],
+    how: Annotated[Given, RECOVERY],
     run: Run,
     loading: Loading,
     output: Quiet,
@@ -62,29 +61,22 @@ def recover_command(
     Writes one ordinary folder; LoRA is merged into the weights. A run that was killed continues with --resume.
     With --rounds N --ratio R, a dense model is pruned and trained N times in turns, until R of it is gone.
     """
-    name, made = model_and_out(pruned, out, how.recipe, "recover")
+    name, made = model_and_out(pruned, out, how.get("recipe"), "recover")
     check_files(output.json, made=made, run=run.get("folder"))
     changes: dict[str, Any] = {"data": data, "options": training, "loading": changed(loading)}
     if "seed" in training:
         changes["data"] = {**data, "seed": training["seed"]}
-    if how.texts:
-        changes["eval_texts"] = how.texts
-    if how.teacher is not None:
-        changes["teacher"] = how.teacher
-    if how.ratio is not None or how.prune_recipe is not None:
-        cut = {} if how.ratio is None else {"ratio": how.ratio}
-        prune = prune_recipe(name or "demo", file=how.prune_recipe, cut=cut)
-        changes["rounds"] = RoundOptions(1 if how.rounds is None else how.rounds, prune.cut, prune.calibration)
-    elif how.rounds is not None:
+    changes |= {option: how[option] for option in ("eval_texts", "teacher") if option in how}
+    if "ratio" in how or "prune_recipe" in how:
+        cut = {"ratio": how["ratio"]} if "ratio" in how else {}
+        prune = prune_recipe(name or "demo", file=how.get("prune_recipe"), cut=cut)
+        changes["rounds"] = RoundOptions(how.get("rounds", 1), prune.cut, prune.calibration)
+    elif "rounds" in how:
         raise PlanError("rounds: say how much is to go in all, for example --rounds 3 --ratio 0.5")
-    recipe = recover_recipe(name, preset=how.preset, file=how.recipe, **changes)
+    recipe = recover_recipe(name, preset=how.get("preset"), file=how.get("recipe"), **changes)
     recovered = recover(recipe, made, run=run_options(run, quiet=output.quiet))
     folder, models, seed = run.get("folder"), [recipe.model, str(made)], recipe.options.seed
-    finish(recovered.to_json(), output.json, run=folder, kind="recover", seed=seed, models=models)
-    if output.quiet:
-        return
-    if run.get("resume"):
-        print("resumed a killed run" if recovered.resumed else "no killed run of this to resume: started anew")
-    show(recovery_tables(recovered))
-    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in recovered.seconds.items())
-    print(f"wrote {recovered.out} ({stages}; peak memory {format_bytes(recovered.peak_rss_bytes)})")
+    tables = recovery_tables(recovered)
+    finish(recovered.to_json(), output, tables, run=folder, kind="recover", seed=seed, models=models)
+    if not output.quiet:
+        print_written(recovered, resume=run.get("resume", False))

@@ -2,25 +2,19 @@
 
 # No `from __future__ import annotations`: gradio reads the annotations of handlers.
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from secateur.compare.answers import Answer, Sampling, answers
-from secateur.compare.models import PROMPT_TOKENS, Side
+from secateur.compare.models import Side
 from secateur.compare.plan_tab import MODELS, errors_shown, plan_tab
 from secateur.compare.plans import Planner
-from secateur.report.formatting import format_bytes, format_count, format_macs
+from secateur.report.tables.profile import cost_rows
 
-SIZES: tuple[tuple[str, str, Callable[[int], str]], ...] = (
-    ("parameters", "parameters", format_count),
-    ("non-embedding parameters", "non_embedding_parameters", format_count),
-    (f"MACs of {PROMPT_TOKENS} tokens", "macs", format_macs),
-    ("weights", "weight_bytes", format_bytes),
-    (f"KV cache of {PROMPT_TOKENS} tokens", "kv_cache_bytes", format_bytes),
-)
+SIZES = "parameters non_embedding_parameters macs weight_bytes kv_cache_bytes peak_bytes"  # where known of both
 
 
 def build_page(sides: Sequence[Side], planner: Planner, *, plans: Path) -> Any:
@@ -28,20 +22,12 @@ def build_page(sides: Sequence[Side], planner: Planner, *, plans: Path) -> Any:
     with gr.Blocks(title="Secateur: compare", analytics_enabled=False) as page:
         gr.Markdown("# Secateur: two models side by side")
         headers = ["size", *(side.title for side in sides), "B / A"]
-        gr.Dataframe(size_rows(sides), headers=headers, label="What the models cost")
+        gr.Dataframe(cost_rows([side.costs for side in sides], SIZES), headers=headers, label="What the models cost")
         with gr.Tab("Compare"):
             ask_tab(sides)
         with gr.Tab("Plan a cut"):
             plan_tab(page, sides, planner, plans)
     return page
-
-
-def size_rows(sides: Sequence[Side]) -> list[list[str]]:
-    """What both models cost, and B's share of A; a row for each number that is known of both."""
-    rows = [(label, text, *(getattr(side.costs, name) for side in sides)) for label, name, text in SIZES]
-    peaks = [side.costs.speed.peak_bytes if side.costs.speed is not None else None for side in sides]
-    rows.append((f"peak memory of {PROMPT_TOKENS} tokens", format_bytes, *peaks))
-    return [[label, text(a), text(b), f"{b / a:.2f}"] for label, text, a, b in rows if a and b]
 
 
 UPDATE_SECONDS = 0.05  # between two states of an answer that are sent to a browser

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: gradio reads the annotations of handlers.
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from secateur.files import write_json
 from secateur.planning.options import PRESETS, BudgetName
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
-from secateur.report.formatting import format_bytes, format_count, format_macs
+from secateur.report.tables.plan import size_rows
 from secateur.scoring.registry import SCORES
 
 PRESETS_OWN = ("as the preset says", "")
@@ -103,29 +103,12 @@ def _cut(ratio: float, of: str, score: str, shape: str, axes: list[str]) -> dict
     return {name: value for name, value in options.items() if value}
 
 
-def size_rows(planned: Plan) -> list[list[str]]:
-    """The sizes before and after."""
-    parameters, bytes_each = planned.parameters, planned.options.item_bytes
-    inner = (parameters["dense_non_embedding"], parameters["pruned_non_embedding"])
-    both = (parameters["dense"], parameters["pruned"])
-    rows: list[tuple[str, Callable[[int], str], int, int]] = [
-        ("parameters", format_count, *both),
-        ("non-embedding parameters", format_count, *inner),
-        ("MACs of 64 tokens", format_macs, planned.macs["dense"], planned.macs["pruned"]),
-        (f"weights in {planned.options.memory_dtype}", format_bytes, bytes_each * both[0], bytes_each * both[1]),
-    ]
-    return [[label, text(dense), text(pruned), f"{1 - pruned / dense:.2%}"] for label, text, dense, pruned in rows]
-
-
 def layer_rows(side: Side, planned: Plan) -> dict[str, Any]:
     """A row for each layer, a column for each kind of units, as a Dataframe takes them."""
-    data = []
     layers = kept_by_layer(side, planned)
     kinds = [*dict.fromkeys(kind for kept in layers.values() for kind in kept)]
-    for layer, kept in layers.items():
-        texts = {kind: f"{n:,} of {units:,}" for kind, (n, units) in kept.items()}
-        data.append([layer, *(texts.get(kind, "") for kind in kinds)])
-    return {"headers": ["", *kinds], "data": data}
+    texts = [["{:,} of {:,}".format(*kept[kind]) if kind in kept else "" for kind in kinds] for kept in layers.values()]
+    return {"headers": ["", *kinds], "data": [[layer, *row] for layer, row in zip(layers, texts, strict=True)]}
 
 
 @contextmanager

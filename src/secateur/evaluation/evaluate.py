@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.evaluation.inference import sample_text
+from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import EvaluationOptions
 from secateur.evaluation.perplexity import Perplexity, evaluate, loss_difference
 from secateur.evaluation.task_results import TaskResult, mean_accuracy, task_difference
@@ -64,10 +65,9 @@ def evaluate_model(
     inputs: EvaluationInputs,
     *,
     bars: ProgressBars,
-    weight_bytes: int | None = None,
     file_bytes: int | None = None,
 ) -> ModelEvaluation:
-    """Evaluate one loaded model; its sizes are for the record. Raises as what it calls does."""
+    """Evaluate one loaded model; the bytes of its files are for the record. Raises as what it calls does."""
     options = inputs.options
     perplexity: list[Perplexity] = []
     if inputs.texts:
@@ -90,7 +90,7 @@ def evaluate_model(
         samples = {
             prompt: sample_text(model, tokenizer, prompt, new_tokens=options.new_tokens) for prompt in options.prompts
         }
-    return ModelEvaluation(name, tuple(perplexity), tasks, samples, weight_bytes, file_bytes)
+    return ModelEvaluation(name, tuple(perplexity), tasks, samples, weight_bytes(model), file_bytes)
 
 
 def as_json(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:

@@ -70,13 +70,13 @@ def format_rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.1f} tokens/s"
 
 
-def format_with_error(value: float, error: float | None, form: str) -> str:
-    """A value and its standard error.
+def format_with_error(value: float, error: float | None, form: str, scale: float = 1.0) -> str:
+    """A value and its standard error, both times `scale`.
 
-    >>> format_with_error(0.25, 0.01, "+.2f"), format_with_error(0.25, None, ".1f")
-    ('+0.25 ± 0.01', '0.2')
+    >>> format_with_error(0.25, 0.01, "+.2f"), format_with_error(0.25, None, ".1f", 100.0)
+    ('+0.25 ± 0.01', '25.0')
     """
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+    return f"{scale * value:{form}}" + ("" if error is None else f" ± {scale * error:{form.lstrip('+')}}")
 
 
 def format_signed(value: float, text: str) -> str:

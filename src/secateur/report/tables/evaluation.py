@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -11,7 +11,7 @@ from rich.text import Text
 from secateur.evaluation.evaluate import ModelEvaluation
 from secateur.evaluation.perplexity import loss_difference
 from secateur.evaluation.significance import Difference
-from secateur.evaluation.task_results import HEADLINES, TaskResult, mean_accuracy, task_difference
+from secateur.evaluation.task_results import HEADLINES, mean_accuracy, task_difference
 from secateur.pipeline.frontier import Sweep
 from secateur.recovery.result import RecoverResult
 from secateur.report.formatting import format_bytes, format_count, format_macs, format_p_value, format_with_error
@@ -28,13 +28,18 @@ def evaluation_tables(results: Sequence[ModelEvaluation]) -> Iterator[Renderable
         yield from (f"{task}: {note}" for task, note in notes.items())
         if len(results) > 1:
             yield f"in brackets: difference to {results[0].model}, paired by question, with its p-value"
-    for measured in results:
-        for prompt, text in measured.samples.items():
-            yield Text.assemble(f"{measured.model}: {prompt}", (" ".join(["", *text.split()]), "bold"))
+    yield from sample_lines(results)
     for measured in results:
         if measured.weight_bytes is not None:
             files = "" if measured.file_bytes is None else f", {format_bytes(measured.file_bytes)} in files"
             yield f"{measured.model}: {format_bytes(measured.weight_bytes)} of weights{files}"
+
+
+def sample_lines(results: Iterable[ModelEvaluation]) -> Iterator[Text]:
+    """Prompts, each with what a model has written after it."""
+    for measured in results:
+        for prompt, text in measured.samples.items():
+            yield Text.assemble(f"{measured.model}: {prompt}", (" ".join(["", *text.split()]), "bold"))
 
 
 def _perplexity_table(results: Sequence[ModelEvaluation]) -> Table:
@@ -61,36 +66,32 @@ def _task_table(results: Sequence[ModelEvaluation]) -> Table:
     for name in dict.fromkeys(name for measured in results for name in measured.tasks):
         found = [measured.tasks.get(name) for measured in results]
         shown = next(result for result in found if result is not None)
-        cells = []
-        for result in found:
-            beside = None if result is None else task_difference(result, first.tasks.get(name))
-            cells.append("" if result is None else _accuracy(result, None if result is found[0] else beside))
+        scale = 100.0 if shown.metric in HEADLINES else 1.0  # an accuracy is in percent
+        cells = [""] * len(found)
+        for number, result in enumerate(found):
+            if result is not None:
+                beside = task_difference(result, first.tasks.get(name)) if number else None
+                cells[number] = _with_difference(result.value, result.stderr, beside, scale)
         table.add_row(name, shown.metric, f"{shown.documents:,}", *cells)
-    means = [mean_accuracy(measured.tasks, first.tasks) for measured in results]
+    means = [mean_accuracy(measured.tasks, first.tasks if number else None) for number, measured in enumerate(results)]
     if means[0] is not None and len(means[0]["tasks"]) > 1:
         table.add_section()
-        cells = []
+        cells = [""] * len(means)
         for number, mean in enumerate(means):
-            text = "" if mean is None else _with_error(mean["value"], mean["stderr"], ".2f")
-            if number and mean is not None and "difference" in mean:
-                change = _with_error(mean["difference"], mean["difference_stderr"], "+.2f")
-                text += f" ({change}, {format_p_value(mean['p'])})"
-            cells.append(text)
+            if mean is not None:
+                known = "difference" in mean
+                beside = Difference(mean["difference"], mean["difference_stderr"], mean["p"]) if known else None
+                cells[number] = _with_difference(mean["value"], mean["stderr"], beside, 100.0)
         table.add_row("mean", f"of {len(means[0]['tasks'])}", "", *cells)
     return table
 
 
-def _accuracy(result: TaskResult, beside: Difference | None) -> str:
-    """A value, in percent where it is an accuracy, with its difference to the first model."""
-    scale = 100.0 if result.metric in HEADLINES else 1.0
-    text = _with_error(result.value, result.stderr, ".2f", scale)
+def _with_difference(value: float, stderr: float | None, beside: Difference | None, scale: float) -> str:
+    """A value with its difference to the first model."""
+    text = format_with_error(value, stderr, ".2f", scale)
     if beside is None:
         return text
-    return f"{text} ({_with_error(beside.difference, beside.stderr, '+.2f', scale)}, {format_p_value(beside.p)})"
-
-
-def _with_error(value: float, error: float | None, form: str, scale: float = 100.0) -> str:
-    return format_with_error(scale * value, None if error is None else scale * error, form)
+    return f"{text} ({format_with_error(beside.difference, beside.stderr, '+.2f', scale)}, {format_p_value(beside.p)})"
 
 
 def sweep_tables(found: Sweep) -> Iterator[RenderableType]:

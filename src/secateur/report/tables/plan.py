@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import RenderableType
-from rich.text import Text
 
 from secateur.discovery.weight_names import format_ranges
 from secateur.evaluation.costs import Profile
-from secateur.evaluation.perplexity import Perplexity
+from secateur.evaluation.evaluate import ModelEvaluation
 from secateur.planning.plan import Plan, PlannedGroup
-from secateur.report.formatting import format_bytes, format_count, format_macs, format_rate, format_seconds
+from secateur.report.formatting import format_bytes, format_count, format_macs
+from secateur.report.tables.evaluation import sample_lines
 from secateur.report.tables.layout import make_table, titled
+from secateur.report.tables.profile import cost_rows
 
 NEAR = 0.005  # of a budget; a plan farther from it gets a warning
 UNEVEN = 3  # sizes of one kind; more are drawn as bars instead of listed
@@ -33,13 +34,8 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
             where = "the model" if layers == [-1] else format_ranges(layers)
             table.add_row(kind, where, str(units), str(kept))
     sizes_table = make_table(("", "dense", "pruned", "removed"))
-    for label, dense, pruned in (
-        ("parameters", planned.parameters["dense"], planned.parameters["pruned"]),
-        ("non-embedding", planned.parameters["dense_non_embedding"], planned.parameters["pruned_non_embedding"]),
-        ("MACs of 64 tokens", planned.macs["dense"], planned.macs["pruned"]),
-    ):
-        text = format_macs if label.startswith("MACs") else format_count
-        sizes_table.add_row(label, text(dense), text(pruned), f"{1 - pruned / dense:.2%}")
+    for row in size_rows(planned, ("parameters", "non-embedding", "macs")):
+        sizes_table.add_row(*row)
     yield from titled(f"{planned.model}: what the cut leaves", table)
     yield sizes_table
     yield from _missed(planned)
@@ -53,6 +49,33 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         yield "config: " + ", ".join(f"{name} = {value}" for name, value in short.items())
     elif planned.refusal is not None:
         yield f"no stock folder, but one with a file of code (trust_remote_code=True): {planned.refusal}"
+
+
+def size_rows(
+    planned: Plan, budgets: Iterable[str] = ("parameters", "non-embedding", "macs", "memory")
+) -> list[list[str]]:
+    """What budgets count: the name, dense, pruned, and the share that is removed."""
+    sizes = _sizes(planned)
+    rows = (sizes[budget] for budget in budgets)
+    return [[name, text(dense), text(pruned), f"{1 - pruned / dense:.2%}"] for name, text, dense, pruned in rows]
+
+
+def _sizes(planned: Plan) -> dict[str, tuple[str, Callable[[int], str], int, int]]:
+    """Budget -> its name in a table, how its numbers are written, and those of the dense and of the pruned model."""
+    parameters, bytes_each = planned.parameters, planned.options.item_bytes
+    both = (parameters["dense"], parameters["pruned"])
+    inner = (parameters["dense_non_embedding"], parameters["pruned_non_embedding"])
+    return {
+        "parameters": ("parameters", format_count, *both),
+        "non-embedding": ("non-embedding", format_count, *inner),
+        "macs": ("MACs of 64 tokens", format_macs, planned.macs["dense"], planned.macs["pruned"]),
+        "memory": (
+            f"weights in {planned.options.memory_dtype}",
+            format_bytes,
+            bytes_each * both[0],
+            bytes_each * both[1],
+        ),
+    }
 
 
 def _uneven(planned: Plan, kind: str, groups: Sequence[PlannedGroup]) -> tuple[str, str, str]:
@@ -71,13 +94,10 @@ def _uneven(planned: Plan, kind: str, groups: Sequence[PlannedGroup]) -> tuple[s
 
 def _missed(planned: Plan) -> Iterator[str]:
     """A warning where whole units cannot come within half a percent of the ratio asked for."""
-    ratio, of = planned.options.ratio, planned.options.of
-    both = (planned.parameters["dense"], planned.parameters["pruned"])
-    inner = (planned.parameters["dense_non_embedding"], planned.parameters["pruned_non_embedding"])
-    macs = (planned.macs["dense"], planned.macs["pruned"])
-    sizes = {"parameters": both, "memory": both, "non-embedding": inner, "macs": macs}
+    ratio, of, sizes = planned.options.ratio, planned.options.of, _sizes(planned)
     if ratio is not None and of in sizes:
-        removed = 1 - sizes[of][1] / sizes[of][0]
+        _, _, dense, pruned = sizes[of]
+        removed = 1 - pruned / dense
         if abs(removed - ratio) > NEAR:
             yield (
                 f"the nearest that whole units allow: {removed:.2%} of {of}, for the {ratio:.2%} asked for. "
@@ -86,30 +106,16 @@ def _missed(planned: Plan) -> Iterator[str]:
 
 
 def demo_tables(
-    plan: Plan,
-    profiles: Sequence[Profile],
-    perplexity: Mapping[str, Sequence[Perplexity]],
-    *,
-    prompt: str,
-    samples: Mapping[str, str],
+    plan: Plan, profiles: Sequence[Profile], evaluations: Sequence[ModelEvaluation]
 ) -> Iterator[RenderableType]:
-    """The plan of a cut, what it cost, and a text by each model; profiles and perplexity are of dense and pruned."""
+    """The plan of a cut, what it cost, and a text by each model; what was measured is of dense and pruned."""
     yield from plan_tables(plan)
     table = make_table(("", "dense", "pruned", "pruned / dense"))
-    dense, pruned = (profile.to_json() for profile in profiles)
-    for label, field, text in (
-        ("parameters", "parameters", format_count),
-        ("MACs of 64 tokens", "macs", format_macs),
-        ("weights", "weight_bytes", format_bytes),
-        ("peak memory of 64 tokens", "peak_bytes", format_bytes),
-        ("prefill of 64 tokens", "prefill_seconds", format_seconds),
-        ("decode", "decode_tokens_per_second", format_rate),
-    ):
-        a, b = dense[field], pruned[field]
-        table.add_row(label, text(a), text(b), f"{b / a:.2f}")
-    for before, after in zip(perplexity["dense"], perplexity["pruned"], strict=True):
+    costs = "parameters macs weight_bytes peak_bytes prefill_seconds decode_tokens_per_second"
+    for row in cost_rows(profiles, costs):
+        table.add_row(*row)
+    for before, after in zip(*(each.perplexity for each in evaluations), strict=True):
         label = f"perplexity, {before.data} @{before.seq_len}"
         table.add_row(label, f"{before.ppl:.2f}", f"{after.ppl:.2f}", f"{after.ppl / before.ppl:.2f}")
     yield from titled("What it cost", table)
-    for name, continuation in samples.items():
-        yield Text.assemble(f"{name}: {prompt} ", (" ".join(continuation.split()), "bold"))
+    yield from sample_lines(evaluations)

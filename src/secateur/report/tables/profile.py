@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from secateur.evaluation.costs import BatchCost, Profile
-from secateur.report.formatting import format_bytes, format_count, format_macs, format_percent, format_rate
+from secateur.evaluation.speed import Speed
+from secateur.report.formatting import (
+    format_bytes,
+    format_count,
+    format_macs,
+    format_percent,
+    format_rate,
+    format_seconds,
+)
 from secateur.report.tables.layout import make_table, titled
 
 PAYS = 0.5  # of the gain that the MACs promise; what brings less is said to pay little
 SMALL = 0.98  # of the MACs: cuts that leave more promise nothing that could be told from noise
+
+
+COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {  # as a profile's JSON names them, of 64 tokens
+    "parameters": ("parameters", format_count),
+    "non_embedding_parameters": ("non-embedding parameters", format_count),
+    "macs": ("MACs of 64 tokens", format_macs),
+    "weight_bytes": ("weights", format_bytes),
+    "kv_cache_bytes": ("KV cache of 64 tokens", format_bytes),
+    "peak_bytes": ("peak memory of 64 tokens", format_bytes),
+    "prefill_seconds": ("prefill of 64 tokens", format_seconds),
+    "decode_tokens_per_second": ("decode", format_rate),
+}
+
+
+def cost_rows(profiles: Sequence[Profile], names: str) -> list[list[str]]:
+    """Costs that are known of both models: what it is, each model's, and the second's share of the first's."""
+    a, b = (profile.to_json() for profile in profiles)
+    known = [(name, *COSTS[name]) for name in names.split() if a.get(name) and b.get(name)]
+    return [[label, text(a[name]), text(b[name]), f"{b[name] / a[name]:.2f}"] for name, label, text in known]
 
 
 def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
@@ -24,25 +52,11 @@ def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
     columns += [f"prefill, beside {rows[0].model}", f"decode, beside {rows[0].model}"] if beside else []
     table = make_table(columns)
     for row in rows:
-        cells = [
-            row.model,
-            format_count(row.parameters),
-            format_count(row.non_embedding_parameters),
-            format_macs(row.macs),
-            format_bytes(row.weight_bytes),
-            "unknown" if row.kv_cache_bytes is None else format_bytes(row.kv_cache_bytes),
-        ]
-        if row.speed is not None:
-            prefill, decode = (
-                f"{row.speed.prefill_seconds * 1000:.1f} ms",
-                format_rate(row.speed.decode_tokens_per_second),
-            )
-            cells += [format_bytes(row.speed.peak_bytes), prefill, decode]
-            if (against := row.grid[0].against) is not None:
-                cells += [
-                    f"{against.prefill_speedup:.2f} x for {against.macs_ratio:.2f} of the MACs",
-                    f"{against.decode_speedup:.2f} x for {row.weight_bytes_ratio:.2f} of the weights",
-                ]
+        sizes = [row.parameters, row.non_embedding_parameters]
+        cells = [row.model, *map(format_count, sizes), format_macs(row.macs), format_bytes(row.weight_bytes)]
+        cells += [_cache(row), *_speed(row.speed), *_speed_up(row.grid[0])]
+        if (against := row.grid[0].against) is not None:
+            cells.append(f"{against.decode_speedup:.2f} x for {row.weight_bytes_ratio:.2f} of the weights")
         table.add_row(*cells)
     yield from titled("Size and speed" if measured else "Size", table)
     if rows:
@@ -55,6 +69,23 @@ def profile_tables(rows: Sequence[Profile]) -> Iterator[RenderableType]:
         if len(rows[0].grid) > 1:
             yield from titled("Batch and length", _grid(rows))
     yield from verdicts(rows)
+
+
+def _cache(cost: Profile | BatchCost) -> str:
+    return "unknown" if cost.kv_cache_bytes is None else format_bytes(cost.kv_cache_bytes)
+
+
+def _speed(speed: Speed | None) -> list[str]:
+    """Peak memory, prefill and decode; nothing where nothing was measured."""
+    if speed is None:
+        return []
+    prefill, decode = f"{speed.prefill_seconds * 1000:.1f} ms", format_rate(speed.decode_tokens_per_second)
+    return [format_bytes(speed.peak_bytes), prefill, decode]
+
+
+def _speed_up(cost: BatchCost) -> list[str]:
+    against = cost.against
+    return [] if against is None else [f"{against.prefill_speedup:.2f} x for {against.macs_ratio:.2f} of the MACs"]
 
 
 def _macs(rows: Sequence[Profile]) -> Table:
@@ -76,19 +107,12 @@ def _grid(rows: Sequence[Profile]) -> Table:
     table = make_table(columns)
     for row in rows:
         for cost in row.grid:
-            cache = "unknown" if cost.kv_cache_bytes is None else format_bytes(cost.kv_cache_bytes)
-            texts = [row.model, f"{cost.batch:,}", f"{cost.seq_len:,}", format_macs(cost.macs), cache]
+            sizes = [f"{cost.batch:,}", f"{cost.seq_len:,}", format_macs(cost.macs), _cache(cost)]
+            speed = _speed(cost.speed)
             if cost.speed is not None:
                 low, high = cost.speed.prefill_quartiles
-                texts += [
-                    format_bytes(cost.speed.peak_bytes),
-                    f"{cost.speed.prefill_seconds * 1000:.1f} ms",
-                    f"{low * 1000:.1f} to {high * 1000:.1f}",
-                    f"{cost.speed.decode_tokens_per_second:.1f} tokens/s",
-                ]
-            if cost.against is not None:
-                texts.append(f"{cost.against.prefill_speedup:.2f} x for {cost.against.macs_ratio:.2f} of the MACs")
-            table.add_row(*texts)
+                speed.insert(2, f"{low * 1000:.1f} to {high * 1000:.1f}")
+            table.add_row(row.model, *sizes, *speed, *_speed_up(cost))
         table.add_section()
     return table
 
@@ -100,13 +124,12 @@ def verdicts(rows: Sequence[Profile]) -> Iterator[str]:
     holds for the slow quartile of the first model beside the fast quartile of this one, so that noise says nothing.
     """
     for row in rows[1:]:
-        poor = [
-            (cost, cost.against)
-            for cost, first in zip(row.grid, rows[0].grid, strict=True)
-            if cost.against is not None
-            and (best := best_case(cost, first)) is not None
-            and pays_little(cost.against.macs_ratio, best)
-        ]
+        poor = []
+        for cost, first in zip(row.grid, rows[0].grid, strict=True):
+            if cost.against is not None and cost.speed is not None and first.speed is not None:
+                best = first.speed.prefill_quartiles[1] / cost.speed.prefill_quartiles[0]
+                if pays_little(cost.against.macs_ratio, best):
+                    poor.append((cost, cost.against))
         if poor:
             where = ", ".join(
                 f"{against.prefill_speedup:.2f} x at batch {cost.batch} x {cost.seq_len}" for cost, against in poor
@@ -117,13 +140,6 @@ def verdicts(rows: Sequence[Profile]) -> Iterator[str]:
                 "time, this cut does not pay here. Widths that are multiples of 64 (--round-to 64), or fewer layers "
                 "(--axes layers), may"
             )
-
-
-def best_case(cost: BatchCost, first: BatchCost) -> float | None:
-    """The speed-up between the slow quartile of the first model and the fast one of this; None without measurements."""
-    if cost.speed is None or first.speed is None:
-        return None
-    return first.speed.prefill_quartiles[1] / cost.speed.prefill_quartiles[0]
 
 
 def pays_little(macs_ratio: float, speedup: float) -> bool:
