@@ -1000,7 +1000,7 @@ class TestRunLog:
     def test_a_file_in_the_way_is_refused_before_any_work(
         self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        works = ["cutting.plan_model", "cutting.prune_model", "recovering.recover", "measuring.load_config"]
+        works = ["cutting.plan_model", "cutting.prune_model", "folders.recover", "measuring.load_config"]
         for work in (*works, "folders.export_model"):
             monkeypatch.setattr(f"secateur.cli.{work}", lambda *_, **__: pytest.fail("work had begun"))
         refuse(

@@ -19,8 +19,7 @@ from secateur.compare.answers import Answer, Sampling, answers, prompt_ids
 from secateur.compare.compare import Opened, compare, free_port
 from secateur.compare.models import Side, load_sides
 from secateur.compare.page import SIZES, outcome, speed
-from secateur.compare.plan_tab import layer_rows
-from secateur.compare.plans import Planner, possible_axes
+from secateur.compare.plan_tab import Planner, _Handlers, layer_rows
 from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, PageError, PlanError, ScoreError
 from secateur.evaluation.inference import decode_steps, sample_text
@@ -279,8 +278,14 @@ class TestPlans:
         with pytest.raises((PlanError, ScoreError), match=match):
             planner.sizes(sides[0], preset, cut)
 
-    def test_axes_are_those_that_the_model_has(self, sides: tuple[Side, ...]) -> None:
-        assert possible_axes(sides[0].discovery) == ["attention", "query", "mlp", "hidden", "layers"]
+    def test_axes_are_those_that_the_model_has(self, sides: tuple[Side, ...], planner: Planner) -> None:
+        assert _Handlers({"A": sides[0]}, planner, planner.run).axes("A") == [
+            "attention",
+            "query",
+            "mlp",
+            "hidden",
+            "layers",
+        ]
 
 
 class TestAddress:

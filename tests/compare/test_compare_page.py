@@ -22,7 +22,7 @@ from secateur.cli.main import run
 from secateur.compare.compare import HERE, free_port
 from secateur.compare.models import load_sides
 from secateur.compare.page import build_page
-from secateur.compare.plans import Planner
+from secateur.compare.plan_tab import Planner
 from secateur.evaluation.inference import sample_text
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer

@@ -32,8 +32,7 @@ from secateur.errors import PlanError
 from secateur.evaluation.texts import read_texts
 from secateur.export.serving import serving_note, tensor_parallel_sizes
 from secateur.models.config import load_config
-from secateur.pipeline.recipe import PruneRecipe
-from secateur.pipeline.run import Pruned, plan_model, prune_model
+from secateur.pipeline.run import plan_model, prune_model
 from secateur.pipeline.sweep import SweepOptions, ratios_in, sweep
 from secateur.planning.plan import read_plan
 from secateur.report.tables.discovery import discovery_tables
@@ -98,7 +97,17 @@ def prune_command(
     recipe, given = recipe_of(name, cutting, loading), None if plan is None else read_plan(plan)
     announce = None if output.quiet else lambda sizes: show(plan_tables(sizes))
     pruned = prune_model(recipe, folder, plan=given, run=run_options(run, quiet=output.quiet), announce=announce)
-    _report(pruned, recipe, run, output)
+    result, note, seed = pruned.to_json(), None, recipe.calibration.seed
+    models, trust = [recipe.model, str(pruned.out)], recipe.loading.trust_remote_code
+    if pruned.plan.settings is not None:
+        dense, smaller = [load_config(each, trust_remote_code=trust) for each in models]
+        result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(smaller))
+        note = serving_note(dense, smaller)
+    finish(result, output, run=run.get("folder"), kind="prune", seed=seed, models=models)
+    if not output.quiet:
+        if note is not None:
+            print(note)
+        print_written(pruned, resume=run.get("resume", False))
 
 
 def _check_alone(plan: Path, cutting: Given) -> None:
@@ -107,20 +116,6 @@ def _check_alone(plan: Path, cutting: Given) -> None:
     given += [f"{part}.{name}" for part in ("cut", "calibration") for name in cutting.get(part, ())]
     if given:
         raise PlanError(f"--plan {plan} says all about the cut: leave out {CUTTING.option(given[0])}")
-
-
-def _report(pruned: Pruned, recipe: PruneRecipe, run: Given, output: Output) -> None:
-    result, note, trust = pruned.to_json(), None, recipe.loading.trust_remote_code
-    if pruned.plan.settings is not None:
-        dense, smaller = [load_config(name, trust_remote_code=trust) for name in (recipe.model, str(pruned.out))]
-        result["tensor_parallel_sizes"] = list(tensor_parallel_sizes(smaller))
-        note = serving_note(dense, smaller)
-    models, seed = [recipe.model, str(pruned.out)], recipe.calibration.seed
-    finish(result, output, run=run.get("folder"), kind="prune", seed=seed, models=models)
-    if not output.quiet:
-        if note is not None:
-            print(note)
-        print_written(pruned, resume=run.get("resume", False))
 
 
 SWEEP = Fields(

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from secateur.evaluation.costs import Profile
 from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs
 from secateur.evaluation.options import EvaluationOptions
@@ -74,22 +72,18 @@ def demonstrate(recipe: PruneRecipe, out: str | Path, *, run: RunOptions | None 
                 "dense": load(recipe.model, dtype=recipe.loading.dtype, device=recipe.loading.device),
                 "pruned": load(str(pruned.out), device=recipe.loading.device),
             }
-        found = _measured(out, pruned, models, clock)
+        tokenizer = load_tokenizer(str(pruned.out))
+        options = EvaluationOptions(protocols=PROTOCOLS, max_tokens=MAX_TOKENS, prompts=(PROMPT,), new_tokens=32)
+        inputs = load_inputs(options)
+        measured = [evaluate_model(name, each, tokenizer, inputs, bars=clock.stage) for name, each in models.items()]
+        with clock.stage("profile"):
+            profiles = profile(models)
+        seconds = {**pruned.seconds, **clock.seconds}
+        found = Demonstration(out, pruned.plan, tuple(measured), tuple(profiles), seconds)
         write_json(folder / SUMMARY_FILE, found.to_json())
         _log(found, replace(pruned, out=out / "pruned"), recipe, folder, run)
         write_report(folder, folder / REPORT_FILE)
     return found
-
-
-def _measured(out: Path, pruned: Pruned, models: Mapping[str, PreTrainedModel], clock: Clock) -> Demonstration:
-    """Perplexity, size, speed and a sample of both models."""
-    tokenizer = load_tokenizer(str(pruned.out))
-    options = EvaluationOptions(protocols=PROTOCOLS, max_tokens=MAX_TOKENS, prompts=(PROMPT,), new_tokens=32)
-    inputs = load_inputs(options)
-    found = tuple(evaluate_model(name, each, tokenizer, inputs, bars=clock.stage) for name, each in models.items())
-    with clock.stage("profile"):
-        profiles = tuple(profile(models))
-    return Demonstration(out, pruned.plan, found, profiles, {**pruned.seconds, **clock.seconds})
 
 
 def _log(found: Demonstration, pruned: Pruned, recipe: PruneRecipe, folder: Path, run: RunOptions) -> None:

@@ -13,12 +13,11 @@ from cyclopts import App, CycloptsError
 
 from secateur import __version__, processes
 from secateur.cli.cutting import discover_command, plan_command, prune_command, sweep_command
-from secateur.cli.folders import export_command, verify_command
+from secateur.cli.folders import export_command, recover_command, verify_command
 from secateur.cli.measuring import evaluate_command, profile_command
 from secateur.cli.options import command
 from secateur.cli.output import COMMAND
 from secateur.cli.pages import compare_command, demo_command, report_command
-from secateur.cli.recovering import recover_command
 from secateur.errors import SecateurError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count

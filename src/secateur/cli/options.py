@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
@@ -74,7 +74,7 @@ class Fields:
             convert = partial(self._convert, name) if name in self.read else None
             parameter = Parameter(self.option(name), converter=convert, help=text, group=group, negative=negative)
             keys[each.name] = Annotated[Any if convert else hint, parameter]  # Any: the parser takes it as text
-        given = TypedDict("Given", keys, total=False)  # type: ignore[operator]  # a type made at run time
+        given = TypedDict("Given", keys, total=False)  # type: ignore[misc]  # a type made at run time
         return Annotated[given, Parameter(name="*")]
 
     def option(self, name: str) -> str:
@@ -168,20 +168,16 @@ CUTTING = Fields(
     },
 )
 CALIBRATION = Fields(CalibrationOptions, main="text samples", names={"text": "--calibration"})
-LOADING = Fields(LoadOptions, group=COMMON, build=True)
-TRUST = Fields(LoadOptions, group=COMMON, build=True, omit="dtype device")
-OUTPUT = Fields(Output, group=COMMON, build=True)
 RUN = Fields(RunOptions, main="folder overwrite resume", names={"folder": "--run"}, omit="command bars")
-FOLDER = Fields(RunOptions, main="folder", names={"folder": "--run"}, omit="command bars overwrite resume")
-OVERWRITE = Fields(RunOptions, main="overwrite", omit="folder command bars resume")
 
 Given = dict[str, Any]
 Cut = Annotated[Given, CUTTING]
 Run = Annotated[Given, RUN]
-Folder = Annotated[Given, FOLDER]
-Loading = Annotated[LoadOptions, LOADING]
-Trust = Annotated[LoadOptions, TRUST]
-Quiet = Annotated[Output, OUTPUT]
+Folder = Annotated[Given, replace(RUN, omit="command bars overwrite resume")]
+Overwrite = Annotated[Given, replace(RUN, omit="command bars folder resume")]
+Loading = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True)]
+Trust = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True, omit="dtype device")]
+Quiet = Annotated[Output, Fields(Output, group=COMMON, build=True)]
 assert set(PRESETS) == set(get_args(get_args(get_type_hints(Cutting)["preset"])[0]))  # the help lists what there is
 
 

@@ -103,11 +103,9 @@ def progress_bars(*, quiet: bool) -> ProgressBars:
         if quiet or not sys.stderr.isatty() or not processes.is_first():
             yield None
             return
-        shown = (
-            *(columns.SpinnerColumn(), columns.TextColumn("{task.description}"), columns.BarColumn()),
-            *(columns.TaskProgressColumn(), columns.TextColumn("{task.fields[said]}")),
-            *(columns.TimeRemainingColumn(), _MemoryColumn()),
-        )
+        *usual, left = columns.Progress.get_default_columns()
+        said = columns.TextColumn("{task.fields[said]}")
+        shown = (columns.SpinnerColumn(), *usual, said, left, _MemoryColumn())
         with columns.Progress(*shown, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(stage, total=None, said="")
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from secateur.cli.demo import demonstrate
-from secateur.cli.options import CALIBRATION, CUTTING, MODEL, OVERWRITE, Folder, Given, Loading, Quiet, main, recipe_of
+from secateur.cli.options import CALIBRATION, CUTTING, MODEL, Folder, Given, Loading, Overwrite, Quiet, main, recipe_of
 from secateur.cli.output import check_files, finish, progress_bars, run_options
 from secateur.compare.compare import HERE, PORT, Opened, compare
 from secateur.models.sources import DEMO
@@ -25,7 +25,7 @@ def report_command(
     out: Annotated[Path, Parameter(help="Page to write, OUT.html.")],
     /,
     *,
-    options: Annotated[Given, OVERWRITE],
+    options: Overwrite,
     output: Quiet,
 ) -> None:
     """Make one page of all that was measured in a run.
@@ -41,7 +41,7 @@ def demo_command(
     *,
     out: Annotated[Path, main("Run folder to write.")] = Path("secateur-demo"),
     cutting: Annotated[Given, replace(CUTTING, omit="calibration.text calibration.column calibration.chat score_file")],
-    options: Annotated[Given, OVERWRITE],
+    options: Overwrite,
     loading: Loading,
     output: Quiet,
 ) -> None:

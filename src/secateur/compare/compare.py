@@ -1,6 +1,6 @@
 """Two models side by side on a local web page, which gradio serves; nothing is asked of any other machine.
 
-`models.py` loads them, `answers.py` lets them answer in turns, `plans.py` plans cuts, `page.py` shows all of it.
+`models.py` loads them, `answers.py` lets them answer in turns, `plan_tab.py` plans cuts, `page.py` shows all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from secateur.compare.models import Side, load_sides
-from secateur.compare.plans import Planner
 from secateur.errors import PageError, one_line
 from secateur.models.loading import LoadOptions
 from secateur.progress import ProgressBars
@@ -75,6 +74,7 @@ def compare(
         import gradio as gr
 
         from secateur.compare.page import build_page
+        from secateur.compare.plan_tab import Planner
 
         planner = Planner(Path(run or Path(folder) / "run"), loading or LoadOptions(), calibration or {})
         page = build_page(sides, planner, plans=Path(folder))

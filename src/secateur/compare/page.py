@@ -10,8 +10,7 @@ import gradio as gr
 
 from secateur.compare.answers import Answer, Sampling, answers
 from secateur.compare.models import Side
-from secateur.compare.plan_tab import MODELS, errors_shown, plan_tab
-from secateur.compare.plans import Planner
+from secateur.compare.plan_tab import MODELS, Planner, errors_shown, plan_tab
 from secateur.report.tables.profile import cost_rows
 
 SIZES = "parameters non_embedding_parameters macs weight_bytes kv_cache_bytes peak_bytes"  # where known of both

@@ -1,28 +1,55 @@
-"""The tab that plans a cut: options, the sizes that follow at once, and the plan to download."""
+"""The tab that plans a cut: options, the sizes that follow at once, and the plan to download when units are scored."""
 
 # No `from __future__ import annotations`: gradio reads the annotations of handlers.
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
 
 from secateur.compare.models import Side
-from secateur.compare.plans import Planner, kept_by_layer, possible_axes
 from secateur.errors import SecateurError
 from secateur.files import write_json
-from secateur.planning.options import PRESETS, BudgetName
-from secateur.planning.plan import Plan
-from secateur.progress import Progress
+from secateur.models.loading import LoadOptions
+from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
+from secateur.pipeline.run import plan_model
+from secateur.planning.options import AXES, PRESETS, BudgetName
+from secateur.planning.plan import Plan, plan
+from secateur.planning.selection import groups_to_cut
+from secateur.progress import Progress, ProgressBars
 from secateur.report.tables.plan import size_rows
 from secateur.scoring.registry import SCORES
 
 PRESETS_OWN = ("as the preset says", "")
 MODELS = "models"  # gradio's queue lets one job at a time compute, so that speeds are fair
 BUDGETS = tuple(name for name in get_args(BudgetName) if name != "latency")  # which has to be measured first
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans cuts of the models of a page."""
+
+    run: Path
+    """Folder for statistics, which serve the next plan, too."""
+    loading: LoadOptions = field(default_factory=LoadOptions)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """Calibration options by name; the preset has the others."""
+
+    def recipe(self, side: Side, preset: str, cut: Mapping[str, Any]) -> PruneRecipe:
+        """The preset's recipe, with the options of a cut by name. Raises `SecateurError`."""
+        recipe = prune_recipe(side.name, preset=preset, cut=cut, calibration=self.calibration)
+        return replace(recipe, loading=self.loading)
+
+    def sizes(self, side: Side, preset: str, cut: Mapping[str, Any]) -> Plan:
+        """The sizes of a cut, at once: from the discovery, which is made once. Raises `SecateurError`."""
+        return plan(side.discovery, self.recipe(side, preset, cut).cut)
+
+    def units(self, side: Side, preset: str, cut: Mapping[str, Any], bars: ProgressBars | None = None) -> Plan:
+        """The plan of a cut, as `secateur plan` makes it; `prune --plan` takes it. Raises `SecateurError`."""
+        return plan_model(self.recipe(side, preset, cut), run=RunOptions(folder=self.run, bars=bars))
 
 
 def plan_tab(page: Any, sides: Sequence[Side], planner: Planner, plans: Path) -> None:
@@ -61,7 +88,9 @@ class _Handlers:
     plans: Path
 
     def axes(self, title: str) -> list[str]:
-        return possible_axes(self.sides[title].discovery)
+        """The axes of which the model has groups."""
+        kinds = {group.kind for group in self.sides[title].discovery.groups}
+        return [axis for axis, wanted in AXES.items() if kinds & set(wanted)]
 
     def sizes(self, title: str, preset: str, *options: Any) -> list[Any]:
         """The sizes of the cut that was asked for, or why it cannot be made."""
@@ -105,7 +134,13 @@ def _cut(ratio: float, of: str, score: str, shape: str, axes: list[str]) -> dict
 
 def layer_rows(side: Side, planned: Plan) -> dict[str, Any]:
     """A row for each layer, a column for each kind of units, as a Dataframe takes them."""
-    layers = kept_by_layer(side, planned)
+    stays = {group.name: group.kept for group in planned.groups}
+    layers: dict[str, dict[str, tuple[int, int]]] = {}  # layer -> kind -> units kept, and all
+    for groups in groups_to_cut(side.discovery, replace(planned.options, layers=None)).values():
+        for group in groups:
+            found = layers.setdefault("model" if group.layer is None else f"layer {group.layer}", {})
+            before = found.get(group.kind, (0, 0))
+            found[group.kind] = (before[0] + stays.get(group.name, group.units), before[1] + group.units)
     kinds = [*dict.fromkeys(kind for kept in layers.values() for kind in kept)]
     texts = [["{:,} of {:,}".format(*kept[kind]) if kind in kept else "" for kind in kinds] for kept in layers.values()]
     return {"headers": ["", *kinds], "data": [[layer, *row] for layer, row in zip(layers, texts, strict=True)]}

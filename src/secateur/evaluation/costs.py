@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,15 +17,12 @@ from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Discovery, Operation
 from secateur.discovery.layers import layer_of
 from secateur.discovery.sizes import PrunedSizes
-from secateur.errors import DiscoveryError
 from secateur.evaluation.memory import cache_bytes_by_layer, weight_bytes
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.speed import Speed
 from secateur.models.loading import skeleton
 from secateur.planning.plan import Plan
 from secateur.pruning.prune import check_plan, prune
-
-logger = logging.getLogger(__name__)
 
 UNGROUPED = "frozen"  # operations over dimensions of which none can be cut
 # An operation over the units of several groups belongs to the first of these kinds: what lies inside experts, MLPs,
@@ -143,7 +139,7 @@ def model_costs(
     pruned, options = pruned or PrunedSizes(), options or ProfileOptions()
     kept, dropped = pruned.sizes, pruned.dropped_layers
     macs = {n: count_macs(discovery, kept, dropped_layers=dropped, tokens=n) for n in options.seq_lens}
-    caches = {n: _cache_bytes(model, n) for n in options.seq_lens}
+    caches = {n: cache_bytes_by_layer(model, seq_len=n) for n in options.seq_lens}
     totals = {n: None if cache is None else sum(cache) for n, cache in caches.items()}
     grid = []
     for n, batch in options.grid:
@@ -163,14 +159,6 @@ def model_costs(
         kv_cache_bytes_by_layer=caches[first] or (),
         grid=tuple(grid),
     )
-
-
-def _cache_bytes(model: PreTrainedModel, seq_len: int) -> tuple[int, ...] | None:
-    try:
-        return cache_bytes_by_layer(model, seq_len=seq_len)
-    except DiscoveryError as error:  # code that runs with weights alone
-        logger.debug("%s", error)
-        return None
 
 
 def with_any_units(plan: Plan) -> Plan:

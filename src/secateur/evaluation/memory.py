@@ -8,6 +8,7 @@ Tensor names end in their axes: B batch, T token.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,8 +20,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.tracing import run_without_memory
+from secateur.errors import DiscoveryError
 from secateur.evaluation.inference import STATE_NAMES, decode_steps, evaluation_mode, input_device, random_ids
 from secateur.models.tensors import plain_tensors
+
+logger = logging.getLogger(__name__)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -36,17 +40,21 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, ...]:
+def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, ...] | None:
     """Return the bytes that a pass over one sequence of `seq_len` tokens keeps for the next, by layer.
 
     The model runs once, on `meta` too, and every tensor of what it returned is counted with the elements that it has:
     a window that slides keeps what is in it, and a layer without attention its state. What is not made of layers is
-    one entry, and what returns nothing none. Raises `DiscoveryError` when the pass on `meta` fails.
+    one entry, and what returns nothing none. None where the pass on `meta` fails: the code runs with weights alone.
     """
     on_meta = not hasattr(model, "_hf_hook") and any(weight.device.type == "meta" for weight in model.parameters())
     with evaluation_mode(model), torch.no_grad():
         if on_meta:
-            outputs = run_without_memory(model, sequence=seq_len, use_cache=True)
+            try:
+                outputs = run_without_memory(model, sequence=seq_len, use_cache=True)
+            except DiscoveryError as error:
+                logger.debug("%s", error)
+                return None
         else:
             # random: code that looks for special tokens fails on a row of one and the same
             outputs = model(input_ids=random_ids([model], 1, seq_len).to(input_device(model)), use_cache=True)

@@ -147,7 +147,10 @@ def perplexity(
             f"{data}: the model's negative log-likelihood is NaN ({protocol}, {len(cut)} windows); expected finite "
             "logits. float16 often overflows: try --dtype bfloat16 or --dtype float32."
         )
-    scored_bytes = _scored_bytes(text.byte_ends_T, cut) if isinstance(text, EncodedText) else None
+    scored_bytes = None
+    if isinstance(text, EncodedText):  # the first token of a text is never scored
+        ends_T = text.byte_ends_T
+        scored_bytes = sum(int(ends_T[window.end - 1] - ends_T[window.scored - 1]) for window in cut)
     return _summary(data, protocol, nats, [window.tokens for window in cut], scored_bytes)
 
 
@@ -195,11 +198,6 @@ def _summed_nll(logits_TV: Tensor, ids_T: Tensor, first: int) -> float:
         nll_T = functional.cross_entropy(piece_TV.to(dtype), targets_T.to(piece_TV.device), reduction="none")
         total += nll_T.cpu().double().sum().item()  # on the CPU: some accelerators have no float64
     return total
-
-
-def _scored_bytes(byte_ends_T: Tensor, cut: Sequence[Window]) -> int:
-    """The bytes of the scored tokens; the first token of a text is never scored."""
-    return sum(int(byte_ends_T[window.end - 1] - byte_ends_T[window.scored - 1]) for window in cut)
 
 
 def _summary(

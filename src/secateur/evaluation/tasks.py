@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -121,7 +123,7 @@ def run_lm_eval(
         if lm.device.type == "meta":  # weights that accelerate brings from the disk, layer by layer
             lm._device = input_device(model)
         if progress is not None:
-            lm.set_cache_hook(_AnswerCounter(progress, len(requests), task.name))
+            lm.set_cache_hook(_counter(progress, len(requests), task.name))
         try:
             raw: dict[str, Any] = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES)
         except (ValueError, NotImplementedError) as error:
@@ -184,15 +186,10 @@ def _fitting_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
     return min(MAX_BATCH, fitting_batch(max(tokens, 1), vocabulary_size(model), limit=limit))
 
 
-class _AnswerCounter:
-    """Stands where lm-eval would cache answers, and counts them."""
-
-    def __init__(self, progress: Callable[[int, int, str], None], total: int, name: str) -> None:
-        self.progress, self.total, self.name, self.done = progress, total, name, 0
-
-    def add_partial(self, *_: Any) -> None:
-        self.done += 1
-        self.progress(min(self.done, self.total), self.total, self.name)
+def _counter(progress: Callable[[int, int, str], None], total: int, name: str) -> Any:
+    """What stands where lm-eval would cache answers, and counts them."""
+    done = itertools.count(1)
+    return SimpleNamespace(add_partial=lambda *_: progress(min(next(done), total), total, name))
 
 
 class _Messages(logging.Handler):

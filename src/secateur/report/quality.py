@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from secateur.evaluation.significance import interval
 from secateur.report.charts import Bar, bar_chart, line_chart
 from secateur.report.content import Cell, Figure, Section, Table, optional
 from secateur.report.entries import Training
@@ -88,8 +89,7 @@ def _task_figure(run: Run) -> Figure:
             every.append((model, f"mean of {len(model.tasks)} tasks", model.tasks_mean))
     for task in dict.fromkeys(name for _, name, _ in every):
         for model, _, row in (each for each in every if each[1] == task):
-            half = 0.0 if row.stderr is None else 1.96 * row.stderr
-            ends = (row.value - half, row.value + half) if half else (None, None)
+            ends = interval(row.value, row.stderr or None) or (None, None)
             right = format_accuracy(row.value)
             groups.setdefault(task, []).append(Bar(model.label, row.value, right, model.color, *ends))
             difference = optional(row.paired.difference, lambda d: format_signed(d, f"{100 * abs(d):.1f}"))

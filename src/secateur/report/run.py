@@ -20,6 +20,7 @@ from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, 
 from secateur.scoring.scores import Scores, load_scores
 
 ROLES = ("dense", "pruned", "recovered", "exported", "measured")
+ROWS = tuple[Mapping[str, Any], ...]  # of a result with a row for each model
 LONGEST_LABEL = 26  # characters; the table of models has the whole name
 
 
@@ -104,13 +105,17 @@ def load_run(folder: Path) -> Run:
                 f"{entry.path} is damaged (the result of {entry.kind}: {error}). Remove it to make the report from "
                 f"the other entries: rm {entry.path}"
             ) from error
+    try:
+        scores = tuple(load_scores(path) for path in sorted(folder.glob("scores*.safetensors")))
+    except ScoreError as error:
+        raise CheckpointError(f"{error}. Remove it to make the report without it") from error
     stale = "Measurements of {} from before it was last written are left out: it was another model."
     return Run(
         folder,
         tuple(entries),
         tuple(_labelled([*reader.models.values()])),
         *(tuple(reader.cuts), tuple(reader.trainings), tuple(reader.sweeps)),
-        scores=_load_scores(folder),
+        scores=scores,
         notes=tuple(map(stale.format, reader.stale)),
     )
 
@@ -155,10 +160,10 @@ class _Reader:
             case "export" if len(entry.models) > 1:
                 self._write(entry.models[-1], self._named(entry.models[0]), "exported", Cost())
             case "evaluate":
-                for row in _rows(result):
+                for row in decode(ROWS, result.get("results"), "results"):
                     self._add_evaluated(build_known(Evaluated, row))
             case "profile":
-                for row in _rows(result):
+                for row in decode(ROWS, result.get("results"), "results"):
                     model = self._named(decode(str, row.get("model"), "model"))
                     self._put(replace(model, cost=_updated(model.cost, build_known(Cost, row))))
             case "sweep":
@@ -213,11 +218,6 @@ class _Reader:
         )
 
 
-def _rows(result: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    rows: tuple[Mapping[str, Any], ...] = decode(tuple[Mapping[str, Any], ...], result.get("results"), "results")
-    return rows
-
-
 def _updated(cost: Cost, newer: Cost) -> Cost:
     """A cost with all that a newer one knows."""
     return replace(cost, **{f.name: getattr(newer, f.name) for f in fields(Cost) if getattr(newer, f.name)})
@@ -233,10 +233,3 @@ def _labelled(models: list[Model]) -> Iterator[Model]:
         label = model.role if model.role != "measured" and roles.count(model.role) == 1 else short
         taken[label] = taken.get(label, 0) + 1
         yield replace(model, label=label if taken[label] == 1 else f"{label} ({taken[label]})")
-
-
-def _load_scores(folder: Path) -> tuple[Scores, ...]:
-    try:
-        return tuple(load_scores(path) for path in sorted(folder.glob("scores*.safetensors")))
-    except ScoreError as error:
-        raise CheckpointError(f"{error}. Remove it to make the report without it") from error

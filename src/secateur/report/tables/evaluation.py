@@ -150,13 +150,10 @@ def _round_tables(result: RecoverResult) -> Iterator[RenderableType]:
     columns = ("round", "parameters", "steps", "validation, nats", *(f"perplexity, {name}" for name in texts))
     table = make_table(columns)
     for each in result.rounds:
-        pairs = []
-        if each["before"] is not None and each["best"] is not None:
-            validation = [entry["validation"] for entry in (each["before"], each["best"])]
+        pairs, both = [], [each["before"], each["best"]]
+        if None not in both:
+            validation = [entry["validation"] for entry in both]
             pairs.append("" if None in validation else "{:.3f} -> {:.3f}".format(*validation))
-            for name in texts:
-                pairs.append(
-                    "{:.2f} -> {:.2f}".format(*(each[when]["perplexity"][name] for when in ("before", "best")))
-                )
+            pairs += ["{:.2f} -> {:.2f}".format(*(entry["perplexity"][name] for entry in both)) for name in texts]
         table.add_row(str(each["round"]), format_count(each["parameters"]), str(each["steps"]), *pairs)
     yield from titled(f"{result.method}, after the cut -> after the training", table)
