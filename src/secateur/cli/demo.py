@@ -38,11 +38,6 @@ class Demonstration:
     profiles: tuple[Profile, ...]
     seconds: Mapping[str, float]
 
-    @property
-    def report(self) -> Path:
-        """The page that shows all of it."""
-        return self.out / REPORT_FILE
-
     def to_json(self) -> dict[str, Any]:
         """Plain data, as the run folder's summary.json holds it."""
         return {

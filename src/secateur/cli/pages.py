@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from secateur.cli.demo import demonstrate
+from secateur.cli.demo import REPORT_FILE, demonstrate
 from secateur.cli.options import CALIBRATION, CUTTING, MODEL, Folder, Given, Loading, Overwrite, Quiet, main, recipe_of
 from secateur.cli.output import check_files, finish, progress_bars, run_options
 from secateur.compare.compare import HERE, PORT, Opened, compare
@@ -55,7 +55,7 @@ def demo_command(
     shown = demonstrate(recipe, out, run=run_options(options, quiet=output.quiet))
     tables = demo_tables(shown.plan, shown.profiles, shown.evaluations)
     where = f"pruned model: {shown.out / 'pruned'} ({sum(shown.seconds.values()):.0f} s in all)"
-    finish(shown.to_json(), output, [*tables, where, f"report: {shown.report}"])
+    finish(shown.to_json(), output, [*tables, where, f"report: {out / REPORT_FILE}"])
 
 
 def compare_command(
