@@ -215,9 +215,11 @@ class TestRefused:
         monkeypatch.setattr(
             "importlib.util.find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest)
         )
-        with pytest.raises(CheckpointError, match=r"torchao, which is not installed: pip install 'secateur\[int8\]'"):
+        with pytest.raises(CheckpointError, match=r"needs the package torchao\. Run: pip install 'secateur\[int8\]'"):
             export_int8(tiny_model(), tmp_path / "out")
-        with pytest.raises(ModelError, match=r"int8': .*torchao, .* not installed: pip install 'secateur\[int8\]'"):
+        with pytest.raises(
+            ModelError, match=r"int8': .* needs the package torchao\. Run: pip install 'secateur\[int8\]'"
+        ):
             load(str(tmp_path / "int8"), device="cpu")
 
     def test_quantised_already(self, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from secateur.errors import ModelError, one_line, unknown
+from secateur.errors import ModelError, check_installed, one_line, unknown
 from secateur.models.config import causal_class, per_layer_model_class, quantisation, whole_config
 from secateur.models.gguf import forget_gguf
 from secateur.models.silence import quiet
@@ -110,10 +109,8 @@ def load(
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = whole_config(model, trust_remote_code=trust_remote_code)
-    if quantisation(config) == "torchao" and importlib.util.find_spec("torchao") is None:
-        raise ModelError(
-            f"{model!r}: its weights are packed by torchao, which is not installed: pip install 'secateur[int8]'"
-        )
+    if quantisation(config) == "torchao":
+        check_installed(ModelError, "torchao", extra="int8", what=f"{model!r}: reading int8 weights")
     if source.kind == "folder" and quantisation(config) is None:
         # What the weights do not have is made up at random, in whatever size the config asks for: compare them first.
         _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)

@@ -22,7 +22,7 @@ from secateur.data.rows import steps_for_epochs, training_order
 from secateur.data.training_data import TrainingData, read_training_data
 from secateur.data.windows import digest
 from secateur.discovery.discover import discover
-from secateur.errors import DataError, ModelError, TrainingError
+from secateur.errors import DataError, ModelError, TrainingError, check_installed
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
 from secateur.files import check_apart, check_vacant
 from secateur.models.config import check_not_quantised, check_positions, load_config
@@ -37,7 +37,6 @@ from secateur.recovery.hidden_states import MatchedLayers, match_layers
 from secateur.recovery.lora import check_peft
 from secateur.recovery.options import EVAL_WINDOW, RecoverOptions, Tracker
 from secateur.recovery.recipe import RecoverRecipe
-from secateur.recovery.result import check_plot
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) 
     elif options.save_adapter:
         raise TrainingError(f"method={options.method!r} has no adapter to save; leave out --save-adapter")
     if options.plot:
-        check_plot()
+        check_installed(TrainingError, "matplotlib", extra="plot", what="plot")
     _check_environment(options.track)
     config = load_config(model, trust_remote_code=trust)
     check_not_quantised(config, name=model)
