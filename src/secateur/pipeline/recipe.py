@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from secateur import __version__
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import build, values_by_field
 from secateur.errors import RecipeError, one_line
+from secateur.files import plain
 from secateur.models.loading import LoadOptions
 from secateur.planning.options import CutOptions, with_preset
 from secateur.progress import ProgressBars
@@ -155,14 +156,3 @@ def _read_yaml(file: str | Path, command: str) -> dict[str, Any]:
 def load_recipe(file: str | Path) -> PruneRecipe:
     """The recipe of a cut in a file. Raises `RecipeError`, and `SecateurError` for options that cannot be."""
     return prune_recipe(file=file)
-
-
-def plain(value: Any) -> Any:
-    """A value as YAML and JSON hold it: dataclasses as mappings, tuples as lists, paths as text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
