@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from secateur.decoding import build, values_by_field
 from secateur.errors import RecipeError, one_line
 from secateur.files import plain
 from secateur.models.loading import LoadOptions
-from secateur.planning.options import CutOptions, with_preset
+from secateur.planning.options import CutOptions, automatic, settled, with_preset
 from secateur.progress import ProgressBars
 
 RECIPE_FILE = "recipe.yaml"
@@ -82,6 +82,8 @@ def prune_recipe(
     """
     raw: dict[str, Any] = {} if file is None else read_recipe(file, "prune", PruneRecipe)
     base = {name: dict(raw.get(name) or {}) for name in ("cut", "calibration", "loading")}
+    if cut and preset is None and base["cut"].keys() == {each.name for each in fields(CutOptions)}:
+        base["cut"], base["calibration"] = _as_given(base["cut"], base["calibration"])
     if cut and cut.keys() & {"ratio", "target"}:  # one budget replaces another
         base["cut"] = {key: value for key, value in base["cut"].items() if key not in ("ratio", "target")}
     model = model if model is not None else raw.get("model")
@@ -94,6 +96,16 @@ def prune_recipe(
         plan = str(Path(file).parent / plan)
     load_options = LoadOptions(**base["loading"] | dict(loading or {}))
     return PruneRecipe(model, cut=options, calibration=text, loading=load_options, plan=plan)
+
+
+def _as_given(cut: Mapping[str, Any], calibration: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a recipe that was written with a folder, without those that followed from the others."""
+    options = CutOptions(**cut)
+    usual, shuffled = automatic(options), settled(CalibrationOptions(), options).shuffled
+    return (
+        {name: value for name, value in cut.items() if value != usual.get(name)},
+        {name: value for name, value in calibration.items() if (name, value) != ("shuffled", shuffled)},
+    )
 
 
 def recipe_text(command: str, recipe: Any) -> str:
