@@ -51,8 +51,7 @@ def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
             return _per_layer_config(written)
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_custom(config):
         raise ModelError(
             f"{model!r}: model type {config.model_type!r} is not a causal language model. Expected a model that "
             f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
@@ -129,6 +128,11 @@ def per_layer_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | N
     stock = type(config).__mro__[1]
     model_class = getattr(transformers, getattr(config, PER_LAYER)["architecture"])
     return cast(type[PreTrainedModel], per_layer_class(model_class, stock))
+
+
+def is_custom(config: PreTrainedConfig) -> bool:
+    """Whether the model of a config is custom code, which lies beside it; a per-layer model is of our own class."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and per_layer_model_class(config) is None
 
 
 def register(model: str) -> None:
