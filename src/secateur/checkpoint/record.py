@@ -85,8 +85,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def read_record(folder: Path) -> Record | None:
-    """Read the record of a folder that `save` wrote; None where there is none.
+def read_record(folder: Path | None) -> Record | None:
+    """Read the record of a folder that `save` wrote; None where there is none, or no folder.
 
     Keys that a later version has added are ignored. Raises `CheckpointError` when it is damaged, or not as it was
     written.
@@ -94,7 +94,7 @@ def read_record(folder: Path) -> Record | None:
     >>> read_record(Path("no-such-folder")) is None
     True
     """
-    if not (folder / RECORD_FILE).exists():
+    if folder is None or not (folder / RECORD_FILE).exists():
         return None
     try:
         check_as_written(folder, lambda name: name == RECORD_FILE)

@@ -205,13 +205,9 @@ def _write_metadata(
 
 def _write_value(writer: GGUFWriter, key: str, value: Any) -> None:
     """Integers as unsigned, as llama.cpp expects them."""
-    kinds = {
-        bool: GGUFValueType.BOOL,
-        int: GGUFValueType.UINT32,
-        float: GGUFValueType.FLOAT32,
-        str: GGUFValueType.STRING,
-    }
+    kind = GGUFValueType.get_type(value[0] if isinstance(value, list) else value)
+    kind = GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind
     if isinstance(value, list):
-        writer.add_key_value(key, value, GGUFValueType.ARRAY, kinds[type(value[0])])
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, kind)
     else:
-        writer.add_key_value(key, value, kinds[type(value)])
+        writer.add_key_value(key, value, kind)

@@ -30,5 +30,4 @@ def load_source(model: str, loading: LoadOptions) -> Source:
     check_not_quantised(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
     loaded = load(model, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
-    folder = where.path if where.kind == "folder" else None
-    return Source(loaded, tokenizer, folder, text_files(model, tokenizer))
+    return Source(loaded, tokenizer, where.folder, text_files(model, tokenizer))

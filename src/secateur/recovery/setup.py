@@ -180,8 +180,7 @@ def _find_teacher(recipe: RecoverRecipe, tokenizer: PreTrainedTokenizerBase, con
     """Return the name of the teacher, after checking its vocabulary."""
     teacher = recipe.teacher
     if teacher is None:
-        path = resolve(recipe.model).path
-        record = read_record(path) if path is not None else None
+        record = read_record(resolve(recipe.model).path)
         if record is None:
             raise ModelError(
                 f"{recipe.model!r} has no record that names the dense model it was cut from. Name a teacher: "

@@ -203,8 +203,7 @@ def _save(
 def _record(setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel, command: str | None) -> Record:
     """Return the record of the pruned folder, with this training in it."""
     recipe = setup.recipe
-    source = resolve(recipe.model).path
-    before = read_record(source) if source is not None else None
+    before = read_record(resolve(recipe.model).path)
     record = before or make_record(model, name=recipe.model, seed=recipe.options.seed)
     recovery: dict[str, Any] = {
         "method": recipe.options.method,
