@@ -102,7 +102,7 @@ def test_custom_code_is_refused() -> None:
 
 def test_a_quantized_model_is_refused() -> None:
     config = AutoConfig.for_model("llama", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match=r"'llama' is quantised \(gptq\)"):
+    with pytest.raises(ModelError, match=r"'llama' is quantized \(gptq\)"):
         type_of(config)
 
 

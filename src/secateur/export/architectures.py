@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.errors import ExportError
-from secateur.models.config import check_not_quantised, per_layer_model_class
+from secateur.models.config import check_not_quantized, per_layer_model_class
 from secateur.models.modeling_per_layer import PER_LAYER
 
 TABLE = Path(__file__).with_name("architectures.json")
@@ -114,7 +114,7 @@ def type_of(config: PreTrainedConfig) -> ModelType:
             f"the model's code is its own, {type(config).__name__}, and no architecture of llama.cpp is known to "
             f"compute the same; transformers' {name} can be written"
         )
-    check_not_quantised(config)
+    check_not_quantized(config)
     return entry
 
 

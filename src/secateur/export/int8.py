@@ -30,7 +30,7 @@ from secateur.evaluation.inference import evaluation_mode, input_device, vocabul
 from secateur.evaluation.memory import weight_bytes
 from secateur.export.options import ExportRecipe, Int8Options
 from secateur.files import atomic_folder, check_vacant, copy_in, sort_metadata
-from secateur.models.config import check_not_quantised
+from secateur.models.config import check_not_quantized
 from secateur.models.loading import skeleton
 from secateur.models.manifest import write_manifest
 from secateur.models.silence import quiet
@@ -129,7 +129,7 @@ def int8_copy(
     check_torchao()
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, MappingType, quantize_
 
-    check_not_quantised(model.config)
+    check_not_quantized(model.config)
     _check_holdable(model)
     layers, left = _choose_layers(model)
     if not layers:

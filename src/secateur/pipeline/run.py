@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur import processes
 from secateur.errors import ModelError
 from secateur.files import check_apart, check_vacant
-from secateur.models.config import check_not_quantised, load_config
+from secateur.models.config import check_not_quantized, load_config
 from secateur.models.sources import resolve
 from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import Cache, StatisticsFolder, has_begun, run_key, work_folder
@@ -51,7 +51,7 @@ def plan_model(recipe: str | PruneRecipe, *, sizes_only: bool = False, run: RunO
     sizes = pipeline.sizes(pipeline.start())
     if sizes_only or not has_weights(recipe.model):
         return sizes
-    check_not_quantised(pipeline.config, name=recipe.model)
+    check_not_quantized(pipeline.config, name=recipe.model)
     if run.folder is not None:
         pipeline.statistics = StatisticsFolder(run.folder, recipe.model, pipeline.calibration, recipe.loading)
     return pipeline.plan(pipeline.start()) if pipeline.iterations == 1 else pipeline.cut()[1]
@@ -80,7 +80,7 @@ def prune_model(
     if not has_weights(recipe.model):
         instead = f"`secateur plan {recipe.model}` says what a cut leaves"
         raise ModelError(f"{recipe.model!r} has a config and no weights to cut; {instead}")
-    check_not_quantised(config, name=recipe.model)
+    check_not_quantized(config, name=recipe.model)
     given = plan if plan is not None else read_plan(Path(recipe.plan)) if recipe.plan is not None else None
     pipeline = Pipeline(recipe, given=given, fixed_sizes=fixed_sizes, clock=Clock(run.bars))
     if run.folder is not None:

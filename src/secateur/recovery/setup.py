@@ -25,7 +25,7 @@ from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, TrainingError, check_installed
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
 from secateur.files import check_apart, check_vacant
-from secateur.models.config import check_not_quantised, check_positions, load_config
+from secateur.models.config import check_not_quantized, check_positions, load_config
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -93,7 +93,7 @@ def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) 
         check_installed(TrainingError, "matplotlib", extra="plot", what="plot")
     _check_environment(options.track)
     config = load_config(model, trust_remote_code=trust)
-    check_not_quantised(config, name=model)
+    check_not_quantized(config, name=model)
     check_positions(config, recipe.data.max_length, name="max_length")
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
     teacher = _find_teacher(recipe, tokenizer, config) if options.has_teacher else None
