@@ -7,6 +7,7 @@ line and exits with status 2; code catches `SecateurError`.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -116,3 +117,14 @@ def check_least(error: type[SecateurError], what: str, value: float | None, leas
     """
     if value is not None and value < least:
         raise error(f"{what}={value} is too small. Expected at least {least}, for example {what}={example}")
+
+
+def check_installed(error: type[SecateurError], package: str, *, extra: str, what: str) -> None:
+    """Raise an error where a package is not installed: `what` needs it, and the `extra` of ours brings it.
+
+    >>> check_installed(TrainingError, "no_such_package", extra="recover", what="LoRA")
+    Traceback (most recent call last):
+    secateur.errors.TrainingError: LoRA needs the package no_such_package. Run: pip install 'secateur[recover]'
+    """
+    if importlib.util.find_spec(package) is None:
+        raise error(f"{what} needs the package {package}. Run: pip install 'secateur[{extra}]'")

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) 
 
     With `overwrite`, only a folder that is empty or holds the file `mark` is replaced: any other was not made by us.
     """
-    exists = _exists(out)
+    exists = is_there(out)
     if exists and not overwrite:
         raise CheckpointError(f"{out} exists; name another folder, or replace it with --overwrite (overwrite=True)")
     if exists and not out.is_dir():
@@ -50,7 +51,7 @@ def check_vacant(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) 
 
 def check_file_vacant(out: Path, *, overwrite: bool = False) -> None:
     """Raise `CheckpointError` when the file `out` exists and may not be replaced, or cannot be written."""
-    exists = _exists(out)
+    exists = is_there(out)
     check_writable(out)
     if exists and not overwrite:
         raise CheckpointError(f"{out} exists; name another file, or replace it with --overwrite (overwrite=True)")
@@ -65,10 +66,11 @@ def check_writable(path: Path) -> None:
     _check_parent(path)
 
 
-def _exists(path: Path) -> bool:
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises `CheckpointError` for a name that no file system takes."""
     try:
         return path.exists()
-    except OSError as error:  # a name that no file system takes
+    except OSError as error:
         raise CheckpointError(f"{path!s:.60}... cannot be written: {error.strerror}") from error
 
 
@@ -215,7 +217,7 @@ def write_json(path: Path, data: Any) -> None:
     ...     read_json(Path(folder) / "a.json")
     {'b': 1, 'ppl': [None]}
     """
-    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # A file name that is no UTF-8 has lone surrogates, which become what JSON writes for them: \\udcff
     encoded = text.encode("utf-8", errors="backslashreplace")
     try:
@@ -228,14 +230,17 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_bytes(encoded)
 
 
-def _finite(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return data
+def plain(value: Any) -> Any:
+    """A value as JSON and YAML hold it: dataclasses as mappings, tuples as lists, paths as text, no infinity or NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def read_json(path: Path) -> Any:

@@ -46,12 +46,11 @@ class TestRecord:
 
     def test_round_trip(self) -> None:
         options = {"text": "demo", "seed": 3}
-        record = make_record(
-            nn.Linear(2, 2), name="x", calibration="hash", calibration_options=options, seed=3, command="c"
-        )
+        scored = {"calibration": "hash", "calibration_options": options, "seed": 3}
+        record = make_record(nn.Linear(2, 2), name="x", scored=scored, seed=4, command="c")
         assert Record(**json.loads(json.dumps(record.to_json()))) == record
         assert record.versions.keys() == {"secateur", "torch", "transformers", "python"}
-        assert (record.calibration, record.dtype) == ("hash", "float32")
+        assert (record.calibration, record.seed, record.dtype) == ("hash", 3, "float32")
         assert record.calibration_options == options
 
     @pytest.mark.parametrize(

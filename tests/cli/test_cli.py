@@ -533,11 +533,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "no weights": ("'sizes' has a config and no weights to cut; `secateur plan sizes`", ("prune", "sizes", "out")),
     "a config file": ("no weights to cut; `secateur plan sizes/", ("prune", "sizes/config.json", "out")),
     "pickled weights": ("its weights are a pickle", ("prune", "pickle", "out")),
-    "quantised": (
-        r"'packed' is quantised \(gptq\).* Prune the model that it was made from",
+    "quantized": (
+        r"'packed' is quantized \(gptq\).* Prune the model that it was made from",
         ("prune", "packed", "out"),
     ),
-    "quantised plan": ("'packed' is quantised .*--sizes-only", ("plan", "packed")),
+    "quantized plan": ("'packed' is quantized .*--sizes-only", ("plan", "packed")),
     "dtype": ('Invalid value "int3" for --dtype. Choose from: "auto", "float32"', (*PRUNE, "--dtype", "int3")),
     "device": ("device 'abacus' is unknown. Expected auto, cpu", (*PRUNE, "--device", "abacus")),
     # calibration
@@ -658,7 +658,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("export", "tiny", "out.gguf", "--int8"),
     ),
     "export what is packed": (
-        r"'packed' is quantised \(gptq\), and packed weights cannot be scored, cut or packed again",
+        r"'packed' is quantized \(gptq\), and packed weights cannot be scored, cut or packed again",
         ("export", "packed", "out", "--int8", "--dynamic"),
     ),
     "export onto the model": (

@@ -108,7 +108,7 @@ class TestRows:
                 '{"text": "a"}\n{"body": "b", "a": 1}',
                 r"x\.jsonl', line 2: no column 'text' among \['a', 'body'\]\. 'body' holds",
             ),
-            ("x.jsonl", '{"text": "a"}\n\n["b"]', r"line 3: a JSON list is no document\. Expected an object"),
+            ("x.jsonl", '{"text": "a"}\n\n["b"]', r"line 3: a JSON list is no row\. Expected an object"),
             ("x.jsonl", '{"text": 1}', r"line 1: its 'text' is of type int, not a text\. Expected a string, or a list"),
             ("x.jsonl", '{"text": "a"}\n{"text', r"line 2: not JSON \(.*\)\. Expected one object a line"),
             (
@@ -116,7 +116,7 @@ class TestRows:
                 '[{"text": "a"}, {"body": "b"}]',
                 r"x\.json', item 2: no column 'text' among \['body'\]",
             ),
-            ("x.json", "7", r"item 1: a JSON int is no document"),
+            ("x.json", "7", r"item 1: a JSON int is no row"),
             ("x.txt", b"ok\xff", r"x\.txt': byte 2 is not UTF-8\. Expected text in UTF-8"),
             ("x.txt", "", r"x\.txt': there is no text in it"),
             ("x.txt", " \n\n", r"x\.txt': there is no text in it"),
@@ -150,7 +150,9 @@ class TestRows:
 class TestParquet:
     def test_without_the_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(DataError, match=r"reading Parquet needs pyarrow\. Run: pip install 'secateur\[data\]'"):
+        with pytest.raises(
+            DataError, match=r"reading Parquet needs the package pyarrow\. Run: pip install 'secateur\[data\]'"
+        ):
             read_rows(write(tmp_path, "x.parquet", b"PAR1"))
 
     def test_the_text_column(self, tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ class TestColumn:
 
     def test_one_that_is_not_there(self, file: Path) -> None:
         found = r"\['body', 'id', 'text', 'turns'\]\. 'body' holds text: name it, Cal.*Options\(column='body'\)"
-        with pytest.raises(DataError, match=rf"{file.name}'(, (line|item) 1)?: no column 'bdy' among {found}"):
+        with pytest.raises(DataError, match=rf"{file.name}', (line|item|row) 1: no column 'bdy' among {found}"):
             read_calibration(file, column="bdy")
 
     def test_one_without_text(self, file: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from families import family_model
 from secateur import prune
-from secateur.errors import ExportError
+from secateur.errors import ExportError, ModelError
 from secateur.export.architectures import TABLE, architecture, known_types, type_of
 from secateur.export.fitting import pad_layers
 from secateur.export.mapping import map_model
@@ -102,7 +102,7 @@ def test_custom_code_is_refused() -> None:
 
 def test_a_quantized_model_is_refused() -> None:
     config = AutoConfig.for_model("llama", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ExportError, match="the model is quantized already"):
+    with pytest.raises(ModelError, match=r"'llama' is quantized \(gptq\)"):
         type_of(config)
 
 

@@ -215,12 +215,14 @@ class TestRefused:
         monkeypatch.setattr(
             "importlib.util.find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest)
         )
-        with pytest.raises(CheckpointError, match=r"torchao, which is not installed: pip install 'secateur\[int8\]'"):
+        with pytest.raises(CheckpointError, match=r"needs the package torchao\. Run: pip install 'secateur\[int8\]'"):
             export_int8(tiny_model(), tmp_path / "out")
-        with pytest.raises(ModelError, match=r"int8': .*torchao, .* not installed: pip install 'secateur\[int8\]'"):
+        with pytest.raises(
+            ModelError, match=r"int8': .* needs the package torchao\. Run: pip install 'secateur\[int8\]'"
+        ):
             load(str(tmp_path / "int8"), device="cpu")
 
-    def test_quantised_already(self, tmp_path: Path) -> None:
+    def test_quantized_already(self, tmp_path: Path) -> None:
         write_tiny(tmp_path / "tiny")
         dense = load(str(tmp_path / "tiny"), device="cpu")
         decided = plan(
@@ -228,7 +230,7 @@ class TestRefused:
         )
         int8 = str(export_int8(dense, tmp_path / "int8", tokenizer=tiny_tokenizer()).out)
         loaded = load(int8, device="cpu")
-        match = r"int8' is quantised \(torchao\), .* Prune the model that it was made from and quantise the result"
+        match = r"int8' is quantized \(torchao\), .* Prune the model that it was made from and quantize the result"
         attempts: list[Callable[[], Any]] = [
             lambda: export_int8(loaded, tmp_path / "out"),
             lambda: score(loaded, name="l2"),

@@ -177,7 +177,7 @@ class TestLoad:
 
 @pytest.mark.demo_model
 class TestDemo:
-    def test_nothing_remembers_that_it_was_quantised(
+    def test_nothing_remembers_that_it_was_quantized(
         self, demo_model: PreTrainedModel, demo_config: PreTrainedConfig
     ) -> None:
         assert not hasattr(demo_config, "quantization_config")

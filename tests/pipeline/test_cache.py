@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from secateur.errors import DataError, DiskError
 from secateur.files import METADATA_KEY
 from secateur.models.loading import LoadOptions
-from secateur.pipeline.cache import Cache, Iteration, run_key, work_folder
+from secateur.pipeline.cache import Cache, Iteration, has_begun, run_key, work_folder
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.repair import Repaired
@@ -67,7 +67,6 @@ class TestCache:
         cache.save_windows(torch.ones(2, 3, dtype=torch.int64))
         assert loaded(cache) == [None] * 4
         assert cache.layers(1) is None
-        assert not cache.begun
 
     def test_scores_by_iteration(self, tmp_path: Path) -> None:
         cache, later = Cache(tmp_path), replace(SCORES, loss=3.0)
@@ -119,21 +118,21 @@ class TestCache:
             ("scores-1.safetensors", True),
             ("iteration.safetensors", True),
             ("layers-2/forward-0.safetensors", True),
-            ("windows.safetensors", False),
+            ("windows.safetensors", True),
             ("key.json", False),
         ],
     )
     def test_what_is_worth_a_resumption(self, file: str, begun: bool, tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-        assert Cache(tmp_path).begun == begun
+        assert has_begun(tmp_path) == begun
 
 
 class TestWorkFolder:
     def work(self, out: Path, error: BaseException | None, *, key: str = "a", resume: bool = False) -> bool:
         """A run that saves scores and ends so; whether there were any."""
         with work_folder(out, key, resume=resume) as folder:
-            begun = Cache(folder).begun
+            begun = has_begun(folder)
             Cache(folder).save_scores(1, SCORES)
             if error is not None:
                 raise error

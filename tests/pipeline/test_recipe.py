@@ -15,9 +15,10 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import build, values_by_field
 from secateur.errors import PlanError, RecipeError
 from secateur.export.options import ExportRecipe
+from secateur.files import plain
 from secateur.models.loading import DTYPES, LoadOptions
-from secateur.pipeline.recipe import PruneRecipe, load_recipe, plain, prune_recipe, read_whole_recipe, recipe_text
-from secateur.planning.options import AXES, ITEM_BYTES, PRESETS, CutOptions
+from secateur.pipeline.recipe import PruneRecipe, load_recipe, prune_recipe, read_whole_recipe, recipe_text
+from secateur.planning.options import AXES, ITEM_BYTES, PRESETS, CutOptions, settled
 from secateur.scoring.registry import REDUCTIONS, SCORES
 
 SHARES = st.floats(0, 1, exclude_max=True)
@@ -127,6 +128,35 @@ class TestFile:
         assert (made.calibration.seed, made.calibration.samples) == (2, 24)
         assert made.loading == LoadOptions(dtype="float32", device="cpu")
         assert prune_recipe(file=file, preset="best").calibration.samples == 256
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"axes": ("hidden",)},
+            {"axes": ("layers",)},
+            {"of": "units"},
+            {"schedule": (0.5, 1.5)},
+            {"score": "l2"},
+            {"repair": "none", "choose": "score"},
+            {"target": 1_000_000},
+        ],
+    )
+    def test_what_followed_from_other_options_in_a_written_recipe_follows_from_those_given(
+        self, given: dict[str, Any], tmp_path: Path
+    ) -> None:
+        own = {"min_keep": 0.1, "score": "param_first"}
+        for before in ({}, own):
+            made = prune_recipe("demo", cut=before)
+            written = dataclasses.replace(made, calibration=settled(made.calibration, made.cut))
+            again = prune_recipe(file=write(tmp_path, recipe_text("prune", written)), cut=given)
+            expected = prune_recipe("demo", cut=before | given)
+            assert again == expected
+            settled(again.calibration, again.cut)
+
+    def test_what_is_written_by_hand_stays(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "model: demo\ncut: {scope: global}\n")
+        with pytest.raises(PlanError, match="of=units takes the same share from every group"):
+            prune_recipe(file=file, cut={"of": "units"})
 
     @pytest.mark.parametrize(
         ("key", "text", "value"),

@@ -238,14 +238,14 @@ class TestRefusals:
             attempt(small(**choices))
         assert names(place) == []
 
-    def test_quantised_models_have_sizes_but_no_scores(
+    def test_quantized_models_have_sizes_but_no_scores(
         self, attempt: Callable[[PruneRecipe], Any], place: Path
     ) -> None:
         config = json.loads(Path("in/tiny/config.json").read_text())
         model = shutil.copytree("in/tiny", place / "packed")
         (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
         assert plan_model(small(model="here/packed"), sizes_only=True).parameters["dense"] > 0
-        with pytest.raises(SecateurError, match=r"'here/packed' is quantised \(fp8\)"):
+        with pytest.raises(SecateurError, match=r"'here/packed' is quantized \(fp8\)"):
             attempt(small(model="here/packed"))
         assert top(place) == ["packed"]
 

@@ -103,5 +103,5 @@ class TestWhereNothingCanBeWritten:
         assert names(tmp_path) == ["log"]
 
     def test_a_name_too_long(self) -> None:
-        with pytest.raises(CheckpointError, match=r"cannot be a folder: File name too long"):
+        with pytest.raises(CheckpointError, match=r"cannot be written: File name too long"):
             check_run_folder(Path("a" * 300))

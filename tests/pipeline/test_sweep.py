@@ -92,7 +92,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(f"{module}.{name}", wrapped)
 
-    count("secateur.pipeline.sweep", "load")
+    count("secateur.pipeline.pipeline", "load")
     count("secateur.pipeline.pipeline", "statistics_for")
     count("secateur.pipeline.sweep", "evaluate")
     return calls

@@ -28,7 +28,7 @@ from secateur.recovery.options import PRESETS, with_preset
         ({"patience": 0}, "patience=0 is too small"),
         ({"teacher_weight": 1.5}, "teacher_weight=1.5 is no fraction of the loss"),
         ({"hidden_states_weight": 1.0}, "method='lora' has no teacher whose hidden states"),
-        ({"method": "distill", "hidden_states_weight": -1.0}, "hidden_states_weight=-1.0 is no loss weight"),
+        ({"method": "distill", "hidden_states_weight": -1.0}, "hidden_states_weight=-1.0 is too small"),
     ],
 )
 def test_a_value_that_cannot_be_trained_with(options: dict[str, Any], match: str) -> None:

@@ -101,7 +101,7 @@ class TestStopped:
     def test_a_damaged_checkpoint_is_named_and_removed(self, stopped: Path, place: Path) -> None:
         copy_work(stopped, place / "out")
         (place / ".out.secateur" / "training" / "checkpoint-2" / "trained.safetensors").write_bytes(b"half")
-        with pytest.raises(CheckpointError, match=r"trained.safetensors cannot be read .* start without --resume"):
+        with pytest.raises(CheckpointError, match=r"trained.safetensors cannot be read; "):
             train(run=RESUME, **TAUGHT)
         assert names(place) == []
 

@@ -38,7 +38,8 @@ from secateur import (
 )
 from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError
-from secateur.pipeline.recipe import RunOptions, plain
+from secateur.files import plain
+from secateur.pipeline.recipe import RunOptions
 from secateur.planning.plan import read_plan
 from secateur.recovery import teacher_cache
 from secateur.recovery.recipe import RecoverRecipe, RoundOptions
@@ -198,7 +199,7 @@ class TestResume:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("where", "calls"), [("prune_round", 2), ("write_round", 1), ("shutil.rmtree", 3), ("_save", 1)]
+        ("where", "calls"), [("prune_model", 2), ("write_round", 1), ("shutil.rmtree", 3), ("_save", 1)]
     )
     def test_stopped_between_trainings_it_goes_on_to_the_same_weights(
         self, where: str, calls: int, whole: Whole, place: Path

@@ -12,7 +12,7 @@ from secateur.checkpoint.per_layer import is_per_layer
 from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DiscoveryError
-from secateur.models.config import per_layer_model_class
+from secateur.models.config import is_custom
 from secateur.planning.plan import Plan
 
 
@@ -41,7 +41,7 @@ def check_saveable(
         )
     if config is None or discovery is None:
         return
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and per_layer_model_class(config) is None:
+    if is_custom(config):
         raise CheckpointError(
             f"no folder can hold what the plan leaves: {reason}, and of a model with custom code only a cut that its "
             "config can say is saved. Cut all layers alike (leave out --layers), or use the pruned model in memory "

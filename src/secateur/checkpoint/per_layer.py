@@ -120,11 +120,7 @@ def differences(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, dic
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of every parameter, a tied one once, and every buffer."""
-    return {
-        name: tuple(tensor.shape)
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-    }
+    return {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _around(names: Iterable[str]) -> set[str]:

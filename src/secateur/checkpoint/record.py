@@ -55,21 +55,20 @@ def make_record(
     model: nn.Module,
     *,
     name: str,
-    calibration: str | None = None,
-    calibration_options: Mapping[str, Any] | None = None,
+    scored: Mapping[str, Any] | None = None,
     seed: int = 0,
     command: str | None = None,
     tensors: Mapping[str, str] | None = None,
 ) -> Record:
-    """The record of a cut of `model`, the dense one.
+    """The record of a cut of `model`, the dense one; what its plan says of how it was scored goes before `seed`.
 
     >>> make_record(nn.Linear(2, 1, bias=False), name="tiny").dtype
     'float32'
     """
     dtype = next((str(weight.dtype).removeprefix("torch.") for weight in model.parameters()), "none")
-    return Record(
-        name, weights_digest(model), calibration, seed, dtype, versions(), command, calibration_options, tensors
-    )
+    text = scored or {}
+    digest, options, seed = text.get("calibration"), text.get("calibration_options"), text.get("seed", seed)
+    return Record(name, weights_digest(model), digest, seed, dtype, versions(), command, options, tensors)
 
 
 def versions() -> dict[str, str]:
@@ -86,8 +85,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def read_record(folder: Path) -> Record | None:
-    """Read the record of a folder that `save` wrote; None where there is none.
+def read_record(folder: Path | None) -> Record | None:
+    """Read the record of a folder that `save` wrote; None where there is none, or no folder.
 
     Keys that a later version has added are ignored. Raises `CheckpointError` when it is damaged, or not as it was
     written.
@@ -95,7 +94,7 @@ def read_record(folder: Path) -> Record | None:
     >>> read_record(Path("no-such-folder")) is None
     True
     """
-    if not (folder / RECORD_FILE).exists():
+    if folder is None or not (folder / RECORD_FILE).exists():
         return None
     try:
         check_as_written(folder, lambda name: name == RECORD_FILE)

@@ -102,7 +102,7 @@ def save_updated(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         copy_in(folder, files or {})
-        again = _loaded_again(folder, model)
+        again = loaded_again(folder, model, device_map={"": "meta"})
         if per_layer:
             check_same(model, again)
         if source is not None and (source / PLAN_FILE).is_file():
@@ -115,18 +115,18 @@ def save_updated(
         write_manifest(folder)
 
 
-def _loaded_again(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
-    """The model of the folder as anyone would load it, but on `meta`.
+def loaded_again(folder: Path, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """The model of the folder as anyone would load it, with these options.
 
     Raises `CheckpointError` unless it has every weight, in its shape and dtype, and nothing else.
     """
     with quiet():
         loaded: Any = type(model).from_pretrained(
             folder,
-            device_map={"": "meta"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
             trust_remote_code=runs_remote_code(model),
+            **options,
         )
     report = loaded[1]
     for what, key in (

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
-from secateur.models.config import load_config, quantisation
+from secateur.models.config import load_config, quantization
 from secateur.models.loading import load_on_meta
 from secateur.models.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
 from secateur.models.modeling_per_layer import PER_LAYER
@@ -78,7 +78,7 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
     built = False
     if not problems:
         try:
-            if quantisation(load_config(str(folder), trust_remote_code=trust_remote_code)) is None:
+            if quantization(load_config(str(folder), trust_remote_code=trust_remote_code)) is None:
                 problems += _disagreements(folder, trust_remote_code=trust_remote_code)
                 built = True
         except UntrustedCodeError:

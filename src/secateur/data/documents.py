@@ -6,19 +6,16 @@ that of a data set on the hub.
 
 from __future__ import annotations
 
-import importlib.util
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from secateur.data.calibration import DEMO
-from secateur.errors import DataError, one_line
-
-_EXTRA = "pip install 'secateur[data]'"
+from secateur.errors import DataError, check_installed, one_line
 
 
 def read_documents(name_or_path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -28,17 +25,15 @@ def read_documents(name_or_path: str | Path) -> Iterator[tuple[str, Mapping[str,
     is missing or damaged, a data set that cannot be read, a package that is missing, and a row that is no object.
     """
     if is_data_set(name_or_path):
-        rows = data_set_rows(str(name_or_path))
+        rows = _data_set_rows(str(name_or_path))
     else:
         path = existing_file(name_or_path)
-        rows = json_rows(path)
-        if path.suffix.lower() == ".parquet":
-            with parquet_reader(path) as parquet:
-                table = parquet.read_table(path).to_pylist()
-            rows = ((f"{str(path)!r}, row {i}", row) for i, row in enumerate(table, start=1))
+        rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
     for where, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{where}: a JSON {type(row).__name__} is no row. Expected an object with named fields.")
+            raise DataError(
+                f'{where}: a JSON {type(row).__name__} is no row. Expected an object with fields: {{"text": "..."}}.'
+            )
         yield where, row
 
 
@@ -86,7 +81,7 @@ def decoded(path: Path) -> str:
         raise DataError(f"{str(path)!r}: the file cannot be read ({error.strerror}).") from error
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     """What a `.json` or `.jsonl` file holds, one after the other, each with the place where it stands."""
     text = decoded(path)
     if path.suffix.lower() == ".json":
@@ -109,27 +104,24 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
         yield where, item
 
 
-@contextmanager
-def parquet_reader(path: Path) -> Iterator[Any]:
-    """The module `pyarrow.parquet`, whose errors become `DataError`."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise DataError(f"{str(path)!r}: reading Parquet needs pyarrow. Run: {_EXTRA}")
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a Parquet file, a part of it in memory at a time."""
+    check_installed(DataError, "pyarrow", extra="data", what=f"{str(path)!r}: reading Parquet")
     import pyarrow
     import pyarrow.parquet
 
     try:
-        yield pyarrow.parquet
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{str(path)!r}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{str(path)!r}: not a readable Parquet file ({one_line(error)}).") from error
 
 
-def data_set_rows(name: str) -> Iterator[tuple[str, object]]:
+def _data_set_rows(name: str) -> Iterator[tuple[str, object]]:
     """The rows of a data set's split `train`, streamed: a few windows do not need a whole corpus on the disk."""
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError(
-            f"{name!r}: no such file, and the name of a data set needs the package datasets. Run: {_EXTRA}, or give a "
-            f"text file or {DEMO!r}."
-        )
+    check_installed(DataError, "datasets", extra="data", what=f"{name!r}: no such file, and a data set")
     import datasets
 
     try:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.calibration import COLUMN, DEMO
 from secateur.data.documents import holds_documents, read_documents
 from secateur.data.options import DataOptions
-from secateur.data.text import MESSAGES, read_calibration
-from secateur.errors import DataError, one_line
+from secateur.data.text import MESSAGES, in_template, read_calibration
+from secateur.errors import DataError
 
 # The prompt of Stanford Alpaca, as LLM-Pruner trains with it. It is data: without a comma it is another prompt.
 ALPACA = (
@@ -141,21 +141,14 @@ def _format_chat(
             "instructions (--template alpaca), or give it one: tokenizer.chat_template = ..."
         )
 
-    def apply_template(count: int, *, prompt: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-        except Exception as error:  # templates refuse what they do not expect, each in its own way
-            raise DataError(
-                f"{where}: the chat template does not take it ({one_line(error)}). Mend the messages."
-            ) from error
-
-    text = apply_template(len(messages))
+    text = in_template(messages, where, tokenizer)
     if options.loss_on == "all":
         return Example(text, ((0, len(text)),), where, add_special_tokens=False)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == ASSISTANT and message["content"].strip():
-            before, after = apply_template(i, prompt=True), apply_template(i + 1)
+            before = in_template(messages[:i], where, tokenizer, prompt=True)
+            after = in_template(messages[: i + 1], where, tokenizer)
             if not (text.startswith(after) and after.startswith(before)):
                 raise DataError(
                     f"{where}: the chat template writes message {i + 1} otherwise when others follow, so it is not "

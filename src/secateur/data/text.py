@@ -7,23 +7,14 @@ taken from: one text, or documents that no window crosses.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.calibration import COLUMN, DEMO, SELF
-from secateur.data.documents import (
-    data_set_rows,
-    decoded,
-    existing_file,
-    holds_documents,
-    is_data_set,
-    json_rows,
-    parquet_reader,
-)
+from secateur.data.documents import decoded, existing_file, holds_documents, read_documents
 from secateur.data.overlap import word_runs
 from secateur.errors import DataError, one_line
 
@@ -61,7 +52,10 @@ def read_rows(path: str | Path) -> list[str]:
     texts, naming the line, and for Parquet without the packages that read it.
     """
     path = existing_file(path)
-    rows = _file_texts(path, _Field()) if holds_documents(path) else lines_of(decoded(path))
+    if holds_documents(path):
+        rows = [_text_of(row, where, COLUMN) for where, row in read_documents(path)]
+    else:
+        rows = lines_of(decoded(path))
     _check_not_empty(path, rows)
     return rows
 
@@ -86,9 +80,9 @@ def read_calibration(
 ) -> str | list[str]:
     """Read what calibration windows are taken from: one text, or documents that no window crosses.
 
-    `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents is a list of
-    them; any other name is a data set on the hub, of which the split `train` is read up to `MAX_CHARACTERS`. A
-    document's text is its field `column`: a string, or utterances (a list of strings), which newlines join.
+    `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents, or a data set on
+    the hub (its split `train`), is a list of them, read up to `MAX_CHARACTERS`. A document's text is its field
+    `column`: a string, or utterances (a list of strings), which newlines join.
 
     With a tokenizer as `chat`, every document is put into its chat template: a text as one message of the user,
     utterances as messages of user and assistant in turns, and a list of messages (`role` and `content`) as it is;
@@ -105,24 +99,18 @@ def read_calibration(
             "chat=True, but the tokenizer has no chat template. Leave it out: CalibrationOptions(chat=False), or give "
             "it one: tokenizer.chat_template = ..."
         )
-    field = _Field(column, chat)
-    text: str | list[str]
-    if name_or_path == DEMO:
-        text = demo_texts()[0]
-    elif is_data_set(name_or_path):
-        text = _data_set_texts(str(name_or_path), field)
-    else:
-        path = existing_file(name_or_path)
-        text = _file_texts(path, field) if holds_documents(path) else decoded(path)
-    _check_not_empty(name_or_path, [text] if isinstance(text, str) else text)
-    if not isinstance(text, str):
-        return text
+    if name_or_path != DEMO and holds_documents(name_or_path):
+        documents = _first_documents(name_or_path, column, chat)
+        _check_not_empty(name_or_path, documents)
+        return documents
+    text = demo_texts()[0] if name_or_path == DEMO else decoded(existing_file(name_or_path))
+    _check_not_empty(name_or_path, [text])
     if column != COLUMN:
         raise DataError(
             f"{str(name_or_path)!r}: column={column!r} names a field of documents, and this is one text. Leave it out, "
             "or give a .jsonl, .json or .parquet file."
         )
-    return text if chat is None else _in_template(text, repr(str(name_or_path)), chat)
+    return text if chat is None else in_template(text, repr(str(name_or_path)), chat)
 
 
 def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:
@@ -130,55 +118,32 @@ def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:
         raise DataError(f"{str(name)!r}: there is no text in it. Expected text in UTF-8, or {DEMO!r}.")
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
-    """Which field of a document is its text, and the tokenizer whose chat template it is put into, if any."""
-
-    column: str = COLUMN
-    chat: PreTrainedTokenizerBase | None = None
-
-    def among(self, names: Iterable[str]) -> str | None:
-        """The field of these to read."""
-        columns = (MESSAGES, COLUMN) if self.chat is not None and self.column == COLUMN else (self.column,)
-        return next((column for column in columns if column in names), None)
-
-
-def _file_texts(path: Path, field: _Field) -> list[str]:
-    if path.suffix.lower() != ".parquet":
-        return [_text_of(item, where, field) for where, item in json_rows(path)]
-    with parquet_reader(path) as parquet:
-        schema = parquet.read_schema(path)
-        column = field.among(schema.names)
-        if column is None:
-            texts = [name for name in schema.names if str(schema.field(name).type).endswith("string")]
-            raise _no_column(repr(str(path)), field.column, schema.names, texts)
-        values = parquet.read_table(path, columns=[column])[column].to_pylist()
-    return [_text_of({column: value}, f"{str(path)!r}, row {i}", field) for i, value in enumerate(values, start=1)]
-
-
-def _data_set_texts(name: str, field: _Field) -> list[str]:
+def _first_documents(name_or_path: str | Path, column: str, chat: PreTrainedTokenizerBase | None) -> list[str]:
+    """The texts of documents, up to the one that reaches `MAX_CHARACTERS`."""
     documents: list[str] = []
     size = 0
-    for where, item in data_set_rows(name):
-        documents.append(_text_of(item, where, field))
+    for where, row in read_documents(name_or_path):
+        documents.append(_text_of(row, where, column, chat))
         size += len(documents[-1])
         if size >= MAX_CHARACTERS:
             break
     return documents
 
 
-def _text_of(item: object, where: str, field: _Field) -> str:
+def _text_of(row: Mapping[str, Any], where: str, column: str, chat: PreTrainedTokenizerBase | None = None) -> str:
     """The text of one document, in the chat template if there is to be one."""
-    if not isinstance(item, dict):
-        raise DataError(
-            f'{where}: a JSON {type(item).__name__} is no document. Expected an object with a text: {{"text": "..."}}.'
-        )
-    column = field.among(item)
-    if column is None:
-        texts = [name for name, value in item.items() if isinstance(value, str) or (value and _is_dialogue(value))]
-        raise _no_column(where, field.column, list(item), texts)
-    value, where = item[column], f"{where}: its {column!r}"
-    if _is_chat(value) and field.chat is None:
+    if chat is not None and column == COLUMN and MESSAGES in row:
+        column = MESSAGES
+    if column not in row:
+        texts = [name for name, value in row.items() if isinstance(value, str) or (value and _is_dialogue(value))]
+        remedy = 'Expected an object with a text: {"text": "..."}.'
+        if texts:
+            remedy = (
+                f"{texts[0]!r} holds text: name it, CalibrationOptions(column={texts[0]!r}), or call it {COLUMN!r}."
+            )
+        raise DataError(f"{where}: no column {column!r} among {sorted(row)}. {remedy}")
+    value, where = row[column], f"{where}: its {column!r}"
+    if _is_chat(value) and chat is None:
         raise DataError(
             f"{where} holds messages of a chat. Put them into the chat template: "
             f"CalibrationOptions(column={column!r}, chat=True)."
@@ -188,8 +153,8 @@ def _text_of(item: object, where: str, field: _Field) -> str:
             f"{where} is of type {type(value).__name__}, not a text. Expected a string, or a list of strings; with "
             'chat=True also a list of {"role": "...", "content": "..."}.'
         )
-    if field.chat is not None:
-        return _in_template(value, where, field.chat)
+    if chat is not None:
+        return in_template(value, where, chat)
     return value if isinstance(value, str) else "\n".join(value)
 
 
@@ -203,24 +168,18 @@ def _is_chat(value: object) -> bool:
     return all(isinstance(message, dict) and message.keys() >= {"role", "content"} for message in value)
 
 
-def _no_column(where: str, column: str, names: Iterable[str], texts: Sequence[str]) -> DataError:
-    """The error for a column that is not there; `texts` are columns that hold text."""
-    remedy = 'Expected an object with a text: {"text": "..."}.'
-    if texts:
-        remedy = f"{texts[0]!r} holds text: name it, CalibrationOptions(column={texts[0]!r}), or rename it {COLUMN!r}."
-    return DataError(f"{where}: no column {column!r} among {sorted(names)}. {remedy}")
+def in_template(value: Any, where: str, chat: PreTrainedTokenizerBase, *, prompt: bool = False) -> str:
+    """A text, utterances or messages as the chat template writes them; a `prompt` ends where an answer begins.
 
-
-def _in_template(value: Any, where: str, chat: PreTrainedTokenizerBase) -> str:
-    """A text, utterances or messages as the chat template writes them."""
+    Raises `DataError`, which says `where`, for messages that the template does not take.
+    """
     messages: list[dict[str, str]] = value
     if not _is_chat(value):
         turns = [value] if isinstance(value, str) else value
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     try:
-        return str(chat.apply_chat_template(messages, tokenize=False))
+        return str(chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # templates refuse what they do not expect, each in its own way
         raise DataError(
-            f"{where}: the chat template does not take it ({one_line(error)}). Mend the messages, or leave the "
-            "template out: CalibrationOptions(chat=False)."
+            f"{where}: the chat template does not take it ({one_line(error)}). Mend the messages, or do without it."
         ) from error

@@ -52,22 +52,14 @@ def read_training_data(tokenizer: PreTrainedTokenizerBase, options: DataOptions)
     >>> bytes(rows.ids_T[rows.loss_mask_T].tolist())
     b'four'
     """
-    ids: list[int] = []
-    loss_mask: list[bool] = []
-    lengths: list[int] = []
-    sources: list[int] = []
     dropped: Counter[str] = Counter()
-    for number, name in enumerate(options.source_names):
-        for row_ids, row_mask in _read_source(name, tokenizer, options, dropped):
-            ids += row_ids
-            loss_mask += row_mask
-            lengths.append(len(row_ids))
-            sources.append(number)
+    by_source = [_read_source(name, tokenizer, options, dropped) for name in options.source_names]
+    parts = [part for source in by_source for part in source]
     rows = Rows(
-        torch.tensor(ids, dtype=torch.int32),
-        torch.tensor(loss_mask, dtype=torch.bool),
-        row_starts(lengths),
-        torch.tensor(sources, dtype=torch.int32),
+        torch.tensor([token for ids, _ in parts for token in ids], dtype=torch.int32),
+        torch.tensor([counts for _, loss_mask in parts for counts in loss_mask], dtype=torch.bool),
+        row_starts([len(ids) for ids, _ in parts]),
+        torch.tensor([number for number, source in enumerate(by_source) for _ in source], dtype=torch.int32),
     )
     train, validation = _split(rows, options)
     if options.packing:

@@ -2,7 +2,7 @@
 
 - `llm-pruner@N` (arXiv 2305.11627, `LLMPruner/evaluator/ppl.py`): windows of N tokens that do not overlap, the tail
   dropped, the first token of a window unscored; exp of the mean over all scored tokens. The loop of GPTQ (arXiv
-  2210.17323, the function `opt_eval` and its copies in most papers on quantisation and pruning) gives the same number:
+  2210.17323, the function `opt_eval` and its copies in most papers on quantization and pruning) gives the same number:
   it takes the mean over a window's N - 1 scored tokens, multiplies it by N, sums over the windows and divides by
   windows x N. The two N cancel, and all windows score as many tokens.
 - `sliding@N/S` (the guide "Perplexity of fixed-length models" of transformers): a window of N tokens starts every S

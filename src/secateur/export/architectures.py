@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.errors import ExportError
-from secateur.models.config import per_layer_model_class
+from secateur.models.config import check_not_quantized, per_layer_model_class
 from secateur.models.modeling_per_layer import PER_LAYER
 
 TABLE = Path(__file__).with_name("architectures.json")
@@ -93,7 +93,9 @@ def stock_type(config: PreTrainedConfig) -> str:
 
 
 def type_of(config: PreTrainedConfig) -> ModelType:
-    """The entry of a config's model type. Raises `ExportError` when there is none, or the code is the model's own.
+    """The entry of a config's model type.
+
+    Raises `ExportError` when there is none, or the code is the model's own, and `ModelError` for packed weights.
 
     >>> from transformers import AutoConfig
     >>> type_of(AutoConfig.for_model("granite")).architectures
@@ -112,10 +114,7 @@ def type_of(config: PreTrainedConfig) -> ModelType:
             f"the model's code is its own, {type(config).__name__}, and no architecture of llama.cpp is known to "
             f"compute the same; transformers' {name} can be written"
         )
-    if getattr(config, "quantization_config", None):
-        raise ExportError(
-            "the model is quantized already; export the one that it was made from, and choose the type with --gguf TYPE"
-        )
+    check_not_quantized(config)
     return entry
 
 

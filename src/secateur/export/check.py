@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,9 @@ def check_file(
     rounding explains, or the tokens of a prompt do.
     """
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    engine = Engine(file, context=max(64, max(len(ids) for ids in prompts) + NEW_TOKENS))
-    try:
+    with closing(Engine(file, context=max(64, max(len(ids) for ids in prompts) + NEW_TOKENS))) as engine:
         others = tuple(text for text in (*PROMPTS, *HARD) if engine.tokens(text) != tokenizer(text).input_ids)
         continued = [engine.greedy(ids, NEW_TOKENS) for ids in prompts]
-    finally:
-        engine.close()
     if wrong := [text for text in others if text in PROMPTS]:
         raise ExportError(
             f"llama.cpp splits {wrong[0]!r} into other tokens than the tokenizer does; another pre-tokenizer may be "

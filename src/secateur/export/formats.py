@@ -17,7 +17,6 @@ from secateur.files import check_apart, check_vacant
 from secateur.models.config import load_config
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
-from secateur.pipeline.recipe import recipe_text
 from secateur.progress import Progress
 
 ExportOptions = GgufOptions | Int8Options | MergeOptions
@@ -85,7 +84,7 @@ def export_model(
                 source=source.folder,
                 files=source.files,
                 overwrite=overwrite,
-                recipe=recipe_text("export", ExportRecipe(model, int8=options, loading=loading)),
+                recipe=ExportRecipe(model, int8=options, loading=loading),
             )
         case MergeOptions():
             return merge_adapter(model, out, options, loading=loading, overwrite=overwrite, command=command)

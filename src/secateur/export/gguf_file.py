@@ -27,7 +27,7 @@ from secateur.export.llama_cpp import is_installed
 from secateur.export.mapping import EMBEDDING, LazyTensor
 from secateur.export.metadata import metadata
 from secateur.export.options import GgufOptions
-from secateur.export.tensors import TYPES, block_size, encode, exact_weights, file_tensors, stored_types
+from secateur.export.tensors import TYPES, block_size, encode, file_tensors, stored_types
 from secateur.export.vocabulary import Vocabulary, vocabulary
 from secateur.files import atomic_file, check_file_vacant
 from secateur.progress import Progress
@@ -96,7 +96,7 @@ def export_gguf(
             contents.write(writer, progress)
         checked = None
         if is_installed() if options.check is None else options.check:
-            exact = exact_weights(fitted.mapped, contents.tensors, contents.types)
+            exact = {weight for tensor in contents.exact for weight in fitted.mapped.weights_of(tensor)}
             checked = check_file(file, model, tokenizer, type_name=options.gguf, exact=exact)
         size = file.stat().st_size
     return GgufResult(
@@ -139,6 +139,7 @@ class _Contents:
             tensors["rope_freqs.weight"] = lambda fetch: factors
         self.shapes = {name: mapped.shape(tensor) for name, tensor in tensors.items()}
         self.types = stored_types(self.shapes, type_name)
+        self.exact = [tensors[name] for name, stored in self.types.items() if stored == "f32"]  # whatever the type
         quantized = block_size(type_name) > 1
         self.plain = tuple(name for name, stored in self.types.items() if quantized and stored == "f16")
         if EMBEDDING in self.plain:
@@ -204,13 +205,9 @@ def _write_metadata(
 
 def _write_value(writer: GGUFWriter, key: str, value: Any) -> None:
     """Integers as unsigned, as llama.cpp expects them."""
-    kinds = {
-        bool: GGUFValueType.BOOL,
-        int: GGUFValueType.UINT32,
-        float: GGUFValueType.FLOAT32,
-        str: GGUFValueType.STRING,
-    }
+    kind = GGUFValueType.get_type(value[0] if isinstance(value, list) else value)
+    kind = GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind
     if isinstance(value, list):
-        writer.add_key_value(key, value, GGUFValueType.ARRAY, kinds[type(value[0])])
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, kind)
     else:
-        writer.add_key_value(key, value, kinds[type(value)])
+        writer.add_key_value(key, value, kind)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +23,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
-from secateur.checkpoint.save import SHARD
-from secateur.errors import CheckpointError, ModelError, SecateurError, one_line
+from secateur.checkpoint.save import SHARD, loaded_again
+from secateur.discovery.sizes import shapes_of
+from secateur.errors import CheckpointError, ModelError, SecateurError, check_installed, one_line
 from secateur.evaluation.inference import evaluation_mode, input_device, vocabulary_size
 from secateur.evaluation.memory import weight_bytes
-from secateur.export.options import Int8Options
+from secateur.export.options import ExportRecipe, Int8Options
 from secateur.files import atomic_folder, check_vacant, copy_in, sort_metadata
-from secateur.models.config import check_not_quantised
+from secateur.models.config import check_not_quantized
 from secateur.models.loading import skeleton
 from secateur.models.manifest import write_manifest
 from secateur.models.silence import quiet
 from secateur.models.tensors import plain_tensors
 from secateur.models.trust import runs_remote_code
-from secateur.pipeline.recipe import RECIPE_FILE
+from secateur.pipeline.recipe import write_recipe
 
 SCHEMES = ("weight-only", "dynamic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ def export_int8(
     source: str | Path | None = None,
     files: Mapping[str, Path] | None = None,
     overwrite: bool = False,
-    recipe: str | None = None,
+    recipe: ExportRecipe | None = None,
 ) -> Int8Result:
     """Write a model, dense or pruned, with int8 weights in its linear layers; the model itself stays as it is.
 
@@ -103,7 +103,7 @@ def export_int8(
         copy_in(folder, {**(files or {}), **{name: path for name, path in beside.items() if path.is_file()}})
         _check_loads(folder, packed)
         if recipe is not None:
-            (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+            write_recipe(folder, "export", recipe)
         write_manifest(folder)
         file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     sizes = {path: model.get_parameter(f"{path}.weight").shape for path in layers}
@@ -129,7 +129,7 @@ def int8_copy(
     check_torchao()
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, MappingType, quantize_
 
-    check_not_quantised(model.config)
+    check_not_quantized(model.config)
     _check_holdable(model)
     layers, left = _choose_layers(model)
     if not layers:
@@ -156,10 +156,7 @@ def int8_copy(
 
 def check_torchao() -> None:
     """Raise `CheckpointError` where torchao is not installed."""
-    if importlib.util.find_spec("torchao") is None:
-        raise CheckpointError(
-            "int8 weights are packed by torchao, which is not installed: pip install 'secateur[int8]'"
-        )
+    check_installed(CheckpointError, "torchao", extra="int8", what="packing int8 weights")
 
 
 def _check_holdable(model: PreTrainedModel) -> None:
@@ -169,9 +166,7 @@ def _check_holdable(model: PreTrainedModel) -> None:
             f"weights of {str(model.dtype).removeprefix('torch.')} are not packed; expected float32, bfloat16, "
             "float16: load the model with --dtype float32"
         )
-    twin = skeleton(model.config, trust_remote_code=runs_remote_code(model))
-    shapes = [{name: weight.shape for name, weight in each.named_parameters()} for each in (model, twin)]
-    if shapes[0] != shapes[1]:
+    if shapes_of(model) != shapes_of(skeleton(model.config, trust_remote_code=runs_remote_code(model))):
         raise CheckpointError(
             f"{type(model).__name__}: its config does not have its sizes, since it was cut in memory. Write the folder "
             "first (secateur.save), and quantize what is loaded from it"
@@ -259,13 +254,7 @@ def _check_loads(folder: Path, packed: PreTrainedModel) -> None:
     if packed.device.type != "cpu":
         options["device_map"] = {"": packed.device}
     try:
-        with quiet():
-            result: Any = type(packed).from_pretrained(
-                folder, output_loading_info=True, trust_remote_code=runs_remote_code(packed), **options
-            )
-        loaded, report = result
-        if wrong := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]:
-            raise ValueError(f"{', '.join(map(str, wrong[:3]))} would be lost")
+        loaded = loaded_again(folder, packed, **options)
         tensors = loaded.state_dict()
         if wrong := [name for name, tensor in packed.state_dict().items() if not _same(tensor, tensors[name])]:
             raise ValueError(f"{', '.join(wrong[:3])} would have other values")

@@ -76,7 +76,7 @@ def merge_adapter(
     check_peft()
     weights = _read_weights(folder)
     source = load_source(base, replace(loading or LoadOptions(), device="cpu"))
-    record = (read_record(source.folder) if source.folder is not None else None) or make_record(source.model, name=base)
+    record = read_record(source.folder) or make_record(source.model, name=base)
     result, changes = _merge(source.model, folder, weights, base=base)
     about = {
         "method": "lora",

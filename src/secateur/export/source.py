@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.models.config import check_not_quantised, load_config
+from secateur.models.config import check_not_quantized, load_config
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, text_files
@@ -27,8 +27,7 @@ class Source:
 def load_source(model: str, loading: LoadOptions) -> Source:
     """Load a MODEL argument and its tokenizer. Raises `ModelError`, also for a model that is quantized already."""
     where = resolve(model)
-    check_not_quantised(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
+    check_not_quantized(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
     loaded = load(model, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
-    folder = where.path if where.kind == "folder" else None
-    return Source(loaded, tokenizer, folder, text_files(model, tokenizer))
+    return Source(loaded, tokenizer, where.folder, text_files(model, tokenizer))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.errors import ExportError
 from secateur.export.architectures import Architecture, ModelType
-from secateur.export.mapping import EMBEDDING, HEAD, KEYS, KINDS, QUERIES, LazyTensor, LazyTensors, MappedModel
+from secateur.export.mapping import EMBEDDING, HEAD, KEYS, KINDS, QUERIES, LazyTensor, MappedModel
 from secateur.export.options import GGUF_TYPES
 
 # Type -> how numbers are stored, and what the file says of itself.
@@ -77,11 +77,6 @@ def stored_types(shapes: dict[str, tuple[int, ...]], type_name: str) -> dict[str
         return type_name if shape[-1] % block_size(type_name) == 0 else "f16"
 
     return {name: stored(name, shape) for name, shape in shapes.items()}
-
-
-def exact_weights(mapped: MappedModel, tensors: LazyTensors, types: dict[str, str]) -> set[str]:
-    """Names of the model's weights that the file holds in float32, whatever its type."""
-    return {weight for name, kind in types.items() if kind == "f32" for weight in mapped.weights_of(tensors[name])}
 
 
 def encode(name: str, values: Tensor, type_name: str) -> np.ndarray[Any, Any]:

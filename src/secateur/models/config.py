@@ -20,7 +20,7 @@ _BLOCKS = re.compile(r"n(um)?_\w*(layer|expert|block)s?")
 
 
 def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the config of a causal language model; a GGUF's metadata becomes an ordinary, unquantised config.
+    """Read the config of a causal language model; a GGUF's metadata becomes an ordinary, unquantized config.
 
     With `trust_remote_code` the Python files beside the config may run. Raises `ModelError` when there is none, when
     it cannot be read, when it needs such files and they are not trusted, or when its model type is not a causal
@@ -51,8 +51,7 @@ def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
             return _per_layer_config(written)
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_custom(config):
         raise ModelError(
             f"{model!r}: model type {config.model_type!r} is not a causal language model. Expected a model that "
             f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
@@ -131,6 +130,11 @@ def per_layer_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | N
     return cast(type[PreTrainedModel], per_layer_class(model_class, stock))
 
 
+def is_custom(config: PreTrainedConfig) -> bool:
+    """Whether the model of a config is custom code, which lies beside it; a per-layer model is of our own class."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and per_layer_model_class(config) is None
+
+
 def register(model: str) -> None:
     """Let the Auto classes of transformers read per-layer models such as MODEL without remote code, in this process.
 
@@ -145,10 +149,10 @@ def register(model: str) -> None:
     AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
 
 
-def quantisation(config: PreTrainedConfig) -> str | None:
-    """How the weights of a model with this config are packed, as its quantiser is called; None where they are not.
+def quantization(config: PreTrainedConfig) -> str | None:
+    """How the weights of a model with this config are packed, as its quantizer is called; None where they are not.
 
-    >>> quantisation(AutoConfig.for_model("opt", quantization_config={"quant_method": "gptq"}))
+    >>> quantization(AutoConfig.for_model("opt", quantization_config={"quant_method": "gptq"}))
     'gptq'
     """
     about = getattr(config, "quantization_config", None)
@@ -158,14 +162,14 @@ def quantisation(config: PreTrainedConfig) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def check_not_quantised(config: PreTrainedConfig, *, name: str | None = None) -> None:
-    """Raise `ModelError` for the config of a quantised model: the packed weights of most formats cannot be cut."""
-    method = quantisation(config)
+def check_not_quantized(config: PreTrainedConfig, *, name: str | None = None) -> None:
+    """Raise `ModelError` for the config of a quantized model: the packed weights of most formats cannot be cut."""
+    method = quantization(config)
     if method is not None:
         name = name or config.name_or_path or config.model_type
         raise ModelError(
-            f"{name!r} is quantised ({method}), and packed weights cannot be scored, cut or packed again. "
-            f"Prune the model that it was made from and quantise the result; `secateur plan {name} --sizes-only` "
+            f"{name!r} is quantized ({method}), and packed weights cannot be scored, cut or packed again. "
+            f"Prune the model that it was made from and quantize the result; `secateur plan {name} --sizes-only` "
             "says what a cut leaves"
         )
 

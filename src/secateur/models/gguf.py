@@ -17,8 +17,11 @@ def gguf_reader() -> Iterator[None]:
 
     By itself it parses the file for each, which takes seconds, and maps the names of tensors anew for every module.
     """
-    gguf = _module("gguf")  # without it transformers says what is to be installed
-    reader = _module("transformers.modeling_gguf_pytorch_utils")  # a later transformers may do without that module
+    import gguf
+
+    reader = None
+    with suppress(ImportError):  # a later transformers may do without that module
+        reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     with (
         _replaced(gguf, "GGUFReader", _read_once),
         _replaced(gguf, "get_tensor_name_map", functools.cache),
@@ -30,12 +33,6 @@ def gguf_reader() -> Iterator[None]:
 def forget_gguf() -> None:
     """Release the file that was parsed last: after its weights it is seldom read, and it takes memory."""
     _parse.cache_clear()
-
-
-def _module(name: str) -> Any:
-    with suppress(ImportError):
-        return importlib.import_module(name)
-    return None
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from secateur.errors import ModelError, one_line, unknown
-from secateur.models.config import causal_class, per_layer_model_class, quantisation, whole_config
+from secateur.errors import ModelError, check_installed, one_line, unknown
+from secateur.models.config import causal_class, per_layer_model_class, quantization, whole_config
 from secateur.models.gguf import forget_gguf
 from secateur.models.silence import quiet
 from secateur.models.sources import Source, check_unchanged, loader_arguments, resolve
@@ -85,7 +84,7 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal language model with all its weights, in evaluation mode.
 
-    `dtype` is `auto` (the checkpoint's own; float32 for a quantised GGUF), one of `DTYPES` or a torch.dtype; `device`
+    `dtype` is `auto` (the checkpoint's own; float32 for a quantized GGUF), one of `DTYPES` or a torch.dtype; `device`
     is as in `LoadOptions`. On a CPU, safetensors that need no other dtype or layout stay on the disk: they are mapped.
     A GGUF becomes an ordinary model with unpacked weights. Raises `ModelError` when a file is missing, truncated or a
     pickle, and when the weights are not exactly those that the model needs; NaN and Inf are left to `check_finite`.
@@ -106,15 +105,13 @@ def load(
         )
     check_weight_files(source)
     check_unchanged(source, is_model_file)
-    # Without this the weights of a GGUF may stay packed, the model refuses to be saved, and its config says quantised.
+    # Without this the weights of a GGUF may stay packed, the model refuses to be saved, and its config says quantized.
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = whole_config(model, trust_remote_code=trust_remote_code)
-    if quantisation(config) == "torchao" and importlib.util.find_spec("torchao") is None:
-        raise ModelError(
-            f"{model!r}: its weights are packed by torchao, which is not installed: pip install 'secateur[int8]'"
-        )
-    if source.kind == "folder" and quantisation(config) is None:
+    if quantization(config) == "torchao":
+        check_installed(ModelError, "torchao", extra="int8", what=f"{model!r}: reading int8 weights")
+    if source.kind == "folder" and quantization(config) is None:
         # What the weights do not have is made up at random, in whatever size the config asks for: compare them first.
         _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)
     loaded, unexpected = _loaded(source, config, options, trust_remote_code)

@@ -57,12 +57,6 @@ class Cache:
         self.folder = folder
 
     @property
-    def begun(self) -> bool:
-        """Whether there is anything to resume from: scores, an iteration, a layer that has been scored."""
-        patterns = ("scores-*.safetensors", "repaired.safetensors", "iteration.safetensors", "layers-*/*.safetensors")
-        return self.folder is not None and any(any(self.folder.glob(pattern)) for pattern in patterns)
-
-    @property
     def _target(self) -> Path | None:
         """The folder to write to: of several processes, for the first."""
         return self.folder if processes.is_first() else None
@@ -141,14 +135,17 @@ def _by_all(found: Value | None) -> Value | None:
     return None if processes.largest(int(found is None)) else found
 
 
+def has_begun(work: Path) -> bool:
+    """Whether a stopped run has left what took time: scores, windows, weights, a checkpoint, a teacher's outputs."""
+    return any(work.rglob("*.safetensors"))
+
+
 @contextmanager
-def work_folder(
-    out: Path, key: str, *, resume: bool, worth_keeping: Callable[[Path], bool] = lambda folder: Cache(folder).begun
-) -> Iterator[Path]:
+def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
     """The folder beside OUT for what a run keeps: emptied unless the run resumes one of the same key.
 
-    A run that is stopped, or has no room on the disk, leaves it where it is worth keeping. Of several processes, the
-    first prepares and removes it.
+    A run that is stopped, or has no room on the disk, leaves it where it has begun. Of several processes, the first
+    prepares and removes it.
     """
     work = out.absolute().with_name(f".{out.absolute().name}.secateur")
     if processes.is_first() and not (resume and _key_in(work) == key):
@@ -160,7 +157,7 @@ def work_folder(
         yield work
     except BaseException as error:
         in_vain = isinstance(error, SecateurError) and not isinstance(error, DiskError)  # it would fail again
-        if in_vain or not worth_keeping(work):
+        if in_vain or not has_begun(work):
             if processes.is_first():
                 shutil.rmtree(work, ignore_errors=True)
         elif isinstance(error, DiskError):

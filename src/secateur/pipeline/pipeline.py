@@ -29,7 +29,8 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
 from secateur.evaluation.latency import latency_table
-from secateur.models.config import check_positions, load_config, per_layer_model_class
+from secateur.evaluation.memory import weight_bytes
+from secateur.models.config import check_positions, is_custom, load_config
 from secateur.models.loading import LoadOptions, load, load_on_meta
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
@@ -120,7 +121,7 @@ class Pipeline:
             if given.scored.get("calibration_options"):
                 calibration = CalibrationOptions(**given.scored["calibration_options"])
         else:
-            if options.shape == "per-layer" and not may_be_per_layer(self.config):
+            if options.shape == "per-layer" and is_custom(self.config):  # only what its config can say
                 options = replace(options, shape="uniform")
             check_score(options)
             if options.iterations > 1:
@@ -193,7 +194,7 @@ class Pipeline:
         if statistics is None or not covers(statistics, at.options.score, at.discovery, at.groups):
             windows = self.windows() if SCORES[at.options.score].needs != "weights" else None
             model = at.model or self.model
-            in_parts = processes.count() == 1 and bytes_of(model) >= CACHE_LAYERS_FROM
+            in_parts = processes.count() == 1 and weight_bytes(model) >= CACHE_LAYERS_FROM
             with self.clock.stage(self._title("score", at)) as progress:
                 new = statistics_for(
                     at.options.score,
@@ -217,14 +218,7 @@ class Pipeline:
 
     def sizes(self, at: Position) -> Plan:
         """What the cut leaves, before anything is scored: how many units, not which."""
-        return self.given or plan(
-            at.discovery,
-            at.options,
-            config=self.config,
-            latency=self.latency(at),
-            fixed_sizes=at.fixed_sizes,
-            trust_remote_code=self.trust,
-        )
+        return self.given or self._planned(at)
 
     def check_folder(self, decided: Plan) -> None:
         """Raise `CheckpointError` or `PlanError` for sizes that no folder can hold."""
@@ -232,9 +226,9 @@ class Pipeline:
 
     def plan(self, at: Position) -> Plan:
         """6. Which units stay, by scores and budget."""
-        if self.given is not None:
-            return self.given
-        scores = self.scores(at)
+        return self.given or self._planned(at, self.scores(at))
+
+    def _planned(self, at: Position, scores: Scores | None = None) -> Plan:
         return plan(
             at.discovery,
             at.options,
@@ -266,7 +260,7 @@ class Pipeline:
         """8. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
         model = at.model or self.model
         with self.clock.stage(self._title("cut", at)):
-            large = bytes_of(model) > IN_MEMORY * psutil.virtual_memory().available
+            large = weight_bytes(model) > IN_MEMORY * psutil.virtual_memory().available
             return prune(model, decided, discovery=at.discovery, weights=weights, room=room if large else None)
 
     @property
@@ -320,15 +314,10 @@ class Pipeline:
     def save(self, pruned: PreTrainedModel, decided: Plan, out: Path, run: RunOptions) -> None:
         """10. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""
         with self.clock.stage("save"):
-            unplaced = unplaced_in(self.name, self.loading)
+            unplaced, seed = unplaced_in(self.name, self.loading), self.calibration.seed
+            fates = account_for_tensors(self.model, pruned, decided, self.discovery, unplaced=unplaced)
             record = make_record(
-                self.model,
-                name=self.name,
-                calibration=decided.scored.get("calibration"),
-                calibration_options=decided.scored.get("calibration_options"),
-                seed=decided.scored.get("seed", self.calibration.seed),
-                command=run.command,
-                tensors=account_for_tensors(self.model, pruned, decided, self.discovery, unplaced=unplaced),
+                self.model, name=self.name, scored=decided.scored, seed=seed, command=run.command, tensors=fates
             )
             with save_updated(
                 pruned,
@@ -356,17 +345,6 @@ def unplaced_in(name: str, loading: LoadOptions) -> tuple[str, ...]:
     """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names."""
     gguf = resolve(name).kind == "gguf"
     return () if gguf else load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]
-
-
-def bytes_of(model: PreTrainedModel) -> int:
-    """Bytes of a model's weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def may_be_per_layer(config: PreTrainedConfig) -> bool:
-    """Whether a folder can hold layers of different sizes: of custom code, only what its config can say."""
-    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return not custom or per_layer_model_class(config) is not None
 
 
 def fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:

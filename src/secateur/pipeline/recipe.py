@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +18,9 @@ from secateur import __version__
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import build, values_by_field
 from secateur.errors import RecipeError, one_line
+from secateur.files import plain
 from secateur.models.loading import LoadOptions
-from secateur.planning.options import CutOptions, with_preset
+from secateur.planning.options import CutOptions, automatic, settled, with_preset
 from secateur.progress import ProgressBars
 
 RECIPE_FILE = "recipe.yaml"
@@ -81,6 +82,8 @@ def prune_recipe(
     """
     raw: dict[str, Any] = {} if file is None else read_recipe(file, "prune", PruneRecipe)
     base = {name: dict(raw.get(name) or {}) for name in ("cut", "calibration", "loading")}
+    if cut and preset is None and base["cut"].keys() == {each.name for each in fields(CutOptions)}:
+        base["cut"], base["calibration"] = _as_given(base["cut"], base["calibration"])
     if cut and cut.keys() & {"ratio", "target"}:  # one budget replaces another
         base["cut"] = {key: value for key, value in base["cut"].items() if key not in ("ratio", "target")}
     model = model if model is not None else raw.get("model")
@@ -93,6 +96,16 @@ def prune_recipe(
         plan = str(Path(file).parent / plan)
     load_options = LoadOptions(**base["loading"] | dict(loading or {}))
     return PruneRecipe(model, cut=options, calibration=text, loading=load_options, plan=plan)
+
+
+def _as_given(cut: Mapping[str, Any], calibration: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a recipe that was written with a folder, without those that followed from the others."""
+    options = CutOptions(**cut)
+    usual, shuffled = automatic(options), settled(CalibrationOptions(), options).shuffled
+    return (
+        {name: value for name, value in cut.items() if value != usual.get(name)},
+        {name: value for name, value in calibration.items() if (name, value) != ("shuffled", shuffled)},
+    )
 
 
 def recipe_text(command: str, recipe: Any) -> str:
@@ -155,14 +168,3 @@ def _read_yaml(file: str | Path, command: str) -> dict[str, Any]:
 def load_recipe(file: str | Path) -> PruneRecipe:
     """The recipe of a cut in a file. Raises `RecipeError`, and `SecateurError` for options that cannot be."""
     return prune_recipe(file=file)
-
-
-def plain(value: Any) -> Any:
-    """A value as YAML and JSON hold it: dataclasses as mappings, tuples as lists, paths as text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur import processes
 from secateur.errors import ModelError
 from secateur.files import check_apart, check_vacant
-from secateur.models.config import check_not_quantised, load_config
+from secateur.models.config import check_not_quantized, load_config
 from secateur.models.sources import resolve
 from secateur.models.weight_files import has_weights
-from secateur.pipeline.cache import Cache, StatisticsFolder, run_key, work_folder
+from secateur.pipeline.cache import Cache, StatisticsFolder, has_begun, run_key, work_folder
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe, RunOptions
 from secateur.planning.plan import Plan, read_plan
@@ -51,7 +51,7 @@ def plan_model(recipe: str | PruneRecipe, *, sizes_only: bool = False, run: RunO
     sizes = pipeline.sizes(pipeline.start())
     if sizes_only or not has_weights(recipe.model):
         return sizes
-    check_not_quantised(pipeline.config, name=recipe.model)
+    check_not_quantized(pipeline.config, name=recipe.model)
     if run.folder is not None:
         pipeline.statistics = StatisticsFolder(run.folder, recipe.model, pipeline.calibration, recipe.loading)
     return pipeline.plan(pipeline.start()) if pipeline.iterations == 1 else pipeline.cut()[1]
@@ -76,7 +76,11 @@ def prune_model(
     recipe, run, out = _as_recipe(recipe), run or RunOptions(), Path(out)
     check_vacant(out, overwrite=run.overwrite)
     check_apart(resolve(recipe.model).path, out)
-    _check_weights(recipe)
+    config = load_config(recipe.model, trust_remote_code=recipe.loading.trust_remote_code)
+    if not has_weights(recipe.model):
+        instead = f"`secateur plan {recipe.model}` says what a cut leaves"
+        raise ModelError(f"{recipe.model!r} has a config and no weights to cut; {instead}")
+    check_not_quantized(config, name=recipe.model)
     given = plan if plan is not None else read_plan(Path(recipe.plan)) if recipe.plan is not None else None
     pipeline = Pipeline(recipe, given=given, fixed_sizes=fixed_sizes, clock=Clock(run.bars))
     if run.folder is not None:
@@ -89,7 +93,7 @@ def prune_model(
     # Stages 4 to 9 for each iteration, 10 and 11 once; what is finished is kept until the folder is written.
     with work_folder(out, run_key(pipeline.recipe), resume=run.resume) as work:
         pipeline.cache = Cache(work)
-        resumed = pipeline.cache.begun
+        resumed = has_begun(work)
         decision = pipeline.decide()
         pipeline.check_folder(decision.plan)
         if announce is not None and not known:
@@ -115,11 +119,3 @@ def prune_as_planned(
 
 def _as_recipe(recipe: str | PruneRecipe) -> PruneRecipe:
     return PruneRecipe(recipe) if isinstance(recipe, str) else recipe
-
-
-def _check_weights(recipe: PruneRecipe) -> None:
-    config = load_config(recipe.model, trust_remote_code=recipe.loading.trust_remote_code)
-    if not has_weights(recipe.model):
-        instead = f"`secateur plan {recipe.model}` says what a cut leaves"
-        raise ModelError(f"{recipe.model!r} has a config and no weights to cut; {instead}")
-    check_not_quantised(config, name=recipe.model)

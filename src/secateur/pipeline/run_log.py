@@ -18,7 +18,7 @@ from typing import Any
 from secateur.checkpoint.record import versions
 from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError
-from secateur.files import make_folder, read_json, write_json
+from secateur.files import is_there, make_folder, read_json, write_json
 
 LOG_FOLDER = "log"  # within a run folder
 
@@ -67,7 +67,7 @@ def check_run_folder(run: Path) -> None:
     Traceback (most recent call last):
     secateur.errors.CheckpointError: /dev/null is a file, and --run needs a folder for the run's log: name another, ...
     """
-    parent = next(path for path in (run / LOG_FOLDER, *(run / LOG_FOLDER).absolute().parents) if _exists(path))
+    parent = next(path for path in (run / LOG_FOLDER, *(run / LOG_FOLDER).absolute().parents) if is_there(path))
     if not parent.is_dir():
         raise CheckpointError(
             f"{parent} is a file, and --run needs a folder for the run's log: name another, for example --run runs/mine"
@@ -75,13 +75,6 @@ def check_run_folder(run: Path) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         advice = "name another folder, for example --run runs/mine"
         raise CheckpointError(f"--run {run}: you have no permission to write in {parent}: {advice}")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as error:  # a name that no file system takes
-        raise CheckpointError(f"--run {path.parent!s:.60}... cannot be a folder: {error.strerror}") from error
 
 
 def load_entries(run: Path) -> list[LogEntry]:

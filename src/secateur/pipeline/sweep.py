@@ -17,23 +17,19 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from secateur import processes
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import decode
 from secateur.discovery.counting import count_macs, count_parameters
-from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, DataError, PlanError, ScoreError, SecateurError, check_known
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
 from secateur.files import make_folder, read_json, write_json
-from secateur.models.config import check_not_quantised, load_config
-from secateur.models.loading import LoadOptions, load
+from secateur.models.config import check_not_quantized, load_config
+from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
-from secateur.models.tensors import check_finite
-from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import Cache, StatisticsFolder, recovery_key, run_key
 from secateur.pipeline.frontier import DENSE, Point, Refused, Sweep, draw, frontier
 from secateur.pipeline.pipeline import Pipeline
@@ -100,7 +96,7 @@ def sweep(
         raise DataError("there is no text to score: give one, for example --ppl wikitext2=wiki.test.raw")
     loading = loading or LoadOptions()
     make_folder(run.folder / FOLDER)
-    check_not_quantised(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
+    check_not_quantized(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
     asked, refused = _cuts(model, options, cut or {}, calibration or {}, loading)
     measuring = _Measuring(model, options, texts, loading, run)
     rows = [measuring.dense()]
@@ -191,9 +187,7 @@ class _Measuring:
         self.name, self.options, self.texts, self.loading, self.run = name, options, texts, loading, run
         assert run.folder is not None
         self.folder, self.resumed, self.bars = run.folder / FOLDER, 0, Clock(run.bars).bars
-        with self.bars("discover"):
-            self.discovery: Discovery = discover(name, trust_remote_code=loading.trust_remote_code)
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self.whole = Pipeline(PruneRecipe(name, loading=loading), clock=Clock(run.bars))
         self._warned: set[CalibrationOptions] = set()
 
     def dense(self) -> Point:
@@ -201,10 +195,9 @@ class _Measuring:
         path = self._path(None)
         point = self._load_point(path, own=False)
         if point is None:
-            model, tokenizer = self._model()
-            total, inner = (count_parameters(self.discovery, embeddings=counted) for counted in (True, False))
-            macs = sum(count_macs(self.discovery).values())
-            point = Point(DENSE, "", 0.0, DENSE, total, inner, macs, self._perplexity(model, tokenizer, DENSE))
+            discovery, perplexity = self.whole.discovery, self._perplexity(self.whole.model, DENSE)
+            total, inner = (count_parameters(discovery, embeddings=counted) for counted in (True, False))
+            point = Point(DENSE, "", 0.0, DENSE, total, inner, sum(count_macs(discovery).values()), perplexity)
             write_json(path, asdict(point))
         return point
 
@@ -216,21 +209,19 @@ class _Measuring:
             return replace(point, label=each.label, preset=each.preset)
         title = f"{each.label} {each.ratio:g}"
         pruned, decided = self._pruned(each, title)
-        tokenizer = self._model()[1]
         if each.recipe.calibration not in self._warned:
             self._warned.add(each.recipe.calibration)
-            warn_of_overlap(each.label, tokenizer, self.texts, decided.scored)
+            warn_of_overlap(each.label, self.whole.tokenizer, self.texts, decided.scored)
         counts = decided.parameters["pruned"], decided.parameters["pruned_non_embedding"], decided.macs["pruned"]
-        perplexity = self._perplexity(pruned, tokenizer, title)
-        point = Point(cut.score, each.preset, each.ratio, each.label, *counts, perplexity)
+        point = Point(cut.score, each.preset, each.ratio, each.label, *counts, self._perplexity(pruned, title))
         write_json(path, asdict(point))
         return point
 
     def _pruned(self, each: _Cut, title: str) -> tuple[PreTrainedModel, Plan]:
         """The model as `prune` would write it, in memory; the stages that a killed sweep had finished are kept."""
-        model, tokenizer = self._model()
-        clock = Clock(lambda stage: self.bars(f"{title}: {stage}"))
-        pipeline = Pipeline(each.recipe, model=model, tokenizer=tokenizer, discovery=self.discovery, clock=clock)
+        whole, clock = self.whole, Clock(lambda stage: self.bars(f"{title}: {stage}"))
+        model, tokenizer, discovery = whole.model, whole.tokenizer, whole.discovery
+        pipeline = Pipeline(each.recipe, model=model, tokenizer=tokenizer, discovery=discovery, clock=clock)
         work = self.folder / f"work-{run_key(pipeline.recipe)[:16]}"
         make_folder(work)
         pipeline.cache = Cache(work)
@@ -239,19 +230,8 @@ class _Measuring:
         pipeline.sizes(pipeline.start())  # a budget that cannot be met is refused before any pass
         return pipeline.cut()
 
-    def _model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if self._loaded is None:
-            trust = self.loading.trust_remote_code
-            with self.bars("load"):
-                model = load(self.name, dtype=self.loading.dtype, device=self.loading.device, trust_remote_code=trust)
-                check_finite(model)
-                self._loaded = model, load_tokenizer(self.name, trust_remote_code=trust)
-        return self._loaded
-
-    def _perplexity(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, title: str
-    ) -> tuple[dict[str, Any], ...]:
-        protocols, most = self.options.protocols, self.options.max_tokens
+    def _perplexity(self, model: PreTrainedModel, title: str) -> tuple[dict[str, Any], ...]:
+        tokenizer, protocols, most = self.whole.tokenizer, self.options.protocols, self.options.max_tokens
         with self.bars(f"{title}: evaluate") as progress:
             results = evaluate(model, tokenizer, self.texts, protocols=protocols, max_tokens=most, progress=progress)
         return tuple(result.to_json() for result in results)

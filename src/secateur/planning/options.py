@@ -93,7 +93,9 @@ class CutOptions:
         check_choices(self, PlanError)
         if not self.axes:
             raise PlanError(f"axes is empty: name what to cut, for example axes=mlp. Known: {', '.join(AXES)}")
-        _fill_in(self)
+        for name, value in automatic(self).items():
+            if getattr(self, name) in ("auto", None):
+                object.__setattr__(self, name, value)
         _check_numbers(self)
         _check_together(self)
 
@@ -123,22 +125,24 @@ class CutOptions:
         return first, last
 
 
-def _fill_in(options: CutOptions) -> None:
-    """Replace every `auto` by what follows from the other options."""
+def automatic(options: CutOptions) -> dict[str, Any]:
+    """What follows from the other options where it is not given, by name.
+
+    >>> automatic(CutOptions(axes=("hidden",), scope="global"))["scope"]
+    'local'
+    """
     alone, whole_layers = bool(set(ALONE) & set(options.axes)), options.axes == ("layers",)
     even = options.of == "units" or alone
-    score = options.score if options.score != "auto" else "param_second" if alone else "fisher"
-    automatic = {
-        "ratio": 0.2 if options.target is None and options.ratio is None else options.ratio,
-        "score": score,
+    usual = "param_second" if alone else "fisher"
+    score = usual if options.score == "auto" else options.score
+    return {
+        "ratio": 0.2 if options.target is None else None,
+        "score": usual,
         "scope": "local" if even or options.schedule is not None else "global",
         "shape": "uniform" if even else "per-layer",
         "choose": "obs" if score == "fisher" and not alone else "score",
         "repair": "none" if whole_layers else "least-squares",
     }
-    for name, value in automatic.items():
-        if getattr(options, name) in ("auto", None):
-            object.__setattr__(options, name, value)
 
 
 def _check_numbers(options: CutOptions) -> None:

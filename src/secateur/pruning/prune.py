@@ -22,7 +22,7 @@ from secateur.discovery.module_attributes import attributes_after, set_attribute
 from secateur.discovery.sizes import PrunedSizes, name_after, names_left
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
-from secateur.models.config import check_not_quantised
+from secateur.models.config import check_not_quantized
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
 from secateur.planning.plan import Plan
@@ -56,7 +56,7 @@ def prune(
     [24, 12]
     """
     # 1. The plan fits the model.
-    check_not_quantised(model.config)
+    check_not_quantized(model.config)
     discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
     # 2. Every weight keeps the slices of the units that stay.

@@ -5,7 +5,6 @@ Tensors that are sharded over processes are gathered, so a checkpoint is the sam
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,7 +20,7 @@ from transformers import TrainerState
 
 from secateur import processes
 from secateur.errors import CheckpointError
-from secateur.files import atomic_folder, write_json
+from secateur.files import atomic_folder, read_json, read_tensors, write_json
 
 STATE_FILE = "trainer_state.json"  # Trainer's own: steps done, what was logged
 WEIGHTS_FILE = "trained.safetensors"  # the trained weights, by name
@@ -38,10 +36,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Load the trained weights of a checkpoint, by their names in the trained model. Raises `CheckpointError`."""
-    try:
-        return load_file(checkpoint / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(checkpoint / WEIGHTS_FILE, error) from error
+    return read_tensors(checkpoint / WEIGHTS_FILE)[0]
 
 
 def set_weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -94,8 +89,8 @@ def load_optimizer_in_place(checkpoint: Path, model: nn.Module, optimizer: Any, 
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps torch's
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     try:
-        moments = load_file(checkpoint / OPTIMIZER_FILE)
-        numbers = json.loads((checkpoint / OPTIMIZER_NUMBERS_FILE).read_text(encoding="utf-8"))
+        moments, _ = read_tensors(checkpoint / OPTIMIZER_FILE)
+        numbers = read_json(checkpoint / OPTIMIZER_NUMBERS_FILE)
         state = optimizer.state_dict()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state["state"] = {
@@ -108,7 +103,7 @@ def load_optimizer_in_place(checkpoint: Path, model: nn.Module, optimizer: Any, 
         }
         for group, saved in zip(state["param_groups"], numbers["groups"], strict=True):
             group.update(saved, betas=tuple(saved["betas"]))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise _unreadable(checkpoint, error) from error
     optimizer.load_state_dict(state)
     schedule.load_state_dict(numbers["schedule"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.errors import TrainingError, check_least, one_line
+from secateur.errors import TrainingError, check_installed, check_least, one_line
 from secateur.models.silence import quiet
 
 TARGET_MODULES = "all-linear"  # peft's name for every linear layer but the output layer
@@ -50,8 +49,7 @@ class LoraOptions:
 
 def check_peft() -> None:
     """Raise `TrainingError` where peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise TrainingError("LoRA needs the package peft. Run: pip install 'secateur[recover]'")
+    check_installed(TrainingError, "peft", extra="recover", what="LoRA")
 
 
 def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:

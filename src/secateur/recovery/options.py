@@ -109,11 +109,6 @@ class RecoverOptions:
                 )
         for name, least in _LEAST.items():
             check_least(TrainingError, name, getattr(self, name), least, least)
-        if not 0 <= self.hidden_states_weight < float("inf"):
-            raise TrainingError(
-                f"hidden_states_weight={self.hidden_states_weight} is no loss weight. Expected 0 (none) or more, for "
-                "example hidden_states_weight=1"
-            )
         if not 0 <= self.teacher_weight <= 1:
             raise TrainingError(
                 f"teacher_weight={self.teacher_weight} is no fraction of the loss. Expected 0 to 1, for example "
@@ -137,6 +132,7 @@ _LEAST = {
     "micro_batch_size": 1,
     "warmup_steps": 0,
     "top_k": 1,
+    "hidden_states_weight": 0,
     "eval_steps": 1,
     "eval_tokens": EVAL_WINDOW,
     "patience": 1,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import TrainingError
 from secateur.files import write_json
 
 CURVES_FILE = "secateur_curves.json"
@@ -46,12 +44,6 @@ def write_curves(result: RecoverResult, folder: Path, *, plot: bool) -> None:
     write_json(folder / CURVES_FILE, {"loss": data["loss"], "evaluation": data["evaluation"]})
     if plot:
         _draw(result, folder / PLOT_FILE)
-
-
-def check_plot() -> None:
-    """Raise `TrainingError` where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TrainingError("plot needs the package matplotlib. Run: pip install 'secateur[plot]'")
 
 
 def _draw(result: RecoverResult, path: Path) -> None:

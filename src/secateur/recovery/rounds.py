@@ -7,43 +7,54 @@ one plan, of the dense model.
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur import processes
+from secateur.checkpoint.formats import check_saveable
 from secateur.checkpoint.record import PLAN_FILE, make_record, read_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.errors import CheckpointError, ModelError, TrainingError, one_line
+from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError, one_line
 from secateur.files import MODEL_MARK, read_json
-from secateur.models.config import load_config
+from secateur.models.config import is_custom, load_config
 from secateur.models.loading import load
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.models.weight_files import has_weights
-from secateur.pipeline.cache import work_folder
+from secateur.pipeline.cache import has_begun, work_folder
 from secateur.pipeline.pipeline import unplaced_in
-from secateur.pipeline.recipe import RunOptions, write_recipe
-from secateur.planning.iterations import as_of_dense
+from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
+from secateur.pipeline.run import prune_model
+from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.options import CutOptions
-from secateur.planning.plan import Plan, read_plan
+from secateur.planning.plan import Plan, plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.prune import prune
 from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from secateur.recovery.result import RecoverResult, write_curves
-from secateur.recovery.round_cuts import RoundCut, merge_plans, plan_rounds, prune_round
 from secateur.recovery.round_results import Round, chain_records, join_results, read_round, write_round
 from secateur.recovery.setup import TrainingSetup, prepare
 from secateur.recovery.training import TEACHER_FOLDER, train_folder
 
 RESULT_FILE = "secateur_round.json"  # the result of a training, in the folder of its round
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The cut of one round."""
+
+    number: int  # from 1
+    options: CutOptions  # for the model that the round before left
+    sizes: Mapping[str, int] | None  # units of each group that stay, where the budget counts units
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,13 +88,13 @@ def recover_in_rounds(
         raise ModelError(f"{recipe.model!r} has a config and no weights to cut and train; name a folder with weights")
     with clock.stage("discover"):
         dense = discover(recipe.model, trust_remote_code=trust)
-    whole, cuts = plan_rounds(rounds, dense, config, trust_remote_code=trust)
+    whole, cuts = _plan_rounds(rounds, dense, config, trust_remote_code=trust)
     taught = replace(recipe, teacher=recipe.teacher or recipe.model)
     setup = prepare(taught, out, overwrite=run.overwrite, clock=clock)
     setup = replace(setup, recipe=recipe)
     key = setup.key(rounds.calibration.text, asdict(whole))
-    with work_folder(out, key, resume=run.resume, worth_keeping=_has_begun) as work:
-        resumed = _has_begun(work)
+    with work_folder(out, key, resume=run.resume) as work:
+        resumed = has_begun(work)
         processes.wait()
         shared = _Rounds(rounds, setup, dense, whole, work, out, clock)
         finished: list[Round] = []
@@ -97,12 +108,31 @@ def recover_in_rounds(
     return replace(result, seconds={**result.seconds, **clock.seconds}, peak_rss_bytes=peak_rss())
 
 
-def _has_begun(work: Path) -> bool:
-    """Whether a stopped run has left anything that took time."""
-    return any(work.glob("round-*.json")) or any(work.rglob("*.safetensors"))
+def _plan_rounds(
+    rounds: RoundOptions, dense: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool
+) -> tuple[CutOptions, list[_Cut]]:
+    """Return the options of the whole cut, and the cut of every round.
+
+    Raises `PlanError` or `CheckpointError` where a round cannot be cut, or no folder can hold what it leaves.
+    """
+    whole = replace(rounds.cut, iterations=rounds.count)
+    if whole.shape == "per-layer" and is_custom(config):
+        whole = replace(whole, shape="uniform")
+    cuts = [_Cut(1, whole, None)]
+    if rounds.count > 1:
+        numbers = range(1, rounds.count + 1)
+        cuts = [_Cut(n, options_of_iteration(whole, dense, n), sizes_after_iteration(whole, dense, n)) for n in numbers]
+    for cut in cuts:
+        of_dense = cut.options if cut.options.target is not None else replace(cut.options, ratio=whole.ratio)
+        try:
+            sizes = plan(dense, of_dense, config=config, fixed_sizes=cut.sizes, trust_remote_code=trust_remote_code)
+            check_saveable(sizes, config=config, discovery=dense, trust_remote_code=trust_remote_code)
+        except PlanError as error:
+            raise PlanError(f"round {cut.number} of {rounds.count}: {error}") from error
+    return whole, cuts
 
 
-def _run_round(shared: _Rounds, cut: RoundCut, before: Sequence[Round]) -> Round:
+def _run_round(shared: _Rounds, cut: _Cut, before: Sequence[Round]) -> Round:
     """Cut and train; what an earlier run has finished is not done again."""
     work, number = shared.work, cut.number
     finished = read_round(work / f"round-{number}.json")
@@ -119,8 +149,10 @@ def _run_round(shared: _Rounds, cut: RoundCut, before: Sequence[Round]) -> Round
     processes.wait()  # all have looked, so one may write
     if not is_cut and not is_trained:
         source = shared.setup.recipe.model if number == 1 else str(work / f"round-{number - 1}" / "trained")
-        loading = shared.setup.recipe.loading
-        clock.seconds["prune"] = prune_round(source, pruned, cut, shared.options.calibration, loading, clock.bars)
+        loading, calibration = shared.setup.recipe.loading, shared.options.calibration
+        recipe = PruneRecipe(source, cut=cut.options, calibration=calibration, loading=loading)
+        result = prune_model(recipe, pruned, fixed_sizes=cut.sizes, run=RunOptions(resume=True, bars=clock.bars))
+        clock.seconds["prune"] = sum(result.seconds.values())
         gc.collect()
     if not is_trained:
         _train_round(shared, cut, pruned, trained, before, clock)
@@ -139,7 +171,7 @@ def _run_round(shared: _Rounds, cut: RoundCut, before: Sequence[Round]) -> Round
 
 
 def _train_round(
-    shared: _Rounds, cut: RoundCut, pruned: Path, trained: Path, before: Sequence[Round], clock: Clock
+    shared: _Rounds, cut: _Cut, pruned: Path, trained: Path, before: Sequence[Round], clock: Clock
 ) -> None:
     setup, out = shared.setup, shared.out
     seed = setup.options.seed + cut.number - 1  # a training of few steps does not read all rows: read others
@@ -147,7 +179,7 @@ def _train_round(
     train_folder(
         replace(setup, recipe=recipe, options=replace(setup.options, seed=seed)),
         trained,
-        plan=merge_plans([*(each.plan for each in before), read_plan(pruned / PLAN_FILE)], shared.dense),
+        plan=_merged([*(each.plan for each in before), read_plan(pruned / PLAN_FILE)], shared.dense),
         run=RunOptions(resume=True),
         clock=clock,
         teacher_folder=shared.work / TEACHER_FOLDER,
@@ -156,31 +188,28 @@ def _train_round(
     )
 
 
+def _merged(plans: Sequence[Plan], dense: Discovery) -> Plan:
+    """One plan of the dense model for those of the rounds, each of what the round before left."""
+    return functools.reduce(lambda first, second: composed(first, second, dense), plans)
+
+
 def _save(shared: _Rounds, rounds: Sequence[Round], result: RecoverResult, run: RunOptions) -> None:
     """Cut the dense model as all rounds together did, give it the weights of the last, and write the folder."""
     setup = shared.setup
     recipe = setup.recipe
     trust = recipe.loading.trust_remote_code
     dense = load(recipe.model, dtype=recipe.loading.dtype, device="cpu", trust_remote_code=trust)
-    merged = merge_plans([each.plan for each in rounds], shared.dense)
-    plan = as_of_dense(merged, shared.whole, shared.dense, dense)
+    merged = _merged([each.plan for each in rounds], shared.dense)
+    whole = as_of_dense(merged, shared.whole, shared.dense, dense)
     last = shared.work / f"round-{len(rounds)}" / "trained"
-    pruned = _prune_with_weights(dense, plan, shared.dense, last, trust_remote_code=trust)
-    scored = plan.scored
-    unplaced = unplaced_in(recipe.model, recipe.loading)
-    record = make_record(
-        dense,
-        name=recipe.model,
-        calibration=scored.get("calibration"),
-        calibration_options=scored.get("calibration_options"),
-        seed=scored.get("seed", recipe.options.seed),
-        command=run.command,
-        tensors=account_for_tensors(dense, pruned, plan, shared.dense, unplaced=unplaced),
-    )
+    pruned = _prune_with_weights(dense, whole, shared.dense, last, trust_remote_code=trust)
+    unplaced, seed = unplaced_in(recipe.model, recipe.loading), recipe.options.seed
+    fates = account_for_tensors(dense, pruned, whole, shared.dense, unplaced=unplaced)
+    record = make_record(dense, name=recipe.model, scored=whole.scored, seed=seed, command=run.command, tensors=fates)
     with save_updated(
         pruned,
         result.out,
-        plan=plan,
+        plan=whole,
         tokenizer=setup.tokenizer,
         record=replace(record, recovery=chain_records(rounds, run.command)),
         files=text_files(recipe.model, setup.tokenizer),

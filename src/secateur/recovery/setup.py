@@ -22,10 +22,10 @@ from secateur.data.rows import steps_for_epochs, training_order
 from secateur.data.training_data import TrainingData, read_training_data
 from secateur.data.windows import digest
 from secateur.discovery.discover import discover
-from secateur.errors import DataError, ModelError, TrainingError
+from secateur.errors import DataError, ModelError, TrainingError, check_installed
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
 from secateur.files import check_apart, check_vacant
-from secateur.models.config import check_not_quantised, check_positions, load_config
+from secateur.models.config import check_not_quantized, check_positions, load_config
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -37,7 +37,6 @@ from secateur.recovery.hidden_states import MatchedLayers, match_layers
 from secateur.recovery.lora import check_peft
 from secateur.recovery.options import EVAL_WINDOW, RecoverOptions, Tracker
 from secateur.recovery.recipe import RecoverRecipe
-from secateur.recovery.result import check_plot
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +90,10 @@ def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) 
     elif options.save_adapter:
         raise TrainingError(f"method={options.method!r} has no adapter to save; leave out --save-adapter")
     if options.plot:
-        check_plot()
+        check_installed(TrainingError, "matplotlib", extra="plot", what="plot")
     _check_environment(options.track)
     config = load_config(model, trust_remote_code=trust)
-    check_not_quantised(config, name=model)
+    check_not_quantized(config, name=model)
     check_positions(config, recipe.data.max_length, name="max_length")
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
     teacher = _find_teacher(recipe, tokenizer, config) if options.has_teacher else None
@@ -181,8 +180,7 @@ def _find_teacher(recipe: RecoverRecipe, tokenizer: PreTrainedTokenizerBase, con
     """Return the name of the teacher, after checking its vocabulary."""
     teacher = recipe.teacher
     if teacher is None:
-        path = resolve(recipe.model).path
-        record = read_record(path) if path is not None else None
+        record = read_record(resolve(recipe.model).path)
         if record is None:
             raise ModelError(
                 f"{recipe.model!r} has no record that names the dense model it was cut from. Name a teacher: "

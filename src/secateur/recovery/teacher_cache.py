@@ -14,10 +14,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +23,7 @@ from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate, length_sorted_batches
 from secateur.errors import CheckpointError, TrainingError
 from secateur.evaluation.inference import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
-from secateur.files import write_tensors
+from secateur.files import read_tensors, write_tensors
 from secateur.models.tensors import all_finite
 from secateur.progress import Progress
 from secateur.recovery.hidden_states import MatchedLayers, record_outputs, select_states
@@ -91,7 +89,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, rows: Rows) -> None:
         self._folder = folder
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, dict[str, Tensor]] = {}
         labels_before = torch.cat([torch.zeros(1, dtype=torch.int64), rows.loss_mask_T.long().cumsum(0)])[rows.starts]
         shard_starts = torch.arange(len(rows) + 1) // SHARD_ROWS * SHARD_ROWS
         self._first = (labels_before - labels_before[shard_starts]).tolist()  # position of each row within its file
@@ -108,16 +106,10 @@ class TeacherCache:
     def _read_row(self, row: int) -> dict[str, Tensor]:
         shard = row // SHARD_ROWS
         if shard not in self._files:
-            try:
-                self._files[shard] = safe_open(_file(self._folder, shard), framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{_file(self._folder, shard)}: the teacher's outputs cannot be read ({error}); start without "
-                    "--resume, and they are computed again"
-                ) from error
-        file, first = self._files[shard], self._first[row]
+            self._files[shard], _ = read_tensors(_file(self._folder, shard))
+        first = self._first[row]
         positions = slice(first, first + self._count[row])
-        outputs = {name: file.get_slice(name)[positions] for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        outputs = {name: tensor[positions] for name, tensor in self._files[shard].items()}
         return outputs | {"logp": outputs["logp"].float()}
 
 
@@ -178,7 +170,7 @@ def _file(folder: Path, shard: int) -> Path:
 
 def _is_readable(folder: Path, shard: int) -> bool:
     try:
-        with safe_open(_file(folder, shard), framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False  # missing or damaged
+        read_tensors(_file(folder, shard))
+    except CheckpointError:  # missing or damaged
+        return False
+    return True

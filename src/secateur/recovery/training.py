@@ -23,7 +23,7 @@ from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
-from secateur.pipeline.cache import work_folder
+from secateur.pipeline.cache import has_begun, work_folder
 from secateur.pipeline.recipe import RunOptions, write_recipe
 from secateur.planning.plan import Plan
 from secateur.progress import Clock, Progress, peak_rss
@@ -59,7 +59,7 @@ def train_folder(
     """
     layers = compared_layers(setup, plan) if plan is not None else None
     recipe, data = setup.recipe, setup.data
-    with work_folder(out, setup.key(), resume=run.resume, worth_keeping=has_begun) as work:
+    with work_folder(out, setup.key(), resume=run.resume) as work:
         resumed = has_begun(work)
         caches = {}
         if setup.teacher is not None:
@@ -88,12 +88,6 @@ def train_folder(
                 _save(setup, trained, result, run, result_file)
         processes.wait()
     return replace(result, peak_rss_bytes=peak_rss())
-
-
-def has_begun(work: Path) -> bool:
-    """Whether a stopped run has left a checkpoint, or outputs of the teacher."""
-    patterns = (f"{CHECKPOINTS_FOLDER}/checkpoint-*", f"{TEACHER_FOLDER}/*/*.safetensors")
-    return any(any(work.glob(pattern)) for pattern in patterns)
 
 
 def _cache_teacher(
@@ -209,8 +203,7 @@ def _save(
 def _record(setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel, command: str | None) -> Record:
     """Return the record of the pruned folder, with this training in it."""
     recipe = setup.recipe
-    source = resolve(recipe.model).path
-    before = read_record(source) if source is not None else None
+    before = read_record(resolve(recipe.model).path)
     record = before or make_record(model, name=recipe.model, seed=recipe.options.seed)
     recovery: dict[str, Any] = {
         "method": recipe.options.method,

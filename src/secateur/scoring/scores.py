@@ -18,7 +18,7 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError, ScoreError, check_known
 from secateur.files import read_tensors, write_tensors
-from secateur.models.config import check_not_quantised, check_positions
+from secateur.models.config import check_not_quantized, check_positions
 from secateur.progress import Progress
 from secateur.scoring.collect_backward import gradient_statistics, mask_statistics
 from secateur.scoring.collect_forward import activation_statistics, layer_loss_statistics
@@ -72,7 +72,7 @@ def score(
     torch.Size([24])
     """
     check_known(ScoreError, "score", name, SCORES)
-    check_not_quantised(model.config)
+    check_not_quantized(model.config)
     discovery = discovery or discover(model)
     options = calibration or CalibrationOptions()
     from_text = calibration is not None or windows is None  # whether the options say where the windows are from
