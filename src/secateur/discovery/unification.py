@@ -142,7 +142,8 @@ class Unifier:
                 if last.size % inner == 0:
                     left, right = self.factor(last, inner)
                     return product([*rest, left]), right
-                return self._opaque(expression, outer, inner)
+                self.freeze(expression, NO_COMMON_FACTOR)
+                return self.variable(outer, frozen=NO_COMMON_FACTOR), self.variable(inner, frozen=NO_COMMON_FACTOR)
             case Concat(parts=parts):
                 # Where every part holds whole runs of `inner`, the parts share the inner factor: (q + k)·dim.
                 if all(part.size % inner == 0 for part in parts):
@@ -251,7 +252,3 @@ class Unifier:
         head, tail = self._cut_once(left, right.parts[0].size)
         self.unify(head, right.parts[0])
         self.unify(tail, concat(right.parts[1:]))
-
-    def _opaque(self, expression: Expression, outer: int, inner: int) -> tuple[Expression, Expression]:
-        self.freeze(expression, NO_COMMON_FACTOR)
-        return self.variable(outer, frozen=NO_COMMON_FACTOR), self.variable(inner, frozen=NO_COMMON_FACTOR)
