@@ -103,7 +103,8 @@ def subject(model_type: str) -> Subject:
     discovery = group_axes(state, type(twin).__name__)
     with quiet():
         model = tiny_type_model(model_type)
-    inputs = tiny_inputs(model_type, model.config, batch=state.graph.batch, length=state.graph.sequence)
+    batch, length = state.graph.shapes[state.graph.inputs["input_ids"]]
+    inputs = tiny_inputs(model_type, model.config, batch=batch, length=length)
     return Subject(model_type, model, inputs, state, discovery)
 
 

@@ -582,7 +582,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "layers backwards": ("layers=2:1 is outside the model", (*PRUNE, "--layers", "2:1")),
     "layers malformed": ("--layers 4-30: expected first:last", (*PRUNE, "--layers", "4-30")),
     "schedule malformed": ("--schedule 0.5-1.5: expected two numbers", (*PRUNE, "--schedule", "0.5-1.5")),
-    "round_to 0": ("round_to=0 is not a width", (*PRUNE, "--round-to", "0")),
+    "round_to 0": ("round_to=0 is too small. Expected at least 1", (*PRUNE, "--round-to", "0")),
     # names
     "score": ("score='parm_first' is unknown.* Did you mean param_first?", (*PRUNE, "--score", "parm_first")),
     "preset": ('Invalid value "bset" for --preset.* Did you mean "best"\\?', (*PRUNE, "--preset", "bset")),
@@ -777,7 +777,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         "say how much is to go in all, for example --rounds 3 --ratio 0.5",
         (*IN_ROUNDS, "--rounds", "3"),
     ),
-    "rounds, none": ("iterations=0 cuts nothing", (*IN_ROUNDS, "--rounds", "0", "--ratio", "0.3")),
+    "rounds, none": ("iterations=0 is too small. Expected at least 1", (*IN_ROUNDS, "--rounds", "0", "--ratio", "0.3")),
     "rounds, no recipe": (r"no\.yaml: no recipe can be read", (*IN_ROUNDS, "--prune-recipe", "no.yaml")),
     "rounds, adapter": ("--save-adapter: in rounds", (*IN_ROUNDS, "--ratio", "0.3", "--save-adapter")),
     # recipes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -62,14 +63,19 @@ def graph() -> Graph:
     return trace(skeleton(tiny()))
 
 
+def batch_and_length(graph: Graph) -> tuple[int, ...]:
+    return graph.shapes[graph.inputs["input_ids"]]
+
+
 # --- what is recorded -------------------------------------------------------------------------------------------
 
 
 def test_inputs_weights_and_outputs_have_their_shapes(graph: Graph) -> None:
     expected = {name: tuple(p.shape) for name, p in skeleton(tiny()).named_parameters()}
     assert {name: graph.shapes[number] for name, number in graph.parameters.items()} == expected
-    assert [graph.shapes[number] for number in graph.inputs.values()] == [(graph.batch, graph.sequence)]
-    assert [graph.shapes[number] for number in graph.outputs] == [(graph.batch, graph.sequence, 50)]
+    assert list(graph.inputs) == ["input_ids"]
+    assert batch_and_length(graph) == batch_and_sequence({size for shape in expected.values() for size in shape})
+    assert [graph.shapes[number] for number in graph.outputs] == [(*batch_and_length(graph), 50)]
 
 
 def test_every_tensor_is_made_before_it_is_used(graph: Graph) -> None:
@@ -108,7 +114,7 @@ def test_the_items_of_a_module_list_are_noted_with_what_they_take_and_give(graph
     assert list(graph.item_calls) == ["model.layers.0", "model.layers.1"]
     (first, middle), (also_middle, last) = graph.item_calls.values()
     assert middle == also_middle
-    assert {graph.shapes[number] for number in (first, middle, last)} == {(graph.batch, graph.sequence, HIDDEN)}
+    assert {graph.shapes[number] for number in (first, middle, last)} == {(*batch_and_length(graph), HIDDEN)}
 
 
 def test_tied_parameters_are_listed_under_their_first_name(graph: Graph) -> None:
@@ -150,7 +156,7 @@ def test_batch_and_sequence_divide_no_size(sizes: set[int]) -> None:
 
 def test_sizes_of_the_model_push_the_batch_and_the_sequence_away() -> None:
     graph = trace(skeleton(tiny(vocab_size=5 * 7, intermediate_size=11 * 2)))
-    assert (graph.batch, graph.sequence) == (13, 17)
+    assert batch_and_length(graph) == (13, 17)
 
 
 # --- numbers that the code looks at -----------------------------------------------------------------------------
@@ -192,7 +198,7 @@ def test_a_branch_on_activations_is_taken() -> None:
     ops = [node.op for node in graph.nodes]
     assert "aten.exp" in ops
     assert "aten.neg" not in ops
-    assert graph.shapes[graph.outputs[0]] == (graph.batch, graph.sequence, 6)
+    assert graph.shapes[graph.outputs[0]] == (*batch_and_length(graph), 6)
 
 
 class OddTokens(nn.Module):
@@ -206,7 +212,7 @@ class OddTokens(nn.Module):
 
 def test_what_depends_on_the_inputs_alone_is_computed() -> None:
     graph = trace(OddTokens())  # the tokens of a trace count up and start again after the last row of the table
-    odd = sum(i % 50 % 2 for i in range(graph.batch * graph.sequence))
+    odd = sum(i % 50 % 2 for i in range(prod(batch_and_length(graph))))
     assert graph.shapes[graph.outputs[0]] == (odd, 6)
 
 
@@ -305,5 +311,7 @@ def test_a_forward_pass_that_cannot_be_traced_is_named(function: Callable[[Tenso
 
 
 def test_a_failure_outside_every_module_is_the_models() -> None:
-    with pytest.raises(DiscoveryError, match=r"it failed in 'the model' with RuntimeError: sizes do not fit$"):
+    with pytest.raises(
+        DiscoveryError, match=r"it failed in 'the model' with RuntimeError: sizes do not fit and a second line$"
+    ):
         trace(Plain(lambda x, m: fails(x)))

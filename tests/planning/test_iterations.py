@@ -58,7 +58,7 @@ def test_every_iteration_scores_and_repairs_what_the_last_one_left() -> None:
 
 
 def test_no_iterations() -> None:
-    with pytest.raises(PlanError, match="iterations=0 cuts nothing"):
+    with pytest.raises(PlanError, match=r"iterations=0 is too small. Expected at least 1, for example iterations=4"):
         CutOptions(ratio=0.2, iterations=0, scope="local", shape="uniform")
 
 

@@ -71,7 +71,7 @@ def test_a_ratio_outside_is_refused(ratio: float) -> None:
         ({"ratio": 0.2, "axes": ("atention",)}, "axes='atention' is unknown.*Did you mean attention?"),
         ({"ratio": 0.2, "axes": ()}, "axes is empty"),
         ({"ratio": 0.2, "axes": ("hidden", "mlp")}, "hidden and layers are cut alone"),
-        ({"ratio": 0.2, "round_to": 0}, "round_to=0 is not a width"),
+        ({"ratio": 0.2, "round_to": 0}, "round_to=0 is too small. Expected at least 1, for example round_to=64"),
         ({"ratio": 0.2, "shape": "per-layer", "schedule": (-1, 1)}, "schedule=-1:1: expected shares in proportion"),
         ({"ratio": 0.2, "shape": "per-layer", "schedule": (0, 0)}, "schedule=0:0: expected shares in proportion"),
         (

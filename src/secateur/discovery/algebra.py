@@ -95,23 +95,18 @@ def concat(parts: Sequence[Expression]) -> Expression:
         for item in part.parts if isinstance(part, Concat) else (part,):
             if item.size == 0:
                 continue
-            merged = _repeated(flat[-1], item) if flat else None
-            if merged is None:
-                flat.append(item)
+            (n, body), (m, other) = _repetition(flat[-1]) if flat else (0, None), _repetition(item)
+            if body == other:
+                flat[-1] = product([Fixed(n + m), other])
             else:
-                flat[-1] = merged
+                flat.append(item)
     if not flat:
         return Fixed(0)
     return flat[0] if len(flat) == 1 else Concat(tuple(flat))
 
 
-def _repeated(left: Expression, right: Expression) -> Expression | None:
-    """Left and right as one product (n + m)·body when they repeat the same body, else None."""
-    (n, body), (m, other) = _repetition(left), _repetition(right)
-    return product([Fixed(n + m), body]) if body == other else None
-
-
 def _repetition(expression: Expression) -> tuple[int, Expression]:
+    """How often an expression repeats the same body, and the body."""
     if isinstance(expression, Fixed):
         return expression.size, ONE
     if isinstance(expression, Product) and isinstance(expression.factors[0], Fixed):

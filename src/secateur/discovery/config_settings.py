@@ -10,7 +10,6 @@ the config does not have them (`head_dim` in many), may be set too.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
 from collections import defaultdict
@@ -78,7 +77,7 @@ def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_cod
     """The config with one layer, for a faster search; as it is, where no setting leaves the first layer alone."""
     layers = discovery.depth
     wanted = shapes_after(discovery, PrunedSizes(dropped_layers=frozenset(range(1, layers))))
-    settings = dict(_settings(config))
+    settings = dict(_settings(config.to_dict()))
     lists = {name: value[:1] for name, value in settings.items() if isinstance(value, list) and len(value) == layers}
     for name, value in settings.items():
         if value == layers and layers > 1:
@@ -186,7 +185,7 @@ def _changes_by_value(config: PreTrainedConfig, discovery: Discovery, pruned: Pr
     pairs = sizes_before_and_after(discovery, pruned)
     lists: Changes = []
     numbers: Changes = []
-    for name, value in _settings(config):
+    for name, value in _settings(config.to_dict()):
         if isinstance(value, list):
             if len(value) == discovery.depth and pruned.dropped_layers:
                 lists.append((name, [item for i, item in enumerate(value) if i not in pruned.dropped_layers]))
@@ -205,16 +204,11 @@ def _effect(dense: Shapes, twin: Shapes, wanted: Shapes) -> tuple[bool, bool]:
     """Whether a twin differs from the dense model where it should, and whether it does where or as it should not."""
     good = bad = False
     for name in dense.keys() | twin.keys():
-        before, after, aim = dense.get(name), twin.get(name), wanted.get(name)
-        for i in range(max(len(before or ()), len(after or ()), 1)):
-            if _size(before, i) != _size(after, i):
-                good |= _size(aim, i) != _size(before, i)  # even if not yet right: another setting may do the rest
-                bad |= _size(aim, i) != _size(after, i)
+        for before, after, aim in itertools.zip_longest(*(shapes.get(name, ()) for shapes in (dense, twin, wanted))):
+            if before != after:
+                good |= aim != before  # even if not yet right: another setting may do the rest
+                bad |= aim != after
     return good, bad
-
-
-def _size(shape: tuple[int, ...] | None, dim: int) -> int | None:
-    return shape[dim] if shape is not None and dim < len(shape) else None
 
 
 def _unset_values(
@@ -224,45 +218,37 @@ def _unset_values(
     yield None
     sizes = tuple(sorted(_all_sizes(discovery), reverse=True))
     values = sorted({after for _, after in sizes_before_and_after(discovery, pruned)} | set(sizes), reverse=True)
-    settings = _unset_settings(_Content(config), sizes, trust_remote_code)
+    key = type(config), config.to_json_string(use_diff=False), sizes, trust_remote_code
+    if key not in _UNSET_SETTINGS:
+        _UNSET_SETTINGS[key] = _unset_settings(config, sizes, trust_remote_code=trust_remote_code)
+    settings = _UNSET_SETTINGS[key]
     likely = [(name, value) for name, derived in settings for value in derived]
     yield from likely
     yield from (pair for pair in itertools.product([name for name, _ in settings], values) if pair not in likely)
 
 
-class _Content:
-    """A config that equals any other with the same content."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
-        self.content = type(config), config.to_json_string(use_diff=False)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Content) and self.content == other.content
-
-    def __hash__(self) -> int:
-        return hash(self.content)
+UnsetSettings = list[tuple[str, list[int]]]
+_UNSET_SETTINGS: dict[tuple[Any, ...], UnsetSettings] = {}  # by a config's content: the search takes hundreds of twins
 
 
-@functools.lru_cache(maxsize=16)
-def _unset_settings(
-    content: _Content, sizes: tuple[int, ...], trust_remote_code: bool
-) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _unset_settings(config: PreTrainedConfig, sizes: tuple[int, ...], *, trust_remote_code: bool) -> UnsetSettings:
     """Settings that are unset, or absent but read by the code, of which one of the sizes changes a shape.
 
     With each, the sizes that change none: a value that the code derives, such as the head size.
     """
-    config = content.config
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     shapes = shapes_of(dense)
     found = []
-    for name in [*(name for name, value in _settings(config) if value is None), *sorted(_settings_read(config, dense))]:
+    for name in [
+        *(name for name, value in _settings(config.to_dict()) if value is None),
+        *sorted(_settings_read(config, dense)),
+    ]:
         twins_ = ((size, _build(config, {name: size}, [], trust_remote_code=trust_remote_code)) for size in sizes)
         accepted = ((size, shapes_of(twin) == shapes) for size, twin in twins_ if twin is not None)
         first = list(itertools.islice(accepted, ENOUGH_SIZES))
         if not all(same for _, same in first):
-            found.append((name, tuple(size for size, same in [*first, *accepted] if same)))
-    return tuple(found)
+            found.append((name, [size for size, same in [*first, *accepted] if same]))
+    return found
 
 
 def _build(
@@ -277,17 +263,13 @@ def _build(
         return None
 
 
-def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """Integer, unset and list settings by dotted name."""
-
-    def walk(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in data.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            elif value is None or (isinstance(value, (int, list)) and not isinstance(value, bool)):
-                yield f"{prefix}{key}", value
-
-    return walk(config.to_dict(), "")
+def _settings(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Integer, unset and list settings of a config as data, by dotted name."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{key}.")
+        elif value is None or (isinstance(value, (int, list)) and not isinstance(value, bool)):
+            yield f"{prefix}{key}", value
 
 
 def _settings_read(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]:
@@ -312,8 +294,10 @@ def _settings_read(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]
 
 def sizes_before_and_after(discovery: Discovery, pruned: PrunedSizes) -> list[tuple[int, int]]:
     """Sizes, before and after, of everything within an axis that the cut changes."""
+    changed = {name for name, kept in pruned.sizes.items() if kept != discovery.group(name).units}
+    dims = dict.fromkeys(dim for weight in discovery.weights for dim in weight.dims)
     pairs: dict[tuple[int, int], None] = {}
-    for axis in _changed_axes(discovery, pruned):
+    for axis in (dim for dim in dims if any(variable.name in changed for variable in variables_in(dim))):
         for part in _subexpressions(axis):
             after = size_after(part, pruned.sizes)
             if after != part.size:
@@ -327,17 +311,6 @@ def _all_sizes(discovery: Discovery) -> set[int]:
     """The sizes of everything within any axis: a head size is one of them, whoever derives it from what."""
     axes = {dim for weight in discovery.weights for dim in weight.dims}
     return {part.size for axis in axes for part in _subexpressions(axis) if not isinstance(part, Concat)}
-
-
-def _changed_axes(discovery: Discovery, pruned: PrunedSizes) -> list[Expression]:
-    changed = {name for name, kept in pruned.sizes.items() if kept != discovery.group(name).units}
-    found = {
-        dim: None
-        for weight in discovery.weights
-        for dim in weight.dims
-        if any(variable.name in changed for variable in variables_in(dim))
-    }
-    return list(found)
 
 
 def _subexpressions(expression: Expression) -> Iterator[Expression]:

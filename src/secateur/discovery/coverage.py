@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.groups import KINDS, Discovery, Group, Weight
+from secateur.discovery.layers import path_and_parents
 from secateur.discovery.weight_names import fold_names, without_layer_number
 
 
@@ -122,14 +122,9 @@ def _axes_or_modules(axes: Iterable[tuple[str, int]], discovery: Discovery) -> I
     inside: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for weight in discovery.weights:
         if weight.parameter:
-            for module in _modules(weight.name):
+            for module in path_and_parents(weight.name):
                 inside[module] |= {(weight.name, dim) for dim, size in enumerate(weight.shape) if size > 1}
     whole = {module for module, held in inside.items() if held <= frozen.keys() and len({name for name, _ in held}) > 1}
     for name, dim in frozen:
-        outermost = next((module for module in _modules(name) if module in whole), None)
+        outermost = next((module for module in reversed(path_and_parents(name)) if module in whole), None)
         yield f"{name.removesuffix('.weight')}[{dim}]" if outermost is None else f"{outermost}.*"
-
-
-def _modules(weight: str) -> list[str]:
-    """The modules that a weight lies in, the outermost first."""
-    return list(itertools.accumulate(weight.split(".")[:-1], "{}.{}".format))

@@ -56,30 +56,25 @@ def describe_unit(group: Group, discovery: Discovery) -> str:
     kinds = {other.name: other.kind for other in discovery.groups}
     weights = {weight.name: weight for weight in discovery.weights}
     chains = [chain for axis in group.axes for chain in _chains(axis.expression)]
-    split = [(chain[:at], chain[at + 1 :]) for chain in chains for at, v in enumerate(chain) if v.name == group.name]
+    found = [(chain, at) for chain in chains for at, v in enumerate(chain) if v.name == group.name]
+    outer, inner = [chain[:at] for chain, at in found], [chain[at + 1 :] for chain, at in found]
 
-    def largest(sides: Iterable[Sequence[Variable]], wanted: tuple[str, ...]) -> list[Variable]:
+    def largest(sides: Iterable[Sequence[Variable]], *wanted: str) -> list[Variable]:
         """The most variables of these kinds on one side of the unit, over all chains."""
         return max(([v for v in side if kinds.get(v.name) in wanted] for side in sides), key=_product, default=[])
 
-    def outer(*wanted: str) -> list[Variable]:
-        return largest((before for before, _ in split), wanted)
-
-    def inner(*wanted: str) -> list[Variable]:
-        return largest((after for _, after in split), wanted)
-
     match group.kind:
         case "attention":
-            if queries := inner("query"):
+            if queries := largest(inner, "query"):
                 return f"KV head with its {_product(queries)} query heads"
         case "query":
-            if heads := outer("attention"):
+            if heads := largest(outer, "attention"):
                 return f"query head in each of the {_product(heads)} KV heads"
         case "head_dim":
-            if heads := outer("attention", "query"):
+            if heads := largest(outer, "attention", "query"):
                 return f"channel in each of the {_product(heads)} heads"
         case "state":
-            inside, around = inner("state"), outer("state")
+            inside, around = largest(inner, "state"), largest(outer, "state")
             noun = ("channel", "head")[len(inside)] if len(inside) < 2 else f"group of {_product(inside[:-1])} heads"
             place = f" in each of the {_product(around)} {'groups' if inside else 'heads'}" if around else ""
             return f"{noun} of the state{place}"

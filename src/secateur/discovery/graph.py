@@ -38,8 +38,6 @@ class Graph:
     literal_indices: dict[int, tuple[int, ...]]  # tensor -> indices that the code writes out: x[..., [-2, -1], :]
     inputs: dict[str, int]
     outputs: tuple[int, ...]
-    batch: int
-    sequence: int
     tied: dict[str, str] = field(default_factory=dict)  # other name -> canonical name
     computed_buffers: frozenset[str] = frozenset()  # buffers that are not in the checkpoint
     item_calls: dict[str, tuple[int, int]] = field(default_factory=dict)  # item of a module list -> input, output

@@ -21,6 +21,7 @@ from secateur.discovery.graph import Graph, Ref, references
 from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Axis, Discovery, Frozen, Group, Operation, Weight
 from secateur.discovery.kinds import Occurrences, classify
 from secateur.discovery.layers import layer_lists, layer_of, residual_lists
+from secateur.discovery.rules.registry import aten
 from secateur.discovery.rules.state import Inference
 
 # Grouped products of stacked matrices (experts) want rows of a multiple of 16 bytes: so many numbers of 16 bits.
@@ -103,11 +104,8 @@ def _used(graph: Graph) -> set[int]:
 
 
 VIEWS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "alias detach view _unsafe_view reshape t transpose permute unsqueeze squeeze expand slice select unbind split "
-        "split_with_sizes diagonal unfold lift_fresh view_as_complex view_as_real"
-    ).split()
+    aten("alias detach view _unsafe_view reshape t transpose permute unsqueeze squeeze expand slice select unbind")
+    + aten("split split_with_sizes diagonal unfold lift_fresh view_as_complex view_as_real")
 )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from secateur.discovery.graph import Graph, Node, Ref
+from secateur.discovery.rules.registry import aten
 
 # A residual sum goes through these alone.
-ADDITIONS_AND_COPIES = frozenset(
-    f"aten.{name}" for name in "add add_ clone alias detach _to_copy view _unsafe_view".split()
-)
+ADDITIONS_AND_COPIES = frozenset(aten("add add_ clone alias detach _to_copy view _unsafe_view"))
 
 
 def layer_of(name: str, layer_lists: Iterable[str]) -> int | None:
@@ -24,6 +23,16 @@ def layer_of(name: str, layer_lists: Iterable[str]) -> int | None:
             if head.isdigit():
                 return int(head)
     return None
+
+
+def path_and_parents(path: str) -> list[str]:
+    """A path and those of the modules around it, the innermost first; without that of the model itself, which is empty.
+
+    >>> path_and_parents("layers.0.fc1")
+    ['layers.0.fc1', 'layers.0', 'layers']
+    """
+    pieces = path.split(".") if path else []
+    return [".".join(pieces[:i]) for i in range(len(pieces), 0, -1)]
 
 
 def layer_lists(graph: Graph) -> tuple[str, ...]:

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.config_settings import has_structure, sizes_before_and_after, with_settings
@@ -199,12 +198,11 @@ def _mirrors(model: nn.Module) -> Mirrors:
                 equal |= {(weight, d) for d, size in enumerate(parameter.shape) if size == value}
             key = type(module), name
             mirrors[key] = mirrors[key] & equal if key in mirrors else equal
-    return {key: min(equal, key=str) for key, equal in mirrors.items() if equal and _one_per_weight(equal)}
-
-
-def _one_per_weight(equal: set[tuple[str, int | None]]) -> bool:
-    """Whether the dimensions are one per weight, so that they say the same; two of one weight could be cut apart."""
-    return len(equal) == len({weight for weight, _ in equal})
+    return {
+        key: min(equal, key=str)
+        for key, equal in mirrors.items()
+        if equal and len(equal) == len({weight for weight, _ in equal})  # two of one weight could be cut apart
+    }
 
 
 def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -260,22 +258,26 @@ def apply_shapes_and_attributes_in_place(
     model: nn.Module, discovery: Discovery, pruned: PrunedSizes, attributes: Iterable[Attribute]
 ) -> None:
     """Give a model on `meta` the shapes that the cut leaves, and the attributes that go with them."""
-    shapes = shapes_after(discovery, pruned)
-    parameters = {
-        name: nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False) for name, shape in shapes.items()
-    }
+    before = dict(model.named_parameters()) | dict(model.named_buffers())
+    after = {name: before[name].new_empty(shape) for name, shape in shapes_after(discovery, pruned).items()}
+    replace_in_place(model, after, discovery.tied, attributes)
+
+
+def replace_in_place(
+    model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], attributes: Iterable[Attribute]
+) -> None:
+    """Give a model other parameters, buffers of other shapes, and other attributes.
+
+    Tensors are named; `tied` says of every other name of a tied parameter which one it has among them.
+    """
+    parameters = {name: nn.Parameter(tensors[name], p.requires_grad) for name, p in model.named_parameters()}
     for path, module in model.named_modules():
         for name, _ in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}" if path else name
-            setattr(module, name, parameters[discovery.tied.get(full, full)])
+            setattr(module, name, parameters[tied.get(full, full)])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            shape = shapes.get(f"{path}.{name}" if path else name)
-            if shape is not None and shape != buffer.shape:
-                setattr(module, name, torch.empty(shape, dtype=buffer.dtype, device="meta"))
-    set_attributes_in_place(model, attributes)
-
-
-def set_attributes_in_place(model: nn.Module, attributes: Iterable[Attribute]) -> None:
-    """Set the plain attributes of the modules named."""
+            new = tensors.get(f"{path}.{name}" if path else name)
+            if new is not None and new.shape != buffer.shape:
+                setattr(module, name, new)
     for attribute in attributes:
         setattr(model.get_submodule(attribute.module), attribute.name, attribute.value)

@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.discovery.algebra import Expression, variables_in
 from secateur.discovery.config_settings import twins
 from secateur.discovery.groups import Discovery
-from secateur.discovery.layers import layer_of
+from secateur.discovery.layers import layer_of, path_and_parents
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of
+from secateur.discovery.weight_names import without_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +40,10 @@ def parts_of(discovery: Discovery, pruned: PrunedSizes) -> list[PrunedSizes]:
             clusters = [cluster for cluster in clusters if cluster not in meeting] + [here.union(*meeting)]
     parts: dict[frozenset[tuple[str, int]], dict[str, int]] = defaultdict(dict)
     for cluster in clusters:
-        parts[frozenset((_family(name), changed[name]) for name in cluster)].update({n: changed[n] for n in cluster})
+        parts[frozenset((without_numbers(name), changed[name]) for name in cluster)].update(
+            {n: changed[n] for n in cluster}
+        )
     return [PrunedSizes(names) for names in parts.values()]
-
-
-def _family(name: str) -> str:
-    """The name of a group without numbers."""
-    return ".".join(piece for piece in name.split(".") if not piece.isdigit())
 
 
 def nearest_twin(
@@ -74,18 +72,19 @@ def _touches(dim: Expression, part: PrunedSizes) -> bool:
 
 def _in_every_layer(discovery: Discovery, part: PrunedSizes) -> PrunedSizes:
     """The same change in every layer, since a stock config has one size for all."""
-    changes = {(discovery.group(name).kind, _family(name)): size for name, size in part.sizes.items()}
-    families = {group.name: (group.kind, _family(group.name)) for group in discovery.groups}
+    changes = {(discovery.group(name).kind, without_numbers(name)): size for name, size in part.sizes.items()}
+    families = {group.name: (group.kind, without_numbers(group.name)) for group in discovery.groups}
     return PrunedSizes({name: changes[family] for name, family in families.items() if family in changes})
 
 
 def modules_around(discovery: Discovery, part: PrunedSizes) -> list[str]:
     """Paths of the modules that own a weight the part changes, and of the modules around them inside a layer."""
-    paths: set[str] = set()
-    for weight in discovery.weights:
-        if any(_touches(dim, part) for dim in weight.dims):
-            path = weight.name.rpartition(".")[0]
-            while path and (weight.layer is None or layer_of(path, discovery.layer_lists) is not None):
-                paths.add(path)
-                path = path.rpartition(".")[0]
-    return sorted(paths)
+    return sorted(
+        {
+            path
+            for weight in discovery.weights
+            if any(_touches(dim, part) for dim in weight.dims)
+            for path in path_and_parents(weight.name)[1:]
+            if weight.layer is None or layer_of(path, discovery.layer_lists) is not None
+        }
+    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.discovery.graph import Node, Ref
@@ -21,10 +23,17 @@ MOST_VALUES = 1 << 22  # elements of a tensor whose values are followed
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every operator; tensors are numbered in the order in which they are first seen."""
+    """Writes down every operator; tensors are numbered in the order in which they are first seen.
 
-    def __init__(self) -> None:
+    With `follow_values` it also knows numbers: those of the inputs, of what is made from them, and of every choice.
+    Weights and activations stay fake. Code that takes the experts that were hit, or splits tokens by how many each
+    expert got, then runs as it would: what depends on the inputs alone is computed, and where a choice depends on
+    activations (`topk`, a comparison) some choice is made: the first ones, or True.
+    """
+
+    def __init__(self, *, follow_values: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.follow_values = follow_values
         self.nodes: list[Node] = []
         self.shapes: list[tuple[int, ...]] = []
         self.modules: list[str] = []  # whose forward is running, innermost last
@@ -33,6 +42,8 @@ class Recorder(TorchDispatchMode):
         self.item_calls: dict[str, tuple[int, int]] = {}
         self._numbers: dict[int, int] = {}
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
+        self._values: dict[int, Tensor] = {}  # tensor -> its values
+        self._just_read: tuple[Any, Ref] | None = None  # a number that the code has just read, and from which tensor
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor; a new one where it is new."""
@@ -54,7 +65,7 @@ class Recorder(TorchDispatchMode):
         defaults, written = _signature(func)
         given = [args[i] if i < len(args) else kwargs.get(name, value) for i, (name, value) in enumerate(defaults)]
         arguments = {name: self._with_refs(value) for (name, _), value in zip(defaults, given, strict=True)}
-        result = self.execute(func, args, kwargs)
+        result = self._run_on_values(func, args, kwargs) if self.follow_values else func(*args, **kwargs)
         outputs = tuple(self.number(tensor) for tensor in tensors_in(result))
         # `x[..., [0, 2]]` lifts a tensor of the code into the trace, or indexes by it at once: its numbers are real.
         if func is torch.ops.aten.lift_fresh.default:
@@ -64,7 +75,7 @@ class Recorder(TorchDispatchMode):
                 self._note_literal_indices(index, index)
         elif written is not None and isinstance(arguments[written], Ref):
             self.literal_indices.pop(arguments[written].tensor, None)
-        op, arguments = self.describe(func, arguments)
+        op, arguments = self._described(func, arguments)
         if outputs:
             pointwise = torch.Tag.pointwise in func.tags
             self.nodes.append(Node(op, arguments, outputs, self.module, pointwise, in_place=written))
@@ -83,17 +94,6 @@ class Recorder(TorchDispatchMode):
             with unset_fake_temporarily():
                 self.literal_indices[self.number(of)] = tuple(int(i) for i in known.tolist())
 
-    def execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Execute an operator on fake tensors."""
-        return func(*args, **kwargs)
-
-    def describe(self, func: Any, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The name of an operator and its arguments as the node has them."""
-        return f"{func.namespace}.{func._schema.name.split('::')[-1]}", arguments
-
-    def set_values(self, tensor: Tensor, values: Tensor) -> None:
-        """Note the values that a fake tensor would have; only a `ValueRecorder` keeps them."""
-
     def _with_refs(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return Ref(self.number(value))
@@ -103,26 +103,12 @@ class Recorder(TorchDispatchMode):
             return str(value)
         return value
 
-
-class ValueRecorder(Recorder):
-    """A recorder that also knows numbers: those of the inputs, of what is made from them, and of every choice.
-
-    Weights and activations stay fake. Code that takes the experts that were hit, or splits tokens by how many each
-    expert got, then runs as it would: what depends on the inputs alone is computed, and where a choice depends on
-    activations (`topk`, a comparison) some choice is made: the first ones, or True.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._values: dict[int, Tensor] = {}  # tensor -> its values
-        self._just_read: tuple[Any, Ref] | None = None  # a number that the code has just read, and from which tensor
-
     def set_values(self, tensor: Tensor, values: Tensor) -> None:
         """Note the values that a fake tensor would have."""
         self._values[self.number(tensor)] = values
 
-    def execute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Execute an operator on fake tensors, and on the values where they are known."""
+    def _run_on_values(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operator on fake tensors, and on the values where they are known."""
         values = self._computed(func, args, kwargs)
         # The code reads a number (`.item()`, a branch): give it the known one, or one that takes the branch.
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -146,16 +132,18 @@ class ValueRecorder(Recorder):
                 self._values.pop(self.number(tensor), None)
         return result
 
-    def describe(self, func: Any, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """`x[i]` with a tensor i reads the number and selects: record that it is a lookup by that tensor."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return super().describe(func, arguments)
-        just_read, self._just_read = self._just_read, None
-        if func is torch.ops.aten.select.int and just_read is not None and just_read[0] == arguments["index"]:
-            indices = (*[None] * arguments["dim"], just_read[1])
-            return "aten.index", {"self": arguments["self"], "indices": indices}
-        self._note_read(just_read)
-        return super().describe(func, arguments)
+    def _described(self, func: Any, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The name of an operator and its arguments as the node has them.
+
+        `x[i]` with a tensor i reads the number and selects: record that it is a lookup by that tensor.
+        """
+        if func is not torch.ops.aten._local_scalar_dense.default:
+            just_read, self._just_read = self._just_read, None
+            if func is torch.ops.aten.select.int and just_read is not None and just_read[0] == arguments["index"]:
+                indices = (*[None] * arguments["dim"], just_read[1])
+                return "aten.index", {"self": arguments["self"], "indices": indices}
+            self._note_read(just_read)
+        return f"{func.namespace}.{func._schema.name.split('::')[-1]}", arguments
 
     def _note_read(self, read: tuple[Any, Ref] | None) -> None:
         """Record that the code has read a number for more than a lookup."""
@@ -169,15 +157,10 @@ class ValueRecorder(Recorder):
             return None
         if any(t.numel() > MOST_VALUES for t in inputs) or (not inputs and prod(_sizes(args)) > MOST_VALUES):
             return None
-
-        def real(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return self._values.get(self.number(value), value)
-            return type(value)(real(item) for item in value) if isinstance(value, (list, tuple)) else value
-
         with unset_fake_temporarily():
             try:
-                return func(*real(tuple(args)), **{name: real(value) for name, value in kwargs.items()})
+                values_of = partial(pytree.tree_map_only, Tensor, lambda t: self._values.get(self.number(t), t))
+                return func(*values_of(tuple(args)), **values_of(kwargs))
             except RuntimeError as error:  # a division by a number that was some choice, say
                 logger.debug("%s cannot be computed: %s", func, error)
                 return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -40,12 +40,18 @@ def names_left(weight: Weight, discovery: Discovery, dropped_layers: frozenset[i
     return [name for name in names if layer_of(name, discovery.layer_lists) not in dropped_layers]
 
 
+def weights_after(discovery: Discovery, pruned: PrunedSizes) -> Iterator[tuple[Weight, list[str]]]:
+    """Every weight that stays, with the names that it has when the layers left are numbered anew, its own first."""
+    for weight in discovery.weights:
+        if names := names_left(weight, discovery, pruned.dropped_layers):
+            yield weight, [name_after(name, discovery, pruned) for name in names]
+
+
 def shapes_after(discovery: Discovery, pruned: PrunedSizes) -> Shapes:
-    """The shape of every weight after the cut, under the name it has when the layers left are numbered anew."""
+    """The shape of every weight after the cut, under the name it has then."""
     return {
-        name_after(names[0], discovery, pruned): tuple(size_after(dim, pruned.sizes) for dim in weight.dims)
-        for weight in discovery.weights
-        if (names := names_left(weight, discovery, pruned.dropped_layers))
+        name: tuple(size_after(dim, pruned.sizes) for dim in weight.dims)
+        for weight, (name, *_) in weights_after(discovery, pruned)
     }
 
 
@@ -60,9 +66,8 @@ def structure_after(discovery: Discovery, pruned: PrunedSizes) -> dict[str, list
         return Variable(str(after), after) if after > 1 else Fixed(after)
 
     return {
-        name_after(names[0], discovery, pruned): [show(substitute(dim, by_size)) for dim in weight.dims]
-        for weight in discovery.weights
-        if (names := names_left(weight, discovery, pruned.dropped_layers))
+        name: [show(substitute(dim, by_size)) for dim in weight.dims]
+        for weight, (name, *_) in weights_after(discovery, pruned)
     }
 
 

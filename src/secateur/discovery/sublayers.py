@@ -6,6 +6,8 @@ Its module is replaced by one that returns zeros, or the bias that its last matr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -37,7 +39,7 @@ def sublayer_of(discovery: Discovery, group: Group) -> str | None:
     """
     if group.kind not in REMOVABLE_KINDS or group.layer is None:
         return None
-    emptied = {weight.name for weight in discovery.weights if _is_emptied(weight.dims, group.name)}
+    emptied = {w.name for w in discovery.weights if any(size_after(dim, {group.name: 0}) == 0 for dim in w.dims)}
     if not emptied:
         return None
     pieces = zip(*(name.split(".") for name in emptied), strict=False)
@@ -47,10 +49,6 @@ def sublayer_of(discovery: Discovery, group: Group) -> str | None:
     if layer is None or not path.startswith(f"{layer}.") or matrices - emptied or path in emptied:
         return None
     return path
-
-
-def _is_emptied(dims: Iterable[Any], group: str) -> bool:
-    return any(size_after(dim, {group: 0}) == 0 for dim in dims)
 
 
 def is_removable(discovery: Discovery, group: Group) -> bool:
@@ -69,20 +67,16 @@ def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, path
     if not wanted:
         return
     calls: dict[str, tuple[Tensor, Any]] = {}  # module -> what it reads and returns
-    handles = [
-        dense.get_submodule(path).register_forward_hook(
-            lambda _, args, kwargs, output, path=path: calls.update({path: (_hidden(args, kwargs), output)}),
-            with_kwargs=True,
-        )
-        for path in wanted
-    ]
+
+    def note(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        calls[path] = kwargs.get("hidden_states", args[0] if args else None), output
+
     embedding: Any = dense.get_input_embeddings()
     ids = (torch.arange(2 * TOKENS, device=dense.device) % embedding.weight.shape[0]).view(2, TOKENS)
-    try:
+    with ExitStack() as stack:
+        for path in wanted:
+            stack.enter_context(dense.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True))
         dense(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     for path in wanted:
         read, output = calls.get(path, (None, None))
         outputs = len(output) if isinstance(output, tuple) else 0
@@ -93,10 +87,6 @@ def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, path
         kept = [name for name, parameter in sublayer.named_parameters() if parameter.numel()]
         skip_in_place(model, {path: {"outputs": outputs, "kept": kept, "bias": _bias(sublayer, kept)}})
     _check_cached(model, ids, wanted)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get("hidden_states", args[0] if args else None)
 
 
 def _bias(sublayer: nn.Module, kept: list[str]) -> str | None:

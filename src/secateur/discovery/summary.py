@@ -10,7 +10,7 @@ from secateur.discovery.algebra import Expression, Variable, show, size_after, s
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.coverage import Coverage, coverage_of, number_of_parameters
 from secateur.discovery.descriptions import describe_unit, position_name
-from secateur.discovery.groups import Axis, Discovery, Group
+from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.weight_names import ShortNames, without_layer_number
 
 
@@ -121,7 +121,10 @@ def _summary(discovery: Discovery, layers: tuple[int, ...], names: ShortNames) -
 
 def _slices(group: Group, names: ShortNames) -> tuple[Slice, ...]:
     """What one unit is in every weight; weights of which it is the same together, a bias with its weight."""
-    counts = {(axis.weight, axis.dim): _positions(axis, group) // group.units for axis in group.axes}
+    counts = {
+        (axis.weight, axis.dim): (axis.expression.size - size_after(axis.expression, {group.name: 0})) // group.units
+        for axis in group.axes
+    }
     by_weight = {weight: count for (weight, _), count in counts.items()}
     merged: dict[tuple[int, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for (weight, dim), count in counts.items():
@@ -136,8 +139,3 @@ def _slices(group: Group, names: ShortNames) -> tuple[Slice, ...]:
         Slice(count, what, tuple(f"{name}{suffix}" for suffix, found in by.items() for name in names.of(found)))
         for (count, what), by in merged.items()
     )
-
-
-def _positions(axis: Axis, group: Group) -> int:
-    """How many indices of the axis belong to some unit of the group."""
-    return axis.expression.size - size_after(axis.expression, {group.name: 0})

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
 
 from secateur.discovery.graph import Graph
-from secateur.discovery.recorder import Recorder, ValueRecorder, tensors_in
-from secateur.errors import DiscoveryError
+from secateur.discovery.recorder import Recorder, tensors_in
+from secateur.errors import DiscoveryError, one_line
 
 logger = logging.getLogger(__name__)
 
+INPUT_IDS = "input_ids"
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -42,11 +44,24 @@ def trace(model: nn.Module) -> Graph:
     >>> [node.op for node in graph.nodes if node.module.endswith("layers.0.fc1")]
     ['aten.t', 'aten.addmm']
     """
-    try:
-        return _trace(model, Recorder())
-    except DATA_DEPENDENT as error:  # slower, but for the few models whose code looks at numbers
-        logger.debug("%s branches on data (%s); following values", type(model).__name__, error)
-    return _trace(model, ValueRecorder())
+    batch, sequence = batch_and_sequence(
+        {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape}
+    )
+    recorder, numbers, result = _run_on_fake_tensors(model, batch, sequence, use_cache=False)
+    buffers = {name: numbers[name] for name, _ in model.named_buffers()}
+    return Graph(
+        nodes=tuple(recorder.nodes),
+        shapes=tuple(recorder.shapes),
+        parameters={name: numbers[name] for name, _ in model.named_parameters()},
+        buffers=buffers,
+        constants=tuple(recorder.unregistered),
+        literal_indices=dict(recorder.literal_indices),
+        inputs={INPUT_IDS: numbers[INPUT_IDS]},
+        outputs=(recorder.number(result.logits if hasattr(result, "logits") else result[0]),),
+        tied=_tied_names(model),
+        computed_buffers=frozenset(buffers.keys() - model.state_dict().keys()),
+        item_calls=dict(recorder.item_calls),
+    )
 
 
 def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> Any:
@@ -62,78 +77,37 @@ def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> An
     >>> tuple(run_without_memory(model, sequence=3, use_cache=False).logits.shape)
     (1, 3, 9)
     """
-    for recorder in (None, ValueRecorder()):  # the second for code that looks at numbers
-        fake_mode, weights, input_ids = _fake_weights_and_ids(model, 1, sequence)
-        if recorder is not None:
-            recorder.set_values(input_ids, _token_ids(model, 1, sequence))
-        with torch.no_grad(), fake_mode, recorder if recorder is not None else nullcontext():
-            try:
-                return functional_call(model, weights, (), {"input_ids": input_ids, **options}, tie_weights=True)
-            except Exception as error:  # any model code may raise anything
-                if isinstance(error, DATA_DEPENDENT) and recorder is None:
-                    continue
-                raise DiscoveryError(
-                    f"{type(model).__name__}: the forward pass cannot be run without weights; it failed with "
-                    f"{type(error).__name__}: {_first_line(error)}"
-                ) from error
-    raise AssertionError("unreachable: the second pass returns or raises")
+    _, _, result = _run_on_fake_tensors(model, 1, sequence, **options)
+    return result
 
 
-def _trace(model: nn.Module, recorder: Recorder) -> Graph:
-    batch, sequence = batch_and_sequence(
-        {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape}
-    )
-    fake_mode, weights, input_ids = _fake_weights_and_ids(model, batch, sequence)
-    parameters = {name: recorder.number(weights[name]) for name, _ in model.named_parameters()}
-    buffers = {name: recorder.number(weights[name]) for name, _ in model.named_buffers()}
-    inputs = {"input_ids": recorder.number(input_ids)}
-    recorder.set_values(input_ids, _token_ids(model, batch, sequence))
-    first_constant = len(recorder.shapes)
-    with torch.no_grad(), fake_mode, _module_names(model, recorder), recorder:
-        try:
-            result = functional_call(model, weights, (), {"input_ids": input_ids, "use_cache": False}, tie_weights=True)
-        except Exception as error:  # any model code may raise anything
-            if isinstance(error, DATA_DEPENDENT) and not isinstance(recorder, ValueRecorder):
-                raise
-            where = (recorder.modules and recorder.modules[-1]) or "the model"  # the outermost has no name
-            raise DiscoveryError(
-                f"{type(model).__name__}: the forward pass could not be traced; it failed in {where!r} with "
-                f"{type(error).__name__}: {_first_line(error)}"
-            ) from error
-    logits = result.logits if hasattr(result, "logits") else result[0]
-    return Graph(
-        nodes=tuple(recorder.nodes),
-        shapes=tuple(recorder.shapes),
-        parameters=parameters,
-        buffers=buffers,
-        constants=tuple(number for number in recorder.unregistered if number >= first_constant),
-        literal_indices=dict(recorder.literal_indices),
-        inputs=inputs,
-        outputs=(recorder.number(logits),),
-        batch=batch,
-        sequence=sequence,
-        tied=_tied_names(model),
-        computed_buffers=frozenset(buffers.keys() - model.state_dict().keys()),
-        item_calls=dict(recorder.item_calls),
-    )
-
-
-def _fake_weights_and_ids(
-    model: nn.Module, batch: int, sequence: int
-) -> tuple[FakeTensorMode, dict[str, Tensor], Tensor]:
-    """Tensors without storage: every parameter and buffer by name, and token ids (batch, sequence)."""
+def _run_on_fake_tensors(
+    model: nn.Module, batch: int, sequence: int, *, follow_values: bool = False, **options: Any
+) -> tuple[Recorder, dict[str, int], Any]:
+    """One forward pass without memory: its record, the numbers of weights and input ids in it, and its result."""
+    recorder = Recorder(follow_values=follow_values)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with fake_mode:
-        weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in named.items()}
+        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}
         input_ids = torch.zeros(batch, sequence, dtype=torch.long)
-    return fake_mode, weights, input_ids
-
-
-def _token_ids(model: nn.Module, batch: int, sequence: int) -> Tensor:
-    """0, 1, 2, ... (batch, sequence), starting again so that each id is a row of every embedding table."""
+    numbers = {name: recorder.number(tensor) for name, tensor in {**weights, INPUT_IDS: input_ids}.items()}
+    # 0, 1, 2, ..., starting again so that each id is a row of every embedding table.
     rows = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=1)
-    return torch.arange(batch * sequence).reshape(batch, sequence) % max(rows, 1)
+    recorder.set_values(input_ids, torch.arange(batch * sequence).reshape(batch, sequence) % max(rows, 1))
+    try:
+        with torch.no_grad(), fake_mode, _module_names(model, recorder), recorder:
+            result = functional_call(model, weights, (), {INPUT_IDS: input_ids, **options}, tie_weights=True)
+    except Exception as error:  # any model code may raise anything
+        if isinstance(error, DATA_DEPENDENT) and not follow_values:
+            # Slower, but for the few models whose code looks at numbers.
+            logger.debug("%s branches on data (%s); following values", type(model).__name__, error)
+            return _run_on_fake_tensors(model, batch, sequence, follow_values=True, **options)
+        raise DiscoveryError(
+            f"{type(model).__name__}: the forward pass could not be traced; it failed in "
+            f"{recorder.module or 'the model'!r} with {one_line(error)}"  # the outermost has no name
+        ) from error
+    return recorder, numbers, result
 
 
 def batch_and_sequence(sizes: set[int]) -> tuple[int, int]:
@@ -158,29 +132,18 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 def _module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Keep the names of the modules whose forward runs, innermost last; note the tensors into and out of list items."""
 
-    def entering(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: recorder.modules.append(name)
+    def entering(name: str, *_: Any) -> None:
+        recorder.modules.append(name)
 
-    def leaving(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            recorder.modules.pop()
-            enters = next(tensors_in((args, tuple(kwargs.values()))), None)
-            leaves = next(tensors_in(output), None)
-            if name.rpartition(".")[2].isdigit() and enters is not None and leaves is not None:
-                recorder.item_calls[name] = recorder.number(enters), recorder.number(leaves)
+    def leaving(name: str, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        recorder.modules.pop()
+        enters = next(tensors_in((args, tuple(kwargs.values()))), None)
+        leaves = next(tensors_in(output), None)
+        if name.rpartition(".")[2].isdigit() and enters is not None and leaves is not None:
+            recorder.item_calls[name] = recorder.number(enters), recorder.number(leaves)
 
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(leaving(name), with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_pre_hook(partial(entering, name)))
+            stack.enter_context(module.register_forward_hook(partial(leaving, name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or "no message"

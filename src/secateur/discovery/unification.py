@@ -24,6 +24,7 @@ from secateur.discovery.algebra import (
     concat,
     product,
     show,
+    substitute,
     variables_in,
 )
 
@@ -62,19 +63,13 @@ class Unifier:
 
     def resolve(self, expression: Expression) -> Expression:
         """The expression in normal form with every bound variable replaced by what it is bound to."""
-        match expression:
-            case Variable(name=name):
-                if name not in self._bound:
-                    return expression
-                resolved = self.resolve(self._bound[name])
-                self._bound[name] = resolved
-                return resolved
-            case Fixed():
-                return expression
-            case Product(factors=factors):
-                return product([self.resolve(factor) for factor in factors])
-            case Concat(parts=parts):
-                return concat([self.resolve(part) for part in parts])
+        return substitute(expression, self._resolved)
+
+    def _resolved(self, variable: Variable) -> Expression:
+        if variable.name not in self._bound:
+            return variable
+        resolved = self._bound[variable.name] = self.resolve(self._bound[variable.name])
+        return resolved
 
     # --- frozen variables
 
@@ -99,22 +94,16 @@ class Unifier:
         match left, right:
             case (Variable(), Variable()):
                 self._bind(right, left)
-            case (Variable(), _):
-                self._bind_or_freeze(left, right)
-            case (_, Variable()):
-                self._bind_or_freeze(right, left)
-            case (Fixed(), _):
-                self.freeze(right, FIXED_POSITIONS)
-            case (_, Fixed()):
-                self.freeze(left, FIXED_POSITIONS)
+            case (Variable() as variable, other) | (other, Variable() as variable):
+                self._bind_or_freeze(variable, other)
+            case (Fixed(), other) | (other, Fixed()):
+                self.freeze(other, FIXED_POSITIONS)
             case (Product(), Product()):
                 self._unify_products(left, right)
             case (Concat(), Concat()):
                 self._unify_concats(left, right)
-            case (Product(), Concat()):
-                self._unify_product_and_concat(left, right)
-            case (Concat(), Product()):
-                self._unify_product_and_concat(right, left)
+            case (Product() as factors, Concat() as parts) | (Concat() as parts, Product() as factors):
+                self._unify_product_and_concat(factors, parts)
 
     # --- refinement: views split a dimension into factors, slices into parts
 
@@ -142,7 +131,8 @@ class Unifier:
                 if last.size % inner == 0:
                     left, right = self.factor(last, inner)
                     return product([*rest, left]), right
-                return self._opaque(expression, outer, inner)
+                self.freeze(expression, NO_COMMON_FACTOR)
+                return self.variable(outer, frozen=NO_COMMON_FACTOR), self.variable(inner, frozen=NO_COMMON_FACTOR)
             case Concat(parts=parts):
                 # Where every part holds whole runs of `inner`, the parts share the inner factor: (q + k)·dim.
                 if all(part.size % inner == 0 for part in parts):
@@ -251,7 +241,3 @@ class Unifier:
         head, tail = self._cut_once(left, right.parts[0].size)
         self.unify(head, right.parts[0])
         self.unify(tail, concat(right.parts[1:]))
-
-    def _opaque(self, expression: Expression, outer: int, inner: int) -> tuple[Expression, Expression]:
-        self.freeze(expression, NO_COMMON_FACTOR)
-        return self.variable(outer, frozen=NO_COMMON_FACTOR), self.variable(inner, frozen=NO_COMMON_FACTOR)

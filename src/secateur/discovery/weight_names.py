@@ -21,6 +21,15 @@ def without_layer_number(text: str, layer: int) -> str:
     return re.sub(rf"(?<![.\w])((?:[A-Za-z_]\w*\.)+){layer}\.", r"\g<1>*.", text)
 
 
+def without_numbers(name: str) -> str:
+    """The name of a weight or group without its numbers: the same for all layers and experts.
+
+    >>> without_numbers("layers.3.experts.0.weight")
+    'layers.experts.weight'
+    """
+    return ".".join(piece for piece in name.split(".") if not piece.isdigit())
+
+
 class ShortNames:
     """Short names for weights: without the layer, and no longer than it takes to tell them apart."""
 

@@ -10,13 +10,12 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from secateur.discovery.config_settings import stock_settings
-from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.models.trust import runs_remote_code
 from secateur.planning.budget import counter
 from secateur.planning.options import CutOptions
-from secateur.planning.plan import Plan, PlannedGroup, plan
+from secateur.planning.plan import Plan, PlannedGroup, counted, plan
 
 
 def composed(first: Plan, second: Plan, dense: Discovery) -> Plan:
@@ -34,13 +33,8 @@ def composed(first: Plan, second: Plan, dense: Discovery) -> Plan:
         units = dense.group(group.name).units
         groups[group.name] = PlannedGroup(group.name, group.kind, group.layer, units, group.kept, keep)
     order = {group.name: i for i, group in enumerate(dense.groups)}
-    return replace(
-        second,
-        model=first.model,
-        groups=tuple(sorted(groups.values(), key=lambda group: order[group.name])),
-        parameters={**second.parameters, **{k: v for k, v in first.parameters.items() if k.startswith("dense")}},
-        macs={**second.macs, **{k: v for k, v in first.macs.items() if k.startswith("dense")}},
-    )
+    in_order = tuple(sorted(groups.values(), key=lambda group: order[group.name]))
+    return counted(dense, replace(second, model=first.model, groups=in_order))
 
 
 def options_of_iteration(options: CutOptions, dense: Discovery, number: int) -> CutOptions:
@@ -94,12 +88,6 @@ def as_of_dense(whole: Plan, options: CutOptions, dense: Discovery, model: PreTr
         whole,
         model=dense.model,
         options=replace(options, choose=whole.options.choose),  # where repair has chosen, a repetition chooses no more
-        parameters={
-            **whole.parameters,
-            "dense": count_parameters(dense),
-            "dense_non_embedding": count_parameters(dense, embeddings=False),
-        },
-        macs={**whole.macs, "dense": sum(count_macs(dense).values())},
         settings=settings,
         refusal=refusal,
     )

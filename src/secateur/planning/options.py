@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from secateur.data.calibration import SELF, CalibrationOptions
 from secateur.decoding import check_choices
-from secateur.errors import PlanError, ScoreError, check_known
+from secateur.errors import PlanError, ScoreError, check_known, check_least
 from secateur.scoring.registry import SCORES
 
 AxisName = Literal["attention", "mlp", "query", "experts", "latent", "state", "hidden", "layers"]
@@ -160,10 +160,8 @@ def _check_numbers(options: CutOptions) -> None:
         )
     if not 0 <= options.min_keep < 1:
         raise PlanError(f"min_keep={options.min_keep:g} is outside [0, 1): a share of units, for example 0.1")
-    if options.iterations < 1:
-        raise PlanError(f"iterations={options.iterations} cuts nothing: give 1, or for example 4")
-    if options.round_to < 1:
-        raise PlanError(f"round_to={options.round_to} is not a width: give 1 for any width, or for example 64")
+    check_least(PlanError, "iterations", options.iterations, 1, 4)
+    check_least(PlanError, "round_to", options.round_to, 1, 64)
 
 
 def _check_together(options: CutOptions) -> None:

@@ -158,7 +158,7 @@ def plan(
     # 3. Which units stay: the best by their scores.
     draft = _first_described(search, candidates, config, trust_remote_code=trust_remote_code)
     # 4. What is left, and what the scores were made from.
-    return _counted(discovery, replace(draft, scored=_provenance(search, draft)))
+    return counted(discovery, replace(draft, scored=_provenance(search, draft)))
 
 
 def _first_described(
@@ -235,7 +235,7 @@ def _nothing_removed(search: SizeSearch) -> str:
     )
 
 
-def _counted(discovery: Discovery, draft: Plan) -> Plan:
+def counted(discovery: Discovery, draft: Plan) -> Plan:
     """The plan with the parameters and MACs of the dense and the pruned model."""
     sizes, dropped = draft.sizes.sizes, draft.sizes.dropped_layers
     return replace(

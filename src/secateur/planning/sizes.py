@@ -9,7 +9,7 @@ the scope `global`, `allocation` decides instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,7 +56,7 @@ class SizeSearch:
     @cached_property
     def least(self) -> int:
         """The count when every group keeps the fewest units it may."""
-        return self.count(fewest_units(self.groups))
+        return self.count({group.name: group.least for group in self.groups})
 
     @cached_property
     def budget(self) -> Budget:
@@ -96,7 +96,7 @@ class SizeSearch:
 
     def multiple_of(self, group: Group) -> int:
         """What the widths of a group are multiples of: as asked for, and as the kernels that read them need."""
-        return math.lcm(self.options.round_to, group.multiple)
+        return math.lcm(self.options.round_to, group.multiple) if is_wide(group) else 1
 
     def rounded(self, group: Group, kept: int) -> int:
         """The nearest width that is a multiple; heads and layers are not rounded.
@@ -104,13 +104,10 @@ class SizeSearch:
         Raises `PlanError` where no multiple is small enough, and where too few units are left.
         """
         multiple = self.multiple_of(group)
-        if is_wide(group):
-            if multiple > group.units:
-                raise PlanError(
-                    f"round_to={self.options.round_to} is more than the {group.units} units of {group.name}"
-                )
-            if multiple > 1 and kept < group.units:
-                kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
+        if multiple > group.units:
+            raise PlanError(f"round_to={self.options.round_to} is more than the {group.units} units of {group.name}")
+        if multiple > 1 and kept < group.units:
+            kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
         if kept < group.least:
             leaves = "empty it" if group.least == 1 else f"leave fewer than the {group.least} that the model chooses"
             raise PlanError(
@@ -123,11 +120,6 @@ class SizeSearch:
 def is_wide(group: Group) -> bool:
     """Whether a group is cut to a width, of which single units hardly count; others are coarse: heads, layers."""
     return group.units >= MANY_UNITS or group.kind in WIDE_KINDS
-
-
-def fewest_units(groups: Iterable[Group]) -> Sizes:
-    """The fewest units that groups may keep."""
-    return {group.name: group.least for group in groups}
 
 
 def format_budget(options: CutOptions) -> str:
@@ -176,7 +168,7 @@ def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
     usual = math.floor(steps * share + 1e-9)
     extremes, met = [], False  # nothing of the wide groups removed, or all that can be
     for step in sorted(range(steps), key=lambda step: (abs(step - usual), step)):
-        most, least = by_step[step], by_step[step] | fewest_units(wide)
+        most, least = by_step[step], by_step[step] | {group.name: group.least for group in wide}
         extremes += [most, least]
         if budget.count(least) <= budget.target <= budget.count(most):
             met = True
@@ -200,11 +192,7 @@ def _share_of_units(search: SizeSearch) -> Sizes:
 def _allocated(search: SizeSearch, scores: Scores) -> Sizes:
     """Sizes by one ranking of all units."""
     options, axes = search.options, [*search.axes.values()]
-
-    def multiple_of(group: Group) -> int:
-        return search.multiple_of(group) if is_wide(group) else 1
-
-    rules = SizeRules(options.shape == "uniform", options.min_keep, multiple_of)
+    rules = SizeRules(options.shape == "uniform", options.min_keep, search.multiple_of)
     return greedy_by_score(axes, scores.units, search.budget, rules, coarse=lambda group: not is_wide(group))
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.algebra import kept_along
 from secateur.discovery.config_settings import with_settings
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.discovery.module_attributes import attributes_after, set_attributes_in_place
-from secateur.discovery.sizes import PrunedSizes, name_after, names_left
+from secateur.discovery.module_attributes import attributes_after, replace_in_place
+from secateur.discovery.sizes import PrunedSizes, weights_after
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
 from secateur.models.config import check_not_quantized
@@ -65,7 +65,8 @@ def prune(
     # 3. A model of the new sizes holds them.
     if plan.settings is not None:
         config = with_settings(model.config, plan.settings)
-        pruned = _from_config(model, config, smaller, _tied_after(discovery, plan.sizes))
+        tied = {other: name for _, (name, *others) in weights_after(discovery, plan.sizes) for other in others}
+        pruned = _from_config(model, config, smaller, tied)
     else:
         pruned = _from_modules(model, plan.sizes, smaller, discovery)
     pruned.eval()
@@ -101,19 +102,15 @@ def cut_weights(
 ) -> dict[str, Tensor]:
     """The weights of the smaller model by their new names; a weight that is not cut is the same tensor."""
     keep: dict[str, Sequence[int]] = {g.name: g.keep or () for g in plan.groups if g.kind != "layer"}
-    sizes = plan.sizes
     smaller: dict[str, Tensor] = {}
-    for weight in discovery.weights:
-        names = names_left(weight, discovery, sizes.dropped_layers)
-        if not names:
-            continue
+    for weight, (name, *_) in weights_after(discovery, plan.sizes):
         tensor = tensors[weight.name].detach()
         indices = {
             dim: torch.tensor(kept, device=tensor.device, dtype=torch.long)
             for dim, expression in enumerate(weight.dims)
             if len(kept := kept_along(expression, keep)) < expression.size
         }
-        smaller[name_after(names[0], discovery, sizes)] = _sliced(tensor, indices, room) if indices else tensor
+        smaller[name] = _sliced(tensor, indices, room) if indices else tensor
     return smaller
 
 
@@ -148,15 +145,6 @@ def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _tied_after(discovery: Discovery, sizes: PrunedSizes) -> dict[str, str]:
-    """Every other name of a tied weight -> its name among the weights, as they are after the cut."""
-    tied = {}
-    for weight in discovery.weights:
-        names = [name_after(n, discovery, sizes) for n in names_left(weight, discovery, sizes.dropped_layers)]
-        tied.update(dict.fromkeys(names[1:], *names[:1]))
-    return tied
-
-
 def _from_config(
     model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor], tied: Mapping[str, str]
 ) -> PreTrainedModel:
@@ -187,22 +175,10 @@ def _from_modules(
     )
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
-    parameters = {
-        name: nn.Parameter(weights[name], requires_grad=parameter.requires_grad)
-        for name, parameter in model.named_parameters()
-    }
-    for path, module in pruned.named_modules():
-        for name, _ in list(module.named_parameters(recurse=False)):
-            full = f"{path}.{name}" if path else name
-            setattr(module, name, parameters[discovery.tied.get(full, full)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            full = f"{path}.{name}" if path else name
-            if full in weights and weights[full].shape != buffer.shape:
-                setattr(module, name, weights[full])
     for attribute in attributes:
         if isinstance(attribute.value, PreTrainedConfig):
             attribute.value._attn_implementation = model.config._attn_implementation
-    set_attributes_in_place(pruned, attributes)
+    replace_in_place(pruned, weights, discovery.tied, attributes)
     paths = [path for name in sizes.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
     skip_sublayers_in_place(pruned, model, paths)
     return pruned

@@ -23,14 +23,7 @@ from transformers import PreTrainedModel
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.progress import Progress
-from secateur.scoring.passes.forward import (
-    eager_experts,
-    input_device,
-    probe_windows,
-    replaced_forward,
-    rows_per_sample,
-    split_output_head,
-)
+from secateur.scoring.passes.forward import eager_experts, pass_to_hidden, replaced_forward, rows_per_sample
 
 HELD_OUT = 8  # one window of so many is left out of the training, and judges it
 
@@ -86,18 +79,14 @@ def reconstruct_in_place(
     """
     layers = _layers_to_match(dense, pruned, discovery)
     pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), progress)
-    ids_BT = windows.to(input_device(pruned))
     with ExitStack() as stack:
         for model in (dense, pruned):
             stack.enter_context(eager_experts(model))
-        tail = split_output_head(pruned, probe_windows(windows).to(ids_BT.device))
+        run = pass_to_hidden(pruned, windows)
         for path in layers:
             layer = pruned.get_submodule(path)
             stack.enter_context(replaced_forward(layer, pass_.forward_of(path, layer.forward)))
-        if tail is None:
-            pruned(input_ids=ids_BT, use_cache=False)
-        else:
-            tail.hidden(ids_BT)
+        run()
     return pass_.errors
 
 

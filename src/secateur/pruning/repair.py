@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.discovery.algebra import units_along, variables_in
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, check_known
 from secateur.planning.plan import Plan
@@ -30,8 +29,9 @@ from secateur.progress import Progress
 from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, inputs_of
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.scoring.obs import output_error, removal_costs
-from secateur.scoring.passes.forward import eager_experts, input_device, probe_windows, split_output_head
+from secateur.scoring.passes.forward import eager_experts, pass_to_hidden, probe_windows
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
+from secateur.scoring.unit_scores import units_reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +125,12 @@ class _RepairPass:
         self.keep = {g.name: g.keep for g in plan.groups if g.kind != "layer"}
         self.parameters = dict(model.named_parameters())
         self.name_of = {id(parameter): name for name, parameter in self.parameters.items()}
-        self.unit_of: dict[str, dict[str, Tensor]] = {}  # weight -> group -> the unit of every column that it reads
-        for weight in discovery.weights:
-            if weight.name in reads and weight.parameter and not weight.embedding:  # tables may be looked up as well
-                expression = weight.dims[reads[weight.name]]
-                groups = dict.fromkeys(v.name for v in variables_in(expression) if v.name in self.keep)
-                if groups:
-                    self.unit_of[weight.name] = {g: torch.tensor(units_along(expression, g)) for g in groups}
+        self.unit_of = {  # weight -> group -> the unit of every column that it reads
+            weight.name: groups
+            for weight in discovery.weights
+            if weight.name in reads and weight.parameter and not weight.embedding  # tables may be looked up as well
+            if (groups := units_reached(weight.dims[reads[weight.name]], self.keep))
+        }
         readers = Counter(group for groups in self.unit_of.values() for group in groups)
         self.chosen = {  # groups whose units are chosen here
             group
@@ -147,7 +146,6 @@ class _RepairPass:
 
     def run(self, windows: Tensor, layers: list[str], progress: Progress | None) -> None:
         """Pass all windows through the model."""
-        ids = windows.to(input_device(self.model))
         modules = dict(self.model.named_modules())
         passed = itertools.count(1)
 
@@ -157,7 +155,7 @@ class _RepairPass:
 
         with ExitStack() as stack:
             stack.enter_context(eager_experts(self.model))
-            tail = split_output_head(self.model, probe_windows(windows).to(ids.device))
+            run = pass_to_hidden(self.model, windows)
             for path in layers:
                 if path in modules:
                     stack.callback(modules[path].register_forward_hook(count).remove)
@@ -165,10 +163,7 @@ class _RepairPass:
                 stack.callback(modules[path].register_forward_hook(self._scale_norm(path)).remove)
             wanted = {name: self.parameters[name] for name in self.unit_of}
             stack.enter_context(WeightProducts(wanted, self._replace))
-            if tail is None:
-                self.model(input_ids=ids, use_cache=False)
-            else:
-                tail.hidden(ids)
+            run()
 
     def decided(self) -> Plan:
         """The plan with the units that stay; it leaves no choice to a repetition."""

@@ -55,7 +55,7 @@ def gradient_statistics(
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sums = SalienceSums(saliences)
-    cache = None if layer_cache is None else LayerCache(layer_cache, sums)
+    cache = None if layer_cache is None else LayerCache(layer_cache, sums.sums)
     any_gradient = cache is not None and bool(cache.finished)
 
     def visit(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
@@ -106,50 +106,35 @@ def mask_statistics(
         names = sorted(n for n, dims in wanted.items() if n not in reads or reads[n] in dims or n in stacks)
     memory = activation_budget(model)
     batches = [windows] if layer_cache is not None else fitting_batches(model, windows, layers, memory)
-    loss, results = 0.0, []
+    loss = 0.0
+    results: list[dict[str, dict[str, Tensor]]] = []  # of each batch: weight -> dimension -> B x S
+
+    def visit(name: str, dim: int, derivatives_BS: Tensor) -> None:
+        """Hold the derivatives along the dimension that reads, and of experts along that of their number, too."""
+        if not torch.isfinite(derivatives_BS).all():
+            raise ScoreError(f"the gradient of what {name} reads has values that are NaN or Inf; {MORE_PRECISE}")
+        if dim == reads.get(name, dim) or (dim == 0 and name in stacks):
+            results[-1].setdefault(name, {})[str(dim)] = derivatives_BS.cpu()
+
     for number, batch in enumerate(batches):
 
         def report(done: int, total: int, number: int = number) -> None:
             if progress is not None:  # one of several passes, as a part of all
                 progress(number * total + done, len(batches) * total)
 
-        masks = _Masks(reads, stacks)
-        recompute = Recompute(layers, memory, None if layer_cache is None else LayerCache(layer_cache, masks))
-        batch_loss = stream_masks(model, batch, masks.add, wanted=names, recompute=recompute, progress=report)
+        results.append({})
+        recompute = Recompute(layers, memory, None if layer_cache is None else LayerCache(layer_cache, results[-1]))
+        batch_loss = stream_masks(model, batch, visit, wanted=names, recompute=recompute, progress=report)
         loss += len(batch) / len(windows) * batch_loss
-        results.append(masks.derivatives)
-    joined = results[0] if len(results) == 1 else _joined(results, [len(batch) for batch in batches])
+    joined = _joined(results, [len(batch) for batch in batches])
     if not any(bool(each_BS.any()) for by_dim in joined.values() for each_BS in by_dim.values()):
         raise _all_zero(loss)
     tokens = windows[:, 1:].numel()
     return Statistics({}, masks=joined, reads=reads, loss=loss, samples=len(windows), tokens=tokens)
 
 
-class _Masks:
-    """Derivatives as they come. The layer cache saves and restores them by weight."""
-
-    def __init__(self, reads: Mapping[str, int], stacks: Collection[str]) -> None:
-        self.reads, self.stacks = reads, stacks
-        self.derivatives: dict[str, dict[int, Tensor]] = defaultdict(dict)  # weight -> dimension -> B x S
-
-    def add(self, name: str, dim: int, derivatives_BS: Tensor) -> None:
-        """Hold the derivatives along the dimension that reads, and of experts along that of their number, too."""
-        if not torch.isfinite(derivatives_BS).all():
-            raise ScoreError(f"the gradient of what {name} reads has values that are NaN or Inf; {MORE_PRECISE}")
-        if dim == self.reads.get(name, dim) or (dim == 0 and name in self.stacks):
-            self.derivatives[name][dim] = derivatives_BS.cpu()
-
-    def by_weight(self) -> dict[str, dict[str, Tensor]]:
-        """Weight -> dimension -> derivatives, for the layer cache."""
-        return {name: {str(dim): each for dim, each in by_dim.items()} for name, by_dim in self.derivatives.items()}
-
-    def restore(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `by_weight` gave for a weight."""
-        self.derivatives[weight] = {int(dim): each for dim, each in tensors.items()}
-
-
 def _joined(
-    batches: Sequence[Mapping[str, Mapping[int, Tensor]]], sizes: Sequence[int]
+    batches: Sequence[Mapping[str, Mapping[str, Tensor]]], sizes: Sequence[int]
 ) -> dict[str, dict[int, Tensor]]:
     """The derivatives of all batches' samples, by the mean loss over all; each batch's are by its own mean loss.
 
@@ -162,5 +147,5 @@ def _joined(
             batch.get(name, {}).get(dim, each_BS.new_zeros(size, each_BS.shape[1])) * (size / sum(sizes))
             for batch, size in zip(batches, sizes, strict=True)
         ]
-        joined[name][dim] = torch.cat(parts)
+        joined[name][int(dim)] = torch.cat(parts) if len(parts) > 1 else each_BS
     return joined

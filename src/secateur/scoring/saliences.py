@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,11 +118,12 @@ Salience = Callable[[Evidence], Tensor]  # one number for each element, shaped l
 
 
 class SalienceSums:
-    """Sums of several scores' saliences, as evidence comes in. The layer cache saves and restores them by weight."""
+    """Sums of several scores' saliences, as evidence comes in."""
 
     def __init__(self, saliences: Mapping[str, Salience]) -> None:
         self.saliences = saliences
-        self.sums: dict[str, dict[str, tuple[Tensor, ...]]] = {score: {} for score in saliences}
+        self.sums: dict[str, dict[str, Tensor]] = {}
+        """Weight -> `SCORE/DIMENSION` -> sums, as the layer cache saves and restores them."""
 
     def add(self, name: str, rows: slice, evidence: Evidence, shape: Sequence[int]) -> None:
         """Add the evidence on some rows of the weight `name`, which has this shape.
@@ -141,38 +141,25 @@ class SalienceSums:
                     f"the score {score} gives {tuple(s.shape)} for {tuple(evidence.weight.shape)} elements of the "
                     f"weight {name}; expected one number for each"
                 )
-            if name not in self.sums[score]:
-                self.sums[score][name] = tuple(torch.zeros(size, device=s.device) for size in shape)
-            for dim, total in enumerate(self.sums[score][name]):
+            for dim, size in enumerate(shape):
                 others = [other for other in range(s.dim()) if other != dim]
                 part = s.sum(others) if others else s
-                if dim > 0:
-                    total += part
-                    continue
-                if not torch.isfinite(part).all():
+                if dim == 0 and not torch.isfinite(part).all():
                     raise evidence.not_finite(name, score)
-                total[rows] += part
+                key, sums = f"{score}/{dim}", self.sums.setdefault(name, {})
+                if key not in sums:
+                    sums[key] = torch.zeros(size, device=s.device)
+                sums[key][rows if dim == 0 else slice(None)].add_(part)
 
     def finished(self) -> dict[str, dict[str, tuple[Tensor, ...]]]:
         """The sums on the CPU: score -> weight -> for each dimension."""
         return {
-            score: {name: tuple(sums.cpu() for sums in dims) for name, dims in by_weight.items()}
-            for score, by_weight in self.sums.items()
+            score: {
+                name: tuple(sums[f"{score}/{dim}"].cpu() for dim in range(len(sums) // len(self.saliences)))
+                for name, sums in self.sums.items()
+            }
+            for score in self.saliences
         }
-
-    def by_weight(self) -> dict[str, dict[str, Tensor]]:
-        """Weight -> `SCORE/DIMENSION` -> sums, for the layer cache."""
-        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for score, by_weight in self.sums.items():
-            for name, dims in by_weight.items():
-                found[name] |= {f"{score}/{dim}": sums for dim, sums in enumerate(dims)}
-        return found
-
-    def restore(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `by_weight` gave for a weight."""
-        for score in {key.rpartition("/")[0] for key in tensors}:
-            dims = sum(key.rpartition("/")[0] == score for key in tensors)
-            self.sums[score][weight] = tuple(tensors[f"{score}/{dim}"] for dim in range(dims))
 
 
 def weight_statistics(weights: Mapping[str, Tensor], saliences: Mapping[str, Salience]) -> Statistics:

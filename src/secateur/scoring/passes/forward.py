@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,6 +157,13 @@ def split_output_head(model: PreTrainedModel, ids_BT: Tensor) -> OutputHead | No
     with head.recording():
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     return head if head.reproduces(ids_BT, logits_BTV) else None
+
+
+def pass_to_hidden(model: PreTrainedModel, windows_BT: Tensor) -> Callable[[], Any]:
+    """A forward pass over the windows, to be run; without the output head, where the model can be split before it."""
+    ids_BT = windows_BT.to(input_device(model))
+    head = split_output_head(model, probe_windows(ids_BT))
+    return partial(model, input_ids=ids_BT, use_cache=False) if head is None else partial(head.hidden, ids_BT)
 
 
 def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, weight: float) -> Tensor:

@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur import processes
+from secateur.discovery.layers import path_and_parents
+from secateur.discovery.weight_names import without_numbers
 from secateur.scoring.passes.forward import (
     PROBE_SAMPLES,
     PROBE_TOKENS,
@@ -87,8 +89,8 @@ def probe(
 
     # 2. A gradient is left to autograd unless every use of its parameter is in a linear layer or an embedding.
     by_autograd = {n for n in parameters if n not in products.owned or uses.counts[n] != products.calls[n]}
-    used = {_without_numbers(name) for name in parameters if uses.counts[name]}
-    unused = {name for name in parameters if not uses.counts[name] and _without_numbers(name) in used}
+    used = {without_numbers(name) for name in parameters if uses.counts[name]}
+    unused = {name for name in parameters if not uses.counts[name] and without_numbers(name) in used}
     conditional = products.irregular | unused
     by_autograd |= conditional
 
@@ -96,7 +98,7 @@ def probe(
     #    sample by sample; where there is none, the whole model.
     apart = {path for name in by_autograd for path in products.owners[name]} if second_order else set()
     independent, calls = _independent_modules(model, ids_BT, apart, recomputed)
-    nearest = {path: next((p for p in _path_and_parents(path) if p in independent), None) for path in apart}
+    nearest = {path: next((p for p in path_and_parents(path) if p in independent), None) for path in apart}
     tied = {name for name in parameters if len(products.owners[name]) > 1 or products.calls[name] > 1}
     tied |= {name for name in by_autograd if second_order and calls[nearest[products.owners[name][0]] or ""] > 1}
     return Layout(
@@ -170,11 +172,6 @@ class _ProductModules:
                 self.irregular.add(name)
 
 
-def _without_numbers(name: str) -> str:
-    """A name without its numbers: the same for all layers and experts, such as `layers.*.experts.*.weight`."""
-    return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
-
-
 def _has_product_gradient(module: nn.Module) -> bool:
     """Whether the weight's gradient follows from the module's input and its output's gradient."""
     if isinstance(module, nn.Embedding):
@@ -186,7 +183,7 @@ def _independent_modules(
     model: PreTrainedModel, ids_BT: Tensor, apart: set[str], recomputed: Sequence[str]
 ) -> tuple[set[str], Counter[str]]:
     """Of the modules `apart`, those around them and the recomputed ones: which are independent; the calls of each."""
-    candidates = {path for each in apart for path in _path_and_parents(each)} | set(recomputed)
+    candidates = {path for each in apart for path in path_and_parents(each)} | set(recomputed)
     calls: Counter[str] = Counter()
     dependent: set[str] = set()
     testing = False  # the test runs modules, whose hooks must not test in turn
@@ -208,12 +205,6 @@ def _independent_modules(
                 stack.callback(hook.remove)
             model(input_ids=ids_BT, use_cache=False)
     return calls.keys() - dependent, calls
-
-
-def _path_and_parents(path: str) -> list[str]:
-    """A path and those of the modules around it, except the model itself: a.b.c -> a.b.c, a.b, a."""
-    pieces = path.split(".") if path else []
-    return [".".join(pieces[:i]) for i in range(len(pieces), 0, -1)]
 
 
 def _is_independent(module: nn.Module, arguments: tuple[Any, Any], output: Any, samples: int) -> bool:

@@ -11,54 +11,44 @@ of running those layers: one safetensors file for each layer and direction. `for
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.files import METADATA_KEY, write_tensors
+from secateur.errors import CheckpointError
+from secateur.files import read_tensors, write_tensors
 from secateur.scoring.passes.forward import rows_per_sample
 
 RESULT, TENSOR = "found", "given"  # first part of a tensor's name in a file: found/WEIGHT/KIND, given/NUMBER
 
 
-class CachedResults(Protocol):
-    """What a pass has found of every weight that it has finished."""
-
-    def by_weight(self) -> dict[str, dict[str, Tensor]]:
-        """Weight -> kind -> tensor."""
-
-    def restore(self, weight: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `by_weight` gave for a weight."""
-
-
 class LayerCache:
-    """The files of finished layers in a folder. Opening it restores the results of those that are there."""
+    """The files of finished layers in a folder, and what the pass has found: weight -> kind -> tensor.
 
-    def __init__(self, folder: Path, results: CachedResults) -> None:
+    Opening it restores the results of the layers that are there.
+    """
+
+    def __init__(self, folder: Path, results: dict[str, dict[str, Tensor]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.results = folder, results
         for path in sorted(folder.glob("*.safetensors")):
-            restored: dict[str, dict[str, Tensor]] = defaultdict(dict)
             try:
-                with safe_open(path, framework="pt") as file:
-                    for key in list(file.keys()):
-                        if key.startswith(f"{RESULT}/"):
-                            _, weight, kind = key.split("/", 2)
-                            restored[weight][kind] = file.get_tensor(key).clone()
-            except (OSError, SafetensorError):  # damaged: that layer is computed again
+                tensors, _ = read_tensors(path)
+            except CheckpointError:  # damaged: that layer is computed again
                 path.unlink()
                 continue
-            for weight, tensors in restored.items():
-                results.restore(weight, tensors)
-        self.finished: set[str] = set(results.by_weight())
+            for key, tensor in tensors.items():
+                if key.startswith(f"{RESULT}/"):
+                    _, weight, kind = key.split("/", 2)
+                    results.setdefault(weight, {})[kind] = tensor.clone()
+        self.finished: set[str] = set(results)
         """Weights whose results are in files: the pass need not form their gradients."""
 
     def read(self, key: str) -> tuple[list[Tensor], str] | None:
@@ -66,26 +56,24 @@ class LayerCache:
         path = self._path(key)
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            text: str = json.loads((file.metadata() or {})[METADATA_KEY])
-            count = sum(name.startswith(f"{TENSOR}/") for name in list(file.keys()))
-            return [file.get_tensor(f"{TENSOR}/{i}") for i in range(count)], text
+        tensors, text = read_tensors(path)
+        count = sum(name.startswith(f"{TENSOR}/") for name in tensors)
+        return [tensors[f"{TENSOR}/{i}"] for i in range(count)], text
 
     def write(self, key: str, tensors: Sequence[Tensor], text: str) -> None:
         """Save tensors, a text and all results that are in no file yet; whole or not at all.
 
         Raises `DiskError` when the file cannot be written.
         """
-        results = self.results.by_weight()
         content = {
             f"{RESULT}/{weight}/{kind}": tensor
-            for weight, kinds in results.items()
+            for weight, kinds in self.results.items()
             if weight not in self.finished
             for kind, tensor in kinds.items()
         }
         content |= {f"{TENSOR}/{i}": tensor.detach() for i, tensor in enumerate(tensors)}
         write_tensors(self._path(key), content, text)
-        self.finished |= set(results)
+        self.finished |= set(self.results)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key.replace('/', '-')}.safetensors"
