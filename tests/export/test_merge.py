@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur import CutOptions, SecateurError, discover, load, plan, prune, save, score, verify
 from secateur.checkpoint.record import make_record, read_record
+from secateur.cli.main import run
 from secateur.errors import CheckpointError, ExportError, TrainingError
 from secateur.export.merge import merge_adapter
 from secateur.export.options import MergeOptions
@@ -117,6 +118,13 @@ class TestMerged:
         assert about["options"]["adapter"] == {"r": 3, "lora_alpha": 5, "lora_dropout": 0.0}
         file = (place / "adapter/adapter_model.safetensors").read_bytes()
         assert about["adapter_weights"] == hashlib.sha256(file).hexdigest()
+
+    def test_its_recipe_makes_it_again(self, place: Path) -> None:
+        write_adapter("per_layer", place / "adapter")
+        assert run(("export", "here/adapter", "here/out", "--merge-lora", "--quiet")) == 0
+        assert run(("export", "here/again", "--recipe", "here/out/recipe.yaml", "--quiet")) == 0
+        for name in ("model.safetensors", "config.json", "secateur_plan.json", "recipe.yaml"):
+            assert (place / "again" / name).read_bytes() == (place / "out" / name).read_bytes()
 
     @pytest.mark.parametrize("settings", [{"use_rslora": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}])
     def test_other_kinds_of_lora(self, settings: dict[str, Any], place: Path) -> None:
