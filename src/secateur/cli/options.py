@@ -119,6 +119,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             options[name] = about.kind(**given) if about.build else given
         function(*positional, **options)
 
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    run.__doc__ = "\n\n".join(" ".join(each.split()) for each in paragraphs)  # the terminal's width breaks the lines
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     vars(run)["__signature__"] = signature.replace(parameters=[*parameters.values()])  # what the parser looks at
     return run
