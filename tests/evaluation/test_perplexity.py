@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 from word_models import VOCABULARY, FixedLogits, word_ids, word_model, word_tokenizer
 
+from letters import LETTERS
 from secateur.errors import DataError, ModelError, SecateurError
 from secateur.evaluation.perplexity import evaluate, perplexity
 from secateur.evaluation.protocols import Protocol, read_protocol, windows
@@ -225,6 +227,26 @@ def test_an_impossible_token_gives_infinity_and_a_huge_nll_overflows_to_it() -> 
     assert (result.nll, result.ppl) == (800.0, math.inf)
 
 
+def test_served_windows_score_the_tokens_of_plain_ones_each_after_the_start_tokens(model: LlamaForCausalLM) -> None:
+    text = "thequickbrownfoxjumpsoverthelazydog"
+    encoded = encode_text(LETTERS, text)
+    assert encoded.start_T.tolist() == [0]
+    served = perplexity(model, encoded, data="fox", protocol=Protocol(8, start_tokens=True))
+    ids_T = encoded.ids_T[1:]
+    logits_TV = [
+        model(torch.cat([torch.tensor([0]), part])[None]).logits[0, 1:-1].detach() for part in ids_T.split(8)[:-1]
+    ]
+    expected = functional.cross_entropy(torch.cat(logits_TV), torch.cat([part[1:] for part in ids_T.split(8)[:-1]]))
+    assert served.nll == pytest.approx(float(expected), rel=1e-6)
+    plain = perplexity(model, ids_T, data="fox", protocol=Protocol(8))
+    assert (served.tokens, served.bytes) == (plain.tokens, plain.tokens)
+    assert served.nll != plain.nll
+    with pytest.raises(
+        DataError, match=r"fox: served@8 needs what encode_text\(tokenizer, text\) returns, not token ids alone"
+    ):
+        perplexity(model, ids_T, data="fox", protocol=Protocol(8, start_tokens=True))
+
+
 def test_dropout_is_off_and_the_modes_of_all_modules_come_back(tokens: Tensor) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32))
@@ -241,7 +263,7 @@ def test_dropout_is_off_and_the_modes_of_all_modules_come_back(tokens: Tensor) -
     [
         (
             {"protocol": Protocol(2048)},
-            r"wiki: 95 tokens are fewer than one window of 2048\. .* --protocol llm-pruner@95 or less",
+            r"wiki: 95 tokens are fewer than one window of 2048\. .* --protocol served@95 or less",
         ),
         ({"batch_size": 0}, r"batch_size=0 is too small. Expected at least 1, for example batch_size=8"),
         ({"text": torch.zeros(1, 95).long()}, r"wiki: token_ids has shape \(1, 95\); expected one dimension\."),

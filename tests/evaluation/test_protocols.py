@@ -55,7 +55,7 @@ def test_windows_that_do_not_overlap_are_a_sliding_window_of_their_own_stride(to
     assert list(windows(Protocol(window), tokens)) == windows(Protocol(window, window), whole)
 
 
-@pytest.mark.parametrize("text", ["llm-pruner@128", "sliding@1024/512", "sliding@8/8"])
+@pytest.mark.parametrize("text", ["served@128", "llm-pruner@128", "sliding@1024/512", "sliding@8/8"])
 def test_a_protocol_is_written_as_it_is_read(text: str) -> None:
     assert str(read_protocol(text)) == text
 
@@ -65,14 +65,14 @@ def test_a_protocol_is_written_as_it_is_read(text: str) -> None:
     [
         (
             "",
-            r"protocol='' is unknown\. Expected llm-pruner@N or sliding@N/STRIDE, for example",
+            r"protocol='' is unknown\. Expected served@N, llm-pruner@N or sliding@N/STRIDE, for example",
         ),
         ("llm-pruner", r"protocol='llm-pruner' is unknown"),
         ("sliding@1024", r"protocol='sliding@1024' is unknown"),
         ("llm-pruner@128/64", r"protocol='llm-pruner@128/64' is unknown"),
         ("llm-pruner@-3", r"protocol='llm-pruner@-3' is unknown"),
         ("gptq@128", r"protocol='gptq@128' is unknown"),
-        ("llm-pruner@1", r"llm-pruner@1: a window of 1 scores nothing, .*example --protocol llm-pruner@128"),
+        ("llm-pruner@1", r"llm-pruner@1: a window of 1 scores nothing, .*example --protocol served@128"),
         ("sliding@1/1", r"sliding@1/1: a window of 1 scores nothing"),
         ("sliding@8/9", r"sliding@8/9: a stride of 9 does not read every token\. Expected 1 to 8: .*sliding@8/4"),
         ("sliding@8/0", r"sliding@8/0: a stride of 0 does not read every token"),
@@ -86,8 +86,8 @@ def test_what_is_no_protocol(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("protocol", "tokens", "message"),
     [
-        ("llm-pruner@9", 8, r"wiki: 8 tokens are fewer than one window of 9\. .*--protocol llm-pruner@8 or less"),
-        ("sliding@9/3", 1, r"wiki: 1 tokens are fewer than one window of 2\. .*llm-pruner@2 or less"),
+        ("llm-pruner@9", 8, r"wiki: 8 tokens are fewer than one window of 9\. .*--protocol served@8 or less"),
+        ("sliding@9/3", 1, r"wiki: 1 tokens are fewer than one window of 2\. .*served@2 or less"),
     ],
 )
 def test_texts_that_are_too_short(protocol: str, tokens: int, message: str) -> None:

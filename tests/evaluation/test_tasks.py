@@ -222,7 +222,7 @@ class TestNames:
 
     def test_without_lm_eval(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(TaskError, match=r"lm-eval scores the tasks\. Run: pip install 'secateur\[tasks\]'"):
+        with pytest.raises(TaskError, match=r"needs the package lm_eval\. Run: pip install 'secateur\[tasks\]'"):
             load_tasks(["boolq"])
 
 

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from secateur.discovery.layers import path_and_parents
 from secateur.discovery.module_attributes import plain_attributes
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError, ModelError
@@ -125,8 +126,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _around(names: Iterable[str]) -> set[str]:
     """Paths of the modules that own these weights, and of all around them."""
-    pieces = (name.split(".")[:-1] for name in names)
-    return {".".join(path[:length]) for path in pieces for length in range(len(path) + 1)}
+    return {"", *(path for name in names for path in path_and_parents(name)[1:])}
 
 
 def _check_computed(model: PreTrainedModel, per_layer: PreTrainedModel, dense: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from secateur.progress import Clock
 from secateur.report.page import write_report
 
 PROMPT = "A pruning saw cuts"
-PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
+PROTOCOLS = ("served@128", "served@1024")
 MAX_TOKENS = 4096
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"  # by which a folder is known to be a run of the demo

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import logging
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.compare.models import Side, load_sides
-from secateur.errors import PageError, one_line
+from secateur.errors import PageError, check_installed, one_line
 from secateur.models.loading import LoadOptions
 from secateur.progress import ProgressBars
 
@@ -64,8 +63,7 @@ def compare(
     Traceback (most recent call last):
     secateur.errors.ModelError: 1 models to compare; expected two: secateur compare demo pruned
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise PageError("the page is made with gradio, which is not installed: pip install 'secateur[compare]'")
+    check_installed(PageError, "gradio", extra="compare", what="the page")
     port = free_port(host, port)
     with bars("load") if bars else nullcontext():
         sides = load_sides(models, loading=loading)

@@ -15,7 +15,7 @@ from secateur.discovery.algebra import size_after, variables_in
 from secateur.discovery.config_settings import with_settings
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Discovery, Operation
-from secateur.discovery.layers import layer_of
+from secateur.discovery.layers import layer_of, path_and_parents
 from secateur.discovery.sizes import PrunedSizes
 from secateur.evaluation.memory import cache_bytes_by_layer, weight_bytes
 from secateur.evaluation.options import ProfileOptions
@@ -229,5 +229,4 @@ def _modules_around(operation: Operation, discovery: Discovery) -> list[str]:
     if layer_of(operation.module, discovery.layer_lists) is None:
         return []
     prefix = next(name for name in discovery.layer_lists if operation.module.startswith(f"{name}."))
-    parts = operation.module.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), len(prefix.split(".")) + 1, -1)]
+    return [path for path in path_and_parents(operation.module) if path.count(".") > prefix.count(".") + 1]

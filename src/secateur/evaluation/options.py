@@ -23,8 +23,9 @@ class EvaluationOptions:
     """Texts to measure perplexity on, each NAME=FILE. Without texts, tasks and prompts: the half of Python's language
     reference that calibration does not read."""
 
-    protocols: tuple[str, ...] = ("llm-pruner@128",)
-    """Windows in which a text is read: llm-pruner@N (N tokens, no overlap) or sliding@N/STRIDE."""
+    protocols: tuple[str, ...] = ("served@128",)
+    """Windows in which a text is read: served@N (N tokens, no overlap, each after the start tokens), llm-pruner@N
+    (without them) or sliding@N/STRIDE."""
 
     max_tokens: int | None = None
     """Score only the first so many tokens of each text."""

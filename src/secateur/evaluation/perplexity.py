@@ -38,7 +38,7 @@ class Perplexity:
     tokens: int  # scored tokens
     ppl: float  # exp(nll); inf where that overflows
     nll: float  # mean negative log-likelihood of a scored token, nats
-    protocol: str = ""  # such as llm-pruner@128
+    protocol: str = ""  # such as served@128
     stride: int = 0  # tokens from one window's start to the next's
     windows: int = 0
     bytes: int | None = None  # of UTF-8, that the scored tokens stand for; None where the text was not given
@@ -73,7 +73,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, str],
     *,
-    protocols: Sequence[str | Protocol] = ("llm-pruner@128",),
+    protocols: Sequence[str | Protocol] = ("served@128",),
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Perplexity]:
@@ -127,21 +127,26 @@ def perplexity(
     (24, 8.0)
     """
     check_least(DataError, "batch_size", batch_size, 1, 8)
-    ids_T = text.ids_T if isinstance(text, EncodedText) else text
+    ids_T, start_T = (text.ids_T, text.start_T) if isinstance(text, EncodedText) else (text, None)
     if ids_T.dim() != 1:
         raise DataError(
             f"{data}: token_ids has shape {tuple(ids_T.shape)}; expected one dimension. "
             "encode(tokenizer, text) returns it."
         )
+    if protocol.start_tokens and start_T is None:
+        raise DataError(f"{data}: {protocol} needs what encode_text(tokenizer, text) returns, not token ids alone")
+    start_T = start_T if protocol.start_tokens and start_T is not None else ids_T[:0]
+    ids_T = ids_T[len(start_T) :]  # the text begins with them, and each window gets them anew
     cut = windows(protocol, len(ids_T), data=data)
     vocabulary = vocabulary_size(model)
+    batch_size = batch_size or fitting_batch(protocol.window, vocabulary)
     _check_ids(ids_T[: cut[-1].end], vocabulary, data=data)
     with (
         evaluation_mode(model),
         torch.inference_mode(),
-        position_errors(model, protocol.window, flag=f"the window of --protocol {protocol}"),
+        position_errors(model, protocol.window + len(start_T), flag=f"the window of --protocol {protocol}"),
     ):
-        nats = _window_nats(model, ids_T, cut, batch_size or fitting_batch(protocol.window, vocabulary), progress)
+        nats = _window_nats(model, ids_T, start_T, cut, batch_size, progress)
     if any(map(math.isnan, nats)):
         raise SecateurError(
             f"{data}: the model's negative log-likelihood is NaN ({protocol}, {len(cut)} windows); expected finite "
@@ -149,7 +154,7 @@ def perplexity(
         )
     scored_bytes = None
     if isinstance(text, EncodedText):  # the first token of a text is never scored
-        ends_T = text.byte_ends_T
+        ends_T = text.byte_ends_T[len(start_T) :]
         scored_bytes = sum(int(ends_T[window.end - 1] - ends_T[window.scored - 1]) for window in cut)
     return _summary(data, protocol, nats, [window.tokens for window in cut], scored_bytes)
 
@@ -157,17 +162,19 @@ def perplexity(
 def _window_nats(
     model: PreTrainedModel,
     ids_T: Tensor,
+    start_T: Tensor,
     cut: Sequence[Window],
     batch_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[float]:
-    """The negative log-likelihood of each window, summed over its scored tokens, nats."""
+    """The negative log-likelihood of each window after the start tokens, summed over its scored tokens, nats."""
     nats: list[float] = []
     for batch in _batches(cut, batch_size):
-        ids_BT = torch.stack([ids_T[window.start : window.end] for window in batch]).long().to(input_device(model))
+        parts = [torch.cat([start_T, ids_T[window.start : window.end]]) for window in batch]
+        ids_BT = torch.stack(parts).long().to(input_device(model))
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         for logits_TV, window_T, window in zip(logits_BTV, ids_BT, batch, strict=True):
-            nats.append(_summed_nll(logits_TV, window_T, window.scored - window.start))
+            nats.append(_summed_nll(logits_TV, window_T, len(start_T) + window.scored - window.start))
         if progress is not None:
             progress(len(nats), len(cut))
     return nats

@@ -5,6 +5,8 @@
   2210.17323, the function `opt_eval` and its copies in most papers on quantization and pruning) gives the same number:
   it takes the mean over a window's N - 1 scored tokens, multiplies it by N, sums over the windows and divides by
   windows x N. The two N cancel, and all windows score as many tokens.
+- `served@N`: the same windows and the same scored tokens, each window after what the tokenizer puts before a text (BOS)
+  as an engine serves the model. Where the tokenizer puts nothing, it is `llm-pruner@N`.
 - `sliding@N/S` (the guide "Perplexity of fixed-length models" of transformers): a window of N tokens starts every S
   tokens, and only tokens that no window before it has read are scored. So every token of the text but the first is
   scored once, with at least N - S tokens before it once N have been read. Nothing is dropped: the last window ends
@@ -24,8 +26,8 @@ from secateur.errors import DataError
 class Protocol:
     """How a text is cut into windows. Raises `DataError` for windows that score nothing or leave tokens out.
 
-    >>> str(Protocol(128)), str(Protocol(1024, 512))
-    ('llm-pruner@128', 'sliding@1024/512')
+    >>> str(Protocol(128)), str(Protocol(128, start_tokens=True)), str(Protocol(1024, 512))
+    ('llm-pruner@128', 'served@128', 'sliding@1024/512')
     """
 
     window: int
@@ -34,11 +36,14 @@ class Protocol:
     stride: int | None = None
     """Tokens from one window's start to the next's; None: windows do not overlap, and the tail is dropped."""
 
+    start_tokens: bool = False
+    """Read what the tokenizer puts before a text before each window, too; these tokens are not scored."""
+
     def __post_init__(self) -> None:
         if self.window < 2:
             raise DataError(
                 f"{self}: a window of {self.window} scores nothing, because the first token of a window is unscored; "
-                "expected at least 2, for example --protocol llm-pruner@128"
+                "expected at least 2, for example --protocol served@128"
             )
         if self.stride is not None and not 1 <= self.stride <= self.window:
             raise DataError(
@@ -47,7 +52,9 @@ class Protocol:
             )
 
     def __str__(self) -> str:
-        return f"llm-pruner@{self.window}" if self.stride is None else f"sliding@{self.window}/{self.stride}"
+        if self.stride is not None:
+            return f"sliding@{self.window}/{self.stride}"
+        return f"{'served' if self.start_tokens else 'llm-pruner'}@{self.window}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +75,17 @@ def read_protocol(text: str) -> Protocol:
     """Read a protocol as the command line writes it. Raises `DataError` for anything else.
 
     >>> read_protocol("sliding@1024/512")
-    Protocol(window=1024, stride=512)
+    Protocol(window=1024, stride=512, start_tokens=False)
     """
-    match = re.fullmatch(r"llm-pruner@(\d+)|sliding@(\d+)/(\d+)", text.strip())
+    match = re.fullmatch(r"(served|llm-pruner)@(\d+)|sliding@(\d+)/(\d+)", text.strip())
     if match is None:
         raise DataError(
-            f"protocol={text!r} is unknown. Expected llm-pruner@N or sliding@N/STRIDE, for example "
-            "--protocol llm-pruner@2048 or --protocol sliding@1024/512"
+            f"protocol={text!r} is unknown. Expected served@N, llm-pruner@N or sliding@N/STRIDE, for example "
+            "--protocol served@2048 or --protocol sliding@1024/512"
         )
-    return Protocol(int(match[1])) if match[1] else Protocol(int(match[2]), int(match[3]))
+    if match[1]:
+        return Protocol(int(match[2]), start_tokens=match[1] == "served")
+    return Protocol(int(match[3]), int(match[4]))
 
 
 def windows(protocol: Protocol, tokens: int, *, data: str = "text") -> Sequence[Window]:
@@ -90,7 +99,7 @@ def windows(protocol: Protocol, tokens: int, *, data: str = "text") -> Sequence[
     if tokens < least:
         raise DataError(
             f"{data}: {tokens} tokens are fewer than one window of {least}. Give a longer text, or "
-            f"--protocol llm-pruner@{max(tokens, 2)} or less."
+            f"--protocol served@{max(tokens, 2)} or less."
         )
     if stride is None:
         return [Window(start, start + size, start + 1) for start in range(0, tokens - size + 1, size)]

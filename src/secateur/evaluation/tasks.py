@@ -7,7 +7,6 @@ only the data set is replaced. Every task is loaded once, for all models.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import DataError, TaskError, check_least, did_you_mean, one_line
+from secateur.errors import DataError, TaskError, check_installed, check_least, did_you_mean, one_line
 from secateur.evaluation.inference import evaluation_mode, fitting_batch, input_device, vocabulary_size
 from secateur.evaluation.local_tasks import LOCAL, find_files, read_rows
 from secateur.evaluation.task_results import LLM_PRUNER_TASKS, TaskResult, read_results
@@ -56,10 +55,7 @@ def load_tasks(names: Sequence[str], *, folder: Path | str | None = None) -> lis
     names = list(dict.fromkeys(each for name in names for each in SHORTHANDS.get(name, (name,))))
     if not names:
         return []
-    if importlib.util.find_spec("lm_eval") is None:
-        raise TaskError(
-            f"tasks={','.join(names)}: the package lm-eval scores the tasks. Run: pip install 'secateur[tasks]'"
-        )
+    check_installed(TaskError, "lm_eval", extra="tasks", what=f"tasks={','.join(names)}")
     with _quiet():
         return _load_from_hub(names) if folder is None else _load_local(names, Path(folder))
 

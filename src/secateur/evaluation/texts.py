@@ -26,6 +26,7 @@ class EncodedText:
 
     ids_T: Tensor  # int64
     byte_ends_T: Tensor  # int64, never falling
+    start_T: Tensor  # int64, what the tokenizer puts before a text; `ids_T` begins with it
 
 
 def read_evaluation_text(path: Path | str) -> str:
@@ -94,7 +95,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: in
         ids_T = encode(tokenizer, text)
         size = len(text.encode(errors="surrogatepass"))
         ends_T = torch.arange(1, len(ids_T) + 1, dtype=torch.int64) * size // max(len(ids_T), 1)
-    return EncodedText(ids_T[:max_tokens], ends_T[:max_tokens])
+    start_T = encode(tokenizer, "")
+    start_T = start_T if torch.equal(start_T, ids_T[: len(start_T)]) else start_T[:0]  # else the end of a text
+    return EncodedText(ids_T[:max_tokens], ends_T[:max_tokens], start_T)
 
 
 def _byte_ends(text: str, ends: Sequence[int]) -> Tensor:

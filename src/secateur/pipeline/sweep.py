@@ -23,7 +23,15 @@ from secateur import processes
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import decode
 from secateur.discovery.counting import count_macs, count_parameters
-from secateur.errors import CheckpointError, DataError, PlanError, ScoreError, SecateurError, check_known
+from secateur.errors import (
+    CheckpointError,
+    DataError,
+    PlanError,
+    ScoreError,
+    SecateurError,
+    check_installed,
+    check_known,
+)
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
 from secateur.files import make_folder, read_json, write_json
@@ -55,7 +63,7 @@ class SweepOptions:
     """Scores to compare. Default: the preset's."""
     presets: tuple[str, ...] = ("best",)
     """Presets to compare."""
-    protocols: tuple[str, ...] = ("llm-pruner@128",)
+    protocols: tuple[str, ...] = ("served@128",)
     """Windows in which texts are read, as `evaluate` takes them."""
     max_tokens: int | None = None
     """Score only the first so many tokens of each text."""
@@ -68,8 +76,8 @@ class SweepOptions:
         if not self.presets:
             raise PlanError("presets is empty: name one, for example --presets best")
         _check_ratios(self.ratios)
-        if self.plot and importlib.util.find_spec("matplotlib") is None:
-            raise DataError("the picture of a sweep needs the package matplotlib. Run: pip install 'secateur[plot]'")
+        if self.plot:
+            check_installed(DataError, "matplotlib", extra="plot", what="the picture of a sweep")
 
 
 def sweep(
