@@ -40,7 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quality_table import DENSE, SETTINGS, Key, TableError, missing, table, write_tables
 from secateur import __version__
-from secateur.data.windows import calibration_windows, digest
+from secateur.data.windows import calibration_windows, digest, held_out_windows
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.evaluation.perplexity import evaluate
@@ -56,6 +56,7 @@ from secateur.planning.options import CutOptions, settled, with_preset
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import peak_rss
+from secateur.pruning.held_out import best_repair
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import Repaired, repair
@@ -100,6 +101,7 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two iterations": Row("plan, cut, repair, score again", replace(best, iterations=2)),
         "best, longer windows": Row("as many tokens, in windows of 512", best, samples=128, length=512),
+        "best, held-out": Row("the better of two choices of units", replace(best, choose="held-out")),
         "best, in order": Row("ablation: no text in random order", best, shuffled=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
@@ -203,15 +205,12 @@ def cut(
         scores = standardised(scores, discovery)
     decided = plan(discovery, options, config=model.config, scores=scores)
     repaired = None
-    if options.repairs:
-        repaired = repair(
-            model,
-            decided,
-            discovery,
-            windows,
-            method=options.repair,
-            choose=options.choose == "obs",
-        )
+    if options.choose == "held-out":
+        held_out = held_out_windows(tokenizer, text)
+        repaired, _ = best_repair(model, decided, discovery, windows, held_out, method=options.repair)
+    elif options.repairs:
+        repaired = repair(model, decided, discovery, windows, method=options.repair, choose=options.choose == "obs")
+    if repaired is not None:
         decided = repaired.plan
     with quiet():
         pruned = prune(model, decided, discovery=discovery, weights=None if repaired is None else repaired.weights)

@@ -682,7 +682,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "second model missing": ("'./no-such': no such file", ("evaluate", "tiny", "./no-such")),
     "second profile missing": ("'./no-such': no such file", ("profile", "tiny", "./no-such")),
     "unknown protocol": (
-        "protocol='gtpq@9' is unknown. Expected llm-pruner@N or sliding@N/STRIDE, for example",
+        "protocol='gtpq@9' is unknown. Expected served@N, llm-pruner@N or sliding@N/STRIDE, for example",
         ("evaluate", "tiny", "--protocol", "gtpq@9"),
     ),
     "unknown local task": (
@@ -869,7 +869,7 @@ class TestCalibration:
     def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
         options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
-        options |= {"score_samples": 64, "shuffled": 0.25}
+        options |= {"held_out": 8, "score_samples": 64, "shuffled": 0.25}
         assert self.record()["calibration_options"] == options
 
     def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:

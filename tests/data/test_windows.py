@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import secateur.data.windows
 from letters import LETTERS, letter_tokenizer, spell
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.text import demo_texts, read_calibration
-from secateur.data.windows import digest, sample_windows
+from secateur.data.windows import calibration_windows, digest, held_out_windows, sample_windows
 from secateur.errors import DataError
 
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz", max_size=30)
@@ -145,6 +146,16 @@ class TestWindows:
         sample_windows("abc", cast(PreTrainedTokenizerBase, tokenizer), CalibrationOptions(samples=1, length=3))
         assert asked["add_special_tokens"] is False
         assert LETTERS("a").input_ids == [0, 1]  # where the property test above would see them
+
+    def test_held_out_windows_are_at_other_places(self, tmp_path: Path) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text("abcdefgh")
+        options = CalibrationOptions(str(text), samples=4, length=3, held_out=2, shuffled=0.5)
+        rows = [*options.in_order(calibration_windows(LETTERS, options)), *held_out_windows(LETTERS, options)]
+        assert len({spell(row.tolist()) for row in rows}) == 2 + 2
+        assert all(spell(row.tolist()) in "abcdefgh" for row in rows)
+        with pytest.raises(DataError, match=r"but 7 samples need as many"):
+            held_out_windows(LETTERS, replace(options, held_out=3))
 
     @pytest.mark.demo_model
     def test_the_demo_calibration(self, demo_tokenizer: PreTrainedTokenizerBase) -> None:

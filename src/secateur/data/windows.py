@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: Calibration
     """
     text = read_calibration(options.text, column=options.column, chat=tokenizer if options.chat else None)
     return sample_windows(text, tokenizer, options)
+
+
+def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
+    """`options.held_out` more windows of the text, at other places than `calibration_windows`, in the text's order.
+
+    Raises `DataError` where the text has no such places, and as `calibration_windows` does.
+    """
+    more = replace(options, samples=options.samples + options.held_out, shuffled=0.0)
+    return calibration_windows(tokenizer, more)[options.samples :]
 
 
 def sample_windows(

@@ -22,7 +22,7 @@ from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import SELF, CalibrationOptions
 from secateur.data.generated import generate_windows
-from secateur.data.windows import calibration_windows, digest
+from secateur.data.windows import calibration_windows, digest, held_out_windows
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
@@ -45,6 +45,7 @@ from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock
 from secateur.pruning.closed_form import REPAIRS
+from secateur.pruning.held_out import best_repair
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
@@ -245,12 +246,16 @@ class Pipeline:
             return decided, {}
         found = self.cache.load_repair(decided)
         if found is None:
-            windows, model = self.windows(), at.model or self.model
+            model, windows, how = at.model or self.model, self.windows(), at.options.repair
+            about = {"calibration": digest(windows), "calibration_options": asdict(self.calibration)}
+            inputs = model, decided, at.discovery, windows
             with self.clock.stage(self._title("repair", at)) as progress:
-                how, choose = at.options.repair, at.options.choose == "obs"
-                found = repair(model, decided, at.discovery, windows, method=how, choose=choose, progress=progress)
-            text = {"calibration": digest(windows), "calibration_options": asdict(self.calibration)}
-            found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **text}))
+                if at.options.choose == "held-out":
+                    more = held_out_windows(self.tokenizer, self.calibration)
+                    found, about["held_out_loss"] = best_repair(*inputs, more, method=how, progress=progress)
+                else:
+                    found = repair(*inputs, method=how, choose=at.options.choose == "obs", progress=progress)
+            found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **about}))
             self.cache.save_repair(decided, found)
         return found.plan, found.weights
 

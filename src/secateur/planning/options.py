@@ -67,9 +67,9 @@ class CutOptions:
     """Importance of a unit. Auto: `fisher`; `param_second` for hidden and layers."""
     reduce: Reduction = "auto"
     """How the scores of a unit's weights become one. Auto: the score's own, usually their sum."""
-    choose: Literal["auto", "score", "obs"] = "auto"
-    """Which units of a group go: those of the lowest score, or by optimal brain surgeon during repair.
-    Auto: obs with the score fisher."""
+    choose: Literal["auto", "score", "obs", "held-out"] = "auto"
+    """Which units of a group go: those of the lowest score, by optimal brain surgeon during repair, or whichever of
+    both does less damage to windows held out of the calibration. Auto: obs with the score fisher."""
     scope: Literal["auto", "local", "global"] = "auto"
     """How the budget is shared: the same share of every group (local), or one ranking of all units by score per
     parameter (global). Auto: global; local for of=units, hidden, layers and a schedule."""
@@ -102,7 +102,7 @@ class CutOptions:
     @property
     def repairs(self) -> bool:
         """Whether a pass over the calibration windows fits what stays, or chooses it."""
-        return self.repair != "none" or self.choose == "obs"
+        return self.repair != "none" or self.choose != "score"
 
     @property
     def item_bytes(self) -> int:
@@ -262,6 +262,10 @@ def settled(calibration: CalibrationOptions, options: CutOptions) -> Calibration
     Traceback (most recent call last):
     secateur.errors.PlanError: shuffled=0.5 is for repair, and repair=none does without: leave it out, or use ...
     """
+    if options.choose == "held-out" and calibration.text == SELF:
+        raise PlanError(
+            f"choose=held-out needs windows of a text that repair has not seen, and text={SELF} has no more"
+        )
     if calibration.shuffled is None:
         return replace(calibration, shuffled=SHUFFLED if options.repairs else 0.0)
     if calibration.shuffled and not options.repairs:

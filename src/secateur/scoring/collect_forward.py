@@ -22,7 +22,7 @@ from secateur import processes
 from secateur.errors import ScoreError
 from secateur.progress import Progress
 from secateur.scoring.obs import add_gram, removal_costs, unit_costs
-from secateur.scoring.passes.forward import input_device
+from secateur.scoring.passes.forward import summed_loss
 from secateur.scoring.passes.products import stream_inputs
 from secateur.scoring.passes.weight_gradients import row_blocks
 from secateur.scoring.saliences import MORE_PRECISE, WEIGHT_ELEMENTS, Evidence, Moments, Salience, SalienceSums
@@ -249,10 +249,6 @@ def layer_loss_statistics(
 
 def _loss(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """The mean cross-entropy over all windows, nats per token: float64."""
-    total = torch.zeros((), dtype=torch.float64)
-    for ids_T in processes.share_of(windows).to(input_device(model)):
-        logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
-        labels_T = ids_T[1:].to(logits_TV.device)
-        total += functional.cross_entropy(logits_TV.float(), labels_T, reduction="sum").cpu()
+    total = summed_loss(model, processes.share_of(windows))
     processes.add_up(total)
     return total / (len(windows) * (windows.shape[1] - 1))

@@ -166,6 +166,17 @@ def pass_to_hidden(model: PreTrainedModel, windows_BT: Tensor) -> Callable[[], A
     return partial(model, input_ids=ids_BT, use_cache=False) if head is None else partial(head.hidden, ids_BT)
 
 
+@torch.no_grad()
+def summed_loss(model: PreTrainedModel, windows_BT: Tensor) -> Tensor:
+    """The cross-entropy of all tokens of the windows but each first, nats: a float64 scalar on the CPU."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids_T in windows_BT.to(input_device(model)):
+        logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
+        labels_T = ids_T[1:].to(logits_TV.device)
+        total += functional.cross_entropy(logits_TV.float(), labels_T, reduction="sum").cpu()
+    return total
+
+
 def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, weight: float) -> Tensor:
     """The sum over all tokens but the first of their cross-entropy (nats), times a weight: a float64 scalar.
 

@@ -1,0 +1,66 @@
+"""Repair never does more damage to held-out windows than the cut alone, and takes the better way to choose units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_repair import HELD_OUT, WINDOWS, planned
+from torch import Tensor
+
+import secateur.pruning.held_out
+from secateur import prune
+from secateur.pruning.held_out import best_repair
+from secateur.pruning.repair import Repaired, repair
+from secateur.scoring.passes.forward import summed_loss
+
+
+def loss_of(model: Any, discovery: Any, found: Repaired) -> float:
+    smaller = prune(model, found.plan, discovery=discovery, weights=found.weights)
+    return float(summed_loss(smaller, HELD_OUT)) / HELD_OUT[:, 1:].numel()
+
+
+@pytest.mark.parametrize("windows", [WINDOWS[:1, :6], WINDOWS[:2], WINDOWS])
+@pytest.mark.parametrize("outlier", [1.0, 1000.0])
+def test_repair_is_never_worse_than_the_cut(windows: Tensor, outlier: float) -> None:
+    """With few windows and one channel a thousand times larger than the others, least squares alone can be."""
+    model, discovery, decided = planned("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "up_proj" in name:  # rows are channels
+                parameter[5] *= outlier
+    repaired, losses = best_repair(model, decided, discovery, windows, HELD_OUT)
+    assert list(losses) == ["before", "cut", "obs", "score"]
+    assert loss_of(model, discovery, repaired) == pytest.approx(min([*losses.values()][1:]), abs=1e-9)
+    cut = repair(model, decided, discovery, windows, method="none")
+    assert losses["cut"] == pytest.approx(loss_of(model, discovery, cut), abs=1e-9)
+
+
+@pytest.mark.parametrize("best", ["cut", "obs", "score"])
+def test_what_loses_least_is_taken(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, discovery, decided = planned("llama")
+    losses = {"before": 1.0, "cut": 3.0, "obs": 3.0, "score": 3.0} | {best: 2.0}
+    measured = iter(losses.values())
+    monkeypatch.setattr(secateur.pruning.held_out, "_mean_loss", lambda *_: next(measured))
+    repaired, found = best_repair(model, decided, discovery, WINDOWS, HELD_OUT)
+    assert found == losses
+    method = "none" if best == "cut" else "least-squares"
+    expected = repair(model, decided, discovery, WINDOWS, method=method, choose=best == "obs")
+    assert repaired.plan == expected.plan
+    assert repaired.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(weight, expected.weights[name]) for name, weight in repaired.weights.items())
+
+
+def test_one_pass_after_the_other_counts_to_the_end() -> None:
+    model, discovery, decided = planned("llama")
+    shown: list[tuple[int, int]] = []
+    best_repair(model, decided, discovery, WINDOWS, HELD_OUT, progress=lambda done, total: shown.append((done, total)))
+    assert shown == sorted(shown)
+    assert shown[-1][0] == shown[-1][1]
+
+
+def test_a_repetition_has_nothing_left_to_choose() -> None:
+    model, discovery, decided = planned("llama")
+    repaired, _ = best_repair(model, decided, discovery, WINDOWS, HELD_OUT)
+    assert repaired.plan.options.choose == "score"
