@@ -152,8 +152,10 @@ class TestWindows:
         text.write_text("abcdefgh")
         options = CalibrationOptions(str(text), samples=4, length=3, held_out=2, shuffled=0.5)
         rows = [*options.in_order(calibration_windows(LETTERS, options)), *held_out_windows(LETTERS, options)]
-        assert len({spell(row.tolist()) for row in rows}) == 2 + 2
-        assert all(spell(row.tolist()) in "abcdefgh" for row in rows)
+        spelled = [spell(row.tolist()).removeprefix("`") for row in rows]  # of a held-out one, behind the start token
+        assert [len(row) for row in rows] == [3, 3, 4, 4]
+        assert len(set(spelled)) == 4
+        assert all(window in "abcdefgh" for window in spelled)
         with pytest.raises(DataError, match=r"but 7 samples need as many"):
             held_out_windows(LETTERS, replace(options, held_out=3))
 

@@ -27,13 +27,24 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: Calibration
     return sample_windows(text, tokenizer, options)
 
 
-def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
-    """`options.held_out` more windows of the text, at other places than `calibration_windows`, in the text's order.
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The int64 ids that the tokenizer puts before a text, such as BOS; those behind a text do not count.
 
-    Raises `DataError` where the text has no such places, and as `calibration_windows` does.
+    >>> start_tokens(lambda text, **_: {"input_ids": [2, *map(ord, text)]})
+    tensor([2])
+    """
+    alone, whole = (torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64) for text in ("", "a"))
+    return alone if torch.equal(alone, whole[: len(alone)]) else alone[:0]
+
+
+def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
+    """`options.held_out` more windows of the text, in its order, each behind the start tokens: as the model is served.
+
+    Raises `DataError` where the text has no other places, and as `calibration_windows` does.
     """
     more = replace(options, samples=options.samples + options.held_out, shuffled=0.0)
-    return calibration_windows(tokenizer, more)[options.samples :]
+    windows = calibration_windows(tokenizer, more)[options.samples :]
+    return torch.cat([start_tokens(tokenizer).expand(len(windows), -1), windows], dim=1)
 
 
 def sample_windows(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.rows import Rows
 from secateur.data.text import demo_texts, read_rows
+from secateur.data.windows import start_tokens
 from secateur.errors import DataError, check_least
 
 DEMO_TEXT = "python reference"  # the name of the text that is read where none is given
@@ -95,9 +96,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: in
         ids_T = encode(tokenizer, text)
         size = len(text.encode(errors="surrogatepass"))
         ends_T = torch.arange(1, len(ids_T) + 1, dtype=torch.int64) * size // max(len(ids_T), 1)
-    start_T = encode(tokenizer, "")
-    start_T = start_T if torch.equal(start_T, ids_T[: len(start_T)]) else start_T[:0]  # else the end of a text
-    return EncodedText(ids_T[:max_tokens], ends_T[:max_tokens], start_T)
+    return EncodedText(ids_T[:max_tokens], ends_T[:max_tokens], start_tokens(tokenizer))
 
 
 def _byte_ends(text: str, ends: Sequence[int]) -> Tensor:

@@ -1,8 +1,7 @@
 """Model, plan and windows -> the repair that does the least damage on windows which no repair has seen.
 
-Which units of a group should go depends on the model. Optimal brain surgeon asks what the output of one matrix loses,
-and knows what the others can make up for; the score asks what the loss loses, and does not. On some models one is far
-better, on others the other, so both are tried.
+Optimal brain surgeon asks what the output of one matrix loses, the score what the loss loses: which chooses better
+depends on the model, so both are tried.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from secateur.progress import Progress
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.forward import summed_loss
-
-CHOICES = {"obs": True, "score": False}  # way to choose -> whether repair chooses
 
 
 def best_repair(
@@ -53,19 +50,19 @@ def best_repair(
     """
 
     def part(number: int) -> Progress | None:
-        return None if progress is None else lambda done, total: progress(number * total + done, len(CHOICES) * total)
+        return None if progress is None else lambda done, total: progress(number * total + done, 2 * total)
 
-    tried = {"cut": repair(model, plan, discovery, windows[:1], method="none")}  # which looks at no window
-    for number, (name, choose) in enumerate(CHOICES.items()):
-        tried[name] = repair(model, plan, discovery, windows, method=method, choose=choose, progress=part(number))
+    def repaired(number: int, *, choose: bool) -> Repaired:
+        return repair(model, plan, discovery, windows, method=method, choose=choose, progress=part(number))
+
+    cut = repair(model, plan, discovery, windows[:1], method="none")  # looks at no window
+    tried = {"cut": cut, "obs": repaired(0, choose=True), "score": repaired(1, choose=False)}
     losses = {"before": _mean_loss(model, held_out)}
     for name, found in tried.items():
-        smaller = prune(model, found.plan, discovery=discovery, weights=found.weights)
-        losses[name] = _mean_loss(smaller, held_out)
+        losses[name] = _mean_loss(prune(model, found.plan, discovery=discovery, weights=found.weights), held_out)
     return tried[min(tried, key=losses.__getitem__)], losses
 
 
 def _mean_loss(model: PreTrainedModel, held_out: Tensor) -> float:
     """Nats per token; a model that has broken down is worse than any other."""
-    loss = float(summed_loss(model, held_out)) / (len(held_out) * (held_out.shape[1] - 1))
-    return loss if math.isfinite(loss) else math.inf
+    return float(summed_loss(model, held_out).nan_to_num(math.inf, math.inf)) / held_out[:, 1:].numel()
