@@ -15,6 +15,7 @@ from secateur.errors import DataError
     [
         ({"text": ""}, r"text='' names no text\. Expected demo, a file or a data set: CalibrationOptions\('demo'\)"),
         ({"samples": 0}, r"samples=0 is too small\. Expected at least 1, for example samples=64"),
+        ({"held_out": 0}, r"held_out=0 is too small\. Expected at least 1, for example held_out=8"),
         ({"length": 1}, r"length=1 is too small\. Expected at least 2, for example length=128"),
         ({"column": ""}, r"column='' names no field\. .*CalibrationOptions\(column='text'\)"),
         (

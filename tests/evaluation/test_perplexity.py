@@ -286,7 +286,7 @@ def test_error_of_a_window_longer_than_the_table_of_positions() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=16))
     with pytest.raises(
         DataError,
-        match=r"16 positions, but reads 17 tokens at once\. the window of --protocol llm-pruner@17 takes at most 16\.",
+        match=r"but reads 17 tokens at once\. --protocol llm-pruner@17, start tokens included, takes at most 16",
     ):
         perplexity(model, torch.zeros(40).long(), data="wiki", protocol=Protocol(17))
 

@@ -53,7 +53,7 @@ class CalibrationOptions:
                 f"generates. Leave them out: CalibrationOptions({SELF!r})."
             )
         # A window of one token predicts nothing.
-        limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "held_out": (0, 8), "score_samples": (1, 64)}
+        limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "held_out": (1, 8), "score_samples": (1, 64)}
         for name, (least, example) in limits.items():
             check_least(DataError, name, getattr(self, name), least, example)
         if self.shuffled is not None and not 0 <= self.shuffled < 1:
@@ -77,7 +77,7 @@ class CalibrationOptions:
         [0.0, 0.25]
         """
         unaffected = self.score_samples is not None and self.score_samples <= self._in_order(self.samples)
-        return replace(self, held_out=0, shuffled=0.0 if unaffected else self.shuffled)
+        return replace(self, held_out=1, shuffled=0.0 if unaffected else self.shuffled)
 
     def _in_order(self, windows: int) -> int:
         return windows - int(windows * (self.shuffled or 0))

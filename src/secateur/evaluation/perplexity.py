@@ -144,7 +144,7 @@ def perplexity(
     with (
         evaluation_mode(model),
         torch.inference_mode(),
-        position_errors(model, protocol.window + len(start_T), flag=f"the window of --protocol {protocol}"),
+        position_errors(model, protocol.window + len(start_T), flag=f"--protocol {protocol}, start tokens included,"),
     ):
         nats = _window_nats(model, ids_T, start_T, cut, batch_size, progress)
     if any(map(math.isnan, nats)):
