@@ -80,7 +80,7 @@ class Row:
     preset: str = "best"  # whose calibration is used
     samples: int | None = None  # other than the preset's
     length: int | None = None
-    shuffled: float | None = None  # other than the preset's
+    varied: float | None = None  # other than the preset's
     standardise: bool = False  # FLAP's scores
     add_bias: bool = False  # FLAP's bias, which the architecture may not have
 
@@ -102,7 +102,7 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, two iterations": Row("plan, cut, repair, score again", replace(best, iterations=2)),
         "best, longer windows": Row("as many tokens, in windows of 512", best, samples=128, length=512),
         "best, held-out": Row("the better of two choices of units", replace(best, choose="held-out")),
-        "best, in order": Row("ablation: no text in random order", best, shuffled=0.0),
+        "best, in order": Row("ablation: no text in random order", best, varied=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
             "its recipe: heads and MLP of the middle layers", replace(paper, score="param_first"), preset="llm-pruner"
@@ -119,7 +119,7 @@ def rows(ratio: float) -> dict[str, Row]:
             replace(local, score="fluctuation", scope="global", shape="per-layer", repair="bias"),
             standardise=True,
             add_bias=True,
-            shuffled=0.0,
+            varied=0.0,
         ),
         "shortgpt": Row("whole layers", CutOptions(ratio=ratio, score="block_influence", axes=("layers",))),
     }
@@ -181,7 +181,7 @@ def cut(
     samples = arguments.samples or row.samples
     given = {"text": arguments.calibration, "seed": seed, "samples": samples, "length": row.length}
     text = with_preset(row.preset, {}, {name: value for name, value in given.items() if value is not None})[1]
-    text = settled(text if row.shuffled is None else replace(text, shuffled=row.shuffled), options)
+    text = settled(text if row.varied is None else replace(text, varied=row.varied), options)
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
     if options.iterations > 1:

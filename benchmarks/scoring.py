@@ -38,8 +38,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from secateur.data.calibration import CalibrationOptions
-from secateur.data.text import demo_texts, read_calibration
-from secateur.data.windows import sample_windows
+from secateur.data.text import demo_texts
+from secateur.data.windows import calibration_windows
 from secateur.discovery.discover import discover
 from secateur.models.loading import load, skeleton
 from secateur.models.silence import quiet
@@ -101,7 +101,7 @@ def measured() -> Iterator[Usage]:
 def demo_windows() -> Tensor:
     """The calibration windows of part (a)."""
     options = CalibrationOptions(samples=SAMPLES, length=LENGTH)
-    return sample_windows(read_calibration(options.text), load_tokenizer("demo"), options)
+    return calibration_windows(load_tokenizer("demo"), options)
 
 
 def plain_loop(

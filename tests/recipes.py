@@ -50,6 +50,6 @@ def cut_in_memory(
 
     if windows is None:
         options = replace(options, repair="none", choose="score")
-    calibration = CalibrationOptions(score_samples=None, shuffled=0.0)
+    calibration = CalibrationOptions(score_samples=None, varied=0.0)
     made = PruneRecipe("tiny", cut=options, calibration=calibration)
     return Pipeline(made, model=model, discovery=discovery, windows=windows, clock=Clock(bars)).cut()

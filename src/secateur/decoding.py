@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -58,7 +58,7 @@ def decode(kind: Any, data: Any, where: str = "", section: Section = build) -> A
     """Data as a `kind`; raises `ValueError`, which says `where`, for any mismatch.
 
     A kind is str, int, float (finite, and whole numbers stay whole), bool, Path, Any, a `Literal`, `X | None`,
-    `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]` or a dataclass with fields of these.
+    `tuple[X, ...]`, `tuple[X, Y]`, `Sequence[X]` (also one X), `Mapping[str, X]` or a dataclass with fields of these.
 
     >>> decode(tuple[int, ...], [1, 2]), decode(Mapping[str, float | None], {"a": None, "b": 0.5})
     ((1, 2), {'a': None, 'b': 0.5})
@@ -79,17 +79,20 @@ def decode(kind: Any, data: Any, where: str = "", section: Section = build) -> A
         return number
     if kind is Path and isinstance(data, (str, Path)):
         return Path(data)
-    if origin is tuple and isinstance(data, (list, tuple)) and (arguments[-1] is ... or len(data) == len(arguments)):
-        kinds = [arguments[0]] * len(data) if arguments[-1] is ... else arguments
-        return tuple(decode(each, item, where, section) for each, item in zip(kinds, data, strict=True))
+    if origin in (tuple, Sequence) and isinstance(data, (list, tuple)):
+        kinds = [arguments[0]] * len(data) if _any_number(kind) else arguments
+        if len(kinds) == len(data):
+            return tuple(decode(each, item, where, section) for each, item in zip(kinds, data, strict=True))
+    if origin is Sequence and isinstance(data, str):
+        return (data,)
     if origin is not None and origin is not tuple and isinstance(data, Mapping):
         return {name: decode(arguments[1], value, f"{_at(where)}{name}", section) for name, value in data.items()}
     if is_dataclass(kind) and isinstance(kind, type) and isinstance(data, Mapping):
         return section(kind, data, where)
     choices = list(map(str, arguments)) if origin is Literal else []
     expected = " or ".join(choices) or getattr(kind, "__name__", str(kind))
-    if origin is tuple:
-        expected = "list" if arguments[-1] is ... else f"list of {len(arguments)}"
+    if origin in (tuple, Sequence):
+        expected = "list" if _any_number(kind) else f"list of {len(arguments)}"
     raise ValueError(f"{_at(where)}{data!r:.60} is no {expected}{did_you_mean(str(data), choices)}")
 
 
@@ -117,6 +120,11 @@ def literals(hint: Any) -> list[str]:
     if get_origin(hint) is Literal:
         return [*get_args(hint)]
     return [choice for part in get_args(hint) for choice in literals(part)]
+
+
+def _any_number(kind: Any) -> bool:
+    """Whether a tuple or sequence may have any length."""
+    return get_origin(kind) is Sequence or get_args(kind)[-1] is ...
 
 
 def _number(data: Any) -> float | None:

@@ -598,12 +598,12 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "plan and preset": ("leave out --preset", (*PRUNE, "--plan", "plan.json", "--preset", "best")),
     "plan and calibration": ("leave out --calibration", (*PRUNE, "--plan", "plan.json", "--calibration", "text.txt")),
     "plan and column": ("leave out --column", (*PRUNE, "--plan", "plan.json", "--column", "body")),
-    "shuffled": ("shuffled=1 is no share of the windows", (*PRUNE, "--shuffled", "1")),
-    "shuffled without repair": (
-        "shuffled=0.5 is for repair, and repair=none does without",
-        (*PRUNE, "--preset", "llm-pruner", "--shuffled", "0.5"),
+    "varied": ("varied=1 is no share of the windows", (*PRUNE, "--varied", "1")),
+    "varied without repair": (
+        "varied=0.5 is for repair, and repair=none does without",
+        (*PRUNE, "--preset", "llm-pruner", "--varied", "0.5"),
     ),
-    "plan and shuffled": ("leave out --shuffled", (*PRUNE, "--plan", "plan.json", "--shuffled", "0.5")),
+    "plan and varied": ("leave out --varied", (*PRUNE, "--plan", "plan.json", "--varied", "0.5")),
     "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),
     "plan of another depth": (
         r"layers\.3\.attention, which tiny does not have: it is of another model",
@@ -868,13 +868,23 @@ class TestCalibration:
 
     def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
-        options = {"text": "rows.jsonl", "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
-        options |= {"held_out": 8, "score_samples": 64, "shuffled": 0.25}
+        options = {"text": ["rows.jsonl"], "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
+        options |= {"held_out": 8, "score_samples": 64, "varied": 0.5}
         assert self.record()["calibration_options"] == options
+
+    def test_several_texts(self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+        texts = ("--calibration", "text.txt@3", "--calibration", "rows.jsonl", "--column", "body")
+        succeed(capsys, "prune", "tiny", "out", *texts, *self.FEW)
+        assert self.record()["calibration_options"]["text"] == ["text.txt@3", "rows.jsonl"]
+        run(["evaluate", "out", "--ppl", "cats=text.txt"])
+        assert "its calibration windows, from text.txt, rows.jsonl, share" in caplog.text
+        weights = Path("out/model.safetensors").read_bytes()
+        succeed(capsys, "prune", "--recipe", "out/recipe.yaml", "again")
+        assert Path("again/model.safetensors").read_bytes() == weights
 
     def test_self(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "self", "--seed", "3", *self.FEW)
-        assert self.record()["calibration_options"]["text"] == "self"
+        assert self.record()["calibration_options"]["text"] == ["self"]
         assert self.record()["calibration_options"]["seed"] == 3
         assert succeed(capsys, "evaluate", "out", "--ppl", "cats=text.txt")
 
@@ -897,9 +907,9 @@ class TestCalibration:
         self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
         for out, share in (("plain", 0.0), ("out", 0.5)):
-            succeed(capsys, "prune", "tiny", out, "--calibration", "text.txt", "--shuffled", str(share), *self.FEW)
+            succeed(capsys, "prune", "tiny", out, "--calibration", "text.txt", "--varied", str(share), *self.FEW)
             record = json.loads(Path(out, "secateur_record.json").read_text())
-            assert record["calibration_options"]["shuffled"] == share
+            assert record["calibration_options"]["varied"] == share
         assert Path("plain/model.safetensors").read_bytes() != Path("out/model.safetensors").read_bytes()
         run(["evaluate", "out", "--ppl", "cats=text.txt"])
         assert [record.getMessage()[:29] for record in caplog.records] == ["out: 100 % of its calibration"]

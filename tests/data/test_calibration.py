@@ -24,9 +24,14 @@ from secateur.errors import DataError
         ),
         ({"text": "self", "column": "x"}, r"column='x' and chat=False are about documents"),
         ({"seed": -1}, r"seed=-1 is too small\. Expected at least 0, for example seed=0"),
-        ({"shuffled": -0.1}, r"shuffled=-0\.1 is no share of the windows .*: CalibrationOptions\(shuffled=0\.25\)"),
-        ({"shuffled": 1.0}, r"shuffled=1 is no share .* Expected at least 0 and less than 1: "),
-        ({"shuffled": float("nan")}, r"shuffled=nan is no share"),
+        ({"varied": -0.1}, r"varied=-0\.1 is no share of the windows .*: CalibrationOptions\(varied=0\.5\)"),
+        ({"varied": 1.0}, r"varied=1 is no share .* Expected at least 0 and less than 1: "),
+        ({"text": ("a.txt", "")}, r"text='a.txt,' names no text\."),
+        ({"text": ()}, r"text='' names no text\."),
+        ({"text": ("self", "a.txt")}, r"text='self,a.txt': 'self' is generated, and stands alone\..*Options\('self'\)"),
+        ({"text": "self", "varied": 0.5}, r"varied=0\.5 is for texts that are read, and 'self' is generated\."),
+        ({"text": "a.txt@0"}, r"'a.txt@0': the weight 0 leaves nothing of it"),
+        ({"varied": float("nan")}, r"varied=nan is no share"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, Any], match: str) -> None:

@@ -6,6 +6,7 @@ import importlib.machinery
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -222,9 +223,31 @@ class TestColumn:
         with pytest.raises(DataError, match=r"(line|item|row) 1: its 'id' is of type int, not a text"):
             read_calibration(file, column="id")
 
+    def test_instructions_are_read_as_one_text(self, tmp_path: Path) -> None:
+        rows = [
+            {"instruction": "a", "input": "b", "output": "c"},
+            {"question": "a", "input": None, "answer": "c"},
+            {"text": "d", "prompt": "a", "answer": "c"},
+        ]
+        file = write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows)))
+        assert read_calibration(file) == ["a\n\nb\n\nc", "a\n\nc", "d"]
+        tokenizer = letter_tokenizer()
+        tokenizer.chat_template = TestChat.TEMPLATE
+        assert read_calibration(file, chat=tokenizer)[:2] == ["<user>a\n\nb<assistant>c", "<user>a<assistant>c"]
+        with pytest.raises(DataError, match=r"line 1: its 'prompt' is of type int, not a text\."):
+            read_calibration(write(tmp_path, "x.jsonl", '{"prompt": 1, "answer": "a"}'))
+
     def test_no_column_of_text(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"no column 'text' among \['a'\]\. Expected an object with a text"):
             read_calibration(write(tmp_path, "x.jsonl", '{"a": 1}'))
+
+    def test_it_is_that_of_the_sources_that_have_it(self, tmp_path: Path) -> None:
+        texts = {"x.txt": "abc", "x.jsonl": '{"body": "xyz", "text": "abc"}', "y.jsonl": '{"text": "def"}'}
+        names = [str(write(tmp_path, name, text)) for name, text in texts.items()]
+        options = CalibrationOptions(names, samples=3, length=3, column="body")
+        assert [spell(row) for row in calibration_windows(LETTERS, options).tolist()] == ["abc", "xyz", "def"]
+        with pytest.raises(DataError, match=r"no column 'bdy' among \['body', 'text'\]"):
+            calibration_windows(LETTERS, replace(options, text=names[1:], column="bdy"))
 
     def test_a_plain_text_has_none(self, tmp_path: Path) -> None:
         for name in (write(tmp_path, "x.txt", "a b"), "demo"):

@@ -20,11 +20,20 @@ from transformers import (
 import secateur.data.windows
 from letters import LETTERS, letter_tokenizer, spell
 from secateur.data.calibration import CalibrationOptions
+from secateur.data.forms import bare, spaced
 from secateur.data.text import demo_texts, read_calibration
 from secateur.data.windows import calibration_windows, digest, held_out_windows, sample_windows
 from secateur.errors import DataError
 
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz", max_size=30)
+SENTENCES = Path(__file__).with_name("sentences.txt")
+
+
+def character_ids(texts: list[str], **_: Any) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=[list(text.encode()) for text in texts])
+
+
+CHARACTERS = cast(PreTrainedTokenizerBase, character_ids)
 
 
 class TestWindows:
@@ -46,26 +55,48 @@ class TestWindows:
         assert all(any(spell(row) in document for document in documents) for row in windows.tolist())
 
     @given(st.integers(1, 9), st.integers(2, 6), st.floats(0, 1, exclude_max=True), st.integers(0, 99))
-    def test_the_last_windows_have_the_same_tokens_in_another_order(
-        self, samples: int, length: int, shuffled: float, seed: int
+    def test_varied_windows_come_after_those_as_written(
+        self, samples: int, length: int, varied: float, seed: int
     ) -> None:
-        text = "the quick brown fox jumps over the lazy dog".replace(" ", "")
-        options = CalibrationOptions(samples=samples, length=length, seed=seed)
-        mixing = replace(options, shuffled=shuffled)
-        plain, mixed = (sample_windows(text, LETTERS, each) for each in (options, mixing))
-        kept = len(mixing.in_order(plain))
-        assert kept == samples - int(samples * shuffled) >= 1
-        assert torch.equal(mixed[:kept], plain[:kept])
-        assert mixed.shape == plain.shape
-        assert torch.equal(mixed[kept:].flatten().sort().values, plain[kept:].flatten().sort().values)
-        assert torch.equal(mixed, sample_windows(text, LETTERS, mixing))
+        options = CalibrationOptions(str(SENTENCES), samples=samples, length=length, seed=seed)
+        mixing = replace(options, varied=varied)
+        plain, mixed = (calibration_windows(CHARACTERS, each) for each in (options, mixing))
+        as_written, bare_ones, spaced_ones, shuffled = mixing.counts(samples)
+        assert as_written == samples - int(samples * varied) >= 1
+        assert max(bare_ones, spaced_ones, shuffled) - min(bare_ones, spaced_ones, shuffled) <= 1
+        assert torch.equal(mixed, calibration_windows(CHARACTERS, mixing))
+        assert torch.equal(mixed[:as_written], plain[:as_written])
+        assert mixing.as_written(mixed).shape == (as_written, length)
+        rows, text = [bytes(row).decode() for row in mixed.tolist()], SENTENCES.read_text()
+        for form, count in ((str, as_written), (bare, bare_ones), (spaced, spaced_ones)):
+            assert all(row in form(text) for row in rows[:count])
+            rows = rows[count:]
+        drawn = plain[as_written : as_written + shuffled].flatten().sort().values
+        assert torch.equal(mixed[samples - shuffled :].flatten().sort().values, drawn)
 
-    def test_tokens_change_places_between_windows_and_scores_see_none_of_it(self) -> None:
-        options = CalibrationOptions(samples=20, length=20, score_samples=15, shuffled=0.5)
-        text = "abcdefghijklmnopqrstuvwxyz" * 9
-        plain, mixed = (sample_windows(text, LETTERS, each) for each in (replace(options, shuffled=0.0), options))
-        assert not any(spell(row) in text for row in mixed[10:].tolist())
+    def test_tokens_change_places_between_windows_and_scores_see_none_of_it(self, tmp_path: Path) -> None:
+        file, text = tmp_path / "text.txt", "abcdefghijklmnopqrstuvwxyz" * 9
+        file.write_text(text)
+        options = CalibrationOptions(str(file), samples=20, length=20, score_samples=15, varied=0.5)
+        plain, mixed = (calibration_windows(LETTERS, each) for each in (replace(options, varied=0.0), options))
+        assert options.counts(20) == [10, 4, 3, 3]
+        assert not any(spell(row) in text for row in mixed[-3:].tolist())
         assert torch.equal(options.scored(mixed), plain[:10])
+
+    @given(st.integers(1, 40), st.sampled_from([1, 2, 3, 0.5]), st.integers(0, 9))
+    def test_sources_take_turns_by_their_weights(
+        self, tmp_path_factory: pytest.TempPathFactory, samples: int, weight: float, seed: int
+    ) -> None:
+        folder = tmp_path_factory.mktemp("texts")
+        for name in "abc":
+            (folder / f"{name}.txt").write_text(name * 99)
+        texts = (f"{folder}/a.txt", f"{folder}/b.txt@{weight}", f"{folder}/c.txt")
+        options = CalibrationOptions(texts, samples=samples, length=3, seed=seed)
+        drawn = [spell(row)[0] for row in calibration_windows(LETTERS, options).tolist()]
+        for name, share in zip("abc", (1, weight, 1), strict=True):
+            assert abs(drawn.count(name) - samples * share / (2 + weight)) < 1
+        more = calibration_windows(LETTERS, replace(options, samples=samples + 5))
+        assert [spell(row)[0] for row in more.tolist()][:samples] == drawn
 
     def test_all_places_are_drawn_before_one_is_drawn_twice(self) -> None:
         windows = sample_windows("abcdefgh", LETTERS, CalibrationOptions(samples=6, length=3))
@@ -150,14 +181,14 @@ class TestWindows:
     def test_held_out_windows_are_at_other_places(self, tmp_path: Path) -> None:
         text = tmp_path / "text.txt"
         text.write_text("abcdefgh")
-        options = CalibrationOptions(str(text), samples=4, length=3, held_out=2, shuffled=0.5)
-        rows = [*options.in_order(calibration_windows(LETTERS, options)), *held_out_windows(LETTERS, options)]
+        options = CalibrationOptions(str(text), samples=4, length=3, held_out=2, varied=0.5)
+        rows = [*options.as_written(calibration_windows(LETTERS, options)), *held_out_windows(LETTERS, options)]
         spelled = [spell(row.tolist()).removeprefix("`") for row in rows]  # of a held-out one, behind the start token
         assert [len(row) for row in rows] == [3, 3, 4, 4]
         assert len(set(spelled)) == 4
         assert all(window in "abcdefgh" for window in spelled)
         with pytest.raises(DataError, match=r"but 7 samples need as many"):
-            held_out_windows(LETTERS, replace(options, held_out=3))
+            held_out_windows(LETTERS, replace(options, held_out=5))
 
     @pytest.mark.demo_model
     def test_the_demo_calibration(self, demo_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -139,7 +139,6 @@ class TestCalibration:
             {"text": "organisation/name"},
             {"text": "self"},
             {"length": 500},
-            {"colour": "green"},
         ],
         ids=str,
     )

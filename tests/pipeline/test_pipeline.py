@@ -107,21 +107,21 @@ def test_every_stage_of_a_run_has_a_bar_and_seconds(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "cut", "samples", "shuffled"),
+    ("preset", "cut", "samples", "varied"),
     [
-        ("best", {}, 256, 0.25),
+        ("best", {}, 256, 0.5),
         ("best", {"choose": "score", "repair": "none"}, 256, 0.0),
-        ("fast", {}, 24, 0.25),
+        ("fast", {}, 24, 0.5),
         ("llm-pruner", {"layers": (0, 2)}, 10, 0.0),
     ],
 )
 def test_the_calibration_is_the_presets(
-    preset: str, cut: dict[str, Any], samples: int, shuffled: float, model: PreTrainedModel, discovery: Discovery
+    preset: str, cut: dict[str, Any], samples: int, varied: float, model: PreTrainedModel, discovery: Discovery
 ) -> None:
     """Repairs look at a share of windows in random order, and where there is none no window is."""
     chosen = recipe("tiny", preset=preset, cut=cut)
     pipeline = Pipeline(chosen, model=model, discovery=discovery)
-    assert pipeline.calibration == replace(chosen.calibration, shuffled=shuffled)
+    assert pipeline.calibration == replace(chosen.calibration, varied=varied)
     assert pipeline.calibration.samples == samples
     assert pipeline.recipe.calibration == pipeline.calibration
 

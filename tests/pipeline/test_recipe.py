@@ -65,7 +65,7 @@ CALIBRATIONS = st.builds(
     column=st.text(min_size=1),
     chat=st.booleans(),
     score_samples=st.none() | st.integers(1, 2**31),
-    shuffled=st.none() | SHARES,
+    varied=st.none() | SHARES,
 )
 LOADING = st.builds(LoadOptions, st.sampled_from(["auto", *DTYPES]), st.text(), trust_remote_code=st.booleans())
 RECIPES = st.builds(PruneRecipe, st.text(), cut=cut_options(), calibration=CALIBRATIONS, loading=LOADING)

@@ -165,10 +165,10 @@ class TestRecord:
     @pytest.mark.parametrize(
         "options",
         [
-            CalibrationOptions("in/rows.jsonl", samples=3, length=20, seed=4, column="body", chat=True, shuffled=0.5),
-            CalibrationOptions("self", samples=3, length=20, seed=4, shuffled=0.0),
+            CalibrationOptions("in/rows.jsonl", samples=3, length=20, seed=4, column="body", chat=True, varied=0.5),
+            CalibrationOptions("self", samples=3, length=20, seed=4, varied=0.0),
         ],
-        ids=lambda options: options.text,
+        ids=lambda options: options.text[0],
     )
     def test_the_calibration(self, options: CalibrationOptions, place: Path) -> None:
         pruned = prune(calibration=options)
@@ -178,7 +178,7 @@ class TestRecord:
         assert (record.calibration, record.seed) == (pruned.plan.scored["calibration"], 4)
         tokens = (
             generate_windows(load("in/tiny", device="cpu"), options)
-            if options.text == "self"
+            if options.generated
             else calibration_windows(load_tokenizer("in/tiny"), options)
         )
         assert record.calibration == digest(tokens)
@@ -190,7 +190,7 @@ class TestRecord:
         made = prune(preset="llm-pruner", cut={"layers": (0, 2)}, calibration=None)
         recorded = made.plan.scored["calibration_options"]
         assert CalibrationOptions(**recorded) == CalibrationOptions(
-            samples=10, length=64, score_samples=None, shuffled=0.0
+            samples=10, length=64, score_samples=None, varied=0.0
         )
 
     def test_scores_of_weights_alone(self, place: Path) -> None:
@@ -219,9 +219,9 @@ class TestRefusals:
             ({"cut": {"ratio": 0.99}}, PlanError, r"ratio=0\.99 leaves"),
             ({"cut": {"layers": (0, 5)}}, PlanError, "layers=0:5 is outside the model: it has layers 0:2"),
             (
-                {"calibration": replace(CALIBRATION, shuffled=0.5), "cut": CHEAP},
+                {"calibration": replace(CALIBRATION, varied=0.5), "cut": CHEAP},
                 PlanError,
-                "shuffled=0.5 is for repair",
+                "varied=0.5 is for repair",
             ),
         ],
         ids=str,

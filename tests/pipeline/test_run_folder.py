@@ -96,8 +96,8 @@ def test_what_repair_alone_sees_does_not_matter(place: Path, monkeypatch: pytest
     text = replace(CALIBRATION, samples=8, score_samples=6)
     plan(text, choose="score", repair="none")
     monkeypatch.setattr(f"{STAGES}.statistics_for", never("scored again"))
-    made = prune(folder="here/run", calibration=replace(text, shuffled=0.25)).plan
-    assert made.scored["calibration_options"]["shuffled"] == 0.25
+    made = prune(folder="here/run", calibration=replace(text, varied=0.25)).plan
+    assert made.scored["calibration_options"]["varied"] == 0.25
     assert len(files(place / "run")) == 1
 
 

@@ -40,13 +40,13 @@ def test_a_ratio_means_the_same_under_every_preset(preset: str) -> None:
     assert with_preset(preset, {"ratio": 0.2, "of": "macs"})[0].of == "macs"
 
 
-@pytest.mark.parametrize(("cut", "shuffled"), [({}, 0.25), ({"choose": "score", "repair": "none"}, 0.0)])
-def test_windows_are_shuffled_where_a_repair_looks_at_them(cut: dict[str, Any], shuffled: float) -> None:
+@pytest.mark.parametrize(("cut", "varied"), [({}, 0.5), ({"choose": "score", "repair": "none"}, 0.0)])
+def test_windows_are_varied_where_a_repair_looks_at_them(cut: dict[str, Any], varied: float) -> None:
     for preset in ("best", "fast"):
         options, calibration = with_preset(preset, cut)
-        assert settled(calibration, options).shuffled == shuffled
-        assert settled(replace(calibration, shuffled=0.0), options).shuffled == 0
-    assert settled(with_preset("best", cut, {"text": "self"})[1], options).shuffled == 0
+        assert settled(calibration, options).varied == varied
+        assert settled(replace(calibration, varied=0.0), options).varied == 0
+    assert settled(with_preset("best", cut, {"text": "self"})[1], options).varied == 0
 
 
 @pytest.mark.parametrize("depth", range(2, 100))

@@ -40,7 +40,7 @@ def mixtures() -> Path:
     (folder / "rows.json").write_text(json.dumps(ROWS))
     for shape in ("uniform", "per-layer"):
         cut: dict[str, Any] = {"ratio": 0.2, "shape": shape, "score": "l2", "repair": "none"}
-        text = CalibrationOptions(str(folder / "text.txt"), 4, 16, shuffled=0.0)
+        text = CalibrationOptions(str(folder / "text.txt"), 4, 16, varied=0.0)
         prune_model(recipe(folder / "dense", cut=cut, calibration=text), folder / shape)
     return folder
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
+from secateur.data.forms import FORMS
+from secateur.data.options import split_weight
 from secateur.errors import DataError, check_least
 
 DEMO = "demo"
@@ -22,8 +26,9 @@ class CalibrationOptions:
     secateur.errors.DataError: samples=0 is too small. Expected at least 1, for example samples=64
     """
 
-    text: str = DEMO
-    """A file, the name of a data set, demo (Python's language reference) or self (text that the model generates)."""
+    text: Sequence[str] = (DEMO,)
+    """Files, names of data sets, demo (Python's language reference) or self (text that the model generates), one or
+    more. FILE@2 gives a source twice the windows of another."""
     samples: int = 256
     """Number of calibration windows."""
     length: int = 256
@@ -38,46 +43,85 @@ class CalibrationOptions:
     """Number of windows besides `samples` on which ways to choose the units are compared."""
     score_samples: int | None = 64
     """Number of windows that scores look at, the first ones; repairs look at all. None: scores look at all, too."""
-    shuffled: float | None = None
-    """Share of the windows, the last ones, whose tokens are shuffled: repairs look at them, scores do not.
-    Default: 0.25 where the cut has a repair, else 0."""
+    varied: float | None = None
+    """Share of the windows, the last ones, in other forms: lower case without punctuation, spaces around punctuation,
+    tokens in random order. Repairs look at them, scores do not. Default: 0.5 where the cut has a repair, else 0."""
 
     def __post_init__(self) -> None:
-        if not self.text:
-            raise DataError("text='' names no text. Expected demo, a file or a data set: CalibrationOptions('demo').")
+        object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))
+        if not self.text or not all(self.names):
+            raise DataError(
+                f"text={','.join(self.text)!r} names no text. Expected demo, a file or a data set: "
+                "CalibrationOptions('demo')."
+            )
         if not self.column:
             raise DataError("column='' names no field. Expected that of the text: CalibrationOptions(column='text').")
-        if self.text == SELF and (self.chat or self.column != COLUMN):
-            raise DataError(
-                f"column={self.column!r} and chat={self.chat} are about documents, and {SELF!r} is what the model "
-                f"generates. Leave them out: CalibrationOptions({SELF!r})."
-            )
+        if SELF in self.names:
+            self._check_self()
         # A window of one token predicts nothing.
         limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "held_out": (1, 8), "score_samples": (1, 64)}
         for name, (least, example) in limits.items():
             check_least(DataError, name, getattr(self, name), least, example)
-        if self.shuffled is not None and not 0 <= self.shuffled < 1:
+        if self.varied is not None and not 0 <= self.varied < 1:
             raise DataError(
-                f"shuffled={self.shuffled:g} is no share of the windows that leaves some as they are. Expected at "
-                "least 0 and less than 1: CalibrationOptions(shuffled=0.25)."
+                f"varied={self.varied:g} is no share of the windows that leaves some as they are. Expected at least 0 "
+                "and less than 1: CalibrationOptions(varied=0.5)."
             )
 
-    def in_order(self, windows: Tensor) -> Tensor:
-        """Those of the windows (int64, samples x length) whose tokens are in the order of the text."""
-        return windows[: self._in_order(len(windows))]
+    def _check_self(self) -> None:
+        alone = f"Leave them out: CalibrationOptions({SELF!r})."
+        if self.chat or self.column != COLUMN:
+            raise DataError(
+                f"column={self.column!r} and chat={self.chat} are about documents, and {SELF!r} is what the model "
+                f"generates. {alone}"
+            )
+        if len(self.text) > 1:
+            raise DataError(f"text={','.join(self.text)!r}: {SELF!r} is generated, and stands alone. {alone}")
+        if self.varied:
+            raise DataError(f"varied={self.varied:g} is for texts that are read, and {SELF!r} is generated. {alone}")
+
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """The sources and their weights."""
+        return [(name, 1.0 if weight is None else weight) for name, weight in map(split_weight, self.text)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources without their weights."""
+        return tuple(name for name, _ in self.sources)
+
+    @property
+    def generated(self) -> bool:
+        """Whether the model writes the windows."""
+        return self.names == (SELF,)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, of which `build_known` makes the options again."""
+        return {**asdict(self), "text": list(self.text)}
+
+    def counts(self, windows: int) -> list[int]:
+        """Of so many windows, how many are as the text has them, in each of `FORMS`, and in random order.
+
+        >>> CalibrationOptions(varied=0.5).counts(256)
+        [128, 43, 43, 42]
+        """
+        varied, kinds = int(windows * (self.varied or 0)), len(FORMS) + 1
+        each = [(varied + kind) // kinds for kind in range(kinds)]
+        return [windows - varied, *reversed(each)]
+
+    def as_written(self, windows: Tensor) -> Tensor:
+        """Those of the windows (int64, samples x length) that are as the text has them."""
+        return windows[: self.counts(len(windows))[0]]
 
     def scored(self, windows: Tensor) -> Tensor:
         """Those of the windows that scores look at."""
-        return self.in_order(windows)[: self.score_samples]
+        return self.as_written(windows)[: self.score_samples]
 
     def as_scored(self) -> CalibrationOptions:
         """The same options without what only repairs look at, under which statistics for scores can be saved.
 
-        >>> [CalibrationOptions(samples=8, score_samples=n, shuffled=0.25).as_scored().shuffled for n in (6, 7)]
+        >>> [CalibrationOptions(samples=8, score_samples=n, varied=0.25).as_scored().varied for n in (6, 7)]
         [0.0, 0.25]
         """
-        unaffected = self.score_samples is not None and self.score_samples <= self._in_order(self.samples)
-        return replace(self, held_out=1, shuffled=0.0 if unaffected else self.shuffled)
-
-    def _in_order(self, windows: int) -> int:
-        return windows - int(windows * (self.shuffled or 0))
+        unaffected = self.score_samples is not None and self.score_samples <= self.counts(self.samples)[0]
+        return replace(self, held_out=1, varied=0.0 if unaffected else self.varied)

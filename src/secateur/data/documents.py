@@ -17,6 +17,11 @@ from typing import Any
 from secateur.data.calibration import DEMO
 from secateur.errors import DataError, check_installed, one_line
 
+# Names of the fields in Alpaca's, Dolly's and other data sets; the first that a row has is read.
+INSTRUCTION_FIELDS = ("instruction", "prompt", "question")
+INPUT_FIELDS = ("input", "context")
+ANSWER_FIELDS = ("output", "response", "completion", "answer")
+
 
 def read_documents(name_or_path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a `.jsonl`, `.json` or `.parquet` file or of a data set, each with the place where it stands.
@@ -44,6 +49,29 @@ def holds_documents(name_or_path: str | Path) -> bool:
     (True, False, True)
     """
     return is_data_set(name_or_path) or Path(name_or_path).suffix.lower() in (".jsonl", ".json", ".parquet")
+
+
+def first_field(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first of these fields that a row has."""
+    return next((name for name in names if name in row), None)
+
+
+def instruction_fields(row: Mapping[str, Any]) -> tuple[str, str | None, str] | None:
+    """The fields of a row's instruction, its input and its answer; None for a row of another kind.
+
+    >>> instruction_fields({"prompt": "2 + 2 =", "response": "4"})
+    ('prompt', None, 'response')
+    """
+    instruction, answer = first_field(row, INSTRUCTION_FIELDS), first_field(row, ANSWER_FIELDS)
+    return None if instruction is None or answer is None else (instruction, first_field(row, INPUT_FIELDS), answer)
+
+
+def string_in(row: Mapping[str, Any], name: str | None, where: str) -> str:
+    """A field of a row as a string; without a name, or where it is null, the empty one."""
+    value = None if name is None else row[name]
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: its {name!r} is of type {type(value).__name__}, not a text. Expected a string.")
+    return value or ""
 
 
 def is_data_set(name_or_path: str | Path) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.data.calibration import DEMO, SELF, CalibrationOptions
-from secateur.data.windows import shuffle_last
 from secateur.errors import DataError, SecateurError, one_line
 from secateur.models.config import check_positions
 from secateur.models.silence import quiet
@@ -53,7 +52,7 @@ def generate_windows(
             batches.append(_generate(any_model, start, sampling))
             if progress is not None:
                 progress(first + count, options.samples)
-    return shuffle_last(torch.cat(batches), options)
+    return torch.cat(batches)
 
 
 def _generate(model: Any, start: Tensor, sampling: GenerationConfig) -> Tensor:

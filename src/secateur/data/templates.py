@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.calibration import COLUMN, DEMO
-from secateur.data.documents import holds_documents, read_documents
+from secateur.data.documents import first_field, holds_documents, instruction_fields, read_documents, string_in
 from secateur.data.options import DataOptions
 from secateur.data.text import MESSAGES, in_template, read_calibration
 from secateur.errors import DataError
@@ -24,10 +24,6 @@ ALPACA_WITH_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# Names of the fields in Alpaca's, Dolly's and other data sets; the first that a row has is read.
-INSTRUCTION_FIELDS = ("instruction", "prompt", "question")
-INPUT_FIELDS = ("input", "context")
-ANSWER_FIELDS = ("output", "response", "completion", "answer")
 MESSAGE_FIELDS = (MESSAGES, "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}  # other roles stay as they are
 ASSISTANT = "assistant"
@@ -69,28 +65,15 @@ def _format_row(
         if options.column not in row:
             raise DataError(f"{where}: no column {options.column!r} among {sorted(row)}. Name one of them: --column.")
         return _format_column(row[options.column], options.column, where, tokenizer, options)
-    instruction, answer = _first_field(row, INSTRUCTION_FIELDS), _first_field(row, ANSWER_FIELDS)
-    if instruction is not None and answer is not None:
-        fields = (instruction, _first_field(row, INPUT_FIELDS), answer)
-        return _format_instruction([_string(row, name, where) for name in fields], where, tokenizer, options)
-    column = _first_field(row, (*MESSAGE_FIELDS, COLUMN))
+    if fields := instruction_fields(row):
+        return _format_instruction([string_in(row, name, where) for name in fields], where, tokenizer, options)
+    column = first_field(row, (*MESSAGE_FIELDS, COLUMN))
     if column is None:
         raise DataError(
             f"{where}: no fields to train on among {sorted(row)}. Expected instruction and output (or response), "
             "messages, or text; a field of another name is read with --column NAME."
         )
     return _format_column(row[column], column, where, tokenizer, options)
-
-
-def _first_field(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in row), None)
-
-
-def _string(row: Mapping[str, Any], name: str | None, where: str) -> str:
-    value = None if name is None else row[name]
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: its {name!r} is of type {type(value).__name__}, not a text. Expected a string.")
-    return value or ""
 
 
 def _format_column(

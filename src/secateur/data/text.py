@@ -14,7 +14,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.calibration import COLUMN, DEMO, SELF
-from secateur.data.documents import decoded, existing_file, holds_documents, read_documents
+from secateur.data.documents import (
+    decoded,
+    existing_file,
+    holds_documents,
+    instruction_fields,
+    read_documents,
+    string_in,
+)
 from secateur.data.overlap import word_runs
 from secateur.errors import DataError, one_line
 
@@ -82,7 +89,8 @@ def read_calibration(
 
     `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents, or a data set on
     the hub (its split `train`), is a list of them, read up to `MAX_CHARACTERS`. A document's text is its field
-    `column`: a string, or utterances (a list of strings), which newlines join.
+    `column`: a string, or utterances (a list of strings), which newlines join. Where there is no `text`, an
+    instruction, its input and the answer are one text, with a blank line between them.
 
     With a tokenizer as `chat`, every document is put into its chat template: a text as one message of the user,
     utterances as messages of user and assistant in turns, and a list of messages (`role` and `content`) as it is;
@@ -134,6 +142,11 @@ def _text_of(row: Mapping[str, Any], where: str, column: str, chat: PreTrainedTo
     """The text of one document, in the chat template if there is to be one."""
     if chat is not None and column == COLUMN and MESSAGES in row:
         column = MESSAGES
+    fields = instruction_fields(row) if column == COLUMN and column not in row else None
+    if fields is not None:
+        instruction, more, answer = (string_in(row, name, where) for name in fields)
+        turns = ["\n\n".join(filter(None, (instruction, more))), answer]
+        return "\n\n".join(turns) if chat is None else in_template(turns, where, chat)
     if column not in row:
         texts = [name for name, value in row.items() if isinstance(value, str) or (value and _is_dialogue(value))]
         remedy = 'Expected an object with a text: {"text": "..."}.'

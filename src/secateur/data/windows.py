@@ -13,18 +13,32 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.calibration import CalibrationOptions
+from secateur.data.calibration import COLUMN, DEMO, CalibrationOptions
+from secateur.data.documents import holds_documents, read_documents
+from secateur.data.forms import FORMS
 from secateur.data.text import MAX_CHARACTERS, read_calibration
 from secateur.errors import DataError
 
+OTHER_SEED = 1_000_003  # between the seeds of two forms: the same number draws other places
+
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
-    """Read the text that the options name and take their windows of it; returns int64 ids, samples x length.
+    """Read the texts that the options name and take windows of them; returns int64 ids, samples x length.
 
-    Raises `DataError` as `read_calibration` and `sample_windows` do.
+    The sources take turns by their weights. First come the windows that are as the texts have them, then those of each
+    of `FORMS`, then those whose tokens are in random order. Raises `DataError` as `read_calibration` and
+    `sample_windows` do.
     """
-    text = read_calibration(options.text, column=options.column, chat=tokenizer if options.chat else None)
-    return sample_windows(text, tokenizer, options)
+    texts = _read(tokenizer, options)
+    as_written, *in_forms, shuffled = options.counts(options.samples)
+    windows = _in_turns(texts, tokenizer, replace(options, samples=as_written + shuffled))
+    parts = [windows[:as_written]]
+    for number, (form, count) in enumerate(zip(FORMS.values(), in_forms, strict=True), start=1):
+        if count:
+            changed = [form(text) if isinstance(text, str) else [*map(form, text)] for text in texts]
+            seed = options.seed + number * OTHER_SEED
+            parts.append(_in_turns(changed, tokenizer, replace(options, samples=count, seed=seed)))
+    return torch.cat([*parts, _shuffled(windows[as_written:], options.seed)])
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -38,13 +52,48 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
-    """`options.held_out` more windows of the text, in its order, each behind the start tokens: as the model is served.
+    """`options.held_out` more windows of the texts, as written, each behind the start tokens: as the model is served.
 
-    Raises `DataError` where the text has no other places, and as `calibration_windows` does.
+    Raises `DataError` where the texts have no other places, and as `calibration_windows` does.
     """
-    more = replace(options, samples=options.samples + options.held_out, shuffled=0.0)
-    windows = calibration_windows(tokenizer, more)[options.samples :]
+    as_written, *_, shuffled = options.counts(options.samples)
+    more = replace(options, samples=as_written + shuffled + options.held_out)
+    windows = _in_turns(_read(tokenizer, options), tokenizer, more)[as_written + shuffled :]
     return torch.cat([start_tokens(tokenizer).expand(len(windows), -1), windows], dim=1)
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> list[str | list[str]]:
+    """The texts; of several, a column is for those that have it."""
+    chat, names, column = tokenizer if options.chat else None, options.names, options.column
+    having = [name for name in names if len(names) > 1 and _has(name, column)] or names
+    columns = [column if name in having else COLUMN for name in names]
+    return [read_calibration(name, column=column, chat=chat) for name, column in zip(names, columns, strict=True)]
+
+
+def _has(name: str, column: str) -> bool:
+    return (
+        name != DEMO
+        and holds_documents(name)
+        and any(column in row for _, row in itertools.islice(read_documents(name), 1))
+    )
+
+
+def _in_turns(
+    texts: Sequence[str | list[str]], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> Tensor:
+    """Windows of each text in proportion to its weight, as evenly as can be: more samples begin with the same ones."""
+    weights = [weight for _, weight in options.sources]
+    owed, turns = [0.0] * len(weights), list[int]()
+    for _ in range(options.samples):
+        owed = [due + weight / sum(weights) for due, weight in zip(owed, weights, strict=True)]
+        turns.append(owed.index(max(owed)))
+        owed[turns[-1]] -= 1
+    windows = torch.empty(options.samples, options.length, dtype=torch.int64)
+    for number, text in enumerate(texts):
+        places = [place for place, turn in enumerate(turns) if turn == number]
+        if places:
+            windows[places] = sample_windows(text, tokenizer, replace(options, samples=len(places)))
+    return windows
 
 
 def sample_windows(
@@ -54,8 +103,8 @@ def sample_windows(
 
     In one text every place is equally likely. Of documents, first a document that is long enough is drawn and then a
     place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
-    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. The last
-    `options.shuffled` of them are shuffled. Raises `DataError` when the text has fewer places than samples.
+    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. Raises
+    `DataError` when the text has fewer places than samples.
 
     >>> from types import SimpleNamespace
     >>> def letters(texts, **_):
@@ -75,7 +124,7 @@ def sample_windows(
         )
     places = _drawn_places([len(ids) for ids in usable], options)
     windows = [usable[document][start : start + options.length] for document, start in places]
-    return shuffle_last(torch.tensor(windows, dtype=torch.int64), options)
+    return torch.tensor(windows, dtype=torch.int64)
 
 
 def _drawn_places(sizes: Sequence[int], options: CalibrationOptions) -> list[tuple[int, int]]:
@@ -101,16 +150,10 @@ def _drawn_places(sizes: Sequence[int], options: CalibrationOptions) -> list[tup
     return list(drawn)
 
 
-def shuffle_last(windows: Tensor, options: CalibrationOptions) -> Tensor:
-    """The same windows, the tokens of the last `options.shuffled` of them, together, in random order.
-
-    >>> shuffle_last(torch.arange(6).view(3, 2), CalibrationOptions(shuffled=0.5)).tolist()
-    [[0, 1], [2, 3], [4, 5]]
-    """
-    in_order = options.in_order(windows)
-    tokens = windows[len(in_order) :].flatten()
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))
-    return torch.cat([in_order, tokens[order].view(-1, windows.shape[1])])
+def _shuffled(windows: Tensor, seed: int) -> Tensor:
+    """The tokens of all windows together, in random order."""
+    order = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(seed))
+    return windows.flatten()[order].view_as(windows)
 
 
 def digest(tokens: Tensor) -> str:

@@ -18,6 +18,7 @@ from secateur.data.options import DataOptions
 from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.training_data import read_training_data
 from secateur.data.windows import calibration_windows, digest
+from secateur.decoding import build_known
 from secateur.errors import DataError
 from secateur.evaluation.texts import decode, decode_rows
 
@@ -57,16 +58,18 @@ def warn_of_overlap(
 
 def _calibration(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> Seen | None:
     about = record.get("calibration_options")
-    if about is None or not _is_local(about["text"]):
+    if about is None:
         return None
-    options = CalibrationOptions(**about)
+    options = build_known(CalibrationOptions, about)
+    if not all(map(_is_local, options.names)):
+        return None
     windows = calibration_windows(tokenizer, options)
     if record["calibration"] == digest(options.scored(windows)):
         windows = options.scored(windows)  # nothing was repaired
     elif record["calibration"] != digest(windows):
-        raise DataError(f"{about['text']} gives other tokens")
-    pieces = [decode(tokenizer, ids) for ids in options.in_order(windows).tolist()]
-    return f"its calibration windows, from {about['text']}", "calibrate", pieces
+        raise DataError(f"{', '.join(options.names)} gives other tokens")
+    pieces = [decode(tokenizer, ids) for ids in options.as_written(windows).tolist()]
+    return f"its calibration windows, from {', '.join(options.names)}", "calibrate", pieces
 
 
 def _training(tokenizer: PreTrainedTokenizerBase, recovery: Mapping[str, Any]) -> Seen | None:

@@ -221,7 +221,7 @@ class StatisticsFolder:
 
 def _about(model: str, calibration: CalibrationOptions, loading: LoadOptions) -> list[Any]:
     """What statistics depend on."""
-    states = [_stamp(resolve(model).path or model), _stamp(calibration.text)]
+    states = [_stamp(resolve(model).path or model), *map(_stamp, calibration.names)]
     return [*states, asdict(calibration), asdict(loading), __version__, torch.__version__]
 
 

@@ -8,7 +8,7 @@ Started as several processes (by `accelerate launch`), all score, each its share
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -20,9 +20,10 @@ from secateur.checkpoint.formats import check_saveable
 from secateur.checkpoint.record import PLAN_FILE, make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
-from secateur.data.calibration import SELF, CalibrationOptions
+from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
 from secateur.data.windows import calibration_windows, digest, held_out_windows
+from secateur.decoding import build_known
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
@@ -120,7 +121,7 @@ class Pipeline:
             given = fitted(given, discovery, self.config, trust_remote_code=self.trust)
             options = given.options
             if given.scored.get("calibration_options"):
-                calibration = CalibrationOptions(**given.scored["calibration_options"])
+                calibration = build_known(CalibrationOptions, given.scored["calibration_options"])
         else:
             if options.shape == "per-layer" and is_custom(self.config):  # only what its config can say
                 options = replace(options, shape="uniform")
@@ -152,7 +153,7 @@ class Pipeline:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
             check_positions(self.config, self.calibration.length)
-            if self.calibration.text != SELF:
+            if not self.calibration.generated:
                 self._windows = calibration_windows(self.tokenizer, self.calibration)
             else:
                 self._windows = self.cache.load_windows()
@@ -247,7 +248,7 @@ class Pipeline:
         found = self.cache.load_repair(decided)
         if found is None:
             model, windows, how = at.model or self.model, self.windows(), at.options.repair
-            about = {"calibration": digest(windows), "calibration_options": asdict(self.calibration)}
+            about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             inputs = model, decided, at.discovery, windows
             with self.clock.stage(self._title("repair", at)) as progress:
                 if at.options.choose == "held-out":

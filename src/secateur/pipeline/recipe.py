@@ -101,10 +101,10 @@ def prune_recipe(
 def _as_given(cut: Mapping[str, Any], calibration: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of a recipe that was written with a folder, without those that followed from the others."""
     options = CutOptions(**cut)
-    usual, shuffled = automatic(options), settled(CalibrationOptions(), options).shuffled
+    usual, varied = automatic(options), settled(CalibrationOptions(), options).varied
     return (
         {name: value for name, value in cut.items() if value != usual.get(name)},
-        {name: value for name, value in calibration.items() if (name, value) != ("shuffled", shuffled)},
+        {name: value for name, value in calibration.items() if (name, value) != ("varied", varied)},
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from secateur.data.calibration import SELF, CalibrationOptions
+from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.decoding import check_choices
 from secateur.errors import PlanError, ScoreError, check_known, check_least
 from secateur.scoring.registry import SCORES
@@ -31,7 +31,7 @@ AXES: dict[str, tuple[str, ...]] = {  # axis -> the kinds of group that it cuts
     "layers": ("layer",),
 }
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-SHUFFLED = 0.25  # of the windows that repair sees; measured in docs/research.md
+VARIED = 0.5  # of the windows that repair sees; measured in docs/research.md
 ALONE = ("hidden", "layers")  # axes that run through all layers: each is cut in a run of its own
 
 
@@ -220,7 +220,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 # Windows that the model writes itself: fewer and shorter, for writing them takes as long as the rest.
-WRITTEN = {"samples": 64, "length": 128, "score_samples": None, "shuffled": 0.0}
+WRITTEN = {"samples": 64, "length": 128, "score_samples": None, "varied": 0.0}
 
 
 def with_preset(
@@ -246,31 +246,31 @@ def with_preset(
         for inside in ("layers", "score"):
             preset.pop(inside, None)
     usual = dict(PRESETS[name]["calibration"])
-    if calibration.get("text") == SELF:
+    if CalibrationOptions(calibration.get("text", DEMO)).generated:
         usual = {**WRITTEN, **{key: min(value, WRITTEN[key]) for key, value in usual.items() if key == "samples"}}
     return CutOptions(**{**preset, **cut}), CalibrationOptions(**{**usual, **calibration})
 
 
 def settled(calibration: CalibrationOptions, options: CutOptions) -> CalibrationOptions:
-    """The calibration with its share of shuffled windows filled in: a quarter where the cut has a repair.
+    """The calibration with its share of varied windows filled in: half where the cut has a repair.
 
     Raises `PlanError` where a share is given and no repair looks at it.
 
-    >>> settled(CalibrationOptions(), CutOptions()).shuffled
-    0.25
-    >>> settled(CalibrationOptions(shuffled=0.5), CutOptions(repair="none", choose="score"))
+    >>> settled(CalibrationOptions(), CutOptions()).varied
+    0.5
+    >>> settled(CalibrationOptions(varied=0.5), CutOptions(repair="none", choose="score"))
     Traceback (most recent call last):
-    secateur.errors.PlanError: shuffled=0.5 is for repair, and repair=none does without: leave it out, or use ...
+    secateur.errors.PlanError: varied=0.5 is for repair, and repair=none does without: leave it out, or use ...
     """
-    if options.choose == "held-out" and calibration.text == SELF:
+    if options.choose == "held-out" and calibration.generated:
         raise PlanError(
             f"choose=held-out needs windows of a text that repair has not seen, and text={SELF} has no more"
         )
-    if calibration.shuffled is None:
-        return replace(calibration, shuffled=SHUFFLED if options.repairs else 0.0)
-    if calibration.shuffled and not options.repairs:
+    if calibration.varied is None:
+        return replace(calibration, varied=VARIED if options.repairs and not calibration.generated else 0.0)
+    if calibration.varied and not options.repairs:
         raise PlanError(
-            f"shuffled={calibration.shuffled:g} is for repair, and repair=none does without: leave it out, or use "
+            f"varied={calibration.varied:g} is for repair, and repair=none does without: leave it out, or use "
             "repair=least-squares, as preset=best does"
         )
     return calibration

@@ -263,7 +263,7 @@ def _provenance(search: SizeSearch, draft: Plan) -> dict[str, Any]:
         "reduce": scores.reduce,
         "seed": scores.seed,
         "calibration": scores.calibration,
-        "calibration_options": None if scores.options is None else asdict(scores.options),
+        "calibration_options": None if scores.options is None else scores.options.to_json(),
         "loss": scores.loss,
         **rounding_cost(search, draft.sizes.sizes),
     }

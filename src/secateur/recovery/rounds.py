@@ -92,7 +92,7 @@ def recover_in_rounds(
     taught = replace(recipe, teacher=recipe.teacher or recipe.model)
     setup = prepare(taught, out, overwrite=run.overwrite, clock=clock)
     setup = replace(setup, recipe=recipe)
-    key = setup.key(rounds.calibration.text, asdict(whole))
+    key = setup.key(rounds.calibration.names, asdict(whole))
     with work_folder(out, key, resume=run.resume) as work:
         resumed = has_begun(work)
         processes.wait()

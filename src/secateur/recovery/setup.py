@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ class TrainingSetup:
             group_by_length=self.recipe.data.group_by_length,
         )
 
-    def key(self, text: str | None = None, cut: Any = None) -> str:
-        """What the training depends on, as a hash; in rounds, the calibration text and the whole cut as well."""
+    def key(self, texts: Sequence[str] = (), cut: Any = None) -> str:
+        """What the training depends on, as a hash; in rounds, the calibration texts and the whole cut as well."""
         held_out = [(name, digest(ids_T)) for name, ids_T in sorted(self.held_out.items())]
-        paths = [self.recipe.model, *self.recipe.data.source_names, self.teacher, text]
+        paths = [self.recipe.model, *self.recipe.data.source_names, self.teacher, *texts]
         about = [asdict(self.recipe), asdict(self.options), self.bf16, held_out, cut]
         return recovery_key([path for path in paths if path is not None], about)
 

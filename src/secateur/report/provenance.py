@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, read_record
+from secateur.data.calibration import CalibrationOptions
+from secateur.decoding import build_known
 from secateur.errors import CheckpointError
 from secateur.models.manifest import WEIGHTS, read_manifest
 from secateur.report.content import Cell, Section, Table
@@ -36,7 +38,8 @@ def _hashes(run: Run) -> Iterator[str | Table]:
         about = cut.scored.get("calibration_options")
         if isinstance(digest := cut.scored.get("calibration"), str) and isinstance(about, dict):
             windows = f"{about.get('samples')} windows of {about.get('length')} tokens, seed {about.get('seed')}"
-            inputs[f"calibration tokens: {about.get('text')}, {windows}", digest] = None
+            texts = ", ".join(build_known(CalibrationOptions, about).text)
+            inputs[f"calibration tokens: {texts}, {windows}", digest] = None
     folders: list[str | Table] = []
     for model in run.models:
         if model.role in ("pruned", "recovered") and " + " not in model.name:

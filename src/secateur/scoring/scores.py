@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.calibration import SELF, CalibrationOptions
+from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
 from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
@@ -77,10 +77,10 @@ def score(
     options = calibration or CalibrationOptions()
     from_text = calibration is not None or windows is None  # whether the options say where the windows are from
     if SCORES[name].needs != "weights":
-        if windows is None and tokenizer is None and options.text != SELF:
+        if windows is None and tokenizer is None and not options.generated:
             raise ScoreError(f"score {name} needs calibration text: give a tokenizer, or windows of token ids")
         check_positions(model.config, options.length if windows is None else windows.shape[1])
-        if windows is None and options.text == SELF:
+        if windows is None and options.generated:
             windows = generate_windows(model, options, progress=progress)
         elif windows is None and tokenizer is not None:
             windows = calibration_windows(tokenizer, options)
