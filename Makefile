@@ -14,6 +14,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 # every build unless told not to.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# Calibration text of the benchmarks: the web, encyclopaedic passages, a novel.
+MIX = --calibration $(DATA)/calib/c4_first1000.jsonl@2 --calibration $(DATA)/instruct/dolly_3k.json@2 --column input \
+	--calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow check docs bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
 
@@ -51,7 +55,7 @@ bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain l
 bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=FOLDER; writes README's and docs' table and picture; resumes
 	$(if $(DATA),,$(error bench-quality: give the folder of the texts, for example make bench-quality DATA=data))
 	@mkdir -p runs
-	$(BIN)/python benchmarks/quality.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json --write $(QUALITY)
+	$(BIN)/python benchmarks/quality.py $(MIX) --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json --write $(QUALITY)
 	$(BIN)/python benchmarks/quality_plot.py
 	$(BIN)/python benchmarks/second_family.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
 

@@ -1,6 +1,6 @@
 """What a cut costs without any training: our presets, LLM-Pruner's recipe and the peers' methods on one model.
 
-    python benchmarks/quality.py --calibration FILE --text NAME=FILE... [--ratios 0.2,0.5] [--rows a,b] [--seeds 0,1,2]
+    python benchmarks/quality.py --calibration FILE... --text NAME=FILE... [--ratios 0.2,0.5] [--rows a,b] [--seeds 0,1,2]
 
 Every row cuts the demo model by the same share of its non-embedding parameters, then measures the damage on every
 text in windows of 128 and 1024 tokens: ln(perplexity cut / perplexity dense), in nats per token. The calibration text
@@ -40,6 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quality_table import DENSE, SETTINGS, Key, TableError, missing, table, write_tables
 from secateur import __version__
+from secateur.data.calibration import COLUMN
 from secateur.data.windows import calibration_windows, digest, held_out_windows
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
@@ -100,9 +101,9 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, reconstruct": Row("and every layer trained to the dense one", replace(best, repair="reconstruct")),
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two iterations": Row("plan, cut, repair, score again", replace(best, iterations=2)),
-        "best, longer windows": Row("as many tokens, in windows of 512", best, samples=128, length=512),
+        "best, longer windows": Row("as many tokens, in windows of 512", best, samples=64, length=512),
         "best, held-out": Row("the better of two choices of units", replace(best, choose="held-out")),
-        "best, in order": Row("ablation: no text in random order", best, varied=0.0),
+        "best, in order": Row("ablation: the text as it is written", best, varied=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
             "its recipe: heads and MLP of the middle layers", replace(paper, score="param_first"), preset="llm-pruner"
@@ -167,7 +168,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": arguments.tokens,
         "dtype": arguments.dtype,
         "samples": arguments.samples,
-        "calibration": Path(arguments.calibration).name,
+        "calibration": " + ".join(Path(text).name for text in arguments.calibration),
         "texts": [text.partition("=")[0] for text in arguments.text],
     }
 
@@ -179,7 +180,13 @@ def cut(
     options = row.options
     discovery = discover(model)
     samples = arguments.samples or row.samples
-    given = {"text": arguments.calibration, "seed": seed, "samples": samples, "length": row.length}
+    given = {
+        "text": arguments.calibration,
+        "column": arguments.column,
+        "seed": seed,
+        "samples": samples,
+        "length": row.length,
+    }
     text = with_preset(row.preset, {}, {name: value for name, value in given.items() if value is not None})[1]
     text = settled(text if row.varied is None else replace(text, varied=row.varied), options)
     windows = calibration_windows(tokenizer, text)
@@ -276,7 +283,8 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure one row, or all that are missing; write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--calibration", help="a text file, jsonl or parquet")
+    parser.add_argument("--calibration", action="append", metavar="FILE[@WEIGHT]", help="text, jsonl, json or parquet")
+    parser.add_argument("--column", default=COLUMN, help="the field of those files that have it")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--ratios", default=[0.2, 0.5], type=lambda text: [float(x) for x in text.split(",")])
     parser.add_argument("--rows", default=None, type=lambda text: [x.strip() for x in text.split(";")])

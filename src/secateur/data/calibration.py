@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.data.forms import FORMS
@@ -29,7 +30,7 @@ class CalibrationOptions:
     text: Sequence[str] = (DEMO,)
     """Files, names of data sets, demo (Python's language reference) or self (text that the model generates), one or
     more. FILE@2 gives a source twice the windows of another."""
-    samples: int = 256
+    samples: int = 128
     """Number of calibration windows."""
     length: int = 256
     """Tokens per window."""
@@ -45,7 +46,10 @@ class CalibrationOptions:
     """Number of windows that scores look at, the first ones; repairs look at all. None: scores look at all, too."""
     varied: float | None = None
     """Share of the windows, the last ones, in other forms: lower case without punctuation, spaces around punctuation,
-    tokens in random order. Repairs look at them, scores do not. Default: 0.5 where the cut has a repair, else 0."""
+    tokens in random order. Repairs look at them, scores do not. Default: 0.375 where the cut has a repair, else 0."""
+    copied: float | None = None
+    """Share of the windows of scores, the last ones, with half of their tokens, in random order, twice: what heads that
+    copy are worth shows there. Default: 0.125 for the score fisher, else 0."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))
@@ -62,11 +66,13 @@ class CalibrationOptions:
         limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "held_out": (1, 8), "score_samples": (1, 64)}
         for name, (least, example) in limits.items():
             check_least(DataError, name, getattr(self, name), least, example)
-        if self.varied is not None and not 0 <= self.varied < 1:
-            raise DataError(
-                f"varied={self.varied:g} is no share of the windows that leaves some as they are. Expected at least 0 "
-                "and less than 1: CalibrationOptions(varied=0.5)."
-            )
+        for name, usual in (("varied", 0.375), ("copied", 0.125)):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise DataError(
+                    f"{name}={share:g} is no share of the windows that leaves some as they are. Expected at least 0 "
+                    f"and less than 1: CalibrationOptions({name}={usual})."
+                )
 
     def _check_self(self) -> None:
         alone = f"Leave them out: CalibrationOptions({SELF!r})."
@@ -114,8 +120,11 @@ class CalibrationOptions:
         return windows[: self.counts(len(windows))[0]]
 
     def scored(self, windows: Tensor) -> Tensor:
-        """Those of the windows that scores look at."""
-        return self.as_written(windows)[: self.score_samples]
+        """Those of the windows that scores look at, the last of them copied."""
+        windows = self.as_written(windows)[: self.score_samples]
+        as_written = len(windows) - int(len(windows) * (self.copied or 0))
+        half = shuffled(windows[as_written:], self.seed)[:, : windows.shape[1] // 2]
+        return torch.cat([windows[:as_written], half.repeat(1, 3)[:, : windows.shape[1]]])
 
     def as_scored(self) -> CalibrationOptions:
         """The same options without what only repairs look at, under which statistics for scores can be saved.
@@ -125,3 +134,13 @@ class CalibrationOptions:
         """
         unaffected = self.score_samples is not None and self.score_samples <= self.counts(self.samples)[0]
         return replace(self, held_out=1, varied=0.0 if unaffected else self.varied)
+
+
+def shuffled(windows: Tensor, seed: int) -> Tensor:
+    """The tokens of all windows (int64, samples x length) together, in random order.
+
+    >>> shuffled(torch.arange(6).view(2, 3), seed=0).flatten().sort().values
+    tensor([0, 1, 2, 3, 4, 5])
+    """
+    order = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(seed))
+    return windows.flatten()[order].view_as(windows)

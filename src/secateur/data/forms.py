@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping
 _CLITICS = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))\b", re.IGNORECASE)
 _NUMBERS = re.compile(r"\d[\d.,]*")
 _PUNCTUATION = re.compile(r"([^\w\s'\u2019])")
+_SENTENCES = re.compile(r"[.!?]\s+")
 _BLANKS = re.compile(r"[ \t]+")
 
 
 def bare(text: str) -> str:
-    """In lower case, without punctuation, every number an N: transcripts, notes, old corpora.
+    r"""In lower case, without punctuation, every number an N, every sentence a paragraph: transcripts, old corpora.
 
-    >>> bare("It's 9,000 km away, isn't it?")
-    "it 's N km away is n't it "
+    >>> bare("It's 9,000 km away. Isn't it?")
+    "it 's N km away\\n\\nis n't it "
     """
-    split = _CLITICS.sub(r" \1", text.lower())
-    return _BLANKS.sub(" ", _PUNCTUATION.sub(" ", _NUMBERS.sub("N", split)))
+    lines = _SENTENCES.sub("\n\n", _CLITICS.sub(r" \1", text.lower()))
+    return _BLANKS.sub(" ", _PUNCTUATION.sub(" ", _NUMBERS.sub("N", lines)))
 
 
 def spaced(text: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.calibration import COLUMN, DEMO, CalibrationOptions
+from secateur.data.calibration import COLUMN, DEMO, CalibrationOptions, shuffled
 from secateur.data.documents import holds_documents, read_documents
 from secateur.data.forms import FORMS
 from secateur.data.text import MAX_CHARACTERS, read_calibration
@@ -30,15 +30,15 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: Calibration
     `sample_windows` do.
     """
     texts = _read(tokenizer, options)
-    as_written, *in_forms, shuffled = options.counts(options.samples)
-    windows = _in_turns(texts, tokenizer, replace(options, samples=as_written + shuffled))
+    as_written, *in_forms, unordered = options.counts(options.samples)
+    windows = _in_turns(texts, tokenizer, replace(options, samples=as_written + unordered))
     parts = [windows[:as_written]]
     for number, (form, count) in enumerate(zip(FORMS.values(), in_forms, strict=True), start=1):
         if count:
             changed = [form(text) if isinstance(text, str) else [*map(form, text)] for text in texts]
             seed = options.seed + number * OTHER_SEED
             parts.append(_in_turns(changed, tokenizer, replace(options, samples=count, seed=seed)))
-    return torch.cat([*parts, _shuffled(windows[as_written:], options.seed)])
+    return torch.cat([*parts, shuffled(windows[as_written:], options.seed)])
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -51,15 +51,20 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return alone if torch.equal(alone, whole[: len(alone)]) else alone[:0]
 
 
+def behind(start: Tensor, windows: Tensor) -> Tensor:
+    """Windows (int64, samples x length) that begin with these tokens."""
+    return torch.cat([start.expand(len(windows), -1), windows], dim=1)
+
+
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
     """`options.held_out` more windows of the texts, as written, each behind the start tokens: as the model is served.
 
     Raises `DataError` where the texts have no other places, and as `calibration_windows` does.
     """
-    as_written, *_, shuffled = options.counts(options.samples)
-    more = replace(options, samples=as_written + shuffled + options.held_out)
-    windows = _in_turns(_read(tokenizer, options), tokenizer, more)[as_written + shuffled :]
-    return torch.cat([start_tokens(tokenizer).expand(len(windows), -1), windows], dim=1)
+    as_written, *_, unordered = options.counts(options.samples)
+    more = replace(options, samples=as_written + unordered + options.held_out)
+    windows = _in_turns(_read(tokenizer, options), tokenizer, more)[as_written + unordered :]
+    return behind(start_tokens(tokenizer), windows)
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> list[str | list[str]]:
@@ -148,12 +153,6 @@ def _drawn_places(sizes: Sequence[int], options: CalibrationOptions) -> list[tup
             left[document] -= 1
             waiting.remove(document)
     return list(drawn)
-
-
-def _shuffled(windows: Tensor, seed: int) -> Tensor:
-    """The tokens of all windows together, in random order."""
-    order = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(seed))
-    return windows.flatten()[order].view_as(windows)
 
 
 def digest(tokens: Tensor) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
-from secateur.data.windows import calibration_windows, digest, held_out_windows
+from secateur.data.windows import behind, calibration_windows, digest, held_out_windows, start_tokens
 from secateur.decoding import build_known
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.counting import count_parameters
@@ -107,6 +108,7 @@ class Pipeline:
         self.trust = recipe.loading.trust_remote_code or (model is not None and runs_remote_code(model))
         self.statistics: StatisticsFolder | None = None
         self._model, self._tokenizer, self._windows = model, tokenizer, windows
+        self._start = torch.empty(0, dtype=torch.int64)  # what goes before windows that are read here
         self._table: LatencyTable | None = None
         self.config: PreTrainedConfig = (
             model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
@@ -152,7 +154,8 @@ class Pipeline:
     def windows(self) -> Tensor:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
-            check_positions(self.config, self.calibration.length)
+            self._start = start_tokens(self.tokenizer)
+            check_positions(self.config, self.calibration.length + len(self._start))
             if not self.calibration.generated:
                 self._windows = calibration_windows(self.tokenizer, self.calibration)
             else:
@@ -249,7 +252,7 @@ class Pipeline:
         if found is None:
             model, windows, how = at.model or self.model, self.windows(), at.options.repair
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
-            inputs = model, decided, at.discovery, windows
+            inputs = model, decided, at.discovery, behind(self._start, windows)
             with self.clock.stage(self._title("repair", at)) as progress:
                 if at.options.choose == "held-out":
                     more = held_out_windows(self.tokenizer, self.calibration)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,10 +101,14 @@ def prune_recipe(
 def _as_given(cut: Mapping[str, Any], calibration: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of a recipe that was written with a folder, without those that followed from the others."""
     options = CutOptions(**cut)
-    usual, varied = automatic(options), settled(CalibrationOptions(), options).varied
+    usual, shares = automatic(options), asdict(settled(CalibrationOptions(), options))
     return (
         {name: value for name, value in cut.items() if value != usual.get(name)},
-        {name: value for name, value in calibration.items() if (name, value) != ("varied", varied)},
+        {
+            name: value
+            for name, value in calibration.items()
+            if name not in ("varied", "copied") or value != shares[name]
+        },
     )
 
 

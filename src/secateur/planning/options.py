@@ -31,7 +31,8 @@ AXES: dict[str, tuple[str, ...]] = {  # axis -> the kinds of group that it cuts
     "layers": ("layer",),
 }
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-VARIED = 0.5  # of the windows that repair sees; measured in docs/research.md
+VARIED = 0.375  # of the windows that repair sees, a third in each form; measured in docs/research.md
+COPIED = 0.125  # of the windows that scores see
 ALONE = ("hidden", "layers")  # axes that run through all layers: each is cut in a run of its own
 
 
@@ -252,12 +253,12 @@ def with_preset(
 
 
 def settled(calibration: CalibrationOptions, options: CutOptions) -> CalibrationOptions:
-    """The calibration with its share of varied windows filled in: half where the cut has a repair.
+    """The calibration with its shares of varied and copied windows filled in, which depend on the cut.
 
-    Raises `PlanError` where a share is given and no repair looks at it.
+    Raises `PlanError` where windows are to be varied and no repair looks at them.
 
     >>> settled(CalibrationOptions(), CutOptions()).varied
-    0.5
+    0.375
     >>> settled(CalibrationOptions(varied=0.5), CutOptions(repair="none", choose="score"))
     Traceback (most recent call last):
     secateur.errors.PlanError: varied=0.5 is for repair, and repair=none does without: leave it out, or use ...
@@ -266,6 +267,8 @@ def settled(calibration: CalibrationOptions, options: CutOptions) -> Calibration
         raise PlanError(
             f"choose=held-out needs windows of a text that repair has not seen, and text={SELF} has no more"
         )
+    if calibration.copied is None:
+        calibration = replace(calibration, copied=COPIED if options.score == "fisher" else 0.0)
     if calibration.varied is None:
         return replace(calibration, varied=VARIED if options.repairs and not calibration.generated else 0.0)
     if calibration.varied and not options.repairs:
