@@ -1,6 +1,6 @@
 """What a cut costs without any training: our presets, LLM-Pruner's recipe and the peers' methods on one model.
 
-    python benchmarks/quality.py --calibration FILE... --text NAME=FILE... [--ratios 0.2,0.5] [--rows a,b] [--seeds 0,1,2]
+    python benchmarks/quality.py --calibration FILE... --text NAME=FILE... [--ratios 0.2,0.5] [--rows "a;b"]
 
 Every row cuts the demo model by the same share of its non-embedding parameters, then measures the damage on every
 text in windows of 128 and 1024 tokens: ln(perplexity cut / perplexity dense), in nats per token. The calibration text

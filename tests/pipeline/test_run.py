@@ -165,8 +165,8 @@ class TestRecord:
     @pytest.mark.parametrize(
         "options",
         [
-            CalibrationOptions("in/rows.jsonl", samples=3, length=20, seed=4, column="body", chat=True, varied=0.5),
-            CalibrationOptions("self", samples=3, length=20, seed=4, varied=0.0),
+            CalibrationOptions("in/rows.jsonl", 3, 20, seed=4, column="body", chat=True, varied=0.5, copied=0.5),
+            CalibrationOptions("self", samples=3, length=20, seed=4, varied=0.0, copied=0.0),
         ],
         ids=lambda options: options.text[0],
     )
@@ -190,7 +190,7 @@ class TestRecord:
         made = prune(preset="llm-pruner", cut={"layers": (0, 2)}, calibration=None)
         recorded = made.plan.scored["calibration_options"]
         assert CalibrationOptions(**recorded) == CalibrationOptions(
-            samples=10, length=64, score_samples=None, varied=0.0
+            samples=10, length=64, score_samples=None, varied=0.0, copied=0.0
         )
 
     def test_scores_of_weights_alone(self, place: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_ratio_means_the_same_under_every_preset(preset: str) -> None:
     assert with_preset(preset, {"ratio": 0.2, "of": "macs"})[0].of == "macs"
 
 
-@pytest.mark.parametrize(("cut", "varied"), [({}, 0.5), ({"choose": "score", "repair": "none"}, 0.0)])
+@pytest.mark.parametrize(("cut", "varied"), [({}, 0.375), ({"choose": "score", "repair": "none"}, 0.0)])
 def test_windows_are_varied_where_a_repair_looks_at_them(cut: dict[str, Any], varied: float) -> None:
     for preset in ("best", "fast"):
         options, calibration = with_preset(preset, cut)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 import secateur.pruning.held_out
 from secateur import prune
-from secateur.pruning.held_out import best_repair
+from secateur.pruning.held_out import CHOICES, best_repair
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.forward import summed_loss
 
@@ -47,9 +49,20 @@ def test_what_loses_least_is_taken(best: str, monkeypatch: pytest.MonkeyPatch) -
     assert found == losses
     method = "none" if best == "cut" else "least-squares"
     expected = repair(model, decided, discovery, WINDOWS, method=method, choose=best == "obs")
-    assert repaired.plan == expected.plan
+    options = replace(expected.plan.options, repair="none" if best == "cut" else "least-squares")
+    assert repaired.plan == replace(expected.plan, options=options)  # so a replay of the plan repairs nothing either
     assert repaired.weights.keys() == expected.weights.keys()
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in repaired.weights.items())
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_one_choice_is_compared_with_the_cut_alone(choice: str, tmp_path: Path) -> None:
+    model, discovery, decided = planned("llama")
+    repaired, losses = best_repair(model, decided, discovery, WINDOWS, HELD_OUT, choices=(choice,), room=tmp_path)
+    _, all_losses = best_repair(model, decided, discovery, WINDOWS, HELD_OUT)
+    assert losses == {name: all_losses[name] for name in ("before", "cut", choice)}
+    assert not any(tmp_path.iterdir())
+    assert loss_of(model, discovery, repaired) == pytest.approx(min(losses["cut"], losses[choice]), abs=1e-9)
 
 
 def test_one_pass_after_the_other_counts_to_the_end() -> None:

@@ -16,7 +16,7 @@ def bare(text: str) -> str:
     r"""In lower case, without punctuation, every number an N, every sentence a paragraph: transcripts, old corpora.
 
     >>> bare("It's 9,000 km away. Isn't it?")
-    "it 's N km away\\n\\nis n't it "
+    "it 's N km away\n\nis n't it "
     """
     lines = _SENTENCES.sub("\n\n", _CLITICS.sub(r" \1", text.lower()))
     return _BLANKS.sub(" ", _PUNCTUATION.sub(" ", _NUMBERS.sub("N", lines)))

@@ -29,16 +29,8 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: Calibration
     of `FORMS`, then those whose tokens are in random order. Raises `DataError` as `read_calibration` and
     `sample_windows` do.
     """
-    texts = _read(tokenizer, options)
-    as_written, *in_forms, unordered = options.counts(options.samples)
-    windows = _in_turns(texts, tokenizer, replace(options, samples=as_written + unordered))
-    parts = [windows[:as_written]]
-    for number, (form, count) in enumerate(zip(FORMS.values(), in_forms, strict=True), start=1):
-        if count:
-            changed = [form(text) if isinstance(text, str) else [*map(form, text)] for text in texts]
-            seed = options.seed + number * OTHER_SEED
-            parts.append(_in_turns(changed, tokenizer, replace(options, samples=count, seed=seed)))
-    return torch.cat([*parts, shuffled(windows[as_written:], options.seed)])
+    counts = options.counts(options.samples)
+    return _windows(tokenizer, options, skipped=[0] * len(counts), counts=counts)
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -57,14 +49,29 @@ def behind(start: Tensor, windows: Tensor) -> Tensor:
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
-    """`options.held_out` more windows of the texts, as written, each behind the start tokens: as the model is served.
+    """`options.held_out` more windows, in the same forms, each behind the start tokens: as the model is served.
 
     Raises `DataError` where the texts have no other places, and as `calibration_windows` does.
     """
-    as_written, *_, unordered = options.counts(options.samples)
-    more = replace(options, samples=as_written + unordered + options.held_out)
-    windows = _in_turns(_read(tokenizer, options), tokenizer, more)[as_written + unordered :]
-    return behind(start_tokens(tokenizer), windows)
+    skipped, counts = options.counts(options.samples), options.counts(options.held_out)
+    return behind(start_tokens(tokenizer), _windows(tokenizer, options, skipped=skipped, counts=counts))
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, *, skipped: Sequence[int], counts: Sequence[int]
+) -> Tensor:
+    """So many windows as written, of each form and in random order, after those that are skipped."""
+    texts = _read(tokenizer, options)
+    unordered, before = counts[-1], skipped[0] + skipped[-1]
+    windows = _in_turns(texts, tokenizer, replace(options, samples=before + counts[0] + unordered))[before:]
+    parts = [windows[: counts[0]]]
+    for number, (form, count) in enumerate(zip(FORMS.values(), counts[1:-1], strict=True), start=1):
+        if count:
+            changed = [form(text) if isinstance(text, str) else [*map(form, text)] for text in texts]
+            seed, before = options.seed + number * OTHER_SEED, skipped[number]
+            drawn = _in_turns(changed, tokenizer, replace(options, samples=before + count, seed=seed))
+            parts.append(drawn[before:])
+    return torch.cat([*parts, shuffled(windows[counts[0] :], options.seed)])
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> list[str | list[str]]:

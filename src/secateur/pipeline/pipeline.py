@@ -7,6 +7,7 @@ Started as several processes (by `accelerate launch`), all score, each its share
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
-from secateur.errors import PlanError
+from secateur.errors import DataError, PlanError
 from secateur.evaluation.latency import latency_table
 from secateur.evaluation.memory import weight_bytes
 from secateur.models.config import check_positions, is_custom, load_config
@@ -47,7 +48,7 @@ from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock
 from secateur.pruning.closed_form import REPAIRS
-from secateur.pruning.held_out import best_repair
+from secateur.pruning.held_out import CHOICES, best_repair
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
@@ -55,7 +56,10 @@ from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
 
+logger = logging.getLogger(__name__)
+
 CACHE_LAYERS_FROM = 2**30  # bytes of weights: of larger models each scored layer is kept, for a run that resumes
+HELD_OUT_LOSS = "held_out_loss"  # in what a plan was scored with
 IN_MEMORY = 0.25  # of the free memory: a model that takes more is pruned into a file
 
 
@@ -108,6 +112,7 @@ class Pipeline:
         self.trust = recipe.loading.trust_remote_code or (model is not None and runs_remote_code(model))
         self.statistics: StatisticsFolder | None = None
         self._model, self._tokenizer, self._windows = model, tokenizer, windows
+        self._windows_given = windows is not None
         self._start = torch.empty(0, dtype=torch.int64)  # what goes before windows that are read here
         self._table: LatencyTable | None = None
         self.config: PreTrainedConfig = (
@@ -131,7 +136,8 @@ class Pipeline:
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
-        self.calibration = settled(calibration, options)
+        as_made = given is not None and not options.repairs  # its windows, whatever they were for
+        self.calibration = calibration if as_made else settled(calibration, options)
         self.recipe = replace(recipe, cut=options, calibration=self.calibration)
 
     @property
@@ -244,7 +250,22 @@ class Pipeline:
             trust_remote_code=self.trust,
         )
 
-    def repair(self, at: Position, decided: Plan) -> tuple[Plan, Mapping[str, Tensor]]:
+    def _held_out(self, decided: Plan) -> Tensor | None:
+        """Windows that no repair sees, of texts that are read here; None where they have no more.
+
+        A plan that was compared on them when it was made is not compared again.
+        """
+        if self._windows_given or self.calibration.generated or HELD_OUT_LOSS in decided.scored:
+            return None
+        try:
+            return held_out_windows(self.tokenizer, self.calibration)
+        except DataError as error:
+            if self.options.choose == "held-out":
+                raise
+            logger.warning("whether repair helps is not checked, for no text is left to do it on: %s", error)
+            return None
+
+    def repair(self, at: Position, decided: Plan, room: Path | None = None) -> tuple[Plan, Mapping[str, Tensor]]:
         """7. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
         if not at.options.repairs:
             return decided, {}
@@ -253,12 +274,16 @@ class Pipeline:
             model, windows, how = at.model or self.model, self.windows(), at.options.repair
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             inputs = model, decided, at.discovery, behind(self._start, windows)
+            choices = CHOICES if at.options.choose == "held-out" else (at.options.choose,)
             with self.clock.stage(self._title("repair", at)) as progress:
-                if at.options.choose == "held-out":
-                    more = held_out_windows(self.tokenizer, self.calibration)
-                    found, about["held_out_loss"] = best_repair(*inputs, more, method=how, progress=progress)
+                if (more := self._held_out(decided)) is None:
+                    found = repair(*inputs, method=how, choose=choices[0] == "obs", progress=progress)
                 else:
-                    found = repair(*inputs, method=how, choose=at.options.choose == "obs", progress=progress)
+                    room = self._room(model, room)
+                    found, losses = best_repair(
+                        *inputs, more, method=how, choices=choices, room=room, progress=progress
+                    )
+                    about[HELD_OUT_LOSS] = losses
             found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **about}))
             self.cache.save_repair(decided, found)
         return found.plan, found.weights
@@ -269,8 +294,11 @@ class Pipeline:
         """8. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
         model = at.model or self.model
         with self.clock.stage(self._title("cut", at)):
-            large = weight_bytes(model) > IN_MEMORY * psutil.virtual_memory().available
-            return prune(model, decided, discovery=at.discovery, weights=weights, room=room if large else None)
+            return prune(model, decided, discovery=at.discovery, weights=weights, room=self._room(model, room))
+
+    def _room(self, model: PreTrainedModel, room: Path | None) -> Path | None:
+        """The folder for the smaller model, if it is large beside the free memory."""
+        return room if weight_bytes(model) > IN_MEMORY * psutil.virtual_memory().available else None
 
     @property
     def iterations(self) -> int:
@@ -303,7 +331,7 @@ class Pipeline:
     def _step(
         self, at: Position, decided: Plan, before: Plan | None, room: Path | None = None
     ) -> tuple[PreTrainedModel, Plan]:
-        decided, weights = self.repair(at, decided)
+        decided, weights = self.repair(at, decided, room)
         smaller = self.prune(at, decided, weights, room)
         if self.iterations == 1:
             return smaller, decided

@@ -1,12 +1,16 @@
-"""Model, plan and windows -> the repair that does the least damage on windows which no repair has seen.
+"""Model, plan and windows -> a repair that does no damage on windows which no repair has seen.
 
-Optimal brain surgeon asks what the output of one matrix loses, the score what the loss loses: which chooses better
-depends on the model, so both are tried.
+It is taken only where it loses less there than the cut without it. Optimal brain surgeon asks what the output of one
+matrix loses, the score what the loss loses: which of them chooses better depends on the model, so both can be tried.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +22,8 @@ from secateur.pruning.prune import prune
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.forward import summed_loss
 
+CHOICES = ("obs", "score")  # of the units that go
+
 
 def best_repair(
     model: PreTrainedModel,
@@ -27,13 +33,15 @@ def best_repair(
     held_out: Tensor,
     *,
     method: str = "least-squares",
+    choices: Sequence[str] = CHOICES,
+    room: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Repaired, dict[str, float]]:
-    """Repair with either choice of units; the result is no worse on the held-out windows than the cut without repair.
+    """Repair with each choice of units; the result is no worse on the held-out windows than the cut without repair.
 
     Windows and `held_out` are int64, samples x length. The losses come as well, in nats per token of the held-out
     windows: of the model before (`before`), cut without repair (`cut`), repaired with each choice (`obs`, `score`). The
-    cut models are held in memory, one at a time. Raises as `repair` does.
+    cut models are held one at a time, in memory or in a file in the folder `room`. Raises as `repair` does.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -50,16 +58,20 @@ def best_repair(
     """
 
     def part(number: int) -> Progress | None:
-        return None if progress is None else lambda done, total: progress(number * total + done, 2 * total)
-
-    def repaired(number: int, *, choose: bool) -> Repaired:
-        return repair(model, plan, discovery, windows, method=method, choose=choose, progress=part(number))
+        whole = len(choices)
+        return None if progress is None else lambda done, total: progress(number * total + done, whole * total)
 
     cut = repair(model, plan, discovery, windows[:1], method="none")  # looks at no window
-    tried = {"cut": cut, "obs": repaired(0, choose=True), "score": repaired(1, choose=False)}
+    tried = {"cut": replace(cut, plan=replace(cut.plan, options=replace(cut.plan.options, repair="none")))}
+    for number, name in enumerate(choices):
+        choose = name == "obs"
+        tried[name] = repair(model, plan, discovery, windows, method=method, choose=choose, progress=part(number))
     losses = {"before": _mean_loss(model, held_out)}
     for name, found in tried.items():
-        losses[name] = _mean_loss(prune(model, found.plan, discovery=discovery, weights=found.weights), held_out)
+        with TemporaryDirectory(dir=room) as folder:
+            where = None if room is None else Path(folder)
+            smaller = prune(model, found.plan, discovery=discovery, weights=found.weights, room=where)
+            losses[name] = _mean_loss(smaller, held_out)
     return tried[min(tried, key=losses.__getitem__)], losses
 
 
