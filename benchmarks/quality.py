@@ -13,7 +13,6 @@ from the JSON file alone, with `--rows` those rows only.
 Peers, as we implement them on our groups:
 magnitude   Torch-Pruning's script for language models: W^2 over the whole group, the same share of every layer
 wanda-sp    |W| norm(X), the same share of every layer (as FLAP's paper does it, arXiv 2312.11983)
-flap        W^2 var(X), standardised by layer and kind, one ranking; what is lost on average is added as a bias
 shortgpt    whole layers by block influence (arXiv 2403.03853)
 llm-pruner  its recipe: first-order Taylor scores, 10 windows of 64 tokens, the middle layers
 """
@@ -23,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -35,7 +33,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quality_table import DENSE, SETTINGS, Key, TableError, missing, table, write_tables
@@ -43,7 +40,6 @@ from secateur import __version__
 from secateur.data.calibration import COLUMN
 from secateur.data.windows import calibration_windows, digest, held_out_windows
 from secateur.discovery.discover import discover
-from secateur.discovery.groups import Discovery
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
@@ -60,8 +56,8 @@ from secateur.progress import peak_rss
 from secateur.pruning.held_out import best_repair
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
-from secateur.pruning.repair import Repaired, repair
-from secateur.scoring.scores import Scores, scores_from, statistics_for
+from secateur.pruning.repair import repair
+from secateur.scoring.scores import scores_from, statistics_for
 from secateur.scoring.statistics import load_statistics, save_statistics
 
 MODEL = "demo"
@@ -82,8 +78,6 @@ class Row:
     samples: int | None = None  # other than the preset's
     length: int | None = None
     varied: float | None = None  # other than the preset's
-    standardise: bool = False  # FLAP's scores
-    add_bias: bool = False  # FLAP's bias, which the architecture may not have
 
 
 def rows(ratio: float) -> dict[str, Row]:
@@ -115,13 +109,6 @@ def rows(ratio: float) -> dict[str, Row]:
         ),
         "magnitude": Row("Torch-Pruning's script", replace(local, score="l2")),
         "wanda-sp": Row("", replace(local, score="wanda")),
-        "flap": Row(
-            "with its bias",
-            replace(local, score="fluctuation", scope="global", shape="per-layer", repair="bias"),
-            standardise=True,
-            add_bias=True,
-            varied=0.0,
-        ),
         "shortgpt": Row("whole layers", CutOptions(ratio=ratio, score="block_influence", axes=("layers",))),
     }
     for score in ("param_first", "param_second", "param_mix", "vectorize", "fluctuation", "obs", "fisher"):
@@ -208,8 +195,6 @@ def cut(
         save_statistics(file, statistics, about=about)
         clock.write_text(str(time.perf_counter() - start))
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
-    if row.standardise:
-        scores = standardised(scores, discovery)
     decided = plan(discovery, options, config=model.config, scores=scores)
     repaired = None
     if options.choose == "held-out":
@@ -223,31 +208,7 @@ def cut(
         pruned = prune(model, decided, discovery=discovery, weights=None if repaired is None else repaired.weights)
     if options.repair == "reconstruct":
         reconstruct_in_place(model, pruned, discovery, windows)
-    if row.add_bias and repaired is not None:
-        put_biases(pruned, repaired)
     return pruned, decided, saved
-
-
-def standardised(scores: Scores, discovery: Discovery) -> Scores:
-    """FLAP's: by layer and kind, mean 0 and deviation 1; then its ranking takes units, whatever their size."""
-    sizes = {}
-    for group in discovery.groups:
-        if group.name in scores.units:
-            sizes[group.name] = sum(
-                math.prod(weight.shape) / group.units
-                for weight in discovery.weights
-                if any(axis.weight == weight.name for axis in group.axes)
-            )
-    z = {name: (x - x.mean()) / x.std() for name, x in scores.units.items()}
-    lowest = min(float(x.min()) for x in z.values())
-    return replace(scores, units={name: (x - lowest) * sizes[name] for name, x in z.items()})
-
-
-def put_biases(model: PreTrainedModel, repaired: Repaired) -> None:
-    """Give modules the biases that the repair found, in memory: no stock config would say them."""
-    for name, shift in repaired.shifts.items():
-        module: Any = model.get_submodule(name.rpartition(".")[0])
-        module.bias = nn.Parameter(shift.to(module.weight.dtype))
 
 
 # --- all rows --------------------------------------------------------------------------------------------------------

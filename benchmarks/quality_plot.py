@@ -21,7 +21,6 @@ SHOWN = {  # row of the table -> its name in the picture
     "LLM-Pruner's recipe, MLP of layers 3-27": "LLM-Pruner, MLP",
     "LLM-Pruner's recipe, heads and MLP": "LLM-Pruner, heads and MLP",
     "ShortGPT, whole layers": "ShortGPT",
-    "FLAP with its bias": "FLAP",
     "Wanda-sp": "Wanda-sp",
 }
 Points = dict[str, dict[float, float]]  # row -> share removed -> damage

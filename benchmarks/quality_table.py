@@ -35,7 +35,6 @@ LABELS = {
     "llm-pruner": "LLM-Pruner's recipe, heads and MLP",
     "wanda-sp": "Wanda-sp",
     "shortgpt": "ShortGPT, whole layers",
-    "flap": "FLAP with its bias",
     "magnitude": "magnitude, as Torch-Pruning's script",
 }
 README_ROWS = ("best", "best, uniform", "fast", "llm-pruner, MLP", "llm-pruner", "wanda-sp", "shortgpt")

@@ -15,7 +15,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,6 @@ class Repaired:
     errors: Mapping[str, tuple[float, float]]
     """By matrix: the squared error of its outputs on the calibration text, as a share of their squares, when columns
     are left out and when it is repaired."""
-    shifts: Mapping[str, Tensor] = field(default_factory=dict)
-    """By matrix without a bias: what `bias` would add to one, the mean of what its outputs lose."""
 
 
 @torch.no_grad()
@@ -86,7 +84,7 @@ def repair(
     # 2. One forward pass of all windows, in which each of them is fitted.
     if pass_.unit_of:
         pass_.run(windows, [*discovery.layer_paths], progress)
-    return Repaired(pass_.decided(), pass_.weights, pass_.errors, pass_.shifts)
+    return Repaired(pass_.decided(), pass_.weights, pass_.errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,6 @@ class _RepairPass:
         self.norms = norms_over(model, discovery, self.keep) if method.scales_norms else {}
         self.weights: dict[str, Tensor] = {}
         self.errors: dict[str, tuple[float, float]] = {}
-        self.shifts: dict[str, Tensor] = {}
         self.done: set[tuple[str, int | None]] = set()
 
     def run(self, windows: Tensor, layers: list[str], progress: Progress | None) -> None:
@@ -220,10 +217,9 @@ class _RepairPass:
         fitted_RC = torch.zeros_like(dense_RC)
         fitted_RC[:, kept_K] = fit.columns_RK
         matrix.columns_RC.copy_(fitted_RC)
-        if fit.shift_R is not None and matrix.bias is None:
-            self.shifts[matrix.name] = fit.shift_R
-            fit = replace(fit, shift_R=None)
-        elif fit.shift_R is not None and matrix.bias is not None:
+        if matrix.bias is None:
+            fit = replace(fit, shift_R=None)  # there is no place for it
+        elif fit.shift_R is not None:
             before_R = self.weights.get(matrix.bias, self.parameters[matrix.bias].detach())
             self.weights[matrix.bias] = (before_R.double() + fit.shift_R).to(before_R.dtype)
         self.errors[matrix.name] = _errors(cut, fitted_RC, fit)
