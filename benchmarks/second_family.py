@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from secateur.data.text import read_calibration
-from secateur.data.windows import sample_windows
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.models.loading import load
@@ -36,7 +35,7 @@ from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe
-from secateur.planning.options import settled, with_preset
+from secateur.planning.options import with_preset
 
 VOCABULARY, LENGTH, BATCH = 4096, 128, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -82,13 +81,12 @@ def train(documents: list[str], folder: Path, steps: int, console: Console) -> N
 
 
 def cut(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str], preset: str, ratio: float
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Path, preset: str, ratio: float
 ) -> PreTrainedModel:
     """The model as a preset cuts it, by the same share of the non-embedding parameters under both."""
-    options, calibration = with_preset(preset, {"ratio": ratio})
-    windows = sample_windows(documents, tokenizer, settled(calibration, options))
+    options, calibration = with_preset(preset, {"ratio": ratio}, {"text": str(documents)})
     recipe = PruneRecipe("second family", cut=options, calibration=calibration)
-    return Pipeline(recipe, model=model, windows=windows).cut()[0]
+    return Pipeline(recipe, model=model, tokenizer=tokenizer).cut()[0]
 
 
 def main() -> None:
@@ -109,6 +107,8 @@ def main() -> None:
     with quiet():
         model = load(str(arguments.folder), dtype="float32")
     tokenizer = load_tokenizer(str(arguments.folder))
+    file = arguments.folder.with_name(f"{arguments.folder.name}-seen.jsonl")
+    file.write_text("\n".join(json.dumps({"text": document}) for document in seen), encoding="utf-8")
     texts = {"held out": "\n\n".join(held_out)}
     texts |= {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
 
@@ -121,7 +121,7 @@ def main() -> None:
     table.add_row("dense, nats per token", "", *(f"{dense[text]:.3f}" for text in texts))
     for ratio in (0.2, 0.5):
         for name in ("best", "llm-pruner"):
-            smaller = cut(model, tokenizer, seen, name, ratio)
+            smaller = cut(model, tokenizer, file, name, ratio)
             damage = {text: value - dense[text] for text, value in nll(smaller).items()}
             found[f"{name} {ratio:g}"] = damage
             table.add_row(name, f"{ratio:.0%}", *(f"{damage[text]:.3f}" for text in texts))
