@@ -199,7 +199,7 @@ def cut(
     repaired = None
     if options.choose == "held-out":
         held_out = held_out_windows(tokenizer, text)
-        repaired, _ = best_repair(model, decided, discovery, windows, held_out, method=options.repair)
+        repaired, _ = best_repair(model, decided, discovery, windows, held_out)
     elif options.repairs:
         repaired = repair(model, decided, discovery, windows, method=options.repair, choose=options.choose == "obs")
     if repaired is not None:

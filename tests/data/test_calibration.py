@@ -24,7 +24,7 @@ from secateur.errors import DataError
         ),
         ({"text": "self", "column": "x"}, r"column='x' and chat=False are about documents"),
         ({"seed": -1}, r"seed=-1 is too small\. Expected at least 0, for example seed=0"),
-        ({"varied": -0.1}, r"varied=-0\.1 is no share of the windows .*: CalibrationOptions\(varied=0\.5\)"),
+        ({"varied": -0.1}, r"varied=-0\.1 is no share of the windows .*: CalibrationOptions\(varied=0\.375\)"),
         ({"varied": 1.0}, r"varied=1 is no share .* Expected at least 0 and less than 1: "),
         ({"text": ("a.txt", "")}, r"text='a.txt,' names no text\."),
         ({"text": ()}, r"text='' names no text\."),

@@ -22,15 +22,28 @@ from letters import LETTERS, letter_tokenizer, spell
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.forms import bare, spaced
 from secateur.data.text import demo_texts, read_calibration
-from secateur.data.windows import calibration_windows, digest, held_out_windows, sample_windows
+from secateur.data.windows import calibration_windows, digest, held_out_windows, sample_windows, start_tokens
 from secateur.errors import DataError
 
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz", max_size=30)
 SENTENCES = Path(__file__).with_name("sentences.txt")
 
 
-def character_ids(texts: list[str], **_: Any) -> SimpleNamespace:
-    return SimpleNamespace(input_ids=[list(text.encode()) for text in texts])
+class CharacterIds(dict[str, Any]):
+    """A tokenizer of bytes, called with one text or several."""
+
+    @property
+    def input_ids(self) -> Any:
+        return self["input_ids"]
+
+
+def character_ids(texts: str | list[str], **_: Any) -> CharacterIds:
+    return CharacterIds(input_ids=[*texts.encode()] if isinstance(texts, str) else [[*text.encode()] for text in texts])
+
+
+def held_out_without_start(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> torch.Tensor:
+    assert start_tokens(tokenizer).numel() == 0
+    return held_out_windows(tokenizer, options)
 
 
 CHARACTERS = cast(PreTrainedTokenizerBase, character_ids)
@@ -181,14 +194,23 @@ class TestWindows:
     def test_held_out_windows_are_at_other_places(self, tmp_path: Path) -> None:
         text = tmp_path / "text.txt"
         text.write_text("abcdefgh")
-        options = CalibrationOptions(str(text), samples=4, length=3, held_out=2, varied=0.5)
-        rows = [*options.as_written(calibration_windows(LETTERS, options)), *held_out_windows(LETTERS, options)]
+        options = CalibrationOptions(str(text), samples=4, length=3, held_out=2)
+        rows = [*calibration_windows(LETTERS, options), *held_out_windows(LETTERS, options)]
         spelled = [spell(row.tolist()).removeprefix("`") for row in rows]  # of a held-out one, behind the start token
-        assert [len(row) for row in rows] == [3, 3, 4, 4]
-        assert len(set(spelled)) == 4
+        assert [len(row) for row in rows] == [3, 3, 3, 3, 4, 4]
+        assert len(set(spelled)) == 6
         assert all(window in "abcdefgh" for window in spelled)
         with pytest.raises(DataError, match=r"but 7 samples need as many"):
-            held_out_windows(LETTERS, replace(options, held_out=5))
+            held_out_windows(LETTERS, replace(options, held_out=3))
+
+    def test_held_out_windows_are_in_the_same_forms(self) -> None:
+        options = CalibrationOptions(str(SENTENCES), samples=8, length=6, held_out=8, varied=0.5)
+        seen, held_out = (make(CHARACTERS, options).tolist() for make in (calibration_windows, held_out_without_start))
+        assert options.counts(8) == [4, 2, 1, 1]
+        for first, last, form in ((0, 4, str), (4, 6, bare), (6, 7, spaced)):
+            rows = [bytes(row).decode() for row in (*seen[first:last], *held_out[first:last])]
+            assert len(set(rows)) == 2 * (last - first)
+            assert all(row in form(SENTENCES.read_text()) for row in rows)
 
     @pytest.mark.demo_model
     def test_the_demo_calibration(self, demo_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -48,7 +48,7 @@ from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock
 from secateur.pruning.closed_form import REPAIRS
-from secateur.pruning.held_out import CHOICES, best_repair
+from secateur.pruning.held_out import best_repair, left_out
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
@@ -136,8 +136,7 @@ class Pipeline:
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
-        as_made = given is not None and not options.repairs  # its windows, whatever they were for
-        self.calibration = calibration if as_made else settled(calibration, options)
+        self.calibration = settled(calibration, options)
         self.recipe = replace(recipe, cut=options, calibration=self.calibration)
 
     @property
@@ -267,23 +266,20 @@ class Pipeline:
 
     def repair(self, at: Position, decided: Plan, room: Path | None = None) -> tuple[Plan, Mapping[str, Tensor]]:
         """7. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
-        if not at.options.repairs:
+        if not at.options.repairs or left_out(decided.scored.get(HELD_OUT_LOSS)):
             return decided, {}
         found = self.cache.load_repair(decided)
         if found is None:
-            model, windows, how = at.model or self.model, self.windows(), at.options.repair
+            model, windows = at.model or self.model, self.windows()
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             inputs = model, decided, at.discovery, behind(self._start, windows)
-            choices = CHOICES if at.options.choose == "held-out" else (at.options.choose,)
             with self.clock.stage(self._title("repair", at)) as progress:
                 if (more := self._held_out(decided)) is None:
-                    found = repair(*inputs, method=how, choose=choices[0] == "obs", progress=progress)
+                    choose = at.options.choose == "obs"
+                    found = repair(*inputs, method=at.options.repair, choose=choose, progress=progress)
                 else:
                     room = self._room(model, room)
-                    found, losses = best_repair(
-                        *inputs, more, method=how, choices=choices, room=room, progress=progress
-                    )
-                    about[HELD_OUT_LOSS] = losses
+                    found, about[HELD_OUT_LOSS] = best_repair(*inputs, more, room=room, progress=progress)
             found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **about}))
             self.cache.save_repair(decided, found)
         return found.plan, found.weights

@@ -7,8 +7,7 @@ matrix loses, the score what the loss loses: which of them chooses better depend
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,16 +31,15 @@ def best_repair(
     windows: Tensor,
     held_out: Tensor,
     *,
-    method: str = "least-squares",
-    choices: Sequence[str] = CHOICES,
     room: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Repaired, dict[str, float]]:
-    """Repair with each choice of units; the result is no worse on the held-out windows than the cut without repair.
+    """Repair as the plan's options say; the result is no worse on the held-out windows than the cut without repair.
 
     Windows and `held_out` are int64, samples x length. The losses come as well, in nats per token of the held-out
-    windows: of the model before (`before`), cut without repair (`cut`), repaired with each choice (`obs`, `score`). The
-    cut models are held one at a time, in memory or in a file in the folder `room`. Raises as `repair` does.
+    windows: of the model before (`before`), cut without repair (`cut`), and repaired with the units chosen by `obs` or
+    `score`, or both where the choice is held-out. The cut models are held one at a time, in memory or in a file in the
+    folder `room`. Raises as `repair` does.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -54,15 +52,16 @@ def best_repair(
     >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(80).reshape(4, 20)
     >>> repaired, losses = best_repair(model, by_hand, discover(config), windows[:3], windows[3:])
     >>> list(losses)
-    ['before', 'cut', 'obs', 'score']
+    ['before', 'cut', 'obs']
     """
+    method, chosen = plan.options.repair, plan.options.choose
+    choices = CHOICES if chosen == "held-out" else (chosen,)
 
     def part(number: int) -> Progress | None:
         whole = len(choices)
         return None if progress is None else lambda done, total: progress(number * total + done, whole * total)
 
-    cut = repair(model, plan, discovery, windows[:1], method="none")  # looks at no window
-    tried = {"cut": replace(cut, plan=replace(cut.plan, options=replace(cut.plan.options, repair="none")))}
+    tried = {"cut": repair(model, plan, discovery, windows[:1], method="none")}  # looks at no window
     for number, name in enumerate(choices):
         choose = name == "obs"
         tried[name] = repair(model, plan, discovery, windows, method=method, choose=choose, progress=part(number))
@@ -78,3 +77,12 @@ def best_repair(
 def _mean_loss(model: PreTrainedModel, held_out: Tensor) -> float:
     """Nats per token; a model that has broken down is worse than any other."""
     return float(summed_loss(model, held_out).nan_to_num(math.inf, math.inf)) / held_out[:, 1:].numel()
+
+
+def left_out(losses: Mapping[str, float] | None) -> bool:
+    """Whether no repair lost less than the cut alone, by the losses of `best_repair`.
+
+    >>> left_out({"before": 1.0, "cut": 2.0, "obs": 2.5}), left_out({"before": 1.0, "cut": 2.0, "obs": 1.5})
+    (True, False)
+    """
+    return losses is not None and losses["cut"] == min(loss for name, loss in losses.items() if name != "before")
