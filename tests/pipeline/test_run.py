@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur import SecateurError
+from secateur import prune as prune_in_memory
 from secateur.checkpoint.record import read_record
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
@@ -83,6 +84,27 @@ class TestPlanModel:
             given = prune(out=f"here/{number}", plan=plan)
             assert given.plan == made
             assert weights("in/whole") == weights(f"here/{number}")
+
+    def test_a_repair_that_does_not_help_is_left_out(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        losses = iter((1.0, 2.0, 3.0))  # before, cut alone, repaired
+        monkeypatch.setattr("secateur.pruning.held_out._mean_loss", lambda *_: next(losses))
+        made = prune(out="here/first").plan
+        assert made.scored["held_out_loss"] == {"before": 1.0, "cut": 2.0, "obs": 3.0}
+        alone = prune_in_memory(load("in/tiny", device="cpu"), made).state_dict()
+        written = load("here/first", device="cpu", trust_remote_code=True).state_dict()
+        assert all(torch.equal(weight, written[name]) for name, weight in alone.items())
+        assert prune(out="here/again", plan=made).plan == made
+        assert weights("here/again") == weights("here/first")
+
+    def test_a_text_that_is_used_up(self, place: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (place / "short.txt").write_text("cats " * 40)
+        text = CalibrationOptions("here/short.txt", samples=1, length=30, held_out=999, varied=0.0)
+        assert "held_out_loss" not in prune(out="here/first", calibration=text).plan.scored
+        assert [each.getMessage().partition(": ")[0] for each in caplog.records] == [
+            "repair is not checked on held-out windows, for no text is left"
+        ]
+        with pytest.raises(DataError, match="tiny calibration text"):
+            prune(out="here/second", calibration=text, cut={"choose": "held-out"})
 
     def test_the_model_writes_the_text_of_a_plan(self, place: Path) -> None:
         options = CalibrationOptions("self", samples=3, length=20)

@@ -41,15 +41,15 @@ class CalibrationOptions:
     chat: bool = False
     """Put every document into the tokenizer's chat template."""
     held_out: int = 8
-    """Number of windows besides `samples` on which ways to choose the units are compared."""
+    """Number of windows besides `samples`, which no repair sees: one that raises the loss there is left out."""
     score_samples: int | None = 64
     """Number of windows that scores look at, the first ones; repairs look at all. None: scores look at all, too."""
     varied: float | None = None
     """Share of the windows, the last ones, in other forms: lower case without punctuation, spaces around punctuation,
     tokens in random order. Repairs look at them, scores do not. Default: 0.375 where the cut has a repair, else 0."""
     copied: float | None = None
-    """Share of the windows of scores, the last ones, with half of their tokens, in random order, twice: what heads that
-    copy are worth shows there. Default: 0.125 for the score fisher, else 0."""
+    """Share of the windows that scores look at which are half a window of shuffled tokens, repeated: they show what
+    copying heads are worth. Default: 0.125 for the score fisher, else 0."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))
@@ -120,7 +120,7 @@ class CalibrationOptions:
         return windows[: self.counts(len(windows))[0]]
 
     def scored(self, windows: Tensor) -> Tensor:
-        """Those of the windows that scores look at, the last of them copied."""
+        """The windows that scores look at; the last of them are half a window of shuffled tokens, repeated."""
         windows = self.as_written(windows)[: self.score_samples]
         as_written = len(windows) - int(len(windows) * (self.copied or 0))
         half = shuffled(windows[as_written:], self.seed)[:, : windows.shape[1] // 2]

@@ -44,8 +44,12 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def behind(start: Tensor, windows: Tensor) -> Tensor:
-    """Windows (int64, samples x length) that begin with these tokens."""
-    return torch.cat([start.expand(len(windows), -1), windows], dim=1)
+    """Windows (int64, samples x length) behind these tokens, which take the place of as many at their end.
+
+    >>> behind(torch.tensor([9]), torch.tensor([[1, 2, 3]])).tolist()
+    [[9, 1, 2]]
+    """
+    return torch.cat([start.expand(len(windows), -1), windows], dim=1)[:, : windows.shape[1]]
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:

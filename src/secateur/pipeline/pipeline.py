@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -112,8 +111,7 @@ class Pipeline:
         self.trust = recipe.loading.trust_remote_code or (model is not None and runs_remote_code(model))
         self.statistics: StatisticsFolder | None = None
         self._model, self._tokenizer, self._windows = model, tokenizer, windows
-        self._windows_given = windows is not None
-        self._start = torch.empty(0, dtype=torch.int64)  # what goes before windows that are read here
+        self._start: Tensor | None = None  # what goes before windows, where they are read here
         self._table: LatencyTable | None = None
         self.config: PreTrainedConfig = (
             model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
@@ -160,7 +158,7 @@ class Pipeline:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
             self._start = start_tokens(self.tokenizer)
-            check_positions(self.config, self.calibration.length + len(self._start))
+            check_positions(self.config, self.calibration.length)
             if not self.calibration.generated:
                 self._windows = calibration_windows(self.tokenizer, self.calibration)
             else:
@@ -254,14 +252,14 @@ class Pipeline:
 
         A plan that was compared on them when it was made is not compared again.
         """
-        if self._windows_given or self.calibration.generated or HELD_OUT_LOSS in decided.scored:
+        if self._start is None or self.calibration.generated or HELD_OUT_LOSS in decided.scored:
             return None
         try:
             return held_out_windows(self.tokenizer, self.calibration)
         except DataError as error:
             if self.options.choose == "held-out":
                 raise
-            logger.warning("whether repair helps is not checked, for no text is left to do it on: %s", error)
+            logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None
 
     def repair(self, at: Position, decided: Plan, room: Path | None = None) -> tuple[Plan, Mapping[str, Tensor]]:
@@ -272,7 +270,8 @@ class Pipeline:
         if found is None:
             model, windows = at.model or self.model, self.windows()
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
-            inputs = model, decided, at.discovery, behind(self._start, windows)
+            read = windows if self._start is None else behind(self._start, windows)
+            inputs = model, decided, at.discovery, read
             with self.clock.stage(self._title("repair", at)) as progress:
                 if (more := self._held_out(decided)) is None:
                     choose = at.options.choose == "obs"

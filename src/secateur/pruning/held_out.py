@@ -1,6 +1,6 @@
-"""Model, plan and windows -> a repair that does no damage on windows which no repair has seen.
+"""Model, plan and windows -> a repair that helps on windows which no repair has seen, or none.
 
-It is taken only where it loses less there than the cut without it. Optimal brain surgeon asks what the output of one
+Optimal brain surgeon asks what the output of one
 matrix loses, the score what the loss loses: which of them chooses better depends on the model, so both can be tried.
 """
 
