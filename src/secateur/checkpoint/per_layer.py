@@ -16,11 +16,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from secateur.checkpoint.layer_settings import set_layer_settings_in_place
 from secateur.discovery.layers import path_and_parents
 from secateur.discovery.module_attributes import plain_attributes
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError, ModelError
-from secateur.models.config import takes
+from secateur.models.config import auto_map, takes
 from secateur.models.loading import skeleton
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class, skip_in_place
 from secateur.models.silence import quiet
@@ -51,6 +52,7 @@ def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
         skip_in_place(dense, skipped)
         about = {"skipped": skipped} if skipped else {}
         setattr(config, PER_LAYER, {**getattr(config, PER_LAYER), **about, **differences(model, dense)})
+        set_layer_settings_in_place(config, skeleton(config), skeleton(_dense_config(model)))
         per_layer = skeleton(config)
     except ModelError as error:
         raise CheckpointError(f"no folder can hold the model: {error}") from error
@@ -190,5 +192,8 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
             "all layers alike (leave out --layers)"
         )
     settings = {**config.to_dict(), PER_LAYER: {"model_type": stock_type, "architecture": architecture}}
+    if settings.pop("allow_global_per_layer_attribute_access", False):  # by `set_layer_settings_in_place`, said anew
+        del settings["per_layer_config"]
     dense: PreTrainedConfig = per_layer_class(stock).from_dict(settings)
+    dense.auto_map = auto_map(dense, getattr(transformers, architecture))
     return dense

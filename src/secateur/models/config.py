@@ -8,7 +8,11 @@ from typing import Any, cast
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 
 from secateur.errors import DataError, ModelError
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
@@ -109,12 +113,23 @@ def _per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
     model_class = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     if model_class is None or not takes(model_class, stock):
         raise ValueError(f"{PER_LAYER}, architecture: {architecture!r:.60} is no model class of transformers for it")
-    module = per_layer_class.__module__.rpartition(".")[2]
-    config.auto_map = {
-        "AutoConfig": f"{module}.{type(config).__name__}",
-        "AutoModelForCausalLM": f"{module}.{per_layer_class(model_class, stock).__name__}",
-    }
+    config.auto_map = auto_map(config, model_class)
     return config
+
+
+def auto_map(config: PreTrainedConfig, model_class: Any) -> dict[str, str]:
+    """Where the Auto classes find the classes of a per-layer model in its folder, for a stock model class.
+
+    A decoder that its type knows in no other part than a larger model has none for AutoModel.
+    """
+    module, stock = per_layer_class.__module__.rpartition(".")[2], type(config).__mro__[1]
+    classes = {"AutoConfig": type(config)}
+    mapping: Any = MODEL_MAPPING
+    base = mapping[stock] if stock in mapping else None  # noqa: SIM401 - `get` is not lazy
+    if base is not None and base is not model_class and not config.is_encoder_decoder:
+        classes["AutoModel"] = per_layer_class(base, stock)
+    classes["AutoModelForCausalLM"] = per_layer_class(model_class, stock)
+    return {name: f"{module}.{each.__name__}" for name, each in classes.items()}
 
 
 def per_layer_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -4,6 +4,8 @@ This file lies beside the weights of such a model and needs torch and transforme
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
+AutoModel gives the model without its head, in the same shapes; that is what vLLM's transformers backend builds.
+
 `PerLayerX` subclasses the class X of transformers and is made when it is first looked up; `PerLayerXOfY` is for a
 model class X with a config class Y that is not its own. The config holds the settings of the dense model and, under
 `secateur_per_layer`, what differs from it:
@@ -12,11 +14,15 @@ model class X with a config class Y that is not its own. The config holds the se
     attributes  sizes that modules hold, by path of the module; never of another type
     configs     settings of modules that read sizes from a config of their own, by path
     skipped     blocks that compute nothing, by path
+
+All names are those of the model with its head. `per_layer_config` repeats heads and widths as transformers says them,
+for programs that read sizes from a config; the code of the dense model reads the dense ones.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -24,11 +30,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 PER_LAYER = "secateur_per_layer"  # the key in config.json, and how the model type begins
 CLASS_PREFIX = "PerLayer"
 OF_CONFIG = "Of"
+SECTIONS = ("shapes", "attributes", "configs", "skipped")
 Settings = Mapping[str, Any]
 
 
@@ -68,8 +75,13 @@ def _config_class(name: str, stock: Any) -> type:
         stock.__init__(self, **settings)
         setattr(self, PER_LAYER, per_layer)
 
+    def read(self: Any, name: str) -> Any:
+        """The dense value where layers differ; transformers would warn of it, or refuse."""
+        return object.__getattribute__(self, object.__getattribute__(self, "attribute_map").get(name, name))
+
     members = {
         "__init__": initialise,
+        "__getattribute__": read,
         "__module__": __name__,
         "__doc__": f"The settings of a {stock.__name__} and, in `{PER_LAYER}`, the shapes that differ.",
         "model_type": f"{PER_LAYER}_{stock.model_type}",
@@ -79,14 +91,15 @@ def _config_class(name: str, stock: Any) -> type:
 
 
 def _model_class(name: str, stock: Any, config: Any) -> type:
+    @functools.wraps(stock.__init__)  # with its signature, which vLLM compares with what it passes
     def initialise(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stock.__init__(self, config, *args, **options)
-        apply_in_place(self, getattr(config, PER_LAYER, {}))
+        apply_in_place(self, _sections_of(self, config, stock))
 
     def followed(method: Any) -> Any:
         def set_implementation(self: Any, *args: Any, **options: Any) -> None:
             method(self, *args, **options)
-            _follow_in_place(self)
+            _follow_in_place(self, stock)
 
         return set_implementation
 
@@ -95,7 +108,8 @@ def _model_class(name: str, stock: Any, config: Any) -> type:
         "__module__": __name__,
         "__doc__": f"A {stock.__name__} in the shapes that its config lists.",
         "config_class": per_layer_class(config),
-        "_auto_class": "AutoModelForCausalLM",  # a saved model takes this file along
+        # a saved model takes this file along
+        "_auto_class": "AutoModelForCausalLM" if issubclass(stock, GenerationMixin) else "AutoModel",
         # The code is transformers' own, so what it computes when weights are loaded is computed as for a stock class.
         "is_custom_code": classmethod(lambda cls: False),
     }
@@ -103,6 +117,21 @@ def _model_class(name: str, stock: Any, config: Any) -> type:
         if hasattr(stock, setter):
             members[setter] = followed(getattr(stock, setter))
     return type(name, (stock,), members)
+
+
+def _sections_of(model: Any, config: Any, stock: type) -> Settings:
+    """What differs in a model, by its own names: those of the model without a head lack the first piece."""
+    per_layer = _mapping(getattr(config, PER_LAYER, {}), "its value")
+    prefix = model.base_model_prefix
+    if stock.__name__ == per_layer.get("architecture") or not prefix:
+        return per_layer
+    inside = {name: _mapping(per_layer[name], name) for name in SECTIONS if name in per_layer}
+    return {
+        section: {
+            name[len(prefix) + 1 :]: value for name, value in values.items() if f"{name}.".startswith(f"{prefix}.")
+        }
+        for section, values in inside.items()
+    }
 
 
 def apply_in_place(model: nn.Module, per_layer: Settings) -> None:
@@ -231,10 +260,10 @@ def _own_config(config: Any, path: str, settings: Settings) -> PreTrainedConfig:
     return own
 
 
-def _follow_in_place(model: Any) -> None:
+def _follow_in_place(model: Any, stock: type) -> None:
     """Let modules with a config of their own follow the one of the model, where that says how to compute."""
     leading = model.config.get_text_config()
-    for path in _section(getattr(model.config, PER_LAYER, {}), "configs"):
+    for path in _section(_sections_of(model, model.config, stock), "configs"):
         config = _module(model, path, "configs").config
         for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
             if hasattr(leading, name):

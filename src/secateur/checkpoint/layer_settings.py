@@ -1,0 +1,144 @@
+"""A per-layer model -> what `per_layer_config` of transformers says of it: heads and widths, layer by layer.
+
+Heads are those that attention is called with, whatever a family calls its matrices. Programs that allocate caches before
+they run a model read them from its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from secateur.models.modeling_per_layer import PER_LAYER
+from secateur.models.silence import quiet
+
+RECORDER = "secateur_recorder"  # as which the function that looks is registered
+TOKENS = 4  # of the pass in which it looks
+KV_HEADS = "num_key_value_heads"
+HEADS = "num_attention_heads"
+KV_NAMES = ("num_kv_heads", "n_head_kv", "multi_query_group_num")  # what config classes call the same
+WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What one layer's attention was called with."""
+
+    module: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def set_layer_settings_in_place(config: PreTrainedConfig, model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Write into the config of a per-layer model what differs between its layers, in the words of transformers.
+
+    Both models lie on `meta`. A config that has such settings already is left as it is: its own code reads them.
+    """
+    own: Any = config
+    if getattr(own, "is_heterogeneous", False):
+        return
+    found, before = attention_calls(model), attention_calls(dense)
+    layers = {number: {**_heads(own, each), **_skip(own, number, before)} for number, each in found.items()}
+    for number in before.keys() - found.keys():
+        layers[number] = _skip(own, number, before)
+    for number, widths in _widths(own, dense, {each.module for each in before.values()}).items():
+        layers.setdefault(number, {}).update(widths)
+    sizes = {each.head_dim for each in (*found.values(), *before.values())}
+    if len(sizes) == 1 and getattr(own, "head_dim", None) is None:
+        own.head_dim = sizes.pop()
+    layers = {number: settings for number, settings in sorted(layers.items()) if settings}
+    if layers:
+        own.allow_global_per_layer_attribute_access = True  # the dense sizes, which the stock code reads
+        own.per_layer_config = layers
+
+
+def attention_calls(model: PreTrainedModel) -> dict[int, Attention]:
+    """What the attention of each layer is called with; empty where the model does not call what is registered.
+
+    >>> from secateur.models.loading import skeleton
+    >>> from transformers import AutoConfig
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=12)
+    >>> attention_calls(skeleton(config))[1]
+    Attention(module='model.decoder.layers.1.self_attn', heads=2, kv_heads=2, head_dim=6)
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    calls: dict[int, Attention] = {}
+
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and module in paths:
+            calls[number] = Attention(paths[module], query.shape[1], key.shape[1], query.shape[-1])
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=model.device)
+    with _attention(model, record), torch.no_grad(), quiet():
+        try:
+            model(input_ids=ids, use_cache=False)
+        except Exception:  # code that does not run like this says nothing of its heads
+            return {}
+    return calls
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, function: Any) -> Iterator[None]:
+    """Let every attention of a model call this function; where configs of modules differ, each of them says so."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    ALL_ATTENTION_FUNCTIONS[RECORDER] = function
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = RECORDER
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        del ALL_ATTENTION_FUNCTIONS[RECORDER]
+
+
+def _heads(config: Any, found: Attention) -> dict[str, Any]:
+    """What attention was called with, under each name that the config class has for it."""
+    names = [KV_HEADS, *(name for name in KV_NAMES if getattr(config, name, None) is not None)]
+    settings = {HEADS: found.heads, **dict.fromkeys(names, found.kv_heads)}
+    head_dim = getattr(config, "head_dim", None)
+    return settings | ({"head_dim": found.head_dim} if head_dim not in (None, found.head_dim) else {})
+
+
+def _skip(config: Any, number: int, before: Mapping[int, Attention]) -> dict[str, Any]:
+    """The sub-layers of a layer that are gone, as transformers calls them."""
+    attention = before[number].module if number in before else None
+    paths = [path for path in getattr(config, PER_LAYER).get("skipped", {}) if _number(path) == number]
+    skip = sorted({"attention" if path == attention else "mlp" for path in paths})
+    return {"skip": skip} if skip else {}
+
+
+def _widths(config: Any, dense: PreTrainedModel, attentions: set[str]) -> dict[int, dict[str, int]]:
+    """Settings of a layer that its shapes outside attention say: sizes that were a setting's value and are another."""
+    before = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+    settings = {name: getattr(config, name, None) for name in (*WIDTHS, *COUNTS)}
+    found: dict[int, dict[str, set[int]]] = {}
+    for tensor, shape in getattr(config, PER_LAYER)["shapes"].items():
+        number = _number(tensor)
+        if number is None or any(tensor.startswith(f"{path}.") for path in attentions):
+            continue
+        for size, now in zip(before[tensor].shape, shape, strict=True):
+            for name, value in settings.items() if now != size else ():
+                if value == size:
+                    found.setdefault(number, {}).setdefault(name, set()).add(now)
+    return {
+        number: {name: sizes.pop() for name, sizes in by_name.items() if len(sizes) == 1}
+        for number, by_name in found.items()
+    }
+
+
+def _number(path: str) -> int | None:
+    """The first number in a path: that of the layer."""
+    return next((int(piece) for piece in path.split(".") if piece.isdigit()), None)
