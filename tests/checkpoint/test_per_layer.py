@@ -346,7 +346,7 @@ def test_a_hostile_folder_is_refused(name: str, written: dict[str, Written], tmp
         ({PER_LAYER: None}, "architecture: None is no model class"),
         ({"model_type": f"{PER_LAYER}_unheard"}, "of the model type 'unheard', which transformers does not know"),
         ({"model_type": f"{PER_LAYER}_opt"}, "'LlamaForCausalLM' is no model class of transformers for it"),
-        ({"num_hidden_layers": 2}, r"the dense model has no 'model\.layers\.2"),
+        ({"num_hidden_layers": 2}, r"keys must be integer layer indices in the range \[0, 2\)"),
         ({"intermediate_size": 70}, r"cannot be \[48, 77\], the dense model has \[48, 70\]"),
     ],
 )

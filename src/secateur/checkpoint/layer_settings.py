@@ -82,7 +82,7 @@ def attention_calls(model: PreTrainedModel) -> dict[int, Attention]:
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=model.device)
     with _attention(model, record), torch.no_grad(), quiet():
         try:
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except Exception:  # code that does not run like this says nothing of its heads
             return {}
     return calls

@@ -27,8 +27,11 @@ from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class, skip_
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
 
-# What a config says beside its settings: where it comes from, and how to compute.
-NO_SETTINGS = {PER_LAYER, "architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+# What a config says beside its settings: where it comes from, how to compute, and what differs between layers.
+NO_SETTINGS = {
+    *(PER_LAYER, "per_layer_config", "allow_global_per_layer_attribute_access"),
+    *("architectures", "auto_map", "dtype", "model_type", "transformers_version"),
+}
 
 
 def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,6 +55,8 @@ def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
         skip_in_place(dense, skipped)
         about = {"skipped": skipped} if skipped else {}
         setattr(config, PER_LAYER, {**getattr(config, PER_LAYER), **about, **differences(model, dense)})
+        architecture: str = getattr(config, PER_LAYER)["architecture"]
+        config.auto_map = auto_map(config, getattr(transformers, architecture))
         set_layer_settings_in_place(config, skeleton(config), skeleton(_dense_config(model)))
         per_layer = skeleton(config)
     except ModelError as error:
@@ -195,5 +200,4 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     if settings.pop("allow_global_per_layer_attribute_access", False):  # by `set_layer_settings_in_place`, said anew
         del settings["per_layer_config"]
     dense: PreTrainedConfig = per_layer_class(stock).from_dict(settings)
-    dense.auto_map = auto_map(dense, getattr(transformers, architecture))
     return dense

@@ -6,7 +6,14 @@ import re
 from typing import Any, cast
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -53,7 +60,7 @@ def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
         _check_blocks(written)
         if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
-            return _per_layer_config(written)
+            return per_layer_config(written)
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_custom(config):
         raise ModelError(
@@ -101,8 +108,11 @@ def takes(model_class: Any, config_class: Any) -> bool:
     return own or (config_class in mapping and mapping[config_class] is model_class)
 
 
-def _per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a per-layer model, for our own class: no code that lies beside it is run."""
+def per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a per-layer model, for our own class: no code that lies beside it is run.
+
+    Raises ValueError for one that no such model has.
+    """
     stock_type = written["model_type"].removeprefix(f"{PER_LAYER}_")
     if stock_type not in CONFIG_MAPPING:
         raise ValueError(f"{PER_LAYER} of the model type {stock_type!r}, which transformers does not know")
@@ -120,16 +130,28 @@ def _per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
 def auto_map(config: PreTrainedConfig, model_class: Any) -> dict[str, str]:
     """Where the Auto classes find the classes of a per-layer model in its folder, for a stock model class.
 
-    A decoder that its type knows in no other part than a larger model has none for AutoModel.
+    With experts of other sizes there is none for AutoModel: vLLM's transformers backend, which builds it, takes those
+    sizes from the settings for all layers, and would leave a part of each expert without weights, in silence.
     """
     module, stock = per_layer_class.__module__.rpartition(".")[2], type(config).__mro__[1]
-    classes = {"AutoConfig": type(config)}
+    about = getattr(config, PER_LAYER)
+    shapes = about.get("shapes") if isinstance(about, dict) else None
+    experts = any(".experts." in str(name) for name in shapes or ())
+    classes = {
+        "AutoConfig": type(config),
+        "AutoModel": None if experts else _base_class(config),
+        "AutoModelForCausalLM": per_layer_class(model_class, stock),
+    }
+    return {name: f"{module}.{each.__name__}" for name, each in classes.items() if each is not None}
+
+
+def _base_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class without a head for a per-layer config; None where AutoModel has a larger model for its type, or none."""
     mapping: Any = MODEL_MAPPING
-    base = mapping[stock] if stock in mapping else None  # noqa: SIM401 - `get` is not lazy
-    if base is not None and base is not model_class and not config.is_encoder_decoder:
-        classes["AutoModel"] = per_layer_class(base, stock)
-    classes["AutoModelForCausalLM"] = per_layer_class(model_class, stock)
-    return {name: f"{module}.{each.__name__}" for name, each in classes.items()}
+    stock = type(config).__mro__[1]
+    if stock not in mapping or getattr(config, "is_encoder_decoder", False):
+        return None
+    return cast(type[PreTrainedModel], per_layer_class(mapping[stock], stock))
 
 
 def per_layer_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -157,11 +179,18 @@ def register(model: str) -> None:
     `ModelError` for a model that needs nothing of the kind.
     """
     config = load_config(model)
-    model_class = per_layer_model_class(config)
-    if model_class is None:
+    if per_layer_model_class(config) is None:
         raise ModelError(f"{model!r} has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is")
     AutoConfig.register(config.model_type, type(config), exist_ok=True)
-    AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
+    register_classes(config)
+
+
+def register_classes(config: PreTrainedConfig) -> None:
+    """Let the Auto classes build the models of a per-layer config, in this process."""
+    AutoModelForCausalLM.register(type(config), per_layer_model_class(config), exist_ok=True)
+    base = _base_class(config)
+    if base is not None:
+        AutoModel.register(type(config), base, exist_ok=True)
 
 
 def quantization(config: PreTrainedConfig) -> str | None:

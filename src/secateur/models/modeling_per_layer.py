@@ -110,6 +110,7 @@ def _model_class(name: str, stock: Any, config: Any) -> type:
         "config_class": per_layer_class(config),
         # a saved model takes this file along
         "_auto_class": "AutoModelForCausalLM" if issubclass(stock, GenerationMixin) else "AutoModel",
+        "_keys_to_ignore_on_load_unexpected": None,  # no file of ours has such; vLLM applies the patterns to all names
         # The code is transformers' own, so what it computes when weights are loaded is computed as for a stock class.
         "is_custom_code": classmethod(lambda cls: False),
     }
