@@ -1,7 +1,7 @@
 """A per-layer model -> what `per_layer_config` of transformers says of it: heads and widths, layer by layer.
 
-Heads are those that attention is called with, whatever a family calls its matrices. Programs that allocate caches before
-they run a model read them from its config.
+Heads are those that attention is called with, whatever a family calls its matrices. Programs that allocate caches
+before they run a model read them from its config.
 """
 
 from __future__ import annotations
@@ -38,24 +38,30 @@ class Attention:
     head_dim: int
 
 
-def set_layer_settings_in_place(config: PreTrainedConfig, model: PreTrainedModel, dense: PreTrainedModel) -> None:
+def set_layer_settings_in_place(
+    config: PreTrainedConfig,
+    dense: PreTrainedModel,
+    *,
+    before: Mapping[int, Attention],
+    after: Mapping[int, Attention],
+) -> None:
     """Write into the config of a per-layer model what differs between its layers, in the words of transformers.
 
-    Both models lie on `meta`. A config that has such settings already is left as it is: its own code reads them.
+    `before` and `after` are the attention of the dense and of the pruned model, by layer. A config that has such
+    settings already is left as it is: its own code reads them.
     """
     own: Any = config
     if getattr(own, "is_heterogeneous", False):
         return
-    found, before = attention_calls(model), attention_calls(dense)
-    layers = {number: {**_heads(own, each), **_skip(own, number, before)} for number, each in found.items()}
-    for number in before.keys() - found.keys():
-        layers[number] = _skip(own, number, before)
-    for number, widths in _widths(own, dense, {each.module for each in before.values()}).items():
-        layers.setdefault(number, {}).update(widths)
-    sizes = {each.head_dim for each in (*found.values(), *before.values())}
+    sizes = {each.head_dim for each in (*before.values(), *after.values())}
     if len(sizes) == 1 and getattr(own, "head_dim", None) is None:
         own.head_dim = sizes.pop()
-    layers = {number: settings for number, settings in sorted(layers.items()) if settings}
+    widths = _widths(own, dense, {each.module for each in before.values()})
+    layers = {}
+    for number in sorted(before.keys() | after.keys() | widths.keys()):
+        heads = _heads(own, after[number]) if number in after else {}
+        layers[number] = heads | widths.get(number, {}) | _skip(own, number, before)
+    layers = {number: settings for number, settings in layers.items() if settings}
     if layers:
         own.allow_global_per_layer_attribute_access = True  # the dense sizes, which the stock code reads
         own.per_layer_config = layers
@@ -91,7 +97,8 @@ def attention_calls(model: PreTrainedModel) -> dict[int, Attention]:
 @contextmanager
 def _attention(model: PreTrainedModel, function: Any) -> Iterator[None]:
     """Let every attention of a model call this function; where configs of modules differ, each of them says so."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
+    configs = {id(owner.config): owner.config for owner in owners if isinstance(owner.config, PreTrainedConfig)}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     ALL_ATTENTION_FUNCTIONS[RECORDER] = function
     try:

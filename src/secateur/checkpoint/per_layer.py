@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from secateur.checkpoint.layer_settings import set_layer_settings_in_place
+from secateur.checkpoint.layer_settings import attention_calls, set_layer_settings_in_place
 from secateur.discovery.layers import path_and_parents
 from secateur.discovery.module_attributes import plain_attributes
 from secateur.discovery.sublayers import skipped_in
@@ -51,13 +51,14 @@ def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     config = _dense_config(model)
     try:
         dense = skeleton(config)
+        attention = attention_calls(dense)
         skipped = skipped_in(model)
         skip_in_place(dense, skipped)
         about = {"skipped": skipped} if skipped else {}
         setattr(config, PER_LAYER, {**getattr(config, PER_LAYER), **about, **differences(model, dense)})
         architecture: str = getattr(config, PER_LAYER)["architecture"]
         config.auto_map = auto_map(config, getattr(transformers, architecture))
-        set_layer_settings_in_place(config, skeleton(config), skeleton(_dense_config(model)))
+        set_layer_settings_in_place(config, dense, before=attention, after=attention_calls(skeleton(config)))
         per_layer = skeleton(config)
     except ModelError as error:
         raise CheckpointError(f"no folder can hold the model: {error}") from error

@@ -41,14 +41,14 @@ def register() -> None:
         AutoConfig.register(model_type, type("UnreadConfig", (PreTrainedConfig,), members), exist_ok=True)
 
 
-def _read(_: type, written: dict[str, Any], **options: Any) -> Any:
+def _read(_: Any, written: dict[str, Any], /, **options: Any) -> Any:
     """The config of a folder, of whose code nothing runs; it names the class that vLLM is to serve.
 
     Raises ValueError, or `ModelError`, for what is no per-layer model or is not as it was written.
     """
     folder = str(options.get("name_or_path", ""))
     if Path(folder).is_dir():
-        check_folder(folder)
+        check_folder(str(Path(folder).absolute()))  # not the demo model, where the folder has its name
     config: Any = per_layer_config(written)
     register_classes(config)
     converter: Any = importlib.import_module("vllm.transformers_utils.model_arch_config_convertor")
@@ -117,7 +117,7 @@ class _NoAttention:
 
 def _gone(model: Any) -> dict[int, str]:
     """Layers without attention, with the path of a module that stands for it."""
-    found = {}
+    found: dict[int, str] = {}
     for path, module in model.named_modules():
         number = next((int(piece) for piece in path.split(".") if piece.isdigit()), None)
         if isinstance(module, Skipped) and number is not None and number not in model.attention_fusers:
@@ -127,7 +127,7 @@ def _gone(model: Any) -> dict[int, str]:
 
 @contextmanager
 def _experts_as_they_are(model: Any) -> Iterator[None]:
-    """Give the factory of experts the sizes of those that it replaces, not those of the config, which are the largest."""
+    """Give the factory of experts the sizes of those that it replaces; the config has those of the dense model."""
     module: Any = importlib.import_module(f"{BACKEND}.moe")
     factory = module.FusedMoEFactory
 

@@ -146,7 +146,7 @@ def auto_map(config: PreTrainedConfig, model_class: Any) -> dict[str, str]:
 
 
 def _base_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class without a head for a per-layer config; None where AutoModel has a larger model for its type, or none."""
+    """The class without a head for a per-layer config; None where AutoModel has none for it, or a larger model."""
     mapping: Any = MODEL_MAPPING
     stock = type(config).__mro__[1]
     if stock not in mapping or getattr(config, "is_encoder_decoder", False):

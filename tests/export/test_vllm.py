@@ -1,0 +1,107 @@
+"""vLLM gives transformers' greedy tokens from per-layer folders, by its transformers backend and by our plug-in.
+
+`make slow` runs two model types, `make vllm` all of them. vLLM lies in `.venv-vllm`, which the first test makes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from vllm_cases import CASES, FEWEST_KINDS, NEW_TOKENS, PROMPTS, REFUSED, reference, write
+
+from secateur.models.modeling_per_layer import PER_LAYER
+from vllm_environment import WITHOUT, server
+
+pytestmark = pytest.mark.skipif(os.environ.get(WITHOUT) == "1", reason=f"{WITHOUT}=1: without vLLM")
+WAYS = {"backend": False, "plugin": True}
+DAILY = ("llama", "qwen3_moe")  # types that the slow suite runs
+
+
+def types(*names: str) -> list[object]:
+    """Each type as a parameter: the two of the slow suite in it, the others in `make vllm` alone."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in DAILY else pytest.mark.vllm) for name in names]
+
+
+@pytest.mark.parametrize("model_type", types(*CASES))
+def test_heads_and_widths_of_every_layer(model_type: str, tmp_path: Path) -> None:
+    folder = write(model_type, tmp_path / "folder")
+    assert len({json.dumps(layer) for layer in json.loads(config(folder))["per_layer_config"].values()}) > 1
+    expected = reference(folder)
+    assert len({token for row in expected for token in row}) >= FEWEST_KINDS
+    for plugin in WAYS.values():
+        assert server(plugin=plugin).generate(folder, PROMPTS, NEW_TOKENS) == expected
+
+
+@pytest.mark.parametrize("model_type", types("llama", "gemma2", "gpt_neox", "phi3"))
+def test_sublayers_that_are_gone_are_for_the_plugin(model_type: str, tmp_path: Path) -> None:
+    folder = write(model_type, tmp_path / "folder", gone=("layers.1.attention", "layers.2.mlp"))
+    assert server(plugin=True).generate(folder, PROMPTS, NEW_TOKENS) == reference(folder)
+    with pytest.raises(RuntimeError, match=r"Layer 1.* does not dispatch through the Transformers attention interface"):
+        server(plugin=False).generate(folder, PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("model_type", types("mixtral", "qwen3_moe"))
+def test_experts_of_every_layer_are_for_the_plugin(model_type: str, tmp_path: Path) -> None:
+    folder = write(model_type, tmp_path / "folder", experts=True)
+    assert server(plugin=True).generate(folder, PROMPTS, NEW_TOKENS) == reference(folder)
+    with pytest.raises(RuntimeError, match="for this kind of AutoModel: AutoModel"):
+        server(plugin=False).generate(folder, PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_vllm_refuses_of_the_dense_model_too(model_type: str, tmp_path: Path) -> None:
+    write(model_type, tmp_path / "folder")
+    with pytest.raises(RuntimeError):
+        server(plugin=True).generate(tmp_path / "folder", PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.slow
+class TestDamage:
+    """One clear error for a folder that is not as it was written, and other models are served as before."""
+
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write("llama", tmp_path_factory.mktemp("whole") / "folder")
+
+    @pytest.fixture
+    def folder(self, whole: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / "folder"))
+
+    def refused(self, folder: Path, match: str) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            server(plugin=True).generate(folder, PROMPTS, NEW_TOKENS)
+
+    def test_a_config_that_was_changed(self, folder: Path) -> None:
+        settings = json.loads(config(folder))
+        settings["num_hidden_layers"] = 2
+        (folder / "config.json").write_text(json.dumps(settings))
+        self.refused(folder, r"ModelError: .*config\.json is not as it was written")
+
+    def test_shapes_that_no_dense_model_has(self, folder: Path) -> None:
+        (folder / "secateur_manifest.json").unlink()
+        settings = json.loads(config(folder))
+        settings[PER_LAYER]["shapes"]["model.layers.1.mlp.up_proj.weight"] = [10**9, 192]
+        (folder / "config.json").write_text(json.dumps(settings))
+        self.refused(folder, r"ModelError: .*model\.layers\.1\.mlp\.up_proj\.weight cannot be \[1000000000, 192\]")
+
+    def test_weights_that_are_cut_off(self, folder: Path) -> None:
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        self.refused(folder, r"ModelError: .*model\.safetensors")
+
+    def test_a_stock_model_beside_it(self, tmp_path: Path) -> None:
+        from vllm_cases import dense
+
+        dense("llama").save_pretrained(tmp_path / "stock")
+        got = server(plugin=True).generate(tmp_path / "stock", PROMPTS, NEW_TOKENS)
+        assert got == reference(tmp_path / "stock")
+
+
+def config(folder: Path) -> str:
+    """The text of its config."""
+    return (folder / "config.json").read_text()
