@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
+
+MOST_SECONDS = 300  # for one folder
 
 
 def served(order: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def main(how: str) -> None:
             if status:
                 say({"error": f"vLLM ended with the status {os.waitstatus_to_exitcode(status)}"})
             continue
+        signal.alarm(MOST_SECONDS)  # a model that waits for ever ends with a status
         say(served(json.loads(line), options))
         os._exit(0)
 

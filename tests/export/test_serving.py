@@ -7,15 +7,10 @@ docs/serving.md, with what was tested and what was not.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from secateur import CutOptions, discover, plan, prune, save, score
 from secateur.export.serving import serving_note, tensor_parallel_sizes
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
+from servers import ask, serving
 from tiny import tiny_model, tiny_tokenizer
 
 FAMILIES = ("llama", "qwen2", "gpt_neox")
@@ -159,23 +155,6 @@ def test_a_note_tells_what_a_pruned_model_cannot_be_split_over() -> None:
     assert serving_note(dense, mlp_cut) is None
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-    return port
-
-
-def ask(port: int, path: str, **body: object) -> dict[str, Any]:
-    """Post JSON to the server."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        data: dict[str, Any] = json.load(answer)
-    return data
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "openai", "pydantic")),
@@ -183,28 +162,11 @@ def ask(port: int, path: str, **body: object) -> dict[str, Any]:
 )
 def test_transformers_serves_a_uniform_folder(tmp_path: Path) -> None:
     """The server gives the greedy tokens of the model in this process."""
-    folder, port, prompt = uniform_folder(tmp_path / "pruned"), free_port(), "the cat sat on"
+    folder, prompt = uniform_folder(tmp_path / "pruned"), "the cat sat on"
     code = START + "from transformers.cli.transformers import main\nsys.argv[0] = 'transformers'\nmain()"
-    arguments = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = tmp_path / "log"
-    with (
-        log.open("w") as writing,
-        subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.STDOUT) as server,
-    ):
-        try:
-            until = time.monotonic() + 240
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except (urllib.error.URLError, ConnectionError, TimeoutError):
-                    assert server.poll() is None, log.read_text()
-                    assert time.monotonic() < until, log.read_text()
-                    time.sleep(0.5)
-            settings = {"model": str(folder), "prompt": prompt, "max_tokens": 5, "temperature": 0, "stream": False}
-            answer = ask(port, "/v1/completions", **settings)
-        finally:
-            server.terminate()
+    with serving([sys.executable, "-c", code, "serve", str(folder), "--device", "cpu"], tmp_path / "log") as port:
+        settings = {"model": str(folder), "prompt": prompt, "max_tokens": 5, "temperature": 0, "stream": False}
+        answer = ask(port, "/v1/completions", **settings)
     model: Any = load(str(folder), device="cpu")
     tokenizer = load_tokenizer(str(folder))
     ids = tokenizer(prompt, return_tensors="pt").input_ids

@@ -9,12 +9,18 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vllm_cases import CASES, FEWEST_KINDS, NEW_TOKENS, PROMPTS, REFUSED, reference, write
+import torch
+from vllm_cases import CASES, FEWEST_KINDS, NEW_TOKENS, PROMPTS, REFUSED, dense, reference, write
 
+from secateur.cli.main import run
+from secateur.models.loading import load
 from secateur.models.modeling_per_layer import PER_LAYER
-from vllm_environment import WITHOUT, server
+from secateur.models.tokenizer import load_tokenizer
+from servers import ask, serving
+from vllm_environment import SETTINGS, WITHOUT, python, server
 
 pytestmark = pytest.mark.skipif(os.environ.get(WITHOUT) == "1", reason=f"{WITHOUT}=1: without vLLM")
 WAYS = {"backend": False, "plugin": True}
@@ -60,13 +66,15 @@ def test_what_vllm_refuses_of_the_dense_model_too(model_type: str, tmp_path: Pat
         server(plugin=True).generate(tmp_path / "folder", PROMPTS, NEW_TOKENS)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is copied where it is changed."""
+    return write("llama", tmp_path_factory.mktemp("whole") / "folder")
+
+
 @pytest.mark.slow
 class TestDamage:
     """One clear error for a folder that is not as it was written, and other models are served as before."""
-
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return write("llama", tmp_path_factory.mktemp("whole") / "folder")
 
     @pytest.fixture
     def folder(self, whole: Path, tmp_path: Path) -> Path:
@@ -80,7 +88,7 @@ class TestDamage:
         settings = json.loads(config(folder))
         settings["num_hidden_layers"] = 2
         (folder / "config.json").write_text(json.dumps(settings))
-        self.refused(folder, r"ModelError: .*config\.json is not as it was written")
+        self.refused(folder, r"ModelError: .*config\.json has \d+ bytes, \d+ were written\. Copy it again")
 
     def test_shapes_that_no_dense_model_has(self, folder: Path) -> None:
         (folder / "secateur_manifest.json").unlink()
@@ -95,11 +103,35 @@ class TestDamage:
         self.refused(folder, r"ModelError: .*model\.safetensors")
 
     def test_a_stock_model_beside_it(self, tmp_path: Path) -> None:
-        from vllm_cases import dense
-
         dense("llama").save_pretrained(tmp_path / "stock")
         got = server(plugin=True).generate(tmp_path / "stock", PROMPTS, NEW_TOKENS)
         assert got == reference(tmp_path / "stock")
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_the_demo_is_served(tmp_path: Path) -> None:
+    """The commands as a user types them."""
+    folder = tmp_path / "demo"
+    assert run(["prune", "demo", str(folder), "--choose", "score", "--repair", "none", "--samples", "4"]) == 0
+    assert json.loads(config(folder))["model_type"].startswith(PER_LAYER)
+    prompt, environment = "The capital of France is", {**os.environ, **SETTINGS}
+    command = [str(python().with_name("vllm")), "serve", str(folder), "--dtype", "float32", "--max-model-len", "256"]
+    command.append("--enforce-eager")  # nothing is compiled, which takes a minute
+    with serving(command, tmp_path / "log", environment) as port:
+        settings = {"model": str(folder), "max_tokens": 8, "temperature": 0}
+        completion = ask(port, "/v1/completions", prompt=prompt, **settings)
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        message = ask(port, "/v1/chat/completions", messages=chat, **settings)
+    model: Any = load(str(folder), device="cpu")
+    tokenizer = load_tokenizer(str(folder))
+    asked: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    for ids, text in (
+        (tokenizer(prompt, return_tensors="pt").input_ids, completion["choices"][0]["text"]),
+        (asked["input_ids"], message["choices"][0]["message"]["content"]),
+    ):
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def config(folder: Path) -> str:

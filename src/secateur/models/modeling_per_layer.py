@@ -30,11 +30,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, configuration_utils
 
 PER_LAYER = "secateur_per_layer"  # the key in config.json, and how the model type begins
 CLASS_PREFIX = "PerLayer"
 OF_CONFIG = "Of"
+GUARD: Any = getattr(configuration_utils, "HeterogeneousConfigMixin", None)  # it guards what differs
 SECTIONS = ("shapes", "attributes", "configs", "skipped")
 Settings = Mapping[str, Any]
 
@@ -77,17 +78,17 @@ def _config_class(name: str, stock: Any) -> type:
 
     def read(self: Any, name: str) -> Any:
         """The dense value where layers differ; transformers would warn of it, or refuse."""
-        return object.__getattribute__(self, object.__getattribute__(self, "attribute_map").get(name, name))
+        other = super(GUARD, self).__getattribute__("attribute_map")
+        return super(GUARD, self).__getattribute__(other.get(name, name))
 
     members = {
         "__init__": initialise,
-        "__getattribute__": read,
         "__module__": __name__,
         "__doc__": f"The settings of a {stock.__name__} and, in `{PER_LAYER}`, the shapes that differ.",
         "model_type": f"{PER_LAYER}_{stock.model_type}",
         "_auto_class": "AutoConfig",  # a saved config takes this file along
     }
-    return type(name, (stock,), members)
+    return type(name, (stock,), members if GUARD is None else members | {"__getattribute__": read})
 
 
 def _model_class(name: str, stock: Any, config: Any) -> type:
