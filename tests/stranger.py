@@ -132,8 +132,17 @@ def answer(order: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_thoroughly(model: Any, ids: Tensor, folder: str) -> None:
     """What else anyone does with a folder. Raises AssertionError for what is wrong."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+    if "AutoModel" in model.config.auto_map:
+        base = AutoModel.from_pretrained(
+            folder, trust_remote_code=True, attn_implementation="eager", dtype="auto"
+        ).eval()
+        assert not hasattr(base, "lm_head"), "AutoModel has a head"
+        with torch.no_grad():
+            found, expected = (each(input_ids=ids).last_hidden_state for each in (base, model.base_model))
+        near = 0.5 if model.dtype == torch.bfloat16 else 1e-4
+        assert torch.allclose(found, expected, atol=near, rtol=0), "AutoModel computes other hidden states"
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tied == bool(model.config.get_text_config().tie_word_embeddings), f"tied: {tied}"
     if model._supports_sdpa:

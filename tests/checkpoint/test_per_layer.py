@@ -143,6 +143,7 @@ class TestFolder:
         assert config["model_type"] == f"{PER_LAYER}_{settings.model_type}"
         own = "" if settings is stock.config_class else f"Of{settings.__name__}"
         assert config["auto_map"]["AutoModelForCausalLM"] == f"{CODE.stem}.PerLayer{stock.__name__}{own}"
+        assert ("AutoModel" in config["auto_map"]) == (name != "mixtral-expert")
         assert config[PER_LAYER]["architecture"] == stock.__name__
         shapes = config[PER_LAYER]["shapes"]
         tensors = {**dict(written[name].model.named_parameters()), **dict(written[name].model.named_buffers())}
@@ -372,7 +373,7 @@ REGISTERED = """
 import sys
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from secateur.models.config import register
 
 register(sys.argv[1])
@@ -381,7 +382,9 @@ assert type(model).__module__ == "secateur.models.modeling_per_layer", type(mode
 assert type(AutoConfig.from_pretrained(sys.argv[1])) is type(model.config)
 assert not any(name.startswith("transformers_modules") for name in sys.modules)
 ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+base = AutoModel.from_pretrained(sys.argv[1], attn_implementation="eager")
 with torch.no_grad():
+    torch.testing.assert_close(base(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
     save_file({"logits": model(ids).logits.contiguous()}, sys.argv[2])
 """
 

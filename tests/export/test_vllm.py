@@ -60,10 +60,11 @@ def test_experts_of_every_layer_are_for_the_plugin(model_type: str, tmp_path: Pa
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_vllm_refuses_of_the_dense_model_too(model_type: str, tmp_path: Path) -> None:
+def test_what_the_backend_does_not_run_is_refused(model_type: str, tmp_path: Path) -> None:
     write(model_type, tmp_path / "folder")
-    with pytest.raises(RuntimeError):
-        server(plugin=True).generate(tmp_path / "folder", PROMPTS, NEW_TOKENS)
+    for plugin in WAYS.values():
+        with pytest.raises(RuntimeError, match=REFUSED[model_type]):
+            server(plugin=plugin).generate(tmp_path / "folder", PROMPTS, NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")

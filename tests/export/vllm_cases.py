@@ -62,21 +62,28 @@ CASES: dict[str, Case] = {
     "gemma3_text": Case("two kinds of layer with rotations of their own", WINDOWS),
     "phi": Case("all heads rotated in part, biases, attention beside the MLP"),
     "phi3": Case("fused projections"),
-    "gpt2": Case("transposed weights, learned positions"),
+    "gpt_bigcode": Case("one KV head for all queries, learned positions", kinds=("query", "mlp")),
     "gpt_neox": Case("fused queries, keys and values, interleaved by head"),
     "opt": Case("matrices of the layer's own, positions with an offset"),
     "olmo2": Case("norms after the sub-layers, one over all heads"),
     "stablelm": Case("layer norms, heads rotated in part"),
     "starcoder2": Case("biases everywhere, an MLP without a gate"),
     "granite": Case("multipliers of embeddings, scores, residuals and logits"),
+    "glm4": Case("fused gates, four norms, heads rotated in part"),
     "cohere": Case("interleaved rotation, attention beside the MLP, tied embeddings"),
     "mixtral": Case("experts, stacked"),
     "qwen3_moe": Case("experts, and a dense layer before them", {"mlp_only_layers": [0]}),
+    "gpt_oss": Case("experts with biases, sinks, two kinds of layer", WINDOWS),
 }
-# What neither way serves, with what vLLM says of the dense model too.
+# What neither way serves, because vLLM's backend does not run the dense model, either; what it says.
 REFUSED: dict[str, str] = {
-    "bloom": "The Transformers implementation of 'BloomForCausalLM' is not compatible with vLLM",
-    "falcon": "The Transformers implementation of 'FalconForCausalLM' is not compatible with vLLM",
+    "bloom": "Argument position_ids not found in the forward method",  # its positions are a bias of the scores
+    "falcon": "KeyError: 'vllm'",  # its code calls attention functions of its own
+    "gpt2": "shapes cannot be multiplied",  # its code expects heads as a dimension of what attention gives
+    "gptj": "KeyError: 'vllm'",
+    "diffllama": "does not dispatch through the Transformers attention interface",
+    "jamba": "does not dispatch through the Transformers attention interface",  # layers of a state space
+    "deepseek_v3": "is not supported by MLA",  # latent attention
 }
 PROMPTS = ((5, 6, 7, 8, 9), (20, 30, 40), (11, 12, 13, 14, 15, 16, 17, 18), (50,), (33, 22, 44, 55, 21, 60, 61))
 NEW_TOKENS = 32
@@ -103,7 +110,7 @@ def write(model_type: str, out: Path, *, experts: bool = False, gone: tuple[str,
     """A folder in which every layer has other heads and widths, or other experts; groups named in `gone` are empty."""
     model = dense(model_type)
     discovery = discover(model)
-    decided = uneven(model, EXPERTS if experts else CASES[model_type].kinds, discovery=discovery)
+    decided = uneven(model, EXPERTS if experts else CASES.get(model_type, Case("")).kinds, discovery=discovery)
     groups = [group for group in decided.groups if group.name not in gone]
     for name in gone:
         group = discovery.group(name)

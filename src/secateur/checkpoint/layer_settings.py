@@ -59,11 +59,12 @@ def set_layer_settings_in_place(
     widths = _widths(own, dense, {each.module for each in before.values()})
     layers = {}
     for number in sorted(before.keys() | after.keys() | widths.keys()):
-        heads = _heads(own, after[number]) if number in after else {}
+        heads = _heads(own, after.get(number, before.get(number)))
         layers[number] = heads | widths.get(number, {}) | _skip(own, number, before)
     layers = {number: settings for number, settings in layers.items() if settings}
     if layers:
         own.allow_global_per_layer_attribute_access = True  # the dense sizes, which the stock code reads
+        own.serialize_explicit_per_layer_config = True  # every layer has each: config classes differ in their names
         own.per_layer_config = layers
 
 
@@ -111,12 +112,14 @@ def _attention(model: PreTrainedModel, function: Any) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[RECORDER]
 
 
-def _heads(config: Any, found: Attention) -> dict[str, Any]:
+def _heads(config: Any, found: Attention | None) -> dict[str, Any]:
     """What attention was called with, under each name that the config class has for it."""
+    if found is None:
+        return {}
     names = [KV_HEADS, *(name for name in KV_NAMES if getattr(config, name, None) is not None)]
     settings = {HEADS: found.heads, **dict.fromkeys(names, found.kv_heads)}
     head_dim = getattr(config, "head_dim", None)
-    return settings | ({"head_dim": found.head_dim} if head_dim not in (None, found.head_dim) else {})
+    return settings | ({} if head_dim is None else {"head_dim": found.head_dim})
 
 
 def _skip(config: Any, number: int, before: Mapping[int, Attention]) -> dict[str, Any]:
@@ -130,7 +133,8 @@ def _skip(config: Any, number: int, before: Mapping[int, Attention]) -> dict[str
 def _widths(config: Any, dense: PreTrainedModel, attentions: set[str]) -> dict[int, dict[str, int]]:
     """Settings of a layer that its shapes outside attention say: sizes that were a setting's value and are another."""
     before = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
-    settings = {name: getattr(config, name, None) for name in (*WIDTHS, *COUNTS)}
+    own = set(config.to_dict())  # not what is another name of a setting
+    settings = {name: getattr(config, name, None) for name in (*WIDTHS, *COUNTS) if name in own}
     found: dict[int, dict[str, set[int]]] = {}
     for tensor, shape in getattr(config, PER_LAYER)["shapes"].items():
         number = _number(tensor)

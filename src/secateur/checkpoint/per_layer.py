@@ -29,7 +29,7 @@ from secateur.models.trust import runs_remote_code
 
 # What a config says beside its settings: where it comes from, how to compute, and what differs between layers.
 NO_SETTINGS = {
-    *(PER_LAYER, "per_layer_config", "allow_global_per_layer_attribute_access"),
+    *(PER_LAYER, "per_layer_config", "allow_global_per_layer_attribute_access", "serialize_explicit_per_layer_config"),
     *("architectures", "auto_map", "dtype", "model_type", "transformers_version"),
 }
 
@@ -198,7 +198,7 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
             "all layers alike (leave out --layers)"
         )
     settings = {**config.to_dict(), PER_LAYER: {"model_type": stock_type, "architecture": architecture}}
-    if settings.pop("allow_global_per_layer_attribute_access", False):  # by `set_layer_settings_in_place`, said anew
-        del settings["per_layer_config"]
+    if settings.pop("serialize_explicit_per_layer_config", False):  # by `set_layer_settings_in_place`, which does again
+        del settings["per_layer_config"], settings["allow_global_per_layer_attribute_access"]
     dense: PreTrainedConfig = per_layer_class(stock).from_dict(settings)
     return dense

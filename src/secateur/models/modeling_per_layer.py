@@ -81,8 +81,16 @@ def _config_class(name: str, stock: Any) -> type:
         other = super(GUARD, self).__getattribute__("attribute_map")
         return super(GUARD, self).__getattribute__(other.get(name, name))
 
+    def to_dict(self: Any) -> dict[str, Any]:
+        """With the number of layers by its usual name, without which no other config class reads what differs."""
+        written: dict[str, Any] = stock.to_dict(self)
+        if "per_layer_config" in written:
+            written.setdefault("num_hidden_layers", self.num_hidden_layers)
+        return written
+
     members = {
         "__init__": initialise,
+        "to_dict": to_dict,
         "__module__": __name__,
         "__doc__": f"The settings of a {stock.__name__} and, in `{PER_LAYER}`, the shapes that differ.",
         "model_type": f"{PER_LAYER}_{stock.model_type}",
