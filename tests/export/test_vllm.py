@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 import torch
 from vllm_cases import CASES, FEWEST_KINDS, NEW_TOKENS, PROMPTS, REFUSED, dense, reference, write
 
+from secateur import CutOptions, discover, plan, prune, save, score
 from secateur.cli.main import run
 from secateur.models.loading import load
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.tokenizer import load_tokenizer
 from servers import ask, serving
-from vllm_environment import SETTINGS, WITHOUT, python, server
+from vllm_environment import ROOT, SETTINGS, WITHOUT, python, server
 
 pytestmark = pytest.mark.skipif(os.environ.get(WITHOUT) == "1", reason=f"{WITHOUT}=1: without vLLM")
 WAYS = {"backend": False, "plugin": True}
@@ -63,7 +65,7 @@ def test_experts_of_every_layer_are_for_the_plugin(model_type: str, tmp_path: Pa
 def test_what_the_backend_does_not_run_is_refused(model_type: str, tmp_path: Path) -> None:
     write(model_type, tmp_path / "folder")
     for plugin in WAYS.values():
-        with pytest.raises(RuntimeError, match=REFUSED[model_type]):
+        with pytest.raises(RuntimeError, match=re.escape(REFUSED[model_type].says)):
             server(plugin=plugin).generate(tmp_path / "folder", PROMPTS, NEW_TOKENS)
 
 
@@ -103,10 +105,21 @@ class TestDamage:
         weights.write_bytes(weights.read_bytes()[:-100])
         self.refused(folder, r"ModelError: .*model\.safetensors")
 
-    def test_a_stock_model_beside_it(self, tmp_path: Path) -> None:
-        dense("llama").save_pretrained(tmp_path / "stock")
-        got = server(plugin=True).generate(tmp_path / "stock", PROMPTS, NEW_TOKENS)
-        assert got == reference(tmp_path / "stock")
+    def test_a_uniform_folder_beside_it(self, tmp_path: Path) -> None:
+        model = dense("llama")
+        options = CutOptions(ratio=0.34, of="units", axes=("attention", "mlp"), scope="local", score="l2")
+        decided = plan(discover(model), options, config=model.config, scores=score(model, name="l2"))
+        assert decided.settings is not None
+        folder = save(prune(model, decided), tmp_path / "stock", plan=decided)
+        for plugin in WAYS.values():
+            assert server(plugin=plugin).generate(folder, PROMPTS, NEW_TOKENS) == reference(folder)
+
+
+def test_the_documentation_lists_what_is_tested() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    served = [f"| `{model_type}` | {case.about} |" for model_type, case in CASES.items()]
+    refused = [f"| `{model_type}` | {why.says} | {why.because} |" for model_type, why in REFUSED.items()]
+    assert re.findall(r"^\| `\w+` \| .*\|$", page, re.MULTILINE) == served + refused
 
 
 @pytest.mark.slow

@@ -75,15 +75,27 @@ CASES: dict[str, Case] = {
     "qwen3_moe": Case("experts, and a dense layer before them", {"mlp_only_layers": [0]}),
     "gpt_oss": Case("experts with biases, sinks, two kinds of layer", WINDOWS),
 }
-# What neither way serves, because vLLM's backend does not run the dense model, either; what it says.
-REFUSED: dict[str, str] = {
-    "bloom": "Argument position_ids not found in the forward method",  # its positions are a bias of the scores
-    "falcon": "KeyError: 'vllm'",  # its code calls attention functions of its own
-    "gpt2": "shapes cannot be multiplied",  # its code expects heads as a dimension of what attention gives
-    "gptj": "KeyError: 'vllm'",
-    "diffllama": "does not dispatch through the Transformers attention interface",
-    "jamba": "does not dispatch through the Transformers attention interface",  # layers of a state space
-    "deepseek_v3": "is not supported by MLA",  # latent attention
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A model type that vLLM's backend does not run, pruned or dense."""
+
+    says: str
+    because: str
+
+
+INTERFACE = "does not dispatch through the Transformers attention interface"
+REFUSED: dict[str, Refused] = {
+    "bloom": Refused("Argument position_ids not found in the forward method", "positions are a bias of the scores"),
+    "falcon": Refused("KeyError: 'vllm'", "its code has a class for each way to compute attention"),
+    "gptj": Refused("KeyError: 'vllm'", "its code has a class for each way to compute attention"),
+    "gpt2": Refused(
+        "shapes cannot be multiplied", "its code wants another shape of what attention gives"
+    ),
+    "diffllama": Refused(INTERFACE, "its attention is a difference of two"),
+    "jamba": Refused(INTERFACE, "some layers are state spaces"),
+    "deepseek_v3": Refused("is not supported by MLA", "the kernels for CPUs have none for its latent attention"),
 }
 PROMPTS = ((5, 6, 7, 8, 9), (20, 30, 40), (11, 12, 13, 14, 15, 16, 17, 18), (50,), (33, 22, 44, 55, 21, 60, 61))
 NEW_TOKENS = 32
