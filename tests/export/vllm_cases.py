@@ -40,6 +40,18 @@ SIZES: dict[str, Any] = {
     "shared_expert_intermediate_size": 36,
 }
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+LATENT = {
+    "num_key_value_heads": HEADS,
+    "head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "q_lora_rank": 26,
+    "kv_lora_rank": 22,
+    "n_routed_experts": 5,
+    "n_group": 1,
+    "topk_group": 1,
+}
 EXPERTS = ("attention", "mlp", "expert", "expert_mlp", "shared_mlp")
 
 
@@ -50,6 +62,7 @@ class Case:
     about: str
     settings: dict[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = ("attention", "mlp")
+    backend: str = ""  # what vLLM's backend says; the plug-in serves it all the same
 
 
 CASES: dict[str, Case] = {
@@ -73,6 +86,7 @@ CASES: dict[str, Case] = {
     "cohere": Case("interleaved rotation, attention beside the MLP, tied embeddings"),
     "mixtral": Case("experts, stacked"),
     "qwen3_moe": Case("experts, and a dense layer before them", {"mlp_only_layers": [0]}),
+    "deepseek_v3": Case("latent attention, plug-in only", LATENT, backend="Head dimension 32 is not supported by MLA"),
     "gpt_oss": Case("experts with biases, sinks, two kinds of layer", WINDOWS),
 }
 
@@ -83,19 +97,17 @@ class Refused:
 
     says: str
     because: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 INTERFACE = "does not dispatch through the Transformers attention interface"
 REFUSED: dict[str, Refused] = {
     "bloom": Refused("Argument position_ids not found in the forward method", "positions are a bias of the scores"),
     "falcon": Refused("KeyError: 'vllm'", "its code has a class for each way to compute attention"),
-    "gptj": Refused("KeyError: 'vllm'", "its code has a class for each way to compute attention"),
-    "gpt2": Refused(
-        "shapes cannot be multiplied", "its code wants another shape of what attention gives"
-    ),
-    "diffllama": Refused(INTERFACE, "its attention is a difference of two"),
+    "gptj": Refused("KeyError: 'vllm'", "its code has a class for each way to compute attention", {"rotary_dim": 16}),
+    "gpt2": Refused("shapes cannot be multiplied", "its code wants another shape of what attention gives"),
+    "diffllama": Refused(INTERFACE, "its attention is a difference of two", {"num_key_value_heads": 2}),
     "jamba": Refused(INTERFACE, "some layers are state spaces"),
-    "deepseek_v3": Refused("is not supported by MLA", "the kernels for CPUs have none for its latent attention"),
 }
 PROMPTS = ((5, 6, 7, 8, 9), (20, 30, 40), (11, 12, 13, 14, 15, 16, 17, 18), (50,), (33, 22, 44, 55, 21, 60, 61))
 NEW_TOKENS = 32
@@ -105,7 +117,7 @@ FEWEST_KINDS = 8  # different tokens that a reference has at least: a model that
 @cache
 def dense(model_type: str) -> PreTrainedModel:
     """A random model of the type, in float32."""
-    case, config_class = CASES.get(model_type, Case("")), CONFIG_MAPPING[model_type]
+    case, config_class = (CASES | REFUSED)[model_type], CONFIG_MAPPING[model_type]
     known = inspect.signature(config_class).parameters
     settings = {name: size for name, size in {**SIZES, **case.settings}.items() if name in known}
     with quiet():
@@ -122,7 +134,8 @@ def write(model_type: str, out: Path, *, experts: bool = False, gone: tuple[str,
     """A folder in which every layer has other heads and widths, or other experts; groups named in `gone` are empty."""
     model = dense(model_type)
     discovery = discover(model)
-    decided = uneven(model, EXPERTS if experts else CASES.get(model_type, Case("")).kinds, discovery=discovery)
+    kinds = CASES[model_type].kinds if model_type in CASES else ("attention", "mlp")
+    decided = uneven(model, EXPERTS if experts else kinds, discovery=discovery)
     groups = [group for group in decided.groups if group.name not in gone]
     for name in gone:
         group = discovery.group(name)
