@@ -134,7 +134,7 @@ def check_thoroughly(model: Any, ids: Tensor, folder: str) -> None:
     """What else anyone does with a folder. Raises AssertionError for what is wrong."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    if "AutoModel" in model.config.auto_map:
+    if "AutoModel" in getattr(model.config, "auto_map", {}):
         base = AutoModel.from_pretrained(
             folder, trust_remote_code=True, attn_implementation="eager", dtype="auto"
         ).eval()

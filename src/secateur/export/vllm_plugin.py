@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from secateur.errors import ExportError
 from secateur.models.config import per_layer_config, register_classes
 from secateur.models.loading import load_on_meta
 from secateur.models.modeling_per_layer import PER_LAYER, Skipped
@@ -25,6 +26,7 @@ from secateur.models.sources import check_unchanged, resolve
 from secateur.models.weight_files import is_model_file
 
 BACKEND = "vllm.model_executor.models.transformers"
+KNOWN = "0.32"  # the version whose backend is extended and tested
 # Class that is served -> the class of the backend that it extends.
 SERVED = {"PerLayerForCausalLM": "TransformersForCausalLM", "PerLayerMoEForCausalLM": "TransformersMoEForCausalLM"}
 
@@ -93,10 +95,18 @@ def _served(name: str, stock: Any) -> type:
             block = self.get_submodule(path)
             del context[block.attn.layer_name], block.attn
 
-    members = {
+    methods = {
         "_patch_config": patch_config,
         "recursive_replace": replace,
         "_create_attention_instances": create_attention_instances,
+    }
+    if unknown := sorted(name for name in methods if not hasattr(stock, name)):
+        raise ExportError(
+            f"{stock.__name__} of this vLLM has no {unknown[0]}: Secateur's plug-in is for vLLM {KNOWN}. Without the "
+            "plug-in, its transformers backend may serve the folder: --model-impl transformers --trust-remote-code"
+        )
+    members = {
+        **methods,
         "__module__": __name__,
         "__doc__": f"A {stock.__name__} of per-layer sizes.",
     }
@@ -116,11 +126,11 @@ class _NoAttention:
 
 
 def _gone(model: Any) -> dict[int, str]:
-    """Layers without attention, with the path of a module that stands for it."""
-    found: dict[int, str] = {}
+    """Layers whose attention is gone, as their config says, with the path of a module that stands for it."""
+    layers, found = model.text_config.per_layer_config, {}
     for path, module in model.named_modules():
         number = next((int(piece) for piece in path.split(".") if piece.isdigit()), None)
-        if isinstance(module, Skipped) and number is not None and number not in model.attention_fusers:
+        if isinstance(module, Skipped) and number is not None and "attention" in getattr(layers[number], "skip", ()):
             found.setdefault(number, path)
     return found
 
