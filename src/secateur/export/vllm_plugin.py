@@ -127,7 +127,8 @@ class _NoAttention:
 
 def _gone(model: Any) -> dict[int, str]:
     """Layers whose attention is gone, as their config says, with the path of a module that stands for it."""
-    layers, found = model.text_config.per_layer_config, {}
+    layers: Any = model.text_config.per_layer_config
+    found: dict[int, str] = {}
     for path, module in model.named_modules():
         number = next((int(piece) for piece in path.split(".") if piece.isdigit()), None)
         if isinstance(module, Skipped) and number is not None and "attention" in getattr(layers[number], "skip", ()):
