@@ -48,10 +48,12 @@ def set_layer_settings_in_place(
     """Write into the config of a per-layer model what differs between its layers, in the words of transformers.
 
     `before` and `after` are the attention of the dense and of the pruned model, by layer. A config that has such
-    settings already is left as it is: its own code reads them.
+    settings already is left as it is, since its own code reads them; so is one of several parts, or of layers that it
+    counts in another way.
     """
     own: Any = config
-    if getattr(own, "is_heterogeneous", False):
+    depth = getattr(own, "num_hidden_layers", None)
+    if getattr(own, "is_heterogeneous", False) or own.get_text_config() is not own or not isinstance(depth, int):
         return
     sizes = {each.head_dim for each in (*before.values(), *after.values())}
     if len(sizes) == 1 and getattr(own, "head_dim", None) is None:
@@ -61,8 +63,11 @@ def set_layer_settings_in_place(
     for number in sorted(before.keys() | after.keys() | widths.keys()):
         heads = _heads(own, after.get(number, before.get(number)))
         layers[number] = heads | widths.get(number, {}) | _skip(own, number, before)
+    unknown = {name for settings in layers.values() for name in settings if name != "skip" and not hasattr(own, name)}
+    unknown = {name for name in unknown if sum(name in settings for settings in layers.values()) != depth}
+    layers = {n: {name: v for name, v in each.items() if name not in unknown} for n, each in layers.items()}
     layers = {number: settings for number, settings in layers.items() if settings}
-    if layers:
+    if layers and max(layers) < depth:
         own.allow_global_per_layer_attribute_access = True  # the dense sizes, which the stock code reads
         own.serialize_explicit_per_layer_config = True  # every layer has each: config classes differ in their names
         own.per_layer_config = layers
