@@ -133,6 +133,9 @@ def test_the_demo_is_served(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     assert run(["prune", "demo", str(folder), "--choose", "score", "--repair", "none", "--samples", "4"]) == 0
     assert json.loads(config(folder))["model_type"].startswith(PER_LAYER)
+    expected = reference(folder)
+    for plugin in WAYS.values():
+        assert server(plugin=plugin).generate(folder, PROMPTS, NEW_TOKENS) == expected
     prompt, environment = "The capital of France is", {**os.environ, **SETTINGS}
     command = [str(python().with_name("vllm")), "serve", str(folder), "--dtype", "float32", "--max-model-len", "256"]
     command.append("--enforce-eager")  # nothing is compiled, which takes a minute
@@ -148,8 +151,8 @@ def test_the_demo_is_served(tmp_path: Path) -> None:
         (tokenizer(prompt, return_tensors="pt").input_ids, completion["choices"][0]["text"]),
         (asked["input_ids"], message["choices"][0]["message"]["content"]),
     ):
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-        assert text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert text == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def config(folder: Path) -> str:

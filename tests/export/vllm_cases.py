@@ -93,7 +93,7 @@ CASES: dict[str, Case] = {
 
 @dataclass(frozen=True)
 class Refused:
-    """A model type that vLLM's backend does not run, pruned or dense."""
+    """A model type that vLLM's backend does not run."""
 
     says: str
     because: str
