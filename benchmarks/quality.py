@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quality_table import DENSE, SETTINGS, Key, TableError, missing, table, write_tables
 from secateur import __version__
 from secateur.data.calibration import COLUMN
-from secateur.data.windows import calibration_windows, digest, held_out_windows
+from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.protocols import Protocol
@@ -53,7 +53,6 @@ from secateur.planning.options import CutOptions, settled, with_preset
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import peak_rss
-from secateur.pruning.held_out import best_repair
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
@@ -96,7 +95,6 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two iterations": Row("plan, cut, repair, score again", replace(best, iterations=2)),
         "best, longer windows": Row("as many tokens, in windows of 512", best, samples=64, length=512),
-        "best, held-out": Row("the better of two choices of units", replace(best, choose="held-out")),
         "best, in order": Row("ablation: the text as it is written", best, varied=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
@@ -197,11 +195,8 @@ def cut(
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
     decided = plan(discovery, options, config=model.config, scores=scores)
     repaired = None
-    if options.choose == "held-out":
-        held_out = held_out_windows(tokenizer, text)
-        repaired, _ = best_repair(model, decided, discovery, windows, held_out)
-    elif options.repairs:
-        repaired = repair(model, decided, discovery, windows, method=options.repair, choose=options.choose == "obs")
+    if options.repairs:
+        repaired = repair(model, decided, discovery, windows, method=options.repair)
     if repaired is not None:
         decided = repaired.plan
     with quiet():

@@ -25,7 +25,6 @@ LABELS = {
     "fast": "`--preset fast`",
     "best, no repair": "`best`, ranking alone (no repair)",
     "best, longer windows": "`best --samples 128 --length 512`",
-    "best, held-out": "`best --choose held-out`",
     "best, in order": "`best --varied 0`",
     "best, score chooses": "`best`, units by score (no choice while repairing)",
     "best, reconstruct": "`best --repair reconstruct`",
