@@ -62,12 +62,13 @@ bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=
 	$(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) --out runs/quality.json --write $(QUALITY)
 	$(BIN)/python benchmarks/quality_plot.py
 
-bench-zoo: $(STAMP)  ## The same on several models, with DATA=FOLDER and MODELS="NAME..." besides those trained here; writes docs' table; resumes
+bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained here and MODELS="NAME...", with DATA=FOLDER; resumes
 	$(if $(DATA),,$(error bench-zoo: give the folder of the texts, for example make bench-zoo DATA=data MODELS=gemma.gguf))
+	@test -f runs/quality.json || { echo "bench-zoo: needs runs/quality.json, which make bench-quality writes" >&2; exit 1; }
 	$(BIN)/python benchmarks/zoo_models.py --text $(DATA)/calib/c4_first1000.jsonl --out runs/zoo
-	for model in demo $(MODELS); do $(ZOO) --model $$model --protocols served@128,served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
-	for model in gpt_neox opt; do $(ZOO) --model runs/zoo/$$model --protocols served@128,served@256 --out runs/zoo/$$model.json || exit 1; done
-	$(BIN)/python benchmarks/zoo.py $(addprefix runs/zoo/,$(addsuffix .json,demo $(notdir $(MODELS)) gpt_neox opt)) --write
+	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024,llm-pruner@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
+	for model in gpt_neox opt; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
+	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox opt)) --write
 
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs
