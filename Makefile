@@ -18,8 +18,12 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 MIX = --calibration $(DATA)/calib/c4_first1000.jsonl@2 --calibration $(DATA)/instruct/dolly_3k.json@2 --column input \
 	--calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
 
+TEXTS = --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
+OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
+ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 4096 --seeds 0 $(QUALITY)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,9 +62,16 @@ bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain l
 bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=FOLDER; writes README's and docs' table and picture; resumes
 	$(if $(DATA),,$(error bench-quality: give the folder of the texts, for example make bench-quality DATA=data))
 	@mkdir -p runs
-	$(BIN)/python benchmarks/quality.py $(MIX) --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt --out runs/quality.json --write $(QUALITY)
+	$(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) --out runs/quality.json --write $(QUALITY)
 	$(BIN)/python benchmarks/quality_plot.py
-	$(BIN)/python benchmarks/second_family.py --calibration $(DATA)/calib/c4_first1000.jsonl --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
+
+bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained here and MODELS="NAME...", with DATA=FOLDER; resumes
+	$(if $(DATA),,$(error bench-zoo: give the folder of the texts, for example make bench-zoo DATA=data MODELS=gemma.gguf))
+	@test -f runs/quality.json || { echo "bench-zoo: needs runs/quality.json, which make bench-quality writes" >&2; exit 1; }
+	$(BIN)/python benchmarks/zoo_models.py --text $(DATA)/calib/c4_first1000.jsonl --out runs/zoo
+	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024,llm-pruner@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
+	for model in gpt_neox opt; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
+	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox opt)) --write
 
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs

@@ -1,9 +1,9 @@
 """What a cut costs without any training: our presets, LLM-Pruner's recipe and the peers' methods on one model.
 
-    python benchmarks/quality.py --calibration FILE... --text NAME=FILE... [--ratios 0.2,0.5] [--rows "a;b"]
+    python benchmarks/quality.py --calibration FILE... --text NAME=FILE... [--model NAME] [--rows "a;b"]
 
-Every row cuts the demo model by the same share of its non-embedding parameters, then measures the damage on every
-text in windows of 128 and 1024 tokens: ln(perplexity cut / perplexity dense), in nats per token. The calibration text
+Every row cuts the model (the demo's by default) by the same share of its non-embedding parameters, then measures the
+damage on every text under each protocol: ln(perplexity cut / perplexity dense), in nats per token. The calibration text
 must not come from the evaluation's corpora. Results go to a JSON file as they come (`--out`); the same command goes on
 after a stop and measures what is missing. Each row is a process of its own, so that its peak memory is its own. Rows
 that look at the same statistics share a file of them, and each counts the seconds that it took to make. When all rows
@@ -38,10 +38,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quality_table import DENSE, SETTINGS, Key, TableError, missing, table, write_tables
 from secateur import __version__
 from secateur.data.calibration import COLUMN
-from secateur.data.windows import calibration_windows, digest, held_out_windows
+from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate
-from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.files import write_json
 from secateur.models.loading import load
@@ -53,19 +52,17 @@ from secateur.planning.options import CutOptions, settled, with_preset
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import peak_rss
-from secateur.pruning.held_out import best_repair
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
 from secateur.scoring.scores import scores_from, statistics_for
 from secateur.scoring.statistics import load_statistics, save_statistics
 
-MODEL = "demo"
-LENGTHS = (128, 1024)
+PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
 MAX_TOKENS = 40_000  # by default
 BEST = CutOptions()
 SEEDED = ["best", "llm-pruner, MLP", "wanda-sp"]  # rows that are measured with every seed
-PAPER_LAYERS = {0.2: (6, 24), 0.5: (3, 29)}  # of 30, of which the paper's share of units gives the ratio
+PAPER_LAYERS = {0.2: (6 / 30, 24 / 30), 0.5: (3 / 30, 29 / 30)}  # of which the paper's share of units gives the ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +93,6 @@ def rows(ratio: float) -> dict[str, Row]:
         "best, sublayers": Row("attention and MLP of layers may go whole", replace(best, sublayers=True)),
         "best, two iterations": Row("plan, cut, repair, score again", replace(best, iterations=2)),
         "best, longer windows": Row("as many tokens, in windows of 512", best, samples=64, length=512),
-        "best, held-out": Row("the better of two choices of units", replace(best, choose="held-out")),
         "best, in order": Row("ablation: the text as it is written", best, varied=0.0),
         "best, score chooses": Row("ablation: units by Fisher information", replace(best, choose="score")),
         "llm-pruner": Row(
@@ -104,7 +100,7 @@ def rows(ratio: float) -> dict[str, Row]:
         ),
         "llm-pruner, MLP": Row(
             "its best on this model",
-            replace(local, score="param_first", axes=("mlp",), layers=(3, 28)),
+            replace(local, score="param_first", axes=("mlp",), layers=(3 / 30, 28 / 30)),
             preset="llm-pruner",
         ),
         "magnitude": Row("Torch-Pruning's script", replace(local, score="l2")),
@@ -124,9 +120,9 @@ def rows(ratio: float) -> dict[str, Row]:
 
 def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Cut as the row says, and measure. `dense` cuts nothing."""
-    tokenizer = load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(arguments.model)
     with quiet():
-        model = load(MODEL, dtype="float32")
+        model = load(arguments.model, dtype="float32")
     found: dict[str, Any] = {"row": name, "ratio": ratio, "seed": seed, **settings(arguments)}
     found["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
     found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -144,14 +140,26 @@ def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -
         found["groups"] = [[g.name, g.units, g.kept] for g in decided.groups]
     model = model.to(getattr(torch, arguments.dtype))
     texts = {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
-    results = evaluate(model, tokenizer, texts, protocols=[Protocol(n) for n in LENGTHS], max_tokens=arguments.tokens)
-    found["nll"] = {f"{result.data}@{result.seq_len}": result.nll for result in results}
+    results = evaluate(model, tokenizer, texts, protocols=arguments.protocols, max_tokens=arguments.tokens)
+    found["nll"] = {column(result.data, result.protocol): result.nll for result in results}
     return found
+
+
+def column(text: str, protocol: str) -> str:
+    """The name of a column: windows are read without start tokens unless it says so.
+
+    >>> column("WT2", "llm-pruner@128"), column("WT2", "served@128")
+    ('WT2@128', 'WT2@128 served')
+    """
+    way, _, length = protocol.partition("@")
+    return f"{text}@{length}" + ("" if way == "llm-pruner" else f" {way}")
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What results have in common that may stand in one table."""
     return {
+        "model": Path(arguments.model).name,
+        "protocols": arguments.protocols,
         "tokens": arguments.tokens,
         "dtype": arguments.dtype,
         "samples": arguments.samples,
@@ -180,7 +188,7 @@ def cut(
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
     if options.iterations > 1:
         with quiet():
-            recipe = PruneRecipe(MODEL, cut=options, calibration=text)
+            recipe = PruneRecipe(arguments.model, cut=options, calibration=text)
             return *Pipeline(recipe, model=model, discovery=discovery, windows=windows).cut(), 0.0
     about = f"{digest(text.scored(windows))} {options.score} {' '.join(sorted(group.name for group in groups))}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
@@ -197,11 +205,8 @@ def cut(
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
     decided = plan(discovery, options, config=model.config, scores=scores)
     repaired = None
-    if options.choose == "held-out":
-        held_out = held_out_windows(tokenizer, text)
-        repaired, _ = best_repair(model, decided, discovery, windows, held_out)
-    elif options.repairs:
-        repaired = repair(model, decided, discovery, windows, method=options.repair, choose=options.choose == "obs")
+    if options.repairs:
+        repaired = repair(model, decided, discovery, windows, method=options.repair)
     if repaired is not None:
         decided = repaired.plan
     with quiet():
@@ -244,6 +249,8 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure one row, or all that are missing; write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo", help="a name, folder or GGUF file")
+    parser.add_argument("--protocols", default=[*PROTOCOLS], type=lambda text: text.split(","))
     parser.add_argument("--calibration", action="append", metavar="FILE[@WEIGHT]", help="text, jsonl, json or parquet")
     parser.add_argument("--column", default=COLUMN, help="the field of those files that have it")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")

@@ -17,7 +17,15 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 Key = tuple[str, float, int]  # row, ratio, seed
 DENSE: Key = ("dense", 0.0, 0)
-SETTINGS = ("tokens", "dtype", "samples", "calibration", "texts")  # what all rows of a table have in common
+SETTINGS = (
+    "model",
+    "protocols",
+    "tokens",
+    "dtype",
+    "samples",
+    "calibration",
+    "texts",
+)  # what all rows of a table have in common
 
 LABELS = {
     "best": "`--preset best`",
@@ -25,7 +33,6 @@ LABELS = {
     "fast": "`--preset fast`",
     "best, no repair": "`best`, ranking alone (no repair)",
     "best, longer windows": "`best --samples 128 --length 512`",
-    "best, held-out": "`best --choose held-out`",
     "best, in order": "`best --varied 0`",
     "best, score chooses": "`best`, units by score (no choice while repairing)",
     "best, reconstruct": "`best --repair reconstruct`",
@@ -192,7 +199,7 @@ def _seeds(wanted: Sequence[Key]) -> str:
     return f"Where there are several seeds of the calibration windows ({named}), the mean and half the range."
 
 
-def between_marks(page: str, block: str) -> str:
+def between_marks(page: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     r"""A page with what lies between its marks replaced.
 
     Raises `TableError` unless it has each mark once, in order.
@@ -200,10 +207,11 @@ def between_marks(page: str, block: str) -> str:
     >>> between_marks(f"a\n{BEGIN}\nold\n{END}\nb", "new")
     'a\n<!-- quality:begin -->\nnew\n<!-- quality:end -->\nb'
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise TableError(f"expected {BEGIN} once, and {END} once after it")
-    before, after = page[: page.index(BEGIN)], page[page.index(END) + len(END) :]
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    begin, end = marks
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise TableError(f"expected {begin} once, and {end} once after it")
+    before, after = page[: page.index(begin)], page[page.index(end) + len(end) :]
+    return f"{before}{begin}\n{block}\n{end}{after}"
 
 
 def write_tables(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *, root: Path = ROOT) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import quality
+import zoo
 from quality_table import (
     BEGIN,
     DENSE,
@@ -30,6 +31,8 @@ from quality_table import (
 ROOT = Path(__file__).parent.parent
 TEXTS = ("WT2@128", "WT2@1024")
 OTHER = {
+    "model": "demo",
+    "protocols": ["llm-pruner@128", "llm-pruner@1024"],
     "tokens": 10_000,
     "dtype": "float32",
     "samples": None,
@@ -115,6 +118,23 @@ def test_one_page_without_marks_and_none_is_written(root: Path) -> None:
     with pytest.raises(TableError, match=r"benchmarks.md: expected <!-- quality:begin --> once"):
         write_tables(RESULTS, WANTED, root=root)
     assert "what was" in (root / "README.md").read_text()
+
+
+def test_the_zoo_names_the_best_peer_and_the_worst_case() -> None:
+    rows = {"dense": 0.0, "best": 0.3, "fast": 0.4, "llm-pruner": 1.0, "wanda-sp": 0.5}
+    results = [
+        result(row, 0.0 if row == "dense" else 0.2, seed, damage + 0.02 * seed, damage)
+        for row, damage in rows.items()
+        for seed in (range(2) if row == "best" else (0,))
+    ]
+    assert zoo.table(zoo.lines_of(results)).splitlines()[2:] == [
+        "| demo | 20% | WT2@128 | 0.310 | 0.400 | 0.500 | Wanda-sp | 0.62 | 0.80 |",
+        "| demo | 20% | WT2@1024 | 0.300 | 0.400 | 0.500 | Wanda-sp | 0.60 | 0.80 |",
+        "| worst | | | | | | | 0.62 | 0.80 |",
+    ]
+    for gone, said in (("dense", "the dense model was not measured"), ("fast", "demo at 20% has no fast")):
+        with pytest.raises(TableError, match=said):
+            zoo.lines_of([each for each in results if each["row"] != gone])
 
 
 @pytest.mark.parametrize("page", [END + BEGIN, BEGIN, f"{BEGIN}{BEGIN}{END}"])

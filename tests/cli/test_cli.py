@@ -920,19 +920,12 @@ class TestCalibration:
 
 
 class TestHeldOut:
-    def test_the_plan_says_what_each_choice_has_cost(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_plan_says_what_the_cut_has_cost(self, capsys: pytest.CaptureFixture[str]) -> None:
         few = ("--calibration", "text.txt", "--samples", "4", "--length", "32", "--held-out", "2")
-        succeed(capsys, "prune", "tiny", "out", "--choose", "held-out", *few)
+        succeed(capsys, "prune", "tiny", "out", *few)
         losses = json.loads(Path("out", "secateur_plan.json").read_text())["scored"]["held_out_loss"]
-        assert set(losses) == {"before", "cut", "obs", "score"}
+        assert set(losses) == {"before", "cut", "repaired"}
         assert all(0 < loss < 20 for loss in losses.values())
-
-    def test_a_text_that_the_model_writes_has_no_more_windows(self, capsys: pytest.CaptureFixture[str]) -> None:
-        refuse(
-            capsys,
-            "choose=held-out needs windows of a text that repair has not seen, and text=self has no more",
-            *("prune", "tiny", "out", "--choose", "held-out", "--calibration", "self"),
-        )
 
 
 class TestRecipe:

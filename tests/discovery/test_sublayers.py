@@ -162,7 +162,7 @@ def test_repair_and_reconstruction_of_emptied_groups() -> None:
     model = family_model(family_config("gpt2"), dtype=torch.float32)
     discovery = discover(model)
     decided = emptied(discovery, "layers.1.attention", "layers.2.mlp", layers_0_mlp=40)
-    found = repair(model, decided, discovery, WINDOWS, choose=True)
+    found = repair(model, decided, discovery, WINDOWS)
     assert {g.name: g.kept for g in found.plan.groups} == {g.name: g.kept for g in decided.groups}
     # What is lost on average is in the last bias.
     for left_out, after in found.errors.values():

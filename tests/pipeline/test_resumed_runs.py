@@ -21,7 +21,7 @@ import secateur.cli.main
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import DataError, DiskError
 from secateur.planning.plan import Plan, read_plan
-from secateur.pruning.held_out import best_repair
+from secateur.pruning.held_out import checked_repair
 from secateur.scoring.passes.recomputation import LayerCache, ModuleCall
 from secateur.scoring.scores import load_scores
 from small_runs import (
@@ -103,7 +103,7 @@ class TestSameAsUndisturbed:
         )
         assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
         assert names(place) == KEPT
-        for stage in ("statistics_for", "best_repair"):
+        for stage in ("statistics_for", "checked_repair"):
             monkeypatch.setattr(f"{STAGES}.{stage}", never("done again"))
         resumed = prune(resume=True)
         assert resumed.resumed
@@ -111,12 +111,12 @@ class TestSameAsUndisturbed:
         assert top(place) == ["out"]
         assert (weights("here/out"), resumed.plan) == whole
 
-    @pytest.mark.parametrize("stage", ["best_repair", "prune", "account_for_tensors"])
+    @pytest.mark.parametrize("stage", ["checked_repair", "prune", "account_for_tensors"])
     def test_after_ctrl_c_in_any_stage(self, stage: str, place: Path, whole: tuple[bytes, Plan]) -> None:
         interrupt(f"{STAGES}.{stage}")
         assert f"{WORK}/scores-1.safetensors" in names(place)
         resumed = prune(resume=True)
-        assert ("repair" in resumed.seconds) == (stage == "best_repair")
+        assert ("repair" in resumed.seconds) == (stage == "checked_repair")
         assert (weights("here/out"), resumed.plan, top(place)) == (*whole, ["out"])
 
     def test_what_the_model_wrote_is_kept(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +139,9 @@ class TestIterations:
             repaired.append(1)
             if len(repaired) == 3:
                 raise KeyboardInterrupt
-            return best_repair(*arguments, **options)
+            return checked_repair(*arguments, **options)
 
-        monkeypatch.setattr(f"{STAGES}.best_repair", interrupted_in_the_third)
+        monkeypatch.setattr(f"{STAGES}.checked_repair", interrupted_in_the_third)
         with pytest.raises(KeyboardInterrupt):
             prune(cut=cut)
         assert f"{WORK}/iteration.safetensors" in names(place)

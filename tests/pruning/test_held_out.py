@@ -1,19 +1,18 @@
-"""Repair never does more damage to held-out windows than the cut alone, and takes the better way to choose units."""
+"""Repair never does more damage to held-out windows than the cut alone."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from test_repair import HELD_OUT, WINDOWS, planned
+from test_repair import HELD_OUT, WINDOWS, by_score, planned
 from torch import Tensor
 
 import secateur.pruning.held_out
 from secateur import prune
-from secateur.pruning.held_out import CHOICES, best_repair, left_out
+from secateur.pruning.held_out import checked_repair, left_out
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.forward import summed_loss
 
@@ -27,54 +26,49 @@ def loss_of(model: Any, discovery: Any, found: Repaired) -> float:
 @pytest.mark.parametrize("outlier", [1.0, 1000.0])
 def test_repair_is_never_worse_than_the_cut(windows: Tensor, outlier: float) -> None:
     """With few windows and one channel a thousand times larger than the others, least squares alone can be."""
-    model, discovery, decided = planned("llama", choose="held-out")
+    model, discovery, decided = planned("llama", choose="obs")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "up_proj" in name:  # rows are channels
                 parameter[5] *= outlier
-    repaired, losses = best_repair(model, decided, discovery, windows, HELD_OUT)
-    assert list(losses) == ["before", "cut", "obs", "score"]
+    repaired, losses = checked_repair(model, decided, discovery, windows, HELD_OUT)
+    assert list(losses) == ["before", "cut", "repaired"]
     assert loss_of(model, discovery, repaired) == pytest.approx(min([*losses.values()][1:]), abs=1e-9)
-    cut = repair(model, decided, discovery, windows, method="none")
+    cut = repair(model, by_score(decided), discovery, windows, method="none")
     assert losses["cut"] == pytest.approx(loss_of(model, discovery, cut), abs=1e-9)
 
 
-@pytest.mark.parametrize("best", ["cut", "obs", "score"])
-def test_what_loses_least_is_taken(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, discovery, decided = planned("llama", choose="held-out")
-    losses = {"before": 1.0, "cut": 3.0, "obs": 3.0, "score": 3.0} | {best: 2.0}
+@pytest.mark.parametrize("best", ["cut", "repaired"])
+def test_what_loses_least_is_taken(best: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, discovery, decided = planned("llama", choose="obs")
+    losses = {"before": 1.0, "cut": 3.0, "repaired": 3.5} | {best: 2.0}
     measured = iter(losses.values())
     monkeypatch.setattr(secateur.pruning.held_out, "_mean_loss", lambda *_: next(measured))
-    repaired, found = best_repair(model, decided, discovery, WINDOWS, HELD_OUT)
+    repaired, found = checked_repair(model, decided, discovery, WINDOWS, HELD_OUT, room=tmp_path)
+    assert not any(tmp_path.iterdir())
     assert found == losses
-    method = "none" if best == "cut" else "least-squares"
-    expected = repair(model, decided, discovery, WINDOWS, method=method, choose=best == "obs")
+    if best == "cut":
+        expected = repair(model, by_score(decided), discovery, WINDOWS, method="none")
+    else:
+        expected = repair(model, decided, discovery, WINDOWS)
     assert repaired.plan == expected.plan
     assert left_out(found) == (best == "cut")  # so a replay of the plan repairs nothing either
     assert repaired.weights.keys() == expected.weights.keys()
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in repaired.weights.items())
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_one_choice_is_compared_with_the_cut_alone(choice: Literal["obs", "score"], tmp_path: Path) -> None:
-    model, discovery, decided = planned("llama", choose="held-out")
-    alone = replace(decided, options=replace(decided.options, choose=choice))
-    repaired, losses = best_repair(model, alone, discovery, WINDOWS, HELD_OUT, room=tmp_path)
-    _, all_losses = best_repair(model, decided, discovery, WINDOWS, HELD_OUT)
-    assert losses == {name: all_losses[name] for name in ("before", "cut", choice)}
-    assert not any(tmp_path.iterdir())
-    assert loss_of(model, discovery, repaired) == pytest.approx(min(losses["cut"], losses[choice]), abs=1e-9)
-
-
-def test_one_pass_after_the_other_counts_to_the_end() -> None:
-    model, discovery, decided = planned("llama", choose="held-out")
+def test_progress_counts_to_the_end() -> None:
+    model, discovery, decided = planned("llama", choose="obs")
     shown: list[tuple[int, int]] = []
-    best_repair(model, decided, discovery, WINDOWS, HELD_OUT, progress=lambda done, total: shown.append((done, total)))
+    checked_repair(
+        model, decided, discovery, WINDOWS, HELD_OUT, progress=lambda done, total: shown.append((done, total))
+    )
     assert shown == sorted(shown)
     assert shown[-1][0] == shown[-1][1]
 
 
 def test_a_repetition_has_nothing_left_to_choose() -> None:
-    model, discovery, decided = planned("llama", choose="held-out")
-    repaired, _ = best_repair(model, decided, discovery, WINDOWS, HELD_OUT)
+    model, discovery, decided = planned("llama", choose="obs")
+    repaired, _ = checked_repair(model, decided, discovery, WINDOWS, HELD_OUT)
     assert repaired.plan.options.choose == "score"
+    assert all(group.spare is None for group in repaired.plan.groups)

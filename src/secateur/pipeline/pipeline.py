@@ -47,7 +47,7 @@ from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock
 from secateur.pruning.closed_form import REPAIRS
-from secateur.pruning.held_out import best_repair, left_out
+from secateur.pruning.held_out import checked_repair, left_out
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
@@ -252,19 +252,17 @@ class Pipeline:
 
         A plan that was compared on them when it was made is not compared again.
         """
-        if self._start is None or self.calibration.generated or HELD_OUT_LOSS in decided.scored:
+        if self._start is None or self.calibration.generated or _losses(decided):
             return None
         try:
             return held_out_windows(self.tokenizer, self.calibration)
         except DataError as error:
-            if self.options.choose == "held-out":
-                raise
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None
 
     def repair(self, at: Position, decided: Plan, room: Path | None = None) -> tuple[Plan, Mapping[str, Tensor]]:
         """7. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
-        if not at.options.repairs or left_out(decided.scored.get(HELD_OUT_LOSS)):
+        if not at.options.repairs or left_out(_losses(decided)):
             return decided, {}
         found = self.cache.load_repair(decided)
         if found is None:
@@ -274,11 +272,10 @@ class Pipeline:
             inputs = model, decided, at.discovery, read
             with self.clock.stage(self._title("repair", at)) as progress:
                 if (more := self._held_out(decided)) is None:
-                    choose = at.options.choose == "obs"
-                    found = repair(*inputs, method=at.options.repair, choose=choose, progress=progress)
+                    found = repair(*inputs, method=at.options.repair, progress=progress)
                 else:
                     room = self._room(model, room)
-                    found, about[HELD_OUT_LOSS] = best_repair(*inputs, more, room=room, progress=progress)
+                    found, about[HELD_OUT_LOSS] = checked_repair(*inputs, more, room=room, progress=progress)
             found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **about}))
             self.cache.save_repair(decided, found)
         return found.plan, found.weights
@@ -397,3 +394,8 @@ def fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust
             return replace(given, settings=None, refusal=str(error))
         raise
     return replace(given, settings=settings)
+
+
+def _losses(given: Plan) -> Mapping[str, float] | None:
+    """The losses on held-out windows by which the repair of a whole plan was taken or left out, if any were."""
+    return given.scored.get(HELD_OUT_LOSS) if given.options.iterations == 1 else None

@@ -15,7 +15,7 @@ from secateur.errors import PlanError
 from secateur.models.trust import runs_remote_code
 from secateur.planning.budget import counter
 from secateur.planning.options import CutOptions
-from secateur.planning.plan import Plan, PlannedGroup, counted, plan
+from secateur.planning.plan import Plan, counted, plan
 
 
 def composed(first: Plan, second: Plan, dense: Discovery) -> Plan:
@@ -27,11 +27,10 @@ def composed(first: Plan, second: Plan, dense: Discovery) -> Plan:
     groups = {group.name: group for group in first.groups}
     for group in second.groups:
         before = groups.get(group.name)
-        keep = group.keep
-        if before is not None and before.keep is not None and keep is not None:
-            keep = tuple(before.keep[unit] for unit in keep)
-        units = dense.group(group.name).units
-        groups[group.name] = PlannedGroup(group.name, group.kind, group.layer, units, group.kept, keep)
+        keep, spare = group.keep, group.spare
+        if before is not None and before.keep is not None:
+            keep, spare = (at and tuple(before.keep[unit] for unit in at) for at in (keep, spare))
+        groups[group.name] = replace(group, units=dense.group(group.name).units, keep=keep, spare=spare)
     order = {group.name: i for i, group in enumerate(dense.groups)}
     in_order = tuple(sorted(groups.values(), key=lambda group: order[group.name]))
     return counted(dense, replace(second, model=first.model, groups=in_order))

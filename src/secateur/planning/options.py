@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from secateur.data.calibration import DEMO, SELF, CalibrationOptions
+from secateur.data.calibration import DEMO, CalibrationOptions
 from secateur.decoding import check_choices
 from secateur.errors import PlanError, ScoreError, check_known, check_least
 from secateur.scoring.registry import SCORES
@@ -68,9 +68,9 @@ class CutOptions:
     """Importance of a unit. Auto: `fisher`; `param_second` for hidden and layers."""
     reduce: Reduction = "auto"
     """How the scores of a unit's weights become one. Auto: the score's own, usually their sum."""
-    choose: Literal["auto", "score", "obs", "held-out"] = "auto"
-    """Which units of a group go: those of the lowest score, by optimal brain surgeon during repair, or whichever of
-    both does less damage to windows held out of the calibration. Auto: obs with the score fisher."""
+    choose: Literal["auto", "score", "obs"] = "auto"
+    """Which units of a group go: those of the lowest score, or among these and the next cheapest, half as many, by
+    optimal brain surgeon during repair. Auto: obs with the score fisher."""
     scope: Literal["auto", "local", "global"] = "auto"
     """How the budget is shared: the same share of every group (local), or one ranking of all units by score per
     parameter (global). Auto: global; local for of=units, hidden, layers and a schedule."""
@@ -263,10 +263,6 @@ def settled(calibration: CalibrationOptions, options: CutOptions) -> Calibration
     Traceback (most recent call last):
     secateur.errors.PlanError: varied=0.5 is for repair, and repair=none does without: leave it out, or use ...
     """
-    if options.choose == "held-out" and calibration.generated:
-        raise PlanError(
-            f"choose=held-out needs windows of a text that repair has not seen, and text={SELF} has no more"
-        )
     if calibration.copied is None:
         calibration = replace(calibration, copied=COPIED if options.score == "fisher" else 0.0)
     if calibration.varied is None:

@@ -48,6 +48,8 @@ class PlannedGroup:
     """How many stay."""
     keep: tuple[int, ...] | None = None
     """Which stay, ascending; None where nothing was scored."""
+    spare: tuple[int, ...] | None = None
+    """Those of them that repair may cut instead of others, ascending: the next cheapest. None: it chooses none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +196,7 @@ def _planned_groups(search: SizeSearch, kept: Sizes) -> tuple[PlannedGroup, ...]
             layer=group.layer,
             units=group.units,
             kept=kept[group.name],
-            keep=None
-            if search.scores is None
-            else units_to_keep(group, kept[group.name], search.scores, search.options),
+            **({} if search.scores is None else units_to_keep(group, kept[group.name], search.scores, search.options)),
         )
         for group in search.groups
         if kept[group.name] < group.units

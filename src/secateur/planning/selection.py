@@ -14,6 +14,8 @@ from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import AXES, CutOptions
 from secateur.scoring.scores import Scores
 
+SPARE = 0.5  # units that repair may cut instead of others, for each that goes or stays; measured in docs/research.md
+
 
 def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
     """The groups that the options cut, by axis; in a layer range, those of its layers.
@@ -49,12 +51,23 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
     return by_axis
 
 
-def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) -> tuple[int, ...]:
-    """The best units of a group, ascending; of the layers, those outside of the options' range stay.
+def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) -> dict[str, tuple[int, ...] | None]:
+    """The best units of a group, as `keep`, and those of them that repair may cut instead of others, as `spare`.
 
-    Raises `ScoreError` for scores that are missing, too few or not finite, and `PlanError` where more layers would go
-    than the range holds.
+    Repair does not see what a unit is worth to the loss, so it chooses among the cheapest by score alone: half as many
+    more as go, and at most half of those that stay. Raises `ScoreError` for scores that are missing, too few or not
+    finite, and `PlanError` where more layers would go than the options' range holds.
     """
+    scores_U = _checked_scores(group, kept, scores, options)
+    keep = top_units(scores_U, kept)
+    if options.choose != "obs":
+        return {"keep": keep, "spare": None}
+    n_spare = math.ceil(min(group.units - kept, kept) * SPARE)
+    return {"keep": keep, "spare": tuple(sorted({*keep} - {*top_units(scores_U, kept - n_spare)}))}
+
+
+def _checked_scores(group: Group, kept: int, scores: Scores, options: CutOptions) -> Tensor:
+    """The scores of a group's units; those of layers outside of the options' range are infinite."""
     if group.name not in scores.units:
         raise ScoreError(f"there are no scores for {group.name}: score the model that is to be cut")
     scores_U = scores.units[group.name]
@@ -62,16 +75,16 @@ def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) 
         raise ScoreError(f"{group.name} has {group.units} units and {len(scores_U)} scores")
     if not torch.isfinite(scores_U).all():
         raise ScoreError(f"the scores of {group.name} hold NaN or Inf")
-    if group.kind == "layer" and options.layers is not None:
-        first, last = options.layer_range(group.units)
-        protected_U = torch.ones(group.units, dtype=torch.bool)
-        protected_U[first:last] = False
-        if kept < int(protected_U.sum()):
-            raise PlanError(
-                f"layers={first}:{last} holds {last - first} layers, fewer than the {group.units - kept} to drop"
-            )
-        scores_U = scores_U.masked_fill(protected_U, math.inf)
-    return top_units(scores_U, kept)
+    if group.kind != "layer" or options.layers is None:
+        return scores_U
+    first, last = options.layer_range(group.units)
+    protected_U = torch.ones(group.units, dtype=torch.bool)
+    protected_U[first:last] = False
+    if kept < int(protected_U.sum()):
+        raise PlanError(
+            f"layers={first}:{last} holds {last - first} layers, fewer than the {group.units - kept} to drop"
+        )
+    return scores_U.masked_fill(protected_U, math.inf)
 
 
 def top_units(scores_U: Tensor, kept: int) -> tuple[int, ...]:

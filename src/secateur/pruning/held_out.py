@@ -1,13 +1,10 @@
-"""Model, plan and windows -> a repair that helps on windows which no repair has seen, or none.
-
-Optimal brain surgeon asks what the output of one
-matrix loses, the score what the loss loses: which of them chooses better depends on the model, so both can be tried.
-"""
+"""Model, plan and windows -> a repair that helps on windows which no repair has seen, or none."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,10 +18,8 @@ from secateur.pruning.prune import prune
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.forward import summed_loss
 
-CHOICES = ("obs", "score")  # of the units that go
 
-
-def best_repair(
+def checked_repair(
     model: PreTrainedModel,
     plan: Plan,
     discovery: Discovery,
@@ -34,12 +29,11 @@ def best_repair(
     room: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Repaired, dict[str, float]]:
-    """Repair as the plan's options say; the result is no worse on the held-out windows than the cut without repair.
+    """Repair as the plan's options say, unless the cut alone, by the score, loses less on the held-out windows.
 
     Windows and `held_out` are int64, samples x length. The losses come as well, in nats per token of the held-out
-    windows: of the model before (`before`), cut without repair (`cut`), and repaired with the units chosen by `obs` or
-    `score`, or both where the choice is held-out. The cut models are held one at a time, in memory or in a file in the
-    folder `room`. Raises as `repair` does.
+    windows: of the model before (`before`), cut without repair (`cut`), and `repaired`. The cut models are held one at
+    a time, in memory or in a file in the folder `room`. Raises as `repair` does.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -50,28 +44,22 @@ def best_repair(
     >>> half = PlannedGroup("layers.0.mlp", "mlp", 0, units=24, kept=12, keep=tuple(range(12)))
     >>> by_hand = Plan("opt", CutOptions(ratio=0.2), (half,), {}, {})
     >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(80).reshape(4, 20)
-    >>> repaired, losses = best_repair(model, by_hand, discover(config), windows[:3], windows[3:])
+    >>> repaired, losses = checked_repair(model, by_hand, discover(config), windows[:3], windows[3:])
     >>> list(losses)
-    ['before', 'cut', 'obs']
+    ['before', 'cut', 'repaired']
     """
-    method, chosen = plan.options.repair, plan.options.choose
-    choices = CHOICES if chosen == "held-out" else (chosen,)
-
-    def part(number: int) -> Progress | None:
-        whole = len(choices)
-        return None if progress is None else lambda done, total: progress(number * total + done, whole * total)
-
-    tried = {"cut": repair(model, plan, discovery, windows[:1], method="none")}  # looks at no window
-    for number, name in enumerate(choices):
-        choose = name == "obs"
-        tried[name] = repair(model, plan, discovery, windows, method=method, choose=choose, progress=part(number))
+    by_score = replace(plan, groups=tuple(replace(group, spare=None) for group in plan.groups))
+    tried = {
+        "cut": repair(model, by_score, discovery, windows[:1], method="none"),  # looks at no window
+        "repaired": repair(model, plan, discovery, windows, method=plan.options.repair, progress=progress),
+    }
     losses = {"before": _mean_loss(model, held_out)}
     for name, found in tried.items():
         with TemporaryDirectory(dir=room) as folder:
             where = None if room is None else Path(folder)
             smaller = prune(model, found.plan, discovery=discovery, weights=found.weights, room=where)
             losses[name] = _mean_loss(smaller, held_out)
-    return tried[min(tried, key=losses.__getitem__)], losses
+    return tried["cut" if left_out(losses) else "repaired"], losses
 
 
 def _mean_loss(model: PreTrainedModel, held_out: Tensor) -> float:
@@ -80,9 +68,9 @@ def _mean_loss(model: PreTrainedModel, held_out: Tensor) -> float:
 
 
 def left_out(losses: Mapping[str, float] | None) -> bool:
-    """Whether no repair lost less than the cut alone, by the losses of `best_repair`.
+    """Whether the repair lost no less than the cut alone, by the losses of `checked_repair`.
 
-    >>> left_out({"before": 1.0, "cut": 2.0, "obs": 2.5}), left_out({"before": 1.0, "cut": 2.0, "obs": 1.5})
+    >>> left_out({"before": 1.0, "cut": 2.0, "repaired": 2.5}), left_out({"before": 1.0, "cut": 2.0, "repaired": 1.5})
     (True, False)
     """
-    return losses is not None and losses["cut"] == min(loss for name, loss in losses.items() if name != "before")
+    return losses is not None and losses["cut"] <= losses["repaired"]

@@ -55,13 +55,12 @@ def repair(
     windows: Tensor,
     *,
     method: str = "least-squares",
-    choose: bool = False,
     progress: Progress | None = None,
 ) -> Repaired:
     """Fit the matrices that read the units which go; the model is left as it is, and `prune` takes the weights.
 
-    Windows are int64, samples x length; all go through the model together. With `choose`, a group that a single matrix
-    reads keeps as many units as planned, and which ones is decided here. Groups that no matrix reads are left as
+    Windows are int64, samples x length; all go through the model together. Where the plan has spare units and a single
+    matrix reads their group, it is decided here which go: as many as planned. Groups that no matrix reads are left as
     planned. Raises `PlanError` for an unknown method.
 
     >>> from secateur.planning.options import CutOptions
@@ -80,7 +79,7 @@ def repair(
     check_known(PlanError, "repair", method, REPAIRS)
     # 1. The matrices that read the units which go.
     reads = input_dims(model, probe_windows(windows))
-    pass_ = _RepairPass(model, plan, discovery, reads, REPAIRS[method], choose=choose)
+    pass_ = _RepairPass(model, plan, discovery, reads, REPAIRS[method])
     # 2. One forward pass of all windows, in which each of them is fitted.
     if pass_.unit_of:
         pass_.run(windows, [*discovery.layer_paths], progress)
@@ -115,12 +114,10 @@ class _RepairPass:
         discovery: Discovery,
         reads: Mapping[str, int],
         method: Repair,
-        *,
-        choose: bool,
     ) -> None:
         self.model, self.plan, self.method = model, plan, method
-        self.kept = {g.name: g.kept for g in plan.groups if g.kind != "layer"}
         self.keep = {g.name: g.keep for g in plan.groups if g.kind != "layer"}
+        self.spare = {g.name: g.spare for g in plan.groups}
         self.parameters = dict(model.named_parameters())
         self.name_of = {id(parameter): name for name, parameter in self.parameters.items()}
         self.unit_of = {  # weight -> group -> the unit of every column that it reads
@@ -134,7 +131,7 @@ class _RepairPass:
             group
             for name, groups in self.unit_of.items()
             for group in groups
-            if choose and len(groups) == 1 and readers[group] == 1 and self.parameters[name].dim() == 2
+            if self.spare[group] and len(groups) == 1 and readers[group] == 1 and self.parameters[name].dim() == 2
         }
         self.norms = norms_over(model, discovery, self.keep) if method.scales_norms else {}
         self.weights: dict[str, Tensor] = {}
@@ -167,7 +164,7 @@ class _RepairPass:
         return replace(
             self.plan,
             options=replace(self.plan.options, choose="score"),
-            groups=tuple(replace(g, keep=self.keep.get(g.name, g.keep)) for g in self.plan.groups),
+            groups=tuple(replace(g, keep=self.keep.get(g.name, g.keep), spare=None) for g in self.plan.groups),
         )
 
     def _scale_norm(self, path: str) -> Callable[..., Tensor | None]:
@@ -230,12 +227,22 @@ class _RepairPass:
         for group, unit_of_C in self.unit_of[matrix.weight].items():
             units = int(unit_of_C.max()) + 1
             if group in self.chosen:
-                gone, _ = removal_costs(dense_RC, inputs.gram_CC / inputs.tokens, unit_of_C, keep=self.kept[group])
-                self.keep[group] = tuple(sorted(set(range(units)) - set(gone)))
+                self.keep[group] = self._chosen(group, dense_RC, inputs, unit_of_C)
             stays_U = torch.zeros(units, dtype=torch.bool)
             stays_U[list(self.keep[group] or ())] = True
             kept_C &= (unit_of_C < 0) | stays_U[unit_of_C.clamp_min(0)]
         return kept_C
+
+    def _chosen(self, group: str, dense_RC: Tensor, inputs: MatrixInputs, unit_of_C: Tensor) -> tuple[int, ...]:
+        """The units that stay when, of the cheapest, those go that the other columns best make up for."""
+        keep, spare = set(self.keep[group] or ()), self.spare[group] or ()
+        units = int(unit_of_C.max()) + 1
+        cheapest = sorted({*range(units)} - keep | {*spare})
+        number_U = torch.full((units,), -1)
+        number_U[cheapest] = torch.arange(len(cheapest))
+        number_C = number_U[unit_of_C.clamp_min(0)].where(unit_of_C >= 0, -1)
+        gone, _ = removal_costs(dense_RC, inputs.gram_CC / inputs.tokens, number_C, keep=len(spare))
+        return tuple(sorted({*range(units)} - {cheapest[number] for number in gone}))
 
 
 def _errors(cut: CutMatrix, fitted_RC: Tensor, fit: Fit) -> tuple[float, float]:

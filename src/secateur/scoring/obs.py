@@ -61,8 +61,8 @@ def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float
     >>> unit_costs(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.tensor([0, 1]), damping=0.0).tolist()
     [9.0, 16.0]
     """
-    columns, inverse_CC = _columns_of_units(unit_of, w_RC.device), torch.linalg.inv(damped(gram_CC, damping))
-    return _costs(w_RC.double(), inverse_CC, columns, _single_columns(columns))
+    w_RC, inverse_CC, columns = _of_units(w_RC, damped(gram_CC, damping), unit_of)
+    return _costs(w_RC, inverse_CC, columns, _single_columns(columns))
 
 
 def removal_costs(
@@ -70,16 +70,16 @@ def removal_costs(
 ) -> tuple[list[int], Tensor]:
     """Remove the cheapest units one after the other, correcting the rest each time, until `keep` are left.
 
-    Returns the units in the order of their removal and, float64, what each removal cost with those before it gone. Many
-    units of one column go a few at a time (a 64th of those left).
+    `unit_of` is that of `unit_costs`: columns of no unit stay. Returns the units in the order of their removal and,
+    float64, what each removal cost with those before it gone. Many units of one column go a few at a time (a 64th of
+    those left).
 
     >>> twins = torch.tensor([[1.0, 1.0, 0.9], [1.0, 1.0, 0.9], [0.9, 0.9, 1.0]]) + 1e-6 * torch.eye(3)
     >>> order, costs = removal_costs(torch.tensor([[1.0, 1.0, 0.5]]), twins, torch.arange(3), keep=1, damping=0.0)
     >>> order, bool(costs[1] > 100 * costs[0])  # one of the twins goes for nothing, the other does not
     ([0, 2], True)
     """
-    w_RC, inverse_CC = w_RC.double().clone(), torch.linalg.inv(damped(gram_CC, damping))
-    columns = _columns_of_units(unit_of, w_RC.device)
+    w_RC, inverse_CC, columns = _of_units(w_RC, damped(gram_CC, damping), unit_of)
     n_removed = max(0, len(columns) - keep)
     # Units without columns go first and cost nothing.
     order = [unit for unit, own in enumerate(columns) if not len(own)][:n_removed]
@@ -136,11 +136,15 @@ def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
     return float(((change_RC @ gram_CC) * change_RC).sum())
 
 
-def _columns_of_units(unit_of: Tensor, device: torch.device) -> list[Tensor]:
-    """The columns of each unit."""
-    order = unit_of.argsort(stable=True)
-    order = order[unit_of[order] >= 0]
-    return list(order.to(device).split(torch.bincount(unit_of[order]).tolist()))
+def _of_units(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The matrix and the inverse of the Gram matrix at the columns that belong to a unit, and where each unit's lie."""
+    order_C = unit_of.argsort(stable=True)  # columns of no unit come first
+    n_others, at_C = int((unit_of < 0).sum()), order_C.to(w_RC.device)
+    lower_CC = torch.linalg.cholesky(gram_CC[at_C][:, at_C])
+    inverse_CC = torch.cholesky_inverse(lower_CC[n_others:, n_others:])  # what the others make up for is in it
+    sizes = torch.bincount(unit_of[order_C[n_others:]]).tolist()
+    places = torch.arange(len(inverse_CC), device=w_RC.device)
+    return w_RC[:, at_C[n_others:]].double(), inverse_CC, list(places.split(sizes))
 
 
 def _single_columns(columns: Sequence[Tensor]) -> Tensor | None:

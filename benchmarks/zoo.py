@@ -1,0 +1,86 @@
+"""Results of quality.py on several models -> one table: our presets beside the best peer, the worst case last.
+
+    python benchmarks/zoo.py runs/zoo-*.json [--write]
+
+For every model, ratio and column, the damage of `best` (the mean of its seeds) and of `fast`, that of the peer which
+loses least there, and the ratios. `--write` puts the table into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from quality_table import DENSE, ROOT, TableError, between_marks, key_of, label_of
+from secateur.files import atomic_file
+
+BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
+OURS = ("best", "fast")
+PEERS = ("llm-pruner", "llm-pruner, MLP", "wanda-sp", "shortgpt")
+Line = tuple[str, float, str, float, float, float, str]  # model, removed, column, best, fast, peer, the peer's name
+
+
+def lines_of(results: Sequence[dict[str, Any]]) -> list[Line]:
+    """The lines of one model. Raises `TableError` where a row of ours, all peers or the dense model are missing."""
+    dense = [result for result in results if key_of(result) == DENSE]
+    if not dense:
+        raise TableError("the dense model was not measured")
+    model = str(dense[0]["model"])
+    found: list[Line] = []
+    for ratio in sorted({float(result["ratio"]) for result in results} - {0.0}):
+        for column, loss in dense[0]["nll"].items():
+            damage = {
+                row: mean(each["nll"][column] - loss for each in results if key_of(each)[:2] == (row, ratio))
+                for row in dict.fromkeys(str(each["row"]) for each in results if float(each["ratio"]) == ratio)
+            }
+            absent = [row for row in OURS if row not in damage]
+            peer = min((row for row in PEERS if row in damage), key=damage.__getitem__, default=None)
+            if absent or peer is None:
+                raise TableError(f"{model} at {ratio:.0%} has no {absent[0] if absent else 'peer'}")
+            found.append((model, ratio, column, *(damage[row] for row in OURS), damage[peer], label_of(peer)))
+    return found
+
+
+def table(lines: Iterable[Line]) -> str:
+    """The Markdown table; the last line has the highest ratios of each kind.
+
+    >>> print(table([("demo", 0.2, "WT2@128", 0.3, 0.4, 0.6, "Wanda-sp")]).splitlines()[-1])
+    | worst | | | | | | | 0.50 | 0.67 |
+    """
+    head = ["model", "removed", "text", "`best`", "`fast`", "best peer", "", "`best` / peer", "`fast` / peer"]
+    rows = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|" + "---|" * len(head)]
+    worst = [0.0, 0.0]
+    for model, ratio, column, best, fast, peer, name in lines:
+        ratios = [best / peer, fast / peer]
+        worst = [max(pair) for pair in zip(worst, ratios, strict=True)]
+        numbers = (f"{best:.3f}", f"{fast:.3f}", f"{peer:.3f}", name, *(f"{each:.2f}" for each in ratios))
+        rows.append(f"| {model} | {ratio:.0%} | {column} | {' | '.join(numbers)} |")
+    rows.append(f"| worst |{' |' * 6} {worst[0]:.2f} | {worst[1]:.2f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="what quality.py wrote, one file a model")
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
+    arguments = parser.parse_args()
+    try:
+        made = table(line for file in arguments.files for line in lines_of(json.loads(file.read_text())))
+        print(made)
+        if arguments.write:
+            page = ROOT / "docs" / "benchmarks.md"
+            text = between_marks(page.read_text(encoding="utf-8"), made, marks=(BEGIN, END))
+            with atomic_file(page, overwrite=True) as file:
+                file.write_text(text, encoding="utf-8")
+    except (TableError, OSError, ValueError) as error:
+        sys.exit(f"zoo.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
