@@ -582,6 +582,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "layers backwards": ("layers=2:1 is outside the model", (*PRUNE, "--layers", "2:1")),
     "layers malformed": ("--layers 4-30: expected first:last", (*PRUNE, "--layers", "4-30")),
     "schedule malformed": ("--schedule 0.5-1.5: expected two numbers", (*PRUNE, "--schedule", "0.5-1.5")),
+    "tensor_parallel 0": ("tensor_parallel=0 is too small. Expected at least 1", (*PRUNE, "--tensor-parallel", "0")),
     "round_to 0": ("round_to=0 is too small. Expected at least 1", (*PRUNE, "--round-to", "0")),
     # names
     "score": ("score='parm_first' is unknown.* Did you mean param_first?", (*PRUNE, "--score", "parm_first")),

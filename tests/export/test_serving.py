@@ -150,7 +150,7 @@ def test_a_note_tells_what_a_pruned_model_cannot_be_split_over() -> None:
         family_config("llama", num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=width)
         for heads, width in ((4, 80), (3, 60), (4, 60))
     )
-    note = "serving: vLLM splits it over 1 or 3 GPUs (the dense model: 1, 2 or 4); --axes mlp --round-to 64 keeps more"
+    note = "serving: vLLM splits it over 1 or 3 GPUs (the dense model: 1, 2 or 4); --tensor-parallel N keeps to N"
     assert serving_note(dense, heads_cut) == note
     assert serving_note(dense, mlp_cut) is None
 

@@ -44,6 +44,7 @@ def cut_options(draw: st.DrawFn) -> CutOptions:
         "schedule": st.tuples(SHARES, st.floats(0.1, 4)),
         "min_keep": SHARES,
         "round_to": st.integers(1, 512),
+        "tensor_parallel": st.integers(1, 8),
         "iterations": st.integers(1, 9),
         "sublayers": st.booleans(),
         "memory_dtype": st.sampled_from(sorted(ITEM_BYTES)),

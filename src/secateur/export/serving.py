@@ -34,14 +34,14 @@ def serving_note(dense: PreTrainedConfig, pruned: PreTrainedConfig) -> str | Non
     >>> sizes = {"hidden_size": 96, "ffn_dim": 120, "num_hidden_layers": 2, "word_embed_proj_dim": 96}
     >>> dense, pruned = (AutoConfig.for_model("opt", num_attention_heads=heads, **sizes) for heads in (12, 9))
     >>> serving_note(dense, pruned)
-    'serving: vLLM splits it over 1 or 3 GPUs (the dense model: 1, 2, 3, 4 or 6); --axes mlp --round-to 64 keeps more'
+    'serving: vLLM splits it over 1 or 3 GPUs (the dense model: 1, 2, 3, 4 or 6); --tensor-parallel N keeps to N'
     """
     before, after = tensor_parallel_sizes(dense), tensor_parallel_sizes(pruned)
     if set(before) <= set(after):
         return None
     return (
         f"serving: vLLM splits it over {_listed(after)} (the dense model: {_listed(before, unit='')}); "
-        "--axes mlp --round-to 64 keeps more"
+        "--tensor-parallel N keeps to N"
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class SizeRules:
     """The share of units that every group keeps."""
     multiple_of: Callable[[Group], int]
     """What the number of units that a group keeps is a multiple of."""
+    most: Callable[[Group], int] = attrgetter("units")
+    """The most units that a group keeps."""
 
     def sharing_size(self, axis: Sequence[Group]) -> list[list[Group]]:
         """The groups of an axis, those that keep equally many units together."""
@@ -54,14 +57,15 @@ class _RankedGroups:
     ratios_U: Tensor  # float64, ascending: score / budget of removing one more unit from each group
     fewest: int
     multiple: int
+    most: int
 
     def kept(self, removed: int) -> Sizes:
         """Units kept when the `removed` lowest of each group go, rounded to the nearest multiple."""
         units = self.groups[0].units
-        kept = max(self.fewest, units - removed)
-        if self.multiple > 1 and kept < units:
+        kept = min(max(self.fewest, units - removed), self.most)
+        if self.multiple > 1 and kept < self.most:
             down = kept // self.multiple * self.multiple
-            up = min(down + self.multiple, units)
+            up = min(down + self.multiple, self.most)
             kept = down if kept - down < up - kept and down >= self.fewest else up
         return dict.fromkeys([group.name for group in self.groups], kept)
 
@@ -103,7 +107,7 @@ def _ranked(members: Sequence[Group], scores: Mapping[str, Tensor], budget: Budg
         raise PlanError(f"the scores of {first.name} are below zero: they cannot be weighed against others")
     saved = budget.count({}) - budget.count({group.name: group.units - 1 for group in members})
     ratios_U = scores_MU.sum(0) / max(saved, 1)
-    return _RankedGroups(tuple(members), ratios_U, rules.fewest(members), rules.multiple_of(first))
+    return _RankedGroups(tuple(members), ratios_U, rules.fewest(members), rules.multiple_of(first), rules.most(first))
 
 
 def _cut_ranking(ranked: Sequence[_RankedGroups], budget: Budget, settled: Sizes) -> Sizes:

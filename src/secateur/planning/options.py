@@ -82,6 +82,8 @@ class CutOptions:
     """Share of each group's units that stays whatever the ranking says."""
     round_to: int = 1
     """Widths are multiples of this."""
+    tensor_parallel: int = 1
+    """Number of GPUs over which an engine is to split every layer: heads and widths of all layers divide by it."""
     iterations: int = 1
     """Number of pruning iterations: score, plan, repair and prune what the one before left."""
     sublayers: bool = False
@@ -163,6 +165,7 @@ def _check_numbers(options: CutOptions) -> None:
         raise PlanError(f"min_keep={options.min_keep:g} is outside [0, 1): a share of units, for example 0.1")
     check_least(PlanError, "iterations", options.iterations, 1, 4)
     check_least(PlanError, "round_to", options.round_to, 1, 64)
+    check_least(PlanError, "tensor_parallel", options.tensor_parallel, 1, 2)
 
 
 def _check_together(options: CutOptions) -> None:

@@ -26,6 +26,7 @@ from secateur.scoring.scores import Scores
 
 WIDE_KINDS = ("mlp", "expert_mlp", "shared_mlp", "latent", "hidden")  # wide, however few units they have
 MANY_UNITS = 64  # a group of so many units is wide, whatever its kind
+SPLIT_KINDS = ("attention", "query", "mlp", "expert_mlp", "shared_mlp")  # what engines split over GPUs
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class SizeSearch:
     def dense(self) -> int:
         """The count of the dense model."""
         return self.count({})
+
+    @cached_property
+    def whole(self) -> Sizes:
+        """The most that every group may keep."""
+        return {group.name: self.most(group) for group in self.groups}
 
     @cached_property
     def least(self) -> int:
@@ -95,18 +101,25 @@ class SizeSearch:
         return max(group.least, group.units - math.floor(exact + 1e-9))
 
     def multiple_of(self, group: Group) -> int:
-        """What the widths of a group are multiples of: as asked for, and as the kernels that read them need."""
-        return math.lcm(self.options.round_to, group.multiple) if is_wide(group) else 1
+        """What the sizes of a group are multiples of: as asked for, and as the kernels that read them need."""
+        split = self.options.tensor_parallel if group.kind in SPLIT_KINDS else 1
+        return math.lcm(self.options.round_to, group.multiple, split) if is_wide(group) else split
+
+    def most(self, group: Group) -> int:
+        """The most units that a group may keep: all, unless they cannot be split over the GPUs."""
+        return most_units(group, self.options.tensor_parallel)
 
     def rounded(self, group: Group, kept: int) -> int:
-        """The nearest width that is a multiple; heads and layers are not rounded.
+        """The nearest size that is a multiple.
 
         Raises `PlanError` where no multiple is small enough, and where too few units are left.
         """
-        multiple = self.multiple_of(group)
+        multiple, most = self.multiple_of(group), self.most(group)
+        if multiple > group.units and not is_wide(group):  # KV heads that each GPU has a copy of
+            return group.units
         if multiple > group.units:
             raise PlanError(f"round_to={self.options.round_to} is more than the {group.units} units of {group.name}")
-        if multiple > 1 and kept < group.units:
+        if multiple > 1 and (kept < group.units or most < group.units):
             kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
         if kept < group.least:
             leaves = "empty it" if group.least == 1 else f"leave fewer than the {group.least} that the model chooses"
@@ -120,6 +133,48 @@ class SizeSearch:
 def is_wide(group: Group) -> bool:
     """Whether a group is cut to a width, of which single units hardly count; others are coarse: heads, layers."""
     return group.units >= MANY_UNITS or group.kind in WIDE_KINDS
+
+
+def most_units(group: Group, gpus: int) -> int:
+    """The most units of a group, up to all, that can be split over so many GPUs; 0 where it has fewer than GPUs.
+
+    KV heads may also be fewer, if the number of GPUs is a multiple of theirs: they are then repeated.
+
+    >>> [most_units(Group("layers.0.attention", "attention", 0, 3, ()), gpus) for gpus in (2, 3, 4, 6)]
+    [2, 3, 0, 3]
+    """
+    whole = group.kind not in SPLIT_KINDS or (group.kind == "attention" and gpus % group.units == 0)
+    return group.units if whole else group.units // gpus * gpus
+
+
+def check_split(search: SizeSearch) -> None:
+    """Raise `PlanError` where a layer could not be split over the GPUs, or only if more went than the budget says."""
+    gpus, cut = search.options.tensor_parallel, {group.name for group in search.groups}
+    queries = {g.layer: g.units for g in search.discovery.groups if g.kind == "query"}
+    shared = {g.layer for g in search.discovery.groups if g.kind == "attention"}  # of these layers, KV heads count
+
+    def obstacle(number: int) -> Group | None:
+        for group in search.discovery.groups:
+            most, repeated = most_units(group, number), group.kind == "attention" and number > group.units
+            uneven = repeated and group.units * queries.get(group.layer, 1) % number
+            kept_whole = most == group.units or group.name in cut
+            if not (group.kind == "query" and group.layer in shared) and (most == 0 or uneven or not kept_whole):
+                return group
+        return None
+
+    group = obstacle(gpus)
+    if group is not None:
+        fewer = next(number for number in range(gpus - 1, 0, -1) if obstacle(number) is None)
+        why = "too few" if group.units < gpus else "no multiple of it, and these axes do not cut them"
+        raise PlanError(
+            f"tensor_parallel={gpus}: {group.name} has {group.units} units ({group.kind}), {why}. The nearest that "
+            f"can be is tensor_parallel={fewer}"
+        )
+    if search.options.of != "units" and (most := search.count(search.whole)) < search.budget.target:
+        raise PlanError(
+            f"tensor_parallel={gpus} alone removes more than {format_budget(search.options)} of {search.options.of}: "
+            f"use ratio={math.ceil(1e4 * (1 - most / search.dense)) / 1e4:.4f} or more"
+        )
 
 
 def format_budget(options: CutOptions) -> str:
@@ -147,6 +202,8 @@ def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
     the budget cannot be met.
     """
     options = search.options
+    if options.tensor_parallel > 1:
+        check_split(search)
     if options.of == "units":
         yield _share_of_units(search)
         return
@@ -159,7 +216,10 @@ def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
     wide = [group for group in search.groups if is_wide(group)]
     # 1. All groups give the same share; the coarse ones are rounded down to whole units.
     steps = max((group.units for group in coarse), default=1)
-    by_step = [{group.name: search.without(group, step / steps) for group in coarse} for step in range(steps)]
+    by_step = [
+        search.whole | {group.name: search.rounded(group, search.without(group, step / steps)) for group in coarse}
+        for step in range(steps)
+    ]
     if not wide:
         yield budget.closest(by_step)
         return
@@ -175,7 +235,7 @@ def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
             yield _settle_widths(search, wide, most)
     # 3. Where a head weighs more than all that the wide groups can give, the nearest will do.
     if not met:
-        yield {group.name: group.units for group in search.groups} | budget.closest(extremes)
+        yield budget.closest(extremes)
 
 
 def _share_of_units(search: SizeSearch) -> Sizes:
@@ -192,7 +252,7 @@ def _share_of_units(search: SizeSearch) -> Sizes:
 def _allocated(search: SizeSearch, scores: Scores) -> Sizes:
     """Sizes by one ranking of all units."""
     options, axes = search.options, [*search.axes.values()]
-    rules = SizeRules(options.shape == "uniform", options.min_keep, search.multiple_of)
+    rules = SizeRules(options.shape == "uniform", options.min_keep, search.multiple_of, search.most)
     return greedy_by_score(axes, scores.units, search.budget, rules, coarse=lambda group: not is_wide(group))
 
 
