@@ -20,7 +20,7 @@ MIX = --calibration $(DATA)/calib/c4_first1000.jsonl@2 --calibration $(DATA)/ins
 
 TEXTS = --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
 OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
-ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 4096 --seeds 0 $(QUALITY)
+ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 2048 --seeds 0 $(QUALITY)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-gguf architectures screenshots format clean
@@ -69,7 +69,7 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 	$(if $(DATA),,$(error bench-zoo: give the folder of the texts, for example make bench-zoo DATA=data MODELS=gemma.gguf))
 	@test -f runs/quality.json || { echo "bench-zoo: needs runs/quality.json, which make bench-quality writes" >&2; exit 1; }
 	$(BIN)/python benchmarks/zoo_models.py --text $(DATA)/calib/c4_first1000.jsonl --out runs/zoo
-	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024,llm-pruner@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
+	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
 	for model in gpt_neox opt; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
 	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox opt)) --write
 
