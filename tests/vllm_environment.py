@@ -89,11 +89,18 @@ class Server:
             text=True,
         )
 
-    def generate(self, folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any
+    ) -> list[list[int]]:
         """Greedy tokens for each prompt of tokens. Raises `RuntimeError` with what vLLM says."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        order: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "new_tokens": new_tokens}
+        order: dict[str, Any] = {
+            "folder": str(folder),
+            "prompts": prompts,
+            "new_tokens": new_tokens,
+            "options": options,
+        }
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:

@@ -22,6 +22,7 @@ from secateur.models.loading import load
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.tokenizer import load_tokenizer
 from servers import ask, serving
+from tiny import tiny_tokenizer
 from vllm_environment import ROOT, SETTINGS, WITHOUT, python, server
 
 pytestmark = pytest.mark.skipif(os.environ.get(WITHOUT) == "1", reason=f"{WITHOUT}=1: without vLLM")
@@ -54,6 +55,21 @@ def test_sublayers_that_are_gone_are_for_the_plugin(model_type: str, tmp_path: P
     assert server(plugin=True).generate(folder, PROMPTS, NEW_TOKENS) == reference(folder)
     with pytest.raises(RuntimeError, match=r"Layer 1.* does not dispatch through the Transformers attention interface"):
         server(plugin=False).generate(folder, PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("model_type", types("llama", "phi3"))
+def test_layers_are_split_over_two_processes(model_type: str, tmp_path: Path) -> None:
+    """A plan for two GPUs: heads and widths differ between layers, and half of each lies in each process."""
+    model = dense(model_type)
+    discovery = discover(model)
+    options = CutOptions(ratio=0.35, score="l2", tensor_parallel=2)
+    decided = plan(discovery, options, scores=score(model, discovery=discovery, name="l2"))
+    assert len({group.kept for group in decided.groups}) > 2
+    folder = save(
+        prune(model, decided, discovery=discovery), tmp_path / "folder", plan=decided, tokenizer=tiny_tokenizer()
+    )
+    found = server(plugin=True).generate(folder, PROMPTS, NEW_TOKENS, tensor_parallel_size=2)
+    assert found == reference(folder)
 
 
 @pytest.mark.parametrize("model_type", types("mixtral", "qwen3_moe"))
