@@ -190,7 +190,8 @@ def cut(
         with quiet():
             recipe = PruneRecipe(arguments.model, cut=options, calibration=text)
             return *Pipeline(recipe, model=model, discovery=discovery, windows=windows).cut(), 0.0
-    about = f"{digest(text.scored(windows))} {options.score} {' '.join(sorted(group.name for group in groups))}"
+    cut_groups = " ".join(sorted(group.name for group in groups))
+    about = f"{arguments.model} {digest(text.scored(windows))} {options.score} {cut_groups}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
     shared = Path(arguments.shared)
     saved, file, clock = 0.0, shared / f"{name}.safetensors", shared / f"{name}.seconds"
