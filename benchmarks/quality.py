@@ -107,6 +107,10 @@ def rows(ratio: float) -> dict[str, Row]:
         "wanda-sp": Row("", replace(local, score="wanda")),
         "shortgpt": Row("whole layers", CutOptions(ratio=ratio, score="block_influence", axes=("layers",))),
     }
+    for multiple in (32, 64, 128):
+        about = "widths that kernels and quantised formats read"
+        for preset in ("best", "fast"):
+            found[f"{preset}, multiples of {multiple}"] = Row(about, replace(best, round_to=multiple), preset=preset)
     for score in ("param_first", "param_second", "param_mix", "vectorize", "fluctuation", "obs", "fisher"):
         found[f"score {score}, local"] = Row("no repair", replace(local, score=score))
         found[f"score {score}, global"] = Row(

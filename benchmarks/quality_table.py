@@ -64,9 +64,12 @@ def key_of(result: Mapping[str, Any]) -> Key:
 def label_of(row: str) -> str:
     """A row's name as the tables have it; scores alone are named after the score.
 
-    >>> label_of("fast"), label_of("score fisher, global")
-    ('`--preset fast`', '`fisher` alone, global')
+    >>> label_of("fast"), label_of("score fisher, global"), label_of("fast, multiples of 64")
+    ('`--preset fast`', '`fisher` alone, global', '`--preset fast --round-to 64`')
     """
+    if ", multiples of " in row:
+        preset, _, multiple = row.partition(", multiples of ")
+        return f"`--preset {preset} --round-to {multiple}`"
     if row.startswith("score "):
         name, _, scope = row.removeprefix("score ").partition(", ")
         return f"`{name}` alone, {scope}"

@@ -2,7 +2,7 @@
 
     python benchmarks/zoo_models.py --text FILE [--steps N] [--out FOLDER]
 
-A GPT-NeoX (parallel attention and MLP, fused projections, GELU) and an OPT (learned positions, ReLU), both of 7 million
+A GPT-NeoX (parallel attention and MLP, fused projections) and a StarCoder2 (grouped queries), both of 7 million
 parameters with layer norms, biases and an output head of its own, are trained on the text's documents with a tokenizer
 made from them. A model that is there is left as it is.
 """
@@ -25,9 +25,10 @@ from secateur.models.silence import quiet
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 8
 SIZES = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "max_position_embeddings": LENGTH}
+NO_DROPOUT = {"residual_dropout": 0.0, "embedding_dropout": 0.0}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {"intermediate_size": 1024},
-    "opt": {"ffn_dim": 1024, "word_embed_proj_dim": 256, "tie_word_embeddings": False, "dropout": 0.0},
+    "starcoder2": {"intermediate_size": 1024, "num_key_value_heads": 4, "tie_word_embeddings": False, **NO_DROPOUT},
 }
 RATE, WARM_UP = 2e-3, 50
 

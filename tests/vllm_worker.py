@@ -22,14 +22,14 @@ def served(order: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     try:
-        engine = LLM(
-            order["folder"],
-            enforce_eager=True,
-            dtype="float32",
-            skip_tokenizer_init=True,
+        options = {
+            "enforce_eager": True,
+            "dtype": "float32",
+            "skip_tokenizer_init": True,
             **options,
             **order["options"],
-        )
+        }
+        engine = LLM(order["folder"], **options)
         greedy = SamplingParams(temperature=0, max_tokens=order["new_tokens"], ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
         found = engine.generate(prompts, greedy, use_tqdm=False)

@@ -13,8 +13,8 @@ from contract import uneven
 from every_type import tiny_type_model
 from families import DISTINCT, family_config, family_model
 from secateur import discover, prune, save
-from secateur.checkpoint.layer_settings import attention_calls
 from secateur.checkpoint.per_layer import as_per_layer
+from secateur.models.attention_calls import attention_calls
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.planning.options import CutOptions

@@ -26,6 +26,7 @@ from question_files import write_questions
 from recipes import recipe
 from secateur import SecateurError
 from secateur.cli.main import run
+from secateur.cli.options import CUTTING
 from secateur.cli.output import progress_bars
 from secateur.files import write_json
 from secateur.pipeline.run import plan_model
@@ -649,13 +650,16 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "JSON is a folder": ("tiny is a folder, and a file is to be written", (*PRUNE, "--json", "tiny")),
     "plan without a parent": ("no/p.json: the folder .*/no does not exist", ("plan", "tiny", "--out", "no/p.json")),
     "demo exists": ("tiny exists", ("demo", "--out", "tiny")),
-    "export to nothing": ("out: no format to write. Expected --gguf TYPE or --int8", ("export", "tiny", "out")),
+    "export to nothing": (
+        "out: no format to write. Expected --quantize SCHEME, --gguf TYPE or --int8",
+        ("export", "tiny", "out"),
+    ),
     "export both": (
-        "--int8 writes a folder, and --gguf a .gguf file",
+        "--quantize and --int8 write a folder each, and --gguf a .gguf file: export once for each",
         ("export", "tiny", "out", "--int8", "--gguf", "f16"),
     ),
     "export int8 to a file": (
-        "--int8 writes a folder, and --gguf a .gguf file",
+        "--quantize and --int8 write a folder each, and --gguf a .gguf file: export once for each",
         ("export", "tiny", "out.gguf", "--int8"),
     ),
     "export what is packed": (
@@ -976,7 +980,7 @@ def test_every_option_of_a_cut_is_an_option_of_plan_and_prune(capsys: pytest.Cap
     for command in ("plan", "prune"):
         text = succeed(capsys, command, "--help")
         for name, field in CutOptions.__dataclass_fields__.items():
-            assert f"--{name.replace('_', '-')} " in text
+            assert f"{CUTTING.option(f'cut.{name}')} " in text
             for choice in get_args(get_type_hints(CutOptions)[field.name]):
                 assert not isinstance(choice, str) or choice in text
 

@@ -17,9 +17,9 @@ from transformers import AutoConfig
 from families import family_model
 from secateur import prune
 from secateur.errors import ExportError, ModelError
-from secateur.export.architectures import TABLE, architecture, known_types, type_of
 from secateur.export.fitting import pad_layers
 from secateur.export.mapping import map_model
+from secateur.models.llama_cpp_architectures import TABLE, architecture, known_types, type_of
 from secateur.models.silence import quiet
 from tiny import names, tiny_model
 

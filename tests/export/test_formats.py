@@ -14,7 +14,7 @@ from secateur.cli.main import run
 from secateur.errors import CheckpointError, ExportError, ModelError, SecateurError
 from secateur.export.formats import ExportOptions, choose_format, export_model
 from secateur.export.gguf_file import GgufResult
-from secateur.export.options import GgufOptions, Int8Options, MergeOptions
+from secateur.export.options import GgufOptions, Int8Options, MergeOptions, QuantizeOptions
 from secateur.models.silence import quiet
 from tiny import names, tiny_model
 
@@ -31,9 +31,14 @@ def test_the_format_is_the_one_that_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("out", "asked", "match"),
     [
-        ("out", {}, r"out: no format to write\. Expected --gguf TYPE or --int8, or a file named out\.gguf"),
-        ("m.gguf", {"int8": INT8}, r"--int8 writes a folder, and --gguf a \.gguf file: export twice"),
-        ("out", {"gguf": GGUF, "int8": INT8}, "export twice, to two OUTs"),
+        (
+            "out",
+            {},
+            r"out: no format to write\. Expected --quantize SCHEME, --gguf TYPE or --int8, or a file named out\.gguf",
+        ),
+        ("m.gguf", {"int8": INT8}, r"--quantize and --int8 write a folder each, and --gguf a \.gguf file: export once"),
+        ("out", {"gguf": GGUF, "int8": INT8}, "export once for each, to OUTs of their own"),
+        ("out", {"quantize": QuantizeOptions(), "int8": INT8}, "export once for each, to OUTs of their own"),
         ("out", {"merge": MERGE, "int8": INT8}, "merge first, then export that folder"),
         ("m.gguf", {"merge": MERGE}, "merge first, then export that folder"),
     ],

@@ -22,7 +22,8 @@ from secateur.data.text import demo_texts
 from secateur.errors import CheckpointError, ModelError
 from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import ProfileOptions
-from secateur.export.int8 import Int8Result, export_int8, int8_copy
+from secateur.export.int8 import export_int8, int8_copy
+from secateur.export.linear_layers import PackedResult
 from secateur.export.options import Int8Options
 from secateur.models.loading import load
 from secateur.models.modeling_per_layer import PER_LAYER
@@ -137,7 +138,7 @@ def test_transformers_alone_reads_what_was_in_memory(name: str, scheme: str, tmp
     check_files(done, per_layer=name.startswith("per-layer"))
 
 
-def check_files(done: Int8Result, *, per_layer: bool) -> None:
+def check_files(done: PackedResult, *, per_layer: bool) -> None:
     """Every layer named is int8 in the file, with one float32 scale a row, and nothing else is int8."""
     stored: dict[str, tuple[str, list[int]]] = {}
     for file in done.out.glob("*.safetensors"):
@@ -196,7 +197,9 @@ class TestLeft:
         ]
 
     def test_a_model_without_any(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"GPT2LMHeadModel: no weight can be int8, .*c_attn.*Conv1D is no linear"):
+        with pytest.raises(
+            ModelError, match=r"GPT2LMHeadModel: only weights of linear layers can be packed, .*c_attn.*Conv1D is no"
+        ):
             export_int8(dense_family("gpt2"), tmp_path / "out")
         with pytest.raises(ModelError, match="more than a linear product is computed with it"):
             export_int8(tiny_type_model("falcon").float(), tmp_path / "out")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_cases import CASES, FEWEST_KINDS, NEW_TOKENS, PROMPTS, REFUSED, dense, reference, write
 
 from secateur import CutOptions, discover, plan, prune, save, score
 from secateur.cli.main import run
@@ -23,10 +23,12 @@ from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.tokenizer import load_tokenizer
 from servers import ask, serving
 from tiny import tiny_tokenizer
+from vllm_cases import CASES, FEWEST_KINDS, NEW_TOKENS, PROMPTS, REFUSED, dense, reference, shortfall, write
 from vllm_environment import ROOT, SETTINGS, WITHOUT, python, server
 
 pytestmark = pytest.mark.skipif(os.environ.get(WITHOUT) == "1", reason=f"{WITHOUT}=1: without vLLM")
 WAYS = {"backend": False, "plugin": True}
+NEARLY_BEST = 0.2  # of the spread of logits: what rounding activations once more may turn round
 DAILY = ("llama", "qwen3_moe")  # types that the slow suite runs
 
 
@@ -76,6 +78,25 @@ def test_layers_are_split_over_two_processes(model_type: str, tmp_path: Path) ->
             server(plugin=True).generate(folder, PROMPTS, NEW_TOKENS, tensor_parallel_size=2)
     else:
         assert server(plugin=True).generate(folder, PROMPTS, NEW_TOKENS, tensor_parallel_size=2) == reference(folder)
+
+
+QUANTIZED = [*itertools.product(("llama", "qwen2", "gemma2", "starcoder2"), ("w8a8", "w4a16", "fp8"))]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scheme"),
+    [pytest.param(*each, marks=pytest.mark.vllm if n else pytest.mark.slow) for n, each in enumerate(QUANTIZED)],
+)
+def test_quantized_folders_are_served(model_type: str, scheme: str, tmp_path: Path) -> None:
+    """Layers of different sizes with small weights: what vLLM says next is what transformers holds for the best."""
+    write(model_type, tmp_path / "cut", widths=(96, 160, 64))
+    text = ["--samples", "8", "--length", "32", "--quiet"]
+    assert run(["export", str(tmp_path / "cut"), str(tmp_path / "folder"), "--quantize", scheme, *text]) == 0
+    dtype = "bfloat16" if scheme == "w4a16" else "float32"  # its kernel for CPUs takes no other
+    for plugin in WAYS.values():
+        found = server(plugin=plugin).generate(tmp_path / "folder", PROMPTS, NEW_TOKENS, dtype=dtype)
+        assert len({token for row in found for token in row}) >= FEWEST_KINDS
+        assert shortfall(tmp_path / "folder", found) < NEARLY_BEST
 
 
 @pytest.mark.parametrize("model_type", types("mixtral", "qwen3_moe"))

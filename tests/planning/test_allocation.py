@@ -71,7 +71,7 @@ def test_the_budget_is_met_within_half_a_percent(ratio: float, of: Any, seed: in
 def test_no_unit_that_stays_is_cheaper_than_one_that_goes(seed: int) -> None:
     discovery = discover_once()
     scores = drawn(discovery, seed)
-    options = CutOptions(ratio=0.3, axes=("mlp",), **GLOBAL)
+    options = CutOptions(ratio=0.3, axes=("mlp",), round_to=1, **GLOBAL)
     decided = plan(discovery, options, scores=scores)
     keep = {group.name: set(group.keep or ()) for group in decided.groups}
     stays: list[float] = []
@@ -114,7 +114,7 @@ def test_layers_that_matter_keep_all(discovery: Discovery) -> None:
 def test_what_must_stay(discovery: Discovery) -> None:
     scores = drawn(discovery, 0, spread=0.0)
     scores.units["layers.2.mlp"].mul_(1e-9)
-    options = CutOptions(ratio=0.3, axes=("mlp",), **{**GLOBAL, "min_keep": 0.25})
+    options = CutOptions(ratio=0.3, axes=("mlp",), round_to=1, **{**GLOBAL, "min_keep": 0.25})
     assert kept(plan(discovery, options, scores=scores))["layers.2.mlp"] == 200
     assert kept(plan(discovery, replace(options, min_keep=0.0), scores=scores))["layers.2.mlp"] == 1
 

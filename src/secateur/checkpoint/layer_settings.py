@@ -6,36 +6,19 @@ before they run a model read them from its config.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from secateur.models.attention_calls import Attention
 from secateur.models.modeling_per_layer import PER_LAYER
-from secateur.models.silence import quiet
 
-RECORDER = "secateur_recorder"  # as which the function that looks is registered
-TOKENS = 4  # of the pass in which it looks
 KV_HEADS = "num_key_value_heads"
 HEADS = "num_attention_heads"
 KV_NAMES = ("num_kv_heads", "n_head_kv", "multi_query_group_num")  # what config classes call the same
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """What one layer's attention was called with."""
-
-    module: str
-    heads: int
-    kv_heads: int
-    head_dim: int
 
 
 def set_layer_settings_in_place(
@@ -71,50 +54,6 @@ def set_layer_settings_in_place(
         own.allow_global_per_layer_attribute_access = True  # the dense sizes, which the stock code reads
         own.serialize_explicit_per_layer_config = True  # every layer has each: config classes differ in their names
         own.per_layer_config = layers
-
-
-def attention_calls(model: PreTrainedModel) -> dict[int, Attention]:
-    """What the attention of each layer is called with; empty where the model does not call what is registered.
-
-    >>> from secateur.models.loading import skeleton
-    >>> from transformers import AutoConfig
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=12)
-    >>> attention_calls(skeleton(config))[1]
-    Attention(module='model.decoder.layers.1.self_attn', heads=2, kv_heads=2, head_dim=6)
-    """
-    paths = {module: path for path, module in model.named_modules()}
-    calls: dict[int, Attention] = {}
-
-    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        number = getattr(module, "layer_idx", None)
-        if isinstance(number, int) and module in paths:
-            calls[number] = Attention(paths[module], query.shape[1], key.shape[1], query.shape[-1])
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=model.device)
-    with _attention(model, record), torch.no_grad(), quiet():
-        try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception:  # code that does not run like this says nothing of its heads
-            return {}
-    return calls
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, function: Any) -> Iterator[None]:
-    """Let every attention of a model call this function; where configs of modules differ, each of them says so."""
-    owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
-    configs = {id(owner.config): owner.config for owner in owners if isinstance(owner.config, PreTrainedConfig)}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    ALL_ATTENTION_FUNCTIONS[RECORDER] = function
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = RECORDER
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-        del ALL_ATTENTION_FUNCTIONS[RECORDER]
 
 
 def _heads(config: Any, found: Attention | None) -> dict[str, Any]:

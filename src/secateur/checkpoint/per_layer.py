@@ -16,11 +16,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from secateur.checkpoint.layer_settings import attention_calls, set_layer_settings_in_place
+from secateur.checkpoint.layer_settings import set_layer_settings_in_place
 from secateur.discovery.layers import path_and_parents
 from secateur.discovery.module_attributes import plain_attributes
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError, ModelError
+from secateur.models.attention_calls import attention_calls
 from secateur.models.config import auto_map, takes
 from secateur.models.loading import skeleton
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class, skip_in_place

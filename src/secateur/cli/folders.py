@@ -11,10 +11,11 @@ from cyclopts import Parameter
 from secateur.checkpoint.verification import verify
 from secateur.cli.options import MAIN, MODEL, RUN, Fields, Given, Loading, Quiet, Run, Trust, changed, model_and_out
 from secateur.cli.output import COMMAND, check_files, finish, print_written, progress_bars, run_options
+from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.errors import CheckpointError, PlanError
 from secateur.export.formats import ExportOptions, choose_format, export_model
-from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions
+from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions, QuantizeOptions
 from secateur.pipeline.recipe import prune_recipe, read_whole_recipe
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recipe import RoundOptions, recover_recipe
@@ -43,6 +44,7 @@ def verify_command(
 class Formats:
     """What `export` can write."""
 
+    quantizing: QuantizeOptions
     gguf: GgufOptions
     int8: bool = False
     """A folder with int8 weights, packed by torchao."""
@@ -54,12 +56,21 @@ class Formats:
     """Write what this recipe says, with OUT alone as an argument; no other options."""
 
 
+FORMATS = Fields(
+    Formats,
+    main="quantizing.quantize quantizing.calibration.text quantizing.calibration.samples gguf.gguf gguf.pad int8 "
+    "packing.dynamic merge_lora merging.adapter recipe",
+    names={"quantizing.calibration.text": "--calibration"},
+    omit=" ".join(f"quantizing.calibration.{name}" for name in ("held_out", "score_samples", "varied", "copied")),
+)
+
+
 def export_command(
     model: Annotated[str, MODEL],
     out: Annotated[Path | None, Parameter(help="File to write, FILE.gguf; else a folder.")] = None,
     /,
     *,
-    formats: Annotated[Given, Fields(Formats, group=MAIN)],
+    formats: Annotated[Given, FORMATS],
     run: Annotated[Given, replace(RUN, main="folder overwrite", omit="resume command bars")],
     loading: Loading,
     output: Quiet,
@@ -67,20 +78,24 @@ def export_command(
     """Write a model for other programs, or packed.
 
     OUT.gguf is a file that llama.cpp and what is built on it run; layers of different sizes go into it too.
-    --int8 writes a folder that transformers reads where torchao is installed. --merge-lora writes an ordinary folder
-    with a LoRA adapter merged into the weights.
+    --quantize writes a folder with small weights that vLLM computes with. --int8 writes one with which transformers is
+    faster, where torchao is installed. --merge-lora writes an ordinary folder with a LoRA adapter merged in.
     """
     name, out = model_and_out(model, out, formats.get("recipe"), "export")
     if "recipe" in formats:
         recipe = read_whole_recipe(formats["recipe"], "export", ExportRecipe)
         name, loading = recipe.model, recipe.loading
-        options: ExportOptions = recipe.int8 or recipe.merge or MergeOptions()
+        options: ExportOptions = recipe.int8 or recipe.quantize or recipe.merge or MergeOptions()
     else:
         gguf, packing, merging = (formats.get(name, {}) for name in ("gguf", "packing", "merging"))
+        quantizing = dict(formats.get("quantizing", {}))
+        if "calibration" in quantizing:
+            quantizing["calibration"] = CalibrationOptions(**quantizing["calibration"])
         options = choose_format(
             out,
             gguf=GgufOptions(**gguf) if gguf else None,
             int8=Int8Options(**packing) if "int8" in formats or packing else None,
+            quantize=QuantizeOptions(**quantizing) if quantizing else None,
             merge=MergeOptions(**merging) if "merge_lora" in formats or merging else None,
         )
     name, folder = name or model, run.get("folder")

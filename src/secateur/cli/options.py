@@ -155,8 +155,9 @@ class Cutting:
 
 CUTTING = Fields(
     Cutting,
-    main="preset recipe cut.ratio cut.of cut.target cut.axes cut.shape cut.repair calibration.text calibration.samples",
-    names={"calibration.text": "--calibration"},
+    main="preset recipe cut.ratio cut.of cut.target cut.axes cut.shape cut.engine cut.repair calibration.text "
+    "calibration.samples",
+    names={"calibration.text": "--calibration", "cut.engine": "--for"},
     read={
         "cut.target": count,
         "cut.axes": comma_separated,

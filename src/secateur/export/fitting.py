@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import ExportError
-from secateur.export.architectures import Architecture, ModelType, architecture
 from secateur.export.mapping import (
     DOWN,
     GATE,
@@ -35,6 +34,7 @@ from secateur.export.mapping import (
     map_model,
 )
 from secateur.export.metadata import Positions, positions, rotary_dim
+from secateur.models.llama_cpp_architectures import Architecture, ModelType, architecture
 
 Grid = tuple[int, ...]  # sizes that a dimension is the product of
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from secateur.errors import ExportError
 from secateur.export.gguf_file import SUFFIX, GgufResult, check_gguf, export_gguf
-from secateur.export.int8 import Int8Result, check_torchao, export_int8
+from secateur.export.int8 import check_torchao, export_int8
+from secateur.export.linear_layers import PackedResult
 from secateur.export.merge import MergeResult, merge_adapter
-from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions
+from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions, QuantizeOptions
+from secateur.export.quantize import check_llmcompressor, export_quantized
 from secateur.export.source import load_source
 from secateur.files import check_apart, check_vacant
 from secateur.models.config import load_config
@@ -19,12 +21,17 @@ from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.progress import Progress
 
-ExportOptions = GgufOptions | Int8Options | MergeOptions
-ExportResult = GgufResult | Int8Result | MergeResult
+ExportOptions = GgufOptions | Int8Options | QuantizeOptions | MergeOptions
+ExportResult = GgufResult | PackedResult | MergeResult
 
 
 def choose_format(
-    out: Path, *, gguf: GgufOptions | None = None, int8: Int8Options | None = None, merge: MergeOptions | None = None
+    out: Path,
+    *,
+    gguf: GgufOptions | None = None,
+    int8: Int8Options | None = None,
+    quantize: QuantizeOptions | None = None,
+    merge: MergeOptions | None = None,
 ) -> ExportOptions:
     """The options of the one format that was asked for; those of a GGUF file where OUT is named as one.
 
@@ -35,13 +42,15 @@ def choose_format(
     """
     if out.suffix == SUFFIX:
         gguf = gguf or GgufOptions()
-    chosen = [options for options in (gguf, int8, merge) if options is not None]
+    chosen = [options for options in (gguf, int8, quantize, merge) if options is not None]
     if not chosen:
-        raise ExportError(f"{out}: no format to write. Expected --gguf TYPE or --int8, or a file named {out}{SUFFIX}")
+        expected = f"--quantize SCHEME, --gguf TYPE or --int8, or a file named {out}{SUFFIX}"
+        raise ExportError(f"{out}: no format to write. Expected {expected}")
     if len(chosen) > 1 and merge is not None:
         raise ExportError("--merge-lora writes an ordinary folder: merge first, then export that folder")
     if len(chosen) > 1:
-        raise ExportError(f"--int8 writes a folder, and --gguf a {SUFFIX} file: export twice, to two OUTs")
+        kinds = f"--quantize and --int8 write a folder each, and --gguf a {SUFFIX} file"
+        raise ExportError(f"{kinds}: export once for each, to OUTs of their own")
     return chosen[0]
 
 
@@ -86,5 +95,12 @@ def export_model(
                 overwrite=overwrite,
                 recipe=ExportRecipe(model, int8=options, loading=loading),
             )
+        case QuantizeOptions():
+            check_llmcompressor()
+            check_vacant(out, overwrite=overwrite)
+            check_apart(resolve(model).path, out)
+            recipe = ExportRecipe(model, quantize=options, loading=loading)
+            source = load_source(model, loading)
+            return export_quantized(source, out, options, overwrite=overwrite, recipe=recipe, progress=progress)
         case MergeOptions():
             return merge_adapter(model, out, options, loading=loading, overwrite=overwrite, command=command)

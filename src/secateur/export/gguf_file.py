@@ -20,7 +20,6 @@ from gguf import GGUFValueType, GGUFWriter
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import ExportError
-from secateur.export.architectures import type_of
 from secateur.export.check import Checked, check_file
 from secateur.export.fitting import Fitted, fit
 from secateur.export.llama_cpp import is_installed
@@ -30,6 +29,7 @@ from secateur.export.options import GgufOptions
 from secateur.export.tensors import TYPES, block_size, encode, file_tensors, stored_types
 from secateur.export.vocabulary import Vocabulary, vocabulary
 from secateur.files import atomic_file, check_file_vacant
+from secateur.models.llama_cpp_architectures import type_of
 from secateur.progress import Progress
 
 SUFFIX = ".gguf"

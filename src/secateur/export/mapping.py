@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import ExportError
-from secateur.export.architectures import ModelType
+from secateur.models.llama_cpp_architectures import ModelType
 
 Fetch = Callable[[str], Tensor]  # the name of a parameter -> its values
 LazyTensor = Callable[[Fetch], Tensor]

@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.errors import ExportError
-from secateur.export.architectures import Architecture, ModelType, is_neutral, stock_type
 from secateur.export.mapping import MappedModel
+from secateur.models.llama_cpp_architectures import Architecture, ModelType, is_neutral, stock_type
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 GROWING = ("dynamic", "longrope")  # rotary embeddings that change with the length of the text

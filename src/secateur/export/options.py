@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from secateur.data.calibration import CalibrationOptions
+from secateur.decoding import check_choices
 from secateur.errors import ExportError, unknown
 from secateur.models.loading import LoadOptions
 
@@ -55,6 +57,22 @@ class Int8Options:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """A folder with small weights in the linear layers, by llmcompressor, in the format that vLLM computes with."""
+
+    quantize: Literal["w8a8", "w4a16", "fp8"] = "w8a8"
+    """w8a8: int8 weights and activations; w4a16: int4 weights in groups of 128, 64 or 32 columns, whichever divides all
+    widths; both by GPTQ. fp8: one-byte floats, weights and activations, which look at no text."""
+
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    """The text that GPTQ looks at."""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown scheme."""
+        check_choices(self, ExportError)
+
+
+@dataclass(frozen=True, slots=True)
 class MergeOptions:
     """An ordinary folder with a LoRA adapter merged into the weights."""
 
@@ -69,5 +87,6 @@ class ExportRecipe:
 
     model: str
     int8: Int8Options | None = None
+    quantize: QuantizeOptions | None = None
     merge: MergeOptions | None = None
     loading: LoadOptions = field(default_factory=LoadOptions)

@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
 from secateur.errors import ExportError
-from secateur.export.architectures import Architecture, ModelType
 from secateur.export.mapping import EMBEDDING, HEAD, KEYS, KINDS, QUERIES, LazyTensor, MappedModel
 from secateur.export.options import GGUF_TYPES
+from secateur.models.llama_cpp_architectures import Architecture, ModelType
 
 # Type -> how numbers are stored, and what the file says of itself.
 TYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {

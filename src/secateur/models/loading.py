@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -31,6 +32,10 @@ from secateur.models.weight_files import check_weight_files, is_model_file
 logger = logging.getLogger(__name__)
 
 EXPERTS = "batched_mm"  # experts as plain matrix products, whichever tokens they get: shapes that no data decides
+PACKERS = {  # how weights are packed -> the package that reads them, and the extra of ours that brings it
+    "torchao": ("torchao", "int8"),
+    "compressed-tensors": ("compressed_tensors", "quantize"),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -109,8 +114,9 @@ def load(
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = whole_config(model, trust_remote_code=trust_remote_code)
-    if quantization(config) == "torchao":
-        check_installed(ModelError, "torchao", extra="int8", what=f"{model!r}: reading int8 weights")
+    if (method := quantization(config)) in PACKERS:
+        package, extra = PACKERS[method]
+        check_installed(ModelError, package, extra=extra, what=f"{model!r}: reading packed weights")
     if source.kind == "folder" and quantization(config) is None:
         # What the weights do not have is made up at random, in whatever size the config asks for: compare them first.
         _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)
@@ -143,7 +149,8 @@ def _loaded(
         location_options = {**location_options, "trust_remote_code": trust_remote_code}
         if trust_remote_code:
             check_unchanged(source, lambda name: name.endswith(".py"))
-    with model_errors(source, "its weights cannot be loaded", trust_remote_code=trust_remote_code):
+    silence = nullcontext() if quantization(config) is None else quiet()  # what unpacks shows bars
+    with model_errors(source, "its weights cannot be loaded", trust_remote_code=trust_remote_code), silence:
         loaded, report = loader.from_pretrained(
             location,
             config=copy.deepcopy(config),

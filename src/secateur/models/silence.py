@@ -11,9 +11,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 # Logger -> how the messages begin that are left out: extensions that were not built for this machine, and enumerations
@@ -56,7 +58,7 @@ def silence_logger(name: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch off the messages and progress bars of transformers and the hub client, and restore both afterwards.
+    """Switch off messages of transformers and the hub client and all bars of tqdm, and restore them afterwards.
 
     The switches belong to the process, not to a thread: other threads are silenced for that time, too.
     """
@@ -68,9 +70,17 @@ def quiet() -> Iterator[None]:
         transformers_logging.disable_progress_bar()  # the hub's, too
     for each, _ in levels:
         each.set_verbosity_error()
+    bar: Any = tqdm
+    shown = bar.__init__
+
+    def hidden(self: Any, *given: Any, **options: Any) -> None:
+        shown(self, *given, **{**options, "disable": True})
+
+    bar.__init__ = hidden
     try:
         yield
     finally:
+        bar.__init__ = shown
         for each, level in levels:
             each.set_verbosity(level)
         with warnings.catch_warnings(action="ignore"):

@@ -80,8 +80,12 @@ class CutOptions:
     """Cut the first and the last layer in this proportion, linear between, for example 0.5:1.5."""
     min_keep: float = 0.05
     """Share of each group's units that stays whatever the ranking says."""
-    round_to: int = 1
-    """Widths are multiples of this."""
+    engine: Literal["transformers", "vllm", "sglang", "llama.cpp"] | None = None
+    """The program that is to run the result: widths are multiples that its kernels or formats take, sglang gets a
+    uniform shape, and a plan that the program cannot run is refused."""
+    round_to: int | None = None
+    """Widths are multiples of this. Default: of 64 for MLPs of at least 1,536 channels, fewer for narrower ones, in
+    per-layer shapes with the scope global; with an engine as it needs."""
     tensor_parallel: int = 1
     """Number of GPUs over which an engine is to split every layer: heads and widths of all layers divide by it."""
     iterations: int = 1
@@ -142,7 +146,7 @@ def automatic(options: CutOptions) -> dict[str, Any]:
         "ratio": 0.2 if options.target is None else None,
         "score": usual,
         "scope": "local" if even or options.schedule is not None else "global",
-        "shape": "uniform" if even else "per-layer",
+        "shape": "uniform" if even or options.engine == "sglang" else "per-layer",
         "choose": "obs" if score == "fisher" and not alone else "score",
         "repair": "none" if whole_layers else "least-squares",
     }
@@ -164,7 +168,8 @@ def _check_numbers(options: CutOptions) -> None:
     if not 0 <= options.min_keep < 1:
         raise PlanError(f"min_keep={options.min_keep:g} is outside [0, 1): a share of units, for example 0.1")
     check_least(PlanError, "iterations", options.iterations, 1, 4)
-    check_least(PlanError, "round_to", options.round_to, 1, 64)
+    if options.round_to is not None:
+        check_least(PlanError, "round_to", options.round_to, 1, 64)
     check_least(PlanError, "tensor_parallel", options.tensor_parallel, 1, 2)
 
 
@@ -181,6 +186,8 @@ def _check_together(options: CutOptions) -> None:
         )
     if options.sublayers and (options.scope == "local" or options.shape != "per-layer"):
         raise PlanError("sublayers=True lets single layers lose one: use shape=per-layer and scope=global with it")
+    if options.engine == "sglang" and options.shape != "uniform":
+        raise PlanError(f"engine=sglang reads layers of one size, and shape={options.shape}: use shape=uniform")
     if options.schedule is not None:
         first, last = options.schedule
         if not (0 <= first < math.inf and 0 <= last < math.inf and first + last > 0):

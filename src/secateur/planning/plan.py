@@ -24,6 +24,7 @@ from secateur.errors import CheckpointError, PlanError
 from secateur.files import read_json
 from secateur.models.manifest import check_as_written
 from secateur.planning.budget import Sizes
+from secateur.planning.engines import check_engine
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions, check_score
 from secateur.planning.selection import groups_to_cut, units_to_keep
@@ -159,6 +160,9 @@ def plan(
         candidates = [{group.name: fixed_sizes.get(group.name, group.units) for group in search.groups}]
     # 3. Which units stay: the best by their scores.
     draft = _first_described(search, candidates, config, trust_remote_code=trust_remote_code)
+    if config is not None and options.engine is not None:
+        stock = draft.settings is not None
+        check_engine(options.engine, config, stock=stock, trust_remote_code=trust_remote_code)
     # 4. What is left, and what the scores were made from.
     return counted(discovery, replace(draft, scored=_provenance(search, draft)))
 

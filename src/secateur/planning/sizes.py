@@ -20,6 +20,7 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
 from secateur.planning.allocation import SizeRules, greedy_by_score
 from secateur.planning.budget import Budget, Sizes, counter
+from secateur.planning.engines import usual_multiple
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions
 from secateur.scoring.scores import Scores
@@ -103,7 +104,10 @@ class SizeSearch:
     def multiple_of(self, group: Group) -> int:
         """What the sizes of a group are multiples of: as asked for, and as the kernels that read them need."""
         split = self.options.tensor_parallel if group.kind in SPLIT_KINDS else 1
-        return math.lcm(self.options.round_to, group.multiple, split) if is_wide(group) else split
+        if not is_wide(group):
+            return split
+        asked = self.options.round_to
+        return math.lcm(usual_multiple(group, self.options) if asked is None else asked, group.multiple, split)
 
     def most(self, group: Group) -> int:
         """The most units that a group may keep: all, unless they cannot be split over the GPUs."""
@@ -118,7 +122,7 @@ class SizeSearch:
         if multiple > group.units and not is_wide(group):  # KV heads that each GPU has a copy of
             return group.units
         if multiple > group.units:
-            raise PlanError(f"round_to={self.options.round_to} is more than the {group.units} units of {group.name}")
+            raise PlanError(f"round_to={multiple} is more than the {group.units} units of {group.name}")
         if multiple > 1 and (kept < group.units or most < group.units):
             kept = min(max(multiple, round(kept / multiple) * multiple), group.units // multiple * multiple)
         if kept < group.least:
@@ -273,11 +277,14 @@ def rounding_cost(search: SizeSearch, kept: Mapping[str, int]) -> dict[str, Any]
 
     Needs scores. Empty where widths are not rounded.
     """
-    if search.options.round_to == 1:
-        return {}
     any_widths = replace(search, options=replace(search.options, round_to=1))
+    multiples = {(search.multiple_of(group), any_widths.multiple_of(group)) for group in search.groups}
+    rounded = [multiple for multiple, needed in multiples if multiple != needed]
+    if not rounded:
+        return {}
     best = next(candidate_sizes(any_widths), {})
-    return {"rounding": {"planned": _removed_scores(search, kept), "any_widths": _removed_scores(search, best)}}
+    lost = {"planned": _removed_scores(search, kept), "any_widths": _removed_scores(search, best)}
+    return {"rounding": {"multiple": max(rounded), **lost}}
 
 
 def _removed_scores(search: SizeSearch, kept: Mapping[str, int]) -> float:

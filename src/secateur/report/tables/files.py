@@ -11,7 +11,7 @@ from rich.text import Text
 from secateur.checkpoint.verification import Verified
 from secateur.export.formats import ExportResult
 from secateur.export.gguf_file import GgufResult
-from secateur.export.int8 import Int8Result
+from secateur.export.linear_layers import PackedResult
 from secateur.export.merge import MergeResult
 from secateur.report.formatting import format_bytes, format_count
 from secateur.report.tables.layout import make_table, titled
@@ -19,7 +19,11 @@ from secateur.report.tables.layout import make_table, titled
 SCHEME_IN_WORDS = {
     "weight-only": "products in the model's dtype",
     "dynamic": "products in int8, activations quantized per token",
+    "w8a8": "products in int8, activations quantized per token",
+    "w4a16": "products in the model's dtype",
+    "fp8": "products in one-byte floats, activations quantized per token",
 }
+SMALL_TYPE = {"w4a16": "int4", "fp8": "fp8"}  # of the weights; int8 in the others
 
 
 def verify_tables(found: Verified) -> Iterator[RenderableType]:
@@ -42,22 +46,24 @@ def export_tables(written: ExportResult) -> Iterator[RenderableType]:
     match written:
         case GgufResult():
             yield from gguf_tables(written)
-        case Int8Result():
-            yield from int8_tables(written)
+        case PackedResult():
+            yield from packed_tables(written)
         case MergeResult():
             yield from merge_lines(written)
 
 
-def int8_tables(done: Int8Result) -> Iterator[RenderableType]:
-    """The layers packed to int8, what kept its dtype and why, and the bytes before and after."""
+def packed_tables(done: PackedResult) -> Iterator[RenderableType]:
+    """The layers with packed weights, what kept its dtype and why, and the bytes before and after."""
     table = make_table(("weights", "tensors", "why"), text=("weights", "why"))
-    table.add_row("int8", str(len(done.layers)), f"linear layers; {SCHEME_IN_WORDS[done.scheme]}")
+    small = SMALL_TYPE.get(done.scheme, "int8")
+    groups = "" if done.group_size is None else f"; {done.group_size} columns share a scale"
+    table.add_row(small, str(len(done.layers)), f"linear layers; {SCHEME_IN_WORDS[done.scheme]}{groups}")
     reasons: dict[str, list[str]] = {}
     for name, why in done.left.items():
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
         table.add_row(names[0] + (" ..." if len(names) > 1 else ""), str(len(names)), f"unchanged: {why}")
-    yield from titled("What is int8", table)
+    yield from titled(f"What is {small}", table)
     before, after = done.weight_bytes["before"], done.weight_bytes["after"]
     yield (
         f"weights: {format_bytes(before)} before, {format_bytes(after)} after ({after / before:.2f}); "

@@ -41,7 +41,7 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
     yield from _missed(planned)
     if (rounding := planned.scored.get("rounding")) is not None:
         yield (
-            f"rounded to multiples of {planned.options.round_to}, the cut takes {rounding['planned']:.4g} "
+            f"rounded to multiples of {rounding['multiple']}, the cut takes {rounding['planned']:.4g} "
             f"share of all scores; with any widths, {rounding['any_widths']:.4g}"
         )
     if planned.settings is not None:

@@ -1,7 +1,8 @@
 """What llama.cpp's architectures can hold, and which of them a model type of transformers may become.
 
-All that is particular to one architecture or one model type is data, in `architectures.json` beside this file: that is
-where a new model type goes, once tiny models of it give torch's logits in llama.cpp (`tests/export/test_check.py`).
+All that is particular to one architecture or one model type is data, in `llama_cpp_architectures.json` beside this
+file: that is where a new model type goes, once tiny models of it give torch's logits in llama.cpp
+(`tests/export/test_check.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from secateur.errors import ExportError
 from secateur.models.config import check_not_quantized, per_layer_model_class
 from secateur.models.modeling_per_layer import PER_LAYER
 
-TABLE = Path(__file__).with_name("architectures.json")
+TABLE = Path(__file__).with_name("llama_cpp_architectures.json")
 
 
 @dataclass(frozen=True, slots=True)

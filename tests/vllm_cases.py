@@ -6,6 +6,7 @@ Heads have 32 numbers, the fewest that vLLM's kernels for CPUs take.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -114,14 +115,18 @@ NEW_TOKENS = 32
 FEWEST_KINDS = 8  # different tokens that a reference has at least: a model that repeats one says little
 
 
+def settings_of(model_type: str) -> dict[str, Any]:
+    """The sizes and settings of a type, by the names that its config has for them."""
+    known = inspect.signature(CONFIG_MAPPING[model_type]).parameters
+    return {name: size for name, size in {**SIZES, **(CASES | REFUSED)[model_type].settings}.items() if name in known}
+
+
 @cache
-def dense(model_type: str) -> PreTrainedModel:
+def dense(model_type: str, **sizes: int) -> PreTrainedModel:
     """A random model of the type, in float32."""
-    case, config_class = (CASES | REFUSED)[model_type], CONFIG_MAPPING[model_type]
-    known = inspect.signature(config_class).parameters
-    settings = {name: size for name, size in {**SIZES, **case.settings}.items() if name in known}
     with quiet():
-        model = tiny_type_model(model_type, config_class(**settings), dtype=torch.float32)
+        config = CONFIG_MAPPING[model_type](**{**settings_of(model_type), **sizes})
+        model = tiny_type_model(model_type, config, dtype=torch.float32)
     if model.config.tie_word_embeddings:  # else every token is followed by itself
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -130,9 +135,14 @@ def dense(model_type: str) -> PreTrainedModel:
     return model
 
 
-def write(model_type: str, out: Path, *, experts: bool = False, gone: tuple[str, ...] = ()) -> Path:
-    """A folder in which every layer has other heads and widths, or other experts; groups named in `gone` are empty."""
-    model = dense(model_type)
+def write(
+    model_type: str, out: Path, *, experts: bool = False, gone: tuple[str, ...] = (), widths: tuple[int, ...] = ()
+) -> Path:
+    """A folder in which every layer has other heads and widths, or other experts; groups named in `gone` are empty.
+
+    `widths` are those of the MLPs, by layer.
+    """
+    model = dense(model_type, intermediate_size=192) if widths else dense(model_type)
     discovery = discover(model)
     kinds = CASES[model_type].kinds if model_type in CASES else ("attention", "mlp")
     decided = uneven(model, EXPERTS if experts else kinds, discovery=discovery)
@@ -140,6 +150,10 @@ def write(model_type: str, out: Path, *, experts: bool = False, gone: tuple[str,
     for name in gone:
         group = discovery.group(name)
         groups.append(PlannedGroup(name, group.kind, group.layer, group.units, 0, ()))
+    for number, width in enumerate(widths):
+        group = discovery.group(f"layers.{number}.mlp")
+        groups = [each for each in groups if each.name != group.name]
+        groups.append(PlannedGroup(group.name, group.kind, number, group.units, width, tuple(range(width))))
     plan = Plan(model_type, decided.options, tuple(groups), {}, {})
     return save(prune(model, plan, discovery=discovery), out, plan=plan, tokenizer=tiny_tokenizer())
 
@@ -153,3 +167,16 @@ def reference(folder: Path) -> list[list[int]]:
         found = [model.generate(i, attention_mask=torch.ones_like(i), eos_token_id=None, **settings) for i in ids]
     tokens: list[list[int]] = [row[0, i.shape[1] :].tolist() for row, i in zip(found, ids, strict=True)]
     return tokens
+
+
+def shortfall(folder: Path, continued: Sequence[Sequence[int]]) -> float:
+    """How far at most the tokens that follow each prompt are from the best, in standard deviations of the logits."""
+    with quiet():
+        model: Any = load(str(folder), device="cpu", dtype="float32")
+    worst = 0.0
+    for prompt, new in zip(PROMPTS, continued, strict=True):
+        with torch.no_grad():
+            logits_TX = model(torch.tensor([[*prompt, *new[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
+        behind = logits_TX.max(dim=1).values - logits_TX[torch.arange(len(new)), torch.tensor(new)]
+        worst = max(worst, float((behind / logits_TX.std(dim=1)).max()))
+    return worst

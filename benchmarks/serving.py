@@ -1,0 +1,228 @@
+"""Dense, pruned, quantized and both, in vLLM: bytes, damage, and how fast each is served.
+
+    python benchmarks/serving.py --text FILE [--preset fast] [--schemes w8a8,w4a16] [--folder runs/serving] [--write]
+
+Makes the folders that are missing: the dense model, the pruned one, and each of them quantized. Damage is the rise of
+the loss on the text by transformers, in float32. Then vLLM serves all of them (on a CPU, in `.venv-vllm`), each in a
+process of its own, taking turns: the time to read a prompt of 512 tokens, and that of one more token after a prompt of
+16, for 1 and 8 requests at once. What is printed are medians over the rounds, as ratios to the dense model, beside what
+the weights promise: reading prompts multiplies with all but the embeddings, and writing a token reads all bytes once.
+`--write` puts the table into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import IO
+
+ROOT = Path(__file__).parent.parent
+PROMPT, SHORT, NEW_TOKENS = 512, 16, 33
+BATCHES = (1, 8)
+BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
+LABELS = {"dense": "dense", "pruned": "pruned"}
+
+
+# --- in the environment of vLLM --------------------------------------------------------------------------------------
+
+
+def serve(folder: str, dtype: str) -> None:
+    """Load a folder, then measure once for every line that comes."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from vllm import LLM, SamplingParams
+
+    from line_process import ANSWER
+
+    engine = LLM(
+        folder,
+        dtype=dtype,
+        max_model_len=PROMPT + NEW_TOKENS,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=PROMPT * max(BATCHES),
+    )
+
+    def seconds(batch: int, length: int, new: int) -> float:
+        prompts = [
+            {"prompt_token_ids": [3 + (7 * row + 13 * at) % 900 for at in range(length)]} for row in range(batch)
+        ]
+        sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        engine.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    for _ in sys.stdin:
+        found: dict[str, float] = {}
+        for batch in BATCHES:
+            found[f"prefill {batch}"] = seconds(batch, PROMPT, 1)
+            found[f"decode {batch}"] = (seconds(batch, SHORT, NEW_TOKENS) - seconds(batch, SHORT, 1)) / (NEW_TOKENS - 1)
+        sys.stdout.write(f"{ANSWER}{json.dumps(found)}\n")
+        sys.stdout.flush()
+
+
+class Served:
+    """A process that serves one folder, and its log."""
+
+    def __init__(self, program: Path, folder: Path, dtype: str, settings: dict[str, str]) -> None:
+        self.log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process lives
+        self.process = subprocess.Popen(
+            [str(program), __file__, "--serve", str(folder), "--dtype", dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env={**os.environ, **settings, "VLLM_PLUGINS": "secateur", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            text=True,
+        )
+
+
+# --- in ours ---------------------------------------------------------------------------------------------------------
+
+
+def make_folders(folder: Path, preset: str, schemes: Sequence[str], samples: int) -> dict[str, Path]:
+    """The folders by name, in bfloat16; those that are there are left as they are."""
+    from secateur import load, load_tokenizer, prune_model, prune_recipe
+    from secateur.checkpoint.save import save_updated
+    from secateur.data.calibration import CalibrationOptions
+    from secateur.export.formats import export_model
+    from secateur.export.options import QuantizeOptions
+
+    folder.mkdir(parents=True, exist_ok=True)
+    folders = {"dense": folder / "dense", "pruned": folder / "pruned"}
+    if not (folder / "cut").exists():
+        prune_model(prune_recipe("demo", preset=preset), folder / "cut")
+    for name, model in (("dense", "demo"), ("pruned", str(folder / "cut"))):
+        if not folders[name].exists():
+            source = None if name == "dense" else folder / "cut"
+            small = load(model, device="cpu", dtype="bfloat16")
+            with save_updated(small, folders[name], source=source, tokenizer=load_tokenizer(model)):
+                pass
+        for scheme in schemes:
+            folders[f"{name}, {scheme}"] = out = folder / f"{name}-{scheme}"
+            if not out.exists():
+                options = QuantizeOptions(scheme, CalibrationOptions(samples=samples))  # type: ignore[arg-type]
+                export_model(str(folders[name]), out, options)
+    return folders
+
+
+def costs_of(folder: Path, text: str, tokens: int) -> dict[str, float]:
+    """The bytes of the files, the loss in nats per token, and the weights without embeddings."""
+    from secateur import evaluate, load, load_tokenizer
+    from secateur.evaluation.texts import read_evaluation_text
+    from secateur.models.silence import quiet
+
+    with quiet():
+        model = load(str(folder), device="cpu", dtype="float32")
+    embeddings = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    inner = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    (result,) = evaluate(
+        model,
+        load_tokenizer(str(folder)),
+        {"text": read_evaluation_text(text)},
+        protocols=["served@1024"],
+        max_tokens=tokens,
+    )
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"bytes": size, "nll": result.nll, "inner": inner}
+
+
+def measure(folders: dict[str, Path], rounds: int, dtype: str) -> dict[str, dict[str, float]]:
+    """Median seconds by folder and what was done; the first round warms up."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from line_process import ask
+    from vllm_environment import SETTINGS, python
+
+    settings = {**SETTINGS, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    served = {name: Served(python(), folder, dtype, settings) for name, folder in folders.items()}
+    try:
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in served}
+        for number in range(rounds + 1):
+            for name, each in served.items():
+                answer = ask(each.process, {}, log=each.log)
+                if number:
+                    found[name].append(answer)
+    finally:
+        for each in served.values():
+            each.process.kill()
+            each.process.communicate()
+    return {name: {key: median(one[key] for one in all_) for key in all_[0]} for name, all_ in found.items()}
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The Markdown table.
+
+    >>> row = {"bytes": 2**21, "nll": 1.0, "inner": 2.0, "prefill 1": 1.0, "prefill 8": 2.0}
+    >>> row |= {"decode 1": 0.1, "decode 8": 0.2}
+    >>> print(table({"dense": row, "pruned": {**row, "bytes": 2**20, "nll": 1.2, "inner": 1.0}}).splitlines()[-1])
+    | pruned | 1.0 (0.50) | 0.200 | 2.00 | 1.00 | 1.00 | 2.00 | 1.00 | 1.00 |
+    """
+    dense = results["dense"]
+    head = [
+        "",
+        "MiB",
+        "damage",
+        "prefill, promised",
+        "1 prompt",
+        "8 prompts",
+        "decode, promised",
+        "1 request",
+        "8 requests",
+    ]
+    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, row in results.items():
+        size = f"{row['bytes'] / 2**20:.1f} ({row['bytes'] / dense['bytes']:.2f})"
+        speeds = {key: dense[key] / row[key] for key in row if key.startswith(("prefill", "decode"))}
+        cells = [size, f"{row['nll'] - dense['nll']:.3f}", f"{dense['inner'] / row['inner']:.2f}"]
+        cells += [f"{speeds['prefill 1']:.2f}", f"{speeds['prefill 8']:.2f}", f"{dense['bytes'] / row['bytes']:.2f}"]
+        cells += [f"{speeds['decode 1']:.2f}", f"{speeds['decode 8']:.2f}"]
+        rows.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Make what is missing, measure, and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--text", help="a file of evaluation text")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text, the first")
+    parser.add_argument("--preset", default="fast", help="of the cut, at 20 %%")
+    parser.add_argument("--schemes", default="w8a8,w4a16,fp8", help="of quantization")
+    parser.add_argument("--samples", type=int, default=32, help="windows that GPTQ looks at")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="bfloat16", help="in which vLLM computes")
+    parser.add_argument("--folder", type=Path, default=Path("runs/serving"))
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments.dtype)
+        return
+    if arguments.text is None:
+        parser.error("expected --text FILE")
+    from quality_table import between_marks
+    from secateur.files import atomic_file, write_json
+
+    schemes = [scheme for scheme in arguments.schemes.split(",") if scheme]
+    folders = make_folders(arguments.folder, arguments.preset, schemes, arguments.samples)
+    costs = {name: costs_of(folder, arguments.text, arguments.tokens) for name, folder in folders.items()}
+    speeds = measure(folders, arguments.rounds, arguments.dtype)
+    results = {name: {**costs[name], **speeds[name]} for name in folders}
+    write_json(arguments.folder / "results.json", results)
+    made = table(results)
+    print(made)
+    if arguments.write:
+        page = ROOT / "docs" / "benchmarks.md"
+        text = between_marks(page.read_text(encoding="utf-8"), made, marks=(BEGIN, END))
+        with atomic_file(page, overwrite=True) as file:
+            file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
