@@ -25,7 +25,7 @@ ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows 
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-serving bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
 	for model in gpt_neox starcoder2; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
 	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox starcoder2)) --write
+
+bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and both, with DATA=FOLDER; writes docs' table
+	$(if $(DATA),,$(error bench-serving: give the folder of the texts, for example make bench-serving DATA=data))
+	$(BIN)/python benchmarks/serving.py --text $(DATA)/lm/wikitext-2-raw/wiki.test.raw --write
 
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs

@@ -60,7 +60,7 @@ from secateur.scoring.statistics import load_statistics, save_statistics
 
 PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
 MAX_TOKENS = 40_000  # by default
-BEST = CutOptions()
+BEST = CutOptions(round_to=1)  # all rows at the same size, to the unit; other rows say what multiples cost
 SEEDED = ["best", "llm-pruner, MLP", "wanda-sp"]  # rows that are measured with every seed
 PAPER_LAYERS = {0.2: (6 / 30, 24 / 30), 0.5: (3 / 30, 29 / 30)}  # of which the paper's share of units gives the ratio
 

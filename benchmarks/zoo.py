@@ -3,7 +3,8 @@
     python benchmarks/zoo.py runs/zoo-*.json [--write]
 
 For every model, ratio and column, the damage of `best` (the mean of its seeds) and of `fast`, that of the peer which
-loses least there, and the ratios. `--write` puts the table into docs/benchmarks.md.
+loses least there, and the ratios, which have no meaning where a peer hardly loses anything. `--write` puts the table
+into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from secateur.files import atomic_file
 BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
 OURS = ("best", "fast")
 PEERS = ("llm-pruner", "llm-pruner, MLP", "wanda-sp", "shortgpt")
+NOTHING = 0.02  # nats: a damage below it is none
 Line = tuple[str, float, str, float, float, float, str]  # model, removed, column, best, fast, peer, the peer's name
 
 
@@ -51,14 +53,19 @@ def table(lines: Iterable[Line]) -> str:
 
     >>> print(table([("demo", 0.2, "WT2@128", 0.3, 0.4, 0.6, "Wanda-sp")]).splitlines()[-1])
     | worst | | | | | | | 0.50 | 0.67 |
+    >>> print(table([("demo", 0.2, "WT2@128", 0.001, 0.002, 0.003, "Wanda-sp")]).splitlines()[-2])
+    | demo | 20% | WT2@128 | 0.001 | 0.002 | 0.003 | Wanda-sp |  |  |
     """
     head = ["model", "removed", "text", "`best`", "`fast`", "best peer", "", "`best` / peer", "`fast` / peer"]
     rows = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|" + "---|" * len(head)]
     worst = [0.0, 0.0]
     for model, ratio, column, best, fast, peer, name in lines:
-        ratios = [best / peer, fast / peer]
-        worst = [max(pair) for pair in zip(worst, ratios, strict=True)]
-        numbers = (f"{best:.3f}", f"{fast:.3f}", f"{peer:.3f}", name, *(f"{each:.2f}" for each in ratios))
+        shown = ("", "")
+        if peer >= NOTHING:
+            ratios = [best / peer, fast / peer]
+            worst = [max(pair) for pair in zip(worst, ratios, strict=True)]
+            shown = (f"{ratios[0]:.2f}", f"{ratios[1]:.2f}")
+        numbers = (f"{best:.3f}", f"{fast:.3f}", f"{peer:.3f}", name, *shown)
         rows.append(f"| {model} | {ratio:.0%} | {column} | {' | '.join(numbers)} |")
     rows.append(f"| worst |{' |' * 6} {worst[0]:.2f} | {worst[1]:.2f} |")
     return "\n".join(rows)

@@ -562,3 +562,18 @@ class TestCommand:
     def test_none(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["verify", "nowhere"]) == 2
         assert capsys.readouterr().err.startswith("secateur: error: nowhere is no folder")
+
+
+def test_sizes_for_engines_that_are_not_those_of_the_weights(wholes: dict[str, Whole], tmp_path: Path) -> None:
+    folder = shutil.copytree(wholes["free"].folder, tmp_path / "out")
+
+    def widen(config: dict[str, Any]) -> None:
+        layer = next(each for each in config["per_layer_config"].values() if "intermediate_size" in each)
+        layer["intermediate_size"] += 1
+
+    rewrite(folder / "config.json", widen)
+    (problem,) = verify(folder).problems
+    assert re.match(r"config\.json says \{.*\} of layer \d+ \(per_layer_config\), its weights \{", problem)
+    rewrite(folder / "config.json", lambda config: config.pop("per_layer_config"))
+    (problem,) = verify(folder).problems
+    assert problem.startswith("config.json says None of layer 0")

@@ -52,7 +52,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("llama", tmp_path_factory.mktemp("cut") / "cut", widths=(96, 160, 64))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [pytest.param(s, marks=() if s == "w4a16" else pytest.mark.slow) for s in SCHEMES])
 def test_a_folder_of_other_sizes_in_every_layer(scheme: Any, cut: Path, tmp_path: Path) -> None:
     before = {name: (cut / name).read_bytes() for name in names(cut)}
     done = export_model(str(cut), tmp_path / "out", QuantizeOptions(scheme, TEXT))
@@ -74,6 +74,7 @@ def test_a_folder_of_other_sizes_in_every_layer(scheme: Any, cut: Path, tmp_path
     assert torch.allclose(stranger().use(tmp_path / "out", IDS).logits, loaded, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gptq_looks_at_the_text(cut: Path, tmp_path: Path) -> None:
     """Of other windows, the same model becomes other integers."""
     found = set()

@@ -20,6 +20,7 @@ from vllm_cases import CASES, REFUSED, settings_of
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
 NEWER = {"gptj"}  # the code of transformers 5.24 calls attention that can be replaced, that of vLLM's 5.19 does not yet
+DAILY = ("llama", "bloom", "gpt2", "jamba")  # one of each way to be told
 ENGINES = [engine for engine in MULTIPLES if engine is not None]
 
 
@@ -77,7 +78,10 @@ def test_sglang_reads_layers_of_one_size() -> None:
         check_engine("sglang", AutoConfig.for_model("llama"), stock=False)
 
 
-@pytest.mark.parametrize("model_type", sorted(CASES | REFUSED))
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in DAILY else pytest.mark.slow) for name in sorted(CASES | REFUSED)],
+)
 def test_vllm_is_told_from_the_code_of_a_type(model_type: str) -> None:
     """What `tests/export/test_vllm.py` shows of vLLM itself is known before a weight is read."""
     config = AutoConfig.for_model(model_type, **settings_of(model_type))

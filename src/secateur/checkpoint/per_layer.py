@@ -72,6 +72,16 @@ def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     return per_layer
 
 
+def layer_settings(model: PreTrainedModel) -> Any:
+    """What `per_layer_config` has to say of a per-layer model, whatever its config says; None where it says nothing."""
+    config: Any = _dense_config(model)
+    dense = skeleton(config)
+    before = attention_calls(dense)
+    setattr(config, PER_LAYER, getattr(model.config, PER_LAYER))
+    set_layer_settings_in_place(config, dense, before=before, after=attention_calls(skeleton(config)))
+    return config.to_dict().get("per_layer_config")
+
+
 def is_per_layer(model: nn.Module) -> bool:
     """Tell whether a model is of a class of per-layer shapes, ours or that of a folder.
 
@@ -200,6 +210,7 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
         )
     settings = {**config.to_dict(), PER_LAYER: {"model_type": stock_type, "architecture": architecture}}
     if settings.pop("serialize_explicit_per_layer_config", False):  # by `set_layer_settings_in_place`, which does again
-        del settings["per_layer_config"], settings["allow_global_per_layer_attribute_access"]
+        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+            settings.pop(name, None)
     dense: PreTrainedConfig = per_layer_class(stock).from_dict(settings)
     return dense

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint.per_layer import is_per_layer, layer_settings
 from secateur.checkpoint.record import PLAN_FILE, read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
 from secateur.models.config import load_config, quantization
@@ -115,6 +116,18 @@ def _disagreements(folder: Path, *, trust_remote_code: bool) -> Iterator[str]:
             yield f"{PLAN_FILE} says {name}={value!r:.60}, config.json {written!r:.60}"
     if plan.settings is None and PER_LAYER not in config:
         yield f"{PLAN_FILE} says that no stock config holds the cut ({plan.refusal}), config.json is one"
+    if is_per_layer(model):
+        yield from _other_layers(config.get("per_layer_config"), layer_settings(model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if plan.parameters.get("pruned", parameters) != parameters:
         yield f"{PLAN_FILE} says {plan.parameters['pruned']} parameters, the weights have {parameters}"
+
+
+def _other_layers(written: Any, expected: Any) -> Iterator[str]:
+    """Where `per_layer_config`, by which engines allocate caches, does not say the sizes of the weights."""
+    written, expected = ({int(n): each for n, each in (layers or {}).items()} for layers in (written, expected))
+    for number in sorted(written.keys() | expected.keys()):
+        said, right = written.get(number), expected.get(number)
+        if said != right:
+            yield f"config.json says {said!r:.120} of layer {number} (per_layer_config), its weights {right!r:.120}"
+            return
