@@ -16,18 +16,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.checkpoint.save import SHARD, loaded_again
 from secateur.errors import CheckpointError, check_installed, one_line
 from secateur.evaluation.memory import weight_bytes
-from secateur.export.linear_layers import PackedResult, check_holdable, choose_layers, first_logits
+from secateur.export.linear_layers import (
+    PackedResult,
+    check_holdable,
+    choose_layers,
+    file_bytes,
+    first_logits,
+    packed_folder,
+)
 from secateur.export.options import ExportRecipe, Int8Options
-from secateur.files import atomic_folder, check_vacant, copy_in, sort_metadata
+from secateur.files import check_vacant, sort_metadata
 from secateur.models.config import check_not_quantized
-from secateur.models.manifest import write_manifest
 from secateur.models.silence import quiet
 from secateur.models.tensors import plain_tensors
-from secateur.pipeline.recipe import write_recipe
 
 SCHEMES = ("weight-only", "dynamic")
 ALIGNED = 8  # multiple of the sizes of an int8 product on CUDA; torchao computes others on the CPU
@@ -64,20 +68,14 @@ def export_int8(
     out, options = Path(out), options or Int8Options()
     check_vacant(out, overwrite=overwrite)
     packed, layers, left = int8_copy(model, options)
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with packed_folder(out, source=source, files=files, recipe=recipe, overwrite=overwrite) as folder:
         with quiet():
             packed.save_pretrained(folder, max_shard_size=SHARD)
             for path in folder.glob("*.safetensors"):
                 sort_metadata(path)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        beside = {} if source is None else {name: Path(source) / name for name in (PLAN_FILE, RECORD_FILE)}
-        copy_in(folder, {**(files or {}), **{name: path for name, path in beside.items() if path.is_file()}})
         _check_loads(folder, packed)
-        if recipe is not None:
-            write_recipe(folder, "export", recipe)
-        write_manifest(folder)
-        file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     sizes = {path: model.get_parameter(f"{path}.weight").shape for path in layers}
     return PackedResult(
         out=out,
@@ -85,7 +83,7 @@ def export_int8(
         layers=layers,
         left=left,
         weight_bytes={"before": weight_bytes(model), "after": weight_bytes(packed)},
-        file_bytes=file_bytes,
+        file_bytes=file_bytes(out),
         unaligned=tuple(path for path, shape in sizes.items() if any(size % ALIGNED for size in shape)),
     )
 

@@ -1,12 +1,13 @@
-"""Which weights of a model nothing but a linear product uses: those that formats with small weights can pack.
+"""Which weights of a model nothing but a linear product uses, and the folder in which they are packed.
 
-One short forward pass shows it, whatever the model's code calls its modules.
+One short forward pass shows which they are, whatever the model's code calls its modules.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.discovery.sizes import shapes_of
 from secateur.errors import CheckpointError, ModelError, SecateurError, one_line
 from secateur.evaluation.inference import evaluation_mode, input_device, vocabulary_size
+from secateur.export.options import ExportRecipe
+from secateur.files import atomic_folder, copy_in
 from secateur.models.loading import skeleton
+from secateur.models.manifest import write_manifest
 from secateur.models.trust import runs_remote_code
+from secateur.pipeline.recipe import write_recipe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 8  # of the forward passes that show how weights are used, and that the written model computes
@@ -44,6 +50,30 @@ class PackedResult:
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur export --json` writes it."""
         return dataclasses.asdict(self) | {"out": str(self.out)}
+
+
+@contextmanager
+def packed_folder(
+    out: Path,
+    *,
+    source: str | Path | None,
+    files: Mapping[str, Path] | None,
+    recipe: ExportRecipe | None,
+    overwrite: bool,
+) -> Iterator[Path]:
+    """Give a folder to write packed weights into; it gets its name with the plan, record and files of the source."""
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        yield folder
+        beside = {} if source is None else {name: Path(source) / name for name in (PLAN_FILE, RECORD_FILE)}
+        copy_in(folder, {**(files or {}), **{name: path for name, path in beside.items() if path.is_file()}})
+        if recipe is not None:
+            write_recipe(folder, "export", recipe)
+        write_manifest(folder)
+
+
+def file_bytes(folder: Path) -> int:
+    """Of the weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def check_holdable(model: PreTrainedModel) -> None:

@@ -19,22 +19,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.checkpoint.save import SHARD
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
 from secateur.data.windows import calibration_windows
 from secateur.errors import CheckpointError, ExportError, ModelError, check_installed, one_line
 from secateur.evaluation.memory import weight_bytes
-from secateur.export.linear_layers import PackedResult, check_holdable, choose_layers, first_logits
+from secateur.export.linear_layers import (
+    PackedResult,
+    check_holdable,
+    choose_layers,
+    file_bytes,
+    first_logits,
+    packed_folder,
+)
 from secateur.export.options import ExportRecipe, QuantizeOptions
 from secateur.export.source import Source
-from secateur.files import atomic_folder, check_vacant, copy_in
+from secateur.files import check_vacant, copy_in
 from secateur.models.config import check_positions, per_layer_model_class, register_classes
-from secateur.models.manifest import write_manifest
 from secateur.models.silence import quiet, silence_logger
 from secateur.models.trust import runs_remote_code
-from secateur.pipeline.recipe import write_recipe
+from secateur.pipeline.recipe import RECIPE_FILE
 from secateur.progress import Progress
 
 GROUP_SIZES = (128, 64, 32)  # columns that share a scale, best first: those of vLLM's kernels for int4 on GPUs
@@ -76,25 +81,19 @@ def export_quantized(
         windows = None if options.quantize == "fp8" else _windows(source, options.calibration)
         quantize_in_place(model, source.tokenizer, layers, options.quantize, windows, group_size, progress)
         expected = first_logits(model)
-        with atomic_folder(out, overwrite=overwrite) as folder:
+        with packed_folder(out, source=source.folder, files=source.files, recipe=recipe, overwrite=overwrite) as folder:
             with _silent():
                 model.save_pretrained(folder, max_shard_size=SHARD)
                 source.tokenizer.save_pretrained(folder)
-            beside = {} if source.folder is None else {name: source.folder / name for name in (PLAN_FILE, RECORD_FILE)}
-            copy_in(folder, {**source.files, **{name: path for name, path in beside.items() if path.is_file()}})
+            (folder / RECIPE_FILE).unlink(missing_ok=True)  # llmcompressor's own
             _check_computes(folder, model, expected)
-            (folder / "recipe.yaml").unlink(missing_ok=True)  # llmcompressor's own
-            if recipe is not None:
-                write_recipe(folder, "export", recipe)
-            write_manifest(folder)
-            file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return PackedResult(
         out=out,
         scheme=options.quantize,
         layers=tuple(layers),
         left=left,
-        weight_bytes={"before": before, "after": file_bytes},
-        file_bytes=file_bytes,
+        weight_bytes={"before": before, "after": file_bytes(out)},
+        file_bytes=file_bytes(out),
         group_size=group_size,
     )
 
