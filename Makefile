@@ -75,9 +75,8 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 	for model in gpt_neox starcoder2; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
 	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox starcoder2)) --write
 
-bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and both, with DATA=FOLDER; writes docs' table
-	$(if $(DATA),,$(error bench-serving: give the folder of the texts, for example make bench-serving DATA=data))
-	$(BIN)/python benchmarks/serving.py --text $(DATA)/lm/wikitext-2-raw/wiki.test.raw --write
+bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and both; writes docs' table
+	$(BIN)/python benchmarks/serving.py --write
 
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs

@@ -1,13 +1,15 @@
 """Dense, pruned, quantized and both, in vLLM: bytes, damage, and how fast each is served.
 
-    python benchmarks/serving.py --text FILE [--preset fast] [--schemes w8a8,w4a16] [--folder runs/serving] [--write]
+    python benchmarks/serving.py [--preset fast] [--schemes w8a8,w4a16] [--folder runs/serving] [--write]
 
-Makes the folders that are missing: the dense model, the pruned one, and each of them quantized. Damage is the rise of
-the loss on the text by transformers, in float32. Then vLLM serves all of them (on a CPU, in `.venv-vllm`), each in a
-process of its own, taking turns: the time to read a prompt of 512 tokens, and that of one more token after a prompt of
-16, for 1 and 8 requests at once. What is printed are medians over the rounds, as ratios to the dense model, beside what
-the weights promise: reading prompts multiplies with all but the embeddings, and writing a token reads all bytes once.
-`--write` puts the table into docs/benchmarks.md.
+Makes the folders that are missing: the demo model, dense, pruned uniform and per-layer, and the first and the last
+quantized. Damage is the rise of the loss on the demo's text by transformers, in float32. Then vLLM serves all of them
+(on a CPU, in `.venv-vllm`), each in a process of its own, taking turns; the dense model also by its backend for any
+model of transformers, by which it serves per-layer folders. What is measured is the time to read a prompt of 512
+tokens, and that of one more token after a prompt of 16, for 1 and 8 requests at once, in float32. What is printed are
+medians over the rounds, as ratios to the dense model, beside what the weights promise: reading prompts multiplies with
+all but the embeddings, and writing a token reads all bytes in memory once. int4 is not timed: its kernel for CPUs takes
+bfloat16 alone. `--write` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,19 +24,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 PROMPT, SHORT, NEW_TOKENS = 512, 16, 33
 BATCHES = (1, 8)
+BACKEND = "dense, by the backend"
+COLUMNS = ("prefill, promised", "prefill 1", "prefill 8", "decode, promised", "decode 1", "decode 8")
 BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
-LABELS = {"dense": "dense", "pruned": "pruned"}
+DTYPE, ITEM_BYTES = "float32", 4  # in which vLLM computes
 
 
 # --- in the environment of vLLM --------------------------------------------------------------------------------------
 
 
-def serve(folder: str, dtype: str) -> None:
+def serve(folder: str, options: dict[str, Any]) -> None:
     """Load a folder, then measure once for every line that comes."""
     sys.path.insert(0, str(ROOT / "tests"))
     from vllm import LLM, SamplingParams
@@ -43,12 +47,12 @@ def serve(folder: str, dtype: str) -> None:
 
     engine = LLM(
         folder,
-        dtype=dtype,
+        dtype=DTYPE,
         max_model_len=PROMPT + NEW_TOKENS,
-        enforce_eager=True,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         max_num_batched_tokens=PROMPT * max(BATCHES),
+        **options,
     )
 
     def seconds(batch: int, length: int, new: int) -> float:
@@ -72,10 +76,10 @@ def serve(folder: str, dtype: str) -> None:
 class Served:
     """A process that serves one folder, and its log."""
 
-    def __init__(self, program: Path, folder: Path, dtype: str, settings: dict[str, str]) -> None:
+    def __init__(self, program: Path, folder: Path, settings: dict[str, str], options: dict[str, Any]) -> None:
         self.log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process lives
         self.process = subprocess.Popen(
-            [str(program), __file__, "--serve", str(folder), "--dtype", dtype],
+            [str(program), __file__, "--serve", str(folder), "--options", json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -96,15 +100,18 @@ def make_folders(folder: Path, preset: str, schemes: Sequence[str], samples: int
     from secateur.export.options import QuantizeOptions
 
     folder.mkdir(parents=True, exist_ok=True)
-    folders = {"dense": folder / "dense", "pruned": folder / "pruned"}
-    if not (folder / "cut").exists():
-        prune_model(prune_recipe("demo", preset=preset), folder / "cut")
-    for name, model in (("dense", "demo"), ("pruned", str(folder / "cut"))):
+    cuts = {"dense": None, "pruned, uniform": folder / "cut-uniform", "pruned": folder / "cut"}
+    folders = {name: folder / name.replace(", ", "-") for name in cuts}
+    for name, source in cuts.items():
+        if source is not None and not source.exists():
+            shape = "uniform" if "uniform" in name else "per-layer"
+            prune_model(prune_recipe("demo", preset=preset, cut={"shape": shape}), source)
         if not folders[name].exists():
-            source = None if name == "dense" else folder / "cut"
+            model = "demo" if source is None else str(source)
             small = load(model, device="cpu", dtype="bfloat16")
             with save_updated(small, folders[name], source=source, tokenizer=load_tokenizer(model)):
                 pass
+    for name in ("dense", "pruned"):
         for scheme in schemes:
             folders[f"{name}, {scheme}"] = out = folder / f"{name}-{scheme}"
             if not out.exists():
@@ -113,10 +120,12 @@ def make_folders(folder: Path, preset: str, schemes: Sequence[str], samples: int
     return folders
 
 
-def costs_of(folder: Path, text: str, tokens: int) -> dict[str, float]:
+def costs_of(folder: Path, tokens: int) -> dict[str, float]:
     """The bytes of the files, the loss in nats per token, and the weights without embeddings."""
+    from safetensors import safe_open
+
     from secateur import evaluate, load, load_tokenizer
-    from secateur.evaluation.texts import read_evaluation_text
+    from secateur.data.text import demo_texts
     from secateur.models.silence import quiet
 
     with quiet():
@@ -126,22 +135,33 @@ def costs_of(folder: Path, text: str, tokens: int) -> dict[str, float]:
     (result,) = evaluate(
         model,
         load_tokenizer(str(folder)),
-        {"text": read_evaluation_text(text)},
+        {"demo": demo_texts()[1]},
         protocols=["served@1024"],
         max_tokens=tokens,
     )
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"bytes": size, "nll": result.nll, "inner": inner}
+    packed = others = size = 0
+    for path in folder.glob("*.safetensors"):
+        size += path.stat().st_size
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_tensor(name)
+                small = tensor.element_size() == 1 or not tensor.is_floating_point()
+                packed += tensor.nbytes if small else 0
+                others += 0 if small else tensor.numel()
+    return {"bytes": size, "nll": result.nll, "inner": inner, "packed bytes": packed, "other weights": others}
 
 
-def measure(folders: dict[str, Path], rounds: int, dtype: str) -> dict[str, dict[str, float]]:
+def measure(folders: dict[str, Path], rounds: int, *, eager: bool) -> dict[str, dict[str, float]]:
     """Median seconds by folder and what was done; the first round warms up."""
     sys.path.insert(0, str(ROOT / "tests"))
     from line_process import ask
     from vllm_environment import SETTINGS, python
 
     settings = {**SETTINGS, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    served = {name: Served(python(), folder, dtype, settings) for name, folder in folders.items()}
+    served: dict[str, Served] = {}
+    for name, folder in folders.items():
+        options = {"enforce_eager": eager, **({"model_impl": "transformers"} if name == BACKEND else {})}
+        served[name] = Served(python(), folder, settings, options)
     try:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in served}
         for number in range(rounds + 1):
@@ -156,64 +176,75 @@ def measure(folders: dict[str, Path], rounds: int, dtype: str) -> dict[str, dict
     return {name: {key: median(one[key] for one in all_) for key in all_[0]} for name, all_ in found.items()}
 
 
+def faster(costs: dict[str, dict[str, float]], seconds: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """How many times as fast as the dense model each is, and should be by its weights, with all that was measured."""
+
+    def read(name: str) -> float:
+        return costs[name]["packed bytes"] + ITEM_BYTES * costs[name]["other weights"]
+
+    return {
+        name: {
+            **costs[name],
+            **{f"{key}, s": value for key, value in own.items()},
+            **{key: seconds["dense"][key] / value for key, value in own.items()},
+            "prefill, promised": costs["dense"]["inner"] / costs[name]["inner"],
+            "decode, promised": read("dense") / read(name),
+        }
+        for name in costs
+        for own in [seconds.get(name, {})]
+    }
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
     """The Markdown table.
 
-    >>> row = {"bytes": 2**21, "nll": 1.0, "inner": 2.0, "prefill 1": 1.0, "prefill 8": 2.0}
-    >>> row |= {"decode 1": 0.1, "decode 8": 0.2}
-    >>> print(table({"dense": row, "pruned": {**row, "bytes": 2**20, "nll": 1.2, "inner": 1.0}}).splitlines()[-1])
-    | pruned | 1.0 (0.50) | 0.200 | 2.00 | 1.00 | 1.00 | 2.00 | 1.00 | 1.00 |
+    >>> row = {"bytes": 2**21, "nll": 1.0, **dict.fromkeys(COLUMNS, 1.0)}
+    >>> print(table({"dense": row, "pruned": {**row, "bytes": 2**20, "nll": 1.2}}).splitlines()[-1])
+    | pruned | 1.0 (0.50) | 0.200 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |
     """
-    dense = results["dense"]
-    head = [
-        "",
-        "MiB",
-        "damage",
-        "prefill, promised",
-        "1 prompt",
-        "8 prompts",
-        "decode, promised",
-        "1 request",
-        "8 requests",
-    ]
+    dense, head = results["dense"], ["", "MiB", "damage", *COLUMNS]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in results.items():
         size = f"{row['bytes'] / 2**20:.1f} ({row['bytes'] / dense['bytes']:.2f})"
-        speeds = {key: dense[key] / row[key] for key in row if key.startswith(("prefill", "decode"))}
-        cells = [size, f"{row['nll'] - dense['nll']:.3f}", f"{dense['inner'] / row['inner']:.2f}"]
-        cells += [f"{speeds['prefill 1']:.2f}", f"{speeds['prefill 8']:.2f}", f"{dense['bytes'] / row['bytes']:.2f}"]
-        cells += [f"{speeds['decode 1']:.2f}", f"{speeds['decode 8']:.2f}"]
-        rows.append(f"| {' | '.join([name, *cells])} |")
+        cells = [
+            name,
+            size,
+            f"{row['nll'] - dense['nll']:.3f}",
+            *(f"{row[column]:.2f}" if column in row else "" for column in COLUMNS),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def main() -> None:
     """Make what is missing, measure, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--text", help="a file of evaluation text")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text, the first")
     parser.add_argument("--preset", default="fast", help="of the cut, at 20 %%")
-    parser.add_argument("--schemes", default="w8a8,w4a16,fp8", help="of quantization")
+    parser.add_argument("--schemes", default="w8a8,w4a16", help="of quantization")
     parser.add_argument("--samples", type=int, default=32, help="windows that GPTQ looks at")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default="bfloat16", help="in which vLLM computes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--options", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=Path("runs/serving"))
     parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.dtype)
+        serve(arguments.serve, json.loads(arguments.options))
         return
-    if arguments.text is None:
-        parser.error("expected --text FILE")
     from quality_table import between_marks
     from secateur.files import atomic_file, write_json
 
     schemes = [scheme for scheme in arguments.schemes.split(",") if scheme]
     folders = make_folders(arguments.folder, arguments.preset, schemes, arguments.samples)
-    costs = {name: costs_of(folder, arguments.text, arguments.tokens) for name, folder in folders.items()}
-    speeds = measure(folders, arguments.rounds, arguments.dtype)
-    results = {name: {**costs[name], **speeds[name]} for name in folders}
+    costs = {name: costs_of(folder, arguments.tokens) for name, folder in folders.items()}
+    for name in folders:  # as many products, whatever the weights are packed into
+        costs[name]["inner"] = costs[name if "uniform" in name else name.partition(",")[0]]["inner"]
+    folders = {"dense": folders["dense"], BACKEND: folders["dense"], **folders}
+    costs = {name: costs["dense" if name == BACKEND else name] for name in folders}
+    timed = {name: folder for name, folder in folders.items() if not name.endswith("w4a16")}
+    results = faster(costs, measure(timed, arguments.rounds, eager=arguments.eager))
     write_json(arguments.folder / "results.json", results)
     made = table(results)
     print(made)

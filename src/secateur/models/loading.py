@@ -121,6 +121,9 @@ def load(
         # What the weights do not have is made up at random, in whatever size the config asks for: compare them first.
         _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)
     loaded, unexpected = _loaded(source, config, options, trust_remote_code)
+    if method == "compressed-tensors":
+        with quiet(), torch.no_grad():  # the first pass unpacks the weights, which it shows as bars
+            loaded(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=loaded.device))
     if unexpected:
         logger.warning("%r: the model has no place for %s of its checkpoint", source.argument, _some(unexpected))
     return loaded  # from_pretrained has set evaluation mode
