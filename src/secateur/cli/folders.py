@@ -78,8 +78,8 @@ def export_command(
     """Write a model for other programs, or packed.
 
     OUT.gguf is a file that llama.cpp and what is built on it run; layers of different sizes go into it too.
-    --quantize writes a folder with small weights that vLLM computes with. --int8 writes one with which transformers is
-    faster, where torchao is installed. --merge-lora writes an ordinary folder with a LoRA adapter merged in.
+    --quantize writes a folder with small weights that vLLM computes with. --int8 writes one that transformers holds in
+    less memory, where torchao is installed. --merge-lora writes an ordinary folder with a LoRA adapter merged in.
     """
     name, out = model_and_out(model, out, formats.get("recipe"), "export")
     if "recipe" in formats:
