@@ -233,8 +233,8 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve, json.loads(arguments.options))
         return
-    from quality_table import between_marks
-    from secateur.files import atomic_file, write_json
+    from quality_table import write_benchmark
+    from secateur.files import write_json
 
     schemes = [scheme for scheme in arguments.schemes.split(",") if scheme]
     folders = make_folders(arguments.folder, arguments.preset, schemes, arguments.samples)
@@ -249,10 +249,7 @@ def main() -> None:
     made = table(results)
     print(made)
     if arguments.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        text = between_marks(page.read_text(encoding="utf-8"), made, marks=(BEGIN, END))
-        with atomic_file(page, overwrite=True) as file:
-            file.write_text(text, encoding="utf-8")
+        write_benchmark(made, (BEGIN, END))
 
 
 if __name__ == "__main__":

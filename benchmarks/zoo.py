@@ -17,8 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quality_table import DENSE, ROOT, TableError, between_marks, key_of, label_of
-from secateur.files import atomic_file
+from quality_table import DENSE, TableError, key_of, label_of, write_benchmark
 
 BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
 OURS = ("best", "fast")
@@ -81,10 +80,7 @@ def main() -> None:
         made = table(line for file in arguments.files for line in lines_of(json.loads(file.read_text())))
         print(made)
         if arguments.write:
-            page = ROOT / "docs" / "benchmarks.md"
-            text = between_marks(page.read_text(encoding="utf-8"), made, marks=(BEGIN, END))
-            with atomic_file(page, overwrite=True) as file:
-                file.write_text(text, encoding="utf-8")
+            write_benchmark(made, (BEGIN, END))
     except (TableError, OSError, ValueError) as error:
         sys.exit(f"zoo.py: {error}")
 

@@ -71,6 +71,17 @@ def test_a_plan_that_the_program_cannot_run_is_refused(model_type: str, options:
         planned(model_type, CutOptions(ratio=0.3, **options))
 
 
+@pytest.mark.parametrize(("model_type", "engine"), [("gemma2", "llama.cpp"), ("gpt2", "vllm")])
+def test_it_is_refused_before_a_weight_is_read(model_type: str, engine: Any) -> None:
+    """Without scores, all layers lose the same share, which the family's config can say; with them, they differ."""
+    config = AutoConfig.for_model(model_type, **settings_of(model_type))
+    discovery = discover(config)
+    with pytest.raises(PlanError, match=f"engine={engine}: .* Use shape=uniform"):
+        plan(discovery, CutOptions(ratio=0.3, engine=engine), config=config)
+    uniform = CutOptions(ratio=0.15, engine=engine, axes=("mlp",), shape="uniform")
+    assert plan(discovery, uniform, config=config).settings is not None
+
+
 def test_sglang_reads_layers_of_one_size() -> None:
     with pytest.raises(PlanError, match="engine=sglang reads layers of one size, and shape=per-layer: use shape=unif"):
         CutOptions(engine="sglang", shape="per-layer")

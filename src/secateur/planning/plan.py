@@ -161,7 +161,9 @@ def plan(
     # 3. Which units stay: the best by their scores.
     draft = _first_described(search, candidates, config, trust_remote_code=trust_remote_code)
     if config is not None and options.engine is not None:
-        stock = draft.settings is not None
+        # Sizes before scores are the same share of every layer; one ranking of all units makes them differ.
+        differ = options.shape == "per-layer" and options.scope == "global" and scores is None and fixed_sizes is None
+        stock = draft.settings is not None and not differ
         check_engine(options.engine, config, stock=stock, trust_remote_code=trust_remote_code)
     # 4. What is left, and what the scores were made from.
     return counted(discovery, replace(draft, scored=_provenance(search, draft)))
