@@ -38,6 +38,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo compare".split())
 IN_ROUNDS = "recover tiny out --data alpaca.json".split()
 RECOVER = "recover tiny out --data alpaca.json --max-length 128 --max-steps 4 --eval-steps 4 --seed 1".split()
+PRUNE_AND_TRAIN = (
+    *"prune tiny out --ratio 0.3 --calibration text.txt --samples 4 --length 16 --recover".split(),
+    "max_steps=3,method=full,max_length=32,global_batch_size=2",
+)
 SMALL_SWEEP = (
     "--axes mlp --shape uniform --scope local --repair none --ppl cats=text.txt --protocol llm-pruner@32 --no-plot"
 )
@@ -352,6 +356,13 @@ class TestJson:
     def test_prune_with_its_json_in_the_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--score", "l2", "--json", "out/prune.json")
         assert Path("out/prune.json").is_file()
+
+    def test_prune_and_recover(self, capsys: pytest.CaptureFixture[str]) -> None:
+        data = written(capsys, *PRUNE_AND_TRAIN)
+        assert (data["steps"], data["method"]) == (3, "full")
+        record = json.loads(Path("out/secateur_record.json").read_text())
+        assert record["recovery"]["data"]["sources"] == ["text.txt"]
+        succeed(capsys, "recover", "again", "--recipe", "out/recipe.yaml")
 
     def test_recover(self, capsys: pytest.CaptureFixture[str]) -> None:
         data = written(capsys, *RECOVER, "--method", "lora", "--eval", "cats=text.txt", "--rank", "2")
@@ -748,7 +759,38 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "missing models": (r"no MODEL is named: .*secateur evaluate demo", ("evaluate",)),
     "missing value": ("--ratio.* requires an argument", (*PRUNE, "--ratio")),
     "too many arguments": (r"Unused Tokens: \['c'\]", (*PRUNE, "c")),
-    "recover without data": ("--data is missing: a file, a data set or `demo`", ("recover", "tiny", "out")),
+    "recover without data": (
+        r"--data is missing, and 'tiny' has no recipe.yaml .*, demo or self to train on, .* --data alpaca.json",
+        ("recover", "tiny", "out"),
+    ),
+    "recover, two budgets": (
+        r"tokens=400000 and minutes=2 both say when to stop",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--minutes", "2", "--tokens", "400k"),
+    ),
+    "recover, tokens": (
+        r"--tokens many: expected a number such as 400k",
+        ("recover", "tiny", "out", "--data", "alpaca.json", "--tokens", "many"),
+    ),
+    "prune --recover, no budget": (
+        r"--recover method=full: for how long is not said\. Expected one of minutes, tokens",
+        ("prune", "tiny", "out", "--recover", "method=full"),
+    ),
+    "prune --recover, no value": (
+        r"--recover minutes: minutes\. Expected, for example, --recover minutes=20",
+        ("prune", "tiny", "out", "--recover", "minutes"),
+    ),
+    "prune --recover, no option": (
+        r"--recover minute=20: 'minute' is unknown.*Did you mean minutes",
+        ("prune", "tiny", "out", "--recover", "minute=20"),
+    ),
+    "prune --recover, no number": (
+        r"--recover minutes=many: minutes: 'many' is no float",
+        ("prune", "tiny", "out", "--recover", "minutes=many"),
+    ),
+    "prune --recover, a plan": (
+        r"--recover: a plan that was made before is cut alone; then run secateur recover",
+        ("prune", "tiny", "out", "--plan", "plan.json", "--recover", "minutes=2"),
+    ),
     "recover, no file": (r"'nothing.json': no such file", ("recover", "tiny", "out", "--data", "nothing.json")),
     "recover, columns": (
         r"no fields to train on among \['body'\]. .*--column NAME",
@@ -1024,7 +1066,7 @@ class TestRunLog:
     def test_a_file_in_the_way_is_refused_before_any_work(
         self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        works = ["cutting.plan_model", "cutting.prune_model", "folders.recover", "measuring.load_config"]
+        works = ["cutting.plan_model", "cutting.prune_model", "training.recover", "measuring.load_config"]
         for work in (*works, "folders.export_model"):
             monkeypatch.setattr(f"secateur.cli.{work}", lambda *_, **__: pytest.fail("work had begun"))
         refuse(

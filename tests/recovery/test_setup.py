@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from trainings import ROWS, distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
+from trainings import (
+    ROWS,
+    distance,
+    interrupted_at,
+    place_fixture,  # noqa: F401 - the fixture `place`
+    shelf,
+    train,
+    weights,
+)
 
 from secateur import RecoverOptions, SecateurError
+from secateur.data.rows import Rows
+from secateur.data.training_data import TrainingData
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError
+from secateur.files import read_json
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.recipe import RunOptions
+from secateur.recovery.callbacks import SeedSteps
+from secateur.recovery.distillation import nll_loss
+from secateur.recovery.recipe import recover_recipe
 from secateur.recovery.setup import resolve_options
 from tiny import names, write_tiny
 
@@ -80,6 +97,25 @@ class TestRefused:
             train(method="full", learning_rate=1e30, max_steps=20, eval_steps=50, data={"validation": 0.0})
         assert names(place) == []
 
+    def test_a_loss_that_becomes_nan_leaves_the_best_checkpoint_before(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train(out="here/before", max_steps=6, eval_steps=2, patience=None)
+        broken = [1.0]
+        monkeypatch.setattr("secateur.recovery.trainer.nll_loss", lambda *given: nll_loss(*given) * broken[0])
+        begin = SeedSteps.on_step_begin
+
+        def break_at_last(self: Any, args: Any, state: Any, *rest: Any, **others: Any) -> None:
+            broken[0] = float("nan") if state.global_step == 5 else 1.0
+            begin(self, args, state, *rest, **others)
+
+        monkeypatch.setattr(SeedSteps, "on_step_begin", break_at_last)
+        with pytest.raises(TrainingError, match=r"the loss is nan at step 6.*; here/out holds step [24], the best"):
+            train(max_steps=6, eval_steps=2, patience=None)
+        assert [name for name in names(place) if "/" not in name] == ["before", "out"]
+        result = read_json(place / "out" / "secateur_curves.json")
+        assert [entry["step"] for entry in result["evaluation"]] == [0, 2, 4]
+
     @pytest.mark.parametrize(
         ("variable", "value", "match"),
         [
@@ -118,7 +154,7 @@ class TestResolved:
         self, rows: int, batch_size: int, micro_batch_size: int, epochs: float
     ) -> None:
         asked = RecoverOptions(global_batch_size=batch_size, micro_batch_size=micro_batch_size, epochs=epochs)
-        found, notes = resolve_options(asked, rows)
+        found, notes = resolve_options(asked, _data(rows))
         assert found.global_batch_size % found.micro_batch_size == 0
         assert found.micro_batch_size <= micro_batch_size
         assert found.global_batch_size <= min(rows, batch_size)
@@ -129,13 +165,85 @@ class TestResolved:
     def test_a_step_that_the_processes_cannot_share(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("secateur.processes.count", lambda: 2)
         with pytest.raises(TrainingError, match=r"a step of 7 rows cannot be shared by 2 processes.*-size 8"):
-            resolve_options(RecoverOptions(global_batch_size=7), 40)
+            resolve_options(RecoverOptions(global_batch_size=7), _data(40))
 
     def test_a_warmup_that_would_take_most_steps_is_shortened(self) -> None:
-        found, notes = resolve_options(RecoverOptions(max_steps=8, warmup_steps=100), 40)
+        found, notes = resolve_options(RecoverOptions(max_steps=8, warmup_steps=100), _data(40))
         assert found.warmup_steps == 0
         assert any("warmup takes 0 steps, not 100: of 8 steps" in note for note in notes)
-        assert resolve_options(RecoverOptions(max_steps=8, warmup_steps=2), 40)[1] == []
+        assert resolve_options(RecoverOptions(max_steps=8, warmup_steps=2), _data(40))[1] == []
+
+
+class TestBudget:
+    def test_tokens(self) -> None:
+        found, _ = resolve_options(RecoverOptions(tokens=800, global_batch_size=4), _data(40, length=10))
+        assert found.max_steps == 20
+
+    def test_tokens_of_sources_with_weights(self) -> None:
+        data = replace(_data(40, length=10), weights=(1.0, 3.0))
+        rows = replace(data.train, sources_R=torch.arange(40) % 2)
+        assert replace(data, train=rows).tokens_per_row == 10
+
+    @pytest.mark.parametrize("method", ["lora", "distill"])
+    def test_minutes_are_kept_to(self, method: Any, place: Path) -> None:
+        begin = time.monotonic()
+        found = train(method=method, minutes=0.05, max_steps=None, patience=None, eval_steps=None)
+        assert found.steps > 1
+        assert time.monotonic() - begin < 30
+
+    def test_steps_of_a_time_are_found_once(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: dict[str, Any] = {"minutes": 0.05, "max_steps": None, "patience": None, "eval_steps": 2}
+        with interrupted_at(3):
+            train(**given)
+        steps = read_json(place / ".out.secateur" / "steps.json")["steps"]
+        monkeypatch.setattr("secateur.recovery.time_budget.steps_within", lambda *_: pytest.fail("timed again"))
+        found = train(**given, run=RunOptions(resume=True))
+        assert (found.steps, found.resumed) == (steps, True)
+
+    def test_a_step_that_takes_longer_is_taken(self, place: Path) -> None:
+        assert train(minutes=1e-6, max_steps=None, eval_steps=None).steps == 1
+
+    def test_two_budgets(self) -> None:
+        with pytest.raises(
+            TrainingError, match=r"max_steps=3 and minutes=20 both say when to stop.*leave out max_steps"
+        ):
+            RecoverOptions(max_steps=3, minutes=20)
+
+
+class TestData:
+    def test_what_the_dense_model_writes(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = {"sources": ("self",), "samples": 16, "max_length": 24}
+        first = train(data=data, max_steps=2, eval_steps=1, seed=3)
+        assert (first.rows, first.tokens) == (15, 2 * 8 * 24)
+        with interrupted_at(1):
+            train(out="here/again", data=data, max_steps=2, eval_steps=1, seed=3)
+        monkeypatch.setattr("secateur.recovery.setup.generate_windows", lambda *_, **__: pytest.fail("written again"))
+        train(out="here/again", data=data, max_steps=2, eval_steps=1, seed=3, run=RunOptions(resume=True))
+        assert distance("here/again", "here/out") == 0
+
+    def test_a_model_that_does_not_say_who_would_write(self, place: Path) -> None:
+        with pytest.raises(ModelError, match=r"'dense' has no record .* --teacher MODEL"):
+            train("dense", data={"sources": ("self",)})
+
+    def test_without_a_source_the_text_of_the_cut(self, place: Path) -> None:
+        text = str(shelf() / "text.txt")
+        assert recover_recipe("per-layer").data.sources == (text,)
+        train(max_steps=1)
+        assert recover_recipe("here/out").data.sources == ("rows.json",)
+
+    def test_a_model_that_nothing_cut(self, place: Path) -> None:
+        with pytest.raises(DataError, match=r"--data is missing, and 'dense' has no recipe.yaml.*--data alpaca.json"):
+            recover_recipe("dense")
+
+
+def _data(rows: int, *, length: int = 8) -> TrainingData:
+    ids_T = torch.zeros(rows * length, dtype=torch.int32)
+    starts = torch.arange(0, len(ids_T) + 1, length)
+    return TrainingData(
+        Rows(ids_T, ids_T == 0, starts, torch.zeros(rows, dtype=torch.int32)),
+        Rows(ids_T[:0], ids_T[:0] == 0, starts[:1], ids_T[:0]),
+        None,
+    )
 
 
 class TestNotes:

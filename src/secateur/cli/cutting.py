@@ -26,6 +26,7 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import Output, check_files, finish, print_written, run_options, show
 from secateur.cli.reading import comma_separated, run_score_file
+from secateur.cli.training import recipe_with_cut, train_and_show
 from secateur.discovery.coverage import coverage_as_json
 from secateur.discovery.discover import discover
 from secateur.errors import PlanError
@@ -81,6 +82,10 @@ def prune_command(
     *,
     cutting: Cut,
     plan: Annotated[Path | None, main("Prune what this plan says; no other options.")] = None,
+    recover: Annotated[
+        str | None,
+        main("Then train what is left: minutes=20, tokens=400k or epochs=1, and other options of `secateur recover`."),
+    ] = None,
     run: Run,
     loading: Loading,
     output: Quiet,
@@ -88,13 +93,20 @@ def prune_command(
     """Write a smaller model that the usual loaders read.
 
     Scores every unit, plans the cut, repairs and prunes, and writes a folder with the plan, the recipe and a record of
-    the run beside the weights.
+    the run beside the weights. With --recover, what is left is trained before the folder is written: on the calibration
+    text, unless data=FILE is among the options.
     """
     name, folder = model_and_out(model, out, cutting.get("recipe"), "prune")
     check_files(output.json, made=folder, run=run.get("folder"))
     if plan is not None:
         _check_alone(plan, cutting)
     recipe, given = recipe_of(name, cutting, loading), None if plan is None else read_plan(plan)
+    if recover is not None:
+        if plan is not None or recipe.plan is not None:
+            raise PlanError("--recover: a plan that was made before is cut alone; then run secateur recover")
+        training = recipe_with_cut(recipe, recover)
+        train_and_show(training, folder, run, output)
+        return
     announce = None if output.quiet else lambda sizes: show(plan_tables(sizes))
     pruned = prune_model(recipe, folder, plan=given, run=run_options(run, quiet=output.quiet), announce=announce)
     result, note, seed = pruned.to_json(), None, recipe.calibration.seed

@@ -10,7 +10,9 @@ from cyclopts import Parameter
 
 from secateur.checkpoint.verification import verify
 from secateur.cli.options import MAIN, MODEL, RUN, Fields, Given, Loading, Quiet, Run, Trust, changed, model_and_out
-from secateur.cli.output import COMMAND, check_files, finish, print_written, progress_bars, run_options
+from secateur.cli.output import COMMAND, check_files, finish, progress_bars
+from secateur.cli.reading import count
+from secateur.cli.training import train_and_show
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.errors import CheckpointError, PlanError
@@ -19,8 +21,6 @@ from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, Merg
 from secateur.pipeline.recipe import prune_recipe, read_whole_recipe
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recipe import RoundOptions, recover_recipe
-from secateur.recovery.recover import recover
-from secateur.report.tables.evaluation import recovery_tables
 from secateur.report.tables.files import export_tables, verify_tables
 
 
@@ -129,7 +129,12 @@ class Recovery:
 
 
 DATA = Fields(DataOptions, main="sources samples", names={"sources": "--data"}, omit="seed")
-TRAINING = Fields(RecoverOptions, main="method epochs max_steps")
+TRAINING = Fields(
+    RecoverOptions,
+    main="method minutes tokens",
+    read={"tokens": count},
+    expected={"tokens": "a number such as 400k, 1.5M or 400000"},
+)
 RECOVERY = Fields(Recovery, group=MAIN, names={"eval_texts": "--eval"})
 
 
@@ -163,9 +168,4 @@ def recover_command(
     elif "rounds" in how:
         raise PlanError("rounds: say how much is to go in all, for example --rounds 3 --ratio 0.5")
     recipe = recover_recipe(name, preset=how.get("preset"), file=how.get("recipe"), **changes)
-    recovered = recover(recipe, made, run=run_options(run, quiet=output.quiet))
-    folder, models, seed = run.get("folder"), [recipe.model, str(made)], recipe.options.seed
-    tables = recovery_tables(recovered)
-    finish(recovered.to_json(), output, tables, run=folder, kind="recover", seed=seed, models=models)
-    if not output.quiet:
-        print_written(recovered, resume=run.get("resume", False))
+    train_and_show(recipe, made, run, output)

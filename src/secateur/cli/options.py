@@ -155,8 +155,7 @@ class Cutting:
 
 CUTTING = Fields(
     Cutting,
-    main="preset recipe cut.ratio cut.of cut.target cut.axes cut.shape cut.engine cut.repair calibration.text "
-    "calibration.samples",
+    main="preset recipe cut.ratio cut.of cut.target cut.axes cut.shape cut.engine calibration.text calibration.samples",
     names={"calibration.text": "--calibration", "cut.engine": "--for"},
     read={
         "cut.target": count,

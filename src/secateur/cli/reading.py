@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from secateur.errors import ScoreError, SecateurError
 from secateur.scoring.registry import SCORES
@@ -48,6 +51,21 @@ def two_numbers(text: str) -> tuple[float, float]:
     """
     first, last = (int(part) if part.strip().isdigit() else float(part) for part in text.split(":"))
     return first, last
+
+
+def named_values(text: str) -> dict[str, Any]:
+    """Values by name, with commas between them; a value is read as YAML reads it.
+
+    >>> named_values("minutes=20, method=full")
+    {'minutes': 20, 'method': 'full'}
+    """
+    values = {}
+    for part in comma_separated(text):
+        name, equals, value = part.partition("=")
+        if not (name and equals and value):
+            raise ValueError(part)
+        values[name.strip().replace("-", "_")] = yaml.safe_load(value)
+    return values
 
 
 def run_score_file(file: Path | None) -> None:

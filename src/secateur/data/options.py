@@ -23,10 +23,11 @@ class DataOptions:
     """
 
     sources: tuple[str, ...]
-    """Files (.json, .jsonl, .parquet or plain text), names of data sets, or `demo`. FILE@2 gives a source weight 2."""
+    """Files (.json, .jsonl, .parquet or plain text), names of data sets, `demo`, or `self`: what the dense model
+    writes. FILE@2 gives a source weight 2."""
 
     template: Template = "auto"
-    """Prompt template. auto: Alpaca's for instructions, the tokenizer's chat template for messages."""
+    """Prompt template. auto: the tokenizer's chat template; Alpaca's for instructions where it has none."""
 
     loss_on: LossOn = "answers"
     """Tokens that count in the loss: the answers, or all (prompts, too)."""
@@ -35,7 +36,7 @@ class DataOptions:
     """Tokens per row; longer rows are truncated, plain text is split."""
 
     samples: int | None = None
-    """Rows of each source, from its start. Default: all."""
+    """Rows of each source, from its start. Default: all; 256 that the dense model writes."""
 
     column: str | None = None
     """Field with the text or the messages, where its name is not a usual one."""

@@ -101,7 +101,7 @@ def _format_instruction(
     fields: list[str], where: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> Example:
     instruction, context, answer = fields
-    if options.template == "chat":
+    if options.template == "chat" or (options.template == "auto" and getattr(tokenizer, "chat_template", None)):
         prompt = f"{instruction}\n\n{context}" if context else instruction
         messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
         return _format_chat(messages, where, tokenizer, options)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.calibration import SELF
 from secateur.data.options import DataOptions, split_weight
 from secateur.data.rows import Rows, pack_rows, row_starts
 from secateur.data.templates import Example, read_examples
@@ -18,7 +20,7 @@ from secateur.errors import DataError
 
 TRUNCATED = "cut off before the answer"
 UNANSWERED = "without an answer"
-MOST_VALIDATION = 256  # rows: more would cost more time than they tell
+MOST_VALIDATION = 64  # rows: more would cost more time than they tell
 TOKENIZER_BATCH = 1000  # texts per call of the tokenizer
 
 
@@ -31,13 +33,25 @@ class TrainingData:
     weights: tuple[float, ...] | None  # of the sources; None: every row counts the same
     dropped: Mapping[str, int] = field(default_factory=dict)  # rows by reason
 
+    @property
+    def tokens_per_row(self) -> float:
+        """The mean length of the rows that are read, where each source has its share of them."""
+        rows = self.train
+        if self.weights is None:
+            return float(rows.lengths_R.float().mean())
+        means = [float(rows.lengths_R[rows.sources_R == n].float().mean()) for n in range(len(self.weights))]
+        return sum(mean * weight for mean, weight in zip(means, self.weights, strict=True)) / sum(self.weights)
 
-def read_training_data(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> TrainingData:
+
+def read_training_data(
+    tokenizer: PreTrainedTokenizerBase, options: DataOptions, written_RT: Tensor | None = None
+) -> TrainingData:
     r"""Read the sources, apply the prompt template, tokenize, and truncate.
 
-    Plain text is split into rows of `max_length` tokens. An end-of-text token follows every document and every answer
-    that is not truncated. Raises `DataError` for a source that cannot be read or has no field to train on, for a chat
-    that the template does not take, and where no rows are left of a source.
+    `written_RT` (int64, rows x tokens) are the rows of the source `self`. Plain text is split into rows of `max_length`
+    tokens. An end-of-text token follows every document and every answer that is not truncated. Raises `DataError` for a
+    source that cannot be read or has no field to train on, for a chat that the template does not take, and where no
+    rows are left of a source.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -53,7 +67,12 @@ def read_training_data(tokenizer: PreTrainedTokenizerBase, options: DataOptions)
     b'four'
     """
     dropped: Counter[str] = Counter()
-    by_source = [_read_source(name, tokenizer, options, dropped) for name in options.source_names]
+    by_source = [
+        _written(written_RT)
+        if name == SELF and written_RT is not None
+        else _read_source(name, tokenizer, options, dropped)
+        for name in options.source_names
+    ]
     parts = [part for source in by_source for part in source]
     rows = Rows(
         torch.tensor([token for ids, _ in parts for token in ids], dtype=torch.int32),
@@ -69,6 +88,11 @@ def read_training_data(tokenizer: PreTrainedTokenizerBase, options: DataOptions)
     return TrainingData(
         train, validation, None if equal else tuple(1.0 if w is None else w for w in weights), dict(dropped)
     )
+
+
+def _written(written_RT: Tensor) -> list[tuple[list[int], list[bool]]]:
+    """Rows that the dense model wrote, which count whole."""
+    return [(ids, [False, *[True] * (len(ids) - 1)]) for ids in written_RT.tolist()]
 
 
 def _read_source(

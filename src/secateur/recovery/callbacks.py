@@ -20,6 +20,10 @@ PERPLEXITY = "eval_perplexity_"  # before the name of a held-out text
 VALIDATION = "eval_validation"
 
 
+class DivergedError(TrainingError):
+    """A loss or a gradient that is NaN or Inf."""
+
+
 class SeedSteps(TrainerCallback):
     """Seed every step by its number, so that a resumed run draws the same dropout."""
 
@@ -32,7 +36,7 @@ class SeedSteps(TrainerCallback):
 
 
 class StopTraining(TrainerCallback):
-    """Raise `TrainingError` for NaN or Inf; stop early where evaluations do not improve."""
+    """Raise `DivergedError` for NaN or Inf; stop early where evaluations do not improve."""
 
     def __init__(self, options: RecoverOptions) -> None:
         self.options = options
@@ -42,7 +46,7 @@ class StopTraining(TrainerCallback):
         for key, name in (("loss", "loss"), ("grad_norm", "gradient")):
             value = (logs or {}).get(key)
             if value is not None and not math.isfinite(value):
-                raise TrainingError(
+                raise DivergedError(
                     f"the {name} is {value} at step {state.global_step}. Expected a finite one; train with a smaller "
                     f"learning rate (--learning-rate {self.options.learning_rate / 3:.1g}), or with --dtype float32"
                 )

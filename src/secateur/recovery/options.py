@@ -35,6 +35,13 @@ class RecoverOptions:
     max_steps: int | None = None
     """Optimizer steps, instead of epochs."""
 
+    tokens: int | None = None
+    """Tokens to train on, instead of epochs: 400k, 1.5M or a number."""
+
+    minutes: float | None = None
+    """Minutes to train for, instead of epochs; a few steps are timed to know how many. What a teacher reads and the
+    evaluations count."""
+
     global_batch_size: int = 8
     """Rows per optimizer step, over all devices."""
 
@@ -95,15 +102,22 @@ class RecoverOptions:
     def __post_init__(self) -> None:
         check_choices(self, TrainingError)
         self._check_numbers()
+        self._check_budget()
         if self.hidden_states_weight and not self.has_teacher:
             raise TrainingError(
                 f"method={self.method!r} has no teacher whose hidden states could be learned. Expected distill or "
                 "lora+distill with hidden_states_weight, for example method=lora+distill"
             )
 
+    def _check_budget(self) -> None:
+        budgets = [name for name in ("max_steps", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            both = " and ".join(f"{name}={getattr(self, name):g}" for name in budgets)
+            raise TrainingError(f"{both} both say when to stop. Expected one of them: leave out {budgets[0]}")
+
     def _check_numbers(self) -> None:
-        for name, example in (("epochs", 1), ("learning_rate", 1e-4), ("temperature", 1)):
-            if not 0 < (value := getattr(self, name)) < float("inf"):
+        for name, example in (("epochs", 1), ("minutes", 20), ("learning_rate", 1e-4), ("temperature", 1)):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise TrainingError(
                     f"{name}={value} trains nothing. Expected more than 0, for example {name}={example:g}"
                 )
@@ -128,6 +142,7 @@ class RecoverOptions:
 
 _LEAST = {
     "max_steps": 1,
+    "tokens": 1,
     "global_batch_size": 1,
     "micro_batch_size": 1,
     "warmup_steps": 0,

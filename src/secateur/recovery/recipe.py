@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.data.calibration import CalibrationOptions
+from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.errors import DataError, RecipeError
 from secateur.models.loading import LoadOptions
-from secateur.pipeline.recipe import read_recipe
+from secateur.models.sources import resolve
+from secateur.pipeline.recipe import RECIPE_FILE, load_recipe, read_recipe
 from secateur.planning import options as planning
 from secateur.planning.options import CutOptions
 from secateur.recovery.options import RecoverOptions, with_preset
@@ -60,7 +62,8 @@ def recover_recipe(
 ) -> RecoverRecipe:
     """A recipe from a preset, a recipe file over it, and single options over both. Raises `SecateurError`.
 
-    `changes` are fields of `RecoverRecipe`; of `data`, `options` and `loading` a mapping changes single options.
+    `changes` are fields of `RecoverRecipe`; of `data`, `options` and `loading` a mapping changes single options. Where
+    no data is named, the model is trained on the texts that its cut looked at.
 
     >>> recipe = recover_recipe("small", preset="llm-pruner", data={"sources": ("alpaca.json",)}, options={"epochs": 1})
     >>> recipe.options.epochs, recipe.options.learning_rate
@@ -72,15 +75,30 @@ def recover_recipe(
     model = model if model is not None else raw.get("model")
     if model is None:
         raise RecipeError(f"{file or 'the recipe'}: no model. Expected one, for example `model: small`")
-    if not sections["data"].get("sources"):
-        raise DataError("--data is missing: a file, a data set or `demo` to train on, for example --data alpaca.json")
-    options, data = with_preset(preset or raw.get("preset") or "default", sections["options"], sections["data"])
     chosen: dict[str, Any] = {name: changes.get(name, raw.get(name)) for name in ("eval_texts", "teacher", "rounds")}
     if isinstance(rounds := chosen["rounds"], Mapping):  # of the file
         cut, calibration = planning.with_preset("best", rounds.get("cut"), rounds.get("calibration"))
         chosen["rounds"] = RoundOptions(**{**rounds, "cut": cut, "calibration": calibration})
+    if not sections["data"].get("sources"):
+        sections["data"]["sources"] = _texts_of_the_cut(model, chosen["rounds"])
+    options, data = with_preset(preset or raw.get("preset") or "default", sections["options"], sections["data"])
     chosen["eval_texts"] = chosen["eval_texts"] or ()
     return RecoverRecipe(model, data, options, **chosen, loading=LoadOptions(**sections["loading"]))
+
+
+def _texts_of_the_cut(model: str, rounds: RoundOptions | None) -> tuple[str, ...]:
+    """The texts that the cut looked at, with their weights: what is trained on unless other data is named."""
+    if rounds is not None:
+        return tuple(rounds.calibration.text)
+    file = (resolve(model).path or Path(model)) / RECIPE_FILE
+    with suppress(RecipeError):
+        return tuple(load_recipe(file).calibration.text)
+    with suppress(RecipeError):
+        return tuple(read_recipe(file, "recover", RecoverRecipe)["data"]["sources"])
+    raise DataError(
+        f"--data is missing, and {model!r} has no {RECIPE_FILE} that names the text of its cut. Expected a file, a "
+        f"data set, {DEMO} or {SELF} to train on, for example --data alpaca.json"
+    )
 
 
 def _merged(raw: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from secateur import processes
+from secateur.errors import TrainingError
+from secateur.pipeline.cache import has_begun, work_folder
 from secateur.pipeline.recipe import RunOptions
 from secateur.progress import Clock
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import RecoverResult
 from secateur.recovery.rounds import recover_in_rounds
-from secateur.recovery.setup import plan_of, prepare
-from secateur.recovery.training import train_folder
+from secateur.recovery.setup import check_recipe, plan_of, prepare, training_key
+from secateur.recovery.training import Places, train_folder
 
 
 def recover(recipe: RecoverRecipe, out: str | Path, *, run: RunOptions | None = None) -> RecoverResult:
     """Train a model and write the result as one ordinary folder; LoRA is merged into the weights.
 
     With `recipe.rounds`, a dense model is cut and trained in rounds. With `run.resume`, a killed run goes on from its
-    last checkpoint, to the same weights. Raises `SecateurError`.
+    last checkpoint, to the same weights. Raises `SecateurError`; where the loss becomes NaN or Inf, the folder is there
+    and holds the best checkpoint before.
     """
     processes.join()
     out, run = Path(out), run or RunOptions()
     clock = Clock(run.bars)
+    check_recipe(recipe, out, overwrite=run.overwrite)
     if recipe.rounds is not None:
-        return recover_in_rounds(recipe, recipe.rounds, out, run, clock)
-    plan = plan_of(recipe.model) if recipe.options.hidden_states_weight else None
-    setup = prepare(recipe, out, overwrite=run.overwrite, clock=clock)
-    return train_folder(setup, out, plan=plan, run=run, clock=clock)
+        result = recover_in_rounds(recipe, recipe.rounds, out, run, clock)
+    else:
+        plan = plan_of(recipe.model) if recipe.options.hidden_states_weight else None
+        with work_folder(out, training_key(recipe), resume=run.resume) as work:
+            resumed = has_begun(work)
+            setup = prepare(recipe, work, clock)
+            result = train_folder(setup, Places(out, work), plan=plan, run=run, clock=clock)
+        result = replace(result, resumed=resumed)
+    if result.diverged is not None:
+        raise TrainingError(f"{result.diverged}; {out} holds step {result.best_step}, the best checkpoint before")
+    return result

@@ -31,6 +31,7 @@ class RecoverResult:
     peak_rss_bytes: int = 0
     notes: tuple[str, ...] = ()  # what was done differently than asked, and why
     resumed: bool = False
+    diverged: str | None = None  # what became NaN or Inf; the weights are those of the best checkpoint before
     rounds: tuple[Mapping[str, Any], ...] = ()  # of cutting and training: the result of each
 
     def to_json(self) -> dict[str, Any]:

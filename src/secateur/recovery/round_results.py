@@ -75,6 +75,7 @@ def join_results(
             )
         ),
         resumed=resumed,
+        diverged=results[-1]["diverged"],
         rounds=tuple(_summary(number, each) for number, each in enumerate(rounds, start=1)),
     )
 

@@ -42,8 +42,8 @@ from secateur.pruning.prune import prune
 from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from secateur.recovery.result import RecoverResult, write_curves
 from secateur.recovery.round_results import Round, chain_records, join_results, read_round, write_round
-from secateur.recovery.setup import TrainingSetup, prepare
-from secateur.recovery.training import TEACHER_FOLDER, train_folder
+from secateur.recovery.setup import TrainingSetup, prepare, training_key
+from secateur.recovery.training import TEACHER_FOLDER, Places, train_folder
 
 RESULT_FILE = "secateur_round.json"  # the result of a training, in the folder of its round
 
@@ -90,12 +90,11 @@ def recover_in_rounds(
         dense = discover(recipe.model, trust_remote_code=trust)
     whole, cuts = _plan_rounds(rounds, dense, config, trust_remote_code=trust)
     taught = replace(recipe, teacher=recipe.teacher or recipe.model)
-    setup = prepare(taught, out, overwrite=run.overwrite, clock=clock)
-    setup = replace(setup, recipe=recipe)
-    key = setup.key(rounds.calibration.names, asdict(whole))
+    key = training_key(taught, rounds.calibration.names, asdict(whole))
     with work_folder(out, key, resume=run.resume) as work:
         resumed = has_begun(work)
         processes.wait()
+        setup = replace(prepare(taught, work, clock), recipe=recipe)
         shared = _Rounds(rounds, setup, dense, whole, work, out, clock)
         finished: list[Round] = []
         for cut in cuts:
@@ -176,16 +175,23 @@ def _train_round(
     setup, out = shared.setup, shared.out
     seed = setup.options.seed + cut.number - 1  # a training of few steps does not read all rows: read others
     recipe = replace(setup.recipe, model=str(pruned), rounds=None, options=replace(setup.recipe.options, seed=seed))
-    train_folder(
-        replace(setup, recipe=recipe, options=replace(setup.options, seed=seed)),
-        trained,
-        plan=_merged([*(each.plan for each in before), read_plan(pruned / PLAN_FILE)], shared.dense),
-        run=RunOptions(resume=True),
-        clock=clock,
-        teacher_folder=shared.work / TEACHER_FOLDER,
-        logs=out.absolute().parent / "runs" / out.name / f"round-{cut.number}",
-        result_file=RESULT_FILE,
-    )
+    with work_folder(trained, training_key(recipe), resume=True) as work:
+        places = Places(
+            trained,
+            work,
+            teacher=shared.work / TEACHER_FOLDER if shared.options.count > 1 else None,
+            logs=out.absolute().parent / "runs" / out.name / f"round-{cut.number}",
+            result_file=RESULT_FILE,
+        )
+        result = train_folder(
+            replace(setup, recipe=recipe, options=replace(setup.options, seed=seed)),
+            places,
+            plan=_merged([*(each.plan for each in before), read_plan(pruned / PLAN_FILE)], shared.dense),
+            run=RunOptions(resume=True),
+            clock=clock,
+        )
+    if result.diverged is not None and cut.number < shared.options.count:
+        raise TrainingError(f"round {cut.number} of {shared.options.count}: {result.diverged}")
 
 
 def _merged(plans: Sequence[Plan], dense: Discovery) -> Plan:

@@ -17,16 +17,17 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from secateur import processes
 from secateur.checkpoint.record import PLAN_FILE, read_record
+from secateur.data.calibration import SELF, CalibrationOptions
+from secateur.data.generated import generate_windows
 from secateur.data.overlap import OVERLAP_WORDS, overlap
-from secateur.data.rows import steps_for_epochs, training_order
+from secateur.data.rows import Rows, steps_for_epochs, training_order
 from secateur.data.training_data import TrainingData, read_training_data
-from secateur.data.windows import digest
 from secateur.discovery.discover import discover
-from secateur.errors import DataError, ModelError, TrainingError, check_installed
+from secateur.errors import CheckpointError, DataError, ModelError, TrainingError, check_installed
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
-from secateur.files import check_apart, check_vacant
+from secateur.files import check_apart, check_vacant, read_tensors, write_tensors
 from secateur.models.config import check_not_quantized, check_positions, load_config
-from secateur.models.loading import LoadOptions
+from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import recovery_key
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 WARMUP_FRACTION = 0.06  # of all steps, by default
 MOST_WARMUP = 0.25  # a longer warmup that was asked for is shortened to the default
 EVALUATIONS = 10  # of a training, by default
+WRITTEN_ROWS = 256  # by the dense model, by default
+WRITTEN_FILE = "written.safetensors"  # in the work folder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +61,11 @@ class TrainingSetup:
     bf16: bool
     notes: tuple[str, ...]  # what is done differently than asked, and why
 
+    def with_steps(self, steps: int) -> TrainingSetup:
+        """The same with so many steps, and with what follows from their number."""
+        options, notes = resolve_options(self.recipe.options, self.data, steps=steps)
+        return replace(self, options=options, notes=tuple(dict.fromkeys([*self.notes, *notes])))
+
     @property
     def order_SB(self) -> Tensor:
         """The rows that each step reads: int64, steps x rows of a step."""
@@ -71,20 +79,24 @@ class TrainingSetup:
             group_by_length=self.recipe.data.group_by_length,
         )
 
-    def key(self, texts: Sequence[str] = (), cut: Any = None) -> str:
-        """What the training depends on, as a hash; in rounds, the calibration texts and the whole cut as well."""
-        held_out = [(name, digest(ids_T)) for name, ids_T in sorted(self.held_out.items())]
-        paths = [self.recipe.model, *self.recipe.data.source_names, self.teacher, *texts]
-        about = [asdict(self.recipe), asdict(self.options), self.bf16, held_out, cut]
-        return recovery_key([path for path in paths if path is not None], about)
+    def rows_read(self) -> tuple[Rows, Tensor]:
+        """The rows that any step reads, and their numbers among these by step, as `order_SB`."""
+        numbers = self.order_SB.unique()
+        return self.data.train.select(numbers), torch.searchsorted(numbers, self.order_SB)
 
 
-def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) -> TrainingSetup:
-    """Check everything, and read the data. Raises `SecateurError`; `recover` shows a run."""
-    options, model = recipe.options, recipe.model
-    trust = recipe.loading.trust_remote_code
+def training_key(recipe: RecoverRecipe, texts: Sequence[str] = (), cut: Any = None) -> str:
+    """What a training depends on, as a hash; in rounds, the calibration texts and the whole cut as well."""
+    held_out = [text.partition("=")[2] for text in recipe.eval_texts]
+    paths = [recipe.model, *recipe.data.source_names, _dense_model(recipe), *held_out, *texts]
+    return recovery_key([path for path in paths if path is not None], [asdict(recipe), cut])
+
+
+def check_recipe(recipe: RecoverRecipe, out: Path, *, overwrite: bool) -> None:
+    """Raise `SecateurError` for what can be refused before anything is read."""
+    options = recipe.options
     check_vacant(out, overwrite=overwrite)
-    check_apart(resolve(model).path, out)
+    check_apart(resolve(recipe.model).path, out)
     if options.has_lora:
         check_peft()
     elif options.save_adapter:
@@ -92,14 +104,26 @@ def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) 
     if options.plot:
         check_installed(TrainingError, "matplotlib", extra="plot", what="plot")
     _check_environment(options.track)
+
+
+def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
+    """Check the rest, and read the data; what the dense model writes is kept in the work folder.
+
+    Raises `SecateurError`; `recover` shows a run.
+    """
+    options, model = recipe.options, recipe.model
+    trust = recipe.loading.trust_remote_code
     config = load_config(model, trust_remote_code=trust)
     check_not_quantized(config, name=model)
     check_positions(config, recipe.data.max_length, name="max_length")
+    bf16 = _use_bf16(recipe.loading)
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
-    teacher = _find_teacher(recipe, tokenizer, config) if options.has_teacher else None
+    writes = SELF in recipe.data.source_names
+    dense = _find_teacher(recipe, tokenizer, config) if options.has_teacher or writes else None
     texts = read_texts(recipe.eval_texts, option="--eval") if recipe.eval_texts else {}
+    written_RT = _written_rows(recipe, dense, work, clock) if dense is not None and writes else None
     with clock.stage("read"):
-        data = read_training_data(tokenizer, recipe.data)
+        data = read_training_data(tokenizer, recipe.data, written_RT)
         held_out = {name: encode(tokenizer, text, max_tokens=options.eval_tokens) for name, text in texts.items()}
         for name, ids_T in held_out.items():
             if len(ids_T) < EVAL_WINDOW:
@@ -108,22 +132,46 @@ def prepare(recipe: RecoverRecipe, out: Path, *, overwrite: bool, clock: Clock) 
                     "--eval NAME=FILE"
                 )
         overlaps = _find_overlaps(tokenizer, data, held_out)
-    resolved, notes = resolve_options(options, len(data.train))
-    bf16 = _use_bf16(recipe.loading)
+    resolved, notes = resolve_options(options, data)
+    teacher = dense if options.has_teacher else None
     return TrainingSetup(recipe, resolved, data, held_out, teacher, tokenizer, bf16, (*notes, *overlaps))
 
 
-def resolve_options(options: RecoverOptions, rows: int) -> tuple[RecoverOptions, list[str]]:
-    """Return the options with every default resolved for so many rows, and notes on what differs from what was asked.
+def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock) -> Tensor:
+    """What the dense model writes, int64, rows x `max_length`: read where an earlier run has kept it."""
+    file, data, loading = work / WRITTEN_FILE, recipe.data, recipe.loading
+    try:
+        kept = read_tensors(file)[0]["rows"]
+    except CheckpointError:  # missing or damaged
+        kept = None
+    if processes.largest(int(kept is None)):
+        options = CalibrationOptions(SELF, samples=data.samples or WRITTEN_ROWS, length=data.max_length, seed=data.seed)
+        with clock.stage("write") as progress:
+            model = load(dense, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
+            kept = generate_windows(model, options, progress=progress)
+            if processes.is_first():
+                write_tensors(file, {"rows": kept})
+        processes.wait()
+    assert kept is not None
+    return kept
 
-    Raises `TrainingError` where a step cannot be shared by the processes.
 
-    >>> options, _ = resolve_options(RecoverOptions(), rows=1000)
+def resolve_options(
+    options: RecoverOptions, data: TrainingData, *, steps: int | None = None
+) -> tuple[RecoverOptions, list[str]]:
+    """Return the options with every default resolved for the data, and notes on what differs from what was asked.
+
+    Where minutes are to decide, the steps are those of the epochs until they are given. Raises
+    `TrainingError` where a step cannot be shared by the processes.
+
+    >>> ids = torch.zeros(8000, dtype=torch.int32)
+    >>> rows = Rows(ids, ids == 0, torch.arange(0, 8001, 8), torch.zeros(1000, dtype=torch.int32))
+    >>> options, _ = resolve_options(RecoverOptions(), TrainingData(rows, rows, None))
     >>> options.max_steps, options.warmup_steps, options.eval_steps
     (125, 7, 12)
     """
     notes = []
-    batch_size, count = options.global_batch_size, processes.count()
+    batch_size, count, rows = options.global_batch_size, processes.count(), len(data.train)
     if batch_size > rows:
         multiple = options.micro_batch_size * count
         batch_size = rows // multiple * multiple or rows // count * count or count
@@ -133,7 +181,10 @@ def resolve_options(options: RecoverOptions, rows: int) -> tuple[RecoverOptions,
             f"a step of {min(batch_size, rows)} rows cannot be shared by {count} processes. Expected a multiple: "
             f"--global-batch-size {-(-batch_size // count) * count}"
         )
-    steps = options.max_steps or steps_for_epochs(rows, options.epochs, batch_size)
+    steps = steps or options.max_steps
+    if steps is None and options.tokens is not None:
+        steps = max(1, round(options.tokens / (batch_size * data.tokens_per_row)))
+    steps = steps or steps_for_epochs(rows, options.epochs, batch_size)
     warmup = int(WARMUP_FRACTION * steps)  # its first step has a learning rate of 0: no warmup for few steps
     if options.warmup_steps is not None and options.warmup_steps <= MOST_WARMUP * steps:
         warmup = options.warmup_steps
@@ -146,6 +197,8 @@ def resolve_options(options: RecoverOptions, rows: int) -> tuple[RecoverOptions,
     resolved = replace(
         options,
         max_steps=steps,
+        tokens=None,
+        minutes=None,
         global_batch_size=batch_size,
         micro_batch_size=max(divisors),
         warmup_steps=warmup,
@@ -176,17 +229,20 @@ def compared_layers(setup: TrainingSetup, plan: Plan) -> MatchedLayers | None:
     return match_layers(plan, dense, pruned, teacher=setup.teacher, width=getattr(config, "hidden_size", 0))
 
 
+def _dense_model(recipe: RecoverRecipe) -> str | None:
+    """The name of the dense model: the teacher that was named, or what the record names."""
+    record = read_record(resolve(recipe.model).path) if recipe.teacher is None else None
+    return record.model if record is not None else recipe.teacher
+
+
 def _find_teacher(recipe: RecoverRecipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> str:
     """Return the name of the teacher, after checking its vocabulary."""
-    teacher = recipe.teacher
+    teacher = _dense_model(recipe)
     if teacher is None:
-        record = read_record(resolve(recipe.model).path)
-        if record is None:
-            raise ModelError(
-                f"{recipe.model!r} has no record that names the dense model it was cut from. Name a teacher: "
-                "--teacher MODEL"
-            )
-        teacher = record.model
+        raise ModelError(
+            f"{recipe.model!r} has no record that names the dense model it was cut from. Name a teacher: "
+            "--teacher MODEL"
+        )
     trust = recipe.loading.trust_remote_code
     teacher_config = load_config(teacher, trust_remote_code=trust)
     check_teacher(

@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from secateur.recovery.callbacks import (
     PERPLEXITY,
     SCORE,
     VALIDATION,
+    DivergedError,
     ReportProgress,
     SeedSteps,
     StopTraining,
@@ -67,6 +68,7 @@ class TrainingResult:
     steps: int  # done; fewer than planned after early stopping
     loss: tuple[tuple[int, float], ...]  # (step, nats per token)
     evaluations: tuple[Mapping[str, Any], ...]  # step, validation, perplexity by text, score
+    diverged: str | None = None  # what became NaN or Inf after the last checkpoint
 
 
 def train(
@@ -82,8 +84,9 @@ def train(
     """Train the weights of the model that require a gradient; resumes from the last checkpoint in the folder.
 
     `options` have their defaults resolved (`resolve_options`). With `bf16`, products are taken in bfloat16. TensorBoard
-    writes into the folder `logs`. The result is in the checkpoints; the model is left as the last step leaves it.
-    Raises `TrainingError` for a loss or gradient that is NaN or Inf, for a model that cannot be trained so.
+    writes into the folder `logs`. The result is in the checkpoints; the model is left as the last step leaves it. A
+    loss or gradient that is NaN or Inf ends the training: `diverged` says so, and where there is no checkpoint yet,
+    `DivergedError` is raised. Raises `TrainingError` for a model that cannot be trained so.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -117,7 +120,12 @@ def train(
     with quiet(), patch_environment(**environment):
         arguments = _training_arguments(model, inputs, options, folder, bf16, resumed=checkpoint is not None)
         trainer = RecoveryTrainer(model, inputs, options, arguments, callbacks)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except DivergedError as error:
+            if (checkpoint := checkpoints.last_checkpoint(folder)) is None:
+                raise
+            return replace(_result(folder, checkpoints.load_state(checkpoint)), diverged=str(error))
     return _result(folder, trainer.state)
 
 
@@ -214,7 +222,7 @@ class RecoveryTrainer(Trainer):
         # Held-out text shows overfitting to the rows, which rows of the same kind do not.
         metrics[SCORE] = sum(nlls) / len(nlls) if nlls else metrics[VALIDATION]
         if not math.isfinite(metrics[SCORE]):
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss on validation rows is {metrics[SCORE]} after step {self.state.global_step}. Expected a "
                 "finite one; train with a smaller learning rate (--learning-rate), or with --dtype float32"
             )

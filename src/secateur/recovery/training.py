@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from secateur import __version__, processes
 from secateur.checkpoint.record import Record, make_record, read_record
 from secateur.checkpoint.save import save_updated
-from secateur.files import write_json
+from secateur.data.rows import Rows
+from secateur.errors import CheckpointError
+from secateur.files import read_json, write_json
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
-from secateur.pipeline.cache import has_begun, work_folder
 from secateur.pipeline.recipe import RunOptions, write_recipe
 from secateur.planning.plan import Plan
 from secateur.progress import Clock, Progress, peak_rss
@@ -35,103 +36,42 @@ from secateur.recovery.setup import TrainingSetup, compared_layers
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 
 if TYPE_CHECKING:
-    from secateur.recovery.trainer import TrainingResult
+    from secateur.recovery.trainer import TrainingInputs, TrainingResult
 
 CHECKPOINTS_FOLDER = "training"  # within the work folder
+STEPS_FILE = "steps.json"
 TEACHER_FOLDER = "teacher"
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a training writes."""
+
+    out: Path  # the folder that it makes
+    work: Path  # what is finished, until the folder is there
+    teacher: Path | None = None  # a teacher's outputs, where they are kept beyond this training
+    logs: Path | None = None  # trackers; by default beside the folder
+    result_file: str | None = None  # the result, within the folder
+
+
 def train_folder(
-    setup: TrainingSetup,
-    out: Path,
-    *,
-    plan: Plan | None,
-    run: RunOptions,
-    clock: Clock,
-    teacher_folder: Path | None = None,
-    logs: Path | None = None,
-    result_file: str | None = None,
+    setup: TrainingSetup, places: Places, *, plan: Plan | None, run: RunOptions, clock: Clock
 ) -> RecoverResult:
-    """Train as set up and write the folder; `plan` matches the layers of teacher and student.
+    """Train as set up and write the folder; `plan` matches the layers of teacher and student."""
+    from secateur.recovery.trainer import TrainingInputs
 
-    `teacher_folder` keeps the teacher's outputs beyond this training, trackers write into `logs`, and the result goes
-    into the folder as `result_file`.
-    """
     layers = compared_layers(setup, plan) if plan is not None else None
-    recipe, data = setup.recipe, setup.data
-    with work_folder(out, setup.key(), resume=run.resume) as work:
-        resumed = has_begun(work)
-        caches = {}
-        if setup.teacher is not None:
-            with clock.stage("teacher") as progress:
-                caches = _cache_teacher(setup, layers, teacher_folder or work / TEACHER_FOLDER, progress)
-                gc.collect()  # the teacher
-        logs = logs or out.absolute().parent / "runs" / out.name
-        trained, parameters, notes = _train(setup, layers, caches, work / CHECKPOINTS_FOLDER, logs, clock)
-        result = RecoverResult(
-            out,
-            recipe.options.method,
-            trained.steps,
-            trained.best_step,
-            int(data.train.lengths_R[setup.order_SB[: trained.steps]].sum()),
-            parameters,
-            len(data.train),
-            data.dropped,
-            trained.loss,
-            trained.evaluations,
-            clock.seconds,
-            notes=(*setup.notes, *_note_states(setup, layers), *notes, *_note_no_better(trained)),
-            resumed=resumed,
-        )
-        if processes.is_first():
-            with clock.stage("save"):
-                _save(setup, trained, result, run, result_file)
-        processes.wait()
-    return replace(result, peak_rss_bytes=peak_rss())
-
-
-def _cache_teacher(
-    setup: TrainingSetup, layers: MatchedLayers | None, folder: Path, progress: Progress | None
-) -> dict[str, TeacherCache]:
-    """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
-    assert setup.teacher is not None
-    teacher = functools.cache(functools.partial(_load, setup.teacher, setup.recipe.loading))  # loaded once, if at all
-    outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
-    rows_folder = folder / "train"
-    if layers is not None:
-        rows_folder = folder / f"train-{layers.key}"
-        if processes.is_first():  # in an earlier round other layers or channels were compared
-            for other in {*folder.glob("train-*")} - {rows_folder}:
-                shutil.rmtree(other, ignore_errors=True)
-    parts = {
-        "train": (setup.data.train, rows_folder, replace(outputs, layers=layers)),
-        "validation": (setup.data.validation, folder / "validation", outputs),
-    }
-    for rows, part_folder, part_outputs in parts.values():
-        save_teacher_outputs(teacher, rows, part_folder, part_outputs, progress=progress)
-    return {name: TeacherCache(part_folder, rows) for name, (rows, part_folder, _) in parts.items()}
-
-
-def _train(
-    setup: TrainingSetup,
-    layers: MatchedLayers | None,
-    caches: dict[str, TeacherCache],
-    folder: Path,
-    logs: Path,
-    clock: Clock,
-) -> tuple[TrainingResult, int, list[str]]:
-    """Load the pruned model and train it; returns the result, the number of trained parameters, and notes."""
-    from secateur.recovery.trainer import TrainingInputs, train
-
-    options, notes = setup.options, []
-    with clock.stage("load"):
-        model = _load_trainable(setup.recipe.model, setup.recipe.loading, options)
-    if options.has_lora and options.lora.dropout and expert_weights(model):
-        notes.append(f"there is no dropout, though {options.lora.dropout:g} was asked for: peft has none for experts")
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    setup = _timed(setup, places.work, clock)
+    # Of several trainings each reads other rows first, and a teacher reads all of them once.
+    rows, order_SB = setup.rows_read() if places.teacher is None else (setup.data.train, setup.order_SB)
+    caches = {}
+    if setup.teacher is not None:
+        with clock.stage("teacher") as progress:
+            caches = _cache_teacher(setup, rows, layers, places.teacher or places.work / TEACHER_FOLDER, progress)
+            gc.collect()  # the teacher
     inputs = TrainingInputs(
-        setup.data.train,
-        setup.order_SB,
+        rows,
+        order_SB,
         setup.data.validation,
         setup.held_out,
         caches.get("train"),
@@ -139,6 +79,88 @@ def _train(
         compared_layers=layers.pruned if layers is not None else (),
         pad=setup.tokenizer.pad_token_id or 0,
     )
+    logs = places.logs or places.out.absolute().parent / "runs" / places.out.name
+    trained, parameters, notes = _train(setup, inputs, places.work / CHECKPOINTS_FOLDER, logs, clock)
+    result = RecoverResult(
+        places.out,
+        setup.options.method,
+        trained.steps,
+        trained.best_step,
+        int(rows.lengths_R[order_SB[: trained.steps]].sum()),
+        parameters,
+        len(setup.data.train),
+        setup.data.dropped,
+        trained.loss,
+        trained.evaluations,
+        clock.seconds,
+        notes=(*setup.notes, *_note_states(inputs, layers), *notes, *_note_no_better(trained)),
+        diverged=trained.diverged,
+    )
+    if processes.is_first():
+        with clock.stage("save"):
+            _save(setup, trained, result, run, places.result_file)
+    processes.wait()
+    return replace(result, peak_rss_bytes=peak_rss())
+
+
+def _timed(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
+    """The setup with as many steps as there is time for: as an earlier run has found, or as it is found now."""
+    from secateur.recovery.time_budget import steps_within
+
+    minutes = setup.recipe.options.minutes
+    if minutes is None:
+        return setup
+    file = work / STEPS_FILE
+    try:
+        steps: int | None = int(read_json(file)["steps"])
+    except (CheckpointError, LookupError, TypeError, ValueError):
+        steps = None
+    if processes.largest(int(steps is None)):
+        with clock.stage("time a step"):
+            model = _load_trainable(setup.recipe.model, setup.recipe.loading, setup.options)
+            teacher = None if setup.teacher is None else functools.partial(_load, setup.teacher, setup.recipe.loading)
+            steps = steps_within(minutes, setup, model, teacher)
+        if processes.is_first():
+            write_json(file, {"steps": steps})
+        processes.wait()
+        del model
+        gc.collect()
+    assert steps is not None
+    return setup.with_steps(steps)
+
+
+def _cache_teacher(
+    setup: TrainingSetup, rows: Rows, layers: MatchedLayers | None, folder: Path, progress: Progress | None
+) -> dict[str, TeacherCache]:
+    """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
+    assert setup.teacher is not None
+    teacher = functools.cache(functools.partial(_load, setup.teacher, setup.recipe.loading))  # loaded once, if at all
+    outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
+    rows_folder = folder / "-".join(["train", rows.digest()[:12], *([] if layers is None else [layers.key])])
+    if processes.is_first():  # in an earlier round other rows were read, or other layers or channels compared
+        for other in {*folder.glob("train-*")} - {rows_folder}:
+            shutil.rmtree(other, ignore_errors=True)
+    parts = {
+        "train": (rows, rows_folder, replace(outputs, layers=layers)),
+        "validation": (setup.data.validation, folder / "validation", outputs),
+    }
+    for part, part_folder, part_outputs in parts.values():
+        save_teacher_outputs(teacher, part, part_folder, part_outputs, progress=progress)
+    return {name: TeacherCache(part_folder, part) for name, (part, part_folder, _) in parts.items()}
+
+
+def _train(
+    setup: TrainingSetup, inputs: TrainingInputs, folder: Path, logs: Path, clock: Clock
+) -> tuple[TrainingResult, int, list[str]]:
+    """Load the pruned model and train it; returns the result, the number of trained parameters, and notes."""
+    from secateur.recovery.trainer import train
+
+    options, notes = setup.options, []
+    with clock.stage("load"):
+        model = _load_trainable(setup.recipe.model, setup.recipe.loading, options)
+    if options.has_lora and options.lora.dropout and expert_weights(model):
+        notes.append(f"there is no dropout, though {options.lora.dropout:g} was asked for: peft has none for experts")
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with clock.stage("train") as progress:
         trained = train(model, inputs, options, folder, bf16=setup.bf16, logs=logs, progress=progress)
     return trained, parameters, notes
@@ -231,10 +253,10 @@ def _load(name: str, loading: LoadOptions) -> PreTrainedModel:
     return model
 
 
-def _note_states(setup: TrainingSetup, layers: MatchedLayers | None) -> list[str]:
+def _note_states(inputs: TrainingInputs, layers: MatchedLayers | None) -> list[str]:
     if layers is None:
         return []
-    size = layers.bytes_for(int(setup.data.train.loss_mask_T.sum())) / 2**20
+    size = layers.bytes_for(int(inputs.rows.loss_mask_T.sum())) / 2**20
     return [
         f"hidden states of {len(layers.pruned)} layers were compared ({', '.join(layers.pruned)}); the teacher's took "
         f"{size:,.1f} MiB on the disk meanwhile"

@@ -1,0 +1,74 @@
+"""Minutes -> how many optimizer steps fit into them, by timing what a step does on rows of the training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur import processes
+from secateur.data.rows import IGNORED, Rows, collate
+from secateur.evaluation.inference import evaluation_mode, input_device
+from secateur.recovery.distillation import nll_loss
+from secateur.recovery.setup import EVALUATIONS, TrainingSetup
+from secateur.recovery.teacher_cache import TeacherOutputs, save_teacher_outputs
+
+RESERVE = 0.05  # of the time, for what is not timed: optimizer steps, checkpoints, files
+
+
+def steps_within(
+    minutes: float, setup: TrainingSetup, model: nn.Module, teacher: Callable[[], PreTrainedModel] | None
+) -> int:
+    """Return how many steps of `setup` fit into so many minutes, at least one; the weights do not change.
+
+    A micro-batch of the student with its gradients, one without, and what the teacher reads and saves are timed on the
+    rows of the first step. All evaluations are taken off. Of several processes the slowest counts.
+    """
+    order_SB, rows, options = setup.order_SB, setup.data.train, setup.options
+    chosen = rows.select(order_SB[0])
+    tokens = int(chosen.lengths_R.sum())
+    with torch.autocast(input_device(model).type, torch.bfloat16, enabled=setup.bf16):
+        step = _seconds(lambda: _train(model, chosen, options.micro_batch_size))
+        with evaluation_mode(model), torch.no_grad():
+            reading = _seconds(lambda: _forward(model, chosen, range(min(options.micro_batch_size, len(chosen)))))
+    read = int(chosen.lengths_R[: options.micro_batch_size].sum())
+    validation = int(setup.data.validation.lengths_R.sum())
+    evaluated = validation + sum(len(ids_T) for ids_T in setup.held_out.values())
+    left = 60 * minutes * (1 - RESERVE) - (EVALUATIONS + 1) * evaluated * reading / read
+    if teacher is not None:
+        dense, outputs = teacher(), TeacherOutputs(options.top_k, options.temperature)
+        with TemporaryDirectory() as folder:
+            taught = _seconds(lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), again=False)
+        step, left = step + taught, left - validation * taught / tokens
+    return max(1, -processes.largest(-int(left / step)))
+
+
+def _train(model: nn.Module, rows: Rows, micro_batch_size: int) -> None:
+    for first in range(0, len(rows), micro_batch_size):
+        loss: Any = _forward(model, rows, range(first, min(first + micro_batch_size, len(rows))))
+        loss.backward()
+    model.zero_grad()
+
+
+def _forward(model: nn.Module, rows: Rows, numbers: range) -> Tensor:
+    device = input_device(model)
+    batch = {name: tensor.to(device) for name, tensor in collate(rows, numbers, pad=0).items()}
+    labels_BT = batch.pop("labels")
+    loss = nll_loss(model(**batch, use_cache=False).logits, labels_BT)
+    return loss / (labels_BT != IGNORED).sum().clamp(min=1)
+
+
+def _seconds(run: Callable[[], object], *, again: bool = True) -> float:
+    """Seconds that it takes; run `again`, the second time counts, when memory is there."""
+    for _ in range(2 if again else 1):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
