@@ -30,6 +30,7 @@ from secateur.recovery.lora import LoraOptions
 from secateur.recovery.result import RecoverResult
 from tiny import names
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 RESUME = RunOptions(resume=True)
 TAUGHT: dict[str, Any] = {
     "method": "lora+distill",
@@ -66,8 +67,8 @@ class TestStopped:
         checkpoint = last_checkpoint(place / ".out.secateur" / "training")
         assert checkpoint is not None
         assert checkpoint.name == "checkpoint-2"
-        files = ["optimizer.json", "optimizer.safetensors", "trained.safetensors", "trainer_state.json"]
-        assert names(checkpoint) == files
+        files = [name for folder in ("optimizer", "trained") for name in (folder, f"{folder}/{SHARD}")]
+        assert names(checkpoint) == sorted([*files, "optimizer.json", "trainer_state.json"])
         for name in ("torch.save", "torch.load", "pickle.dump", "pickle.load"):
             monkeypatch.setattr(name, lambda *_, **__: pytest.fail("a pickle"))
         monkeypatch.setattr(
@@ -100,8 +101,8 @@ class TestStopped:
 
     def test_a_damaged_checkpoint_is_named_and_removed(self, stopped: Path, place: Path) -> None:
         copy_work(stopped, place / "out")
-        (place / ".out.secateur" / "training" / "checkpoint-2" / "trained.safetensors").write_bytes(b"half")
-        with pytest.raises(CheckpointError, match=r"trained.safetensors cannot be read; "):
+        (place / ".out.secateur" / "training" / "checkpoint-2" / "trained" / SHARD).write_bytes(b"half")
+        with pytest.raises(CheckpointError, match=r"checkpoint-2/trained cannot be read .*start without --resume"):
             train(run=RESUME, **TAUGHT)
         assert names(place) == []
 
@@ -138,32 +139,24 @@ def test_killed_at_random_moments_it_ends_at_the_same_weights(place: Path) -> No
     assert [name for name in names(place) if "/" not in name] == ["out", "whole"]
 
 
-# Stops all processes as a step begins. accelerate shards weights over GPUs alone; told that CPUs are some, it does.
+# Stops all processes as a step begins.
 STOPPING = """
 import os, signal, sys
-from accelerate.state import DistributedType, PartialState
-config, stop, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-made = PartialState.__init__
-def initialise(self, *given, **options):
-    made(self, *given, **options)
-    if config == "fsdp2" and self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type = DistributedType.MULTI_GPU
-PartialState.__init__ = initialise
+stop, arguments = int(sys.argv[1]), sys.argv[2:]
 import secateur.cli.main
 from secateur import processes
-from secateur.recovery.callbacks import SeedSteps
-from secateur.recovery.trainer import RecoveryTrainer
+from secateur.recovery.callbacks import Checkpoints, SeedSteps
 from torch.distributed.tensor import DTensor
-begin, save = SeedSteps.on_step_begin, RecoveryTrainer._save_checkpoint
+begin, save = SeedSteps.on_step_begin, Checkpoints._save
 def on_step_begin(self, args, state, control, **others):
     if state.global_step == stop:
         os.kill(os.getpid(), signal.SIGKILL)
     begin(self, args, state, control, **others)
-def on_save(self, model, trial):
-    if processes.is_first() and any(isinstance(weight, DTensor) for weight in model.parameters()):
+def on_save(self, state, about):
+    if processes.is_first() and any(isinstance(weight, DTensor) for weight in about["model"].parameters()):
         print("sharded")
-    save(self, model, trial)
-SeedSteps.on_step_begin, RecoveryTrainer._save_checkpoint = on_step_begin, on_save
+    save(self, state, about)
+SeedSteps.on_step_begin, Checkpoints._save = on_step_begin, on_save
 sys.exit(secateur.cli.main.run(arguments))
 """
 
@@ -180,10 +173,10 @@ def test_two_processes_that_were_killed_go_on_and_train_as_one_does(
     command += " --learning-rate 3e-3 --eval-steps 2 --dtype float32 --eval reference=held.txt --json here.json"
     arguments = [*command.split(), "--method", method]
     file = Path(__file__).parents[2] / "docs" / "accelerate" / f"{config}.yaml"
-    stopped = launch(str(tmp_path / "stopping.py"), config, "3", *arguments, config=file)
+    stopped = launch(str(tmp_path / "stopping.py"), "3", *arguments, config=file)
     assert stopped.returncode != 0
     assert last_checkpoint(Path("here/.out.secateur/training")).name == "checkpoint-2"  # type: ignore[union-attr]
-    done = launch(str(tmp_path / "stopping.py"), config, "-1", *arguments, "--resume", config=file)
+    done = launch(str(tmp_path / "stopping.py"), "-1", *arguments, "--resume", config=file)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote here/out") == 1
     assert ("sharded" in done.stdout) == (config == "fsdp2")

@@ -1,18 +1,22 @@
-"""Trainer callbacks: a seed for every step, errors for NaN, early stopping, progress."""
+"""Trainer callbacks: a seed for every step, errors for NaN, early stopping, checkpoints, progress."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from secateur import processes
 from secateur.errors import TrainingError
 from secateur.progress import Progress
+from secateur.recovery import checkpoints
 from secateur.recovery.options import RecoverOptions
 
 SCORE = "eval_score"  # the best checkpoint has the lowest
@@ -57,6 +61,40 @@ class StopTraining(TrainerCallback):
             control.should_training_stop = True
 
 
+class Checkpoints(TrainerCallback):
+    """Save a checkpoint with every evaluation, or as often where there is none; load the one that is resumed from."""
+
+    def __init__(self, folder: Path, resumed: Path | None, *, every: int) -> None:
+        self.folder, self.resumed, self.every = folder, resumed, every
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **about: Any) -> None:
+        """Load the weights, the optimizer and the schedule."""
+        if self.resumed is not None:
+            model = _unwrapped(about["model"])
+            checkpoints.load_weights_in_place(model, self.resumed)
+            checkpoints.load_optimizer_in_place(self.resumed, model, about["optimizer"], about["lr_scheduler"])
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **about: Any) -> None:
+        """Save after the evaluation of a step."""
+        if state.global_step:
+            self._save(state, about)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **about: Any) -> None:
+        """Save after a step where nothing is evaluated."""
+        is_due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+        if args.eval_strategy == "no" and "loss" in (about["logs"] or {}) and is_due:
+            self._save(state, about)
+
+    def _save(self, state: TrainerState, about: Mapping[str, Any]) -> None:
+        model, optimizer, schedule = (about[name] for name in ("model", "optimizer", "lr_scheduler"))
+        checkpoints.save_checkpoint(self.folder, _unwrapped(model), optimizer, schedule, state, best=best_step(state))
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model without what spreads it over processes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 class ReportProgress(TrainerCallback):
     """Report each step with the latest loss, speed and evaluation."""
 
@@ -88,6 +126,12 @@ class ReportProgress(TrainerCallback):
         if VALIDATION in latest:
             parts.append(f"validation {latest[VALIDATION]:.3f}")
         self.progress(state.global_step, len(self.tokens_before) - 1, "  ".join(parts))
+
+
+def best_step(state: TrainerState) -> int | None:
+    """The step after the first with the lowest score; None where nothing was evaluated."""
+    scores = {int(entry["step"]): entry[SCORE] for entry in state.log_history if SCORE in entry and entry["step"]}
+    return min(scores, key=lambda step: scores[step]) if scores else None
 
 
 def stopped_early(state: TrainerState, patience: int | None) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import DistributedType, patch_environment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -30,10 +30,12 @@ from secateur.recovery.callbacks import (
     PERPLEXITY,
     SCORE,
     VALIDATION,
+    Checkpoints,
     DivergedError,
     ReportProgress,
     SeedSteps,
     StopTraining,
+    best_step,
     stopped_early,
 )
 from secateur.recovery.distillation import distillation_loss, nll_loss
@@ -97,10 +99,9 @@ def train(
     >>> options = RecoverOptions(method="full", global_batch_size=2, micro_batch_size=1, warmup_steps=0, eval_steps=1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result = train(model, inputs, options, Path(folder))
-    ...     weights = checkpoints.load_weights(result.checkpoint)
-    ...     checkpoints.set_weights_in_place(model, weights)
-    >>> result.steps, [entry["step"] for entry in result.evaluations], len(weights) == len([*model.parameters()])
-    (2, [0, 1, 2], True)
+    ...     checkpoints.load_weights_in_place(model, result.checkpoint)
+    >>> result.steps, [entry["step"] for entry in result.evaluations]
+    (2, [0, 1, 2])
     """
     checkpoint = checkpoints.last_checkpoint(folder)
     if checkpoint is not None:
@@ -110,7 +111,8 @@ def train(
     check_packing(model, inputs.rows)
     if options.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
-    callbacks: list[TrainerCallback] = [SeedSteps(options.seed), StopTraining(options)]
+    saving = Checkpoints(folder, checkpoint, every=options.eval_steps or len(inputs.order_SB))
+    callbacks: list[TrainerCallback] = [SeedSteps(options.seed), StopTraining(options), saving]
     if progress is not None:
         callbacks.append(ReportProgress(inputs.rows.lengths_R[inputs.order_SB].sum(dim=1), progress))
     environment = {  # which TensorBoard and accelerate read; a launcher may have set another precision
@@ -119,6 +121,7 @@ def train(
     }
     with quiet(), patch_environment(**environment):
         arguments = _training_arguments(model, inputs, options, folder, bf16, resumed=checkpoint is not None)
+        _shard_on_cpus(arguments)
         trainer = RecoveryTrainer(model, inputs, options, arguments, callbacks)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -241,21 +244,17 @@ class RecoveryTrainer(Trainer):
             total += float(self._summed_loss(model, {name: x.to(device) for name, x in batch.items()}))
         return total / max(count, 1)
 
-    # Trainer has no public hook for the format of checkpoints; its own loaders find no files of theirs and do nothing.
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        model = self.accelerator.unwrap_model(model)
-        folder = Path(str(self.args.output_dir))
-        checkpoints.save_checkpoint(folder, model, self.optimizer, self.lr_scheduler, self.state)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        checkpoints.set_weights_in_place(model, checkpoints.load_weights(Path(resume_from_checkpoint)))
+        # Trainer has no public hook for the format of checkpoints; `Checkpoints` loads the weights, too.
+        pass
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            model: Any = self.model
-            checkpoints.load_optimizer_in_place(Path(checkpoint), model, self.optimizer, self.lr_scheduler)
+
+def _shard_on_cpus(arguments: TrainingArguments) -> None:
+    """Have accelerate shard over processes on CPUs where FSDP is asked for; it does so over accelerators alone."""
+    state = arguments.distributed_state if arguments.device.type == "cpu" else None
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and state is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def _training_arguments(
@@ -275,10 +274,7 @@ def _training_arguments(
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_steps,
         eval_on_start=evaluates and not resumed,
-        save_strategy="steps",
-        save_steps=options.eval_steps or len(inputs.order_SB),
-        metric_for_best_model=SCORE if evaluates else None,
-        greater_is_better=False if evaluates else None,
+        save_strategy="no",  # `Checkpoints` saves
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=options.track or "none",
@@ -316,7 +312,7 @@ def _enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def _result(folder: Path, state: TrainerState) -> TrainingResult:
-    best = state.best_global_step or state.global_step
+    best = best_step(state) or state.global_step
     evaluations = tuple(
         {
             "step": entry["step"],

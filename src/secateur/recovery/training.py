@@ -185,7 +185,7 @@ def _save(
     setup: TrainingSetup, trained: TrainingResult, result: RecoverResult, run: RunOptions, result_file: str | None
 ) -> None:
     """Put the weights of the best checkpoint into the pruned model, loaded anew, and write the folder."""
-    from secateur.recovery.checkpoints import load_weights, set_weights_in_place
+    from secateur.recovery.checkpoints import load_weights_in_place
 
     recipe, options = setup.recipe, setup.options
     trust = recipe.loading.trust_remote_code
@@ -193,15 +193,14 @@ def _save(
     model = load(recipe.model, device="cpu", trust_remote_code=trust)
     source = resolve(recipe.model).path
     record = _record(setup, result, model, run.command)
-    weights = load_weights(trained.checkpoint)
     if options.has_lora:
         adapted = add_lora(model, options.lora)
-        set_weights_in_place(adapted, weights)
+        load_weights_in_place(adapted, trained.checkpoint, alone=True)
         model = merge_lora(adapted)
     else:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # mapped from the pruned folder's file
-        set_weights_in_place(model, weights)
+        load_weights_in_place(model, trained.checkpoint, alone=True)
     check_finite(model)
     with save_updated(
         model,
@@ -218,7 +217,7 @@ def _save(
             write_json(unfinished / result_file, result.to_json())
         if options.save_adapter:
             adapted = add_lora(load(recipe.model, device="cpu", trust_remote_code=trust), options.lora)
-            set_weights_in_place(adapted, weights)
+            load_weights_in_place(adapted, trained.checkpoint, alone=True)
             save_adapter(adapted, unfinished / ADAPTER_FOLDER, base=recipe.model)
 
 
