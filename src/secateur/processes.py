@@ -32,6 +32,15 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def sharded() -> bool:
+    """Whether each process is to have a shard of the weights: FSDP, as accelerate's config says.
+
+    >>> sharded()
+    False
+    """
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and count() > 1
+
+
 def rank() -> int:
     """The number of this process, from 0.
 

@@ -28,8 +28,9 @@ from secateur.pipeline.recipe import RunOptions
 from secateur.recovery.checkpoints import last_checkpoint
 from secateur.recovery.lora import LoraOptions
 from secateur.recovery.result import RecoverResult
-from tiny import names
+from tiny import names, write_tiny
 
+HEADS: dict[str, Any] = {"num_attention_heads": 10, "num_key_value_heads": 10, "head_dim": 64}
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 RESUME = RunOptions(resume=True)
 TAUGHT: dict[str, Any] = {
@@ -188,3 +189,39 @@ def test_two_processes_that_were_killed_go_on_and_train_as_one_does(
     for entry, expected in zip(result["evaluation"], alone.evaluation, strict=True):
         assert entry["score"] == pytest.approx(expected["score"], rel=1e-4)
     assert distance("here/out", "here/alone") < 1e-4
+
+
+# Prints the largest memory of its process.
+PEAK = """
+import resource, sys
+import secateur.cli.main
+from secateur import processes
+code = secateur.cli.main.run(sys.argv[1:])
+with open(f"peak-{processes.count()}-{processes.rank()}", "w") as file:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=file)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is counted otherwise")
+def test_of_two_processes_that_share_a_model_none_holds_it_whole(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """157 M parameters in float32 with their gradients and moments are 2.5 GB; each process has half of them."""
+    write_tiny(tmp_path / "big", num_hidden_layers=24, hidden_size=640, intermediate_size=2560, **HEADS)
+    (tmp_path / "peak.py").write_text(PEAK)
+    command = "recover big here/{} --data rows.json --max-length 128 --max-steps 2 --global-batch-size 2 --method full"
+    command += " --micro-batch-size 1 --validation 0 --dtype float32 --device cpu --json {}.json"
+    script = str(tmp_path / "peak.py")
+    subprocess.run([sys.executable, script, *command.format("one", "one").split()], capture_output=True, check=True)
+    config = Path(__file__).parents[2] / "docs" / "accelerate" / "fsdp2.yaml"
+    shared = launch(script, *command.format("two", "two").split(), config=config)
+    assert shared.returncode == 0, shared.stderr
+    whole, *parts = (int(Path(f"peak-{name}").read_text()) / 2**20 for name in ("1-0", "2-0", "2-1"))
+    with capsys.disabled():
+        sys.stdout.write(f"\npeak memory: one process {whole:.2f} GiB, of two {parts[0]:.2f} and {parts[1]:.2f}\n")
+    assert max(parts) < 0.65 * whole
+    one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [loss for _, loss in two["loss"]] == pytest.approx([loss for _, loss in one["loss"]], rel=1e-4)
+    assert distance("here/two", "here/one") < 1e-4

@@ -31,7 +31,7 @@ STATE_FILE = "trainer_state.json"  # Trainer's own: steps done, what was logged
 WEIGHTS_FOLDER = "trained"  # the trained weights, by name
 OPTIMIZER_FOLDER = "optimizer"
 OPTIMIZER_FILE = "optimizer.json"  # numbers of the optimizer and of the learning rate schedule
-FILE_BYTES = 2**28  # of tensors in one file; so much is copied at a time
+FILE_BYTES = 2**26  # of tensors in one file; so much is copied at a time
 
 
 def last_checkpoint(folder: Path) -> Path | None:

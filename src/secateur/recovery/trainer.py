@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ from secateur.recovery.packing import check_packing
 from secateur.recovery.teacher_cache import TeacherCache
 
 VALIDATION_TOKENS = 1024  # of a batch of validation rows
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+GATHERED_BYTES = 2**20  # and more are what layers are gathered into
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,10 +255,13 @@ class RecoveryTrainer(Trainer):
 
 def _shard_on_cpus(arguments: TrainingArguments) -> None:
     """Have accelerate shard over processes on CPUs where FSDP is asked for; it does so over accelerators alone."""
-    state = arguments.distributed_state if arguments.device.type == "cpu" else None
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and state is not None and state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU
+    if not processes.sharded() or arguments.device.type != "cpu":
+        return
+    state: Any = arguments.distributed_state
+    state.distributed_type = DistributedType.MULTI_GPU
+    # Weights that were gathered for a layer go back to the system at once, and not to the heap, where they leave holes.
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GATHERED_BYTES)
 
 
 def _training_arguments(

@@ -175,8 +175,8 @@ def _load_trainable(name: str, loading: LoadOptions, options: RecoverOptions) ->
         return adapted
     exact = torch.float64 if model.dtype == torch.float64 else torch.float32
     for parameter in model.parameters():
-        # Small steps vanish in 16 bits; and weights that are mapped from a file may not be written to.
-        parameter.data = parameter.data.to(exact, copy=True)
+        # Small steps vanish in 16 bits. Weights that are mapped from a file may not be written to; shards are copies.
+        parameter.data = parameter.data.to(exact, copy=not processes.sharded())
         parameter.requires_grad_(parameter.is_floating_point())
     return model
 
