@@ -308,3 +308,46 @@ def test_labels_are_the_next_tokens_that_are_learned() -> None:
     assert batch["input_ids"].tolist() == [[2, 3, 4, 5], [0, 1, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORED, 4, 5, IGNORED], [1, IGNORED, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+class TestForms:
+    @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+    def test_a_share_of_the_plain_text_is_in_other_forms(self, share: float, tokenizer: Any, tmp_path: Path) -> None:
+        documents = [{"text": f"Number {i}, it's there."} for i in range(16)]
+        found = texts(tokenizer, read(tokenizer, write(tmp_path, documents), varied=share).train)
+        changed = [text for text, _ in found if not text.startswith("Number") or " , " in text]
+        assert len(changed) == 16 * share
+        assert len([text for text in changed if text.startswith("number N it 's there")]) == 8 * share
+
+    def test_a_long_text_is_divided_where_a_paragraph_ends(self, tokenizer: Any, tmp_path: Path) -> None:
+        paragraph = "A line, and more.\n" * 100
+        (tmp_path / "long.txt").write_text("\n".join([paragraph] * 12))
+        whole = "".join(text for text, _ in texts(tokenizer, read(tokenizer, str(tmp_path / "long.txt")).train))
+        assert whole.count("<end>") == 1
+        assert whole.count("a line and more") == pytest.approx(whole.count("A line , and more . "), abs=400)
+        assert whole.count("a line and more") > 100
+
+    def test_instructions_stay_as_they_are(self, tokenizer: Any, tmp_path: Path) -> None:
+        source = write(tmp_path, [ALPACA] * 8)
+        assert read(tokenizer, source, varied=0.5).train.digest() == read(tokenizer, source, varied=0.0).train.digest()
+
+    def test_a_share_that_is_none(self) -> None:
+        with pytest.raises(DataError, match=r"varied=1.5 is no fraction of the plain text.*DataOptions\(varied=0.25\)"):
+            DataOptions(("a.txt",), varied=1.5)
+
+
+def test_every_row_of_a_text_begins_as_a_text_does(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    (tmp_path / "long.txt").write_text("a cat and a dog and a bird sat on a log and sang " * 20)
+    plain = read(tokenizer, str(tmp_path / "long.txt"), max_length=16, varied=0.0).train
+    with pytest.MonkeyPatch.context() as patch:
+        backend = tokenizer.backend_tokenizer
+        patch.setattr(backend, "post_processor", TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)]))
+        rows = read(tokenizer, str(tmp_path / "long.txt"), max_length=16, varied=0.0).train
+        backend.post_processor = None
+    assert all(rows.ids_T[rows.starts[:-1]] == 0)
+    assert int(rows.lengths_R.max()) == 16
+    inner = torch.ones(len(rows.ids_T), dtype=torch.bool)
+    inner[rows.starts[:-1]] = False
+    assert rows.ids_T[inner].tolist() == plain.ids_T.tolist()

@@ -38,6 +38,9 @@ class DataOptions:
     samples: int | None = None
     """Rows of each source, from its start. Default: all; 256 that the dense model writes."""
 
+    varied: float = 0.25
+    """Share of the plain text in other forms: lower case without punctuation, spaces around punctuation."""
+
     column: str | None = None
     """Field with the text or the messages, where its name is not a usual one."""
 
@@ -59,11 +62,12 @@ class DataOptions:
         check_choices(self, DataError)
         check_least(DataError, "max_length", self.max_length, 2, 256)
         check_least(DataError, "samples", self.samples, 1, 1000)
-        if not 0 <= self.validation < 1:
-            raise DataError(
-                f"validation={self.validation} is no fraction of the rows. Expected 0 (none) up to 1: "
-                "DataOptions(validation=0.02)."
-            )
+        for name, what, usual in (("validation", "rows", 0.02), ("varied", "plain text", 0.25)):
+            if not 0 <= (share := getattr(self, name)) < 1:
+                raise DataError(
+                    f"{name}={share} is no fraction of the {what}. Expected 0 (none) up to 1: "
+                    f"DataOptions({name}={usual})."
+                )
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.calibration import COLUMN, DEMO
 from secateur.data.documents import first_field, holds_documents, instruction_fields, read_documents, string_in
+from secateur.data.forms import FORMS
 from secateur.data.options import DataOptions
 from secateur.data.text import MESSAGES, in_template, read_calibration
 from secateur.errors import DataError
@@ -27,6 +30,7 @@ ALPACA_WITH_INPUT = (
 MESSAGE_FIELDS = (MESSAGES, "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}  # other roles stay as they are
 ASSISTANT = "assistant"
+PART = 4000  # characters of a long text, some rows, that are in one form
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Example:
     where: str  # for errors: the file and the number of the row
     add_special_tokens: bool = True  # False: a chat template has written them
     is_document: bool = False  # plain text: what does not fit into a row goes into further rows
+    is_part: bool = False  # of a document that goes on after it
 
 
 def read_examples(source: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Iterator[Example]:
@@ -56,6 +61,36 @@ def read_examples(source: str, tokenizer: PreTrainedTokenizerBase, options: Data
         if number == options.samples:
             return
         yield _format_row(row, where, tokenizer, options)
+
+
+def in_forms(examples: Iterator[Example], share: float) -> Iterator[Example]:
+    """The same examples with this share of their plain text in each of `FORMS` in turn; a long text is divided.
+
+    >>> texts = iter([Example(text, (), "", is_document=True) for text in ("One.", "It's two.", "Three, yes.")])
+    >>> [example.text for example in in_forms(texts, 0.5)]
+    ['One.', "it 's two ", 'Three, yes.']
+    """
+    owed, forms = 0.0, itertools.cycle(FORMS.values())
+    for example in examples:
+        if not (example.is_document and share):
+            yield example
+            continue
+        parts = _parts(example.text)
+        for number, part in enumerate(parts, start=1):
+            owed += share
+            text = part if owed < 1 else next(forms)(part)
+            owed -= owed >= 1
+            yield replace(example, text=text, answer_spans=((0, len(text)),), is_part=number < len(parts))
+
+
+def _parts(text: str) -> list[str]:
+    """A text in parts of some `PART` characters, with paragraphs whole."""
+    parts = [""]
+    for paragraph in re.split(r"(?<=\n)(?=\n)", text):
+        if len(parts[-1]) >= PART:
+            parts.append("")
+        parts[-1] += paragraph
+    return parts
 
 
 def _format_row(

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.calibration import SELF
 from secateur.data.options import DataOptions, split_weight
 from secateur.data.rows import Rows, pack_rows, row_starts
-from secateur.data.templates import Example, read_examples
+from secateur.data.templates import Example, in_forms, read_examples
+from secateur.data.windows import start_tokens
 from secateur.errors import DataError
 
 TRUNCATED = "cut off before the answer"
@@ -101,15 +102,16 @@ def _read_source(
     """Return the rows of one source that have something to learn; counts the others in `dropped`, by reason."""
     rows: list[tuple[list[int], list[bool]]] = []
     before, examples = dropped[TRUNCATED], 0
-    for batch in _batches(read_examples(name, tokenizer, options)):
+    start = start_tokens(tokenizer).tolist()
+    for batch in _batches(in_forms(read_examples(name, tokenizer, options), options.varied)):
         examples += len(batch)
         for example, ids, loss_mask in zip(batch, *_tokenize(batch, tokenizer, options), strict=True):
             has_answer = any(loss_mask[1:])
-            for start in range(0, len(ids) if example.is_document else 1, options.max_length):
-                part = slice(start, start + options.max_length)
-                part_mask = [False, *loss_mask[part][1:]]  # the first token has nothing before it to be predicted from
+            parts = _parts(ids, loss_mask, options.max_length, start) if example.is_document else [(ids, loss_mask)]
+            for part, mask in parts:
+                part_mask = [False, *mask[1 : options.max_length]]  # nothing stands before the first token
                 if any(part_mask):
-                    rows.append((ids[part], part_mask))
+                    rows.append((part[: options.max_length], part_mask))
                 elif not example.is_document:
                     dropped[TRUNCATED if has_answer else UNANSWERED] += 1
         if options.samples is not None and len(rows) >= options.samples and batch[0].is_document:
@@ -127,6 +129,16 @@ def _read_source(
         )
         raise DataError(f"{name!r}: nothing is left of its {examples} rows to learn from; {remedy}.")
     return rows
+
+
+def _parts(
+    ids: list[int], loss_mask: list[bool], length: int, start: list[int]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """A document in parts of at most `length` tokens, each behind the tokens that a text begins with."""
+    first = len(start) if ids[: len(start)] == start else 0
+    room = max(1, length - len(start))
+    for begin in range(first, len(ids), room):
+        yield start + ids[begin : begin + room], [False] * len(start) + loss_mask[begin : begin + room]
 
 
 def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
@@ -159,7 +171,8 @@ def _tokenize(
                 loss_mask[i] = _mask_by_offsets(encoded["offset_mapping"][place], examples[i].answer_spans)
             else:
                 loss_mask[i] = _mask_by_counting(examples[i], len(ids[i]), tokenizer)
-            if special and tokenizer.eos_token_id is not None and ids[i][-1:] != [tokenizer.eos_token_id]:
+            ends = special and tokenizer.eos_token_id is not None and not examples[i].is_part
+            if ends and ids[i][-1:] != [tokenizer.eos_token_id]:
                 ids[i].append(tokenizer.eos_token_id)
                 loss_mask[i].append(options.loss_on == "all" or bool(examples[i].answer_spans))
     return ids, loss_mask
