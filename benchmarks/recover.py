@@ -1,24 +1,20 @@
-"""What training gives back of what a cut cost, at equal tokens, and how fast it is beside a bare loop.
+"""What training gives back of what a cut cost, by tokens; beside a dense model that was trained alike; and how fast.
 
-    python benchmarks/recover.py --data alpaca.json --calibration FILE --text NAME=FILE [--recover=--OPTION=X]
+    python benchmarks/recover.py --calibration FILE --text NAME=FILE [--budget minutes=20] [--row "NAME=--OPTION X"]
 
-The demo model is cut by a fifth of its non-embedding parameters and trained in four ways on the same rows, once over,
-and in one way on other text:
-
-lora-paper      LLM-Pruner's settings: rank 8, 64 rows a step, a rate of 1e-4 (its warm-up is shortened to fit)
-lora            ours
-distill         all weights, from the dense model, which is asked about all tokens and not about answers alone
-lora+distill    an adapter, from the dense model, too
-distill-text    as distill, on as many documents of the calibration text: what the kind of text is worth
+The demo model is cut by each `--ratio` and trained for each `--budget` (tokens=100k, minutes=20) with the options of
+each `--row`, on the texts of `--calibration` unless a row names other data. The dense model is trained in the same way,
+with itself as the teacher: what it gains is no repair, but more of the text that all are trained on. Damage is
+ln(perplexity / perplexity of the dense model), in nats per token, and is given against the dense model as it is and
+against the one that was trained alike.
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
-checkpoint is picked by a text that is none of those reported (`--development`, by default Python's language reference).
-Damage is ln(perplexity / perplexity of the dense model), in nats per token; beside the texts given, on answers of rows
-of the same file that come after those trained on. Results go to a JSON file as they come
-(`--out`), and the same command goes on after a stop.
+checkpoint is picked by a text that is none of those reported (`--development`). Every result goes into a JSON file as
+it comes (`--out`), and the same command goes on after a stop. `--picture FILE` draws damage against tokens.
 
-Speed is that of steps without evaluations: ours, ours with a teacher, and a loop of peft and PyTorch alone that reads
-the very same batches, in turns in one process. CPU seconds are compared, since a busy machine stretches the clock.
+Speed (`--speed-steps`) is that of steps without evaluations: ours, ours with a teacher, and a loop of peft and PyTorch
+alone that reads the very same batches, in turns in one process. CPU seconds are compared, since a busy machine
+stretches the clock.
 """
 
 from __future__ import annotations
@@ -27,10 +23,11 @@ import argparse
 import itertools
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,6 +43,7 @@ from secateur.data.training_data import read_training_data
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
+from secateur.files import write_json
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recovery.lora import LoraOptions, add_lora
@@ -54,110 +52,150 @@ from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_t
 from secateur.recovery.trainer import TrainingInputs, train
 
 LENGTHS = (128, 1024)
-ROWS: dict[str, list[str]] = {
-    "lora-paper": ["--preset", "llm-pruner", "--epochs", "1"],
-    "lora": ["--method", "lora"],
-    "distill": ["--method", "distill", "--learning-rate", "1e-4", "--loss-on", "all"],
-    "lora+distill": ["--method", "lora+distill", "--learning-rate", "1e-3", "--loss-on", "all"],
-    "distill-text": ["--method", "distill", "--learning-rate", "1e-4"],
-}
-ON_TEXT = ("distill-text",)  # which learn from the text of --calibration
+DENSE = "dense"
 
 
 def main() -> None:
     """Cut, train, measure; print tables."""
     options = _arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=160)
+    console = Console(width=200)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-
-    def keep(name: str, found: Any) -> None:
-        results[name] = found
-        options.out.write_text(json.dumps(results, indent=2))
-
-    if options.calibration is None and not (options.pruned and set(options.rows).isdisjoint(ON_TEXT)):
-        sys.exit(f"recover.py: expected --calibration FILE, for the cut and for {', '.join(ON_TEXT)}")
-    pruned = options.pruned or options.folder / "pruned"
-    if not pruned.exists():
-        cut = ["--preset", options.preset, "--ratio", str(options.ratio), "--calibration", str(options.calibration)]
-        _secateur("prune", options.model, str(pruned), *cut, *options.cut)
-    texts = {name: read_evaluation_text(file) for name, file in options.text} | _unseen_answers(options)
-    folders = {"dense": options.model, "pruned": str(pruned)}
-    for name in options.rows:
-        folders[name] = str(options.folder / name)
+    texts = {name: read_evaluation_text(file) for name, file in options.text}
+    models = {DENSE: options.model} | {f"{ratio:.0%}": str(options.folder / f"cut-{ratio}") for ratio in options.ratio}
+    for ratio, (name, folder) in zip((0.0, *options.ratio), models.items(), strict=True):
+        if name != DENSE and not Path(folder).exists():
+            _secateur("prune", options.model, folder, "--ratio", str(ratio), *_given(options.cut), *_texts(options))
         if name not in results:
-            keep(name, _trained(name, str(pruned), folders[name], options))
-            console.print(f"{name}: {results[name]['seconds']}")
-    for name, folder in folders.items() if options.rows else ():
-        if f"perplexity, {name}" not in results:
-            model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
-            found = evaluate(
-                model, tokenizer, texts, protocols=[Protocol(n) for n in LENGTHS], max_tokens=options.tokens
-            )
-            keep(f"perplexity, {name}", {f"{each.data}@{each.seq_len}": each.ppl for each in found})
-    if options.rows:
-        console.print(_damage(results, options.rows))
+            results[name] = {"perplexity": _perplexity(folder, texts, options.tokens)}
+            write_json(options.out, results)
+    for run, command in _runs(models, options):
+        if run not in results:
+            results[run] = _trained(command, options, texts)
+            write_json(options.out, results)
+            console.print(_table(results, options))
+    console.print(_table(results, options))
+    if options.picture:
+        _draw(results, options, options.picture)
     if options.speed_steps:
-        keep("speed", _speed(str(pruned), options))
+        results["speed"] = _speed(models[list(models)[-1]], options)
+        write_json(options.out, results)
         console.print(_speed_table(results["speed"]))
 
 
-def _trained(name: str, pruned: str, out: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train in a process of its own; returns what the command writes as JSON."""
-    development = [f"--eval={text}" for text in options.development] or [f"--eval=reference={_reference(options)}"]
+def _runs(models: Mapping[str, str], options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """The name of every training, and its command."""
+    for (row, given), budget in itertools.product(options.row, options.budget):
+        flag, _, amount = budget.partition("=")
+        for model, folder in models.items():
+            data = [] if "--data" in given else [f"--data={text}" for text in options.calibration]
+            teacher = [f"--teacher={options.model}"] if model == DENSE and "distill" in given else []
+            yield (
+                " | ".join((row, model, budget)),
+                ["recover", folder, str(options.folder / "trained"), f"--{flag}={amount}", *data, *given, *teacher],
+            )
+
+
+def _trained(command: list[str], options: argparse.Namespace, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Train in a process of its own and measure what it wrote."""
     file = options.folder / "recovered.json"
-    source = options.calibration if name in ON_TEXT else options.data
-    data = ["--data", str(source), "--samples", str(options.samples), "--json", str(file)]
-    _secateur(
-        "recover", pruned, out, *data, *development, *ROWS[name], *options.recover, "--overwrite", "--resume", "--quiet"
-    )
+    development = [f"--eval={text}" for text in options.development]
+    _secateur(*command, *development, "--json", str(file), "--overwrite", "--resume", "--quiet")
     found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    kept = ("method", "steps", "best_step", "tokens", "rows", "seconds", "peak_rss_bytes", "evaluation", "notes")
+    about = {name: found[name] for name in kept} | {"command": ["secateur", *command, *development]}
+    return about | {"perplexity": _perplexity(found["out"], texts, options.tokens)}
 
 
-def _unseen_answers(options: argparse.Namespace) -> dict[str, str]:
-    """The answers of rows that nothing was trained on: what training gives back on text of its own kind."""
-    if options.data.suffix != ".json":
-        return {}
-    rows = json.loads(options.data.read_text(encoding="utf-8"))[options.samples :]
-    answers = [str(row["output"]) for row in rows if row.get("output")]
-    return {"unseen answers": "\n\n".join(answers)} if answers else {}
+def _perplexity(folder: str, texts: Mapping[str, str], tokens: int) -> dict[str, float]:
+    model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
+    found = evaluate(model, tokenizer, texts, protocols=[Protocol(length) for length in LENGTHS], max_tokens=tokens)
+    return {f"{each.data}@{each.seq_len}": each.ppl for each in found}
 
 
-def _reference(options: argparse.Namespace) -> Path:
-    """The half of Python's language reference that no calibration sees, as a file."""
-    from secateur.data.text import demo_texts
+def _texts(options: argparse.Namespace) -> list[str]:
+    return [f"--calibration={text}" for text in options.calibration]
 
-    file: Path = options.folder / "reference.txt"
-    file.write_text(demo_texts()[1], encoding="utf-8")
-    return file
+
+def _given(options: list[str]) -> list[str]:
+    return [part for text in options for part in shlex.split(text)]
 
 
 def _secateur(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "secateur", *arguments], check=True)
 
 
-def _damage(results: dict[str, Any], rows: list[str]) -> Table:
-    columns = list(results["perplexity, dense"])
-    table = Table(title="Damage in nats per token, and the share of it that training took back")
-    for column in ("", *columns, "steps", "best", "tokens", "tokens/s", "peak memory"):
+def damage(results: Mapping[str, Any], name: str, reference: str = DENSE) -> dict[str, float]:
+    """Nats per token that a model loses against another, by text and window."""
+    found, other = (results[each]["perplexity"] for each in (name, reference))
+    return {column: math.log(found[column] / other[column]) for column in other}
+
+
+def _table(results: Mapping[str, Any], options: argparse.Namespace) -> Table:
+    columns = list(results[DENSE]["perplexity"])
+    table = Table(
+        title="Damage in nats per token; the share of it that is gone; the same against the dense model alike"
+    )
+    for column in ("", "cut", "budget", *columns, "tokens", "minutes", "peak memory"):
         table.add_column(column, justify="right" if column else "left")
-
-    def damage(name: str, text: str) -> float:
-        return math.log(results[f"perplexity, {name}"][text] / results["perplexity, dense"][text])
-
-    table.add_row("pruned", *(f"{damage('pruned', text):.3f}" for text in columns))
-    for name in rows:
-        about = results[name]
+    cuts = [name for name in results if "|" not in name and name not in (DENSE, "speed")]
+    for cut in cuts:
+        table.add_row("not trained", cut, "", *(f"{value:.3f}" for value in damage(results, cut).values()))
+    for (row, _), budget, cut in itertools.product(options.row, options.budget, [DENSE, *cuts]):
+        name, alike = (" | ".join((row, each, budget)) for each in (cut, DENSE))
+        if name not in results:
+            continue
         cells = []
-        for text in columns:
-            before, after = damage("pruned", text), damage(name, text)
-            cells.append(f"{after:.3f} ({1 - after / before:.0%})" if before > 0 else f"{after:.3f}")
-        rate = about["tokens"] / about["seconds"]["train"]  # with the evaluations in between
+        for column, value in damage(results, name).items():
+            text = f"{value:.3f}"
+            if cut != DENSE:
+                before = damage(results, cut)[column]
+                text += f" {1 - value / before:.0%}"
+                if alike in results:
+                    text += f", {1 - damage(results, name, alike)[column] / before:.0%}"
+            cells.append(text)
+        about = results[name]
+        minutes = sum(about["seconds"].values()) / 60
         memory = f"{about['peak_rss_bytes'] / 2**30:.2f} GiB"
-        steps = (str(about[key]) for key in ("steps", "best_step"))
-        table.add_row(name, *cells, *steps, f"{about['tokens']:,}", f"{rate:,.0f}", memory)
+        table.add_row(row, cut, budget, *cells, f"{about['tokens']:,}", f"{minutes:.1f}", memory)
     return table
+
+
+def _draw(results: Mapping[str, Any], options: argparse.Namespace, out: Path) -> None:
+    """Mean damage over all columns against tokens: a line for each ratio, and one against the dense model alike."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.hashsalt": "secateur", "svg.fonttype": "none", "font.family": "sans-serif"}
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    row = options.row[0][0]
+    for number, cut in enumerate(name for name in results if "|" not in name and name not in (DENSE, "speed")):
+        for reference, style, label in ((DENSE, "-", "the dense model"), (None, "--", "the dense model trained alike")):
+            points = {0: _mean(damage(results, cut))}
+            for budget in options.budget:
+                name, alike = (" | ".join((row, each, budget)) for each in (cut, DENSE))
+                if name in results and alike in results:
+                    points[results[name]["tokens"]] = _mean(damage(results, name, reference or alike))
+            tokens = sorted(points)
+            axes.plot(
+                [each / 1000 for each in tokens],
+                [points[each] for each in tokens],
+                style,
+                marker="o",
+                color=f"C{number}",
+                label=f"{cut} cut, against {label}",
+            )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens trained on, thousands")
+    axes.set_ylabel("damage, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -166,7 +204,7 @@ def _damage(results: dict[str, Any], rows: list[str]) -> Table:
 def _speed(pruned: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each step, on the clock and of the CPU, of three loops that take turns."""
     tokenizer = load_tokenizer(pruned)
-    data = DataOptions((str(arguments.data),), samples=arguments.samples, validation=0.0)
+    data = DataOptions(tuple(arguments.calibration), validation=0.0)
     rows = read_training_data(tokenizer, data).train
     options = replace(
         RecoverOptions(),
@@ -287,35 +325,38 @@ def _speed_table(speed: dict[str, Any]) -> Table:
     return table
 
 
-def _rows(text: str) -> list[str]:
-    return [] if text == "none" else text.split(",")
+def _named(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    return name, value
 
 
-def _named(text: str) -> tuple[str, Path]:
-    name, _, file = text.partition("=")
-    return name, Path(file)
+def _row(text: str) -> tuple[str, list[str]]:
+    name, options = _named(text)
+    return name, shlex.split(options)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="rows to train on, Alpaca's")
-    parser.add_argument("--calibration", type=Path, help="text for the cut, and for one row")
-    parser.add_argument("--text", type=_named, action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--development", action="append", default=[], metavar="NAME=FILE", help="picks the checkpoint")
-    parser.add_argument("--model", default="demo", help="the dense one")
-    parser.add_argument("--pruned", type=Path, help="a folder that is cut already")
-    parser.add_argument("--preset", default="best", help="of the cut")
-    parser.add_argument("--ratio", type=float, default=0.2)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=40_000, help="of each text that are scored")
-    parser.add_argument("--rows", type=_rows, default=list(ROWS), help="none for the speed alone")
-    parser.add_argument("--cut", action="append", default=[], help="one more option of `secateur prune`")
-    parser.add_argument("--recover", action="append", default=[], help="one more option of `secateur recover`")
-    parser.add_argument("--speed-steps", type=int, default=4, help="0 leaves the speed out")
-    parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("runs/recover"))
-    parser.add_argument("--out", type=Path, default=Path("runs/recover.json"))
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--calibration", action="append", required=True, metavar="FILE", help="text of the cut and of the training")
+    add("--text", type=_named, action="append", required=True, metavar="NAME=FILE", help="what is measured")
+    add("--development", action="append", default=[], metavar="NAME=FILE", help="picks the checkpoint")
+    add("--model", default="demo", help="the dense one")
+    add("--ratio", type=float, action="append", help="of the cut; may be repeated [default: 0.2 and 0.5]")
+    add("--budget", action="append", help="minutes=N or tokens=N; may be repeated [default: minutes=20]")
+    add("--row", type=_row, action="append", help="NAME=OPTIONS of `secateur recover` [default: those by default]")
+    add("--cut", action="append", default=[], help="options of `secateur prune`")
+    add("--tokens", type=int, default=10_000, help="of each text that are scored")
+    add("--picture", type=Path, help="draw damage against tokens, as SVG")
+    add("--speed-steps", type=int, default=0, help="steps by which the speed is measured")
+    add("--turns", type=int, default=2)
+    add("--folder", type=Path, default=Path("runs/recover"))
+    add("--out", type=Path, default=Path("runs/recover.json"))
+    options = parser.parse_args()
+    options.ratio = options.ratio or [0.2, 0.5]
+    options.budget = options.budget or ["minutes=20"]
+    options.row = options.row or [("default", [])]
+    return options
 
 
 if __name__ == "__main__":
