@@ -27,7 +27,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,7 @@ from secateur.recovery.trainer import TrainingInputs, train
 
 LENGTHS = (128, 1024)
 DENSE = "dense"
+MARKS = ("<!-- recover:begin -->", "<!-- recover:end -->")
 
 
 def main() -> None:
@@ -75,6 +76,10 @@ def main() -> None:
             write_json(options.out, results)
             console.print(_table(results, options))
     console.print(_table(results, options))
+    if options.write:
+        from quality_table import write_benchmark
+
+        write_benchmark(block(results, [name for name, _ in options.row], options.budget), MARKS)
     if options.picture:
         _draw(results, options, options.picture)
     if options.speed_steps:
@@ -89,7 +94,7 @@ def _runs(models: Mapping[str, str], options: argparse.Namespace) -> Iterator[tu
         flag, _, amount = budget.partition("=")
         for model, folder in models.items():
             data = [] if "--data" in given else [f"--data={text}" for text in options.calibration]
-            teacher = [f"--teacher={options.model}"] if model == DENSE and "distill" in given else []
+            teacher = [f"--teacher={options.model}"] if model == DENSE else []
             yield (
                 " | ".join((row, model, budget)),
                 ["recover", folder, str(options.folder / "trained"), f"--{flag}={amount}", *data, *given, *teacher],
@@ -131,34 +136,56 @@ def damage(results: Mapping[str, Any], name: str, reference: str = DENSE) -> dic
     return {column: math.log(found[column] / other[column]) for column in other}
 
 
-def _table(results: Mapping[str, Any], options: argparse.Namespace) -> Table:
+def rows_of(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[str]) -> list[list[str]]:
+    """The table: its head, and a row for each model that was measured.
+
+    A cell has the damage of a text, and after a training the share of the cut's damage that is gone, against the dense
+    model and against the one that was trained alike.
+    """
     columns = list(results[DENSE]["perplexity"])
-    table = Table(
-        title="Damage in nats per token; the share of it that is gone; the same against the dense model alike"
-    )
-    for column in ("", "cut", "budget", *columns, "tokens", "minutes", "peak memory"):
-        table.add_column(column, justify="right" if column else "left")
-    cuts = [name for name in results if "|" not in name and name not in (DENSE, "speed")]
+    table = [["", "removed", "budget", *columns, "tokens", "minutes", "peak memory"]]
+    cuts = cuts_in(results)
     for cut in cuts:
-        table.add_row("not trained", cut, "", *(f"{value:.3f}" for value in damage(results, cut).values()))
-    for (row, _), budget, cut in itertools.product(options.row, options.budget, [DENSE, *cuts]):
+        table.append(["not trained", cut, "", *(f"{value:.3f}" for value in damage(results, cut).values()), "", "", ""])
+    for row, budget, cut in itertools.product(rows, budgets, [DENSE, *cuts]):
         name, alike = (" | ".join((row, each, budget)) for each in (cut, DENSE))
         if name not in results:
             continue
         cells = []
         for column, value in damage(results, name).items():
-            text = f"{value:.3f}"
-            if cut != DENSE:
-                before = damage(results, cut)[column]
-                text += f" {1 - value / before:.0%}"
-                if alike in results:
-                    text += f", {1 - damage(results, name, alike)[column] / before:.0%}"
-            cells.append(text)
+            before = damage(results, cut)[column]
+            shares = [value, *([damage(results, name, alike)[column]] if alike in results else [])]
+            said = ", ".join(f"{1 - left / before:.0%}" for left in shares) if cut != DENSE else ""
+            cells.append(f"{value:.3f} ({said})" if said else f"{value:.3f}")
         about = results[name]
         minutes = sum(about["seconds"].values()) / 60
         memory = f"{about['peak_rss_bytes'] / 2**30:.2f} GiB"
-        table.add_row(row, cut, budget, *cells, f"{about['tokens']:,}", f"{minutes:.1f}", memory)
+        table.append(
+            [row, "0%" if cut == DENSE else cut, budget, *cells, f"{about['tokens']:,}", f"{minutes:.1f}", memory]
+        )
     return table
+
+
+def cuts_in(results: Mapping[str, Any]) -> list[str]:
+    """The names of the pruned models."""
+    return [name for name in results if "|" not in name and name not in (DENSE, "speed")]
+
+
+def _table(results: Mapping[str, Any], options: argparse.Namespace) -> Table:
+    head, *rows = rows_of(results, [name for name, _ in options.row], options.budget)
+    table = Table(title="Damage in nats per token; the share of it that is gone, against the dense model and one alike")
+    for column in head:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def block(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[str]) -> str:
+    """The table of docs/benchmarks.md."""
+    head, *found = rows_of(results, rows, budgets)
+    lines = [head, ["---"] * len(head), *found]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _draw(results: Mapping[str, Any], options: argparse.Namespace, out: Path) -> None:
@@ -169,7 +196,7 @@ def _draw(results: Mapping[str, Any], options: argparse.Namespace, out: Path) ->
     mpl.rcParams |= {"svg.hashsalt": "secateur", "svg.fonttype": "none", "font.family": "sans-serif"}
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     row = options.row[0][0]
-    for number, cut in enumerate(name for name in results if "|" not in name and name not in (DENSE, "speed")):
+    for number, cut in enumerate(cuts_in(results)):
         for reference, style, label in ((DENSE, "-", "the dense model"), (None, "--", "the dense model trained alike")):
             points = {0: _mean(damage(results, cut))}
             for budget in options.budget:
@@ -276,7 +303,7 @@ def _bare(pruned: str, inputs: TrainingInputs, options: RecoverOptions) -> list[
     model = _adapted(pruned)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
     moments = [_now()]
     rows = inputs.rows
     for step in inputs.order_SB:
@@ -347,6 +374,7 @@ def _arguments() -> argparse.Namespace:
     add("--row", type=_row, action="append", help="NAME=OPTIONS of `secateur recover` [default: those by default]")
     add("--cut", action="append", default=[], help="options of `secateur prune`")
     add("--tokens", type=int, default=10_000, help="of each text that are scored")
+    add("--write", action="store_true", help="the table of docs/benchmarks.md")
     add("--picture", type=Path, help="draw damage against tokens, as SVG")
     add("--speed-steps", type=int, default=0, help="steps by which the speed is measured")
     add("--turns", type=int, default=2)

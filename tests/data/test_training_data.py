@@ -48,7 +48,7 @@ def write(folder: Path, rows: list[Any], name: str = "rows.json") -> str:
 
 
 def read(tokenizer: Any, *sources: str, **options: Any) -> TrainingData:
-    return read_training_data(tokenizer, DataOptions(sources, **{"validation": 0.0, **options}))
+    return read_training_data(tokenizer, DataOptions(sources, **{"validation": 0.0, "loss_on": "answers", **options}))
 
 
 def texts(tokenizer: Any, rows: Rows) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from secateur.recovery.options import PRESETS, with_preset
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"method": "magic"}, "method='magic' is unknown. Expected lora, full, distill or lora"),
+        ({"method": "magic"}, "method='magic' is unknown. Expected auto, lora, full, distill or lora"),
         ({"lr_scheduler": "step"}, "lr_scheduler='step' is unknown. Expected cosine or linear"),
         ({"track": "paper"}, "track='paper' is unknown. Expected tensorboard"),
         ({"epochs": 0}, "epochs=0 trains nothing"),
@@ -27,7 +27,7 @@ from secateur.recovery.options import PRESETS, with_preset
         ({"eval_tokens": 64}, "eval_tokens=64 is too small. Expected at least 128"),
         ({"patience": 0}, "patience=0 is too small"),
         ({"teacher_weight": 1.5}, "teacher_weight=1.5 is no fraction of the loss"),
-        ({"hidden_states_weight": 1.0}, "method='lora' has no teacher whose hidden states"),
+        ({"method": "lora", "hidden_states_weight": 1.0}, "method='lora' has no teacher whose hidden states"),
         ({"method": "distill", "hidden_states_weight": -1.0}, "hidden_states_weight=-1.0 is too small"),
     ],
 )

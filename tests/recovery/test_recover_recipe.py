@@ -27,7 +27,7 @@ rounds: {count: 2, cut: {ratio: 0.5}}
 def test_single_options_go_before_a_file_and_a_file_before_its_preset(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(FILE)
     found = recover_recipe(file=tmp_path / "recipe.yaml", options={"epochs": 1.0, "lora": {"dropout": 0.0}})
-    assert (found.model, found.data) == ("small", DataOptions(("alpaca.json@2",), "alpaca", samples=100))
+    assert (found.model, found.data) == ("small", DataOptions(("alpaca.json@2",), "alpaca", "answers", samples=100))
     assert (found.options.epochs, found.options.learning_rate, found.options.warmup_steps) == (1.0, 2e-4, 100)
     assert found.options.lora == LoraOptions(4, 16.0, 0.0)
     assert found.rounds == RoundOptions(2, CutOptions(ratio=0.5))
@@ -38,7 +38,7 @@ def test_single_options_go_before_a_file_and_a_file_before_its_preset(tmp_path: 
     ("text", "error", "match"),
     [
         ("model: small\noptions: {learnin_rate: 1}", RecipeError, "Did you mean learning_rate?"),
-        ("model: small\noptions: {method: magic}", RecipeError, "method: 'magic' is no lora or full"),
+        ("model: small\noptions: {method: magic}", RecipeError, "method: 'magic' is no auto or lora"),
         ("command: prune\nmodel: small", RecipeError, "recipe of another command"),
         ("data: {sources: [a.json]}", RecipeError, "no model"),
         ("model: small", DataError, "--data is missing"),

@@ -44,7 +44,7 @@ class TestRefused:
         [
             ({"model": "nowhere/model/x"}, ModelError, "no such file or folder"),
             ({"data": {"sources": ("nothing.json",)}}, DataError, "no such file"),
-            ({"data": {"max_length": 4}}, DataError, "nothing is left of its 40 rows"),
+            ({"data": {"max_length": 4, "loss_on": "answers"}}, DataError, "nothing is left of its 40 rows"),
             ({"data": {"max_length": 512}}, DataError, "max_length=512 is longer than the model's 256 positions"),
             ({"loading": LoadOptions(dtype="float16", device="cpu")}, TrainingError, "float16' overflows in training"),
             ({"method": "full", "save_adapter": True}, TrainingError, "method='full' has no adapter to save"),
@@ -208,6 +208,14 @@ class TestBudget:
             TrainingError, match=r"max_steps=3 and minutes=20 both say when to stop.*leave out max_steps"
         ):
             RecoverOptions(max_steps=3, minutes=20)
+
+
+class TestMethod:
+    @pytest.mark.parametrize(("model", "method"), [("per-layer", "lora+distill"), ("dense", "lora")])
+    def test_a_teacher_where_a_dense_model_is_known(self, model: str, method: str, place: Path) -> None:
+        found = train(model, method="auto", max_steps=1)
+        assert found.method == method
+        assert recover_recipe(file=found.out / "recipe.yaml").options.method == method
 
 
 class TestData:

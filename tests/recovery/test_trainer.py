@@ -30,7 +30,7 @@ def test_a_teacher_is_approached(method: str, left: float, place: Path) -> None:
     sharp["lm_head.weight"] *= 8
     save_file(sharp, place / "sharp" / "model.safetensors", {"format": "pt"})
     data = {"validation": 0.1, "loss_on": "all"}
-    found = train(method=method, teacher="here/sharp", data=data, max_steps=40, eval_steps=40)
+    found = train(method=method, teacher="here/sharp", data=data, max_steps=40, eval_steps=40, teacher_weight=1.0)
     first, last = (found.evaluation[i]["validation"] for i in (0, -1))
     assert first > 0.1
     assert last < left * first
@@ -54,7 +54,7 @@ def test_packed_rows_train(place: Path) -> None:
 
 def test_it_stops_early_and_says_where_nothing_became_better(place: Path) -> None:
     given: dict[str, Any] = {"learning_rate": 0.3, "max_steps": 60, "eval_steps": 1, "patience": 2}
-    found = train(method="full", eval_texts=("reference=held.txt",), **given)
+    found = train(method="full", eval_texts=("reference=held.txt",), data={"loss_on": "answers"}, **given)
     assert found.steps < 60
     scores = [entry["score"] for entry in found.evaluation]
     assert found.steps == found.evaluation[-1]["step"]

@@ -29,8 +29,8 @@ class DataOptions:
     template: Template = "auto"
     """Prompt template. auto: the tokenizer's chat template; Alpaca's for instructions where it has none."""
 
-    loss_on: LossOn = "answers"
-    """Tokens that count in the loss: the answers, or all (prompts, too)."""
+    loss_on: LossOn = "all"
+    """Tokens that count in the loss: all, or the answers without their prompts."""
 
     max_length: int = 256
     """Tokens per row; longer rows are truncated, plain text is split."""

@@ -11,7 +11,7 @@ from secateur.decoding import check_choices
 from secateur.errors import TrainingError, check_known, check_least
 from secateur.recovery.lora import LoraOptions
 
-Method = Literal["lora", "full", "distill", "lora+distill"]
+Method = Literal["auto", "lora", "full", "distill", "lora+distill"]
 Scheduler = Literal["cosine", "linear"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 EVAL_WINDOW = 128  # tokens per window of held-out text
@@ -23,11 +23,12 @@ class RecoverOptions:
 
     >>> RecoverOptions(method="magic")
     Traceback (most recent call last):
-    secateur.errors.TrainingError: method='magic' is unknown. Expected lora, full, distill or lora+distill
+    secateur.errors.TrainingError: method='magic' is unknown. Expected auto, lora, full, distill or lora+distill
     """
 
-    method: Method = "lora"
-    """What is trained: a LoRA adapter (merged afterwards) or all weights; distill learns from the dense model."""
+    method: Method = "auto"
+    """What is trained: a LoRA adapter (merged afterwards) or all weights; distill learns from the dense model, too.
+    auto: lora+distill, or lora where no dense model is known."""
 
     epochs: float = 1.0
     """Passes over the rows."""
@@ -42,14 +43,14 @@ class RecoverOptions:
     """Minutes to train for, instead of epochs; a few steps are timed to know how many. What a teacher reads and the
     evaluations count."""
 
-    global_batch_size: int = 8
+    global_batch_size: int = 4
     """Rows per optimizer step, over all devices."""
 
     micro_batch_size: int = 4
     """Rows per forward pass of one device."""
 
-    learning_rate: float = 5e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW. Default: 1e-3 for an adapter, 1e-4 for all weights."""
 
     warmup_steps: int | None = None
     """Steps of linear warmup. Default: 6 % of all steps."""
@@ -63,7 +64,7 @@ class RecoverOptions:
     lora: LoraOptions = field(default_factory=LoraOptions)
     """Size of the adapter, for methods with LoRA."""
 
-    teacher_weight: float = 1.0
+    teacher_weight: float = 0.5
     """Loss weight of the teacher's distribution, 0 to 1; the labels have the rest. For distill."""
 
     temperature: float = 1.0
@@ -103,7 +104,7 @@ class RecoverOptions:
         check_choices(self, TrainingError)
         self._check_numbers()
         self._check_budget()
-        if self.hidden_states_weight and not self.has_teacher:
+        if self.hidden_states_weight and self.method in ("lora", "full"):
             raise TrainingError(
                 f"method={self.method!r} has no teacher whose hidden states could be learned. Expected distill or "
                 "lora+distill with hidden_states_weight, for example method=lora+distill"
@@ -132,11 +133,20 @@ class RecoverOptions:
     @property
     def has_lora(self) -> bool:
         """Whether an adapter is trained, and not the weights themselves."""
-        return "lora" in self.method
+        return self.method == "auto" or "lora" in self.method
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, resolved.
+
+        >>> RecoverOptions(method="full").rate
+        0.0001
+        """
+        return self.learning_rate or (1e-3 if self.has_lora else 1e-4)
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher's distribution is learned."""
+        """Whether a teacher's distribution is learned; not known yet where the method is auto."""
         return "distill" in self.method
 
 
@@ -161,6 +171,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "default": {"options": {}, "data": {}},
     "llm-pruner": {
         "options": {
+            "method": "lora",
             "epochs": 2.0,
             "global_batch_size": 64,
             "learning_rate": 1e-4,
@@ -168,7 +179,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "lr_scheduler": "linear",
             "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.05},
         },
-        "data": {"template": "alpaca"},
+        "data": {"template": "alpaca", "loss_on": "answers"},
     },
 }
 

@@ -36,7 +36,7 @@ class RecoverRecipe:
     """All that decides what `recover` makes.
 
     >>> RecoverRecipe("small", DataOptions(("alpaca.json",))).options.method
-    'lora'
+    'auto'
     """
 
     model: str

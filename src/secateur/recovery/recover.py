@@ -13,7 +13,7 @@ from secateur.progress import Clock
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import RecoverResult
 from secateur.recovery.rounds import recover_in_rounds
-from secateur.recovery.setup import check_recipe, plan_of, prepare, training_key
+from secateur.recovery.setup import check_recipe, plan_of, prepare, training_key, with_method
 from secateur.recovery.training import Places, train_folder
 
 
@@ -27,6 +27,7 @@ def recover(recipe: RecoverRecipe, out: str | Path, *, run: RunOptions | None = 
     processes.join()
     out, run = Path(out), run or RunOptions()
     clock = Clock(run.bars)
+    recipe = with_method(recipe)
     check_recipe(recipe, out, overwrite=run.overwrite)
     if recipe.rounds is not None:
         result = recover_in_rounds(recipe, recipe.rounds, out, run, clock)

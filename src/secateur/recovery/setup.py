@@ -92,6 +92,14 @@ def training_key(recipe: RecoverRecipe, texts: Sequence[str] = (), cut: Any = No
     return recovery_key([path for path in paths if path is not None], [asdict(recipe), cut])
 
 
+def with_method(recipe: RecoverRecipe) -> RecoverRecipe:
+    """The recipe with its method chosen, where that is left open: by whether a dense model is known."""
+    if recipe.options.method != "auto":
+        return recipe
+    known = recipe.rounds is not None or _dense_model(recipe) is not None
+    return replace(recipe, options=replace(recipe.options, method="lora+distill" if known else "lora"))
+
+
 def check_recipe(recipe: RecoverRecipe, out: Path, *, overwrite: bool) -> None:
     """Raise `SecateurError` for what can be refused before anything is read."""
     options = recipe.options
@@ -199,6 +207,7 @@ def resolve_options(
         max_steps=steps,
         tokens=None,
         minutes=None,
+        learning_rate=options.rate,
         global_batch_size=batch_size,
         micro_batch_size=max(divisors),
         warmup_steps=warmup,
