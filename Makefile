@@ -22,10 +22,12 @@ TEXTS = --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm
 OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
 ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 2048 --seeds 0 $(QUALITY)
 
+RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --text dialogues=$(DATA)/calib/dailydialog/en_dev_human.txt
+
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-serving bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-recover bench-recover-curve bench-serving bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +76,16 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
 	for model in gpt_neox starcoder2; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
 	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox starcoder2)) --write
+
+bench-recover: $(STAMP)  ## Measure what 20 minutes of training give back, beside a dense model trained alike, with DATA=FOLDER; resumes
+	$(if $(DATA),,$(error bench-recover: give the folder of the texts, for example make bench-recover DATA=data))
+	@mkdir -p runs
+	$(RECOVER) --budget minutes=20 --write
+
+bench-recover-curve: $(STAMP)  ## The same by tokens, drawn: hours
+	$(if $(DATA),,$(error bench-recover-curve: give the folder of the texts, for example make bench-recover-curve DATA=data))
+	@mkdir -p runs
+	$(RECOVER) $(addprefix --budget tokens=,25k 50k 100k 200k 400k 800k) --picture docs/recovery.svg
 
 bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and both; writes docs' table
 	$(BIN)/python benchmarks/serving.py --write

@@ -92,7 +92,7 @@ def _runs(models: Mapping[str, str], options: argparse.Namespace) -> Iterator[tu
     """The name of every training, and its command."""
     for (row, given), budget in itertools.product(options.row, options.budget):
         flag, _, amount = budget.partition("=")
-        for model, folder in models.items():
+        for model, folder in (*itertools.islice(models.items(), 1, None), (DENSE, models[DENSE])):
             data = [] if "--data" in given else [f"--data={text}" for text in options.calibration]
             teacher = [f"--teacher={options.model}"] if model == DENSE else []
             yield (

@@ -50,7 +50,7 @@ class RecoverOptions:
     """Rows per forward pass of one device."""
 
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. Default: 1e-3 for an adapter, 1e-4 for all weights."""
+    """Peak learning rate of AdamW. Default: 1.5e-3 for an adapter, 1e-4 for all weights."""
 
     warmup_steps: int | None = None
     """Steps of linear warmup. Default: 6 % of all steps."""
@@ -142,7 +142,7 @@ class RecoverOptions:
         >>> RecoverOptions(method="full").rate
         0.0001
         """
-        return self.learning_rate or (1e-3 if self.has_lora else 1e-4)
+        return self.learning_rate or (1.5e-3 if self.has_lora else 1e-4)
 
     @property
     def has_teacher(self) -> bool:
