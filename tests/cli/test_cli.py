@@ -39,7 +39,7 @@ COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify expo
 IN_ROUNDS = "recover tiny out --data alpaca.json".split()
 RECOVER = "recover tiny out --data alpaca.json --max-length 128 --max-steps 4 --eval-steps 4 --seed 1".split()
 PRUNE_AND_TRAIN = (
-    *"prune tiny out --ratio 0.3 --calibration text.txt --samples 4 --length 16 --recover".split(),
+    *"prune tiny out --ratio 0.3 --iterations 2 --calibration text.txt --samples 4 --length 16 --recover".split(),
     "max_steps=3,method=full,max_length=32,global_batch_size=2",
 )
 SMALL_SWEEP = (
@@ -362,6 +362,7 @@ class TestJson:
         assert (data["steps"], data["method"]) == (3, "full")
         record = json.loads(Path("out/secateur_record.json").read_text())
         assert record["recovery"]["data"]["sources"] == ["text.txt"]
+        assert json.loads(Path("out/secateur_plan.json").read_text())["options"]["iterations"] == 2
         succeed(capsys, "recover", "again", "--recipe", "out/recipe.yaml")
 
     def test_recover(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,6 +203,11 @@ class TestBudget:
     def test_a_step_that_takes_longer_is_taken(self, place: Path) -> None:
         assert train(minutes=1e-6, max_steps=None, eval_steps=None).steps == 1
 
+    def test_minutes_of_a_model_that_no_process_holds(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("secateur.processes.sharded", lambda: True)
+        with pytest.raises(TrainingError, match=r"minutes=20: a step is timed with the whole model.*--tokens 400k"):
+            train(minutes=20, max_steps=None)
+
     def test_two_budgets(self) -> None:
         with pytest.raises(
             TrainingError, match=r"max_steps=3 and minutes=20 both say when to stop.*leave out max_steps"

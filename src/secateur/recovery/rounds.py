@@ -114,7 +114,7 @@ def _plan_rounds(
 
     Raises `PlanError` or `CheckpointError` where a round cannot be cut, or no folder can hold what it leaves.
     """
-    whole = replace(rounds.cut, iterations=rounds.count)
+    whole = replace(rounds.cut, iterations=rounds.count) if rounds.count != 1 else rounds.cut
     if whole.shape == "per-layer" and is_custom(config):
         whole = replace(whole, shape="uniform")
     cuts = [_Cut(1, whole, None)]

@@ -111,6 +111,11 @@ def check_recipe(recipe: RecoverRecipe, out: Path, *, overwrite: bool) -> None:
         raise TrainingError(f"method={options.method!r} has no adapter to save; leave out --save-adapter")
     if options.plot:
         check_installed(TrainingError, "matplotlib", extra="plot", what="plot")
+    if options.minutes is not None and processes.sharded():
+        raise TrainingError(
+            f"minutes={options.minutes:g}: a step is timed with the whole model in one process, and FSDP shards it. "
+            "Expected a number of tokens: --tokens 400k"
+        )
     _check_environment(options.track)
 
 

@@ -19,6 +19,7 @@ from secateur.recovery.distillation import nll_loss
 from secateur.recovery.setup import EVALUATIONS, TrainingSetup
 from secateur.recovery.teacher_cache import TeacherOutputs, save_teacher_outputs
 
+TIMED_STEPS = 4
 RESERVE = 0.05  # of the time, for what is not timed: optimizer steps, checkpoints, files
 
 
@@ -27,26 +28,28 @@ def steps_within(
 ) -> int:
     """Return how many steps of `setup` fit into so many minutes, at least one; the weights do not change.
 
-    A micro-batch of the student with its gradients, one without, and what the teacher reads and saves are timed on the
-    rows of the first step. All evaluations are taken off. Of several processes the slowest counts.
+    The student with its gradients, the student alone, and what the teacher reads and saves are timed per token, on the
+    rows of the first steps. All evaluations are taken off. Of several processes the slowest counts.
     """
-    order_SB, rows, options = setup.order_SB, setup.data.train, setup.options
-    chosen = rows.select(order_SB[0])
-    tokens = int(chosen.lengths_R.sum())
+    rows, options = setup.data.train, setup.options
+    chosen = rows.select(setup.order_SB[:TIMED_STEPS].flatten().unique())
+    some = chosen.select(torch.arange(min(options.micro_batch_size, len(chosen))))
     with torch.autocast(input_device(model).type, torch.bfloat16, enabled=setup.bf16):
-        step = _seconds(lambda: _train(model, chosen, options.micro_batch_size))
+        training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size), chosen)
         with evaluation_mode(model), torch.no_grad():
-            reading = _seconds(lambda: _forward(model, chosen, range(min(options.micro_batch_size, len(chosen)))))
-    read = int(chosen.lengths_R[: options.micro_batch_size].sum())
-    validation = int(setup.data.validation.lengths_R.sum())
-    evaluated = validation + sum(len(ids_T) for ids_T in setup.held_out.values())
-    left = 60 * minutes * (1 - RESERVE) - (EVALUATIONS + 1) * evaluated * reading / read
+            reading = _seconds_per_token(lambda: _forward(model, some, range(len(some))), some)
+    taught = 0.0
     if teacher is not None:
         dense, outputs = teacher(), TeacherOutputs(options.top_k, options.temperature)
         with TemporaryDirectory() as folder:
-            taught = _seconds(lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), again=False)
-        step, left = step + taught, left - validation * taught / tokens
-    return max(1, -processes.largest(-int(left / step)))
+            taught = _seconds_per_token(
+                lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), chosen, again=False
+            )
+    validation = int(setup.data.validation.lengths_R.sum())
+    evaluated = validation + sum(len(ids_T) for ids_T in setup.held_out.values())
+    left = 60 * minutes * (1 - RESERVE) - (EVALUATIONS + 1) * evaluated * reading - validation * taught
+    tokens = setup.data.tokens_per_row * options.global_batch_size / processes.count()  # of a step, in each process
+    return max(1, -processes.largest(-int(left / (tokens * (training + taught)))))
 
 
 def _train(model: nn.Module, rows: Rows, micro_batch_size: int) -> None:
@@ -64,11 +67,11 @@ def _forward(model: nn.Module, rows: Rows, numbers: range) -> Tensor:
     return loss / (labels_BT != IGNORED).sum().clamp(min=1)
 
 
-def _seconds(run: Callable[[], object], *, again: bool = True) -> float:
-    """Seconds that it takes; run `again`, the second time counts, when memory is there."""
+def _seconds_per_token(run: Callable[[], object], rows: Rows, *, again: bool = True) -> float:
+    """Seconds that it takes per token of the rows; run `again`, the second time counts, when memory is there."""
     for _ in range(2 if again else 1):
         start = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / int(rows.lengths_R.sum())
