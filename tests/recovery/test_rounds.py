@@ -185,7 +185,8 @@ GIVEN: dict[str, Any] = {"method": "lora+distill", "plot": True}
 
 
 class TestResume:
-    @pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 3))])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("step", [7, 0, 3])
     def test_stopped_in_a_training_it_goes_on_to_the_same_weights(self, step: int, whole: Whole, place: Path) -> None:
         with interrupted_at(step):
             in_rounds(**GIVEN)

@@ -184,15 +184,15 @@ class TestBudget:
         rows = replace(data.train, sources_R=torch.arange(40) % 2)
         assert replace(data, train=rows).tokens_per_row == 10
 
-    @pytest.mark.parametrize("method", ["lora", "distill"])
+    @pytest.mark.parametrize("method", ["distill", pytest.param("lora", marks=pytest.mark.slow)])
     def test_minutes_are_kept_to(self, method: Any, place: Path) -> None:
         begin = time.monotonic()
-        found = train(method=method, minutes=0.05, max_steps=None, patience=None, eval_steps=None)
+        found = train(method=method, minutes=0.02, max_steps=None, patience=None, eval_steps=None)
         assert found.steps > 1
         assert time.monotonic() - begin < 30
 
     def test_steps_of_a_time_are_found_once(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        given: dict[str, Any] = {"minutes": 0.05, "max_steps": None, "patience": None, "eval_steps": 2}
+        given: dict[str, Any] = {"minutes": 0.01, "max_steps": None, "patience": None, "eval_steps": 2}
         with interrupted_at(3):
             train(**given)
         steps = read_json(place / ".out.secateur" / "steps.json")["steps"]

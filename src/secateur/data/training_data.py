@@ -63,7 +63,7 @@ def read_training_data(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     file = Path(folder) / "rows.jsonl"
     ...     _ = file.write_text('{"prompt": "2+2=", "output": "four"}\n' * 2, encoding="utf-8")
-    ...     rows = read_training_data(letters, DataOptions((str(file),), validation=0.5)).train
+    ...     rows = read_training_data(letters, DataOptions((str(file),), loss_on="answers", validation=0.5)).train
     >>> bytes(rows.ids_T[rows.loss_mask_T].tolist())
     b'four'
     """

@@ -181,7 +181,7 @@ def resolve_options(
     >>> rows = Rows(ids, ids == 0, torch.arange(0, 8001, 8), torch.zeros(1000, dtype=torch.int32))
     >>> options, _ = resolve_options(RecoverOptions(), TrainingData(rows, rows, None))
     >>> options.max_steps, options.warmup_steps, options.eval_steps
-    (125, 7, 12)
+    (250, 15, 25)
     """
     notes = []
     batch_size, count, rows = options.global_batch_size, processes.count(), len(data.train)
