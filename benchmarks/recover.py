@@ -71,7 +71,7 @@ def main() -> None:
             results[name] = {"perplexity": _perplexity(folder, texts, options.tokens)}
             write_json(options.out, results)
     for run, command in _runs(models, options):
-        if run not in results:
+        if run not in results and options.only in (None, run.split(" | ")[1]):
             results[run] = _trained(command, options, texts)
             write_json(options.out, results)
             console.print(_table(results, options))
@@ -372,6 +372,7 @@ def _arguments() -> argparse.Namespace:
     add("--ratio", type=float, action="append", help="of the cut; may be repeated [default: 0.2 and 0.5]")
     add("--budget", action="append", help="minutes=N or tokens=N; may be repeated [default: minutes=20]")
     add("--row", type=_row, action="append", help="NAME=OPTIONS of `secateur recover` [default: those by default]")
+    add("--only", help="train this one now: dense, 20%%, ...")
     add("--cut", action="append", default=[], help="options of `secateur prune`")
     add("--tokens", type=int, default=10_000, help="of each text that are scored")
     add("--write", action="store_true", help="the table of docs/benchmarks.md")

@@ -132,15 +132,15 @@ def test_killed_at_random_moments_it_ends_at_the_same_weights(place: Path) -> No
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", KILLING, "0", "1", *whole], check=True, capture_output=True)
     early = (time.monotonic() - start) / 6
-    command = [sys.executable, "-c", KILLING, "5", str(early), *arguments.split()]
+    command = [sys.executable, "-c", KILLING, "10", str(early), *arguments.split()]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 3
+    assert int(done.stdout) >= 8
     assert distance("here/out", "here/whole") <= 1e-6
     assert [name for name in names(place) if "/" not in name] == ["out", "whole"]
 
 
-# Stops all processes as a step begins.
+# Kills one of the processes as a step begins; the launcher stops the other.
 STOPPING = """
 import os, signal, sys
 stop, arguments = int(sys.argv[1]), sys.argv[2:]
@@ -150,7 +150,7 @@ from secateur.recovery.callbacks import Checkpoints, SeedSteps
 from torch.distributed.tensor import DTensor
 begin, save = SeedSteps.on_step_begin, Checkpoints._save
 def on_step_begin(self, args, state, control, **others):
-    if state.global_step == stop:
+    if state.global_step == stop and processes.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begin(self, args, state, control, **others)
 def on_save(self, state, about):

@@ -21,7 +21,7 @@ from secateur.errors import DataError
 
 TRUNCATED = "cut off before the answer"
 UNANSWERED = "without an answer"
-MOST_VALIDATION = 32  # rows: more would cost more time than they tell
+MOST_VALIDATION = 16  # rows: more would cost more time than they tell
 TOKENIZER_BATCH = 1000  # texts per call of the tokenizer
 
 

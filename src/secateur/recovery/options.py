@@ -46,7 +46,7 @@ class RecoverOptions:
     global_batch_size: int = 4
     """Rows per optimizer step, over all devices."""
 
-    micro_batch_size: int = 4
+    micro_batch_size: int = 2
     """Rows per forward pass of one device."""
 
     learning_rate: float | None = None
@@ -174,6 +174,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "method": "lora",
             "epochs": 2.0,
             "global_batch_size": 64,
+            "micro_batch_size": 4,
             "learning_rate": 1e-4,
             "warmup_steps": 100,
             "lr_scheduler": "linear",

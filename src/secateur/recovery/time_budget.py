@@ -32,9 +32,11 @@ def steps_within(
     rows of the first steps. All evaluations are taken off. Of several processes the slowest counts.
     """
     rows, options = setup.data.train, setup.options
-    chosen = rows.select(setup.order_SB[:TIMED_STEPS].flatten().unique())
+    numbers = setup.order_SB[:TIMED_STEPS].flatten().unique()
+    chosen = rows.select(numbers[rows.lengths_R[numbers].argsort(descending=True)])  # as within a step
     some = chosen.select(torch.arange(min(options.micro_batch_size, len(chosen))))
     with torch.autocast(input_device(model).type, torch.bfloat16, enabled=setup.bf16):
+        _train(model, some, options.micro_batch_size)  # until memory is there
         training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size), chosen)
         with evaluation_mode(model), torch.no_grad():
             reading = _seconds_per_token(lambda: _forward(model, some, range(len(some))), some)
@@ -43,7 +45,7 @@ def steps_within(
         dense, outputs = teacher(), TeacherOutputs(options.top_k, options.temperature)
         with TemporaryDirectory() as folder:
             taught = _seconds_per_token(
-                lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), chosen, again=False
+                lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), chosen
             )
     validation = int(setup.data.validation.lengths_R.sum())
     evaluated = validation + sum(len(ids_T) for ids_T in setup.held_out.values())
@@ -67,11 +69,10 @@ def _forward(model: nn.Module, rows: Rows, numbers: range) -> Tensor:
     return loss / (labels_BT != IGNORED).sum().clamp(min=1)
 
 
-def _seconds_per_token(run: Callable[[], object], rows: Rows, *, again: bool = True) -> float:
-    """Seconds that it takes per token of the rows; run `again`, the second time counts, when memory is there."""
-    for _ in range(2 if again else 1):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+def _seconds_per_token(run: Callable[[], object], rows: Rows) -> float:
+    """Seconds that it takes, per token of the rows."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / int(rows.lengths_R.sum())
