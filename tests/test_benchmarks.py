@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import quality
+import recover
 import zoo
 from quality_table import (
     BEGIN,
@@ -174,3 +175,22 @@ def test_the_command_writes_from_the_file_alone(
     assert f"wrote the table of {root / 'README.md'}" in capsys.readouterr().out
     assert readme_block(RESULTS, WANTED) in (root / "README.md").read_text()
     assert benchmarks_block(RESULTS, WANTED) in (root / "docs" / "benchmarks.md").read_text()
+
+
+def test_what_training_gave_back_is_told_against_both_dense_models() -> None:
+    def about(ppl: float) -> dict[str, Any]:
+        trained = {"seconds": {"train": 90.0}, "peak_rss_bytes": 2**31, "tokens": 1000}
+        return {"perplexity": {"WT2@128": ppl}, **trained}
+
+    results = {
+        "dense": {"perplexity": {"WT2@128": 10.0}},
+        "20%": {"perplexity": {"WT2@128": 20.0}},
+        "default | 20% | minutes=20": about(14.0),
+        "default | dense | minutes=20": about(9.0),
+    }
+    lines = recover.block(results, ["default"], ["minutes=20", "tokens=25k"]).splitlines()
+    assert lines[2] == "| not trained | 20% |  | 0.693 |  |  |  |"
+    assert lines[3] == "| default | 0% | minutes=20 | -0.105 | 1,000 | 1.5 | 2.00 GiB |"
+    assert lines[4] == "| default | 20% | minutes=20 | 0.336 (51%, 36%) | 1,000 | 1.5 | 2.00 GiB |"
+    assert len(lines) == 5
+    assert recover.cuts_in({**results, "speed": {}}) == ["20%"]
