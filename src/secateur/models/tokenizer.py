@@ -12,7 +12,7 @@ from secateur.errors import ModelError
 from secateur.models.silence import quiet
 from secateur.models.sources import DEMO, check_unchanged, hub_options, loader_arguments, resolve
 from secateur.models.trust import model_errors
-from secateur.models.weight_files import TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
+from secateur.models.weight_files import PROCESSOR_FILES, TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +47,17 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
-def text_files(model: str, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Path]:
+def text_files(
+    model: str, tokenizer: PreTrainedTokenizerBase | None = None, *, tokenizer_too: bool = True
+) -> dict[str, Path]:
     """The files of MODEL that its tokenizer, chat template and processors are read from, by name; a GGUF has none.
 
-    With its tokenizer, those that its class names, too.
+    With its tokenizer, those that its class names, too. Without `tokenizer_too`, only those of templates and
+    processors, for a tokenizer that is another.
     """
     source = resolve(model)
     named = {name for name in getattr(tokenizer, "vocab_files_names", {}).values() if isinstance(name, str)}
-    names = sorted(TOKENIZER_FILES | named)
+    names = sorted(TOKENIZER_FILES | named) if tokenizer_too else sorted(PROCESSOR_FILES)
     if source.kind == "hub":
         return {name: Path(path) for name in names if (path := _cached(model, name)) is not None}
     folder = source.folder

@@ -20,10 +20,13 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 # What tokenizers and processors are made of, whichever class reads it; a tokenizer's class may name more.
-TOKENIZER_FILES = frozenset(
+PROCESSOR_FILES = frozenset(
+    "chat_template.jinja chat_template.json processor_config.json preprocessor_config.json "
+    "video_preprocessor_config.json audio_tokenizer_config.json".split()
+)
+TOKENIZER_FILES = PROCESSOR_FILES | frozenset(
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
-    "vocab.txt merges.txt spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
-    "processor_config.json preprocessor_config.json video_preprocessor_config.json audio_tokenizer_config.json".split()
+    "vocab.txt merges.txt spiece.model sentencepiece.bpe.model".split()
 )
 TEMPLATES = "additional_chat_templates/"  # a folder of them
 

@@ -25,7 +25,6 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
 from secateur.data.windows import behind, calibration_windows, digest, held_out_windows, start_tokens
 from secateur.decoding import build_known
-from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
@@ -42,8 +41,8 @@ from secateur.pipeline.cache import Cache, Iteration, StatisticsFolder
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import CutOptions, check_score, settled
-from secateur.planning.plan import Plan, plan
+from secateur.planning.options import TOKENS, CutOptions, check_score, settled
+from secateur.planning.plan import Plan, plan, settings_of
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Clock
 from secateur.pruning.closed_form import REPAIRS
@@ -54,6 +53,10 @@ from secateur.pruning.repair import repair
 from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
+from secateur.vocabulary.calibrated import rank_by_text
+from secateur.vocabulary.losses import lost_scripts
+from secateur.vocabulary.ranking import NATS, TokenRanking
+from secateur.vocabulary.tokenizer import cut_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +116,7 @@ class Pipeline:
         self._model, self._tokenizer, self._windows = model, tokenizer, windows
         self._start: Tensor | None = None  # what goes before windows, where they are read here
         self._table: LatencyTable | None = None
+        self._tokens: TokenRanking | None = None
         self.config: PreTrainedConfig = (
             model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
         )
@@ -135,6 +139,8 @@ class Pipeline:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
         self.calibration = settled(calibration, options)
+        if given is None and TOKENS in options.axes:
+            self._rank_tokens()
         self.recipe = replace(recipe, cut=options, calibration=self.calibration)
 
     @property
@@ -153,6 +159,14 @@ class Pipeline:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.name, trust_remote_code=self.trust)
         return self._tokenizer
+
+    def _rank_tokens(self) -> None:
+        """How often the calibration text uses each token, before any weight is read; those that it needs stay."""
+        (group,) = groups_to_cut(self.discovery, self.options)[TOKENS]
+        with self.clock.stage("count tokens"):
+            self._tokens = rank_by_text(self.tokenizer, group.units, self.calibration, keep=self.options.keep_text)
+        groups = [replace(each, least=self._tokens.least) if each == group else each for each in self.discovery.groups]
+        self.discovery = replace(self.discovery, groups=tuple(groups))
 
     def windows(self) -> Tensor:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
@@ -197,9 +211,13 @@ class Pipeline:
         found = self.cache.load_scores(at.number)
         if found is not None:
             return found
+        groups = [group for group in at.groups if group.kind != TOKENS]
+        tokens = {} if self._tokens is None else {TOKENS: self._tokens.scores(NATS)}
+        if not groups:
+            return Scores(at.options.score, at.options.reduce, tokens)
         first = at.model is None
         statistics = self.statistics.load() if self.statistics is not None and first else None
-        if statistics is None or not covers(statistics, at.options.score, at.discovery, at.groups):
+        if statistics is None or not covers(statistics, at.options.score, at.discovery, groups):
             windows = self.windows() if SCORES[at.options.score].needs != "weights" else None
             model = at.model or self.model
             in_parts = processes.count() == 1 and weight_bytes(model) >= CACHE_LAYERS_FROM
@@ -209,7 +227,7 @@ class Pipeline:
                     model,
                     at.discovery,
                     None if windows is None else self.calibration.scored(windows),
-                    groups=at.groups,
+                    groups=groups,
                     layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
                 )
@@ -218,7 +236,8 @@ class Pipeline:
                 self.statistics.save(statistics)
         reduce = None if at.options.reduce == "auto" else at.options.reduce
         name, text = at.options.score, self.calibration
-        found = scores_from(at.discovery, statistics, groups=at.groups, name=name, reduce=reduce, options=text)
+        found = scores_from(at.discovery, statistics, groups=groups, name=name, reduce=reduce, options=text)
+        found = replace(found, units={**found.units, **tokens})
         if self.statistics is not None and first:
             self.statistics.save_scores(found)
         self.cache.save_scores(at.number, found)
@@ -237,7 +256,7 @@ class Pipeline:
         return self.given or self._planned(at, self.scores(at))
 
     def _planned(self, at: Position, scores: Scores | None = None) -> Plan:
-        return plan(
+        found = plan(
             at.discovery,
             at.options,
             config=self.config if at.model is None else at.model.config,
@@ -246,6 +265,13 @@ class Pipeline:
             fixed_sizes=at.fixed_sizes,
             trust_remote_code=self.trust,
         )
+        if found.kept_tokens is None or self._tokens is None:
+            return found
+        about = {
+            "nats_per_token": NATS * self._tokens.growth(len(found.kept_tokens)),
+            "lost_scripts": [lost.to_json() for lost in lost_scripts(self.tokenizer, found.kept_tokens)],
+        }
+        return replace(found, scored={**found.scored, TOKENS: about})
 
     def _held_out(self, decided: Plan) -> Tensor | None:
         """Windows that no repair sees, of texts that are read here; None where they have no more.
@@ -264,6 +290,14 @@ class Pipeline:
         """7. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
         if not at.options.repairs or left_out(_losses(decided)):
             return decided, {}
+        if decided.kept_tokens is not None:  # repair reads the text as the dense model does
+            rest = decided.without_vocabulary()
+            if rest.settings is not None:
+                settings = settings_of(rest, self.config, at.discovery, trust_remote_code=self.trust)
+                rest = replace(rest, settings=settings)
+            repaired, weights = self.repair(at, rest, room)
+            tokens = [group for group in decided.groups if group.kind == TOKENS]
+            return replace(repaired, groups=(*repaired.groups, *tokens), settings=decided.settings), weights
         found = self.cache.load_repair(decided)
         if found is None:
             model, windows = at.model or self.model, self.windows()
@@ -342,6 +376,7 @@ class Pipeline:
 
     def save(self, pruned: PreTrainedModel, decided: Plan, out: Path, run: RunOptions) -> None:
         """10. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""
+        keep = decided.kept_tokens
         with self.clock.stage("save"):
             unplaced, seed = unplaced_in(self.name, self.loading), self.calibration.seed
             fates = account_for_tensors(self.model, pruned, decided, self.discovery, unplaced=unplaced)
@@ -352,9 +387,9 @@ class Pipeline:
                 pruned,
                 out,
                 plan=decided,
-                tokenizer=self.tokenizer,
+                tokenizer=self.tokenizer if keep is None else cut_tokenizer(self.tokenizer, keep),
                 record=record,
-                files=text_files(self.name, self.tokenizer),
+                files=text_files(self.name, self.tokenizer, tokenizer_too=keep is None),
                 overwrite=run.overwrite,
             ) as folder:
                 recipe = replace(self.recipe, plan=None if self.given is None else PLAN_FILE)  # which lies beside it
@@ -388,7 +423,7 @@ def fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust
     if given.settings is None:
         return given
     try:
-        settings = stock_settings(config, discovery, given.sizes, trust_remote_code=trust_remote_code)
+        settings = settings_of(given, config, discovery, trust_remote_code=trust_remote_code)
     except PlanError as error:
         if given.options.shape == "per-layer":
             return replace(given, settings=None, refusal=str(error))

@@ -32,7 +32,7 @@ def usual_multiple(group: Group, options: CutOptions) -> int:
     >>> usual_multiple(group, CutOptions(shape="uniform")), usual_multiple(group, CutOptions(engine="sglang"))
     (1, 64)
     """
-    if group.kind not in MLPS:
+    if group.kind not in (*MLPS, "vocabulary"):
         return 1
     if options.engine is None and (options.scope == "local" or options.shape == "uniform"):
         return 1

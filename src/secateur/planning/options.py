@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from secateur.data.calibration import DEMO, CalibrationOptions
 from secateur.decoding import check_choices
 from secateur.errors import PlanError, ScoreError, check_known, check_least
 from secateur.scoring.registry import SCORES
 
-AxisName = Literal["attention", "mlp", "query", "experts", "latent", "state", "hidden", "layers"]
+AxisName = Literal["attention", "mlp", "query", "experts", "latent", "state", "hidden", "layers", "vocabulary"]
 BudgetName = Literal["non-embedding", "parameters", "macs", "memory", "latency", "units"]
 Reduction = Literal["auto", "sum", "mean", "max", "prod", "first", "last"]
 
@@ -29,11 +29,13 @@ AXES: dict[str, tuple[str, ...]] = {  # axis -> the kinds of group that it cuts
     "state": ("state",),
     "hidden": ("hidden",),
     "layers": ("layer",),
+    "vocabulary": ("vocabulary",),
 }
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 VARIED = 0.375  # of the windows that repair sees, a third in each form; measured in docs/research.md
 COPIED = 0.125  # of the windows that scores see
 ALONE = ("hidden", "layers")  # axes that run through all layers: each is cut in a run of its own
+TOKENS: Final = "vocabulary"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +59,16 @@ class CutOptions:
     target: int | None = None
     """Size to leave instead of a ratio: a number of parameters or MACs, bytes (memory), microseconds (latency)."""
     axes: tuple[AxisName, ...] = ("attention", "mlp")
-    """What to cut. `hidden` and `layers` each need a run of their own."""
+    """What to cut. `hidden` and `layers` each need a run of their own. `vocabulary` removes tokens that the calibration
+    text hardly uses, and rewrites the tokenizer."""
+    keep_text: tuple[str, ...] = ()
+    """Files of text whose tokens stay when the vocabulary is cut, one or more."""
     shape: Literal["auto", "uniform", "per-layer"] = "auto"
     """`uniform`: all layers keep the same sizes, which a stock config can say. `per-layer`: each its own.
     Auto: per-layer, but uniform for of=units, hidden and layers."""
     repair: Literal["auto", "none", "bias", "least-squares", "reconstruct"] = "auto"
     """Fit the weights that stay to make up for those that go: output biases, least squares on what reads cut units,
-    or that and then training layer by layer. Auto: least-squares, none for whole layers."""
+    or that and then training layer by layer. Auto: least-squares, none for whole layers and for tokens."""
     score: str = "auto"
     """Importance of a unit. Auto: `fisher`; `param_second` for hidden and layers."""
     reduce: Reduction = "auto"
@@ -138,7 +143,7 @@ def automatic(options: CutOptions) -> dict[str, Any]:
     >>> automatic(CutOptions(axes=("hidden",), scope="global"))["scope"]
     'local'
     """
-    alone, whole_layers = bool(set(ALONE) & set(options.axes)), options.axes == ("layers",)
+    alone, no_repair = bool(set(ALONE) & set(options.axes)), options.axes in (("layers",), (TOKENS,))
     even = options.of == "units" or alone
     usual = "param_second" if alone else "fisher"
     score = usual if options.score == "auto" else options.score
@@ -147,8 +152,8 @@ def automatic(options: CutOptions) -> dict[str, Any]:
         "score": usual,
         "scope": "local" if even or options.schedule is not None else "global",
         "shape": "uniform" if even or options.engine == "sglang" else "per-layer",
-        "choose": "obs" if score == "fisher" and not alone else "score",
-        "repair": "none" if whole_layers else "least-squares",
+        "choose": "obs" if score == "fisher" and not alone and options.axes != (TOKENS,) else "score",
+        "repair": "none" if no_repair else "least-squares",
     }
 
 
@@ -188,6 +193,7 @@ def _check_together(options: CutOptions) -> None:
         raise PlanError("sublayers=True lets single layers lose one: use shape=per-layer and scope=global with it")
     if options.engine == "sglang" and options.shape != "uniform":
         raise PlanError(f"engine=sglang reads layers of one size, and shape={options.shape}: use shape=uniform")
+    _check_tokens(options)
     if options.schedule is not None:
         first, last = options.schedule
         if not (0 <= first < math.inf and 0 <= last < math.inf and first + last > 0):
@@ -197,6 +203,30 @@ def _check_together(options: CutOptions) -> None:
                 f"schedule={first:g}:{last:g} gives every layer its share of units: use scope=local and "
                 "shape=per-layer with it, and axes inside layers"
             )
+
+
+def _check_tokens(options: CutOptions) -> None:
+    """What goes together with a cut of the vocabulary."""
+    if TOKENS not in options.axes:
+        if options.keep_text:
+            raise PlanError(
+                f"keep_text={','.join(options.keep_text)} keeps tokens, and axes={','.join(options.axes)} cuts none: "
+                f"add {TOKENS} to the axes, or leave it out"
+            )
+        return
+    with_vocabulary = f"axes={','.join(options.axes)}"
+    if options.of in ("non-embedding", "latency"):
+        raise PlanError(
+            f"{with_vocabulary}: tokens are rows of the embedding, which of={options.of} does not count. Use "
+            "of=parameters (or of=memory)"
+        )
+    if options.iterations > 1:
+        raise PlanError(f"{with_vocabulary}: the vocabulary is cut once, and iterations={options.iterations}: use 1")
+    if len(options.axes) > 1 and options.scope == "global" and options.score != "fisher":
+        raise PlanError(
+            f"{with_vocabulary} weighs tokens against other units in nats, as score=fisher gives them, and "
+            f"score={options.score}: use score=fisher, or cut the vocabulary in a run of its own"
+        )
 
 
 def check_score(options: CutOptions) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from secateur.decoding import build
-from secateur.discovery.config_settings import stock_settings
+from secateur.discovery.config_settings import stock_settings, with_settings
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes
@@ -26,10 +26,11 @@ from secateur.models.manifest import check_as_written
 from secateur.planning.budget import Sizes
 from secateur.planning.engines import check_engine
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import CutOptions, check_score
+from secateur.planning.options import TOKENS, CutOptions, check_score
 from secateur.planning.selection import groups_to_cut, units_to_keep
 from secateur.planning.sizes import SizeSearch, candidate_sizes, format_budget, rounding_cost
 from secateur.scoring.scores import Scores
+from secateur.vocabulary.token_ids import token_id_settings
 
 FORMAT = 2
 MOST_WIDTHS = 256  # on each side of a width that the config refuses, tried to name the nearest that it accepts
@@ -81,6 +82,15 @@ class Plan:
             keep = layers.keep if layers.keep is not None else range(layers.kept)
             dropped = frozenset(range(layers.units)) - frozenset(keep)
         return PrunedSizes({g.name: g.kept for g in self.groups if g.kind != "layer"}, dropped)
+
+    @property
+    def kept_tokens(self) -> tuple[int, ...] | None:
+        """The ids of the tokens that stay, ascending; None where the vocabulary stays whole, or is not decided."""
+        return next((group.keep for group in self.groups if group.kind == TOKENS), None)
+
+    def without_vocabulary(self) -> Plan:
+        """The rest of the plan, that of a model whose vocabulary is cut already (its settings say so, too)."""
+        return replace(self, groups=tuple(group for group in self.groups if group.kind != TOKENS))
 
     @property
     def decided(self) -> bool:
@@ -182,7 +192,7 @@ def _first_described(
         if config is None:
             return draft
         try:
-            settings = stock_settings(config, search.discovery, draft.sizes, trust_remote_code=trust_remote_code)
+            settings = settings_of(draft, config, search.discovery, trust_remote_code=trust_remote_code)
         except PlanError as error:
             refused = refused or replace(draft, refusal=str(error))
         else:
@@ -191,6 +201,19 @@ def _first_described(
         raise PlanError(_nothing_removed(search))
     hint = _accepted_widths(config, search.discovery, refused, trust_remote_code=trust_remote_code)
     return replace(refused, refusal=f"{refused.refusal}{hint}")
+
+
+def settings_of(
+    decided: Plan, config: PreTrainedConfig, discovery: Discovery, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The config settings that say the sizes of a plan, and the new ids of special tokens. Raises `PlanError`."""
+    sizes = decided.sizes
+    kept = next((group.kept for group in decided.groups if group.kind == TOKENS), None)
+    renamed: dict[str, Any] = {}
+    if kept is not None:  # a table must have room for the padding token
+        renamed = token_id_settings(config.to_dict(), decided.kept_tokens or range(kept))
+        config = with_settings(config, renamed)
+    return renamed | stock_settings(config, discovery, sizes, trust_remote_code=trust_remote_code)
 
 
 def _planned_groups(search: SizeSearch, kept: Sizes) -> tuple[PlannedGroup, ...]:

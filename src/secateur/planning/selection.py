@@ -60,7 +60,7 @@ def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) 
     """
     scores_U = _checked_scores(group, kept, scores, options)
     keep = top_units(scores_U, kept)
-    if options.choose != "obs":
+    if options.choose != "obs" or group.kind == "vocabulary":
         return {"keep": keep, "spare": None}
     n_spare = math.ceil(min(group.units - kept, kept) * SPARE)
     return {"keep": keep, "spare": tuple(sorted({*keep} - {*top_units(scores_U, kept - n_spare)}))}

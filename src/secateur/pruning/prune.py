@@ -25,7 +25,9 @@ from secateur.errors import DiskError, PlanError
 from secateur.models.config import check_not_quantized
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
-from secateur.planning.plan import Plan
+from secateur.planning.options import TOKENS, CutOptions
+from secateur.planning.plan import Plan, PlannedGroup, settings_of
+from secateur.vocabulary.token_ids import token_id_settings
 
 
 def prune(
@@ -59,16 +61,53 @@ def prune(
     check_not_quantized(model.config)
     discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
-    # 2. Every weight keeps the slices of the units that stay.
+    # 2. Tokens go first: what is left is a smaller dense model.
+    if plan.kept_tokens is not None:
+        model = cut_vocabulary(model, plan.kept_tokens, discovery=discovery, room=room)
+        plan, discovery = plan.without_vocabulary(), discover(model)
+    # 3. Every weight keeps the slices of the units that stay.
     tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(weights or {})
     smaller = cut_weights(tensors, plan, discovery, room=room if model.device.type == "cpu" else None)
-    # 3. A model of the new sizes holds them.
+    # 4. A model of the new sizes holds them.
     if plan.settings is not None:
         config = with_settings(model.config, plan.settings)
         tied = {other: name for _, (name, *others) in weights_after(discovery, plan.sizes) for other in others}
         pruned = _from_config(model, config, smaller, tied)
     else:
         pruned = _from_modules(model, plan.sizes, smaller, discovery)
+    pruned.eval()
+    return pruned
+
+
+def cut_vocabulary(
+    model: PreTrainedModel, keep: Sequence[int], *, discovery: Discovery | None = None, room: Path | None = None
+) -> PreTrainedModel:
+    """The model of the tokens in `keep` (ids, ascending): rows of the embedding and of the head, and ids in its config.
+
+    Its logits are the columns of those that stay. `vocabulary.tokenizer.cut_tokenizer` makes the tokenizer that goes
+    with it. Raises `PlanError` where discovery finds no vocabulary that can be cut.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> sizes = {"vocab_size": 20, "hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 24, "num_hidden_layers": 1}
+    >>> model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **sizes))
+    >>> smaller = cut_vocabulary(model, [1, 2, 5, 7])
+    >>> smaller.config.vocab_size, smaller.config.eos_token_id, smaller.config.pad_token_id
+    (4, 1, 0)
+    """
+    discovery = discovery or discover(model)
+    group = next((group for group in discovery.groups if group.kind == TOKENS), None)
+    if group is None:
+        raise PlanError(f"axes=vocabulary: {discovery.model} has no vocabulary that can be cut: cut other axes")
+    planned = PlannedGroup(group.name, group.kind, group.layer, group.units, len(keep), tuple(keep))
+    alone = Plan(discovery.model, CutOptions(axes=(TOKENS,), of="parameters"), (planned,), {}, {})
+    settings = settings_of(alone, model.config, discovery, trust_remote_code=runs_remote_code(model))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    smaller = cut_weights(tensors, alone, discovery, room=room if model.device.type == "cpu" else None)
+    tied = {other: name for _, (name, *others) in weights_after(discovery, alone.sizes) for other in others}
+    pruned = _from_config(model, with_settings(model.config, settings), smaller, tied)
+    if pruned.generation_config is not None:
+        for name, value in token_id_settings(pruned.generation_config.to_dict(), keep).items():
+            setattr(pruned.generation_config, name, value)
     pruned.eval()
     return pruned
 

@@ -35,7 +35,7 @@ from secateur.pipeline.pipeline import unplaced_in
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
 from secateur.pipeline.run import prune_model
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
-from secateur.planning.options import CutOptions
+from secateur.planning.options import TOKENS, CutOptions
 from secateur.planning.plan import Plan, plan, read_plan
 from secateur.progress import Clock, peak_rss
 from secateur.pruning.prune import prune
@@ -114,6 +114,11 @@ def _plan_rounds(
 
     Raises `PlanError` or `CheckpointError` where a round cannot be cut, or no folder can hold what it leaves.
     """
+    if TOKENS in rounds.cut.axes:
+        raise PlanError(
+            f"axes={','.join(rounds.cut.axes)}: a vocabulary is not cut and trained in one command. Cut it first, then "
+            "train: `secateur prune MODEL OUT --axes ...`, `secateur recover OUT TRAINED`"
+        )
     whole = replace(rounds.cut, iterations=rounds.count) if rounds.count != 1 else rounds.cut
     if whole.shape == "per-layer" and is_custom(config):
         whole = replace(whole, shape="uniform")

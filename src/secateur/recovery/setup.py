@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
 from secateur.checkpoint.record import PLAN_FILE, read_record
@@ -24,20 +24,24 @@ from secateur.data.rows import Rows, steps_for_epochs, training_order
 from secateur.data.training_data import TrainingData, read_training_data
 from secateur.discovery.discover import discover
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError, check_installed
+from secateur.evaluation.inference import vocabulary_size
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
 from secateur.files import check_apart, check_vacant, read_tensors, write_tensors
 from secateur.models.config import check_not_quantized, check_positions, load_config
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
+from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import recovery_key
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock
+from secateur.pruning.prune import cut_vocabulary
 from secateur.recovery.distillation import check_teacher
 from secateur.recovery.hidden_states import MatchedLayers, match_layers
 from secateur.recovery.lora import check_peft
 from secateur.recovery.options import EVAL_WINDOW, RecoverOptions, Tracker
 from secateur.recovery.recipe import RecoverRecipe
+from secateur.vocabulary.tokenizer import cut_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +156,7 @@ def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
 
 def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock) -> Tensor:
     """What the dense model writes, int64, rows x `max_length`: read where an earlier run has kept it."""
-    file, data, loading = work / WRITTEN_FILE, recipe.data, recipe.loading
+    file, data = work / WRITTEN_FILE, recipe.data
     try:
         kept = read_tensors(file)[0]["rows"]
     except CheckpointError:  # missing or damaged
@@ -160,8 +164,7 @@ def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock) -
     if processes.largest(int(kept is None)):
         options = CalibrationOptions(SELF, samples=data.samples or WRITTEN_ROWS, length=data.max_length, seed=data.seed)
         with clock.stage("write") as progress:
-            model = load(dense, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
-            kept = generate_windows(model, options, progress=progress)
+            kept = generate_windows(load_teacher(recipe, dense), options, progress=progress)
             if processes.is_first():
                 write_tensors(file, {"rows": kept})
         processes.wait()
@@ -259,11 +262,35 @@ def _find_teacher(recipe: RecoverRecipe, tokenizer: PreTrainedTokenizerBase, con
         )
     trust = recipe.loading.trust_remote_code
     teacher_config = load_config(teacher, trust_remote_code=trust)
-    check_teacher(
-        (recipe.model, tokenizer, config.get_text_config().vocab_size),
-        (teacher, load_tokenizer(teacher, trust_remote_code=trust), teacher_config.get_text_config().vocab_size),
-    )
+    known, size = load_tokenizer(teacher, trust_remote_code=trust), teacher_config.get_text_config().vocab_size
+    keep = kept_tokens(recipe.model)
+    if keep is not None and keep[-1] < size and len(known) > len(tokenizer):  # as the teacher is read, too
+        known, size = cut_tokenizer(known, keep), len(keep)
+    check_teacher((recipe.model, tokenizer, config.get_text_config().vocab_size), (teacher, known, size))
     return teacher
+
+
+def kept_tokens(model: str) -> tuple[int, ...] | None:
+    """The ids of the dense model's tokens that a pruned folder has; None where it has all, or nothing says."""
+    path = resolve(model).path
+    return read_plan(path / PLAN_FILE).kept_tokens if path is not None and (path / PLAN_FILE).is_file() else None
+
+
+def load_teacher(recipe: RecoverRecipe, name: str) -> PreTrainedModel:
+    """The dense model in its own dtype if no other is asked for, with the vocabulary of the pruned one."""
+    model = load_finite(name, recipe.loading)
+    keep = kept_tokens(recipe.model)
+    same = keep is None or vocabulary_size(model) <= len(keep)
+    return model if keep is None or same else cut_vocabulary(model, keep)
+
+
+def load_finite(name: str, loading: LoadOptions) -> PreTrainedModel:
+    """Load a model in its own dtype if no other is asked for; float16 becomes float32, which does not overflow."""
+    model = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
+    if model.dtype == torch.float16:
+        model = load(name, dtype="float32", device=loading.device, trust_remote_code=loading.trust_remote_code)
+    check_finite(model)
+    return model
 
 
 def _check_environment(track: Tracker | None) -> None:

@@ -32,7 +32,7 @@ from secateur.recovery.hidden_states import MatchedLayers
 from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.result import RecoverResult, write_curves
-from secateur.recovery.setup import TrainingSetup, compared_layers
+from secateur.recovery.setup import TrainingSetup, compared_layers, load_finite, load_teacher
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _timed(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
     if processes.largest(int(steps is None)):
         with clock.stage("time a step"):
             model = _load_trainable(setup.recipe.model, setup.recipe.loading, setup.options)
-            teacher = None if setup.teacher is None else functools.partial(_load, setup.teacher, setup.recipe.loading)
+            teacher = None if setup.teacher is None else functools.partial(load_teacher, setup.recipe, setup.teacher)
             steps = steps_within(minutes, setup, model, teacher)
         if processes.is_first():
             write_json(file, {"steps": steps})
@@ -134,7 +134,7 @@ def _cache_teacher(
 ) -> dict[str, TeacherCache]:
     """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
     assert setup.teacher is not None
-    teacher = functools.cache(functools.partial(_load, setup.teacher, setup.recipe.loading))  # loaded once, if at all
+    teacher = functools.cache(functools.partial(load_teacher, setup.recipe, setup.teacher))  # loaded once, if at all
     outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
     rows_folder = folder / "-".join(["train", rows.digest()[:12], *([] if layers is None else [layers.key])])
     if processes.is_first():  # in an earlier round other rows were read, or other layers or channels compared
@@ -168,7 +168,7 @@ def _train(
 
 def _load_trainable(name: str, loading: LoadOptions, options: RecoverOptions) -> torch.nn.Module:
     """Load the pruned model with an adapter, or with all its weights in float32, ready to be trained."""
-    model = _load(name, loading)
+    model = load_finite(name, loading)
     torch.manual_seed(options.seed)  # of the adapter's initial values
     if options.has_lora:
         adapted: torch.nn.Module = add_lora(model, options.lora)
@@ -241,15 +241,6 @@ def _record(setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel,
         "before": record.recovery,
     }
     return replace(record, recovery=recovery)
-
-
-def _load(name: str, loading: LoadOptions) -> PreTrainedModel:
-    """Load a model in its own dtype if no other is asked for; float16 becomes float32, which does not overflow."""
-    model = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
-    if model.dtype == torch.float16:
-        model = load(name, dtype="float32", device=loading.device, trust_remote_code=loading.trust_remote_code)
-    check_finite(model)
-    return model
 
 
 def _note_states(inputs: TrainingInputs, layers: MatchedLayers | None) -> list[str]:

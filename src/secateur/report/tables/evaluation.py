@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.evaluation.evaluate import ModelEvaluation
-from secateur.evaluation.perplexity import loss_difference
+from secateur.evaluation.perplexity import bits_difference, loss_difference
 from secateur.evaluation.significance import Difference
 from secateur.evaluation.task_results import HEADLINES, mean_accuracy, task_difference
 from secateur.pipeline.frontier import Sweep
@@ -22,6 +22,7 @@ def evaluation_tables(results: Sequence[ModelEvaluation]) -> Iterator[Renderable
     """Perplexity by text and protocol, accuracy by task, samples of text and bytes, for every model."""
     if any(result.perplexity for result in results):
         yield from titled("Perplexity", _perplexity_table(results))
+        yield from _other_tokens(results)
     if any(measured.tasks for measured in results):
         yield from titled("Accuracy, %", _task_table(results))
         notes = {result.task: result.note for measured in results for result in measured.tasks.values() if result.note}
@@ -54,8 +55,19 @@ def _perplexity_table(results: Sequence[ModelEvaluation]) -> Table:
             scored = (p.data, p.protocol, f"{p.tokens:,}", f"{p.nll:.4f}", bits, f"{p.ppl:.2f}", ends)
             worse = None if measured is results[0] else loss_difference(p, results[0].perplexity_like(p))
             text = "" if worse is None else format_with_error(worse.difference, worse.stderr, "+.4f")
+            more = None if measured is results[0] else bits_difference(p, results[0].perplexity_like(p))
+            text = text if more is None else f"{more:+.4f} bits/byte"
             table.add_row(measured.model, *scored, *((text,) if difference else ()))
     return table
+
+
+def _other_tokens(results: Sequence[ModelEvaluation]) -> Iterator[str]:
+    """What compares models whose vocabularies differ, and how long a text is for each."""
+    for p in results[0].perplexity:
+        beside = [(each.model, like) for each in results if (like := each.perplexity_like(p)) is not None]
+        if any(bits_difference(like, p) is not None for _, like in beside):
+            lengths = ", ".join(f"{model} {like.tokens_per_byte or 0:.4f}" for model, like in beside)
+            yield f"vocabularies differ: bits/byte of the same text compares them; tokens/byte of {p.data}: {lengths}"
 
 
 def _task_table(results: Sequence[ModelEvaluation]) -> Table:

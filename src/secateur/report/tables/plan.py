@@ -44,11 +44,23 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
             f"rounded to multiples of {rounding['multiple']}, the cut takes {rounding['planned']:.4g} "
             f"share of all scores; with any widths, {rounding['any_widths']:.4g}"
         )
+    yield from _lost_tokens(planned)
     if planned.settings is not None:
         short = {k: f"({len(v)} entries)" if isinstance(v, list) else str(v) for k, v in planned.settings.items()}
         yield "config: " + ", ".join(f"{name} = {value}" for name, value in short.items())
     elif planned.refusal is not None:
         yield f"no stock folder, but one with a file of code (trust_remote_code=True): {planned.refusal}"
+
+
+def _lost_tokens(planned: Plan) -> Iterator[str]:
+    """What a cut of the vocabulary is expected to cost, and the scripts that lose most of their tokens."""
+    about = planned.scored.get("vocabulary")
+    if about is None:
+        return
+    yield f"tokens that go: about {about['nats_per_token']:.4f} nats per token of text like the calibration text"
+    for lost in about["lost_scripts"]:
+        examples = " ".join(lost["examples"])
+        yield f"texts in {lost['script']} grow longer: {lost['after']:,} of {lost['before']:,} tokens stay ({examples})"
 
 
 def size_rows(

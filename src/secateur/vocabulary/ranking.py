@@ -1,0 +1,143 @@
+"""Pieces and how often each occurs -> the order in which tokens go, and what each costs.
+
+A token goes before its parts do, and leaves its occurrences to them. So the first to go are tokens that the text does
+not use, then those that lengthen it least.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from secateur.errors import PlanError
+from secateur.vocabulary.pieces import Pieces
+
+COUNTED = 50_000_000  # characters of all texts together, at most
+BATCH = 256  # texts encoded at once
+NATS = 6.0  # that a token costs by which a text grows; measured in docs/research.md
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRanking:
+    """How dear every token is, in tokens by which a token of text grows longer when it goes."""
+
+    growth_V: Tensor
+    """float64: the number of tokens added per token of text; inf for those that stay."""
+    order: tuple[int, ...]
+    """The tokens that may go, the cheapest first."""
+
+    @property
+    def least(self) -> int:
+        """The number of tokens that stay whatever is asked for."""
+        return len(self.growth_V) - len(self.order)
+
+    def scores(self, nats: float) -> Tensor:
+        """float64, one for each token: nats per token of text, strictly ascending along the order.
+
+        `nats` is what a token that a text grows by costs. The tokens that stay are dearer than all that may go.
+        """
+        scores_V = torch.empty_like(self.growth_V)
+        order = torch.tensor(self.order, dtype=torch.int64)
+        price = (self.growth_V[order] * nats).cummax(0).values if len(order) else self.growth_V[:0]
+        step = 1e-9 * max(float(price[-1]) if len(order) else 0.0, 1e-9)  # apart, but by less than a rare token costs
+        scores_V.fill_(2 * (float(price[-1]) if len(order) else 0.0) + 1e-6)
+        scores_V[order] = price + step * torch.arange(1, len(order) + 1, dtype=torch.float64) / max(len(order), 1)
+        return scores_V
+
+    def growth(self, number: int) -> float:
+        """The tokens by which a token of text grows where only so many tokens stay.
+
+        >>> TokenRanking(torch.tensor([float("inf"), 0.5, 0.25]).double(), order=(2, 1)).growth(2)
+        0.25
+        """
+        return float(self.growth_V[torch.tensor(self.order[: len(self.growth_V) - number], dtype=torch.int64)].sum())
+
+    def kept(self, number: int) -> tuple[int, ...]:
+        """The ids, ascending, of so many tokens that stay.
+
+        >>> TokenRanking(torch.tensor([float("inf"), 0.2, 0.1]).double(), order=(2, 1)).kept(2)
+        (0, 1)
+        """
+        gone = {*self.order[: len(self.growth_V) - number]}
+        return tuple(token for token in range(len(self.growth_V)) if token not in gone)
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], size: int) -> Tensor:
+    """float64 (size): how often each token occurs in the texts, up to `COUNTED` characters; they are read one by one.
+
+    >>> from types import SimpleNamespace
+    >>> letters = lambda texts, **_: SimpleNamespace(input_ids=[[ord(each) - 97 for each in text] for text in texts])
+    >>> token_counts(letters, ["abba", "c"], 4).tolist()
+    [2.0, 2.0, 1.0, 0.0]
+    """
+    counts_V = torch.zeros(size, dtype=torch.float64)
+    left, waiting = COUNTED, iter(texts)
+    while left > 0 and (batch := [*itertools.islice(waiting, BATCH)]):
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        ids = torch.tensor([*itertools.chain.from_iterable(encoded)], dtype=torch.int64)
+        counts_V += torch.bincount(ids[ids < size], minlength=size)
+        left -= sum(map(len, batch))
+    return counts_V
+
+
+def rank_tokens(pieces: Pieces, counts_V: Tensor, *, protected: Sequence[int] = ()) -> TokenRanking:
+    """Rank the tokens of a vocabulary by their counts (float64, one for each row of the embedding).
+
+    `protected` tokens stay, too. Tokens that do not occur share what text of the same kind is likely to have of such
+    (Good and Turing: as many in all as there are tokens that occur once). Of equals the last go first: a tokenizer
+    lists its most frequent first. Raises `PlanError` for pieces that have more tokens than there are rows.
+
+    >>> pieces = Pieces({0: "a", 1: "b", 2: "ab", 3: "aba"}, {2: (0, 1), 3: (2, 0)}, frozenset({0, 1}), closed=True)
+    >>> rank_tokens(pieces, torch.tensor([1.0, 1.0, 5.0, 2.0]).double()).order
+    (3, 2)
+    """
+    size = len(counts_V)
+    if pieces.tokens and max(pieces.tokens) >= size:
+        raise PlanError(
+            f"axes=vocabulary: the tokenizer has token {max(pieces.tokens)}, and the model a vocabulary of {size}. "
+            "They do not belong together: cut other axes"
+        )
+    total = max(float(counts_V.sum()), 1.0)
+    unseen = [number for number in pieces.parts if counts_V[number] == 0]
+    once = int(((counts_V > 0) & (counts_V < 2)).sum())
+    uses: list[float] = counts_V.tolist()
+    for number in unseen:
+        uses[number] = min(once / len(unseen), 0.5)
+    needed = pieces.needed | {*protected}
+    above = dict.fromkeys(range(size), 0)  # kept tokens that are made of this one
+    for parts in pieces.parts.values():
+        for part in {*parts} if pieces.closed else ():
+            above[part] += 1
+    growth_V = torch.full((size,), float("inf"), dtype=torch.float64)
+    order: list[int] = []
+    for number in range(size):  # rows without a token
+        if number not in pieces.tokens:
+            growth_V[number] = 0.0
+            order.append(number)
+
+    def price(number: int) -> float:
+        return uses[number] * max(len(pieces.parts[number]) - 1, 1)
+
+    waiting = [(price(n), -n) for n in pieces.parts if n not in needed and not above[n]]
+    heapq.heapify(waiting)
+    while waiting:
+        found, number = heapq.heappop(waiting)
+        number = -number
+        if found < price(number):  # it has inherited since
+            heapq.heappush(waiting, (price(number), -number))
+            continue
+        order.append(number)
+        growth_V[number] = found / total
+        for part in pieces.parts[number]:
+            uses[part] += uses[number]
+        for part in {*pieces.parts[number]} if pieces.closed else ():
+            above[part] -= 1
+            if not above[part] and part not in needed and part in pieces.parts:
+                heapq.heappush(waiting, (price(part), -part))
+    return TokenRanking(growth_V, tuple(order))

@@ -1,0 +1,38 @@
+"""Token ids in a config or a generation config -> the same tokens' ids after a cut of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+SUFFIXES = ("_token_id", "_token_ids", "_tokens_ids", "_token_index", "_words_ids")
+NAMES = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "sequence_bias")
+
+
+def token_id_settings(settings: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Dotted name -> new value, of every setting that names tokens and changes; `keep` are the ids that stay.
+
+    A token that has gone is left out of a list; a setting of one token alone becomes None.
+
+    >>> token_id_settings({"eos_token_id": [2, 7], "pad_token_id": 3, "text_config": {"bos_token_id": 0}}, [0, 2, 7])
+    {'eos_token_id': [1, 2], 'pad_token_id': None}
+    """
+    new = {before: after for after, before in enumerate(keep)}
+    return {name: changed for name, value in _named(settings) if (changed := _renumbered(value, new)) != value}
+
+
+def _named(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and name not in NAMES:
+            yield from _named(value, f"{prefix}{name}.")
+        elif name in NAMES or str(name).endswith(SUFFIXES):
+            yield f"{prefix}{name}", value
+
+
+def _renumbered(value: Any, new: Mapping[int, int]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | list | tuple):
+        return value
+    if isinstance(value, int):
+        return new.get(value) if value >= 0 else value
+    found = [_renumbered(item, new) for item in value]
+    return [item for item, before in zip(found, value, strict=True) if item is not None or before is None]

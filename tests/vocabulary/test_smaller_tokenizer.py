@@ -1,0 +1,133 @@
+"""A tokenizer without some of its tokens gives every text back, and reads a text of the others as before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from secateur.errors import PlanError
+from secateur.vocabulary.pieces import pieces_of
+from secateur.vocabulary.ranking import rank_tokens, token_counts
+from secateur.vocabulary.tokenizer import cut_tokenizer
+from small_tokenizers import LETTERS, TOKENIZERS, words
+
+SEEDS = 10  # tokenizers of each kind
+STRANGE = [0x1F600, 0x0301, 0x200D, 0x2581, 0x00A0, 0xFFFD, 0x10FFFF, 0x20000, 0x0E01, 0x05D0, 0x0A, 0x09, 0x7F]
+
+
+def text_of_all_planes(rng: random.Random) -> str:
+    """Words that the tokenizers know, letters, and characters from anywhere in Unicode."""
+    known = words(rng.randrange(SEEDS))[0].split()
+    pieces: list[Callable[[], str]] = [
+        lambda: rng.choice(known),
+        lambda: rng.choice(LETTERS),
+        lambda: " ",
+        lambda: chr(rng.choice(STRANGE)),
+        lambda: chr(rng.choice([rng.randrange(0x20, 0xD800), rng.randrange(0xE000, 0x110000)])),
+    ]
+    return "".join(rng.choice(pieces)() for _ in range(rng.randrange(1, 30)))
+
+
+def cut(whole: PreTrainedTokenizerFast, seed: int, share: float) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """The tokenizer without a share of what may go, by counts of some text."""
+    ranking = rank_tokens(pieces_of(whole), token_counts(whole, words(seed)[:20], len(whole)))
+    keep = [*ranking.kept(len(whole) - int(share * len(ranking.order)))]
+    return cut_tokenizer(whole, keep), keep
+
+
+def check(whole: PreTrainedTokenizerFast, smaller: PreTrainedTokenizerFast, keep: list[int], text: str) -> None:
+    before, after = (each(text, add_special_tokens=False).input_ids for each in (whole, smaller))
+    assert smaller.decode(after) == whole.decode(before), text
+    if {*before} <= {*keep}:
+        assert [keep[number] for number in after] == before, text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("seeds", [1, pytest.param(SEEDS, marks=pytest.mark.slow)])
+def test_every_text_is_given_back(kind: str, seeds: int) -> None:
+    """500 texts of all planes and more: of ten tokenizers of each kind, cut by little and by all that may go."""
+    rng = random.Random(kind)
+    for seed in range(seeds):
+        whole = TOKENIZERS[kind](seed)
+        for share in (0.3, 0.7, 1.0):
+            smaller, keep = cut(whole, seed, share)
+            assert len(smaller) == len(keep)
+            assert [smaller.convert_ids_to_tokens(n) for n in range(len(keep))] == whole.convert_ids_to_tokens(keep)
+            for _ in range(60):
+                check(whole, smaller, keep, text_of_all_planes(rng))
+            for line in words(seed)[:5]:
+                check(whole, smaller, keep, line)
+
+
+SAME = {kind: (whole := make(0), *cut(whole, 0, 0.8)) for kind, make in TOKENIZERS.items() if kind != "unigram"}
+
+
+@pytest.mark.parametrize("kind", SAME)
+@given(text=st.text(max_size=40))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_text_is_given_back(kind: str, text: str) -> None:
+    check(*SAME[kind], text)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_kept_tokens_are_read_as_before(kind: str) -> None:
+    """Texts that the dense tokenizer makes of kept tokens alone, found by decoding such tokens."""
+    whole = TOKENIZERS[kind](3)
+    smaller, keep = cut(whole, 3, 0.6)
+    rng, seen = random.Random(0), 0
+    for _ in range(100):
+        text = str(whole.decode(rng.choices(keep, k=rng.randrange(1, 6)), skip_special_tokens=True))
+        seen += {*whole(text, add_special_tokens=False).input_ids} <= {*keep}
+        check(whole, smaller, keep, text)
+    assert seen > 20  # the check looked at something
+
+
+def test_special_tokens_and_those_around_a_text_stay() -> None:
+    whole = TOKENIZERS["wordpiece"](0)
+    smaller, keep = cut(whole, 0, 1.0)
+    assert smaller("a").input_ids[0] == smaller.bos_token_id == keep.index(whole.bos_token_id)
+    assert smaller("a").input_ids[-1] == smaller.eos_token_id == keep.index(whole.eos_token_id)
+
+
+def test_a_chat_is_written_with_kept_tokens() -> None:
+    whole = TOKENIZERS["byte_level"](0)
+    whole.chat_template = "{% for m in messages %}{{ m['role'] + ' said: ' + m['content'] }}{% endfor %}"
+    smaller, keep = cut(whole, 0, 1.0)
+    before = whole("user said: .", add_special_tokens=False).input_ids
+    assert {*before} <= {*keep}
+    assert smaller.chat_template == whole.chat_template
+
+
+def test_counts_follow_the_parts() -> None:
+    """A token that goes leaves its uses to its parts, so a part is never cheaper than what is made of it."""
+    whole = TOKENIZERS["byte_level"](1)
+    pieces = pieces_of(whole)
+    ranking = rank_tokens(pieces, token_counts(whole, words(1), len(whole)))
+    place = {number: index for index, number in enumerate(ranking.order)}
+    for number, parts in pieces.parts.items():
+        for part in parts:
+            assert number not in place or part not in place or place[number] < place[part]
+    scores_V = ranking.scores(2.0)[torch.tensor(ranking.order)]
+    assert (scores_V.diff() > 0).all()
+
+
+def test_tokens_that_are_protected_stay() -> None:
+    whole = TOKENIZERS["byte_level"](0)
+    counts_V = torch.zeros(len(whole), dtype=torch.float64)
+    some = whole(words(0)[0], add_special_tokens=False).input_ids
+    ranking = rank_tokens(pieces_of(whole), counts_V, protected=some)
+    assert {*some} <= {*ranking.kept(ranking.least)}
+
+
+def test_a_tokenizer_of_words_is_refused() -> None:
+    from tokenizers import Tokenizer, models
+
+    words_alone = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(PlanError, match="of type WordLevel, whose tokens have no smaller parts"):
+        pieces_of(words_alone)
