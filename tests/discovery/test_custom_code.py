@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -54,8 +55,10 @@ AUTO_MAP = {
 TRUSTED = LoadOptions(device="cpu", trust_remote_code=True)
 HEADS, INNER, HIDDEN, LAYERS = 6, 84, 48, 3
 TOLERANCE = 1e-8
+MASK, BEGIN = 300, 301  # its code looks for both in every row
 IDS = torch.randint(3, 101, (2, 9), generator=torch.Generator().manual_seed(1))
-IDS[0, 5] = 0  # the begin-token, after which both positions of a token change
+IDS[0, [2, 5]] = torch.tensor([MASK, BEGIN])
+IDS[1, [6, 7]] = torch.tensor([MASK, BEGIN])
 # What anyone has: transformers, and none of us.
 STRANGER = """
 import sys
@@ -116,7 +119,8 @@ def forget_modules() -> None:
 
 def write_custom(folder: Path) -> Path:
     """Write the folder of a small random model with its tokenizer and its code, which leaves a mark when it runs."""
-    config = GlmLikeConfig(inner_hidden_size=INNER, bos_token_id=0, eos_token_id=0, pad_token_id=0, auto_map=AUTO_MAP)
+    named = {"bos_token_id": BEGIN, "eos_token_id": 0, "pad_token_id": 0}
+    config = GlmLikeConfig(inner_hidden_size=INNER, auto_map=AUTO_MAP, **named)
     model = GlmLikeForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -126,7 +130,7 @@ def write_custom(folder: Path) -> Path:
     with quiet():
         model.save_pretrained(folder)
         GlmLikeTokenizer(  # type: ignore[no-untyped-call]
-            tokenizer_object=tiny_tokenizer().backend_tokenizer
+            tokenizer_object=with_mask_and_begin(tiny_tokenizer().backend_tokenizer), bos_token="<sop>"
         ).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     auto_map = {"AutoTokenizer": [None, "tokenization_glm_like.GlmLikeTokenizer"]}
@@ -135,6 +139,16 @@ def write_custom(folder: Path) -> Path:
     for name in FILES:
         (folder / name).write_text((CODE / name).read_text(encoding="utf-8") + mark, encoding="utf-8")
     return folder
+
+
+def with_mask_and_begin(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer that puts both tokens behind a text, where the model is to write."""
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    changed.add_special_tokens(["[gMASK]", "<sop>"])
+    changed.post_processor = processors.TemplateProcessing(
+        single="$A [gMASK] <sop>", special_tokens=[("[gMASK]", MASK), ("<sop>", BEGIN)]
+    )
+    return changed
 
 
 def mark_of(folder: Path) -> Path:
@@ -176,7 +190,7 @@ def planned(model: PreTrainedModel, discovery: Discovery, kind: str, *, layers: 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    found: torch.Tensor = model(input_ids=IDS % model.config.vocab_size, use_cache=False).logits
     return found
 
 
@@ -235,9 +249,10 @@ class TestTrusted:
         layers = [
             {f"layers.{i}.attention": ("attention", HEADS), f"layers.{i}.mlp": ("mlp", INNER)} for i in range(LAYERS)
         ]
-        whole = {"hidden": ("hidden", HIDDEN), "vocabulary": ("vocabulary", 300)}
-        assert units == {**layers[0], **layers[1], **layers[2], **whole}
-        assert discovery.frozen == ()
+        assert units == {**layers[0], **layers[1], **layers[2], "hidden": ("hidden", HIDDEN)}
+        frozen = {(each.weight, each.dim): each.reason for each in discovery.frozen}
+        why = "the code computes with the numbers of its positions"  # it looks for tokens by number
+        assert frozen == {("transformer.word_embeddings.weight", 0): why, ("lm_head.weight", 0): why}
 
     def test_layers_that_do_not_add_to_their_input_are_counted_and_not_dropped(self, discovery: Discovery) -> None:
         """A layer carries its norm on, not its input: without it, the rest would get something else."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,13 +20,18 @@ _INSTEAD = f"Give a text instead: CalibrationOptions({DEMO!r})."
 
 
 def generate_windows(
-    model: PreTrainedModel, options: CalibrationOptions, *, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    options: CalibrationOptions,
+    *,
+    start_tokens: Sequence[int] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Let the model generate its own calibration text; returns int64 ids on the CPU, samples x length.
 
     Calibration without data, as in LLM-QAT (arXiv 2305.17888): every token is drawn from the model's own distribution
-    at temperature 1. A sample starts after the start token that the configs name, else the first end-of-text token,
-    else token 0, and does not hold it; an end of text within it is a token like any other. `progress` counts samples.
+    at temperature 1. A sample starts after `start_tokens`; without any, after the start token that the configs name,
+    else the first end-of-text token, else token 0. It does not hold these, and an end of text within it is a token like
+    any other. `progress` counts samples.
     Raises `DataError` for a model that cannot generate, or whose logits hold NaN, and as `check_positions` does.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,7 +53,7 @@ def generate_windows(
     with _own_distribution(any_model, options.seed, device), quiet():
         for first in range(0, options.samples, at_once):
             count = min(at_once, options.samples - first)
-            start = torch.full((count, 1), _start_token(model), device=device)
+            start = torch.tensor([start_tokens or [_start_token(model)]] * count, device=device)
             batches.append(_generate(any_model, start, sampling))
             if progress is not None:
                 progress(first + count, options.samples)
@@ -70,7 +75,7 @@ def _generate(model: Any, start: Tensor, sampling: GenerationConfig) -> Tensor:
         raise
     except Exception as error:  # whatever the model's own code makes of it
         raise DataError(f"text={SELF!r}: {name} writes no text ({one_line(error)}). {_INSTEAD}") from error
-    generated: Tensor = ids[:, 1:].cpu()
+    generated: Tensor = ids[:, start.shape[1] :].cpu()
     return generated
 
 

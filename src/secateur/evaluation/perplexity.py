@@ -149,7 +149,8 @@ def perplexity(
     if protocol.start_tokens and start_T is None:
         raise DataError(f"{data}: {protocol} needs what encode_text(tokenizer, text) returns, not token ids alone")
     start_T = start_T if protocol.start_tokens and start_T is not None else ids_T[:0]
-    ids_T = ids_T[len(start_T) :]  # the text begins with them, and each window gets them anew
+    first = len(start_T) if torch.equal(ids_T[: len(start_T)], start_T) else 0
+    ids_T = ids_T[first:]  # the text begins with them, and each window gets them anew
     cut = windows(protocol, len(ids_T), data=data)
     vocabulary = vocabulary_size(model)
     batch_size = batch_size or fitting_batch(protocol.window, vocabulary)
@@ -167,7 +168,7 @@ def perplexity(
         )
     scored_bytes = None
     if isinstance(text, EncodedText):  # the first token of a text is never scored
-        ends_T = text.byte_ends_T[len(start_T) :]
+        ends_T = text.byte_ends_T[first:]
         scored_bytes = sum(int(ends_T[window.end - 1] - ends_T[window.scored - 1]) for window in cut)
     return _summary(data, protocol, nats, [window.tokens for window in cut], scored_bytes)
 
