@@ -23,6 +23,7 @@ from torch.func import functional_call
 from secateur.discovery.graph import Graph
 from secateur.discovery.recorder import Recorder, tensors_in
 from secateur.errors import DiscoveryError, one_line
+from secateur.models.as_written import as_written
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +107,8 @@ def _run_on_fake_tensors(
     ids = torch.arange(batch * sequence).reshape(batch, sequence) % max(rows, 1)
     ids[:, : len(start_tokens)] = torch.tensor(start_tokens, dtype=torch.long)[:sequence]
     recorder.set_values(input_ids, ids)
-    # Compiled functions run as written: a compiler neither shows its operators nor forgets that it met fake tensors.
-    as_written = torch.compiler.set_stance("force_eager")
     try:
-        with torch.no_grad(), as_written, fake_mode, _module_names(model, recorder), recorder:
+        with torch.no_grad(), as_written(), fake_mode, _module_names(model, recorder), recorder:
             result = functional_call(model, weights, (), {INPUT_IDS: input_ids, **options}, tie_weights=True)
     except Exception as error:  # any model code may raise anything
         if isinstance(error, DATA_DEPENDENT) and not follow_values:

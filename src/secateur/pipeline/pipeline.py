@@ -197,10 +197,9 @@ class Pipeline:
         tokens = self.discovery.start_tokens
         return torch.tensor(tokens, dtype=torch.int64) if tokens else None
 
-    def _scored(self, windows: Tensor) -> Tensor:
-        """The windows that scores look at."""
-        scored = self.calibration.scored(windows)
-        return scored if self._start is None or self._needed is None else behind(self._needed, scored)
+    def _behind_needed(self, windows: Tensor) -> Tensor:
+        """The windows behind the tokens that the model's code looks for, if they were read here."""
+        return windows if self._start is None or self._needed is None else behind(self._needed, windows)
 
     def start(self) -> Position:
         """The first iteration: the dense model, and its share of the cut."""
@@ -247,7 +246,7 @@ class Pipeline:
                     at.options.score,
                     model,
                     at.discovery,
-                    None if windows is None else self._scored(windows),
+                    None if windows is None else self._behind_needed(self.calibration.scored(windows)),
                     groups=groups,
                     layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
@@ -366,7 +365,7 @@ class Pipeline:
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
-            windows, model = self.windows(), self.model
+            windows, model = self._behind_needed(self.windows()), self.model
             with self.clock.stage("reconstruct") as progress:
                 reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
         return smaller, whole

@@ -199,7 +199,8 @@ def _from_config(
     pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
     pruned.tie_weights()
-    pruned.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(model, "generation_config"):  # custom code may not generate by itself
+        pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.config.name_or_path = model.config.name_or_path  # custom code is found there
     return pruned
 
