@@ -33,9 +33,12 @@ from recipes import recipe
 from secateur import CutOptions, discover, plan, prune
 from secateur.checkpoint.save import save
 from secateur.cli.main import run
+from secateur.data.calibration import CalibrationOptions
+from secateur.data.generated import generate_windows
+from secateur.data.windows import behind
 from secateur.discovery.config_settings import _shallow, stock_settings
 from secateur.discovery.groups import Discovery
-from secateur.errors import ModelError, PlanError
+from secateur.errors import DataError, DiscoveryError, ModelError, PlanError
 from secateur.models.config import load_config
 from secateur.models.loading import LoadOptions, load, skeleton
 from secateur.models.silence import quiet
@@ -43,6 +46,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.models.trust import runs_remote_code
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.planning.plan import Plan, PlannedGroup
+from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.scoring.scores import score
 from tiny import tiny_tokenizer, write_tiny
 
@@ -235,6 +239,68 @@ class TestUntrusted:
         for call in (skeleton, discover):
             with pytest.raises(ModelError, match=r"glm': .*custom code.*--trust-remote-code"):
                 call(trusted)
+
+
+class TestStartTokens:
+    """What its code looks for in every row is found, and goes with whatever reads rows."""
+
+    def test_the_tokenizer_says_them(self, discovery: Discovery) -> None:
+        assert discovery.start_tokens == (MASK, BEGIN)
+        assert discovery.to_json()["start_tokens"] == [MASK, BEGIN]
+
+    def test_without_a_tokenizer_those_of_the_config_that_it_needs(self, folder: Path) -> None:
+        found = discover(str(folder / "config.json"), trust_remote_code=True)
+        assert found.start_tokens == (302, BEGIN)  # it takes either mask, and no more tokens are kept than it needs
+
+    def test_those_given_are_taken_as_they_are(self, folder: Path, discovery: Discovery) -> None:
+        found = discover(str(folder), start_tokens=[7, BEGIN, MASK], trust_remote_code=True)
+        assert replace(found, start_tokens=discovery.start_tokens) == discovery
+        with pytest.raises(DiscoveryError, match=r"ValueError: 301 is not in list$"):
+            discover(str(folder), start_tokens=[7], trust_remote_code=True)
+
+    def test_code_that_takes_none_of_them_says_what_would_help(self, folder: Path, tmp_path: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["bos_token_id"] = None
+        for name in FILES:
+            shutil.copy(folder / name, tmp_path / name)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(DiscoveryError, match=r"None is not in list\. If its code looks for .*: --start-tokens 1,2"):
+            discover(str(tmp_path), trust_remote_code=True)
+
+    def test_the_command_line_takes_and_shows_them(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["discover", str(folder), "--trust-remote-code"]
+        assert run([*command, "--start-tokens", f"{MASK},{BEGIN},9"]) == 0
+        assert f"Its code looks for tokens in every row, which therefore begins with {MASK}, {BEGIN}, 9\n" in (
+            capsys.readouterr().out
+        )
+        assert run([*command, "--start-tokens", "sop"]) == 2
+        assert "--start-tokens sop: expected token ids with commas between them" in capsys.readouterr().err
+
+    def test_the_model_writes_after_them(self, model: PreTrainedModel) -> None:
+        options = CalibrationOptions("self", samples=2, length=4)
+        assert generate_windows(model, options, start_tokens=(MASK, BEGIN)).shape == (2, 4)
+        with pytest.raises(DataError, match=r"30[012] is not in list"):
+            generate_windows(model, options)
+
+    def test_samples_are_scored_apart_though_tokens_come_first(
+        self, model: PreTrainedModel, discovery: Discovery
+    ) -> None:
+        windows = behind(torch.tensor([MASK, BEGIN]), IDS[:, :8])  # hidden states have four rows for each sample
+        both, *each = [
+            score(model, discovery=discovery, name="param_second", windows=part).units["layers.1.mlp"]
+            for part in (windows, windows[:1], windows[1:])
+        ]
+        assert torch.allclose(both, torch.stack(each).mean(dim=0), rtol=1e-6)
+
+    def test_layers_that_read_tokens_first_are_not_reconstructed(
+        self, model: PreTrainedModel, discovery: Discovery
+    ) -> None:
+        pruned = prune(model, planned(model, discovery, "mlp"))
+        windows = behind(torch.tensor([MASK, BEGIN]), IDS)
+        with pytest.raises(PlanError, match=r"transformer\.layers\.0 reads hidden states with 9 rows, .* 2 windows\."):
+            reconstruct_in_place(model, pruned, discovery, windows)
 
 
 class TestTrusted:

@@ -51,8 +51,8 @@ class CalibrationOptions:
     """Share of the windows that scores look at which are half a window of shuffled tokens, repeated: they show what
     copying heads are worth. Default: 0.125 for the score fisher, else 0."""
     start_tokens: tuple[int, ...] | None = None
-    """Token ids that begin every window, for custom code that looks for them in each row. Default: those that it needs,
-    of what the tokenizer puts before a text and of the special tokens that the config names."""
+    """Token ids that begin every row, for custom code that looks for them. Default: what the tokenizer puts before a
+    text, or special tokens that the config names, where the code fails without."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))

@@ -14,6 +14,7 @@ from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.errors import DataError, SecateurError, one_line
 from secateur.models.config import check_positions
 from secateur.models.silence import quiet
+from secateur.models.trust import runs_remote_code
 
 BATCH_TOKENS = 2048  # of samples that are generated at once; the keys and values of so many tokens are held
 _INSTEAD = f"Give a text instead: CalibrationOptions({DEMO!r})."
@@ -44,8 +45,9 @@ def generate_windows(
     any_model: Any = model
     if not hasattr(any_model, "generate"):
         raise DataError(f"text={SELF!r}: {type(model).__name__} has no generate, so it writes no text. {_INSTEAD}")
+    cached = bool(getattr(model.config, "use_cache", True)) or not runs_remote_code(model)  # custom code may have none
     sampling = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, max_new_tokens=options.length
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=cached, max_new_tokens=options.length
     )
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # accelerate moves what goes in
     at_once = max(1, BATCH_TOKENS // options.length)
