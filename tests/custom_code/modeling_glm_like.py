@@ -182,7 +182,7 @@ class GlmLikeForCausalLM(GlmLikePreTrainedModel, GenerationMixin):
     def __init__(self, config: GlmLikeConfig) -> None:
         super().__init__(config)
         self.transformer = GlmLikeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=torch.float32)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_output_embeddings(self) -> nn.Module:

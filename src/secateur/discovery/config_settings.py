@@ -24,6 +24,7 @@ from secateur.discovery.algebra import Concat, Expression, Fixed, Product, conca
 from secateur.discovery.discover import discover_groups
 from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
+from secateur.discovery.tracing import FAKE_TENSORS
 from secateur.errors import DiscoveryError, PlanError
 from secateur.models.loading import skeleton
 from secateur.models.silence import silence_logger
@@ -105,7 +106,7 @@ def _per_layer_sizes(discovery: Discovery, pruned: PrunedSizes) -> str | None:
 def has_structure(model: nn.Module, dense: Discovery, pruned: PrunedSizes) -> bool:
     """Whether discovery finds exactly what the cut leaves of the dense model; not, where it does not even run."""
     try:
-        with silence_logger("torch._subclasses.fake_tensor"):
+        with silence_logger(FAKE_TENSORS):
             found = discover_groups(model, start_tokens=dense.start_tokens)
             return structure_after(found, PrunedSizes()) == structure_after(dense, pruned)
     except DiscoveryError as error:

@@ -18,10 +18,11 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.inference import infer
 from secateur.discovery.joining import group_axes
 from secateur.discovery.sizes import shapes_of
-from secateur.discovery.tracing import trace
+from secateur.discovery.tracing import FAKE_TENSORS, trace
 from secateur.errors import DiscoveryError, ModelError
 from secateur.models.config import load_config, special_token_ids
 from secateur.models.loading import skeleton
+from secateur.models.silence import silence_logger
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.trust import runs_remote_code
 
@@ -59,7 +60,8 @@ def discover(
     if start_tokens is not None or not runs_remote_code(twin):
         return discover_groups(twin, name=name, start_tokens=start_tokens or ())
     try:
-        return discover_groups(twin, name=name)
+        with silence_logger(FAKE_TENSORS):
+            return discover_groups(twin, name=name)
     except DiscoveryError as error:
         for tokens in _tokens_to_try(twin, model if isinstance(model, str) else config.name_or_path or ""):
             if _runs_with(twin, tokens):
@@ -86,7 +88,8 @@ def _tokens_to_try(model: PreTrainedModel, source: str) -> Iterator[list[int]]:
 def _runs_with(model: nn.Module, tokens: Sequence[int]) -> bool:
     """Whether the model's code runs on rows that begin with these tokens."""
     try:
-        trace(model, start_tokens=tokens)
+        with silence_logger(FAKE_TENSORS):
+            trace(model, start_tokens=tokens)
     except DiscoveryError as error:
         logger.debug("rows that begin with %s: %s", tokens, error)
         return False

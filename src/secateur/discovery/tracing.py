@@ -28,6 +28,7 @@ from secateur.models.as_written import as_written
 logger = logging.getLogger(__name__)
 
 INPUT_IDS = "input_ids"
+FAKE_TENSORS = "torch._subclasses.fake_tensor"  # the logger that tells of every pass that fails
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
