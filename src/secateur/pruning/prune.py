@@ -105,7 +105,7 @@ def cut_vocabulary(
     smaller = cut_weights(tensors, alone, discovery, room=room if model.device.type == "cpu" else None)
     tied = {other: name for _, (name, *others) in weights_after(discovery, alone.sizes) for other in others}
     pruned = _from_config(model, with_settings(model.config, settings), smaller, tied)
-    if pruned.generation_config is not None:
+    if getattr(pruned, "generation_config", None) is not None:
         for name, value in token_id_settings(pruned.generation_config.to_dict(), keep).items():
             setattr(pruned.generation_config, name, value)
     pruned.eval()
