@@ -22,7 +22,7 @@ from secateur.discovery.config_settings import has_structure, sizes_before_and_a
 from secateur.discovery.groups import Discovery
 from secateur.discovery.layers import layer_of
 from secateur.discovery.nearest_twins import modules_around, nearest_twin, parts_of
-from secateur.discovery.sizes import PrunedSizes, shapes_after, shapes_of, structure_after
+from secateur.discovery.sizes import PrunedSizes, shapes_after, shapes_of
 from secateur.errors import DiscoveryError
 from secateur.models.loading import skeleton
 from secateur.models.modeling_per_layer import skip_in_place
@@ -83,7 +83,6 @@ def attributes_after(
     """
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     skip_in_place(dense, skipped or {})
-    wanted = structure_after(discovery, pruned)
     tried: set[str] = set()
     for attributes in _trials(_Search(config, dense, discovery, pruned, _mirrors(dense))):
         tried |= {each.name for each in attributes}
@@ -91,7 +90,7 @@ def attributes_after(
         model = skeleton(config, trust_remote_code=trust_remote_code)
         skip_in_place(model, skipped or {})
         apply_shapes_and_attributes_in_place(model, discovery, pruned, attributes)
-        if has_structure(model, wanted):
+        if has_structure(model, discovery, pruned):
             return attributes
     first = ", ".join(f"{name}={kept}" for name, kept in itertools.islice(pruned.sizes.items(), 3))
     raise DiscoveryError(

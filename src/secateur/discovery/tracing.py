@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,18 +23,21 @@ from torch.func import functional_call
 from secateur.discovery.graph import Graph
 from secateur.discovery.recorder import Recorder, tensors_in
 from secateur.errors import DiscoveryError, one_line
+from secateur.models.as_written import as_written
 
 logger = logging.getLogger(__name__)
 
 INPUT_IDS = "input_ids"
+FAKE_TENSORS = "torch._subclasses.fake_tensor"  # the logger that tells of every pass that fails
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def trace(model: nn.Module) -> Graph:
+def trace(model: nn.Module, *, start_tokens: Sequence[int] = ()) -> Graph:
     """Record the operators of one causal-LM forward pass of `model`; its weights may be on `meta`.
 
-    The model should use eager attention, so that its attention is written in plain matrix products. Raises
-    `DiscoveryError` when the forward pass fails or branches on the values of tensors.
+    The model should use eager attention, so that its attention is written in plain matrix products. Each row that it
+    reads begins with the start tokens, for code that looks for them. Raises `DiscoveryError` when the forward pass
+    fails or branches on the values of tensors.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=12)
@@ -45,9 +48,10 @@ def trace(model: nn.Module) -> Graph:
     ['aten.t', 'aten.addmm']
     """
     batch, sequence = batch_and_sequence(
-        {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape}
+        {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape},
+        least=len(start_tokens) + 1,
     )
-    recorder, numbers, result = _run_on_fake_tensors(model, batch, sequence, use_cache=False)
+    recorder, numbers, result = _run_on_fake_tensors(model, batch, sequence, start_tokens, use_cache=False)
     buffers = {name: numbers[name] for name, _ in model.named_buffers()}
     return Graph(
         nodes=tuple(recorder.nodes),
@@ -64,10 +68,11 @@ def trace(model: nn.Module) -> Graph:
     )
 
 
-def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> Any:
+def run_without_memory(model: nn.Module, *, sequence: int, start_tokens: Sequence[int] = (), **options: Any) -> Any:
     """Return what one forward pass over a row of `sequence` tokens gives; its tensors are fake: shapes, no storage.
 
-    The model's weights may be on `meta`; `options` go to its forward. Raises `DiscoveryError` when the pass fails.
+    The model's weights may be on `meta`; the row begins with `start_tokens`; `options` go to its forward. Raises
+    `DiscoveryError` when the pass fails.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 48, "word_embed_proj_dim": 12}
@@ -77,12 +82,18 @@ def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> An
     >>> tuple(run_without_memory(model, sequence=3, use_cache=False).logits.shape)
     (1, 3, 9)
     """
-    _, _, result = _run_on_fake_tensors(model, 1, sequence, **options)
+    _, _, result = _run_on_fake_tensors(model, 1, sequence, start_tokens, **options)
     return result
 
 
 def _run_on_fake_tensors(
-    model: nn.Module, batch: int, sequence: int, *, follow_values: bool = False, **options: Any
+    model: nn.Module,
+    batch: int,
+    sequence: int,
+    start_tokens: Sequence[int],
+    *,
+    follow_values: bool = False,
+    **options: Any,
 ) -> tuple[Recorder, dict[str, int], Any]:
     """One forward pass without memory: its record, the numbers of weights and input ids in it, and its result."""
     recorder = Recorder(follow_values=follow_values)
@@ -94,15 +105,17 @@ def _run_on_fake_tensors(
     numbers = {name: recorder.number(tensor) for name, tensor in {**weights, INPUT_IDS: input_ids}.items()}
     # 0, 1, 2, ..., starting again so that each id is a row of every embedding table.
     rows = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=1)
-    recorder.set_values(input_ids, torch.arange(batch * sequence).reshape(batch, sequence) % max(rows, 1))
+    ids = torch.arange(batch * sequence).reshape(batch, sequence) % max(rows, 1)
+    ids[:, : len(start_tokens)] = torch.tensor(start_tokens, dtype=torch.long)[:sequence]
+    recorder.set_values(input_ids, ids)
     try:
-        with torch.no_grad(), fake_mode, _module_names(model, recorder), recorder:
+        with torch.no_grad(), as_written(), fake_mode, _module_names(model, recorder), recorder:
             result = functional_call(model, weights, (), {INPUT_IDS: input_ids, **options}, tie_weights=True)
     except Exception as error:  # any model code may raise anything
         if isinstance(error, DATA_DEPENDENT) and not follow_values:
             # Slower, but for the few models whose code looks at numbers.
             logger.debug("%s branches on data (%s); following values", type(model).__name__, error)
-            return _run_on_fake_tensors(model, batch, sequence, follow_values=True, **options)
+            return _run_on_fake_tensors(model, batch, sequence, start_tokens, follow_values=True, **options)
         raise DiscoveryError(
             f"{type(model).__name__}: the forward pass could not be traced; it failed in "
             f"{recorder.module or 'the model'!r} with {one_line(error)}"  # the outermost has no name
@@ -110,15 +123,17 @@ def _run_on_fake_tensors(
     return recorder, numbers, result
 
 
-def batch_and_sequence(sizes: set[int]) -> tuple[int, int]:
+def batch_and_sequence(sizes: set[int], *, least: int = 0) -> tuple[int, int]:
     """Two different primes, from 5 up, that divide none of `sizes`: the batch and the sequence length of a trace.
+
+    The sequence has at least `least` tokens.
 
     >>> batch_and_sequence({10, 14, 64})
     (11, 13)
     """
     primes = (n for n in itertools.count(5, 2) if all(n % d for d in range(3, int(n**0.5) + 1, 2)))
     unlike = (prime for prime in primes if all(size % prime for size in sizes if size))
-    return next(unlike), next(unlike)
+    return next(unlike), next(prime for prime in unlike if prime >= least)
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -144,6 +159,8 @@ def _module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its operators are recorded all the same
+                continue
             stack.enter_context(module.register_forward_pre_hook(partial(entering, name)))
             stack.enter_context(module.register_forward_hook(partial(leaving, name), with_kwargs=True))
         yield

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -120,17 +121,21 @@ class Pipeline:
         self.config: PreTrainedConfig = (
             model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
         )
+        options, calibration = recipe.cut, recipe.calibration
+        if given is not None and given.scored.get("calibration_options"):
+            calibration = build_known(CalibrationOptions, given.scored["calibration_options"])
         # 1. Discovery: which weight dimensions shrink together. Needs no weights.
         if discovery is None:
             with self.clock.stage("discover"):
-                discovery = discover(model if model is not None else self.name, trust_remote_code=self.trust)
+                discovery = discover(
+                    model if model is not None else self.name,
+                    start_tokens=calibration.start_tokens,
+                    trust_remote_code=self.trust,
+                )
         self.discovery = discovery
-        options, calibration = recipe.cut, recipe.calibration
         if given is not None:
             given = fitted(given, discovery, self.config, trust_remote_code=self.trust)
             options = given.options
-            if given.scored.get("calibration_options"):
-                calibration = build_known(CalibrationOptions, given.scored["calibration_options"])
         else:
             if options.shape == "per-layer" and is_custom(self.config):  # only what its config can say
                 options = replace(options, shape="uniform")
@@ -171,7 +176,7 @@ class Pipeline:
     def windows(self) -> Tensor:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
-            self._start = start_tokens(self.tokenizer)
+            self._start = start_tokens(self.tokenizer) if self._needed is None else self._needed
             check_positions(self.config, self.calibration.length)
             if not self.calibration.generated:
                 self._windows = calibration_windows(self.tokenizer, self.calibration)
@@ -180,10 +185,21 @@ class Pipeline:
         if self._windows is None:
             model = self.model
             with self.clock.stage("write") as progress:
-                written = generate_windows(model, self.calibration, progress=progress)
+                tokens = self.discovery.start_tokens
+                written = generate_windows(model, self.calibration, start_tokens=tokens, progress=progress)
             self._windows = processes.from_first(written)
             self.cache.save_windows(self._windows)
         return self._windows
+
+    @property
+    def _needed(self) -> Tensor | None:
+        """What the model's code looks for at the start of every row; None where it takes any row."""
+        tokens = self.discovery.start_tokens
+        return torch.tensor(tokens, dtype=torch.int64) if tokens else None
+
+    def _behind_needed(self, windows: Tensor) -> Tensor:
+        """The windows behind the tokens that the model's code looks for, if they were read here."""
+        return windows if self._start is None or self._needed is None else behind(self._needed, windows)
 
     def start(self) -> Position:
         """The first iteration: the dense model, and its share of the cut."""
@@ -194,6 +210,10 @@ class Pipeline:
             return Position(number, self.options, discovery, self.fixed_sizes, model)
         options = options_of_iteration(self.options, self.discovery, number)
         return Position(number, options, discovery, sizes_after_iteration(self.options, self.discovery, number), model)
+
+    def _next(self, number: int, smaller: PreTrainedModel) -> Position:
+        """The iteration after one that has left this model."""
+        return self._position(number + 1, discover(smaller, start_tokens=self.discovery.start_tokens), smaller)
 
     def _title(self, stage: str, at: Position) -> str:
         return stage if self.options.iterations == 1 else f"{stage}, iteration {at.number}"
@@ -226,7 +246,7 @@ class Pipeline:
                     at.options.score,
                     model,
                     at.discovery,
-                    None if windows is None else self.calibration.scored(windows),
+                    None if windows is None else self._behind_needed(self.calibration.scored(windows)),
                     groups=groups,
                     layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
@@ -281,7 +301,7 @@ class Pipeline:
         if self._start is None or self.calibration.generated or _losses(decided):
             return None
         try:
-            return held_out_windows(self.tokenizer, self.calibration)
+            return held_out_windows(self.tokenizer, self.calibration, start=self._start)
         except DataError as error:
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None
@@ -337,7 +357,7 @@ class Pipeline:
         while at.number < self.iterations:
             smaller, before = self._step(at, self.plan(at), before)
             self.cache.save_iteration(self.options, Iteration(at.number, before, dict(smaller.named_parameters())))
-            at = self._position(at.number + 1, discover(smaller), smaller)
+            at = self._next(at.number, smaller)
         return Decision(at, self.plan(at), before)
 
     def apply(self, decision: Decision, *, room: Path | None = None) -> tuple[PreTrainedModel, Plan]:
@@ -345,7 +365,7 @@ class Pipeline:
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
-            windows, model = self.windows(), self.model
+            windows, model = self._behind_needed(self.windows()), self.model
             with self.clock.stage("reconstruct") as progress:
                 reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
         return smaller, whole
@@ -372,7 +392,7 @@ class Pipeline:
         smaller = prune(self.model, kept.plan, discovery=self.discovery)
         for name, parameter in smaller.named_parameters():
             parameter.data = kept.weights[name].to(parameter.device)
-        return self._position(kept.number + 1, discover(smaller), smaller), kept.plan
+        return self._next(kept.number, smaller), kept.plan
 
     def save(self, pruned: PreTrainedModel, decided: Plan, out: Path, run: RunOptions) -> None:
         """10. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""

@@ -105,7 +105,7 @@ def cut_vocabulary(
     smaller = cut_weights(tensors, alone, discovery, room=room if model.device.type == "cpu" else None)
     tied = {other: name for _, (name, *others) in weights_after(discovery, alone.sizes) for other in others}
     pruned = _from_config(model, with_settings(model.config, settings), smaller, tied)
-    if pruned.generation_config is not None:
+    if getattr(pruned, "generation_config", None) is not None:
         for name, value in token_id_settings(pruned.generation_config.to_dict(), keep).items():
             setattr(pruned.generation_config, name, value)
     pruned.eval()
@@ -199,7 +199,8 @@ def _from_config(
     pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
     pruned.tie_weights()
-    pruned.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(model, "generation_config"):  # custom code may not generate by itself
+        pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.config.name_or_path = model.config.name_or_path  # custom code is found there
     return pruned
 
