@@ -235,20 +235,31 @@ def _own_configs(search: _Search, settings: Mapping[str, Mapping[str, Any]]) -> 
 
 def _changed_attributes(search: _Search, values: Mapping[Place, Any]) -> tuple[Attribute, ...]:
     """Every attribute that changes: the mirrors of dimensions, and those with a value in `values`."""
-    shapes = shapes_after(search.discovery, replace(search.pruned, dropped_layers=frozenset()))
+    mirrored = mirrored_attributes(search.dense, search.discovery, search.pruned, mirrors=search.mirrors)
+    attributes = [
+        Attribute(path, name, values[path, name])
+        for path, module in search.dense.named_modules()
+        for name, value in plain_attributes(module)
+        if not search.is_mirror(path, name) and values.get((path, name), value) != value
+    ]
+    return (*mirrored, *attributes)
+
+
+def mirrored_attributes(
+    dense: PreTrainedModel, discovery: Discovery, pruned: PrunedSizes, *, mirrors: Mirrors | None = None
+) -> tuple[Attribute, ...]:
+    """The attributes that equal a dimension of their module's own weight, where the cut changes it."""
+    shapes = shapes_after(discovery, replace(pruned, dropped_layers=frozenset()))
+    mirrors = _mirrors(dense) if mirrors is None else mirrors
     attributes = []
-    for path, module in search.dense.named_modules():
+    for path, module in dense.named_modules():
         for name, value in plain_attributes(module):
-            mirrored = search.mirrors.get((type(module), name))
-            new = value
-            if mirrored is not None:
-                weight, dim = mirrored
-                full = f"{path}.{weight}" if path else weight
-                shape = shapes.get(search.discovery.tied.get(full, full))
-                if shape is not None:
-                    new = shape if dim is None else shape[dim]
-            elif (path, name) in values:
-                new = values[path, name]
+            if (type(module), name) not in mirrors:
+                continue
+            weight, dim = mirrors[type(module), name]
+            full = f"{path}.{weight}" if path else weight
+            shape = shapes.get(discovery.tied.get(full, full))
+            new = value if shape is None else shape if dim is None else shape[dim]
             if new != value:
                 attributes.append(Attribute(path, name, new))
     return tuple(attributes)
