@@ -71,7 +71,7 @@ def padding_after(
     """The sizes that the code around the weights sees, and the padding of matrices, as `pad_in_place` takes it.
 
     `dense` is the dense model, on `meta`. Groups that a config setting narrows are left to it, and so are those of which
-    an axis is no input or output of a linear layer.
+    an axis is no input or output of a linear layer or of a norm.
 
     >>> from transformers import AutoConfig
     >>> from secateur.discovery.discover import discover_groups
@@ -96,11 +96,11 @@ def padding_after(
     seen = PrunedSizes({n: k for n, k in pruned.sizes.items() if n not in padded}, pruned.dropped_layers)
     found: dict[str, dict[str, Parts]] = defaultdict(dict)
     for weight in discovery.weights:
-        path, _, last = weight.name.rpartition(".")
-        for dim, expression in enumerate(weight.dims) if last == "weight" else ():
+        for dim, expression in enumerate(weight.dims) if weight.name.endswith(".weight") else ():
             if any(variable.name in padded for variable in variables_in(expression)):
-                side = "inputs" if dim == INPUT_DIM[type(dense.get_submodule(path))] else "outputs"
-                found[path][side] = _joined(_parts(expression, seen.sizes, padded))
+                parts = _joined(_parts(expression, seen.sizes, padded))
+                for path, module in _modules_with(dense, discovery, weight.name).items():
+                    found[path] |= dict.fromkeys(_sides(module, dim), parts)
     return seen, dict(found)
 
 
@@ -121,17 +121,30 @@ def _has_setting(
     return True
 
 
+def _modules_with(dense: nn.Module, discovery: Discovery, weight: str) -> dict[str, nn.Module]:
+    """The modules that hold a weight, by path: several, where it is tied and they are not one."""
+    names = [weight, *(other for other, name in discovery.tied.items() if name == weight)]
+    modules = {id(dense.get_submodule(path)): path for path in reversed([name.rpartition(".")[0] for name in names])}
+    return {path: dense.get_submodule(path) for path in modules.values()}
+
+
+def _sides(module: nn.Module, dim: int) -> tuple[str, ...]:
+    """Where a dimension of a module's weight meets the code around; empty where that is not known."""
+    if type(module) in INPUT_DIM:
+        return ("inputs",) if dim == INPUT_DIM[type(module)] else ("outputs",)
+    is_norm = all(parameter.dim() == 1 for parameter in module.parameters()) and not [*module.children()]
+    return ("inputs", "outputs") if is_norm and "weight" in dict(module.named_parameters()) else ()
+
+
 def _can_be_padded(dense: nn.Module, discovery: Discovery, group: Group) -> bool:
-    """Whether all that a group's units touch are inputs and outputs of linear layers, and nothing counts the units."""
-    if group.normed or group.chosen:
-        return False
-    shared = set(discovery.tied.values())
+    """Whether all that a group's units touch are inputs and outputs of linear layers, and of norms that count them."""
+    seen_by_norm = False
     for axis in group.axes:
-        path, _, last = axis.weight.rpartition(".")
-        module = dense.get_submodule(path)
-        if last not in ("weight", "bias") or type(module) not in INPUT_DIM or axis.weight in shared:
+        sides = [_sides(module, axis.dim) for module in _modules_with(dense, discovery, axis.weight).values()]
+        if axis.weight.rpartition(".")[2] not in ("weight", "bias") or not all(sides):
             return False
-    return True
+        seen_by_norm |= any(len(each) == 2 for each in sides)
+    return seen_by_norm == group.normed and not group.chosen  # a norm without a weight is nowhere to be found
 
 
 def _parts(expression: Expression, sizes: Mapping[str, int], padded: Mapping[str, int]) -> Parts:
