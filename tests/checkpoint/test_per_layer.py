@@ -61,6 +61,7 @@ def tolerance(name: str) -> float:
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], tuple[str, ...]]] = {  # (`test_every_folder` has all types)
     "llama-both": (partial(_family, "llama"), BOTH),
     "llama-query": (partial(_family, "llama"), ("query",)),
+    "llama-values": (partial(_family, "llama"), ("attention", "head_dim")),  # narrower than keys: padded
     "gpt2-head_dim": (partial(_family, "gpt2"), ("head_dim",)),  # Conv1D, biases
     "gemma-both": (partial(_family, "gemma"), BOTH),  # tied, and embeddings scaled by a buffer
     "phi3-both": (partial(_family, "phi3"), BOTH),  # fused projections

@@ -1,14 +1,16 @@
 """Channels within heads that go -> the matrices that keep the dense layout towards the code around them.
 
-Most code has one head size for queries, keys and values, so values alone cannot be narrower in it. Where no config has a
-setting for a cut of such channels, the matrices that make them are followed by zeros in the place of what is gone, and
-those that read them leave these places out: the code around sees heads of the dense size, and the weights are smaller.
+Most code has one head size for queries, keys and values, so values alone cannot be narrower in it. Where no config has
+a setting for a cut of such channels, the matrices that make them are followed by zeros in the place of what is gone,
+and those that read them leave these places out: the code around sees heads of the dense size, and the weights are
+smaller.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.module_attributes import Attribute, attributes_after, mirrored_attributes
 from secateur.discovery.sizes import PrunedSizes
-from secateur.errors import PlanError
+from secateur.errors import DiscoveryError, PlanError
 from secateur.models.loading import skeleton
 
 PADDED_KIND = "head_dim"
@@ -51,6 +53,11 @@ def module_changes(
     Raises `DiscoveryError` when no combination of values lets the model run.
     """
     dense = skeleton(config, trust_remote_code=trust_remote_code)
+    if _whole_heads(discovery, pruned):
+        with suppress(DiscoveryError):
+            return ModuleChanges(
+                attributes_after(config, discovery, pruned, skipped=skipped, trust_remote_code=trust_remote_code), {}
+            )
     seen, padded = padding_after(config, dense, discovery, pruned, trust_remote_code=trust_remote_code)
     found = attributes_after(config, discovery, seen, skipped=skipped, trust_remote_code=trust_remote_code)
     if padded:
@@ -70,8 +77,8 @@ def padding_after(
 ) -> tuple[PrunedSizes, dict[str, dict[str, Parts]]]:
     """The sizes that the code around the weights sees, and the padding of matrices, as `pad_in_place` takes it.
 
-    `dense` is the dense model, on `meta`. Groups that a config setting narrows are left to it, and so are those of which
-    an axis is no input or output of a linear layer or of a norm.
+    `dense` is the dense model, on `meta`. Groups that a config setting narrows are left to it, and so are those of
+    which an axis is no input or output of a linear layer or of a norm.
 
     >>> from transformers import AutoConfig
     >>> from secateur.discovery.discover import discover_groups
@@ -102,6 +109,16 @@ def padding_after(
                 for path, module in _modules_with(dense, discovery, weight.name).items():
                     found[path] |= dict.fromkeys(_sides(module, dim), parts)
     return seen, dict(found)
+
+
+def _whole_heads(discovery: Discovery, pruned: PrunedSizes) -> bool:
+    """Whether, wherever channels of heads go, equally many of queries, keys and values stay: one head size is enough."""
+    by_layer: dict[int | None, list[int]] = defaultdict(list)
+    for group in discovery.groups:
+        if group.kind == PADDED_KIND:
+            by_layer[group.layer].append(pruned.sizes.get(group.name, group.units))
+    cut = {group.layer for group in discovery.groups if group.kind == PADDED_KIND and group.name in pruned.sizes}
+    return bool(cut) and all(len(by_layer[layer]) > 1 and len(set(by_layer[layer])) == 1 for layer in cut)
 
 
 def _family(group: Group) -> str:

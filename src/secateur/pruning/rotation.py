@@ -24,7 +24,7 @@ from secateur.discovery.algebra import Expression, units_along, variables_in
 from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.padding import INPUT_DIM, PADDED_KIND
 from secateur.progress import Progress
-from secateur.scoring.obs import DAMPING, add_gram
+from secateur.scoring.obs import add_gram
 from secateur.scoring.passes.forward import input_device, probe_windows
 from secateur.scoring.passes.products import stream_inputs
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SAME = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative difference of the logits that rounding may make
 SAME_IN_HALF = 0.1
+NOISE = 1e-4  # of the mean of a Gram matrix's diagonal, added to it: axes on which nothing was seen
 
 Key = tuple[int, ...]  # of the heads that share values: their numbers along the variables of the writing axis
 
@@ -109,8 +110,8 @@ def principal_axes(gram_DD: Tensor, reads_DD: Tensor) -> tuple[Tensor, Tensor]:
     >>> (change @ torch.tensor([0.0, 3.0]).double()).abs().round(decimals=1)
     tensor([1., 0.], dtype=torch.float64)
     """
-    gram_DD, reads_DD = gram_DD.double(), reads_DD.double()
-    gram_DD = gram_DD + DAMPING * 1e-2 * gram_DD.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram_DD)).to(gram_DD)
+    gram_DD, reads_DD = gram_DD.double().clone(), reads_DD.double()
+    gram_DD.diagonal().add_(NOISE * float(gram_DD.diagonal().mean().clamp_min(1e-12)))
     sizes_D, axes_DD = torch.linalg.eigh(gram_DD)
     root_DD, inverse_DD = (axes_DD * power_D @ axes_DD.t() for power_D in (sizes_D.sqrt(), sizes_D.rsqrt()))
     order_DD = torch.linalg.eigh(root_DD @ reads_DD @ root_DD).eigenvectors.flip(1)  # the most important first
@@ -197,8 +198,9 @@ def _rotate_in_place(model: PreTrainedModel, values: _Values, grams: Grams) -> N
     for key in dict.fromkeys(read.keys):
         if (read.weight, key) not in grams:
             return  # no token came here
-        columns = [reader_CR[at_D.to(reader_CR.device)] for at_D, own in zip(read.at_KD, read.keys, strict=True) if own == key]
-        changes[key] = principal_axes(grams[read.weight, key], sum(w_DR @ w_DR.t() for w_DR in columns))
+        heads = [at_D for at_D, own in zip(read.at_KD.to(reader_CR.device), read.keys, strict=True) if own == key]
+        reads_DD = torch.stack([reader_CR[at_D] @ reader_CR[at_D].t() for at_D in heads]).sum(0)
+        changes[key] = principal_axes(grams[read.weight, key], reads_DD)
     for axis in _axes(values):
         parameter = model.get_parameter(axis.weight)
         new = parameter.detach().double().movedim(axis.dim, 0).clone()
