@@ -112,7 +112,7 @@ def padding_after(
 
 
 def _whole_heads(discovery: Discovery, pruned: PrunedSizes) -> bool:
-    """Whether, wherever channels of heads go, equally many of queries, keys and values stay: one head size is enough."""
+    """Whether equally many channels of queries, keys and values stay wherever some go, so that heads have one size."""
     by_layer: dict[int | None, list[int]] = defaultdict(list)
     for group in discovery.groups:
         if group.kind == PADDED_KIND:

@@ -295,7 +295,8 @@ def padded_in(model: nn.Module, *, remove: bool = False) -> dict[str, dict[str, 
 def _dense_sized(model: nn.Module, padded: Settings) -> Settings:
     """The section as it is, where the layout of every matrix is one that the dense model has."""
     for path, sides in padded.items():
-        largest = max(getattr(_module(model, path, "padded"), "weight", torch.empty(0)).shape)
+        weight = getattr(_module(model, path, "padded"), "weight", None)
+        largest = max(weight.shape, default=0) if isinstance(weight, Tensor) else 0
         for parts in _mapping(sides, f"padded, {path}").values():
             if not _are_parts(parts) or sum(n * whole for n, _, whole in parts) > largest:
                 raise ValueError(f"{PER_LAYER}, padded: the dense {path} has no {parts!r:.80}")
@@ -303,13 +304,11 @@ def _dense_sized(model: nn.Module, padded: Settings) -> Settings:
 
 
 def _are_parts(parts: Any) -> bool:
-    return isinstance(parts, Sequence) and all(
-        isinstance(part, Sequence)
-        and len(part) == 3
-        and all(type(n) is int and n > 0 for n in part)
-        and part[1] <= part[2]
-        for part in parts
-    )
+    """Whether this is a list of such runs, as JSON has it."""
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Sequence) and len(part) == 3 for part in parts):
+        return False
+    sizes = all(type(n) is int and n > 0 for part in parts for n in part)
+    return len(parts) > 0 and sizes and all(kept <= whole for _, kept, whole in parts)
 
 
 def _reshape_in_place(model: nn.Module, shapes: Settings) -> None:
