@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from contract import masked, uneven
 from every_type import tiny_config
-from families import family_config
+from families import family_config, family_model
+from secateur import CutOptions, discover, load, prune, save
 from secateur.discovery.discover import discover_groups
 from secateur.discovery.padding import module_changes, padding_after
 from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import DiscoveryError
 from secateur.models.loading import skeleton
+from secateur.models.modeling_per_layer import padded_in
+from secateur.planning.plan import Plan, PlannedGroup
 
 QKV = {"llama": "self_attn.v_proj", "phi3": "self_attn.qkv_proj", "gpt2": "attn.c_attn"}
 
@@ -78,3 +85,31 @@ def test_a_norm_without_weights_is_refused() -> None:
 def test_nothing_is_padded_where_no_head_changes() -> None:
     config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
     assert module_changes(config, discover_groups(skeleton(config)), PrunedSizes({"layers.0.mlp": 8})).padded == {}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_cut_again(in_memory: bool, tmp_path: Path) -> None:
+    model = family_model(family_config("llama"))
+    model = prune(model, first := uneven(model, ("head_dim", "attention")))
+    if not in_memory:
+        save(model, tmp_path / "once", plan=first)
+        model = load(str(tmp_path / "once"), device="cpu")
+    discovery = discover(model)
+    wanted = {"layers.0.head_dim": 2, "layers.1.mlp": 40, "layers.2.attention": 1}
+    groups = tuple(
+        PlannedGroup(group.name, group.kind, group.layer, group.units, kept, tuple(range(kept)))
+        for group in discovery.groups
+        if (kept := wanted.get(group.name)) is not None
+    )
+    second = Plan("tiny", CutOptions(ratio=0.3, of="units"), groups, {}, {})
+    again = prune(model, second, discovery=discovery)
+    ids = torch.arange(3, 33).reshape(2, 15)
+    with torch.no_grad():
+        expected = masked(model, second, discovery)(ids).logits
+        torch.testing.assert_close(again(ids).logits, expected, atol=1e-6, rtol=0)
+        save(again, tmp_path / "twice", plan=second)
+        found = load(str(tmp_path / "twice"), device="cpu")
+        torch.testing.assert_close(found(ids).logits, expected, atol=1e-4, rtol=0)  # rotary tables in float32
+    outputs = [padded_in(found)[f"model.layers.{i}.self_attn.v_proj"]["outputs"] for i in range(3)]
+    assert outputs == [[[2, 2, 10]], [[1, 1, 10]], [[1, 1, 10]]]
+    assert len(groups) == len(wanted)

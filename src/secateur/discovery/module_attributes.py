@@ -25,7 +25,7 @@ from secateur.discovery.nearest_twins import modules_around, nearest_twin, parts
 from secateur.discovery.sizes import PrunedSizes, shapes_after, shapes_of, structure_after
 from secateur.errors import DiscoveryError
 from secateur.models.loading import skeleton
-from secateur.models.modeling_per_layer import skip_in_place
+from secateur.models.modeling_per_layer import pad_in_place, padded_in, skip_in_place
 from secateur.models.trust import runs_remote_code
 
 logger = logging.getLogger(__name__)
@@ -73,23 +73,30 @@ def attributes_after(
     pruned: PrunedSizes,
     *,
     skipped: Mapping[str, Any] | None = None,
+    padded: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Attribute, ...]:
     """The module attributes to change so that the model runs with the shapes that `pruned` says.
 
     Layers are not dropped here (a config can always say how many there are). `skipped` lists sub-layers that the model
-    to be cut has lost already, of which its config does not say (see `sublayers`). Raises `DiscoveryError` when no
-    combination of values lets the model run.
+    to be cut has lost already, of which its config does not say (see `sublayers`), `padded` the matrices that keep the
+    dense layout (see `padding`). Raises `DiscoveryError` when no combination of values lets the model run.
     """
-    dense = skeleton(config, trust_remote_code=trust_remote_code)
-    skip_in_place(dense, skipped or {})
+
+    def as_it_is() -> PreTrainedModel:
+        model = skeleton(config, trust_remote_code=trust_remote_code)
+        padded_in(model, remove=True)
+        pad_in_place(model, padded or {})
+        skip_in_place(model, skipped or {})
+        return model
+
+    dense = as_it_is()
     wanted = structure_after(discovery, pruned)
     tried: set[str] = set()
     for attributes in _trials(_Search(config, dense, discovery, pruned, _mirrors(dense))):
         tried |= {each.name for each in attributes}
         # Running is not enough: with a wrong head size a reshape may succeed and mix the heads.
-        model = skeleton(config, trust_remote_code=trust_remote_code)
-        skip_in_place(model, skipped or {})
+        model = as_it_is()
         apply_shapes_and_attributes_in_place(model, discovery, pruned, attributes)
         if has_structure(model, wanted):
             return attributes

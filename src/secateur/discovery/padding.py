@@ -25,6 +25,7 @@ from secateur.discovery.module_attributes import Attribute, attributes_after, mi
 from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import DiscoveryError, PlanError
 from secateur.models.loading import skeleton
+from secateur.models.modeling_per_layer import padded_in
 
 PADDED_KIND = "head_dim"
 INPUT_DIM = {nn.Linear: 1, Conv1D: 0}  # class of a module -> the dimension of its weight that it reads with
@@ -46,25 +47,27 @@ def module_changes(
     pruned: PrunedSizes,
     *,
     skipped: Mapping[str, Any] | None = None,
+    padded: Mapping[str, Mapping[str, Parts]] | None = None,
     trust_remote_code: bool = False,
 ) -> ModuleChanges:
     """The attributes and the padding with which the model runs in the sizes that `pruned` says; see `attributes_after`.
 
-    Raises `DiscoveryError` when no combination of values lets the model run.
+    `padded` is the padding that the model to be cut has already; by default, what its config says. Raises
+    `DiscoveryError` when no combination of values lets the model run.
     """
     dense = skeleton(config, trust_remote_code=trust_remote_code)
-    if _whole_heads(discovery, pruned):
+    before = padded_in(dense) if padded is None else padded
+    known: dict[str, Any] = {"skipped": skipped, "padded": before, "trust_remote_code": trust_remote_code}
+    if not before and _whole_heads(discovery, pruned):
         with suppress(DiscoveryError):
-            return ModuleChanges(
-                attributes_after(config, discovery, pruned, skipped=skipped, trust_remote_code=trust_remote_code), {}
-            )
-    seen, padded = padding_after(config, dense, discovery, pruned, trust_remote_code=trust_remote_code)
-    found = attributes_after(config, discovery, seen, skipped=skipped, trust_remote_code=trust_remote_code)
-    if padded:
-        kept = tuple(each for each in found if each.module not in padded)
+            return ModuleChanges(attributes_after(config, discovery, pruned, **known), {})
+    seen, after = padding_after(config, dense, discovery, pruned, padded=before, trust_remote_code=trust_remote_code)
+    found = attributes_after(config, discovery, seen, **known)
+    if after:
+        kept = tuple(each for each in found if each.module not in after)
         mirrored = mirrored_attributes(dense, discovery, pruned)
-        found = kept + tuple(each for each in mirrored if each.module in padded)
-    return ModuleChanges(found, padded)
+        found = kept + tuple(each for each in mirrored if each.module in after)
+    return ModuleChanges(found, after)
 
 
 def padding_after(
@@ -73,16 +76,17 @@ def padding_after(
     discovery: Discovery,
     pruned: PrunedSizes,
     *,
+    padded: Mapping[str, Mapping[str, Parts]] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PrunedSizes, dict[str, dict[str, Parts]]]:
     """The sizes that the code around the weights sees, and the padding of matrices, as `pad_in_place` takes it.
 
     `dense` is the dense model, on `meta`. Groups that a config setting narrows are left to it, and so are those of
-    which an axis is no input or output of a linear layer or of a norm.
+    which an axis is no input or output of a linear layer or of a norm. `padded` is the padding before the cut.
+    Raises `DiscoveryError` where that cannot be told from what the cut leaves.
 
     >>> from transformers import AutoConfig
     >>> from secateur.discovery.discover import discover_groups
-    >>> from secateur.models.loading import skeleton
     >>> sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 1}
     >>> config = AutoConfig.for_model("granite", **sizes)
     >>> dense, cut = skeleton(config), PrunedSizes({"layers.0.head_dim": 5})
@@ -93,21 +97,25 @@ def padding_after(
     for group in discovery.groups:
         if group.kind == PADDED_KIND and pruned.sizes.get(group.name, group.units) < group.units:
             by_family[_family(group)].append(group)
-    padded = {
+    narrower = {
         group.name: pruned.sizes[group.name]
         for groups in by_family.values()
         if not _has_setting(config, discovery, groups[0], trust_remote_code=trust_remote_code)
         for group in groups
         if _can_be_padded(dense, discovery, group)
     }
-    seen = PrunedSizes({n: k for n, k in pruned.sizes.items() if n not in padded}, pruned.dropped_layers)
+    seen = PrunedSizes({n: k for n, k in pruned.sizes.items() if n not in narrower}, pruned.dropped_layers)
     found: dict[str, dict[str, Parts]] = defaultdict(dict)
     for weight in discovery.weights:
         for dim, expression in enumerate(weight.dims) if weight.name.endswith(".weight") else ():
-            if any(variable.name in padded for variable in variables_in(expression)):
-                parts = _joined(_parts(expression, seen.sizes, padded))
-                for path, module in _modules_with(dense, discovery, weight.name).items():
-                    found[path] |= dict.fromkeys(_sides(module, dim), parts)
+            parts = _joined(_parts(expression, seen.sizes, narrower))
+            for path, module in _modules_with(dense, discovery, weight.name).items():
+                for side in _sides(module, dim):
+                    earlier = (padded or {}).get(path, {}).get(side)
+                    if earlier is not None:
+                        found[path][side] = _composed(path, earlier, parts, expression.size)
+                    elif any(variable.name in narrower for variable in variables_in(expression)):
+                        found[path][side] = parts
     return seen, dict(found)
 
 
@@ -180,6 +188,18 @@ def _parts(expression: Expression, sizes: Mapping[str, int], padded: Mapping[str
             return [[n, kept * width, whole * width] for n, kept, whole in _parts(first, sizes, padded)]
     n = size_after(expression, sizes)
     return [[1, n, n]]
+
+
+def _composed(path: str, earlier: Parts, parts: Parts, size: int) -> Parts:
+    """The padding of a dimension that was padded, and has been cut again from a size to these parts."""
+    if parts == [[1, size, size]]:
+        return earlier
+    (n, kept, whole), (_, before, dense) = parts[0], earlier[0]
+    if len(parts) == len(earlier) == 1 and whole == before:
+        return [[n, kept, dense]]
+    if len(parts) == len(earlier) == 1 and kept == whole and kept % before == 0:  # whole heads
+        return [[kept // before, before, dense]]
+    raise DiscoveryError(f"{path} has channels of heads beside others and lost some before: cut them all at once")
 
 
 def _joined(parts: Parts) -> Parts:

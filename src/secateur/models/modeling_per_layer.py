@@ -226,7 +226,7 @@ class Spread:
 
     def __call__(self, _: Any, __: Any, output: Tensor) -> Tensor:
         """The outputs, as wide as the dense matrix gives them."""
-        pieces = output.split([n * kept for n, kept, _ in self.parts], -1)
+        pieces = _pieces(output, [n * kept for n, kept, _ in self.parts])
         return _joined(
             functional.pad(piece.unflatten(-1, (-1, kept)), (0, whole - kept)).flatten(-2) if kept < whole else piece
             for piece, (_, kept, whole) in zip(pieces, self.parts, strict=True)
@@ -245,12 +245,17 @@ class Narrow:
 
     def __call__(self, _: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The arguments of the matrix, the first of them narrower."""
-        pieces = args[0].split([n * whole for n, _, whole in self.parts], -1)
+        pieces = _pieces(args[0], [n * whole for n, _, whole in self.parts])
         read = _joined(
             piece.unflatten(-1, (-1, whole))[..., :kept].flatten(-2) if kept < whole else piece
             for piece, (_, kept, whole) in zip(pieces, self.parts, strict=True)
         )
         return (read, *args[1:])
+
+
+def _pieces(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The parts; a single one of any size, so that a pass tells what becomes of it when heads go."""
+    return x.split(sizes, -1) if len(sizes) > 1 else [x]
 
 
 def _joined(pieces: Iterable[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from secateur.discovery.sizes import PrunedSizes, weights_after
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
 from secateur.models.config import check_not_quantized
-from secateur.models.modeling_per_layer import pad_in_place
+from secateur.models.modeling_per_layer import pad_in_place, padded_in
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
 from secateur.planning.options import TOKENS, CutOptions
@@ -210,9 +210,13 @@ def _from_modules(
     model: PreTrainedModel, sizes: PrunedSizes, weights: Mapping[str, Tensor], discovery: Discovery
 ) -> PreTrainedModel:
     """The dense model's modules with cut weights, and the attributes that go with them."""
-    trusted = runs_remote_code(model)
     changes = module_changes(
-        model.config, discovery, sizes.without_emptied(), skipped=skipped_in(model), trust_remote_code=trusted
+        model.config,
+        discovery,
+        sizes.without_emptied(),
+        skipped=skipped_in(model),
+        padded=padded_in(model),
+        trust_remote_code=runs_remote_code(model),
     )
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
@@ -220,6 +224,7 @@ def _from_modules(
         if isinstance(attribute.value, PreTrainedConfig):
             attribute.value._attn_implementation = model.config._attn_implementation
     replace_in_place(pruned, weights, discovery.tied, changes.attributes)
+    padded_in(pruned, remove=True)
     pad_in_place(pruned, changes.padded)
     paths = [path for name in sizes.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
     skip_sublayers_in_place(pruned, model, paths)
