@@ -76,6 +76,7 @@ def test_one_head_size_for_all_needs_no_padding() -> None:
     assert {each.name for each in changes.attributes} >= {"head_dim", "in_features", "out_features"}
 
 
+@pytest.mark.slow
 def test_a_norm_without_weights_is_refused() -> None:
     config = tiny_config("diffllama")
     with pytest.raises(DiscoveryError, match=r"does not run with layers\.0\.head_dim=3"):
@@ -87,6 +88,7 @@ def test_nothing_is_padded_where_no_head_changes() -> None:
     assert module_changes(config, discover_groups(skeleton(config)), PrunedSizes({"layers.0.mlp": 8})).padded == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_cut_again(in_memory: bool, tmp_path: Path) -> None:
     model = family_model(family_config("llama"))
