@@ -209,8 +209,7 @@ class Pipeline:
         if self._rotated is None:
             model, windows = self.model, self.windows()
             with self.clock.stage("rotate") as progress:
-                scored = self.calibration.scored(windows)
-                self._rotated = rotated(model, self.discovery, scored, progress=progress)
+                self._rotated = rotated(model, self.discovery, windows, progress=progress)
         return self._rotated
 
     def _title(self, stage: str, at: Position) -> str:
