@@ -51,6 +51,7 @@ from secateur.pruning.held_out import checked_repair, left_out
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
+from secateur.pruning.rotation import rotated
 from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
@@ -115,6 +116,7 @@ class Pipeline:
         self.trust = recipe.loading.trust_remote_code or (model is not None and runs_remote_code(model))
         self.statistics: StatisticsFolder | None = None
         self._model, self._tokenizer, self._windows = model, tokenizer, windows
+        self._rotated: PreTrainedModel | None = None
         self._start: Tensor | None = None  # what goes before windows, where they are read here
         self._table: LatencyTable | None = None
         self._tokens: TokenRanking | None = None
@@ -215,6 +217,21 @@ class Pipeline:
         """The iteration after one that has left this model."""
         return self._position(number + 1, discover(smaller, start_tokens=self.discovery.start_tokens), smaller)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether channels of values are cut, which are first rotated to their principal axes."""
+        return "head_dim" in self.options.axes
+
+    def _model_at(self, at: Position) -> PreTrainedModel:
+        """The model that an iteration scores and cuts: the first one the dense model, its values rotated if need be."""
+        if at.model is not None or not self.rotates:
+            return at.model or self.model
+        if self._rotated is None:
+            model, windows = self.model, self.windows()
+            with self.clock.stage("rotate") as progress:
+                self._rotated = rotated(model, self.discovery, windows, progress=progress)
+        return self._rotated
+
     def _title(self, stage: str, at: Position) -> str:
         return stage if self.options.iterations == 1 else f"{stage}, iteration {at.number}"
 
@@ -235,11 +252,11 @@ class Pipeline:
         tokens = {} if self._tokens is None else {TOKENS: self._tokens.scores(NATS)}
         if not groups:
             return Scores(at.options.score, at.options.reduce, tokens)
-        first = at.model is None
+        first = at.model is None and not self.rotates
         statistics = self.statistics.load() if self.statistics is not None and first else None
         if statistics is None or not covers(statistics, at.options.score, at.discovery, groups):
             windows = self.windows() if SCORES[at.options.score].needs != "weights" else None
-            model = at.model or self.model
+            model = self._model_at(at)
             in_parts = processes.count() == 1 and weight_bytes(model) >= CACHE_LAYERS_FROM
             with self.clock.stage(self._title("score", at)) as progress:
                 new = statistics_for(
@@ -320,7 +337,7 @@ class Pipeline:
             return replace(repaired, groups=(*repaired.groups, *tokens), settings=decided.settings), weights
         found = self.cache.load_repair(decided)
         if found is None:
-            model, windows = at.model or self.model, self.windows()
+            model, windows = self._model_at(at), self.windows()
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             read = windows if self._start is None else behind(self._start, windows)
             inputs = model, decided, at.discovery, read
@@ -338,7 +355,7 @@ class Pipeline:
         self, at: Position, decided: Plan, weights: Mapping[str, Tensor], room: Path | None = None
     ) -> PreTrainedModel:
         """8. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
-        model = at.model or self.model
+        model = self._model_at(at)
         with self.clock.stage(self._title("cut", at)):
             return prune(model, decided, discovery=at.discovery, weights=weights, room=self._room(model, room))
 

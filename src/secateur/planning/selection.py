@@ -39,6 +39,8 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
             # With one KV head there is nothing to choose from but its query heads.
             layers = {group.layer for group in groups}
             groups += [g for g in discovery.groups if g.kind == "query" and g.layer not in layers]
+        if axis == "head_dim":
+            groups = [group for group in groups if _is_of_values(group, discovery)]
         groups = [g for g in groups if g.layer is None or first <= g.layer < last]
         if options.sublayers:
             groups = [replace(g, least=0) if is_removable(discovery, g) else g for g in groups]
@@ -49,6 +51,15 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
             )
         by_axis[axis] = groups
     return by_axis
+
+
+def _is_of_values(group: Group, discovery: Discovery) -> bool:
+    """Whether one matrix makes the channels and another reads them, and no norm between counts them.
+
+    Nothing reads channels of queries and keys but their product, so no score says what one is worth.
+    """
+    matrices = {weight.name for weight in discovery.weights if len(weight.dims) == 2}
+    return not group.normed and {axis.dim for axis in group.axes if axis.weight in matrices} == {0, 1}
 
 
 def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) -> dict[str, tuple[int, ...] | None]:
