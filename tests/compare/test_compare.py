@@ -282,6 +282,7 @@ class TestPlans:
         assert _Handlers({"A": sides[0]}, planner, planner.run).axes("A") == [
             "attention",
             "query",
+            "head_dim",
             "mlp",
             "hidden",
             "layers",

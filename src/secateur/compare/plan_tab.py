@@ -16,7 +16,7 @@ from secateur.files import write_json
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
 from secateur.pipeline.run import plan_model
-from secateur.planning.options import AXES, PRESETS, BudgetName
+from secateur.planning.options import AXES, PRESETS, TOKENS, BudgetName
 from secateur.planning.plan import Plan, plan
 from secateur.planning.selection import groups_to_cut
 from secateur.progress import Progress, ProgressBars
@@ -88,9 +88,9 @@ class _Handlers:
     plans: Path
 
     def axes(self, title: str) -> list[str]:
-        """The axes of which the model has groups."""
+        """The axes of which the model has groups; not tokens, of which the two sides would then have others."""
         kinds = {group.kind for group in self.sides[title].discovery.groups}
-        return [axis for axis, wanted in AXES.items() if kinds & set(wanted)]
+        return [axis for axis, wanted in AXES.items() if kinds & set(wanted) and axis != TOKENS]
 
     def sizes(self, title: str, preset: str, *options: Any) -> list[Any]:
         """The sizes of the cut that was asked for, or why it cannot be made."""
