@@ -992,7 +992,11 @@ class TestRecipe:
         succeed(capsys, "prune", "tiny", "one", *cut, *self.FEW)
         succeed(capsys, "prune", "two", "--recipe", "one/recipe.yaml")
         for name in names(Path("one")):
-            if name not in ("secateur_record.json", "secateur_manifest.json"):  # the command line is another one
+            if name not in (
+                "secateur_record.json",
+                "secateur_manifest.json",
+                "README.md",
+            ):  # the command line is another one
                 assert Path("two", name).read_bytes() == Path("one", name).read_bytes(), name
 
     def test_a_cut_by_a_plan_replays(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1004,12 +1008,14 @@ class TestRecipe:
     def test_an_exported_folder_replays(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "export", "tiny", "one", "--int8", "--dynamic", "--dtype", "float32")
         succeed(capsys, "export", "two", "--recipe", "one/recipe.yaml")
+        assert "torchao" in Path("two/README.md").read_text()
         for name in ("model.safetensors", "config.json", "recipe.yaml"):
             assert Path("two", name).read_bytes() == Path("one", name).read_bytes()
 
     def test_a_trained_folder_replays(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "recover", "tiny", "one", *RECOVER[3:], "--rank", "2")
         succeed(capsys, "recover", "two", "--recipe", "one/recipe.yaml")
+        assert "secateur recover --recipe recipe.yaml" in Path("two/README.md").read_text()
         for name in ("model.safetensors", "config.json", "recipe.yaml"):
             assert Path("two", name).read_bytes() == Path("one", name).read_bytes()
 
