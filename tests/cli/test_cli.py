@@ -35,7 +35,7 @@ from secateur.planning.options import CutOptions
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export report demo compare".split())
+COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export push report demo compare".split())
 IN_ROUNDS = "recover tiny out --data alpaca.json".split()
 RECOVER = "recover tiny out --data alpaca.json --max-length 128 --max-steps 4 --eval-steps 4 --seed 1".split()
 PRUNE_AND_TRAIN = (
