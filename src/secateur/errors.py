@@ -67,6 +67,10 @@ class ExportError(SecateurError):
     """A model, a setting or a tokenizer that the format of a file cannot hold, or a file that computes otherwise."""
 
 
+class TrackingError(SecateurError):
+    """An experiment tracker that is not installed."""
+
+
 class PageError(SecateurError):
     """A page that cannot be shown: a package is missing, or its address is taken."""
 
