@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from secateur import __version__
@@ -89,3 +90,16 @@ def test_the_wheel_works_with_the_core_alone(tmp_path: Path) -> None:
     write_tiny(tmp_path / "tiny")
     done(command, "prune", "tiny", "out", "--samples", "4", "--length", "32", "--quiet", cwd=tmp_path)
     assert "perplexity" in done(command, "evaluate", "tiny", "out", "--max-tokens", "400", cwd=tmp_path)
+
+
+def test_the_citation_has_what_its_format_asks_for() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_the_container_takes_files_that_are_there_and_not_ignored() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    taken = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    let_in = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert taken == [name for name in taken if (ROOT / name).exists() and f"!{name}" in let_in] != []
