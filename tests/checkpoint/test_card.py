@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from huggingface_hub import ModelCard
 
@@ -112,6 +113,17 @@ def test_the_dense_folder_gives_its_licence_and_a_folder_of_ours_its_base(
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / CARD_FILE).write_text(f"---\r\n{header}\r\n---\r\n# Title\n---\n", newline="")
     assert origin(str(tmp_path)) == said
+
+
+def test_a_gguf_says_its_licence(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_license("mit")
+    writer.add_languages(["en", "fr"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert origin(str(tmp_path / "x.gguf")) == {"license": "mit", "language": ["en", "fr"]}
 
 
 def test_a_name_on_the_hub_is_the_base() -> None:
