@@ -90,11 +90,11 @@ def check_space(out: Path, needed: int) -> None:
     Traceback (most recent call last):
     secateur.errors.DiskError: out needs 1,152,921,504.6 GB, and ... GB are free on its disk. ...
     """
-    free = shutil.disk_usage(out.absolute().parent).free
-    if free < needed:
+    disk = shutil.disk_usage(out.absolute().parent)
+    if disk.total and disk.free < needed:  # what is no disk has no size
         raise DiskError(
-            f"{out} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on its disk. Free some, or name a "
-            "folder on another"
+            f"{out} needs {needed / 1e9:,.1f} GB, and {disk.free / 1e9:,.1f} GB are free on its disk. Free some, or "
+            "name a folder on another"
         )
 
 

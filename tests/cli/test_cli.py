@@ -537,7 +537,10 @@ class TestPlanFile:
 PRUNE = ("prune", "tiny", "out")
 REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     # the model
-    "hub name offline": ("'no/such': its config cannot be read; .* Check the name", ("prune", "no/such", "out")),
+    "hub name offline": (
+        "'no/such': its config cannot be read; no file .*not in the cache",
+        ("prune", "no/such", "out"),
+    ),
     "no such path": (r"'\./no-such': no such file or folder\. Expected", ("prune", "./no-such", "out")),
     "image model": ("model type 'vit' is not a causal language model", ("prune", "vit", "out")),
     "image and text model": ("model type 'clip' is not a causal language model", ("discover", "clip")),

@@ -82,7 +82,7 @@ def _title(config: Mapping[str, Any], plan: Plan | None, record: Record | None, 
     short = str(name).rstrip("/").rpartition("/")[2]
     yield f"# {_plain(short)}, {', '.join(steps) or 'copied'}"
     yield ""
-    yield f"Made from {_code(name)} with Secateur {versions()['secateur']}: `pip install secateur`."
+    yield f"Made from {_code(name)} with Secateur {versions()['secateur']}."
 
 
 def _sizes(folder: Path, plan: Plan | None) -> Iterator[str]:
@@ -113,9 +113,10 @@ def _cut(folder: Path, plan: Plan | None, record: Record | None) -> Iterator[str
         yield f"Budget: {goal} of {options.of}; score {options.score}; repair {options.repair}; shape {options.shape}."
         yield f"`{PLAN_FILE}` has the units that stay and all options."
     if record is not None and (text := record.calibration_options) is not None:
-        names = text["text"] if isinstance(text["text"], (list, tuple)) else [text["text"]]
-        chosen = ", ".join(map(_code, names))
-        yield f"Calibration: {text['samples']} windows of {text['length']} tokens of {chosen}, seed {text['seed']}."
+        names = text.get("text") or ()
+        chosen = ", ".join(map(_code, [names] if isinstance(names, str) else names))
+        samples, length, seed = (text.get(name) for name in ("samples", "length", "seed"))
+        yield f"Calibration: {samples} windows of {length} tokens of {chosen}, seed {seed}."
     for training in _trainings(record):
         yield f"Then: {_training(training)}."
 
@@ -163,7 +164,7 @@ def _damage(plan: Plan | None, record: Record | None) -> Iterator[str]:
 def _trained_rows(training: Mapping[str, Any]) -> Iterator[str]:
     entries = training.get("evaluation") or ()
     first = next(iter(entries), None)
-    best = next((entry for entry in entries if entry["step"] == training["best_step"]), None)
+    best = next((entry for entry in entries if entry["step"] == training.get("best_step")), None)
     if first is None or best is None or best is first:
         return
     if first.get("validation") is not None:
