@@ -88,12 +88,12 @@ def check_space(out: Path, needed: int) -> None:
 
     >>> check_space(Path("out"), 2**60)
     Traceback (most recent call last):
-    secateur.errors.DiskError: out needs 1,152,921,504.6 GB, and ... GB are free on its disk. ...
+    secateur.errors.DiskError: out needs 1,152,921,504,606.8 MB, and ... MB are free on its disk. ...
     """
     disk = shutil.disk_usage(out.absolute().parent)
     if disk.total and disk.free < needed:  # what is no disk has no size
         raise DiskError(
-            f"{out} needs {needed / 1e9:,.1f} GB, and {disk.free / 1e9:,.1f} GB are free on its disk. Free some, or "
+            f"{out} needs {needed / 1e6:,.1f} MB, and {disk.free / 1e6:,.1f} MB are free on its disk. Free some, or "
             "name a folder on another"
         )
 

@@ -183,7 +183,9 @@ class TestLargeModels:
     ) -> None:
         monkeypatch.setattr("secateur.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
         monkeypatch.setattr(f"{STAGES}.load", never)
-        with pytest.raises(DiskError, match=r"here/out needs 0\.0 GB, and 0\.0 GB are free on its disk. Free some, or"):
+        with pytest.raises(
+            DiskError, match=r"here/out needs 0\.\d MB, and 0\.0 MB are free on its disk. Free some, or"
+        ):
             prune(cut=CHEAP)
         assert top(place) == []
 
