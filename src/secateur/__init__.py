@@ -11,7 +11,19 @@ here is imported from them.
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+import sys
+from pathlib import Path
+
+__version__ = "0.2.0.dev0"
+
+from secateur.errors import SecateurError, check_versions
+
+try:
+    check_versions()
+except ImportError as _error:
+    if Path(sys.argv[0]).stem == "secateur":  # the command, whose errors are one line
+        sys.exit(f"secateur: error: {_error}")
+    raise
 
 import secateur.models.silence  # noqa: F401 - before all that imports transformers
 from secateur.checkpoint.save import save
@@ -19,7 +31,6 @@ from secateur.checkpoint.verification import verify
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.discovery.discover import discover
-from secateur.errors import SecateurError
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.profile import profile
 from secateur.export.gguf_file import export_gguf

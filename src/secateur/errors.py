@@ -7,8 +7,12 @@ line and exits with status 2; code catches `SecateurError`.
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Iterable
+
+LEAST = {"torch": (2, 6), "transformers": (5, 0)}  # versions, as pyproject.toml has them
 
 
 class SecateurError(Exception):
@@ -65,6 +69,10 @@ class DiskError(CheckpointError):
 
 class ExportError(SecateurError):
     """A model, a setting or a tokenizer that the format of a file cannot hold, or a file that computes otherwise."""
+
+
+class TrackingError(SecateurError):
+    """An experiment tracker that is not installed."""
 
 
 class PageError(SecateurError):
@@ -128,3 +136,21 @@ def check_installed(error: type[SecateurError], package: str, *, extra: str, wha
     """
     if importlib.util.find_spec(package) is None:
         raise error(f"{what} needs the package {package}. Run: pip install 'secateur[{extra}]'")
+
+
+def check_versions() -> None:
+    """Raise `ImportError` where a package is too old for us, before its first import fails in an odd place.
+
+    >>> check_versions()
+    """
+    for package, least in LEAST.items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # its own import says so
+            continue
+        if tuple(map(int, re.findall(r"\d+", installed)[:2])) < least:
+            wanted = ".".join(map(str, least))
+            raise ImportError(
+                f"Secateur needs {package} {wanted} or newer, and {installed} is installed. Run: pip install -U "
+                f"'{package}>={wanted}'"
+            )

@@ -7,6 +7,7 @@ a hidden `.NAME.PID.partial`, which the next writer of the same name removes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -82,6 +83,21 @@ def _check_parent(path: Path) -> None:
         raise CheckpointError(f"{path}: you may not write in {parent}; name a path in a folder of yours")
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Raise `DiskError` when fewer than `needed` bytes are free on the disk that `out` is to be written to.
+
+    >>> check_space(Path("out"), 2**60)
+    Traceback (most recent call last):
+    secateur.errors.DiskError: out needs 1,152,921,504,606.8 MB, and ... MB are free on its disk. ...
+    """
+    disk = shutil.disk_usage(out.absolute().parent)
+    if disk.total and disk.free < needed:  # what is no disk has no size
+        raise DiskError(
+            f"{out} needs {needed / 1e6:,.1f} MB, and {disk.free / 1e6:,.1f} MB are free on its disk. Free some, or "
+            "name a folder on another"
+        )
+
+
 def check_apart(source: Path | None, out: Path) -> None:
     """Raise `CheckpointError` when writing the folder would delete its own source (None: one of the hub)."""
     if source is not None and out.resolve() in (source.resolve(), *source.resolve().parents):
@@ -90,7 +106,9 @@ def check_apart(source: Path | None, out: Path) -> None:
 
 def unwritable(path: Path, error: Exception) -> DiskError:
     """The error of a file or folder that cannot be written, for example because the disk is full."""
-    return DiskError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = ". Free some space, or name a folder on another disk" if full else ""
+    return DiskError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}{remedy}")
 
 
 def make_folder(path: Path) -> None:

@@ -136,7 +136,7 @@ class TestSaved:
         assert sum(torch.Size(shape).numel() for shape in shapes.values()) == saved[name].plan.parameters["pruned"]
 
     def test_no_file_is_a_pickle(self, saved: dict[str, Saved], name: str) -> None:
-        allowed = {".json", ".safetensors", ".jinja", ".txt"}
+        allowed = {".json", ".safetensors", ".jinja", ".txt", ".md"}
         assert {path.suffix for path in saved[name].folder.iterdir()} <= allowed
 
     def test_files_can_be_read_by_others(self, saved: dict[str, Saved], name: str) -> None:
@@ -323,7 +323,7 @@ class TestCarriedOver:
         assert verify(tmp_path / "out").problems == ()
 
     def test_what_else_lies_there_stays(self, dense: Path, tmp_path: Path) -> None:
-        others = ("README.md", "pytorch_model.bin", "training_args.bin", "run.py", "x.gguf", "optimizer.safetensors")
+        others = ("NOTICE.md", "pytorch_model.bin", "training_args.bin", "run.py", "x.gguf", "optimizer.safetensors")
         for name in others:
             (dense / name).write_text("x")
         (dense / "optimizer.safetensors").unlink()

@@ -367,6 +367,32 @@ class TestDataSet:
 
         datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
         with pytest.raises(
-            DataError, match=r"^'name': no such file, and no data set .*: the hub is far away\)\. Check.*$"
+            DataError,
+            match=r"^'name': no such file, and no data set .*not in the cache, and HF_HUB_OFFLINE is set[^\n]+$",
         ):
             read_calibration("name")
+
+    def test_a_file_of_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[object] = []
+        (tmp_path / "part.jsonl").write_text('{"text": "from the hub"}')
+
+        def download(name: str, file: str, **options: object) -> str:
+            asked.append((name, file, options["repo_type"], options["revision"]))
+            return str(tmp_path / "part.jsonl")
+
+        monkeypatch.setattr("secateur.data.documents.hf_hub_download", download)
+        assert read_calibration("hf://datasets/owner/name/sub/part.jsonl") == ["from the hub"]
+        assert read_calibration("hf://datasets/owner/name@v1/part.jsonl") == ["from the hub"]
+        assert read_rows("hf://datasets/owner/name/part.jsonl") == ["from the hub"]
+        assert asked[:2] == [
+            ("owner/name", "sub/part.jsonl", "dataset", None),
+            ("owner/name", "part.jsonl", "dataset", "v1"),
+        ]
+
+    def test_a_file_of_one_without_network(self) -> None:
+        for uri, match in {
+            "hf://datasets/owner/name/a.jsonl": "the file cannot be read; it is not in the cache, and HF_HUB",
+            "hf://owner/name/a.txt": "expected a file of a data set, hf://datasets/OWNER/NAME/FILE",
+        }.items():
+            with pytest.raises(DataError, match=rf"^'{uri}': {match}[^\n]+$"):
+                read_calibration(uri)

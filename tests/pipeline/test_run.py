@@ -178,6 +178,17 @@ class TestLargeModels:
             prune(cut=CHEAP)
         assert top(place) == [WORK]
 
+    def test_too_little_room_is_refused_before_a_weight_is_read(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("secateur.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
+        monkeypatch.setattr(f"{STAGES}.load", never)
+        with pytest.raises(
+            DiskError, match=r"here/out needs 0\.\d MB, and 0\.0 MB are free on its disk. Free some, or"
+        ):
+            prune(cut=CHEAP)
+        assert top(place) == []
+
 
 class TestRecord:
     """The folder says which text its units were chosen by."""

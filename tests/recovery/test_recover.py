@@ -34,7 +34,7 @@ from secateur.recovery.result import RecoverResult
 from tiny import names, write_tiny
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-OURS = ["recipe.yaml", "secateur_curves.json", "secateur_manifest.json", "secateur_plan.json", "secateur_record.json"]
+OURS = ["README.md", "recipe.yaml", *(f"secateur_{name}.json" for name in ("curves", "manifest", "plan", "record"))]
 SHAPES = {
     "lora": "uniform",
     "full": "per-layer",

@@ -27,7 +27,7 @@ from trainings import (
 from secateur import RecoverOptions, SecateurError
 from secateur.data.rows import Rows
 from secateur.data.training_data import TrainingData
-from secateur.errors import CheckpointError, DataError, ModelError, TrainingError
+from secateur.errors import CheckpointError, DataError, ModelError, TrackingError, TrainingError
 from secateur.files import read_json
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.recipe import RunOptions
@@ -143,7 +143,7 @@ class TestRefused:
             train()
         with pytest.raises(TrainingError, match=r"plot needs .*matplotlib. Run: pip install 'secateur\[plot\]'"):
             train(method="full", plot=True)
-        with pytest.raises(TrainingError, match=r"track='wandb' needs the package wandb. Run: pip install wandb"):
+        with pytest.raises(TrackingError, match=r"track='wandb' needs the package wandb. Run: pip install wandb"):
             train(method="full", track="wandb")
         assert names(place) == []
 

@@ -21,6 +21,7 @@ from secateur.models.manifest import check_as_written
 
 PLAN_FILE = "secateur_plan.json"
 RECORD_FILE = "secateur_record.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.checkpoint.card import write_card
 from secateur.checkpoint.formats import check_saveable, needs_per_layer
 from secateur.checkpoint.per_layer import as_per_layer, check_same
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
@@ -39,7 +40,7 @@ def save(
     files: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a pruned model as a folder: safetensors, config, tokenizer, the plan, the record and the manifest.
+    """Write a pruned model as a folder: safetensors, config, tokenizer, plan, record, model card and manifest.
 
     It is a stock folder where a stock config can say the cut, else a per-layer folder (see `formats`). The folder
     appears whole or not at all. What was written is read back by name, shape and dtype and must be exactly what a model
@@ -112,6 +113,8 @@ def save_updated(
         if record is not None:
             write_json(folder / RECORD_FILE, record.to_json())
         yield folder
+        made_from = record.model if record is not None else None
+        write_card(folder, made_from if source is None else str(source))
         write_manifest(folder)
 
 

@@ -17,6 +17,7 @@ from secateur.cli.options import (
     Folder,
     Given,
     Loading,
+    Measured,
     Quiet,
     Run,
     StartTokens,
@@ -96,7 +97,7 @@ def prune_command(
     ] = None,
     run: Run,
     loading: Loading,
-    output: Quiet,
+    output: Measured,
 ) -> None:
     """Write a smaller model that the usual loaders read.
 
@@ -160,7 +161,7 @@ def sweep_command(
     cutting: Annotated[Given, SWEPT],
     run: Annotated[Given, replace(RUN, main="folder resume", omit="overwrite command bars")],
     loading: Loading,
-    output: Quiet,
+    output: Measured,
 ) -> None:
     """Cut by several ratios and scores; show what each costs.
 

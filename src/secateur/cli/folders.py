@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from secateur.checkpoint.verification import verify
-from secateur.cli.options import MAIN, MODEL, RUN, Fields, Given, Loading, Quiet, Run, Trust, changed, model_and_out
+from secateur.cli.options import (
+    MAIN,
+    MODEL,
+    RUN,
+    Fields,
+    Given,
+    Loading,
+    Quiet,
+    Run,
+    Trust,
+    changed,
+    main,
+    model_and_out,
+)
 from secateur.cli.output import COMMAND, check_files, finish, progress_bars
 from secateur.cli.reading import count
 from secateur.cli.training import train_and_show
@@ -18,10 +31,11 @@ from secateur.data.options import DataOptions
 from secateur.errors import CheckpointError, PlanError
 from secateur.export.formats import ExportOptions, choose_format, export_model
 from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions, QuantizeOptions
+from secateur.export.push import push
 from secateur.pipeline.recipe import prune_recipe, read_whole_recipe
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recipe import RoundOptions, recover_recipe
-from secateur.report.tables.files import export_tables, verify_tables
+from secateur.report.tables.files import export_tables, push_lines, verify_tables
 
 
 def verify_command(
@@ -108,6 +122,26 @@ def export_command(
             name, out, options, loading=loading, overwrite=overwrite, progress=progress, command=command
         )
     finish(written.to_json(), output, export_tables(written), run=folder, kind="export", models=[name, str(out)])
+
+
+def push_command(
+    folder: Annotated[Path, Parameter(help="Folder that `prune`, `recover` or `export` wrote.")],
+    name: Annotated[str, Parameter(help="Name on the hub: OWNER/MODEL, or MODEL under your own name.")],
+    /,
+    *,
+    private: Annotated[bool, main("Only you, or your organisation, can see it.", negative=())] = False,
+    loading: Trust,
+    output: Quiet,
+) -> None:
+    """Share a folder on the Hugging Face hub, with its model card.
+
+    Every file is compared with its hash, then all are uploaded in one commit. The token is that of `hf auth login` or
+    HF_TOKEN. The record, the recipe and the card name the command line and the files of text that were used.
+    """
+    check_files(output.json)
+    with progress_bars(quiet=output.quiet)(f"push {folder}"):
+        pushed = push(folder, name, private=private, trust_remote_code=loading.trust_remote_code)
+    finish(pushed.to_json(), output, push_lines(pushed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError
 
 from secateur import __version__, processes
 from secateur.cli.cutting import discover_command, plan_command, prune_command, sweep_command
-from secateur.cli.folders import export_command, recover_command, verify_command
+from secateur.cli.folders import export_command, push_command, recover_command, verify_command
 from secateur.cli.measuring import evaluate_command, profile_command
 from secateur.cli.options import command
 from secateur.cli.output import COMMAND
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of the help
     "sweep": sweep_command,
     "verify": verify_command,
     "export": export_command,
+    "push": push_command,
     "report": report_command,
     "demo": demo_command,
     "compare": compare_command,

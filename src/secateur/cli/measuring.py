@@ -9,7 +9,7 @@ from typing import Annotated
 from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoint.record import read_record
-from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Quiet, main
+from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Measured, main
 from secateur.cli.output import check_files, finish, progress_bars
 from secateur.cli.reading import comma_separated, whole_numbers
 from secateur.errors import ModelError, TaskError
@@ -49,7 +49,7 @@ def evaluate_command(
     plan: PlanFile = None,
     run: Folder,
     loading: Loading,
-    output: Quiet,
+    output: Measured,
 ) -> None:
     """Measure perplexity, accuracy in tasks, and see samples of text.
 
@@ -93,7 +93,7 @@ def profile_command(
     plan: PlanFile = None,
     run: Folder,
     loading: Loading,
-    output: Quiet,
+    output: Measured,
 ) -> None:
     """Measure parameters, MACs, memory and speed.
 

@@ -195,7 +195,8 @@ Overwrite = Annotated[Given, replace(RUN, omit="command bars folder resume")]
 Loading = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True)]
 Trust = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True, omit="dtype device")]
 StartTokens = Annotated[Given, START_TOKENS]
-Quiet = Annotated[Output, Fields(Output, group=COMMON, build=True)]
+Quiet = Annotated[Output, Fields(Output, group=COMMON, build=True, omit="track")]
+Measured = Annotated[Output, Fields(Output, group=COMMON, build=True)]
 assert set(PRESETS) == set(get_args(get_args(get_type_hints(Cutting)["preset"])[0]))  # the help lists what there is
 
 

@@ -16,10 +16,12 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from secateur import processes
+from secateur.checkpoint.record import versions
 from secateur.files import check_writable, write_json
 from secateur.pipeline.recipe import RunOptions
 from secateur.pipeline.run import Pruned
 from secateur.pipeline.run_log import append_entry, check_run_folder
+from secateur.pipeline.tracking import Tracker, check_tracker, track
 from secateur.progress import ProgressBars
 from secateur.recovery.result import RecoverResult
 from secateur.report.formatting import format_bytes
@@ -33,6 +35,12 @@ class Output:
     """Print nothing but errors."""
     json: Path | None = None
     """Also write the result to this file, as JSON."""
+    track: Tracker | None = None
+    """Also report the result to this experiment tracker."""
+
+    def __post_init__(self) -> None:
+        """Refuse a tracker that is not installed."""
+        check_tracker(self.track)
 
 
 PIPE_WIDTH = 240  # columns of a table that no terminal shows
@@ -56,7 +64,7 @@ def finish(
 ) -> None:
     """Write a result as JSON where that was asked for, and its log entry where there is a run folder; show its tables.
 
-    Tables are made only where they are shown.
+    Tables are made only where they are shown. Last of all, the result is reported to the tracker, if there is one.
     """
     if processes.is_first() and output.json is not None:
         write_json(output.json, result)
@@ -64,6 +72,8 @@ def finish(
         append_entry(run, COMMAND.get(), result=result, **{"seed": 0, **entry})
     if not output.quiet:
         show(tables)
+    if processes.is_first() and output.track is not None:
+        track(output.track, entry["kind"], result, about={"command": COMMAND.get(), **entry, **versions()}, run=run)
 
 
 def print_written(made: Pruned | RecoverResult, *, resume: bool) -> None:

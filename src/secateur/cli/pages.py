@@ -11,7 +11,19 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from secateur.cli.demo import REPORT_FILE, demonstrate
-from secateur.cli.options import CALIBRATION, CUTTING, MODEL, Folder, Given, Loading, Overwrite, Quiet, main, recipe_of
+from secateur.cli.options import (
+    CALIBRATION,
+    CUTTING,
+    MODEL,
+    Folder,
+    Given,
+    Loading,
+    Measured,
+    Overwrite,
+    Quiet,
+    main,
+    recipe_of,
+)
 from secateur.cli.output import check_files, finish, progress_bars, run_options
 from secateur.compare.compare import HERE, PORT, Opened, compare
 from secateur.models.sources import DEMO
@@ -70,7 +82,7 @@ def compare_command(
     calibration: Annotated[Given, CALIBRATION],
     run: Folder,
     loading: Loading,
-    output: Quiet,
+    output: Measured,
 ) -> None:
     """Open a page on this machine: ask two models, plan a cut.
 
@@ -81,7 +93,9 @@ def compare_command(
 
     def announce(opened: Opened) -> None:
         tables = profile_tables([side.costs for side in opened.sides])
-        finish(opened.to_json(), output, [*tables, f"open {opened.url} (Ctrl-C ends it)"])
+        finish(
+            opened.to_json(), output, [*tables, f"open {opened.url} (Ctrl-C ends it)"], kind="compare", models=[a, b]
+        )
         sys.stdout.flush()
 
     folder, bars = run.get("folder"), progress_bars(quiet=output.quiet)

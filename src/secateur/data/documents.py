@@ -1,7 +1,7 @@
 """Files and data sets -> rows with named fields, each with the place where it stands.
 
-Files are UTF-8. A `.jsonl`, `.json` or `.parquet` file holds rows; any other file is plain text. Every other name is
-that of a data set on the hub.
+Files are UTF-8. A `.jsonl`, `.json` or `.parquet` file holds rows; any other file is plain text. They lie here, or in a
+data set on the hub: `hf://datasets/OWNER/NAME/FILE`. Every other name is that of a data set on the hub.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
 from secateur.data.calibration import DEMO
 from secateur.errors import DataError, check_installed, one_line
+from secateur.models.hub import hub_problem
+from secateur.models.silence import quiet
+from secateur.models.sources import hub_options
 
+HUB = "hf://"
+HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 # Names of the fields in Alpaca's, Dolly's and other data sets; the first that a row has is read.
 INSTRUCTION_FIELDS = ("instruction", "prompt", "question")
 INPUT_FIELDS = ("input", "context")
@@ -81,14 +89,25 @@ def is_data_set(name_or_path: str | Path) -> bool:
     (True, False)
     """
     path = Path(name_or_path)
-    if isinstance(name_or_path, Path) or not name_or_path or name_or_path.count("/") > 1 or "\\" in name_or_path:
+    if (
+        isinstance(name_or_path, Path)
+        or not name_or_path
+        or name_or_path.startswith(HUB)
+        or name_or_path.count("/") > 1
+        or "\\" in name_or_path
+    ):
         return False
     is_path = path.exists() or path.is_absolute() or name_or_path.startswith((".", "~"))
     return not is_path and path.suffix.lower() not in (".jsonl", ".json", ".parquet", ".txt", ".raw", ".md", ".text")
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path of a file, with `~` expanded. Raises `DataError` when it is missing or a folder."""
+    """The path of a file, with `~` expanded; one of a data set on the hub (`hf://datasets/...`) comes to the cache.
+
+    Raises `DataError` when it is missing or a folder.
+    """
+    if str(path).startswith(HUB):
+        return _downloaded(str(path))
     expanded = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no such user
     if not expanded.exists():
         raise DataError(f"{str(path)!r}: no such file. Expected a text file, .jsonl, .json or .parquet, or {DEMO!r}.")
@@ -158,7 +177,29 @@ def _data_set_rows(name: str) -> Iterator[tuple[str, object]]:
         for number, row in enumerate(rows, start=1):
             yield f"{name!r}, row {number}", row
     except Exception as error:  # whatever the hub, the network or the data set's format makes of it
+        problem = hub_problem(error, f"datasets/{repository}")
+        reason = problem or f"{one_line(error)}. Check the name and the network"
         raise DataError(
-            f"{name!r}: no such file, and no data set of that name can be read ({one_line(error)}). Check the name "
-            f"and the network, or give a text file or {DEMO!r}."
+            f"{name!r}: no such file, and no data set of that name can be read; {reason}, or give a text file or "
+            f"{DEMO!r}."
         ) from error
+
+
+def _downloaded(uri: str) -> Path:
+    """The file of a data set on the hub, in the hub's cache. Raises `DataError`."""
+    parts = HUB_FILE.fullmatch(uri)
+    if parts is None:
+        raise DataError(
+            f"{uri!r}: expected a file of a data set, hf://datasets/OWNER/NAME/FILE, with @REVISION behind NAME if one "
+            "is meant; a whole data set is OWNER/NAME alone."
+        )
+    name = parts["name"]
+    try:
+        with quiet():
+            path = hf_hub_download(
+                name, parts["file"], repo_type="dataset", revision=parts["revision"], **hub_options()
+            )
+    except Exception as error:  # whatever the hub and the network make of it
+        reason = hub_problem(error, f"datasets/{name}") or f"{one_line(error)}. Check the name and the network"
+        raise DataError(f"{uri!r}: the file cannot be read; {reason}, or give a text file or {DEMO!r}.") from error
+    return Path(path)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from secateur.checkpoint.card import write_card
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.discovery.sizes import shapes_of
 from secateur.errors import CheckpointError, ModelError, SecateurError, one_line
@@ -69,6 +70,8 @@ def packed_folder(
         copy_in(folder, {**(files or {}), **{name: path for name, path in beside.items() if path.is_file()}})
         if recipe is not None:
             write_recipe(folder, "export", recipe)
+        made_from = str(source) if source is not None else recipe.model if recipe is not None else None
+        write_card(folder, made_from)
         write_manifest(folder)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.checkpoint.record import RECIPE_FILE
 from secateur.checkpoint.save import SHARD
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
@@ -39,7 +40,6 @@ from secateur.files import check_vacant, copy_in
 from secateur.models.config import check_positions, per_layer_model_class, register_classes
 from secateur.models.silence import quiet, silence_logger
 from secateur.models.trust import runs_remote_code
-from secateur.pipeline.recipe import RECIPE_FILE
 from secateur.progress import Progress
 
 GROUP_SIZES = (128, 64, 32)  # columns that share a scale, best first: those of vLLM's kernels for int4 on GPUs

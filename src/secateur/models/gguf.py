@@ -60,3 +60,12 @@ def _read_once(parser: Callable[[str], Any]) -> Callable[[str | os.PathLike[str]
 @functools.lru_cache(maxsize=1)
 def _parse(parser: Callable[[str], Any], path: str, _: tuple[int, ...]) -> Any:
     return parser(path)
+
+
+def metadata(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values of these keys of a GGUF file, None where it does not have one."""
+    import gguf
+
+    with gguf_reader():
+        fields = gguf.GGUFReader(path).fields
+    return {key: fields[key].contents() if key in fields else None for key in keys}

@@ -59,7 +59,7 @@ def text_files(
     named = {name for name in getattr(tokenizer, "vocab_files_names", {}).values() if isinstance(name, str)}
     names = sorted(TOKENIZER_FILES | named) if tokenizer_too else sorted(PROCESSOR_FILES)
     if source.kind == "hub":
-        return {name: Path(path) for name in names if (path := _cached(model, name)) is not None}
+        return {name: Path(path) for name in names if (path := hub_file(model, name)) is not None}
     folder = source.folder
     if folder is None:
         return {}
@@ -82,8 +82,8 @@ def _is_in(folder: Path, name: str) -> bool:
     return path.is_file() and inside
 
 
-def _cached(model: str, name: str) -> str | None:
-    """The path of a file of a model of the hub; None where it has none."""
+def hub_file(model: str, name: str) -> str | None:
+    """The path of a file of a model of the hub, in the hub's cache; None where it has none."""
     failures = ("missing_entries", "connection_errors", "gated_repo")
     silent = {f"_raise_exceptions_for_{failure}": False for failure in failures}
     with quiet():

@@ -10,6 +10,7 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from secateur.errors import ModelError, UntrustedCodeError, one_line
 from secateur.models.gguf import gguf_reader
+from secateur.models.hub import hub_problem
 from secateur.models.silence import quiet
 from secateur.models.sources import DEMO, Source
 
@@ -30,10 +31,12 @@ def model_errors(source: Source, failure: str, *, trust_remote_code: bool) -> It
             yield
     except Exception as error:  # the code of models raises anything
         check_trust(error, source.argument, trust_remote_code=trust_remote_code)
-        message = f"{source.argument!r}: {failure}; {one_line(error)}."
+        reason = f"{one_line(error)}."
         if source.kind == "hub":
-            message += f" Check the name and the network, or use a local folder or {DEMO!r}."
-        raise ModelError(message) from error
+            problem = hub_problem(error, source.argument)
+            usual = f"{reason} Check the name and the network, or use a local folder or {DEMO!r}."
+            reason = usual if problem is None else f"no file or folder here has that name; {problem}, or use {DEMO!r}."
+        raise ModelError(f"{source.argument!r}: {failure}; {reason}") from error
 
 
 def check_trust(error: Exception, model: str, *, trust_remote_code: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from secateur import __version__
+from secateur.checkpoint.record import RECIPE_FILE
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import build, values_by_field
 from secateur.errors import RecipeError, one_line
@@ -23,7 +24,6 @@ from secateur.models.loading import LoadOptions
 from secateur.planning.options import CutOptions, automatic, settled, with_preset
 from secateur.progress import ProgressBars
 
-RECIPE_FILE = "recipe.yaml"
 Options = TypeVar("Options")
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
 from secateur.errors import ModelError
-from secateur.files import check_apart, check_vacant
+from secateur.files import check_apart, check_space, check_vacant
 from secateur.models.config import check_not_quantized, load_config
+from secateur.models.loading import DTYPES
 from secateur.models.sources import resolve
 from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import Cache, StatisticsFolder, has_begun, run_key, work_folder
@@ -87,6 +89,8 @@ def prune_model(
         pipeline.statistics = StatisticsFolder(run.folder, recipe.model, pipeline.calibration, recipe.loading)
     sizes = pipeline.sizes(pipeline.start())
     pipeline.check_folder(sizes)
+    dtype = DTYPES.get(recipe.loading.dtype) or getattr(config, "dtype", None) or torch.float32
+    check_space(out, sizes.parameters.get("pruned", 0) * dtype.itemsize)
     known = given is not None or pipeline.options.scope == "local"  # else the scores decide on the sizes, too
     if announce is not None and known:
         announce(sizes)

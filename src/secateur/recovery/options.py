@@ -9,11 +9,11 @@ from typing import Any, Literal
 from secateur.data.options import DataOptions
 from secateur.decoding import check_choices
 from secateur.errors import TrainingError, check_known, check_least
+from secateur.pipeline.tracking import Tracker
 from secateur.recovery.lora import LoraOptions
 
 Method = Literal["auto", "lora", "full", "distill", "lora+distill"]
 Scheduler = Literal["cosine", "linear"]
-Tracker = Literal["tensorboard", "trackio", "wandb"]
 EVAL_WINDOW = 128  # tokens per window of held-out text
 
 

@@ -8,12 +8,13 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint.record import RECIPE_FILE
 from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.errors import DataError, RecipeError
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
-from secateur.pipeline.recipe import RECIPE_FILE, load_recipe, read_recipe
+from secateur.pipeline.recipe import load_recipe, read_recipe
 from secateur.planning import options as planning
 from secateur.planning.options import CutOptions
 from secateur.recovery.options import RecoverOptions, with_preset

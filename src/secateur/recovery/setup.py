@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import platform
@@ -33,13 +32,14 @@ from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import recovery_key
+from secateur.pipeline.tracking import Tracker, check_tracker
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock
 from secateur.pruning.prune import cut_vocabulary
 from secateur.recovery.distillation import check_teacher
 from secateur.recovery.hidden_states import MatchedLayers, match_layers
 from secateur.recovery.lora import check_peft
-from secateur.recovery.options import EVAL_WINDOW, RecoverOptions, Tracker
+from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.vocabulary.tokenizer import cut_tokenizer
 
@@ -294,9 +294,8 @@ def load_finite(name: str, loading: LoadOptions) -> PreTrainedModel:
 
 
 def _check_environment(track: Tracker | None) -> None:
-    """Raise `TrainingError` for a tracker that is not installed, and where accelerate asks for DeepSpeed or float16."""
-    if track is not None and importlib.util.find_spec(track) is None:
-        raise TrainingError(f"track={track!r} needs the package {track}. Run: pip install {track}")
+    """Raise `TrackingError` for a tracker that is missing, `TrainingError` for DeepSpeed or fp16 by accelerate."""
+    check_tracker(track)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise TrainingError(
             "DeepSpeed keeps its state in pickles, which are neither written nor read here. Expected FSDP2, which "

@@ -13,6 +13,7 @@ from secateur.export.formats import ExportResult
 from secateur.export.gguf_file import GgufResult
 from secateur.export.linear_layers import PackedResult
 from secateur.export.merge import MergeResult
+from secateur.export.push import Pushed
 from secateur.report.formatting import format_bytes, format_count
 from secateur.report.tables.layout import make_table, titled
 
@@ -50,6 +51,11 @@ def export_tables(written: ExportResult) -> Iterator[RenderableType]:
             yield from packed_tables(written)
         case MergeResult():
             yield from merge_lines(written)
+
+
+def push_lines(pushed: Pushed) -> Iterator[RenderableType]:
+    """What was uploaded, and where it is."""
+    yield Text(f"pushed {pushed.folder} ({pushed.files} files, {format_bytes(pushed.bytes)}): {pushed.url}")
 
 
 def packed_tables(done: PackedResult) -> Iterator[RenderableType]:
