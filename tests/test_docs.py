@@ -14,8 +14,7 @@ from quality_plot import SHOWN, points_of
 from secateur import CutOptions, __all__
 from secateur.checkpoint.record import PLAN_FILE, RECIPE_FILE, RECORD_FILE, Record
 from secateur.decoding import values_by_field
-from secateur.models.card import CARD_FILE
-from secateur.models.manifest import MANIFEST_FILE, Entry
+from secateur.models.manifest import CARD_FILE, MANIFEST_FILE, Entry
 from secateur.models.weight_files import TOKENIZER_FILES
 from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.plan import Plan, PlannedGroup

@@ -15,8 +15,8 @@ from secateur.checkpoint.card import write_card
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
 from secateur.checkpoint.save import save
 from secateur.files import write_json
-from secateur.models.card import CARD_FILE, origin
-from secateur.models.manifest import read_manifest
+from secateur.models.card import origin
+from secateur.models.manifest import CARD_FILE, read_manifest
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
@@ -130,10 +130,10 @@ def test_a_name_on_the_hub_is_the_base() -> None:
     assert origin("organisation/model") == {"base_model": "organisation/model"}  # no network: no licence is known
 
 
-def test_a_saved_folder_has_a_card_in_its_manifest(tmp_path: Path) -> None:
+def test_a_saved_folder_has_a_card_that_may_be_edited(tmp_path: Path) -> None:
     plan = replace(PLAN, options=replace(PLAN.options, shape="per-layer"), settings=None, refusal="layers differ")
     out = save(prune(tiny_model(), plan), tmp_path / "out", plan=plan, record=RECORD)
-    assert CARD_FILE in (read_manifest(out) or {})
+    assert CARD_FILE not in (read_manifest(out) or {})
     assert "auto_map" in json.loads((out / "config.json").read_text())
     read: Any = ModelCard.load(out / CARD_FILE)
     assert read.data.tags[-1] == "custom_code"

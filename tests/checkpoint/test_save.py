@@ -24,7 +24,7 @@ from secateur import CutOptions, discover, plan, prune, prune_model, save, score
 from secateur.checkpoint.formats import check_saveable
 from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record, weights_digest
 from secateur.checkpoint.tensor_accounting import account_for_tensors
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, DiscoveryError
 from secateur.models.loading import load
 from secateur.models.manifest import read_manifest
 from secateur.models.tokenizer import text_files
@@ -192,7 +192,9 @@ class TestSave:
                 save(pruned.model, tmp_path / "out", plan=pruned.plan)
             assert names(tmp_path) == []
 
-    def test_a_plan_without_a_stock_folder(self, pruned: Saved, tmp_path: Path) -> None:
+    def test_a_plan_without_a_stock_folder(
+        self, pruned: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """What no config can say has a folder with code (`test_per_layer`), unless there is no such model."""
         refused = replace(pruned.plan, settings=None, refusal="no setting gives these sizes.")
         check_saveable(refused)
@@ -204,9 +206,13 @@ class TestSave:
             check_saveable(replace(refused, groups=layers))
         with pytest.raises(CheckpointError, match=r"no folder can hold"):
             save(pruned.model, tmp_path / "out", plan=replace(refused, groups=layers))
-        heads = (PlannedGroup("layers.0.head_dim", "head_dim", 0, 16, 3, (0, 1, 2)),)
+
+        def none(*_: object, **__: object) -> None:
+            raise DiscoveryError("the model does not run")
+
+        monkeypatch.setattr("secateur.checkpoint.formats.attributes_after", none)
         with pytest.raises(CheckpointError, match=r"no model can be made of what the plan leaves: no setting .*, and "):
-            check_saveable(replace(refused, groups=heads), config=dense.config, discovery=discovery)
+            check_saveable(refused, config=dense.config, discovery=discovery)
         dense.config.auto_map = {"AutoModelForCausalLM": "code.Model"}
         with pytest.raises(CheckpointError, match="and of a model with custom code only a cut that its config can say"):
             check_saveable(refused, config=dense.config, discovery=discovery)

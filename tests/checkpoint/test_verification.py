@@ -34,7 +34,7 @@ from secateur.errors import CheckpointError, ModelError
 from secateur.files import write_json
 from secateur.models.config import load_config
 from secateur.models.loading import load
-from secateur.models.manifest import MANIFEST_FILE, write_manifest
+from secateur.models.manifest import CARD_FILE, MANIFEST_FILE, write_manifest
 from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.plan import Plan, read_plan
 from tiny import write_tiny
@@ -461,7 +461,8 @@ def test_a_whole_folder(kind: str, wholes: dict[str, Whole]) -> None:
     assert found.problems == ()
     assert found.built
     assert {file.name for file in found.files} == {path.name for path in wholes[kind].folder.iterdir()} - {
-        MANIFEST_FILE
+        MANIFEST_FILE,
+        CARD_FILE,
     }
     assert found.tensors == sum(len(load_file(path)) for path in wholes[kind].folder.glob("*.safetensors"))
     assert all(file.bytes == (wholes[kind].folder / file.name).stat().st_size for file in found.files)
@@ -540,9 +541,9 @@ class TestCommand:
         assert run(["verify", "out", "--json", "v.json"]) == 0
         shown = capsys.readouterr()
         assert shown.err == ""
-        assert "whole: 30 tensors in 10 files, and the model of its config has these tensors" in shown.out
+        assert "whole: 30 tensors in 9 files, and the model of its config has these tensors" in shown.out
         found = json.loads(Path("v.json").read_text())
-        assert (found["problems"], found["built"], len(found["files"])) == ([], True, 10)
+        assert (found["problems"], found["built"], len(found["files"])) == ([], True, 9)
         assert run(["verify", "out", "--quiet"]) == 0
         assert capsys.readouterr() == ("", "")
 

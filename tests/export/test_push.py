@@ -102,7 +102,7 @@ def test_exactly_the_files_of_the_manifest_are_uploaded(
         secret.unlink()
     assert (hub.made["name"], hub.made["organization"]) == ("model", "me")
     assert hub.made.get("private") is True or hub.made.get("visibility") == "private"
-    assert hub.commit.keys() == {MANIFEST_FILE, *(read_manifest(folder) or {})}
+    assert hub.commit.keys() == {MANIFEST_FILE, "README.md", *(read_manifest(folder) or {})}
     assert hub.card == (folder / "README.md").read_text()
     assert all((folder / name).read_bytes() == content for name, content in hub.commit.items())
     assert f"{constants.ENDPOINT}/me/model" in capsys.readouterr().out
@@ -112,13 +112,15 @@ def test_a_folder_that_was_changed_is_not_pushed(folder: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"has no secateur_manifest\.json"):
         push(tmp_path, "me/model")
-    card = (folder / "README.md").read_bytes()
-    (folder / "README.md").write_bytes(card + b"more")
+    config = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(config + b"\n")
     try:
-        with pytest.raises(CheckpointError, match=r"README.md has \d+ bytes.*only a folder that is as it was written"):
+        with pytest.raises(
+            CheckpointError, match=r"config.json has \d+ bytes.*only a folder that is as it was written"
+        ):
             push(folder, "me/model")
     finally:
-        (folder / "README.md").write_bytes(card)
+        (folder / "config.json").write_bytes(config)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import yaml
 from secateur.checkpoint.record import PLAN_FILE, RECIPE_FILE, RECORD_FILE, Record, read_record, versions
 from secateur.errors import SecateurError
 from secateur.files import read_json
-from secateur.models.card import CARD_FILE, TAG, origin
-from secateur.models.manifest import WEIGHTS
+from secateur.models.card import TAG, origin
+from secateur.models.manifest import CARD_FILE, WEIGHTS
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.planning.plan import Plan, read_plan
 

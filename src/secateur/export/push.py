@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from secateur import __version__
 from secateur.checkpoint.verification import verify
 from secateur.errors import CheckpointError, ExportError, one_line
-from secateur.models.manifest import MANIFEST_FILE
+from secateur.models.manifest import CARD_FILE, MANIFEST_FILE
 from secateur.models.silence import quiet
 from secateur.models.sources import hub_is_reachable
 
@@ -39,8 +39,8 @@ class Pushed:
 def push(folder: str | Path, name: str, *, private: bool = False, trust_remote_code: bool = False) -> Pushed:
     """Upload a folder as the model `name` (`owner/model`, or `model` under your own name), which is made if need be.
 
-    The folder is verified first, and exactly the files of its manifest are uploaded, in one commit. The token is the
-    one that huggingface_hub finds. Raises `CheckpointError` for a folder that is not as it was written, and
+    The folder is verified first; exactly the files of its manifest and the model card are uploaded, in one commit. The
+    token is the one that huggingface_hub finds. Raises `CheckpointError` for a folder that is not as it was written, and
     `ExportError` without token or network, and for a name that the token may not write to.
 
     >>> push("no-such-folder", "me/model")
@@ -58,7 +58,8 @@ def push(folder: str | Path, name: str, *, private: bool = False, trust_remote_c
         raise ExportError(f"{name!r}: there is no token of the hub on this machine. {TOKEN}")
     if not hub_is_reachable():
         raise ExportError(f"{name!r}: {constants.ENDPOINT} cannot be reached. Check the network, or HF_ENDPOINT")
-    names = [MANIFEST_FILE, *(file.name for file in found.files)]
+    card = [CARD_FILE] if (Path(folder) / CARD_FILE).is_file() else []
+    names = [MANIFEST_FILE, *card, *(file.name for file in found.files)]
     with _errors_of_hub(name), quiet():
         hub = HfApi(library_name="secateur", library_version=__version__)
         made = hub.create_repo(name, private=private, exist_ok=True)

@@ -10,10 +10,10 @@ import yaml
 
 from secateur.errors import ModelError
 from secateur.models.gguf import metadata
+from secateur.models.manifest import CARD_FILE
 from secateur.models.sources import DEMO, resolve
 from secateur.models.tokenizer import hub_file
 
-CARD_FILE = "README.md"
 TAG = "secateur"  # of the cards that we write
 CARRIED = ("license", "license_name", "license_link", "language")
 DEMO_CARD = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}

@@ -20,6 +20,7 @@ from secateur.errors import CheckpointError, one_line
 from secateur.files import read_json, unwritable, write_json
 
 MANIFEST_FILE = "secateur_manifest.json"
+CARD_FILE = "README.md"
 FORMAT = 1
 WEIGHTS = ".safetensors"
 REMEDY = f"Copy it again; if it was changed on purpose, remove {MANIFEST_FILE}, and nothing is compared"
@@ -67,8 +68,8 @@ def tensors_in(path: Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of a folder, after all its other files."""
-    names = list(files_in(folder))
+    """Write the manifest of a folder, after all its other files; the model card is left to be edited."""
+    names = [name for name in files_in(folder) if name != CARD_FILE]
     try:
         with ThreadPoolExecutor() as pool:  # hashing lets other threads run
             entries = list(pool.map(entry, (folder / name for name in names)))
