@@ -210,7 +210,7 @@ class TestSave:
         def none(*_: object, **__: object) -> None:
             raise DiscoveryError("the model does not run")
 
-        monkeypatch.setattr("secateur.checkpoint.formats.attributes_after", none)
+        monkeypatch.setattr("secateur.checkpoint.formats.module_changes", none)
         with pytest.raises(CheckpointError, match=r"no model can be made of what the plan leaves: no setting .*, and "):
             check_saveable(refused, config=dense.config, discovery=discovery)
         dense.config.auto_map = {"AutoModelForCausalLM": "code.Model"}

@@ -40,8 +40,8 @@ def push(folder: str | Path, name: str, *, private: bool = False, trust_remote_c
     """Upload a folder as the model `name` (`owner/model`, or `model` under your own name), which is made if need be.
 
     The folder is verified first; exactly the files of its manifest and the model card are uploaded, in one commit. The
-    token is the one that huggingface_hub finds. Raises `CheckpointError` for a folder that is not as it was written, and
-    `ExportError` without token or network, and for a name that the token may not write to.
+    token is the one that huggingface_hub finds. Raises `CheckpointError` for a folder that is not as it was written,
+    and `ExportError` without token or network, and for a name that the token may not write to.
 
     >>> push("no-such-folder", "me/model")
     Traceback (most recent call last):
