@@ -22,6 +22,7 @@ from secateur.checkpoint.record import PLAN_FILE, make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
+from secateur.data.encoder_windows import between_special_tokens, mask_tokens
 from secateur.data.generated import generate_windows
 from secateur.data.windows import behind, calibration_windows, digest, held_out_windows, start_tokens
 from secateur.decoding import build_known
@@ -31,7 +32,9 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.errors import DataError, PlanError
 from secateur.evaluation.latency import latency_table
 from secateur.evaluation.memory import weight_bytes
-from secateur.models.config import check_positions, is_custom, load_config
+from secateur.models.classes import config_of, objective_of
+from secateur.models.config import check_positions, class_of, is_custom, load_config
+from secateur.models.inputs import check_reads_text
 from secateur.models.loading import LoadOptions, load, load_on_meta
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
@@ -118,7 +121,7 @@ class Pipeline:
         self._table: LatencyTable | None = None
         self._tokens: TokenRanking | None = None
         self.config: PreTrainedConfig = (
-            model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
+            config_of(model) if model is not None else load_config(self.name, trust_remote_code=self.trust)
         )
         # 1. Discovery: which weight dimensions shrink together. Needs no weights.
         if discovery is None:
@@ -171,10 +174,11 @@ class Pipeline:
     def windows(self) -> Tensor:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
+            self.check_reads_text()
             self._start = start_tokens(self.tokenizer)
             check_positions(self.config, self.calibration.length)
             if not self.calibration.generated:
-                self._windows = calibration_windows(self.tokenizer, self.calibration)
+                self._windows = self._as_read(calibration_windows(self.tokenizer, self.calibration))
             else:
                 self._windows = self.cache.load_windows()
         if self._windows is None:
@@ -184,6 +188,21 @@ class Pipeline:
             self._windows = processes.from_first(written)
             self.cache.save_windows(self._windows)
         return self._windows
+
+    def check_reads_text(self) -> None:
+        """Raise `DataError` for a model that does not read the text which calibration gives it."""
+        model_class = class_of(self.config)
+        if model_class is not None:
+            check_reads_text(model_class)
+
+    def _as_read(self, windows: Tensor) -> Tensor:
+        """Windows as the model is served: encoders read text between special tokens, and some of it is masked."""
+        model_class = class_of(self.config)
+        kind = "next token" if model_class is None else objective_of(model_class, self.config)
+        if kind in ("next token", "second half"):
+            return windows
+        windows = between_special_tokens(windows, self.tokenizer)
+        return mask_tokens(windows, self.tokenizer, seed=self.calibration.seed) if kind == "masked tokens" else windows
 
     def start(self) -> Position:
         """The first iteration: the dense model, and its share of the cut."""
@@ -259,7 +278,7 @@ class Pipeline:
         found = plan(
             at.discovery,
             at.options,
-            config=self.config if at.model is None else at.model.config,
+            config=self.config if at.model is None else config_of(at.model),
             scores=scores,
             latency=self.latency(at),
             fixed_sizes=at.fixed_sizes,
@@ -281,7 +300,7 @@ class Pipeline:
         if self._start is None or self.calibration.generated or _losses(decided):
             return None
         try:
-            return held_out_windows(self.tokenizer, self.calibration)
+            return self._as_read(held_out_windows(self.tokenizer, self.calibration))
         except DataError as error:
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None

@@ -20,6 +20,7 @@ from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe, RunOptions
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, ProgressBars, peak_rss
+from secateur.scoring.registry import SCORES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,8 @@ def prune_model(
         pipeline.statistics = StatisticsFolder(run.folder, recipe.model, pipeline.calibration, recipe.loading)
     sizes = pipeline.sizes(pipeline.start())
     pipeline.check_folder(sizes)
+    if SCORES[pipeline.options.score].needs != "weights" or pipeline.options.repairs:
+        pipeline.check_reads_text()
     known = given is not None or pipeline.options.scope == "local"  # else the scores decide on the sizes, too
     if announce is not None and known:
         announce(sizes)

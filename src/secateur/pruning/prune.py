@@ -22,6 +22,7 @@ from secateur.discovery.module_attributes import attributes_after, replace_in_pl
 from secateur.discovery.sizes import PrunedSizes, weights_after
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
+from secateur.models.classes import config_of
 from secateur.models.config import check_not_quantized
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
@@ -59,7 +60,7 @@ def prune(
     """
     # 1. The plan fits the model.
     check_not_quantized(model.config)
-    discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
+    discovery = discovery or discover(config_of(model), trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
     # 2. Tokens go first: what is left is a smaller dense model.
     if plan.kept_tokens is not None:
@@ -199,7 +200,8 @@ def _from_config(
     pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
     pruned.tie_weights()
-    pruned.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(model, "generation_config"):
+        pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.config.name_or_path = model.config.name_or_path  # custom code is found there
     return pruned
 
@@ -210,7 +212,7 @@ def _from_modules(
     """The dense model's modules with cut weights, and the attributes that go with them."""
     trusted = runs_remote_code(model)
     attributes = attributes_after(
-        model.config, discovery, sizes.without_emptied(), skipped=skipped_in(model), trust_remote_code=trusted
+        config_of(model), discovery, sizes.without_emptied(), skipped=skipped_in(model), trust_remote_code=trusted
     )
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})

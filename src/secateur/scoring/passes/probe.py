@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur import processes
 from secateur.discovery.layers import path_and_parents
 from secateur.discovery.weight_names import without_numbers
+from secateur.models.inputs import arguments, predicted
 from secateur.scoring.passes.forward import (
     PROBE_SAMPLES,
     PROBE_TOKENS,
@@ -73,7 +74,8 @@ def probe(
     fit into `memory` bytes are held, the others recomputed. The parameters must require gradients as in the real pass.
     """
     ids_BT = probe_windows(windows).to(input_device(model))
-    products = _ProductModules(parameters, ids_BT)
+    given = [each for each in arguments(model, ids_BT).values() if isinstance(each, Tensor)]
+    products = _ProductModules(parameters, len(ids_BT), {each.shape[1] for each in given})
     head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows)
 
     # 1. One forward pass, watched: which operators and which modules use a parameter, and what autograd saves.
@@ -84,7 +86,7 @@ def probe(
             stack.enter_context(head.recording())
         stack.enter_context(activations.recording(model))
         stack.enter_context(torch.set_grad_enabled(bool(memory and layers)))
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.detach()
+        logits_BTV = predicted(model(**arguments(model, ids_BT))).detach()
     recomputed = activations.recomputed(memory) if memory else tuple(layers)
 
     # 2. A gradient is left to autograd unless every use of its parameter is in a linear layer or an embedding.
@@ -136,8 +138,8 @@ class _OperatorUses(TorchFunctionMode):
 class _ProductModules:
     """Linear layers and embeddings: which parameters they own, and how often each is called."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], ids_BT: Tensor) -> None:
-        self.samples, self.tokens = ids_BT.shape
+    def __init__(self, parameters: Mapping[str, Tensor], samples: int, lengths: set[int]) -> None:
+        self.samples, self.lengths = samples, lengths  # an encoder and a decoder read texts of their own
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
         self.calls: Counter[str] = Counter()  # by parameter
         self.irregular: set[str] = set()  # parameters of modules whose rows are not samples
@@ -163,9 +165,9 @@ class _ProductModules:
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             regular = False
         elif isinstance(module, nn.Embedding):
-            regular = output.dim() == 3 and tuple(x.shape) in ((self.samples, self.tokens), (1, self.tokens))
+            regular = output.dim() == 3 and x.shape[0] in (self.samples, 1) and x.shape[1] in self.lengths
         else:
-            regular = x.shape[0] in (self.samples, self.samples * self.tokens)
+            regular = x.shape[0] in (self.samples, *(self.samples * length for length in self.lengths))
         for name in self._own(module):
             self.calls[name] += 1
             if not regular:
@@ -203,7 +205,7 @@ def _independent_modules(
             for path in candidates:
                 hook = model.get_submodule(path).register_forward_hook(partial(test, path), with_kwargs=True)
                 stack.callback(hook.remove)
-            model(input_ids=ids_BT, use_cache=False)
+            model(**arguments(model, ids_BT))
     return calls.keys() - dependent, calls
 
 
@@ -292,7 +294,7 @@ def fitting_batches(model: PreTrainedModel, windows: Tensor, layers: Sequence[st
     """The windows in batches whose activations fit into the memory (bytes); at least one window for each process."""
     activations = ActivationMemory(layers, windows)
     with torch.enable_grad(), activations.recording(model):
-        model(input_ids=probe_windows(windows).to(input_device(model)), use_cache=False)
+        model(**arguments(model, probe_windows(windows).to(input_device(model))))
     of_each = max(1, sum(activations.bytes.values()) // len(windows))
     at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
     return list(windows.tensor_split(max(1, len(windows) // at_once)))
