@@ -62,7 +62,7 @@ def infer(graph: Graph) -> Inference:
     _freeze_compared_units(state)
     for number in graph.outputs:
         *dims, last = state.dims_of(Ref(number))
-        if last.size == vocabulary_size:
+        if last.size == vocabulary_size and not graph.returns_states:
             state.unifier.unify(state.vocabulary, last)
         else:
             state.unifier.freeze(state.vocabulary, "the model takes other tokens than it returns")

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from secateur.discovery.graph import Graph
 from secateur.discovery.recorder import Recorder, tensors_in
 from secateur.errors import DiscoveryError, one_line
+from secateur.models.classes import objective
 from secateur.models.inputs import is_numbers, predicted, traced_inputs, without_cache
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def trace(model: nn.Module) -> Graph:
         tied=_tied_names(model),
         computed_buffers=frozenset(buffers.keys() - model.state_dict().keys()),
         item_calls=dict(recorder.item_calls),
+        returns_states=objective(model) == "embedding",
     )
 
 
