@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from class_types import CLASS_SETTINGS
 from secateur.models.classes import AUTO_CLASSES
 from secateur.models.loading import EXPERTS
 
@@ -401,7 +402,8 @@ def _settings(config_class: type[PreTrainedConfig], model_type: str, *, tower: b
     for name, named_class in config_class.sub_configs.items():
         inner: Any = CONFIG_MAPPING[specs[name].model_type] if named_class is AutoConfig else named_class
         settings[name] = _settings(inner, inner.model_type, tower=name.startswith(("vision", "audio", "vq")))
-    for name, value in EXCEPTIONS[model_type].settings.items() if model_type in EXCEPTIONS else ():
+    special = EXCEPTIONS[model_type].settings if model_type in EXCEPTIONS else CLASS_SETTINGS.get(model_type, {})
+    for name, value in special.items():
         settings[name] = settings[name] | value if name in config_class.sub_configs else value
     return settings
 

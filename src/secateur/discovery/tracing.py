@@ -24,7 +24,7 @@ from secateur.discovery.graph import Graph
 from secateur.discovery.recorder import Recorder, tensors_in
 from secateur.errors import DiscoveryError, one_line
 from secateur.models.classes import objective
-from secateur.models.inputs import is_numbers, predicted, traced_inputs, without_cache
+from secateur.models.inputs import is_numbers, predicted, traced_inputs, with_end, without_cache
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def _run_on_fake_tensors(
     rows = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=1)
     for name, tensor in inputs.items():
         if not is_numbers(name):
-            recorder.set_values(tensor, torch.arange(tensor.numel()).reshape(tensor.shape) % max(rows, 1))
+            values = torch.arange(tensor.numel()).reshape(tensor.shape) % max(rows, 1)
+            recorder.set_values(tensor, with_end(model, values))
     try:
         with torch.no_grad(), fake_mode, _module_names(model, recorder), recorder:
             result = functional_call(model, weights, (), {**inputs, **options}, tie_weights=True)

@@ -37,7 +37,7 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
     check_reads_text(type(model))
     ids_BT = token_ids(windows_BT)
     given: dict[str, Any] = {INPUT_IDS: ids_BT}
-    if is_encoder_decoder(model.config) and DECODER_IDS in accepted:
+    if _writes(model, accepted):
         start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))
         half = ids_BT.shape[1] // 2
         given = {INPUT_IDS: ids_BT[:, :half], DECODER_IDS: torch.cat([start, ids_BT[:, half:-1]], dim=1)}
@@ -68,6 +68,12 @@ def check_reads_text(model_class: Any) -> None:
             f"{model_class.__name__} reads {kind}, and calibration gives it text: use a score of weights and no "
             "repair, --score l2 --repair none"
         )
+
+
+def _writes(model: Any, accepted: Mapping[str, Any]) -> bool:
+    """Whether a decoder gets a text of its own; that of a classifier gets the encoder's."""
+    config = getattr(model, "config", None)
+    return is_encoder_decoder(config) and DECODER_IDS in accepted and objective(model) != "class"
 
 
 def _decoder_start(config: PreTrainedConfig) -> int:
@@ -116,7 +122,7 @@ def traced_inputs(model: nn.Module, batch: int, sequence: int, written: int) -> 
     """
     config = getattr(model, "config", None)
     accepted = inspect.signature(model.forward).parameters
-    decoder = {DECODER_IDS: (batch, written)} if is_encoder_decoder(config) and DECODER_IDS in accepted else {}
+    decoder = {DECODER_IDS: (batch, written)} if _writes(model, accepted) else {}
     text = {INPUT_IDS: (batch, sequence)} if INPUT_IDS in accepted or not isinstance(config, PreTrainedConfig) else {}
     if text:
         yield {**text, **decoder}
@@ -124,6 +130,23 @@ def traced_inputs(model: nn.Module, batch: int, sequence: int, written: int) -> 
         yield {**numbers, **decoder}
         if text:
             yield {**text, **numbers, **decoder}
+
+
+def with_end(model: Any, ids_BT: Tensor) -> Tensor:
+    """Ids as a classifier reads them that looks for the end of each text: it is there once, as the last token.
+
+    >>> from transformers import T5Config, T5ForSequenceClassification
+    >>> sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8, "vocab_size": 9}
+    >>> with_end(T5ForSequenceClassification(T5Config(**sizes)), torch.tensor([[0, 1, 2]]))  # 1 is the end
+    tensor([[0, 2, 1]])
+    """
+    config = getattr(model, "config", None)
+    end = getattr(config, "eos_token_id", None)
+    if objective(model) != "class" or not is_encoder_decoder(config) or not isinstance(end, int):
+        return ids_BT
+    ids_BT = ids_BT.masked_fill(ids_BT == end, end + 1)
+    ids_BT[:, -1] = end
+    return ids_BT
 
 
 def is_numbers(name: str) -> bool:
