@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from secateur.errors import DataError, ModelError
-from secateur.models.classes import AUTO_CLASSES, architecture, auto_class, default_class
+from secateur.models.classes import AUTO_CLASSES, architecture, auto_class, default_class, objective_of
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
 from secateur.models.sources import DEMO, check_unchanged, loader_arguments, resolve
 from secateur.models.trust import model_errors
@@ -219,6 +219,31 @@ def quantization(config: PreTrainedConfig) -> str | None:
         return None
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
     return str(getattr(method, "value", method))
+
+
+def check_writes_text(config: PreTrainedConfig, *, name: str, doing: str) -> None:
+    """Raise `ModelError` for a model that does not continue a text token by token, which what is done asks for.
+
+    >>> check_writes_text(AutoConfig.for_model("vit"), name="vit", doing="evaluate")
+    Traceback (most recent call last):
+    secateur.errors.ModelError: 'vit' is a ViTModel, which continues no text, and evaluate is for models that do. ...
+    """
+    if not writes_text(config):
+        model_class: Any = class_of(config)
+        raise ModelError(
+            f"{name!r} is a {model_class.__name__}, which continues no text, and {doing} is for models that do. "
+            f"`secateur profile {name}` counts what it costs"
+        )
+
+
+def writes_text(config: PreTrainedConfig) -> bool:
+    """Whether the model of a config continues a text token by token.
+
+    >>> writes_text(AutoConfig.for_model("opt")), writes_text(AutoConfig.for_model("t5"))
+    (True, False)
+    """
+    model_class = class_of(config)
+    return model_class is None or objective_of(model_class, config) == "next token"
 
 
 def check_not_quantized(config: PreTrainedConfig, *, name: str | None = None) -> None:
