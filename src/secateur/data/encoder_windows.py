@@ -7,9 +7,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import DataError
+from secateur.models.classes import Objective
 from secateur.models.inputs import with_masked
 
 SHARE = 0.15  # of the tokens of each window, as in the training of BERT (Devlin et al. 2018: arXiv 1810.04805)
+
+
+def as_read(windows_BT: Tensor, tokenizer: PreTrainedTokenizerBase, kind: Objective, *, seed: int = 0) -> Tensor:
+    """Windows as a model of this kind is served: an encoder's lie between special tokens, and some of it is masked.
+
+    >>> as_read(torch.arange(5)[None], lambda text, **_: {"input_ids": [*map(ord, text), 9]}, "embedding").tolist()
+    [[0, 1, 2, 3, 9]]
+    """
+    if kind in ("next token", "second half"):
+        return windows_BT
+    windows_BT = between_special_tokens(windows_BT, tokenizer)
+    return mask_tokens(windows_BT, tokenizer, seed=seed) if kind == "masked tokens" else windows_BT
 
 
 def between_special_tokens(windows_BT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -22,7 +22,7 @@ from secateur.checkpoint.record import PLAN_FILE, make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
-from secateur.data.encoder_windows import between_special_tokens, mask_tokens
+from secateur.data.encoder_windows import as_read
 from secateur.data.generated import generate_windows
 from secateur.data.windows import behind, calibration_windows, digest, held_out_windows, start_tokens
 from secateur.decoding import build_known
@@ -196,13 +196,10 @@ class Pipeline:
             check_reads_text(model_class)
 
     def _as_read(self, windows: Tensor) -> Tensor:
-        """Windows as the model is served: encoders read text between special tokens, and some of it is masked."""
+        """Windows as the model is served."""
         model_class = class_of(self.config)
         kind = "next token" if model_class is None else objective_of(model_class, self.config)
-        if kind in ("next token", "second half"):
-            return windows
-        windows = between_special_tokens(windows, self.tokenizer)
-        return mask_tokens(windows, self.tokenizer, seed=self.calibration.seed) if kind == "masked tokens" else windows
+        return as_read(windows, self.tokenizer, kind, seed=self.calibration.seed)
 
     def start(self) -> Position:
         """The first iteration: the dense model, and its share of the cut."""

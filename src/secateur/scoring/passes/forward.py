@@ -32,10 +32,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-def probe_windows(windows_BT: Tensor) -> Tensor:
+def probe_windows(windows_BT: Tensor, tokens: int = PROBE_TOKENS) -> Tensor:
     """Two short samples (2 x 7), to see what a model does with its parameters before a long pass."""
     two_BT = windows_BT[:PROBE_SAMPLES] if len(windows_BT) > 1 else torch.cat([windows_BT, windows_BT.roll(1, 1)])
-    return two_BT[:, :PROBE_TOKENS]
+    return two_BT[:, :tokens]
 
 
 def rows_per_sample(tensor: Tensor, samples: int) -> int | None:

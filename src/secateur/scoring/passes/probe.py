@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur import processes
 from secateur.discovery.layers import path_and_parents
 from secateur.discovery.weight_names import without_numbers
+from secateur.models.classes import is_encoder_decoder, objective
 from secateur.models.inputs import arguments, predicted
 from secateur.scoring.passes.forward import (
     PROBE_SAMPLES,
@@ -39,6 +40,7 @@ from secateur.scoring.passes.forward import (
 
 logger = logging.getLogger(__name__)
 
+PAIR_TOKENS = 5  # of each half of a probe window
 LEAST_BYTES = 3 * 2**29  # weights and activations together may always take this much
 
 
@@ -73,10 +75,10 @@ def probe(
     With `second_order`, the squared gradient of each sample is needed. Of the layers, the last ones whose activations
     fit into `memory` bytes are held, the others recomputed. The parameters must require gradients as in the real pass.
     """
-    ids_BT = probe_windows(windows).to(input_device(model))
+    ids_BT = probe_windows(windows, probe_tokens(model)).to(input_device(model))
     given = [each for each in arguments(model, ids_BT).values() if isinstance(each, Tensor)]
-    products = _ProductModules(parameters, len(ids_BT), {each.shape[1] for each in given})
-    head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows)
+    products = _ProductModules(parameters, len(ids_BT), text_lengths(given))
+    head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows, text_lengths(given))
 
     # 1. One forward pass, watched: which operators and which modules use a parameter, and what autograd saves.
     with ExitStack() as stack:
@@ -152,7 +154,7 @@ class _ProductModules:
             own = self._own(module)
             for name in own:
                 self.owners[name].append(path)
-            if own and _has_product_gradient(module):
+            if own and has_product_gradient(module):
                 self.owned.update(own)
                 stack.callback(module.register_forward_hook(self._count).remove)
 
@@ -174,11 +176,21 @@ class _ProductModules:
                 self.irregular.add(name)
 
 
-def _has_product_gradient(module: nn.Module) -> bool:
+def has_product_gradient(module: nn.Module) -> bool:
     """Whether the weight's gradient follows from the module's input and its output's gradient."""
     if isinstance(module, nn.Embedding):
         return type(module).forward is nn.Embedding.forward and module.max_norm is None
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def probe_tokens(model: PreTrainedModel) -> int:
+    """The length of probe windows: odd for every text, so that none is taken for a multiple of the two samples."""
+    return 2 * PAIR_TOKENS if is_encoder_decoder(model.config) and objective(model) != "class" else PROBE_TOKENS
+
+
+def text_lengths(inputs: Sequence[Tensor]) -> set[int]:
+    """The lengths of the texts in a forward pass: an encoder and a decoder read texts of their own."""
+    return {each.shape[1] for each in inputs}
 
 
 def _independent_modules(
@@ -245,8 +257,9 @@ def activation_budget(model: nn.Module) -> int:
 class ActivationMemory:
     """Bytes that layers hold for the backward pass over all windows, measured on the probe windows."""
 
-    def __init__(self, layers: Sequence[str], windows: Tensor) -> None:
+    def __init__(self, layers: Sequence[str], windows: Tensor, lengths: set[int]) -> None:
         self.layers, self.windows = tuple(layers), windows
+        self.probe_lengths, self.probe_tokens = lengths, min(lengths)  # of the texts in the probe windows
         self.bytes: Counter[str] = Counter()  # layer -> bytes
         self._seen: dict[int, Tensor] = {}  # storages that are counted; holding them keeps their addresses theirs
         self._layer: str | None = None  # that is running
@@ -274,8 +287,8 @@ class ActivationMemory:
             self._seen[address] = tensor
             samples, length = self.windows.shape
             # Attention maps are tokens x tokens, so they grow with the square of the length.
-            token_dims = max(1, sum(size == PROBE_TOKENS for size in tensor.shape))
-            scale = samples / PROBE_SAMPLES * (length / min(length, PROBE_TOKENS)) ** token_dims
+            token_dims = max(1, sum(size in self.probe_lengths for size in tensor.shape))
+            scale = samples / PROBE_SAMPLES * (length / min(length, self.probe_tokens)) ** token_dims
             self.bytes[self._layer] += int(tensor.untyped_storage().nbytes() * scale)
         return tensor
 
@@ -292,9 +305,10 @@ class ActivationMemory:
 
 def fitting_batches(model: PreTrainedModel, windows: Tensor, layers: Sequence[str], memory: int) -> list[Tensor]:
     """The windows in batches whose activations fit into the memory (bytes); at least one window for each process."""
-    activations = ActivationMemory(layers, windows)
+    inputs = arguments(model, probe_windows(windows, probe_tokens(model)).to(input_device(model)))
+    activations = ActivationMemory(layers, windows, text_lengths([x for x in inputs.values() if isinstance(x, Tensor)]))
     with torch.enable_grad(), activations.recording(model):
-        model(**arguments(model, probe_windows(windows).to(input_device(model))))
+        model(**inputs)
     of_each = max(1, sum(activations.bytes.values()) // len(windows))
     at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
     return list(windows.tensor_split(max(1, len(windows) // at_once)))
