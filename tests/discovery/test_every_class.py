@@ -47,7 +47,7 @@ def test_some_types_of_every_class_keep_the_contract(name: str) -> None:
     ("name", "inputs"),
     [
         ("AutoModelForSeq2SeqLM/t5", {"input_ids", "decoder_input_ids"}),
-        ("AutoModelForSequenceClassification/bart", {"input_ids"}),
+        pytest.param("AutoModelForSequenceClassification/bart", {"input_ids"}, marks=pytest.mark.slow),
         ("AutoModelForSpeechSeq2Seq/whisper", {"input_features", "decoder_input_ids"}),
         ("AutoModelForImageTextToText/llava", {"input_ids"}),
         ("AutoModel/clip", {"input_ids", "pixel_values"}),

@@ -28,6 +28,7 @@ from secateur.models.inputs import is_numbers, predicted, traced_inputs, with_en
 
 logger = logging.getLogger(__name__)
 
+NO_INPUTS = "there is nothing that its forward pass takes: no input_ids, pixel_values or sound"
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -77,7 +78,9 @@ def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> An
     >>> tuple(run_without_memory(model, sequence=3, use_cache=False).logits.shape)
     (1, 3, 9)
     """
-    shapes = next(traced_inputs(model, 1, sequence, sequence))
+    shapes = next(traced_inputs(model, 1, sequence, sequence), None)
+    if shapes is None:
+        raise DiscoveryError(f"{type(model).__name__}: {NO_INPUTS}")
     _, _, result = _run_on_fake_tensors(model, shapes, **options)
     return result
 
@@ -92,9 +95,7 @@ def _first_that_runs(
             return shapes, _run_on_fake_tensors(model, shapes, **without_cache(model))
         except DiscoveryError as error:
             failure = failure or error
-    raise failure or DiscoveryError(
-        f"{type(model).__name__}: there is nothing that its forward pass takes: no input_ids, pixel_values or sound"
-    )
+    raise failure or DiscoveryError(f"{type(model).__name__}: {NO_INPUTS}")
 
 
 def _run_on_fake_tensors(

@@ -101,12 +101,12 @@ def cut_vocabulary(
         raise PlanError(f"axes=vocabulary: {discovery.model} has no vocabulary that can be cut: cut other axes")
     planned = PlannedGroup(group.name, group.kind, group.layer, group.units, len(keep), tuple(keep))
     alone = Plan(discovery.model, CutOptions(axes=(TOKENS,), of="parameters"), (planned,), {}, {})
-    settings = settings_of(alone, model.config, discovery, trust_remote_code=runs_remote_code(model))
+    settings = settings_of(alone, config_of(model), discovery, trust_remote_code=runs_remote_code(model))
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     smaller = cut_weights(tensors, alone, discovery, room=room if model.device.type == "cpu" else None)
     tied = {other: name for _, (name, *others) in weights_after(discovery, alone.sizes) for other in others}
     pruned = _from_config(model, with_settings(model.config, settings), smaller, tied)
-    if pruned.generation_config is not None:
+    if getattr(pruned, "generation_config", None) is not None:
         for name, value in token_id_settings(pruned.generation_config.to_dict(), keep).items():
             setattr(pruned.generation_config, name, value)
     pruned.eval()
