@@ -31,6 +31,7 @@ def _mrope(*sections: int, **others: Any) -> dict[str, Any]:
 CLASS_SETTINGS: dict[str, dict[str, Any]] = {
     "convbert": {"conv_kernel_size": 3},
     "distilbert": {"dim": 48, "hidden_dim": 84},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "esmc": {"num_key_value_heads": 6},
     "funnel": {"attention_type": "relative_shift"},
     "glm46v": _mrope(2, 1, 1),
@@ -45,4 +46,5 @@ CLASS_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": _mrope(2, 1, 1),
     "qwen2_vl": _mrope(2, 1, 1),
     "squeezebert": {"embedding_size": 48},
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
 }

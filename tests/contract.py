@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from every_type import CAUSAL, SIZES, auto_and_type, initial_model, tiny_config, tiny_inputs, tiny_type_model
 from masked_pass import OverKept, Scalars, StayDouble
@@ -43,6 +43,7 @@ from secateur.models.silence import quiet
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
+from secateur.vocabulary.token_ids import token_id_settings
 
 TOLERANCE = 1e-8
 LARGEST = 5_000_000  # parameters of a tiny model
@@ -286,9 +287,23 @@ def planned(tested: Subject, groups: Sequence[Group], *, seed: int = 0) -> Plan:
     found = []
     for group in groups:
         kept = max(kept_of(group.units) // group.multiple * group.multiple, group.least)
-        keep = tuple(sorted(chooser.sample(range(group.units), kept)))
+        stay = special_tokens(tested.model.config) if group.kind == "vocabulary" else set()
+        others = [unit for unit in range(group.units) if unit not in stay]
+        keep = tuple(sorted([*stay, *chooser.sample(others, kept - len(stay))]))
         found.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
     return _with_settings(tested, tuple(found))
+
+
+def special_tokens(config: PreTrainedConfig) -> set[int]:
+    """The tokens that a config names, which a cut of a vocabulary keeps."""
+    named: list[Any] = []
+    for name in token_id_settings(config.to_dict(), ()):
+        value: Any = config.to_dict()
+        for key in name.split("."):
+            value = value[key]
+        named += value if isinstance(value, (list, tuple)) else [value]
+    vocabulary = config.get_text_config().vocab_size
+    return {token for token in named if isinstance(token, int) and 0 <= token < vocabulary}
 
 
 def uneven(model: PreTrainedModel, kinds: tuple[str, ...], *, discovery: Discovery | None = None) -> Plan:

@@ -163,7 +163,8 @@ def _numbers(
 ) -> Iterator[dict[str, tuple[int, ...]]]:
     """Shapes of images and sound that a model may take, by its config."""
     if "pixel_values" in accepted:
-        vision = next((c for c in (getattr(config, "vision_config", None), config) if hasattr(c, "image_size")), None)
+        parts = (getattr(config, name, None) for name in ("vision_config", "encoder"))
+        vision = next((part for part in (*parts, config) if hasattr(part, "image_size")), None)
         size = getattr(vision, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         channels = next((getattr(vision, name) for name in ("num_channels", "in_channels") if hasattr(vision, name)), 3)

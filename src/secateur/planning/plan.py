@@ -223,10 +223,11 @@ def settings_of(
 ) -> dict[str, Any]:
     """The config settings that say the sizes of a plan, and the new ids of special tokens. Raises `PlanError`."""
     sizes = decided.sizes
-    kept = next((group.kept for group in decided.groups if group.kind == TOKENS), None)
+    tokens = next((group for group in decided.groups if group.kind == TOKENS), None)
     renamed: dict[str, Any] = {}
-    if kept is not None:  # a table must have room for the padding token
-        renamed = token_id_settings(config.to_dict(), decided.kept_tokens or range(kept))
+    if tokens is not None:  # a table must have room for the padding token
+        keep = decided.kept_tokens or range(tokens.kept)
+        renamed = token_id_settings(config.to_dict(), keep, size=tokens.units)
         config = with_settings(config, renamed)
     return renamed | stock_settings(config, discovery, sizes, trust_remote_code=trust_remote_code)
 
