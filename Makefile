@@ -27,7 +27,7 @@ RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
+.PHONY: help setup demo test slow vllm check docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,11 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
 	for model in gpt_neox starcoder2; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
 	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) gpt_neox starcoder2)) --write
+
+bench-vocabulary: $(STAMP)  ## Measure what cutting the vocabulary gives beside layers alone, with DATA=FOLDER; resumes
+	$(if $(DATA),,$(error bench-vocabulary: give the folder of the texts, for example make bench-vocabulary DATA=data))
+	@mkdir -p runs
+	$(BIN)/python benchmarks/vocabulary.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --write $(VOCABULARY)
 
 bench-recover: $(STAMP)  ## Measure what 20 minutes of training give back, beside a dense model trained alike, with DATA=FOLDER; resumes
 	$(if $(DATA),,$(error bench-recover: give the folder of the texts, for example make bench-recover DATA=data))

@@ -2,10 +2,10 @@
 
     python benchmarks/vocabulary.py --model demo --ratio 0.3 --calibration FILE --text NAME=FILE
 
-Every cut is a process of its own, `secateur prune --of parameters` as a user would call it; `secateur evaluate` measures
-all of them beside the dense model, in bits per byte of the same text, since their tokens differ. Each row is the axes of
-a cut, given with `--axes`. Results go into a JSON file (`--out`) as they come, and the same command goes on after a
-stop; `--write` puts them into docs/benchmarks.md.
+Every cut is a process of its own, `secateur prune --of parameters` as a user would call it. `secateur evaluate`
+measures it beside the dense model, in bits per byte of the same text, since their tokens differ. A row is the axes of a
+cut, given with `--axes`. Results go into a JSON file (`--out`) as they come, and the same command goes on after a stop;
+`--write` puts them into docs/benchmarks.md.
 """
 
 from __future__ import annotations

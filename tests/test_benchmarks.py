@@ -12,6 +12,7 @@ import pytest
 
 import quality
 import recover
+import vocabulary
 import zoo
 from quality_table import (
     BEGIN,
@@ -194,3 +195,15 @@ def test_what_training_gave_back_is_told_against_both_dense_models() -> None:
     assert lines[4] == "| default | 20% | minutes=20 | 0.336 (51%, 36%) | 1,000 | 1.5 | 2.00 GiB |"
     assert len(lines) == 5
     assert recover.cuts_in({**results, "speed": {}}) == ["20%"]
+
+
+def test_what_the_vocabulary_gave_is_told_in_bits_per_byte() -> None:
+    found = {
+        "parameters": {"pruned": 94_200_000},
+        "kept": {"mlp": [30, 60], "vocabulary": [20_000, 49_152]},
+        "dense": {"WT2": 1.0},
+        "pruned": {"WT2": 1.25},
+    }
+    lines = vocabulary.block({"demo | 30% | mlp,vocabulary": found}).splitlines()
+    assert lines[0] == "| model | removed | axes | parameters left | tokens left | WT2 |"
+    assert lines[2] == "| demo | 30% | mlp,vocabulary | 94.2 M | 20,000 | 1.250 (+0.250) |"

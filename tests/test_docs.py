@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 from quality_plot import SHOWN, points_of
@@ -137,6 +138,8 @@ def test_an_option_that_is_gone_is_found() -> None:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the blocks of one page in order, in one namespace and an empty folder, as a reader would."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")  # where custom code is copied to and imported from
     namespace: dict[str, object] = {"__name__": "__main__"}
     for lines_above, source in python_blocks(page.read_text(encoding="utf-8")):
         # The empty lines make a traceback point at the line of the page.

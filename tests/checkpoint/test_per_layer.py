@@ -61,6 +61,7 @@ def tolerance(name: str) -> float:
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], tuple[str, ...]]] = {  # (`test_every_folder` has all types)
     "llama-both": (partial(_family, "llama"), BOTH),
     "llama-query": (partial(_family, "llama"), ("query",)),
+    "llama-values": (partial(_family, "llama"), ("attention", "head_dim")),  # narrower than keys: padded
     "gpt2-head_dim": (partial(_family, "gpt2"), ("head_dim",)),  # Conv1D, biases
     "gemma-both": (partial(_family, "gemma"), BOTH),  # tied, and embeddings scaled by a buffer
     "phi3-both": (partial(_family, "phi3"), BOTH),  # fused projections
@@ -319,6 +320,13 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "config method": (lambda free: free.update(configs={"model": {"to_dict": 1}}), "no setting 'to_dict'"),
     "config path": (lambda free: free.update(configs={"model": {"to_dict.x": 1}}), "no setting 'to_dict.x'"),
     "config type": (lambda free: free.update(configs={"model": {"hidden_size": "x"}}), "no setting 'hidden_size'"),
+    "padded widely": (lambda free: free.update(padded={LAYER: {"outputs": [[1, 1, 10**9]]}}), "dense .* has no"),
+    "padded beyond": (lambda free: free.update(padded={LAYER: {"outputs": [[2, 9, 8]]}}), "dense .* has no"),
+    "padded with text": (lambda free: free.update(padded={LAYER: {"inputs": "abc"}}), "dense .* has no 'abc'"),
+    "padded with nothing": (lambda free: free.update(padded={LAYER: {"inputs": []}}), r"dense .* has no \[\]"),
+    "padded elsewhere": (lambda free: free.update(padded={LAYER: {"forward": [[1, 1, 2]]}}), "cannot have 'forward'"),
+    "padded nowhere": (lambda free: free.update(padded={"model.no": {}}), "has no module 'model.no'"),
+    "padded container": (lambda free: free.update(padded={"model": {"inputs": [[1, 1, 2]]}}), "dense model has no"),
     "architecture": (lambda free: free.update(architecture="GPT2LMHeadModel"), "is no model class of transformers"),
     "auto class": (lambda free: free.update(architecture="AutoModel"), "is no model class of transformers"),
     "no architecture": (lambda free: free.pop("architecture"), "architecture: None is no model class"),

@@ -19,7 +19,9 @@ class GlmLikeConfig(PreTrainedConfig):
         attention_head_size: int | None = None,
         inner_hidden_size: int = 192,
         num_layers: int = 3,
-        vocab_size: int = 300,
+        vocab_size: int = 303,
+        mask_token_id: int = 302,
+        gmask_token_id: int = 300,
         max_sequence_length: int = 256,
         layernorm_epsilon: float = 1e-5,
         **others: Any,
@@ -32,6 +34,8 @@ class GlmLikeConfig(PreTrainedConfig):
         self.inner_hidden_size = inner_hidden_size
         self.num_layers = num_layers
         self.vocab_size = vocab_size
+        self.mask_token_id = mask_token_id
+        self.gmask_token_id = gmask_token_id
         self.max_sequence_length = max_sequence_length
         self.layernorm_epsilon = layernorm_epsilon
         self.use_cache = False

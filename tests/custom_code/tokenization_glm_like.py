@@ -1,4 +1,4 @@
-"""A tokenizer with a class of its own, which adds nothing."""
+"""A tokenizer with a class of its own; as its file says, the mask and the begin-token stand behind what is given."""
 
 from __future__ import annotations
 

@@ -32,6 +32,14 @@ from secateur.errors import DataError
         ({"text": "self", "varied": 0.5}, r"varied=0\.5 is for texts that are read, and 'self' is generated\."),
         ({"text": "a.txt@0"}, r"'a.txt@0': the weight 0 leaves nothing of it"),
         ({"varied": float("nan")}, r"varied=nan is no share"),
+        (
+            {"start_tokens": [1, -2]},
+            r"start_tokens=\[1, -2\] are no ids .*: CalibrationOptions\(start_tokens=\(1, 2\)\)",
+        ),
+        (
+            {"start_tokens": [1, 2], "length": 2},
+            r"start_tokens=\[1, 2\] are no ids that a window of 2 tokens may begin",
+        ),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, Any], match: str) -> None:

@@ -203,6 +203,31 @@ class TestWindows:
         with pytest.raises(DataError, match=r"but 7 samples need as many"):
             held_out_windows(LETTERS, replace(options, held_out=3))
 
+    @pytest.mark.parametrize(
+        ("behind", "bos", "expected"), [([7, 8], 8, [7, 8]), ([7, 8], 7, []), ([8], None, []), ([], 8, [])]
+    )
+    def test_what_stands_behind_a_text_counts_if_it_ends_with_the_begin_token(
+        self, behind: list[int], bos: int | None, expected: list[int]
+    ) -> None:
+        class Behind:
+            bos_token_id = bos
+
+            def __call__(self, text: str) -> dict[str, list[int]]:
+                return {"input_ids": [*text.encode(), *behind]}
+
+        assert start_tokens(cast(PreTrainedTokenizerBase, Behind())).tolist() == expected
+
+    def test_other_start_tokens_take_the_place_of_the_tokenizers(self, tmp_path: Path) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text("abcdefgh")
+        options = CalibrationOptions(str(text), samples=1, length=4, held_out=2)
+        own, other = (
+            held_out_windows(LETTERS, options),
+            held_out_windows(LETTERS, options, start=torch.tensor([90, 91])),
+        )
+        assert other[:, :2].tolist() == [[90, 91]] * 2
+        assert torch.equal(other[:, 2:], own[:, 1:3])
+
     def test_held_out_windows_are_in_the_same_forms(self) -> None:
         options = CalibrationOptions(str(SENTENCES), samples=8, length=6, held_out=8, varied=0.5)
         seen, held_out = (make(CHARACTERS, options).tolist() for make in (calibration_windows, held_out_without_start))

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -32,9 +33,12 @@ from recipes import recipe
 from secateur import CutOptions, discover, plan, prune
 from secateur.checkpoint.save import save
 from secateur.cli.main import run
+from secateur.data.calibration import CalibrationOptions
+from secateur.data.generated import generate_windows
+from secateur.data.windows import behind
 from secateur.discovery.config_settings import _shallow, stock_settings
 from secateur.discovery.groups import Discovery
-from secateur.errors import ModelError, PlanError
+from secateur.errors import DataError, DiscoveryError, ModelError, PlanError
 from secateur.models.config import load_config
 from secateur.models.loading import LoadOptions, load, skeleton
 from secateur.models.silence import quiet
@@ -42,6 +46,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.models.trust import runs_remote_code
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.planning.plan import Plan, PlannedGroup
+from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.scoring.scores import score
 from tiny import tiny_tokenizer, write_tiny
 
@@ -54,8 +59,10 @@ AUTO_MAP = {
 TRUSTED = LoadOptions(device="cpu", trust_remote_code=True)
 HEADS, INNER, HIDDEN, LAYERS = 6, 84, 48, 3
 TOLERANCE = 1e-8
+MASK, BEGIN = 300, 301  # its code looks for both in every row
 IDS = torch.randint(3, 101, (2, 9), generator=torch.Generator().manual_seed(1))
-IDS[0, 5] = 0  # the begin-token, after which both positions of a token change
+IDS[0, [2, 5]] = torch.tensor([MASK, BEGIN])
+IDS[1, [6, 7]] = torch.tensor([MASK, BEGIN])
 # What anyone has: transformers, and none of us.
 STRANGER = """
 import sys
@@ -116,7 +123,8 @@ def forget_modules() -> None:
 
 def write_custom(folder: Path) -> Path:
     """Write the folder of a small random model with its tokenizer and its code, which leaves a mark when it runs."""
-    config = GlmLikeConfig(inner_hidden_size=INNER, bos_token_id=0, eos_token_id=0, pad_token_id=0, auto_map=AUTO_MAP)
+    named = {"bos_token_id": BEGIN, "eos_token_id": 0, "pad_token_id": 0}
+    config = GlmLikeConfig(inner_hidden_size=INNER, auto_map=AUTO_MAP, **named)
     model = GlmLikeForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -126,7 +134,7 @@ def write_custom(folder: Path) -> Path:
     with quiet():
         model.save_pretrained(folder)
         GlmLikeTokenizer(  # type: ignore[no-untyped-call]
-            tokenizer_object=tiny_tokenizer().backend_tokenizer
+            tokenizer_object=with_mask_and_begin(tiny_tokenizer().backend_tokenizer), bos_token="<sop>"
         ).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     auto_map = {"AutoTokenizer": [None, "tokenization_glm_like.GlmLikeTokenizer"]}
@@ -135,6 +143,16 @@ def write_custom(folder: Path) -> Path:
     for name in FILES:
         (folder / name).write_text((CODE / name).read_text(encoding="utf-8") + mark, encoding="utf-8")
     return folder
+
+
+def with_mask_and_begin(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer that puts both tokens behind a text, where the model is to write."""
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    changed.add_special_tokens(["[gMASK]", "<sop>"])
+    changed.post_processor = processors.TemplateProcessing(
+        single="$A [gMASK] <sop>", special_tokens=[("[gMASK]", MASK), ("<sop>", BEGIN)]
+    )
+    return changed
 
 
 def mark_of(folder: Path) -> Path:
@@ -176,7 +194,7 @@ def planned(model: PreTrainedModel, discovery: Discovery, kind: str, *, layers: 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    found: torch.Tensor = model(input_ids=IDS % model.config.vocab_size, use_cache=False).logits
     return found
 
 
@@ -223,6 +241,68 @@ class TestUntrusted:
                 call(trusted)
 
 
+class TestStartTokens:
+    """What its code looks for in every row is found, and goes with whatever reads rows."""
+
+    def test_the_tokenizer_says_them(self, discovery: Discovery) -> None:
+        assert discovery.start_tokens == (MASK, BEGIN)
+        assert discovery.to_json()["start_tokens"] == [MASK, BEGIN]
+
+    def test_without_a_tokenizer_those_of_the_config_that_it_needs(self, folder: Path) -> None:
+        found = discover(str(folder / "config.json"), trust_remote_code=True)
+        assert found.start_tokens == (302, BEGIN)  # it takes either mask, and no more tokens are kept than it needs
+
+    def test_those_given_are_taken_as_they_are(self, folder: Path, discovery: Discovery) -> None:
+        found = discover(str(folder), start_tokens=[7, BEGIN, MASK], trust_remote_code=True)
+        assert replace(found, start_tokens=discovery.start_tokens) == discovery
+        with pytest.raises(DiscoveryError, match=r"ValueError: 301 is not in list$"):
+            discover(str(folder), start_tokens=[7], trust_remote_code=True)
+
+    def test_code_that_takes_none_of_them_says_what_would_help(self, folder: Path, tmp_path: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["bos_token_id"] = None
+        for name in FILES:
+            shutil.copy(folder / name, tmp_path / name)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(DiscoveryError, match=r"None is not in list\. If its code looks for .*: --start-tokens 1,2"):
+            discover(str(tmp_path), trust_remote_code=True)
+
+    def test_the_command_line_takes_and_shows_them(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["discover", str(folder), "--trust-remote-code"]
+        assert run([*command, "--start-tokens", f"{MASK},{BEGIN},9"]) == 0
+        assert f"Its code looks for tokens in every row, which therefore begins with {MASK}, {BEGIN}, 9\n" in (
+            capsys.readouterr().out
+        )
+        assert run([*command, "--start-tokens", "sop"]) == 2
+        assert "--start-tokens sop: expected token ids with commas between them" in capsys.readouterr().err
+
+    def test_the_model_writes_after_them(self, model: PreTrainedModel) -> None:
+        options = CalibrationOptions("self", samples=2, length=4)
+        assert generate_windows(model, options, start_tokens=(MASK, BEGIN)).shape == (2, 4)
+        with pytest.raises(DataError, match=r"30[012] is not in list"):
+            generate_windows(model, options)
+
+    def test_samples_are_scored_apart_though_tokens_come_first(
+        self, model: PreTrainedModel, discovery: Discovery
+    ) -> None:
+        windows = behind(torch.tensor([MASK, BEGIN]), IDS[:, :8])  # hidden states have four rows for each sample
+        both, *each = [
+            score(model, discovery=discovery, name="param_second", windows=part).units["layers.1.mlp"]
+            for part in (windows, windows[:1], windows[1:])
+        ]
+        assert torch.allclose(both, torch.stack(each).mean(dim=0), rtol=1e-6)
+
+    def test_layers_that_read_tokens_first_are_not_reconstructed(
+        self, model: PreTrainedModel, discovery: Discovery
+    ) -> None:
+        pruned = prune(model, planned(model, discovery, "mlp"))
+        windows = behind(torch.tensor([MASK, BEGIN]), IDS)
+        with pytest.raises(PlanError, match=r"transformer\.layers\.0 reads hidden states with 9 rows, .* 2 windows\."):
+            reconstruct_in_place(model, pruned, discovery, windows)
+
+
 class TestTrusted:
     def test_the_mark_tells_that_code_has_run(self, folder: Path, model: PreTrainedModel) -> None:
         """Or the tests above could not fail."""
@@ -235,9 +315,10 @@ class TestTrusted:
         layers = [
             {f"layers.{i}.attention": ("attention", HEADS), f"layers.{i}.mlp": ("mlp", INNER)} for i in range(LAYERS)
         ]
-        whole = {"hidden": ("hidden", HIDDEN), "vocabulary": ("vocabulary", 300)}
-        assert units == {**layers[0], **layers[1], **layers[2], **whole}
-        assert discovery.frozen == ()
+        assert units == {**layers[0], **layers[1], **layers[2], "hidden": ("hidden", HIDDEN)}
+        frozen = {(each.weight, each.dim): each.reason for each in discovery.frozen}
+        why = "the code computes with the numbers of its positions"  # it looks for tokens by number
+        assert frozen == {("transformer.word_embeddings.weight", 0): why, ("lm_head.weight", 0): why}
 
     def test_layers_that_do_not_add_to_their_input_are_counted_and_not_dropped(self, discovery: Discovery) -> None:
         """A layer carries its norm on, not its input: without it, the rest would get something else."""

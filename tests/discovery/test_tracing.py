@@ -247,6 +247,77 @@ def test_a_number_that_the_code_reads_for_more_than_a_lookup_is_recorded() -> No
     assert [made_by[ref.tensor] for _, by in lookups(graph) for ref in by if ref] == ["aten.argmax"]
 
 
+class Searching(nn.Module):
+    """Looks for a token in every row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 6)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> tuple[Tensor, ...]:
+        places = [row.index(47) for row in input_ids.tolist()]
+        assert places == [1] * len(places)
+        return (self.embed(input_ids)[:, places[0]],)
+
+
+def test_every_row_begins_with_the_start_tokens() -> None:
+    with pytest.raises(DiscoveryError, match=r"it failed in 'the model' with ValueError: 47 is not in list$"):
+        trace(Searching())
+    graph = trace(Searching(), start_tokens=(3, 47))
+    batch, _ = batch_and_length(graph)
+    assert graph.shapes[graph.outputs[0]] == (batch, 6)
+
+
+def test_rows_are_longer_than_their_start_tokens() -> None:
+    graph = trace(Searching(), start_tokens=(3, 47, *range(20)))
+    assert batch_and_length(graph) == (7, 23)
+
+
+# --- compiled code ----------------------------------------------------------------------------------------------
+
+
+def gated(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([torch.tanh(low) * high, 0.5 * high * (1.0 + low)], dim=-1)
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gated(x)
+
+
+COMPILED: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "script": lambda: torch.jit.script(gated),
+    "trace": lambda: torch.jit.trace(gated, torch.ones(2, 3, 6)),
+    "compile": lambda: torch.compile(gated),
+    "compile, whole": lambda: torch.compile(gated, fullgraph=True, backend="eager"),
+    "autograd": lambda: Gated.apply,
+}
+
+
+def operators(graph: Graph) -> list[str]:
+    return [node.op for node in graph.nodes]
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_functions_are_seen_through(how: str) -> None:
+    compiled = COMPILED[how]()
+    graph = trace(Plain(lambda x, m: compiled(x)))
+    assert operators(graph) == operators(trace(Plain(lambda x, m: gated(x))))
+    assert "aten.tanh" in operators(graph)
+
+
+def test_a_scripted_module_is_recorded() -> None:
+    model = Plain(lambda x, m: m.linear(x), linear=torch.jit.script(nn.Linear(6, 4)))
+    graph = trace(model)
+    assert "aten.addmm" in operators(graph)
+    weights = {graph.parameters["linear.weight"], graph.parameters["linear.bias"]}
+    used = {ref.tensor for node in graph.nodes for ref in node.arguments.values() if isinstance(ref, Ref)}
+    assert weights <= used
+    assert graph.shapes[graph.outputs[0]] == (*batch_and_length(graph), 4)
+
+
 # --- what is left alone -----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,18 @@ def test_served_windows_score_the_tokens_of_plain_ones_each_after_the_start_toke
         DataError, match=r"fox: served@8 needs what encode_text\(tokenizer, text\) returns, not token ids alone"
     ):
         perplexity(model, ids_T, data="fox", protocol=Protocol(8, start_tokens=True))
+
+
+def test_a_text_that_does_not_begin_with_the_start_tokens_keeps_its_first(model: LlamaForCausalLM) -> None:
+    encoded = encode_text(LETTERS, "thequickbrown")
+    other = replace(encoded, start_T=torch.tensor([3, 4]))
+    served = perplexity(model, other, data="fox", protocol=Protocol(7, start_tokens=True))
+    windows = [torch.cat([torch.tensor([3, 4]), part]) for part in encoded.ids_T.split(7)]
+    expected = [
+        functional.cross_entropy(model(window[None]).logits[0, 2:-1].detach(), window[3:]) for window in windows
+    ]
+    assert served.nll == pytest.approx(float(sum(expected)) / 2, rel=1e-6)
+    assert (served.tokens, served.bytes) == (12, 12)
 
 
 def test_dropout_is_off_and_the_modes_of_all_modules_come_back(tokens: Tensor) -> None:

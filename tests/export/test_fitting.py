@@ -14,6 +14,7 @@ from gguf_cases import CASES, EVEN, GPT2, LLAMA3, WIDE, WINDOWS, case_model, fie
 from torch import nn
 from transformers import AutoConfig
 
+import contract
 from families import family_model
 from secateur import prune
 from secateur.errors import ExportError, ModelError
@@ -130,6 +131,9 @@ def test_query_heads_that_do_not_divide_by_kv_heads_are_refused(tmp_path: Path) 
 
 def test_values_narrower_than_keys_are_refused(tmp_path: Path) -> None:
     model = tiny_model()
+    cut = prune(model, contract.uneven(model, ("head_dim",)))
+    with pytest.raises(ExportError, match=r"layers\.0\.self_attn\.v_proj leaves out .* without the axis head_dim"):
+        write(cut, tmp_path / "m.gguf")
     attention: Any = model.get_submodule("model.layers.1.self_attn")
     attention.v_proj.weight = nn.Parameter(attention.v_proj.weight[:36])
     with pytest.raises(

@@ -13,9 +13,11 @@ import torch
 from trainings import FLOAT32, ROWS, TEXT, options, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from contract import uneven
 from recipes import recipe
-from secateur import CalibrationOptions, DataOptions, load, prune_model, recover, verify
+from secateur import CalibrationOptions, DataOptions, load, prune, prune_model, recover, verify
 from secateur.export.merge import merge_adapter
+from secateur.models.modeling_per_layer import padded_in
 from secateur.models.silence import quiet
 from secateur.recovery.lora import LoraOptions, add_lora, expert_weights, merge_lora
 from secateur.recovery.recipe import RecoverRecipe
@@ -61,6 +63,21 @@ def test_stacked_experts_have_an_adapter(shape: str) -> None:
         merged = merge_lora(adapted)
         assert torch.allclose(merged(input_ids=IDS).logits, expected, atol=1e-4)
     assert all(not torch.equal(merged.get_parameter(name), before[name]) for name in stacks)
+
+
+def test_values_that_are_narrower_than_keys_have_an_adapter() -> None:
+    model = tiny_model(num_hidden_layers=2)
+    model = prune(model, uneven(model, ("attention", "head_dim")))
+    padded = padded_in(model)
+    adapted = add_lora(model, LoraOptions(rank=4))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+        expected = adapted.eval()(input_ids=IDS).logits
+        merged = merge_lora(adapted)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, atol=1e-4, rtol=0)
+    assert padded_in(merged) == padded
 
 
 @pytest.mark.parametrize(("shape", "packing"), [("uniform", False), ("per-layer", True)])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from families import GROUPED, family_config, family_model
 from secateur import discover, score
@@ -48,6 +50,27 @@ def test_fisher_information_is_autograds() -> None:
     )
     for group, values in expected.items():
         assert torch.allclose(scores.units[group], values, rtol=1e-4)
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    mixed = functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+    return functional.linear(mixed, down)
+
+
+@pytest.mark.parametrize("name", ["fisher", "param_second"])
+def test_products_within_a_scripted_function_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    discovery = discover(model)
+    expected = score(model, discovery=discovery, name=name, windows=WINDOWS).units["layers.1.mlp"]
+    scripted = torch.jit.script(gated)
+
+    def forward(self: LlamaMLP, x: Tensor) -> Tensor:
+        found: Tensor = scripted(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return found
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    found = score(model, discovery=discovery, name=name, windows=WINDOWS).units["layers.1.mlp"]
+    assert torch.allclose(found, expected, rtol=1e-4)
 
 
 def test_only_what_reads_the_groups_is_looked_at() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur.cli.main import run
 from secateur.data.options import DataOptions
 from secateur.errors import PlanError
+from secateur.export.llama_cpp import is_installed
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import read_plan
 from secateur.pruning.prune import cut_vocabulary
@@ -82,6 +83,7 @@ def test_a_folder_loads_with_its_tokenizer(folders: tuple[Path, Path, Path]) -> 
         assert tokenizer.convert_ids_to_tokens([*range(len(keep))]) == whole.convert_ids_to_tokens([*keep])
 
 
+@pytest.mark.slow
 def test_a_process_without_us_loads_the_folder(folders: tuple[Path, Path, Path]) -> None:
     _, stock, _ = folders
     code = (
@@ -109,6 +111,15 @@ def test_training_learns_from_the_dense_model(folders: tuple[Path, Path, Path], 
     with torch.no_grad():
         expected = whole(torch.tensor(keep)[ids]).logits[..., list(keep)]
         torch.testing.assert_close(teacher(ids).logits, expected)
+
+
+@pytest.mark.skipif(not is_installed(), reason="runs files in llama.cpp: pip install 'secateur[gguf]'")
+def test_llama_cpp_reads_and_writes_the_tokens_that_stay(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """`export` compares texts, greedy tokens and logits with torch's, and fails where they differ."""
+    result = tmp_path / "result.json"
+    out = tmp_path / "smaller.gguf"
+    assert run(["export", str(folders[1]), str(out), "--gguf", "f32", "--json", str(result), "--quiet"]) == 0
+    assert out.stat().st_size > 0
 
 
 def test_two_vocabularies_are_evaluated_by_bytes(

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.checkpoint.per_layer import is_per_layer
 from secateur.discovery.groups import Discovery
-from secateur.discovery.module_attributes import attributes_after
+from secateur.discovery.padding import module_changes
 from secateur.errors import CheckpointError, DiscoveryError
 from secateur.models.config import is_custom
 from secateur.planning.plan import Plan
@@ -48,6 +48,6 @@ def check_saveable(
             "(secateur.pruning.prune, or `secateur evaluate MODEL --plan plan.json`)"
         )
     try:
-        attributes_after(config, discovery, plan.sizes.without_emptied(), trust_remote_code=trust_remote_code)
+        module_changes(config, discovery, plan.sizes.without_emptied(), trust_remote_code=trust_remote_code)
     except DiscoveryError as error:
         raise CheckpointError(f"no model can be made of what the plan leaves: {reason}, and {error}") from error

@@ -24,7 +24,7 @@ from secateur.errors import CheckpointError, ModelError
 from secateur.models.attention_calls import attention_calls
 from secateur.models.config import auto_map, takes
 from secateur.models.loading import skeleton
-from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class, skip_in_place
+from secateur.models.modeling_per_layer import PER_LAYER, padded_in, per_layer_class, skip_in_place
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
 
@@ -101,7 +101,7 @@ def check_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 
 def differences(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """How a model differs from the dense one: shapes by name, attributes and settings of configs by module.
+    """How a model differs from the dense one: shapes by name; attributes, settings of configs and padding by module.
 
     Only modules with a weight of another shape in them are compared: others hold what running has left in them.
     """
@@ -122,11 +122,11 @@ def differences(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, dic
         if path not in around:
             continue
         counterpart = dense.get_submodule(path)
-        before = dict(plain_attributes(counterpart))
+        own = dict(plain_attributes(counterpart))
         other = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in plain_attributes(module)
-            if name in before and value != before[name]
+            if name in own and value != own[name]
         }
         if other:
             attributes[path] = other
@@ -135,8 +135,13 @@ def differences(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, dic
             settings = dict(_other_settings(config, dense_config))
             if settings:
                 configs[path] = settings
-    sections: dict[str, dict[str, Any]] = {"shapes": {name: list(shape) for name, shape in changed.items()}}
-    return sections | ({"attributes": attributes} if attributes else {}) | ({"configs": configs} if configs else {})
+    before, now = padded_in(dense), padded_in(model)
+    padded = {path: sides for path, sides in now.items() if sides != before.get(path)}
+    more = {"attributes": attributes, "configs": configs, "padded": padded}
+    return {
+        "shapes": {name: list(shape) for name, shape in changed.items()},
+        **{section: values for section, values in more.items() if values},
+    }
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

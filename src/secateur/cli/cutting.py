@@ -19,6 +19,7 @@ from secateur.cli.options import (
     Loading,
     Quiet,
     Run,
+    StartTokens,
     Trust,
     main,
     model_and_out,
@@ -41,13 +42,20 @@ from secateur.report.tables.evaluation import sweep_tables
 from secateur.report.tables.plan import plan_tables
 
 
-def discover_command(model: Annotated[str, MODEL], /, *, loading: Trust, output: Quiet) -> None:
+def discover_command(
+    model: Annotated[str, MODEL],
+    /,
+    *,
+    rows: StartTokens,
+    loading: Trust,
+    output: Quiet,
+) -> None:
     """Show what can be cut, and what is frozen and why.
 
     Groups of weight dimensions that shrink together, their units and the slices of each. Reads no weights.
     """
     check_files(output.json)
-    discovery = discover(model, trust_remote_code=loading.trust_remote_code)
+    discovery = discover(model, trust_remote_code=loading.trust_remote_code, **rows)
     result = discovery.to_json() | {"coverage": coverage_as_json(discovery)}
     finish(result, output, discovery_tables(discovery))
 

@@ -61,7 +61,9 @@ FORMATS = Fields(
     main="quantizing.quantize quantizing.calibration.text quantizing.calibration.samples gguf.gguf gguf.pad int8 "
     "packing.dynamic merge_lora merging.adapter recipe",
     names={"quantizing.calibration.text": "--calibration"},
-    omit=" ".join(f"quantizing.calibration.{name}" for name in ("held_out", "score_samples", "varied", "copied")),
+    omit=" ".join(
+        f"quantizing.calibration.{name}" for name in ("held_out", "score_samples", "varied", "copied", "start_tokens")
+    ),
 )
 
 

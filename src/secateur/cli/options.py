@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter, Token
 from docstring_parser import parse_from_object
 
 from secateur.cli.output import Output
-from secateur.cli.reading import comma_separated, count, run_score_file, two_numbers
+from secateur.cli.reading import comma_separated, count, run_score_file, two_numbers, whole_numbers
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import literals
 from secateur.errors import RecipeError
@@ -29,6 +29,7 @@ from secateur.planning.options import PRESETS, CutOptions
 MAIN = Group("Options", sort_key=1)
 ADVANCED = Group("Advanced options", sort_key=2)
 COMMON = Group("Common options", sort_key=3)
+TOKEN_IDS = "token ids with commas between them, for example 130001,130004"
 
 
 def main(text: str, **more: Any) -> Parameter:
@@ -162,15 +163,29 @@ CUTTING = Fields(
         "cut.axes": comma_separated,
         "cut.layers": two_numbers,
         "cut.schedule": two_numbers,
+        "calibration.start_tokens": whole_numbers,
     },
     expected={
         "cut.target": "a number such as 100M, 1.5B or 100000000",
         "cut.layers": "first:last with the last left out, for example 4:30 or 0.125:0.9375",
         "cut.schedule": "two numbers, for example 0.5:1.5",
+        "calibration.start_tokens": TOKEN_IDS,
     },
 )
-CALIBRATION = Fields(CalibrationOptions, main="text samples", names={"text": "--calibration"})
+CALIBRATION = Fields(
+    CalibrationOptions,
+    main="text samples",
+    names={"text": "--calibration"},
+    read={"start_tokens": whole_numbers},
+    expected={"start_tokens": TOKEN_IDS},
+)
 RUN = Fields(RunOptions, main="folder overwrite resume", names={"folder": "--run"}, omit="command bars")
+
+START_TOKENS = replace(
+    CALIBRATION,
+    main="start_tokens",
+    omit=" ".join(each.name for each in fields(CalibrationOptions) if each.name != "start_tokens"),
+)
 
 Given = dict[str, Any]
 Cut = Annotated[Given, CUTTING]
@@ -179,6 +194,7 @@ Folder = Annotated[Given, replace(RUN, omit="command bars overwrite resume")]
 Overwrite = Annotated[Given, replace(RUN, omit="command bars folder resume")]
 Loading = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True)]
 Trust = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True, omit="dtype device")]
+StartTokens = Annotated[Given, START_TOKENS]
 Quiet = Annotated[Output, Fields(Output, group=COMMON, build=True)]
 assert set(PRESETS) == set(get_args(get_args(get_type_hints(Cutting)["preset"])[0]))  # the help lists what there is
 

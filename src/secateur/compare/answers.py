@@ -115,7 +115,7 @@ def answers(sides: Sequence[Side], prompt: str, sampling: Sampling) -> Iterator[
 def _write(side: Side, ids_BT: Tensor, sampling: Sampling) -> Iterator[Answer]:
     """One model's answer, a token at a time."""
     steps = decode_steps(side.model, ids_BT, _choice(sampling, ids_BT.device))
-    end = getattr(side.model.generation_config, "eos_token_id", None)
+    end = getattr(getattr(side.model, "generation_config", None), "eos_token_id", None)
     ends = {side.tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
     answer = Answer(prompt_tokens=ids_BT.shape[1])
     written: list[int] = []

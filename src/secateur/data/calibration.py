@@ -50,9 +50,19 @@ class CalibrationOptions:
     copied: float | None = None
     """Share of the windows that scores look at which are half a window of shuffled tokens, repeated: they show what
     copying heads are worth. Default: 0.125 for the score fisher, else 0."""
+    start_tokens: tuple[int, ...] | None = None
+    """Token ids that begin every row, for custom code that looks for them. Default: what the tokenizer puts before a
+    text, or special tokens that the config names, where the code fails without."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))
+        if self.start_tokens is not None:
+            object.__setattr__(self, "start_tokens", tuple(self.start_tokens))
+            if len(self.start_tokens) >= self.length or min(self.start_tokens, default=0) < 0:
+                raise DataError(
+                    f"start_tokens={list(self.start_tokens)} are no ids that a window of {self.length} tokens may "
+                    "begin with. Expected a few, from 0 up: CalibrationOptions(start_tokens=(1, 2))."
+                )
         if not self.text or not all(self.names):
             raise DataError(
                 f"text={','.join(self.text)!r} names no text. Expected demo, a file or a data set: "

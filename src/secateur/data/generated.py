@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,19 +15,25 @@ from secateur.errors import DataError, SecateurError, one_line
 from secateur.models.classes import objective
 from secateur.models.config import check_positions
 from secateur.models.silence import quiet
+from secateur.models.trust import runs_remote_code
 
 BATCH_TOKENS = 2048  # of samples that are generated at once; the keys and values of so many tokens are held
 _INSTEAD = f"Give a text instead: CalibrationOptions({DEMO!r})."
 
 
 def generate_windows(
-    model: PreTrainedModel, options: CalibrationOptions, *, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    options: CalibrationOptions,
+    *,
+    start_tokens: Sequence[int] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Let the model generate its own calibration text; returns int64 ids on the CPU, samples x length.
 
     Calibration without data, as in LLM-QAT (arXiv 2305.17888): every token is drawn from the model's own distribution
-    at temperature 1. A sample starts after the start token that the configs name, else the first end-of-text token,
-    else token 0, and does not hold it; an end of text within it is a token like any other. `progress` counts samples.
+    at temperature 1. A sample starts after `start_tokens`; without any, after the start token that the configs name,
+    else the first end-of-text token, else token 0. It does not hold these, and an end of text within it is a token like
+    any other. `progress` counts samples.
     Raises `DataError` for a model that cannot generate, or whose logits hold NaN, and as `check_positions` does.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,8 +46,9 @@ def generate_windows(
     any_model: Any = model
     if not hasattr(any_model, "generate") or objective(model) != "next token":
         raise DataError(f"text={SELF!r}: {type(model).__name__} writes no text by itself. {_INSTEAD}")
+    cached = bool(getattr(model.config, "use_cache", True)) or not runs_remote_code(model)  # custom code may have none
     sampling = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, max_new_tokens=options.length
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=cached, max_new_tokens=options.length
     )
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # accelerate moves what goes in
     at_once = max(1, BATCH_TOKENS // options.length)
@@ -49,7 +56,7 @@ def generate_windows(
     with _own_distribution(any_model, options.seed, device), quiet():
         for first in range(0, options.samples, at_once):
             count = min(at_once, options.samples - first)
-            start = torch.full((count, 1), _start_token(model), device=device)
+            start = torch.tensor([start_tokens or [_start_token(model)]] * count, device=device)
             batches.append(_generate(any_model, start, sampling))
             if progress is not None:
                 progress(first + count, options.samples)
@@ -71,7 +78,7 @@ def _generate(model: Any, start: Tensor, sampling: GenerationConfig) -> Tensor:
         raise
     except Exception as error:  # whatever the model's own code makes of it
         raise DataError(f"text={SELF!r}: {name} writes no text ({one_line(error)}). {_INSTEAD}") from error
-    generated: Tensor = ids[:, 1:].cpu()
+    generated: Tensor = ids[:, start.shape[1] :].cpu()
     return generated
 
 

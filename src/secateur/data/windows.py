@@ -34,13 +34,17 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: Calibration
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The int64 ids that the tokenizer puts before a text, such as BOS; those behind a text do not count.
+    """The int64 ids that the tokenizer puts before a text, such as BOS.
+
+    Those behind a text do not count, unless they end with BOS: then they stand before the text that the model writes.
 
     >>> start_tokens(lambda text, **_: {"input_ids": [2, *map(ord, text)]})
     tensor([2])
     """
     alone, whole = (torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64) for text in ("", "a"))
-    return alone if torch.equal(alone, whole[: len(alone)]) else alone[:0]
+    before = torch.equal(alone, whole[: len(alone)])
+    begins = len(alone) > 0 and int(alone[-1]) == getattr(tokenizer, "bos_token_id", None)
+    return alone if before or begins else alone[:0]
 
 
 def behind(start: Tensor, windows: Tensor) -> Tensor:
@@ -52,13 +56,17 @@ def behind(start: Tensor, windows: Tensor) -> Tensor:
     return torch.cat([start.expand(len(windows), -1), windows], dim=1)[:, : windows.shape[1]]
 
 
-def held_out_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
+def held_out_windows(
+    tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, *, start: Tensor | None = None
+) -> Tensor:
     """`options.held_out` more windows, in the same forms, each behind the start tokens: as the model is served.
 
-    Raises `DataError` where the texts have no other places, and as `calibration_windows` does.
+    `start` takes the place of the tokenizer's start tokens. Raises `DataError` where the texts have no other places,
+    and as `calibration_windows` does.
     """
     skipped, counts = options.counts(options.samples), options.counts(options.held_out)
-    return behind(start_tokens(tokenizer), _windows(tokenizer, options, skipped=skipped, counts=counts))
+    start = start_tokens(tokenizer) if start is None else start
+    return behind(start, _windows(tokenizer, options, skipped=skipped, counts=counts))
 
 
 def _windows(

@@ -24,6 +24,7 @@ from secateur.discovery.algebra import Concat, Expression, Fixed, Product, conca
 from secateur.discovery.discover import discover_groups
 from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of, structure_after
+from secateur.discovery.tracing import FAKE_TENSORS
 from secateur.errors import DiscoveryError, PlanError
 from secateur.models.loading import skeleton
 from secateur.models.silence import silence_logger
@@ -65,7 +66,7 @@ def stock_settings(
         if any(wanted.get(name) != shape for name, shape in shapes_of(twin).items()):
             continue
         whole = skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
-        if shapes_of(whole) == wanted and has_structure(whole, structure_after(discovery, pruned)):
+        if shapes_of(whole) == wanted and has_structure(whole, discovery, pruned):
             return changes
     because = f"the config refuses: {refusals[0]}" if refusals else "no setting of the config gives these sizes"
     sizes = sorted({(discovery.group(n).kind, k, discovery.group(n).units) for n, k in pruned.sizes.items()})
@@ -102,11 +103,12 @@ def _per_layer_sizes(discovery: Discovery, pruned: PrunedSizes) -> str | None:
     return None
 
 
-def has_structure(model: nn.Module, wanted: Mapping[str, list[str]]) -> bool:
-    """Whether discovery finds exactly that structure; not, where the model does not even run."""
+def has_structure(model: nn.Module, dense: Discovery, pruned: PrunedSizes) -> bool:
+    """Whether discovery finds exactly what the cut leaves of the dense model; not, where it does not even run."""
     try:
-        with silence_logger("torch._subclasses.fake_tensor"):
-            return structure_after(discover_groups(model), PrunedSizes()) == wanted
+        with silence_logger(FAKE_TENSORS):
+            found = discover_groups(model, start_tokens=dense.start_tokens)
+            return structure_after(found, PrunedSizes()) == structure_after(dense, pruned)
     except DiscoveryError as error:
         logger.debug("%s does not run: %s", type(model).__name__, error)
         return False

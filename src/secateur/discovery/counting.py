@@ -45,9 +45,24 @@ def count_macs(
     The convention is the one of LLM-Pruner's measurements (ptflops with its hooks): matrix products in full, 2 per
     element that a norm reads, 1 per element of a softmax, of an activation, and of each product with a rotary table.
     """
-    sizes = {**(kept or {}), BATCH: 1, SEQUENCE: tokens}
     macs: Counter[str] = Counter()
-    for operation in discovery.operations:
+    for operation, count in zip(discovery.operations, macs_by_operation(discovery, kept, tokens=tokens), strict=True):
         if layer_of(operation.module, discovery.layer_lists) not in dropped_layers:
-            macs[operation.kind] += prod(size_after(dim, sizes) for dim in operation.dims)
+            macs[operation.kind] += count
     return dict(macs)
+
+
+def macs_by_operation(discovery: Discovery, kept: Mapping[str, int] | None = None, *, tokens: int = 64) -> list[int]:
+    """Multiply-accumulates of each operation of the discovery, in order.
+
+    Channels within heads count in products with weights alone: most code runs attention with heads of the dense size,
+    whatever values have (see `padding`).
+    """
+    sizes = {**(kept or {}), BATCH: 1, SEQUENCE: tokens}
+    heads = {group.name for group in discovery.groups if group.kind == "head_dim"}
+    around = {name: size for name, size in sizes.items() if name not in heads}
+    with_weights = {weight.name.rpartition(".")[0] for weight in discovery.weights}
+    return [
+        prod(size_after(dim, sizes if operation.module in with_weights else around) for dim in operation.dims)
+        for operation in discovery.operations
+    ]

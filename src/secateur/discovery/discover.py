@@ -1,27 +1,46 @@
-"""MODEL argument, config or model -> its groups: trace the operators, infer the dimensions, join the axes."""
+"""MODEL argument, config or model -> its groups: trace the operators, infer the dimensions, join the axes.
+
+Most code reads any row of token ids. Some looks for tokens of its own in each row, and fails without them: the rows of
+such a model begin with what its tokenizer puts before a text, or with special tokens that its config names.
+"""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.data.windows import start_tokens as tokenizer_start_tokens
 from secateur.discovery.groups import Discovery
 from secateur.discovery.inference import infer
 from secateur.discovery.joining import group_axes
 from secateur.discovery.sizes import shapes_of
-from secateur.discovery.tracing import trace
+from secateur.discovery.tracing import FAKE_TENSORS, trace
+from secateur.errors import DiscoveryError, ModelError
 from secateur.models.classes import config_of
-from secateur.models.config import load_config
+from secateur.models.config import load_config, special_token_ids
 from secateur.models.loading import skeleton
+from secateur.models.silence import silence_logger
+from secateur.models.tokenizer import load_tokenizer
 from secateur.models.trust import runs_remote_code
+
+logger = logging.getLogger(__name__)
 
 
 def discover(
-    model: str | PreTrainedConfig | PreTrainedModel, *, name: str | None = None, trust_remote_code: bool = False
+    model: str | PreTrainedConfig | PreTrainedModel,
+    *,
+    name: str | None = None,
+    start_tokens: Sequence[int] | None = None,
+    trust_remote_code: bool = False,
 ) -> Discovery:
     """Find what can be cut in a MODEL argument, a config or a model; no weights are read.
 
-    Custom code runs only with `trust_remote_code`, or where it is the code of the model given.
+    Custom code runs only with `trust_remote_code`, or where it is the code of the model given. Where it fails without
+    certain tokens, every row that it is shown begins with `start_tokens`; None: those that are needed are looked for.
     Raises `ModelError` or `DiscoveryError`.
 
     >>> from transformers import AutoConfig
@@ -38,10 +57,47 @@ def discover(
     twin = skeleton(config, trust_remote_code=trust_remote_code)
     if isinstance(model, PreTrainedModel) and shapes_of(model) != shapes_of(twin):
         twin = model  # cut in a way that its config does not say
-    return discover_groups(twin, name=name or type(twin).__name__)
+    name = name or type(twin).__name__
+    if start_tokens is not None or not runs_remote_code(twin):
+        return discover_groups(twin, name=name, start_tokens=start_tokens or ())
+    try:
+        with silence_logger(FAKE_TENSORS):
+            return discover_groups(twin, name=name)
+    except DiscoveryError as error:
+        for tokens in _tokens_to_try(twin, model if isinstance(model, str) else config.name_or_path or ""):
+            if _runs_with(twin, tokens):
+                return discover_groups(twin, name=name, start_tokens=tokens)
+        raise DiscoveryError(
+            f"{error}. If its code looks for tokens in every row, name their ids: --start-tokens 1,2 "
+            "(start_tokens=(1, 2))"
+        ) from error
 
 
-def discover_groups(model: nn.Module, *, name: str = "") -> Discovery:
+def _tokens_to_try(model: PreTrainedModel, source: str) -> Iterator[list[int]]:
+    """What custom code may look for: what the tokenizer puts before a text, else what it needs of the config's."""
+    try:
+        yield tokenizer_start_tokens(load_tokenizer(source, trust_remote_code=True)).tolist()
+    except ModelError as error:
+        logger.debug("no tokenizer that says what a row begins with: %s", error)
+    needed = special_token_ids(model.config)
+    for token in [*needed]:
+        fewer = [each for each in needed if each != token]
+        needed = fewer if _runs_with(model, fewer) else needed
+    yield needed
+
+
+def _runs_with(model: nn.Module, tokens: Sequence[int]) -> bool:
+    """Whether the model's code runs on rows that begin with these tokens."""
+    try:
+        with silence_logger(FAKE_TENSORS):
+            trace(model, start_tokens=tokens)
+    except DiscoveryError as error:
+        logger.debug("rows that begin with %s: %s", tokens, error)
+        return False
+    return True
+
+
+def discover_groups(model: nn.Module, *, name: str = "", start_tokens: Sequence[int] = ()) -> Discovery:
     """Find the groups of a model; its weights may be on `meta`. Raises `DiscoveryError`.
 
     >>> from transformers import AutoConfig
@@ -51,4 +107,5 @@ def discover_groups(model: nn.Module, *, name: str = "") -> Discovery:
     >>> [(group.name, group.units) for group in discovery.groups][:3]
     [('layers.0.attention', 2), ('layers.0.head_dim.0', 6), ('layers.0.head_dim.1', 6)]
     """
-    return group_axes(infer(trace(model)), name or type(model).__name__)
+    found = group_axes(infer(trace(model, start_tokens=start_tokens)), name or type(model).__name__)
+    return replace(found, start_tokens=tuple(start_tokens))

@@ -108,6 +108,8 @@ class Discovery:
     """The module lists whose items are the layers: "model.layers"."""
     tied: dict[str, str] = field(default_factory=dict)
     """Further name of a tied weight -> its name in `weights`."""
+    start_tokens: tuple[int, ...] = ()
+    """Token ids that begin every row, where the model's code looks for them and fails without."""
 
     def group(self, name: str) -> Group:
         """The group of that name; KeyError when there is none."""

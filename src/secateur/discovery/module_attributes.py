@@ -22,10 +22,10 @@ from secateur.discovery.config_settings import has_structure, sizes_before_and_a
 from secateur.discovery.groups import Discovery
 from secateur.discovery.layers import layer_of
 from secateur.discovery.nearest_twins import modules_around, nearest_twin, parts_of
-from secateur.discovery.sizes import PrunedSizes, shapes_after, shapes_of, structure_after
+from secateur.discovery.sizes import PrunedSizes, shapes_after, shapes_of
 from secateur.errors import DiscoveryError
 from secateur.models.loading import skeleton
-from secateur.models.modeling_per_layer import skip_in_place
+from secateur.models.modeling_per_layer import pad_in_place, padded_in, skip_in_place
 from secateur.models.trust import runs_remote_code
 
 logger = logging.getLogger(__name__)
@@ -73,25 +73,31 @@ def attributes_after(
     pruned: PrunedSizes,
     *,
     skipped: Mapping[str, Any] | None = None,
+    padded: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Attribute, ...]:
     """The module attributes to change so that the model runs with the shapes that `pruned` says.
 
     Layers are not dropped here (a config can always say how many there are). `skipped` lists sub-layers that the model
-    to be cut has lost already, of which its config does not say (see `sublayers`). Raises `DiscoveryError` when no
-    combination of values lets the model run.
+    to be cut has lost already, of which its config does not say (see `sublayers`), `padded` the matrices that keep the
+    dense layout (see `padding`). Raises `DiscoveryError` when no combination of values lets the model run.
     """
-    dense = skeleton(config, trust_remote_code=trust_remote_code)
-    skip_in_place(dense, skipped or {})
-    wanted = structure_after(discovery, pruned)
+
+    def as_it_is() -> PreTrainedModel:
+        model = skeleton(config, trust_remote_code=trust_remote_code)
+        padded_in(model, remove=True)
+        pad_in_place(model, padded or {})
+        skip_in_place(model, skipped or {})
+        return model
+
+    dense = as_it_is()
     tried: set[str] = set()
     for attributes in _trials(_Search(config, dense, discovery, pruned, _mirrors(dense))):
         tried |= {each.name for each in attributes}
         # Running is not enough: with a wrong head size a reshape may succeed and mix the heads.
-        model = skeleton(config, trust_remote_code=trust_remote_code)
-        skip_in_place(model, skipped or {})
+        model = as_it_is()
         apply_shapes_and_attributes_in_place(model, discovery, pruned, attributes)
-        if has_structure(model, wanted):
+        if has_structure(model, discovery, pruned):
             return attributes
     first = ", ".join(f"{name}={kept}" for name, kept in itertools.islice(pruned.sizes.items(), 3))
     raise DiscoveryError(
@@ -235,20 +241,31 @@ def _own_configs(search: _Search, settings: Mapping[str, Mapping[str, Any]]) -> 
 
 def _changed_attributes(search: _Search, values: Mapping[Place, Any]) -> tuple[Attribute, ...]:
     """Every attribute that changes: the mirrors of dimensions, and those with a value in `values`."""
-    shapes = shapes_after(search.discovery, replace(search.pruned, dropped_layers=frozenset()))
+    mirrored = mirrored_attributes(search.dense, search.discovery, search.pruned, mirrors=search.mirrors)
+    attributes = [
+        Attribute(path, name, values[path, name])
+        for path, module in search.dense.named_modules()
+        for name, value in plain_attributes(module)
+        if not search.is_mirror(path, name) and values.get((path, name), value) != value
+    ]
+    return (*mirrored, *attributes)
+
+
+def mirrored_attributes(
+    dense: PreTrainedModel, discovery: Discovery, pruned: PrunedSizes, *, mirrors: Mirrors | None = None
+) -> tuple[Attribute, ...]:
+    """The attributes that equal a dimension of their module's own weight, where the cut changes it."""
+    shapes = shapes_after(discovery, replace(pruned, dropped_layers=frozenset()))
+    mirrors = _mirrors(dense) if mirrors is None else mirrors
     attributes = []
-    for path, module in search.dense.named_modules():
+    for path, module in dense.named_modules():
         for name, value in plain_attributes(module):
-            mirrored = search.mirrors.get((type(module), name))
-            new = value
-            if mirrored is not None:
-                weight, dim = mirrored
-                full = f"{path}.{weight}" if path else weight
-                shape = shapes.get(search.discovery.tied.get(full, full))
-                if shape is not None:
-                    new = shape if dim is None else shape[dim]
-            elif (path, name) in values:
-                new = values[path, name]
+            if (type(module), name) not in mirrors:
+                continue
+            weight, dim = mirrors[type(module), name]
+            full = f"{path}.{weight}" if path else weight
+            shape = shapes.get(discovery.tied.get(full, full))
+            new = value if shape is None else shape if dim is None else shape[dim]
             if new != value:
                 attributes.append(Attribute(path, name, new))
     return tuple(attributes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,20 +23,23 @@ from torch.func import functional_call
 from secateur.discovery.graph import Graph
 from secateur.discovery.recorder import Recorder, tensors_in
 from secateur.errors import DiscoveryError, one_line
+from secateur.models.as_written import as_written
 from secateur.models.classes import objective
 from secateur.models.inputs import is_numbers, predicted, traced_inputs, with_end, without_cache
 
 logger = logging.getLogger(__name__)
 
+FAKE_TENSORS = "torch._subclasses.fake_tensor"  # the logger that tells of every pass that fails
 NO_INPUTS = "there is nothing that its forward pass takes: no input_ids, pixel_values or sound"
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def trace(model: nn.Module) -> Graph:
+def trace(model: nn.Module, *, start_tokens: Sequence[int] = ()) -> Graph:
     """Record the operators of one forward pass of `model`; its weights may be on `meta`.
 
-    The model should use eager attention, so that its attention is written in plain matrix products. Raises
-    `DiscoveryError` when the forward pass fails or branches on the values of tensors.
+    The model should use eager attention, so that its attention is written in plain matrix products. Each row that it
+    reads begins with the start tokens, for code that looks for them. Raises `DiscoveryError` when the forward pass
+    fails or branches on the values of tensors.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=12)
@@ -47,7 +50,8 @@ def trace(model: nn.Module) -> Graph:
     ['aten.t', 'aten.addmm']
     """
     sizes = {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape}
-    inputs, (recorder, numbers, result) = _first_that_runs(model, *unlike(sizes, 3))
+    lengths = unlike(sizes, 3, least=len(start_tokens) + 1)
+    inputs, (recorder, numbers, result) = _first_that_runs(model, *lengths, start_tokens)
     buffers = {name: numbers[name] for name, _ in model.named_buffers()}
     return Graph(
         nodes=tuple(recorder.nodes),
@@ -65,10 +69,11 @@ def trace(model: nn.Module) -> Graph:
     )
 
 
-def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> Any:
+def run_without_memory(model: nn.Module, *, sequence: int, start_tokens: Sequence[int] = (), **options: Any) -> Any:
     """Return what one forward pass over a row of `sequence` tokens gives; its tensors are fake: shapes, no storage.
 
-    The model's weights may be on `meta`; `options` go to its forward. Raises `DiscoveryError` when the pass fails.
+    The model's weights may be on `meta`; the row begins with `start_tokens`; `options` go to its forward. Raises
+    `DiscoveryError` when the pass fails.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 48, "word_embed_proj_dim": 12}
@@ -81,25 +86,30 @@ def run_without_memory(model: nn.Module, *, sequence: int, **options: Any) -> An
     shapes = next(traced_inputs(model, 1, sequence, sequence), None)
     if shapes is None:
         raise DiscoveryError(f"{type(model).__name__}: {NO_INPUTS}")
-    _, _, result = _run_on_fake_tensors(model, shapes, **options)
+    _, _, result = _run_on_fake_tensors(model, shapes, start_tokens, **options)
     return result
 
 
 def _first_that_runs(
-    model: nn.Module, batch: int, sequence: int, written: int
+    model: nn.Module, batch: int, sequence: int, written: int, start_tokens: Sequence[int]
 ) -> tuple[dict[str, tuple[int, ...]], tuple[Recorder, dict[str, int], Any]]:
     """The first inputs with which the model runs, and the pass with them; where none does, why not with the first."""
     failure: DiscoveryError | None = None
     for shapes in traced_inputs(model, batch, sequence, written):
         try:
-            return shapes, _run_on_fake_tensors(model, shapes, **without_cache(model))
+            return shapes, _run_on_fake_tensors(model, shapes, start_tokens, **without_cache(model))
         except DiscoveryError as error:
             failure = failure or error
     raise failure or DiscoveryError(f"{type(model).__name__}: {NO_INPUTS}")
 
 
 def _run_on_fake_tensors(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, follow_values: bool = False, **options: Any
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    start_tokens: Sequence[int],
+    *,
+    follow_values: bool = False,
+    **options: Any,
 ) -> tuple[Recorder, dict[str, int], Any]:
     """One forward pass without memory: its record, the numbers of weights and inputs in it, and its result."""
     recorder = Recorder(follow_values=follow_values)
@@ -116,16 +126,17 @@ def _run_on_fake_tensors(
     rows = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=1)
     for name, tensor in inputs.items():
         if not is_numbers(name):
-            values = torch.arange(tensor.numel()).reshape(tensor.shape) % max(rows, 1)
-            recorder.set_values(tensor, with_end(model, values))
+            ids = torch.arange(tensor.numel()).reshape(tensor.shape) % max(rows, 1)
+            ids[:, : len(start_tokens)] = torch.tensor(start_tokens, dtype=torch.long)[: tensor.shape[1]]
+            recorder.set_values(tensor, with_end(model, ids))
     try:
-        with torch.no_grad(), fake_mode, _module_names(model, recorder), recorder:
+        with torch.no_grad(), as_written(), fake_mode, _module_names(model, recorder), recorder:
             result = functional_call(model, weights, (), {**inputs, **options}, tie_weights=True)
     except Exception as error:  # any model code may raise anything
         if isinstance(error, DATA_DEPENDENT) and not follow_values:
             # Slower, but for the few models whose code looks at numbers.
             logger.debug("%s branches on data (%s); following values", type(model).__name__, error)
-            return _run_on_fake_tensors(model, shapes, follow_values=True, **options)
+            return _run_on_fake_tensors(model, shapes, start_tokens, follow_values=True, **options)
         raise DiscoveryError(
             f"{type(model).__name__}: the forward pass could not be traced; it failed in "
             f"{recorder.module or 'the model'!r} with {one_line(error)}"  # the outermost has no name
@@ -133,14 +144,18 @@ def _run_on_fake_tensors(
     return recorder, numbers, result
 
 
-def unlike(sizes: set[int], count: int) -> tuple[int, ...]:
+def unlike(sizes: set[int], count: int, *, least: int = 0) -> tuple[int, ...]:
     """Different primes, from 5 up, that divide none of `sizes`: the batch and the lengths of texts in a trace.
+
+    All but the first, the batch, are at least `least`.
 
     >>> unlike({10, 14, 64}, 2)
     (11, 13)
     """
     primes = (n for n in itertools.count(5, 2) if all(n % d for d in range(3, int(n**0.5) + 1, 2)))
-    return tuple(itertools.islice((prime for prime in primes if all(size % prime for size in sizes if size)), count))
+    others = (prime for prime in primes if all(size % prime for size in sizes if size))
+    batch = next(others)
+    return (batch, *itertools.islice((prime for prime in others if prime >= least), count - 1))
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -166,6 +181,8 @@ def _module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its operators are recorded all the same
+                continue
             stack.enter_context(module.register_forward_pre_hook(partial(entering, name)))
             stack.enter_context(module.register_forward_hook(partial(leaving, name), with_kwargs=True))
         yield

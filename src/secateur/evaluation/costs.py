@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.discovery.algebra import size_after, variables_in
+from secateur.discovery.algebra import variables_in
 from secateur.discovery.config_settings import with_settings
-from secateur.discovery.counting import count_macs, count_parameters
-from secateur.discovery.groups import BATCH, KINDS, SEQUENCE, Discovery, Operation
+from secateur.discovery.counting import count_macs, count_parameters, macs_by_operation
+from secateur.discovery.groups import KINDS, SEQUENCE, Discovery, Operation
 from secateur.discovery.layers import layer_of, path_and_parents
 from secateur.discovery.sizes import PrunedSizes
 from secateur.evaluation.memory import cache_bytes_by_layer, weight_bytes
@@ -183,11 +182,11 @@ def count_macs_by_kind(discovery: Discovery, pruned: PrunedSizes | None = None, 
     (600, 600)
     """
     pruned = pruned or PrunedSizes()
-    sizes = {**pruned.sizes, BATCH: 1, SEQUENCE: tokens}
+    counts = macs_by_operation(discovery, pruned.sizes, tokens=tokens)
     macs: Counter[str] = Counter()
-    for operation, kind in zip(discovery.operations, _kinds(discovery), strict=True):
+    for operation, kind, count in zip(discovery.operations, _kinds(discovery), counts, strict=True):
         if layer_of(operation.module, discovery.layer_lists) not in pruned.dropped_layers:
-            macs[kind] += prod(size_after(dim, sizes) for dim in operation.dims)
+            macs[kind] += count
     order = [*KINDS, UNGROUPED]
     return dict(sorted(macs.items(), key=lambda item: order.index(item[0])))
 

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.data.windows import behind
 from secateur.errors import DataError, ModelError, check_least
 from secateur.evaluation.texts import decode, encode
+from secateur.models.config import special_token_ids
+from secateur.models.trust import runs_remote_code
 
 LOGITS_BYTES = 256 * 2**20  # of one batch; a single row may need more
 BATCH_TOKENS = 8192  # where the vocabulary is small, activations are the limit
@@ -75,9 +78,20 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def random_ids(models: Iterable[PreTrainedModel], batch: int, length: int, *, seed: int = 0) -> Tensor:
-    """Draw ids_BT (batch x length), int64, on the CPU, from the token ids that all models have."""
+    """Draw ids_BT (batch x length), int64, on the CPU, from the token ids that all models have.
+
+    Where a model is custom code, rows begin with the special tokens that its config names: it may look for them.
+    """
+    models = list(models)
     smallest = min(vocabulary_size(model) for model in models)
-    return torch.randint(smallest, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids_BT = torch.randint(smallest, (batch, length), generator=torch.Generator().manual_seed(seed))
+    special = next((special_tokens(model) for model in models if special_tokens(model)), [])
+    return behind(torch.tensor(special, dtype=torch.int64), ids_BT)
+
+
+def special_tokens(model: PreTrainedModel) -> list[int]:
+    """The special tokens that the config of custom code names; none for a model of transformers, which needs none."""
+    return special_token_ids(model.config) if runs_remote_code(model) else []
 
 
 def fitting_batch(length: int, vocabulary: int, *, limit: int = LOGITS_BYTES) -> int:

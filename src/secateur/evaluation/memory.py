@@ -21,7 +21,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.tracing import run_without_memory
 from secateur.errors import DiscoveryError
-from secateur.evaluation.inference import STATE_NAMES, decode_steps, evaluation_mode, input_device, random_ids
+from secateur.evaluation.inference import (
+    STATE_NAMES,
+    decode_steps,
+    evaluation_mode,
+    input_device,
+    random_ids,
+    special_tokens,
+)
 from secateur.models.tensors import plain_tensors
 
 logger = logging.getLogger(__name__)
@@ -51,12 +58,12 @@ def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, 
     with evaluation_mode(model), torch.no_grad():
         if on_meta:
             try:
-                outputs = run_without_memory(model, sequence=seq_len, use_cache=True)
+                tokens = special_tokens(model)
+                outputs = run_without_memory(model, sequence=seq_len, start_tokens=tokens, use_cache=True)
             except DiscoveryError as error:
                 logger.debug("%s", error)
                 return None
         else:
-            # random: code that looks for special tokens fails on a row of one and the same
             outputs = model(input_ids=random_ids([model], 1, seq_len).to(input_device(model)), use_cache=True)
     state = next((outputs[name] for name in STATE_NAMES if name in outputs), None)
     layers = getattr(state, "layers", state)

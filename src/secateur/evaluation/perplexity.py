@@ -149,7 +149,8 @@ def perplexity(
     if protocol.start_tokens and start_T is None:
         raise DataError(f"{data}: {protocol} needs what encode_text(tokenizer, text) returns, not token ids alone")
     start_T = start_T if protocol.start_tokens and start_T is not None else ids_T[:0]
-    ids_T = ids_T[len(start_T) :]  # the text begins with them, and each window gets them anew
+    if torch.equal(ids_T[: len(start_T)], start_T):
+        ids_T = ids_T[len(start_T) :]  # each window gets them anew
     cut = windows(protocol, len(ids_T), data=data)
     vocabulary = vocabulary_size(model)
     batch_size = batch_size or fitting_batch(protocol.window, vocabulary)
@@ -165,10 +166,7 @@ def perplexity(
             f"{data}: the model's negative log-likelihood is NaN ({protocol}, {len(cut)} windows); expected finite "
             "logits. float16 often overflows: try --dtype bfloat16 or --dtype float32."
         )
-    scored_bytes = None
-    if isinstance(text, EncodedText):  # the first token of a text is never scored
-        ends_T = text.byte_ends_T[len(start_T) :]
-        scored_bytes = sum(int(ends_T[window.end - 1] - ends_T[window.scored - 1]) for window in cut)
+    scored_bytes = _scored_bytes(text.byte_ends_T[-len(ids_T) :], cut) if isinstance(text, EncodedText) else None
     return _summary(data, protocol, nats, [window.tokens for window in cut], scored_bytes)
 
 
@@ -191,6 +189,11 @@ def _window_nats(
         if progress is not None:
             progress(len(nats), len(cut))
     return nats
+
+
+def _scored_bytes(ends_T: Tensor, cut: Sequence[Window]) -> int:
+    """The bytes that the scored tokens stand for; the first token of a text is never scored."""
+    return sum(int(ends_T[window.end - 1] - ends_T[window.scored - 1]) for window in cut)
 
 
 def _check_ids(ids_T: Tensor, vocabulary: int, *, data: str) -> None:

@@ -27,6 +27,7 @@ from secateur.export.options import ExportRecipe
 from secateur.files import atomic_folder, copy_in
 from secateur.models.loading import skeleton
 from secateur.models.manifest import write_manifest
+from secateur.models.modeling_per_layer import padded_in
 from secateur.models.trust import runs_remote_code
 from secateur.pipeline.recipe import write_recipe
 
@@ -98,7 +99,7 @@ def choose_layers(model: PreTrainedModel) -> tuple[list[str], dict[str, str]]:
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
-    head, used_elsewhere = model.get_output_embeddings(), _used_elsewhere(model)
+    head, used_elsewhere, padded = model.get_output_embeddings(), _used_elsewhere(model), padded_in(model)
     layers, left = [], {}
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
@@ -114,6 +115,8 @@ def choose_layers(model: PreTrainedModel) -> tuple[list[str], dict[str, str]]:
             left[name] = f"{type(module).__name__} is no linear layer"
         elif any(f".{kept}." in f".{name}." for kept in model._keep_in_fp32_modules or ()):
             left[name] = "the model's code keeps it in float32"
+        elif path in padded:
+            left[name] = "its values are narrower than the code around it sees them"
         elif id(weight) in used_elsewhere:
             left[name] = "more than a linear product is computed with it"
         else:

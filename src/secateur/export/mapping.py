@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import ExportError
 from secateur.models.llama_cpp_architectures import ModelType
+from secateur.models.modeling_per_layer import padded_in
 
 Fetch = Callable[[str], Tensor]  # the name of a parameter -> its values
 LazyTensor = Callable[[Fetch], Tensor]
@@ -106,6 +107,11 @@ def map_model(model: PreTrainedModel, model_type: ModelType) -> MappedModel:
 
     Raises `ExportError` for a weight that GGUF has no name for, and for heads that differ in more than their number.
     """
+    if padded := padded_in(model):
+        raise ExportError(
+            f"{next(iter(padded))} leaves out channels of heads, and llama.cpp expects values as wide as keys: plan "
+            "the cut without the axis head_dim"
+        )
     weights = dict(model.named_parameters())
     count = int(model.config.num_hidden_layers)
     outside: dict[str, LazyTensor] = {}

@@ -52,6 +52,8 @@ def _read(_: Any, written: dict[str, Any], /, **options: Any) -> Any:
     if Path(folder).is_dir():
         check_folder(str(Path(folder).absolute()))  # not the demo model, where the folder has its name
     config: Any = per_layer_config(written)
+    if "padded" in getattr(config, PER_LAYER):
+        raise ValueError("vLLM caches values as wide as keys: serve a model that was cut without the axis head_dim")
     register_classes(config)
     converter: Any = importlib.import_module("vllm.transformers_utils.model_arch_config_convertor")
     experts = converter.ModelArchConfigConvertorBase(config, config.get_text_config()).get_num_experts()

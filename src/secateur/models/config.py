@@ -208,6 +208,20 @@ def register_classes(config: PreTrainedConfig) -> None:
         AutoModel.register(type(config), base, exist_ok=True)
 
 
+def special_token_ids(config: PreTrainedConfig) -> list[int]:
+    """The token ids that a config names, each once; the one that begins a text comes last.
+
+    >>> special_token_ids(AutoConfig.for_model("opt", bos_token_id=2, eos_token_id=3, pad_token_id=1))
+    [3, 1, 2]
+    """
+    text = config.get_text_config()
+    names = sorted(name for name in text.to_dict() if name.endswith("_token_id") and name != "bos_token_id")
+    ids = [getattr(text, name, None) for name in [*names, "bos_token_id"]]
+    vocabulary = getattr(text, "vocab_size", 0)
+    known = [each for each in ids if type(each) is int and 0 <= each < vocabulary]
+    return [each for place, each in enumerate(known) if each not in known[place + 1 :]]
+
+
 def quantization(config: PreTrainedConfig) -> str | None:
     """How the weights of a model with this config are packed, as its quantizer is called; None where they are not.
 

@@ -26,7 +26,7 @@ from secateur.models.config import class_of, per_layer_model_class, quantization
 from secateur.models.gguf import forget_gguf
 from secateur.models.silence import quiet
 from secateur.models.sources import Source, check_unchanged, loader_arguments, resolve
-from secateur.models.trust import check_trust, model_errors
+from secateur.models.trust import check_trust, model_errors, runs_remote_code
 from secateur.models.weight_files import check_weight_files, is_model_file
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,9 @@ def load(
         # What the weights do not have is made up at random, in whatever size the config asks for: compare them first.
         _loaded(source, config, {"device_map": {"": "meta"}}, trust_remote_code)
     loaded, unexpected = _loaded(source, config, options, trust_remote_code)
+    if options["dtype"] != "auto" and runs_remote_code(loaded):
+        for parameter in loaded.parameters():  # code may build some in a dtype of its own, whatever is asked for
+            parameter.data = parameter.data.to(options["dtype"]) if parameter.is_floating_point() else parameter.data
     if method == "compressed-tensors":
         with quiet(), torch.no_grad():  # the first pass unpacks the weights, which it shows as bars
             loaded(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=loaded.device))

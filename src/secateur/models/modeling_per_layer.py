@@ -14,6 +14,8 @@ model class X with a config class Y that is not its own. The config holds the se
     attributes  sizes that modules hold, by path of the module; never of another type
     configs     settings of modules that read sizes from a config of their own, by path
     skipped     blocks that compute nothing, by path
+    padded      matrices whose outputs get zeros, or of whose inputs some are left out, so that the code around them
+                sees heads of the dense size, by path
 
 All names are those of the model with its head. `per_layer_config` repeats heads and widths as transformers says them,
 for programs that read sizes from a config; the code of the dense model reads the dense ones.
@@ -23,21 +25,24 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, configuration_utils
 
 PER_LAYER = "secateur_per_layer"  # the key in config.json, and how the model type begins
 CLASS_PREFIX = "PerLayer"
 OF_CONFIG = "Of"
 GUARD: Any = getattr(configuration_utils, "HeterogeneousConfigMixin", None)  # it guards what differs
-SECTIONS = ("shapes", "attributes", "configs", "skipped")
+SECTIONS = ("shapes", "attributes", "configs", "skipped", "padded")
 Settings = Mapping[str, Any]
+Parts = tuple[tuple[int, int, int], ...]  # of a dimension: runs, entries that stay at the start of each, all of each
 
 
 def __getattr__(name: str) -> Any:
@@ -155,6 +160,7 @@ def apply_in_place(model: nn.Module, per_layer: Settings) -> None:
     Linear(in_features=4, out_features=2, bias=True)
     """
     skip_in_place(model, _section(per_layer, "skipped"))
+    pad_in_place(model, _dense_sized(model, _section(per_layer, "padded")))
     _reshape_in_place(model, _section(per_layer, "shapes"))
     for path, values in _section(per_layer, "attributes").items():
         module = _module(model, path, "attributes")
@@ -206,6 +212,108 @@ def skip_in_place(model: nn.Module, skipped: Settings) -> None:
             raise ValueError(f"{PER_LAYER}, skipped: {path} has no {bias!r:.60} to add")
         holder, _, name = path.rpartition(".")
         setattr(model.get_submodule(holder), name, Skipped(block, outputs=outputs, kept=kept, bias=bias))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A hook that lays the outputs of a matrix out as the dense one does, with zeros where its rows are gone.
+
+    >>> Spread(((2, 1, 3),))(None, (), torch.tensor([[1.0, 2.0]]))
+    tensor([[1., 0., 0., 2., 0., 0.]])
+    """
+
+    parts: Parts
+
+    def __call__(self, _: Any, __: Any, output: Tensor) -> Tensor:
+        """The outputs, as wide as the dense matrix gives them."""
+        pieces = _pieces(output, [n * kept for n, kept, _ in self.parts])
+        return _joined(
+            functional.pad(piece.unflatten(-1, (-1, kept)), (0, whole - kept)).flatten(-2) if kept < whole else piece
+            for piece, (_, kept, whole) in zip(pieces, self.parts, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A hook before a matrix that passes on the inputs of which it has columns.
+
+    >>> Narrow(((2, 1, 3),))(None, (torch.arange(6.0),))
+    (tensor([0., 3.]),)
+    """
+
+    parts: Parts
+
+    def __call__(self, _: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The arguments of the matrix, the first of them narrower."""
+        pieces = _pieces(args[0], [n * whole for n, _, whole in self.parts])
+        read = _joined(
+            piece.unflatten(-1, (-1, whole))[..., :kept].flatten(-2) if kept < whole else piece
+            for piece, (_, kept, whole) in zip(pieces, self.parts, strict=True)
+        )
+        return (read, *args[1:])
+
+
+def _pieces(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The parts; a single one of any size, so that a pass tells what becomes of it when heads go."""
+    return x.split(sizes, -1) if len(sizes) > 1 else [x]
+
+
+def _joined(pieces: Iterable[Tensor]) -> Tensor:
+    several = list(pieces)
+    return several[0] if len(several) == 1 else torch.cat(several, -1)
+
+
+def pad_in_place(model: nn.Module, padded: Settings) -> None:
+    """Let matrices keep the dense layout towards the code around them: by path, the parts of `outputs` and `inputs`.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> pad_in_place(layer, {"": {"outputs": [[1, 1, 3]]}})
+    >>> layer(torch.ones(2)).shape
+    torch.Size([3])
+    """
+    for path, sides in padded.items():
+        module = _module(model, path, "padded")
+        for side, parts in _mapping(sides, f"padded, {path}").items():
+            weight = getattr(module, "weight", None)
+            if side not in ("outputs", "inputs") or not isinstance(weight, Tensor) or not _are_parts(parts):
+                raise ValueError(f"{PER_LAYER}, padded: {path} cannot have {side!r:.40} of {parts!r:.80}")
+            frozen = tuple((n, kept, whole) for n, kept, whole in parts)
+            if side == "outputs":
+                module.register_forward_hook(Spread(frozen))
+            else:
+                module.register_forward_pre_hook(Narrow(frozen))
+
+
+def padded_in(model: nn.Module, *, remove: bool = False) -> dict[str, dict[str, list[list[int]]]]:
+    """The matrices of a model that keep the dense layout, as its config lists them; with `remove`, no longer."""
+    found: dict[str, dict[str, list[list[int]]]] = {}
+    for path, module in model.named_modules():
+        for side, hooks in (("outputs", module._forward_hooks), ("inputs", module._forward_pre_hooks)):
+            for key, hook in list(hooks.items()):
+                if type(hook).__name__ in ("Spread", "Narrow"):  # of this file, or of a folder's copy of it
+                    found.setdefault(path, {})[side] = [list(part) for part in hook.parts]
+                    if remove:
+                        del hooks[key]
+    return found
+
+
+def _dense_sized(model: nn.Module, padded: Settings) -> Settings:
+    """The section as it is, where the layout of every matrix is one that the dense model has."""
+    for path, sides in padded.items():
+        weight = getattr(_module(model, path, "padded"), "weight", None)
+        largest = max(weight.shape, default=0) if isinstance(weight, Tensor) else 0
+        for parts in _mapping(sides, f"padded, {path}").values():
+            if not _are_parts(parts) or sum(n * whole for n, _, whole in parts) > largest:
+                raise ValueError(f"{PER_LAYER}, padded: the dense {path} has no {parts!r:.80}")
+    return padded
+
+
+def _are_parts(parts: Any) -> bool:
+    """Whether this is a list of such runs, as JSON has it."""
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Sequence) and len(part) == 3 for part in parts):
+        return False
+    sizes = all(type(n) is int and n > 0 for part in parts for n in part)
+    return len(parts) > 0 and sizes and all(kept <= whole for _, kept, whole in parts)
 
 
 def _reshape_in_place(model: nn.Module, shapes: Settings) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,6 +54,7 @@ from secateur.pruning.held_out import checked_repair, left_out
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
+from secateur.pruning.rotation import rotated
 from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
@@ -117,23 +119,28 @@ class Pipeline:
         self.trust = recipe.loading.trust_remote_code or (model is not None and runs_remote_code(model))
         self.statistics: StatisticsFolder | None = None
         self._model, self._tokenizer, self._windows = model, tokenizer, windows
+        self._rotated: PreTrainedModel | None = None
         self._start: Tensor | None = None  # what goes before windows, where they are read here
         self._table: LatencyTable | None = None
         self._tokens: TokenRanking | None = None
         self.config: PreTrainedConfig = (
             config_of(model) if model is not None else load_config(self.name, trust_remote_code=self.trust)
         )
+        options, calibration = recipe.cut, recipe.calibration
+        if given is not None and given.scored.get("calibration_options"):
+            calibration = build_known(CalibrationOptions, given.scored["calibration_options"])
         # 1. Discovery: which weight dimensions shrink together. Needs no weights.
         if discovery is None:
             with self.clock.stage("discover"):
-                discovery = discover(model if model is not None else self.name, trust_remote_code=self.trust)
+                discovery = discover(
+                    model if model is not None else self.name,
+                    start_tokens=calibration.start_tokens,
+                    trust_remote_code=self.trust,
+                )
         self.discovery = discovery
-        options, calibration = recipe.cut, recipe.calibration
         if given is not None:
             given = fitted(given, discovery, self.config, trust_remote_code=self.trust)
             options = given.options
-            if given.scored.get("calibration_options"):
-                calibration = build_known(CalibrationOptions, given.scored["calibration_options"])
         else:
             if options.shape == "per-layer" and is_custom(self.config):  # only what its config can say
                 options = replace(options, shape="uniform")
@@ -175,7 +182,7 @@ class Pipeline:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
             self.check_reads_text()
-            self._start = start_tokens(self.tokenizer)
+            self._start = start_tokens(self.tokenizer) if self._needed is None else self._needed
             check_positions(self.config, self.calibration.length)
             if not self.calibration.generated:
                 self._windows = self._as_read(calibration_windows(self.tokenizer, self.calibration))
@@ -184,7 +191,8 @@ class Pipeline:
         if self._windows is None:
             model = self.model
             with self.clock.stage("write") as progress:
-                written = generate_windows(model, self.calibration, progress=progress)
+                tokens = self.discovery.start_tokens
+                written = generate_windows(model, self.calibration, start_tokens=tokens, progress=progress)
             self._windows = processes.from_first(written)
             self.cache.save_windows(self._windows)
         return self._windows
@@ -201,6 +209,16 @@ class Pipeline:
         kind = "next token" if model_class is None else objective_of(model_class, self.config)
         return as_read(windows, self.tokenizer, kind, seed=self.calibration.seed)
 
+    @property
+    def _needed(self) -> Tensor | None:
+        """What the model's code looks for at the start of every row; None where it takes any row."""
+        tokens = self.discovery.start_tokens
+        return torch.tensor(tokens, dtype=torch.int64) if tokens else None
+
+    def _behind_needed(self, windows: Tensor) -> Tensor:
+        """The windows behind the tokens that the model's code looks for, if they were read here."""
+        return windows if self._start is None or self._needed is None else behind(self._needed, windows)
+
     def start(self) -> Position:
         """The first iteration: the dense model, and its share of the cut."""
         return self._position(1, self.discovery, None)
@@ -210,6 +228,25 @@ class Pipeline:
             return Position(number, self.options, discovery, self.fixed_sizes, model)
         options = options_of_iteration(self.options, self.discovery, number)
         return Position(number, options, discovery, sizes_after_iteration(self.options, self.discovery, number), model)
+
+    def _next(self, number: int, smaller: PreTrainedModel) -> Position:
+        """The iteration after one that has left this model."""
+        return self._position(number + 1, discover(smaller, start_tokens=self.discovery.start_tokens), smaller)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether channels of values are cut, which are first rotated to their principal axes."""
+        return "head_dim" in self.options.axes
+
+    def _model_at(self, at: Position) -> PreTrainedModel:
+        """The model that an iteration scores and cuts: the first one the dense model, its values rotated if need be."""
+        if at.model is not None or not self.rotates:
+            return at.model or self.model
+        if self._rotated is None:
+            model, windows = self.model, self.windows()
+            with self.clock.stage("rotate") as progress:
+                self._rotated = rotated(model, self.discovery, windows, progress=progress)
+        return self._rotated
 
     def _title(self, stage: str, at: Position) -> str:
         return stage if self.options.iterations == 1 else f"{stage}, iteration {at.number}"
@@ -231,18 +268,18 @@ class Pipeline:
         tokens = {} if self._tokens is None else {TOKENS: self._tokens.scores(NATS)}
         if not groups:
             return Scores(at.options.score, at.options.reduce, tokens)
-        first = at.model is None
+        first = at.model is None and not self.rotates
         statistics = self.statistics.load() if self.statistics is not None and first else None
         if statistics is None or not covers(statistics, at.options.score, at.discovery, groups):
             windows = self.windows() if SCORES[at.options.score].needs != "weights" else None
-            model = at.model or self.model
+            model = self._model_at(at)
             in_parts = processes.count() == 1 and weight_bytes(model) >= CACHE_LAYERS_FROM
             with self.clock.stage(self._title("score", at)) as progress:
                 new = statistics_for(
                     at.options.score,
                     model,
                     at.discovery,
-                    None if windows is None else self.calibration.scored(windows),
+                    None if windows is None else self._behind_needed(self.calibration.scored(windows)),
                     groups=groups,
                     layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
@@ -297,7 +334,7 @@ class Pipeline:
         if self._start is None or self.calibration.generated or _losses(decided):
             return None
         try:
-            return self._as_read(held_out_windows(self.tokenizer, self.calibration))
+            return self._as_read(held_out_windows(self.tokenizer, self.calibration, start=self._start))
         except DataError as error:
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None
@@ -316,7 +353,7 @@ class Pipeline:
             return replace(repaired, groups=(*repaired.groups, *tokens), settings=decided.settings), weights
         found = self.cache.load_repair(decided)
         if found is None:
-            model, windows = at.model or self.model, self.windows()
+            model, windows = self._model_at(at), self.windows()
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             read = windows if self._start is None else behind(self._start, windows)
             inputs = model, decided, at.discovery, read
@@ -334,7 +371,7 @@ class Pipeline:
         self, at: Position, decided: Plan, weights: Mapping[str, Tensor], room: Path | None = None
     ) -> PreTrainedModel:
         """8. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
-        model = at.model or self.model
+        model = self._model_at(at)
         with self.clock.stage(self._title("cut", at)):
             return prune(model, decided, discovery=at.discovery, weights=weights, room=self._room(model, room))
 
@@ -353,7 +390,7 @@ class Pipeline:
         while at.number < self.iterations:
             smaller, before = self._step(at, self.plan(at), before)
             self.cache.save_iteration(self.options, Iteration(at.number, before, dict(smaller.named_parameters())))
-            at = self._position(at.number + 1, discover(smaller), smaller)
+            at = self._next(at.number, smaller)
         return Decision(at, self.plan(at), before)
 
     def apply(self, decision: Decision, *, room: Path | None = None) -> tuple[PreTrainedModel, Plan]:
@@ -361,7 +398,7 @@ class Pipeline:
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
-            windows, model = self.windows(), self.model
+            windows, model = self._behind_needed(self.windows()), self.model
             with self.clock.stage("reconstruct") as progress:
                 reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
         return smaller, whole
@@ -388,7 +425,7 @@ class Pipeline:
         smaller = prune(self.model, kept.plan, discovery=self.discovery)
         for name, parameter in smaller.named_parameters():
             parameter.data = kept.weights[name].to(parameter.device)
-        return self._position(kept.number + 1, discover(smaller), smaller), kept.plan
+        return self._next(kept.number, smaller), kept.plan
 
     def save(self, pruned: PreTrainedModel, decided: Plan, out: Path, run: RunOptions) -> None:
         """10. The folder: weights, config and tokenizer, with the plan, the record and the recipe beside them."""

@@ -16,13 +16,16 @@ from secateur.decoding import check_choices
 from secateur.errors import PlanError, ScoreError, check_known, check_least
 from secateur.scoring.registry import SCORES
 
-AxisName = Literal["attention", "mlp", "query", "experts", "latent", "state", "hidden", "layers", "vocabulary"]
+AxisName = Literal[
+    "attention", "mlp", "query", "head_dim", "experts", "latent", "state", "hidden", "layers", "vocabulary"
+]
 BudgetName = Literal["non-embedding", "parameters", "macs", "memory", "latency", "units"]
 Reduction = Literal["auto", "sum", "mean", "max", "prod", "first", "last"]
 
 AXES: dict[str, tuple[str, ...]] = {  # axis -> the kinds of group that it cuts
     "attention": ("attention",),
     "query": ("query",),
+    "head_dim": ("head_dim",),  # channels of values: the same number in every head of a layer
     "mlp": ("mlp", "expert_mlp", "shared_mlp"),
     "experts": ("expert",),
     "latent": ("latent",),
@@ -196,6 +199,10 @@ def _check_together(options: CutOptions) -> None:
     if options.engine == "sglang" and options.shape != "uniform":
         raise PlanError(f"engine=sglang reads layers of one size, and shape={options.shape}: use shape=uniform")
     _check_tokens(options)
+    if options.engine not in (None, "transformers") and "head_dim" in options.axes:
+        raise PlanError(
+            f"engine={options.engine} runs values as wide as keys, which axes=head_dim makes narrower: leave it out"
+        )
     if options.schedule is not None:
         first, last = options.schedule
         if not (0 <= first < math.inf and 0 <= last < math.inf and first + last > 0):

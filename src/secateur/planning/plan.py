@@ -23,7 +23,7 @@ from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import CheckpointError, PlanError
 from secateur.files import read_json
 from secateur.models.manifest import check_as_written
-from secateur.planning.budget import Sizes
+from secateur.planning.budget import Sizes, counter
 from secateur.planning.engines import check_engine
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import TOKENS, CutOptions, check_score
@@ -310,5 +310,24 @@ def _provenance(search: SizeSearch, draft: Plan) -> dict[str, Any]:
         "calibration": scores.calibration,
         "calibration_options": None if scores.options is None else scores.options.to_json(),
         "loss": scores.loss,
+        "by_kind": _by_kind(search, scores, draft),
         **rounding_cost(search, draft.sizes.sizes),
     }
+
+
+def _by_kind(search: SizeSearch, scores: Scores, draft: Plan) -> dict[str, dict[str, float]]:
+    """What each kind of group gives to the budget (of units: parameters), by itself, and the scores that go with it.
+
+    Of Fisher scores that sum is an estimate, in nats per token, of what the cut costs before repair.
+    """
+    count = search.count if search.options.of != "units" else counter("parameters", search.discovery)
+    found = {}
+    for kind, groups in draft.groups_by_kind.items():
+        given = count({}) - count({group.name: group.kept for group in groups})
+        gone = sum(
+            float(scores.units[group.name].double().sum() - scores.units[group.name].double()[list(group.keep)].sum())
+            for group in groups
+            if group.keep is not None
+        )
+        found[kind] = {"given": given, "score": gone}
+    return found

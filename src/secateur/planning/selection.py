@@ -41,6 +41,8 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
             # With one KV head there is nothing to choose from but its query heads.
             layers = {group.layer for group in groups}
             groups += [g for g in discovery.groups if g.kind == "query" and g.layer not in layers]
+        if axis == "head_dim":
+            groups = [group for group in groups if _is_of_values(group, discovery)]
         groups = [g for g in groups if g.layer is None or first <= g.layer < last]
         if options.within is not None:
             groups = [group for group in groups if _lies_in(group, options.within, discovery)]
@@ -68,6 +70,15 @@ def _check_within(path: str, discovery: Discovery) -> None:
         raise PlanError(
             f"within={path}: {discovery.model} has no weights there; it has them in {', '.join(sorted(parts)[:12])}"
         )
+
+
+def _is_of_values(group: Group, discovery: Discovery) -> bool:
+    """Whether one matrix makes the channels and another reads them, and no norm between counts them.
+
+    Nothing reads channels of queries and keys but their product, so no score says what one is worth.
+    """
+    matrices = {weight.name for weight in discovery.weights if len(weight.dims) == 2}
+    return not group.normed and {axis.dim for axis in group.axes if axis.weight in matrices} == {0, 1}
 
 
 def units_to_keep(group: Group, kept: int, scores: Scores, options: CutOptions) -> dict[str, tuple[int, ...] | None]:

@@ -104,7 +104,7 @@ class SizeSearch:
     def multiple_of(self, group: Group) -> int:
         """What the sizes of a group are multiples of: as asked for, and as the kernels that read them need."""
         split = self.options.tensor_parallel if group.kind in SPLIT_KINDS else 1
-        if not is_wide(group):
+        if not is_wide(group) or group.kind == "head_dim":  # the code around sees heads of the dense size
             return split
         asked = self.options.round_to
         return math.lcm(usual_multiple(group, self.options) if asked is None else asked, group.multiple, split)

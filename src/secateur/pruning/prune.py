@@ -18,12 +18,14 @@ from secateur.discovery.algebra import kept_along
 from secateur.discovery.config_settings import with_settings
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.discovery.module_attributes import attributes_after, replace_in_place
+from secateur.discovery.module_attributes import replace_in_place
+from secateur.discovery.padding import module_changes
 from secateur.discovery.sizes import PrunedSizes, weights_after
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
 from secateur.models.classes import config_of
 from secateur.models.config import check_not_quantized
+from secateur.models.modeling_per_layer import pad_in_place, padded_in
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
 from secateur.planning.options import TOKENS, CutOptions
@@ -65,7 +67,9 @@ def prune(
     # 2. Tokens go first: what is left is a smaller dense model.
     if plan.kept_tokens is not None:
         model = cut_vocabulary(model, plan.kept_tokens, discovery=discovery, room=room)
-        plan, discovery = plan.without_vocabulary(), discover(model)
+        new = {before: after for after, before in enumerate(plan.kept_tokens)}
+        start = tuple(new[token] for token in discovery.start_tokens)  # which the model's code looks for in every row
+        plan, discovery = plan.without_vocabulary(), discover(model, start_tokens=start)
     # 3. Every weight keeps the slices of the units that stay.
     tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(weights or {})
     smaller = cut_weights(tensors, plan, discovery, room=room if model.device.type == "cpu" else None)
@@ -200,7 +204,7 @@ def _from_config(
     pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
     pruned.tie_weights()
-    if hasattr(model, "generation_config"):
+    if hasattr(model, "generation_config"):  # custom code may not generate by itself
         pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.config.name_or_path = model.config.name_or_path  # custom code is found there
     return pruned
@@ -210,16 +214,22 @@ def _from_modules(
     model: PreTrainedModel, sizes: PrunedSizes, weights: Mapping[str, Tensor], discovery: Discovery
 ) -> PreTrainedModel:
     """The dense model's modules with cut weights, and the attributes that go with them."""
-    trusted = runs_remote_code(model)
-    attributes = attributes_after(
-        config_of(model), discovery, sizes.without_emptied(), skipped=skipped_in(model), trust_remote_code=trusted
+    changes = module_changes(
+        config_of(model),
+        discovery,
+        sizes.without_emptied(),
+        skipped=skipped_in(model),
+        padded=padded_in(model),
+        trust_remote_code=runs_remote_code(model),
     )
     shared = [*model.parameters(), *model.buffers()]
     pruned: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
-    for attribute in attributes:
+    for attribute in changes.attributes:
         if isinstance(attribute.value, PreTrainedConfig):
             attribute.value._attn_implementation = model.config._attn_implementation
-    replace_in_place(pruned, weights, discovery.tied, attributes)
+    replace_in_place(pruned, weights, discovery.tied, changes.attributes)
+    padded_in(pruned, remove=True)
+    pad_in_place(pruned, changes.padded)
     paths = [path for name in sizes.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
     skip_sublayers_in_place(pruned, model, paths)
     return pruned

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.progress import Progress
-from secateur.scoring.passes.forward import eager_experts, pass_to_hidden, replaced_forward, rows_per_sample
+from secateur.scoring.passes.forward import pass_to_hidden, plain_products, replaced_forward, rows_per_sample
 
 HELD_OUT = 8  # one window of so many is left out of the training, and judges it
 
@@ -81,7 +81,7 @@ def reconstruct_in_place(
     pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), progress)
     with ExitStack() as stack:
         for model in (dense, pruned):
-            stack.enter_context(eager_experts(model))
+            stack.enter_context(plain_products(model))
         run = pass_to_hidden(pruned, windows)
         for path in layers:
             layer = pruned.get_submodule(path)
@@ -131,6 +131,11 @@ class _Reconstruction:
 
         def trained(*args: Any, **kwargs: Any) -> Any:
             call = _LayerCall.of(forward, args, kwargs, self.samples)
+            if (rows := len(call.hidden_BTD)) not in (self.samples, self.samples * self.length):
+                raise PlanError(
+                    f"repair=reconstruct: {path} reads hidden states with {rows} rows, expected one for each of "
+                    f"{self.samples} windows. Use another repair: --repair least-squares"
+                )
             dense = _LayerCall.of(self.dense.get_submodule(path).forward, args, kwargs, self.samples)
             dense_input_BTD = call.hidden_BTD if self.target_BTD is None else self.target_BTD
             outputs = [_hidden_in(dense.run(part, dense_input_BTD[part])) for part in self._batches()]

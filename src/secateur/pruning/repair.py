@@ -29,7 +29,7 @@ from secateur.progress import Progress
 from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, inputs_of
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.scoring.obs import output_error, removal_costs
-from secateur.scoring.passes.forward import eager_experts, pass_to_hidden, probe_windows
+from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.unit_scores import units_reached
 
@@ -148,7 +148,7 @@ class _RepairPass:
                 progress(next(passed), len(layers))
 
         with ExitStack() as stack:
-            stack.enter_context(eager_experts(self.model))
+            stack.enter_context(plain_products(self.model))
             run = pass_to_hidden(self.model, windows)
             for path in layers:
                 if path in modules:

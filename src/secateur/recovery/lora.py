@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import TrainingError, check_installed, check_least, one_line
+from secateur.models.modeling_per_layer import pad_in_place, padded_in
 from secateur.models.silence import quiet
 
 TARGET_MODULES = "all-linear"  # peft's name for every linear layer but the output layer
@@ -77,13 +78,17 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:
         target_parameters=experts or None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
+    padded = padded_in(model, remove=True)  # what a layer reads and gives is padded around its adapter, too
     with _without_warnings():
         try:
-            return peft.get_peft_model(model, config)
+            adapted = peft.get_peft_model(model, config)
         except ValueError as error:
+            pad_in_place(model, padded)
             raise TrainingError(
                 f"{type(model).__name__} takes no LoRA ({one_line(error)}). Train all weights: --method full or distill"
             ) from error
+    pad_in_place(adapted.get_base_model(), padded)
+    return adapted
 
 
 def expert_weights(model: nn.Module) -> list[str]:
@@ -102,6 +107,7 @@ def merge_lora(adapted: Any) -> PreTrainedModel:
 
     Raises `TrainingError` where a weight would be NaN or Inf.
     """
+    padded = padded_in(adapted.get_base_model(), remove=True)
     with _without_warnings():
         try:
             model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
@@ -110,6 +116,7 @@ def merge_lora(adapted: Any) -> PreTrainedModel:
                 f"the adapter cannot be merged ({one_line(error)}). Train with a smaller learning rate: "
                 "--learning-rate 1e-4"
             ) from error
+    pad_in_place(model, padded)
     return model
 
 
@@ -121,6 +128,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, Ten
     """
     import peft
 
+    padded = padded_in(model, remove=True)
     with _without_warnings(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about missing names, which are returned
         try:
@@ -131,6 +139,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, Ten
                 f"{type(model).__name__} does not take the adapter {folder} ({one_line(error)}). Name the model that "
                 "it was trained for: secateur export MODEL OUT --adapter FOLDER"
             ) from error
+    pad_in_place(adapted.get_base_model(), padded)
     return adapted, sorted(loaded.keys() ^ weights.keys())
 
 

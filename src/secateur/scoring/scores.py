@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.encoder_windows import as_read
 from secateur.data.generated import generate_windows
-from secateur.data.windows import calibration_windows, digest
+from secateur.data.windows import behind, calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError, ScoreError, check_known
@@ -75,18 +76,19 @@ def score(
     """
     check_known(ScoreError, "score", name, SCORES)
     check_not_quantized(model.config)
-    discovery = discovery or discover(model)
     options = calibration or CalibrationOptions()
+    discovery = discovery or discover(model, start_tokens=options.start_tokens)
     from_text = calibration is not None or windows is None  # whether the options say where the windows are from
     if SCORES[name].needs != "weights":
         if windows is None and tokenizer is None and not options.generated:
             raise ScoreError(f"score {name} needs calibration text: give a tokenizer, or windows of token ids")
         check_positions(model.config, options.length if windows is None else windows.shape[1])
         if windows is None and options.generated:
-            windows = generate_windows(model, options, progress=progress)
+            windows = generate_windows(model, options, start_tokens=discovery.start_tokens, progress=progress)
         elif windows is None and tokenizer is not None:
             windows = as_read(calibration_windows(tokenizer, options), tokenizer, objective(model), seed=options.seed)
-        windows = windows if not from_text or windows is None else options.scored(windows)
+        if from_text and windows is not None:
+            windows = behind(torch.tensor(discovery.start_tokens, dtype=torch.int64), options.scored(windows))
     chosen = None if groups is None else [group for group in discovery.groups if group.name in groups]
     statistics = statistics_for(name, model, discovery, windows, groups=chosen, progress=progress)
     return scores_from(

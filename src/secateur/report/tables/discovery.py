@@ -30,6 +30,9 @@ def discovery_tables(discovery: Discovery) -> Iterator[RenderableType]:
     layers = sum(len(summary.layers) for summary in summaries)
     size = f"{format_count(count_parameters(discovery))} parameters, {layers} layer{'s' * (layers != 1)}"
     yield Text(f"{discovery.model}: {size}; cuts reach {format_percent(total_coverage(discovery).share)}")
+    if discovery.start_tokens:
+        named = ", ".join(map(str, discovery.start_tokens))
+        yield Text(f"Its code looks for tokens in every row, which therefore begins with {named}")
     yield ""
     yield Text("What can be cut", style="italic")
     heading = ("group", "units", "share", Text("one unit is"))

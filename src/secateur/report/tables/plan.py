@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich.console import RenderableType
 
@@ -33,10 +33,12 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         for (units, kept), layers in sizes.items():
             where = "the model" if layers == [-1] else format_ranges(layers)
             table.add_row(kind, where, str(units), str(kept))
+    yield from titled(f"{planned.model}: what the cut leaves", table)
+    if len(by_kind := planned.scored.get("by_kind", {})) > 1:
+        yield _given_by_kind(planned, by_kind)
     sizes_table = make_table(("", "dense", "pruned", "removed"))
     for row in size_rows(planned, ("parameters", "non-embedding", "macs")):
         sizes_table.add_row(*row)
-    yield from titled(f"{planned.model}: what the cut leaves", table)
     yield sizes_table
     yield from _missed(planned)
     if (rounding := planned.scored.get("rounding")) is not None:
@@ -50,6 +52,17 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         yield "config: " + ", ".join(f"{name} = {value}" for name, value in short.items())
     elif planned.refusal is not None:
         yield f"no stock folder, but one with a file of code (trust_remote_code=True): {planned.refusal}"
+
+
+def _given_by_kind(planned: Plan, by_kind: Mapping[str, Mapping[str, float]]) -> RenderableType:
+    """What each kind gives of what the budget counts, and the share of the scores that goes with it."""
+    whole = sum(about["given"] for about in by_kind.values()) or 1
+    of = "parameters" if planned.options.of == "units" else planned.options.of
+    table = make_table(("kind", f"gives, {of}", "share", "sum of scores lost"), text=("kind",))
+    for kind, about in by_kind.items():
+        given = format_count(round(about["given"]))
+        table.add_row(kind, given, f"{about['given'] / whole:.1%}", f"{about['score']:.4g}")
+    return table
 
 
 def _lost_tokens(planned: Plan) -> Iterator[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.models.as_written import as_written
 from secateur.models.classes import objective
 from secateur.models.inputs import arguments
 
@@ -65,20 +66,21 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """While open, stacked experts are computed one after the other, where the model supports that."""
-    before = getattr(model.config, "_experts_implementation", None)
-    if before in (None, EAGER):
-        yield
-        return
-    try:
-        model.set_experts_implementation(EAGER)
-    except (ValueError, RuntimeError) as error:
-        logger.debug("%s computes its experts as %s: %s", type(model).__name__, before, error)
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
+def plain_products(model: PreTrainedModel) -> Iterator[None]:
+    """While open, compiled functions run as written, and stacked experts in turn where the model supports that."""
+    with as_written():
+        before = getattr(model.config, "_experts_implementation", None)
+        if before in (None, EAGER):
+            yield
+            return
+        try:
+            model.set_experts_implementation(EAGER)
+        except (ValueError, RuntimeError) as error:
+            logger.debug("%s computes its experts as %s: %s", type(model).__name__, before, error)
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur import processes
 from secateur.discovery.layers import path_and_parents
 from secateur.discovery.weight_names import without_numbers
+from secateur.models.as_written import as_written
 from secateur.models.classes import is_encoder_decoder, objective
 from secateur.models.inputs import arguments, predicted
 from secateur.scoring.passes.forward import (
@@ -83,6 +84,7 @@ def probe(
     # 1. One forward pass, watched: which operators and which modules use a parameter, and what autograd saves.
     with ExitStack() as stack:
         products.register_hooks(model, stack)
+        stack.enter_context(as_written())
         uses = stack.enter_context(_OperatorUses(products.name_of))
         if head is not None:
             stack.enter_context(head.recording())

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from secateur.models.inputs import arguments
 from secateur.progress import Progress
-from secateur.scoring.passes.forward import eager_experts, input_device, probe_windows, split_output_head
+from secateur.scoring.passes.forward import input_device, plain_products, probe_windows, split_output_head
 
 
 class Operands(NamedTuple):
@@ -175,7 +175,7 @@ def stream_inputs(
             progress(done, len(layers))
 
     with ExitStack() as stack:
-        stack.enter_context(eager_experts(model))
+        stack.enter_context(plain_products(model))
         head = split_output_head(model, probe_windows(windows).to(ids_BT.device))
         for done, path in enumerate(layers, 1):
             module = model.get_submodule(path)
@@ -193,6 +193,6 @@ def input_dims(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
     """The dimension along which each weight meets its inputs, seen in a pass over these ids (samples x length)."""
     dims: dict[str, int] = {}
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
-    with torch.no_grad(), eager_experts(model), WeightProducts(weights, lambda p: dims.update({p.weight: p.dim})):
+    with torch.no_grad(), plain_products(model), WeightProducts(weights, lambda p: dims.update({p.weight: p.dim})):
         model(**arguments(model, ids.to(input_device(model))))
     return dims
