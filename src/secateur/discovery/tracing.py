@@ -51,7 +51,7 @@ def trace(model: nn.Module, *, start_tokens: Sequence[int] = ()) -> Graph:
     """
     sizes = {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape}
     lengths = unlike(sizes, 3, least=len(start_tokens) + 1)
-    inputs, (recorder, numbers, result) = _first_that_runs(model, *lengths, start_tokens)
+    inputs, (recorder, numbers, result) = _first_that_runs(model, lengths, start_tokens)
     buffers = {name: numbers[name] for name, _ in model.named_buffers()}
     return Graph(
         nodes=tuple(recorder.nodes),
@@ -91,10 +91,11 @@ def run_without_memory(model: nn.Module, *, sequence: int, start_tokens: Sequenc
 
 
 def _first_that_runs(
-    model: nn.Module, batch: int, sequence: int, written: int, start_tokens: Sequence[int]
+    model: nn.Module, lengths: Sequence[int], start_tokens: Sequence[int]
 ) -> tuple[dict[str, tuple[int, ...]], tuple[Recorder, dict[str, int], Any]]:
     """The first inputs with which the model runs, and the pass with them; where none does, why not with the first."""
     failure: DiscoveryError | None = None
+    batch, sequence, written = lengths
     for shapes in traced_inputs(model, batch, sequence, written):
         try:
             return shapes, _run_on_fake_tensors(model, shapes, start_tokens, **without_cache(model))

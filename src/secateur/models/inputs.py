@@ -123,7 +123,8 @@ def traced_inputs(model: nn.Module, batch: int, sequence: int, written: int) -> 
     config = getattr(model, "config", None)
     accepted = inspect.signature(model.forward).parameters
     decoder = {DECODER_IDS: (batch, written)} if _writes(model, accepted) else {}
-    text = {INPUT_IDS: (batch, sequence)} if INPUT_IDS in accepted or not isinstance(config, PreTrainedConfig) else {}
+    reads_text = INPUT_IDS in accepted or getattr(model, "main_input_name", INPUT_IDS) == INPUT_IDS
+    text = {INPUT_IDS: (batch, sequence)} if reads_text else {}
     if text:
         yield {**text, **decoder}
     for numbers in _numbers(config, accepted, batch, sequence):
