@@ -539,8 +539,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     # the model
     "hub name offline": ("'no/such': its config cannot be read; .* Check the name", ("prune", "no/such", "out")),
     "no such path": (r"'\./no-such': no such file or folder\. Expected", ("prune", "./no-such", "out")),
-    "image model": ("model type 'vit' is not a causal language model", ("prune", "vit", "out")),
-    "image and text model": ("model type 'clip' is not a causal language model", ("discover", "clip")),
+    "image model": ("'vit' has a config and no weights to cut", ("prune", "vit", "out")),
+    "image and text model": ("'clip' is a CLIPModel, which continues no text, and evaluate is", ("evaluate", "clip")),
     "NaN": (r"layers\.1\.mlp\.up_proj\.weight: 1 of 4032 values are NaN or Inf", ("prune", "nan", "out")),
     "Inf": (r"layers\.1\.mlp\.up_proj\.weight: 1 of 4032 values are NaN or Inf", ("plan", "inf")),
     "missing shard": (r"the shard model-00002-of-\d+\.safetensors is missing", ("prune", "shardless", "out")),
