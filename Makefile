@@ -27,7 +27,7 @@ RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures screenshots format clean
+.PHONY: help setup demo test slow vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,10 @@ architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pr
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'
 	@mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --workers $(WORKERS) --peer --docs --out runs/architectures.json
+
+classes: $(STAMP)  ## What can be cut in the types of the other auto classes; writes tests/known_class_failures.json
+	@mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py --out runs/classes.jsonl --known
 
 screenshots: demo  ## Write the pictures of the demo's report in docs/; needs chromium
 	$(BIN)/python tests/browser.py runs/demo/report.html docs

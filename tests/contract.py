@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from every_type import initial_model, tiny_config, tiny_inputs, tiny_type_model
+from every_type import CAUSAL, SIZES, auto_and_type, initial_model, tiny_config, tiny_inputs, tiny_type_model
 from masked_pass import OverKept, Scalars, StayDouble
 from secateur.checkpoint.save import save
 from secateur.discovery.algebra import kept_along, variables_in
@@ -35,11 +36,14 @@ from secateur.discovery.joining import group_axes
 from secateur.discovery.rules.state import Inference
 from secateur.discovery.tracing import trace
 from secateur.errors import PlanError
+from secateur.models.classes import AUTO_CLASSES, is_encoder_decoder, objective
+from secateur.models.inputs import DECODER_IDS, INPUT_IDS, is_numbers, predicted, with_end
 from secateur.models.loading import EXPERTS
 from secateur.models.silence import quiet
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
+from secateur.vocabulary.token_ids import token_id_settings
 
 TOLERANCE = 1e-8
 LARGEST = 5_000_000  # parameters of a tiny model
@@ -103,9 +107,31 @@ def subject(model_type: str) -> Subject:
     discovery = group_axes(state, type(twin).__name__)
     with quiet():
         model = tiny_type_model(model_type)
-    batch, length = state.graph.shapes[state.graph.inputs["input_ids"]]
-    inputs = tiny_inputs(model_type, model.config, batch=batch, length=length)
+    shapes = {name: state.graph.shapes[number] for name, number in state.graph.inputs.items()}
+    inputs = (
+        causal_inputs(model_type, model, shapes)
+        if auto_and_type(model_type)[0] == CAUSAL
+        else inputs_like(model, shapes)
+    )
     return Subject(model_type, model, inputs, state, discovery)
+
+
+def causal_inputs(model_type: str, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Random tokens of a causal language model, or what else the type takes."""
+    batch, length = shapes[INPUT_IDS]
+    return tiny_inputs(model_type, model.config, batch=batch, length=length)
+
+
+def inputs_like(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], *, seed: int = 0) -> dict[str, Any]:
+    """Random tokens, none of them special, pixels or sound."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if is_numbers(name):
+            inputs[name] = torch.randn(shape, generator=generator, dtype=model.dtype)
+        else:
+            inputs[name] = with_end(model, torch.randint(5, SIZES["vocab_size"], shape, generator=generator))
+    return inputs
 
 
 def check_type(model_type: str, *, skip: Sequence[str] = ()) -> Report:
@@ -204,12 +230,13 @@ def check_groups(tested: Subject, kind: str, groups: Sequence[Group]) -> None:
     keep = {group.name: group.keep or () for group in plan.groups}
     inputs, kept = tested.inputs, list(keep["vocabulary"]) if kind == "vocabulary" else None
     if kept is not None:  # the tokens that stay have new numbers
-        inputs = {**inputs, "input_ids": inputs["input_ids"] % len(kept)}
+        inputs = {name: value if is_numbers(name) else value % len(kept) for name, value in inputs.items()}
     scalars = Scalars()
     with scalars:
         got = logits(pruned, inputs)
     if kept is not None:
-        inputs = {**inputs, "input_ids": torch.tensor(kept)[inputs["input_ids"]]}
+        tokens = torch.tensor(kept)
+        inputs = {name: value if is_numbers(name) else tokens[value] for name, value in inputs.items()}
     with OverKept(tested.state, tested.discovery, keep, scalars if kind in DERIVING else None):
         expected = logits(reference, inputs)
     if kept is not None:
@@ -260,9 +287,23 @@ def planned(tested: Subject, groups: Sequence[Group], *, seed: int = 0) -> Plan:
     found = []
     for group in groups:
         kept = max(kept_of(group.units) // group.multiple * group.multiple, group.least)
-        keep = tuple(sorted(chooser.sample(range(group.units), kept)))
+        stay = special_tokens(tested.model.config) if group.kind == "vocabulary" else set()
+        others = [unit for unit in range(group.units) if unit not in stay]
+        keep = tuple(sorted([*stay, *chooser.sample(others, kept - len(stay))]))
         found.append(PlannedGroup(group.name, group.kind, group.layer, group.units, kept, keep))
     return _with_settings(tested, tuple(found))
+
+
+def special_tokens(config: PreTrainedConfig) -> set[int]:
+    """The tokens that a config names, which a cut of a vocabulary keeps."""
+    named: list[Any] = []
+    for name in token_id_settings(config.to_dict(), ()):
+        value: Any = config.to_dict()
+        for key in name.split("."):
+            value = value[key]
+        named += value if isinstance(value, (list, tuple)) else [value]
+    vocabulary = config.get_text_config().vocab_size
+    return {token for token in named if isinstance(token, int) and 0 <= token < vocabulary}
 
 
 def uneven(model: PreTrainedModel, kinds: tuple[str, ...], *, discovery: Discovery | None = None) -> Plan:
@@ -337,15 +378,10 @@ def with_constants_of(
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-    """The logits of one pass without a cache."""
+    """The logits, or the hidden states of a model without a head, of one pass without a cache."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with quiet(), StayDouble():  # type: ignore[no-untyped-call]
-        result: Tensor = model(**inputs, **options).logits
-    return result
-
-
-def _uniform_first(kind: str) -> int:
-    return UNIFORM.index(kind) if kind in UNIFORM else len(UNIFORM)
+        return predicted(model(**inputs, **options))
 
 
 # --- a stock folder ---------------------------------------------------------------------------------------------
@@ -355,12 +391,16 @@ def uniform_plan(tested: Subject) -> tuple[Plan, tuple[str, ...]]:
     """A plan that cuts every kind of group that the stock config can say, and these kinds."""
     refusals = []
     sayable: list[list[Group]] = []  # the groups of one family each
-    for (kind, _), groups in sorted(tested.families.items(), key=lambda item: _uniform_first(item[0][0])):
-        if kind in UNIFORM and not (kind == "hidden" and sayable):
-            plan = planned(tested, groups)
-            if plan.settings is not None:
-                sayable.append(groups)
-            refusals.append(plan.refusal or "")
+    for kind in UNIFORM:
+        families = [groups for (each, _), groups in tested.families.items() if each == kind]
+        whole = [[group for groups in families for group in groups]] if len(families) > 1 else []
+        found: list[list[Group]] = []
+        for groups in [*families, *whole]:  # an encoder and a decoder may have one setting for both
+            if not (kind == "hidden" and sayable) and not (groups in whole and found):
+                plan = planned(tested, groups)
+                found += [groups] if plan.settings is not None else []
+                refusals.append(plan.refusal or "")
+        sayable += found
     assert sayable, f"no kind of group can be cut uniformly: {'; '.join(refusals)[:300]}"
     plan = planned(tested, [group for groups in sayable for group in groups])
     if plan.settings is None:  # what it can say alone it may not be able to say together: one family after the other
@@ -379,21 +419,33 @@ def check_folder(tested: Subject, report: Report) -> None:
         model = tiny_type_model(tested.model_type, dtype=torch.float32)
         pruned: Any = prune(model, plan, discovery=tested.discovery)
         path = save(pruned, Path(folder) / "pruned", plan=plan)
+        auto = auto_and_type(tested.model_type)[0]
         # A text model inside another has no name of its own for the auto class.
-        loader: Any = AutoModelForCausalLM if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING else type(model)
+        loader: Any = getattr(transformers, auto) if type(model.config) in AUTO_CLASSES[auto] else type(model)
         loaded = loader.from_pretrained(path, dtype="auto", attn_implementation="eager")
         loaded.eval()
         for name, tensor in pruned.state_dict().items():
             assert torch.equal(tensor, loaded.state_dict()[name]), f"{name} is another tensor after loading"
-        off = (logits(pruned, tested.inputs) - logits(loaded, tested.inputs)).abs().max()
+        assert type(loaded) is type(pruned), f"{auto} makes a {type(loaded).__name__} of it"
+        inputs = {
+            name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in tested.inputs.items()
+        }
+        off = (logits(pruned, inputs) - logits(loaded, inputs)).abs().max()
         assert off < 1e-4, f"logits after loading are off by {off:.1e}"
-        ids = tested.inputs["input_ids"][:1]
-        settings = {
+        if objective(model) not in ("next token", "second half"):
+            return
+        inputs = {name: value[:1] for name, value in inputs.items() if name != DECODER_IDS}
+        ids = inputs[model.main_input_name]
+        settings: dict[str, Any] = {
             "max_new_tokens": 5,
             "min_new_tokens": 5,
             "do_sample": False,
-            "attention_mask": torch.ones_like(ids),
+            "attention_mask": torch.ones(ids.shape[:2] if ids.dim() == 2 else ids[:, 0].shape, dtype=torch.int64),
         }
-        one, other = (smaller.generate(input_ids=ids, **settings) for smaller in (pruned, loaded))
+        if is_encoder_decoder(model.config):
+            settings["decoder_start_token_id"] = 1
+        one, other = (smaller.generate(**inputs, **settings) for smaller in (pruned, loaded))
     assert torch.equal(one, other), "other tokens after loading"
-    assert one.shape[1] == ids.shape[1] + 5, "it does not generate"
+    least = 5 if is_encoder_decoder(model.config) else ids.shape[1] + 5
+    assert one.shape[1] >= least, "it does not generate"

@@ -1,7 +1,8 @@
-"""A tiny random model of every type that AutoModelForCausalLM knows, with sizes that differ from each other.
+"""A tiny random model of every type that an auto class knows, with sizes that differ from each other.
 
-The settings come from the type's own config class: each one that it accepts and that SIZES names takes the size
-found there. EXCEPTIONS holds what a type needs besides, and why.
+A type alone is that of AutoModelForCausalLM; "AutoModel/bert" is that of another auto class. The settings come from the
+type's own config class: each one that it accepts and that SIZES names takes the size found there. EXCEPTIONS holds what
+a type needs besides, and why.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from class_types import CLASS_SETTINGS
+from secateur.models.classes import AUTO_CLASSES
 from secateur.models.loading import EXPERTS
 
 TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+CAUSAL = "AutoModelForCausalLM"
 LAYERS = 3
 
 # One entry per size; the names are what the config classes call it.
@@ -297,16 +301,28 @@ FLOAT32: dict[str, str] = {
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The tiny config of a type, as AutoModelForCausalLM takes it; for a decoder inside a type, the decoder's."""
+    auto, model_type = auto_and_type(model_type)
     config_class: Any = CONFIG_MAPPING[model_type]
-    if "decoder" in config_class.sub_configs:
+    if auto == CAUSAL and "decoder" in config_class.sub_configs:
         config_class = _model_class(model_type).config_class
-    config: PreTrainedConfig = config_class(**_settings(config_class, model_type))
+    settings = _settings(config_class, model_type)
+    if auto != CAUSAL:
+        settings["is_decoder"] = False
+    config: PreTrainedConfig = config_class(**settings)
+    if auto != CAUSAL:
+        config.architectures = [_model_class(f"{auto}/{model_type}").__name__]
     return config
+
+
+def auto_and_type(name: str) -> tuple[str, str]:
+    """The auto class and the type of a name."""
+    auto, _, model_type = name.rpartition("/")
+    return auto or CAUSAL, model_type
 
 
 def initial_model(model_type: str, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the type as transformers makes it, with eager attention; it may be made on `meta`."""
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if auto_and_type(model_type)[0] == CAUSAL and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     else:  # the config of a part, such as a decoder
         model = _model_class(model_type)._from_config(config, attn_implementation="eager")
@@ -365,10 +381,11 @@ def _assistant_inputs(config: PreTrainedConfig, batch: int, length: int, generat
 
 
 def _model_class(model_type: str) -> type[PreTrainedModel]:
-    """The class that AutoModelForCausalLM picks for a type."""
-    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # declared as if it held pairs of classes
-    found: type[PreTrainedModel] = mapping[CONFIG_MAPPING[model_type]]
-    return found
+    """The class that its auto class picks for a type."""
+    auto, model_type = auto_and_type(model_type)
+    found: Any = AUTO_CLASSES[auto][CONFIG_MAPPING[model_type]]
+    model_class: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    return model_class
 
 
 def _settings(config_class: type[PreTrainedConfig], model_type: str, *, tower: bool = False) -> dict[str, Any]:
@@ -385,7 +402,8 @@ def _settings(config_class: type[PreTrainedConfig], model_type: str, *, tower: b
     for name, named_class in config_class.sub_configs.items():
         inner: Any = CONFIG_MAPPING[specs[name].model_type] if named_class is AutoConfig else named_class
         settings[name] = _settings(inner, inner.model_type, tower=name.startswith(("vision", "audio", "vq")))
-    for name, value in EXCEPTIONS[model_type].settings.items() if model_type in EXCEPTIONS else ():
+    special = EXCEPTIONS[model_type].settings if model_type in EXCEPTIONS else CLASS_SETTINGS.get(model_type, {})
+    for name, value in special.items():
         settings[name] = settings[name] | value if name in config_class.sub_configs else value
     return settings
 

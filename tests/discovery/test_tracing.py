@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur.discovery.graph import Graph, Ref
-from secateur.discovery.tracing import batch_and_sequence, trace
+from secateur.discovery.tracing import trace, unlike
 from secateur.errors import DiscoveryError
 from secateur.models.loading import skeleton
 
@@ -74,7 +74,7 @@ def test_inputs_weights_and_outputs_have_their_shapes(graph: Graph) -> None:
     expected = {name: tuple(p.shape) for name, p in skeleton(tiny()).named_parameters()}
     assert {name: graph.shapes[number] for name, number in graph.parameters.items()} == expected
     assert list(graph.inputs) == ["input_ids"]
-    assert batch_and_length(graph) == batch_and_sequence({size for shape in expected.values() for size in shape})
+    assert batch_and_length(graph) == unlike({size for shape in expected.values() for size in shape}, 2)
     assert [graph.shapes[number] for number in graph.outputs] == [(*batch_and_length(graph), 50)]
 
 
@@ -148,7 +148,7 @@ def test_two_traces_are_equal(graph: Graph) -> None:
 
 @given(st.sets(st.integers(0, 1000), max_size=8))
 def test_batch_and_sequence_divide_no_size(sizes: set[int]) -> None:
-    batch, sequence = batch_and_sequence(sizes)
+    batch, sequence = unlike(sizes, 2)
     assert 5 <= batch < sequence
     assert all(size % batch and size % sequence for size in sizes if size)
     assert all(n % d for n in (batch, sequence) for d in range(2, n))

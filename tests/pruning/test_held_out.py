@@ -14,7 +14,7 @@ import secateur.pruning.held_out
 from secateur import prune
 from secateur.pruning.held_out import checked_repair, left_out
 from secateur.pruning.repair import Repaired, repair
-from secateur.scoring.passes.forward import summed_loss
+from secateur.scoring.passes.loss import summed_loss
 
 
 def loss_of(model: Any, discovery: Any, found: Repaired) -> float:

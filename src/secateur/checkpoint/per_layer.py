@@ -68,7 +68,8 @@ def as_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     with quiet():
         per_layer.load_state_dict(model.state_dict(), assign=True)  # the very tensors, each in its own dtype
         per_layer.tie_weights()
-    per_layer.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(model, "generation_config"):
+        per_layer.generation_config = copy.deepcopy(model.generation_config)
     return per_layer
 
 

@@ -17,7 +17,7 @@ from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs, of_same_text
 from secateur.evaluation.options import EvaluationOptions, ProfileOptions
 from secateur.evaluation.profile import profile_models
-from secateur.models.config import load_config
+from secateur.models.config import check_writes_text, load_config
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.weight_files import weight_file_bytes
@@ -60,7 +60,8 @@ def evaluate_command(
     check_files(output.json, run=run.get("folder"))
     bars = progress_bars(quiet=output.quiet)
     for name in models:
-        load_config(name, trust_remote_code=loading.trust_remote_code)  # refused before another is measured
+        config = load_config(name, trust_remote_code=loading.trust_remote_code)
+        check_writes_text(config, name=name, doing="evaluate")  # refused before another is measured
     planned = read_plan(plan) if plan is not None else None
     if options.get("tasks") == ():
         raise TaskError("tasks=',' names no task. Expected for example --tasks boolq,piqa, or --tasks zero-shot")

@@ -16,7 +16,7 @@ from secateur.evaluation.costs import Profile, model_costs
 from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.profile import profile
-from secateur.models.config import load_config
+from secateur.models.config import check_writes_text, load_config
 from secateur.models.loading import LoadOptions, load
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def load_sides(models: Sequence[str], *, loading: LoadOptions | None = None) -> 
     loading = loading or LoadOptions()
     trust = loading.trust_remote_code
     for name in models:  # all configs before any weights
-        load_config(name, trust_remote_code=trust)
+        check_writes_text(load_config(name, trust_remote_code=trust), name=name, doing="compare")
     loaded = {}
     for letter, name in zip("AB", models, strict=True):
         loaded[letter] = load(name, dtype=loading.dtype, device=loading.device, trust_remote_code=trust)

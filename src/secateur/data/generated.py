@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.errors import DataError, SecateurError, one_line
+from secateur.models.classes import objective
 from secateur.models.config import check_positions
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
@@ -43,8 +44,8 @@ def generate_windows(
     """
     check_positions(model.config, options.length)
     any_model: Any = model
-    if not hasattr(any_model, "generate"):
-        raise DataError(f"text={SELF!r}: {type(model).__name__} has no generate, so it writes no text. {_INSTEAD}")
+    if not hasattr(any_model, "generate") or objective(model) != "next token":
+        raise DataError(f"text={SELF!r}: {type(model).__name__} writes no text by itself. {_INSTEAD}")
     cached = bool(getattr(model.config, "use_cache", True)) or not runs_remote_code(model)  # custom code may have none
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=cached, max_new_tokens=options.length

@@ -20,6 +20,7 @@ from secateur.discovery.joining import group_axes
 from secateur.discovery.sizes import shapes_of
 from secateur.discovery.tracing import FAKE_TENSORS, trace
 from secateur.errors import DiscoveryError, ModelError
+from secateur.models.classes import config_of
 from secateur.models.config import load_config, special_token_ids
 from secateur.models.loading import skeleton
 from secateur.models.silence import silence_logger
@@ -51,7 +52,7 @@ def discover(
         name = name or model
         config = load_config(model, trust_remote_code=trust_remote_code)
     else:
-        config = model if isinstance(model, PreTrainedConfig) else model.config
+        config = model if isinstance(model, PreTrainedConfig) else config_of(model)
         trust_remote_code |= isinstance(model, PreTrainedModel) and runs_remote_code(model)
     twin = skeleton(config, trust_remote_code=trust_remote_code)
     if isinstance(model, PreTrainedModel) and shapes_of(model) != shapes_of(twin):
@@ -97,7 +98,7 @@ def _runs_with(model: nn.Module, tokens: Sequence[int]) -> bool:
 
 
 def discover_groups(model: nn.Module, *, name: str = "", start_tokens: Sequence[int] = ()) -> Discovery:
-    """Find the groups of a causal LM; its weights may be on `meta`. Raises `DiscoveryError`.
+    """Find the groups of a model; its weights may be on `meta`. Raises `DiscoveryError`.
 
     >>> from transformers import AutoConfig
     >>> from secateur.models.loading import skeleton

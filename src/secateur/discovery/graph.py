@@ -41,6 +41,7 @@ class Graph:
     tied: dict[str, str] = field(default_factory=dict)  # other name -> canonical name
     computed_buffers: frozenset[str] = frozenset()  # buffers that are not in the checkpoint
     item_calls: dict[str, tuple[int, int]] = field(default_factory=dict)  # item of a module list -> input, output
+    returns_states: bool = False  # hidden states, as a model without a head does, instead of logits
 
 
 def references(values: Iterable[Any]) -> Iterator[Ref]:

@@ -24,6 +24,7 @@ from secateur.discovery.rules import (
 )
 from secateur.discovery.rules.registry import RULES, Rule, aten, no_rule
 from secateur.discovery.rules.state import Dims, Inference
+from secateur.models.inputs import is_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def infer(graph: Graph) -> Inference:
     _freeze_compared_units(state)
     for number in graph.outputs:
         *dims, last = state.dims_of(Ref(number))
-        if last.size == vocabulary_size:
+        if last.size == vocabulary_size and not graph.returns_states:
             state.unifier.unify(state.vocabulary, last)
         else:
             state.unifier.freeze(state.vocabulary, "the model takes other tokens than it returns")
@@ -84,11 +85,12 @@ def _start(state: Inference, vocabulary_size: int) -> None:
         state.dims[number] = state.new_dims(graph.shapes[number], frozen="it is a constant of the code")
     if vocabulary_size:
         state.vocabulary = state.unifier.variable(vocabulary_size, prefix="vocabulary.")
-    names = itertools.cycle((BATCH, SEQUENCE))
-    for number in graph.inputs.values():
+    for name, number in graph.inputs.items():
+        numbers = is_numbers(name)
         state.from_inputs.add(number)
-        if vocabulary_size:
+        if vocabulary_size and not numbers:
             state.index_targets[number] = state.vocabulary
+        names = itertools.chain((BATCH, "input" if numbers else SEQUENCE), itertools.repeat("input"))
         state.dims[number] = tuple(
             state.unifier.variable(size, frozen="it is an input", prefix=f"{next(names)}.")
             for size in graph.shapes[number]
@@ -97,7 +99,7 @@ def _start(state: Inference, vocabulary_size: int) -> None:
 
 def _vocabulary_size(graph: Graph) -> int:
     """Rows of the first table that the inputs are looked up in, 0 if there is none."""
-    numbers = set(graph.inputs.values())
+    numbers = {number for name, number in graph.inputs.items() if not is_numbers(name)}
     for node in graph.nodes:
         if node.op == "aten.embedding" and node.arguments["indices"].tensor in numbers:
             table: Ref = node.arguments["weight"]

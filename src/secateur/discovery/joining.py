@@ -220,6 +220,7 @@ def _frozen(state: Inference, dims: Mapping[str, tuple[Expression, ...]]) -> Ite
 
 def _is_embedding(state: Inference, name: str, dims: tuple[Expression, ...]) -> bool:
     """A table that is looked up, or a weight with an axis that is the model's output."""
-    returned = {v.name for number in state.graph.outputs for v in variables_in(state.dims_of(Ref(number))[-1])}
+    logits = () if state.graph.returns_states else state.graph.outputs
+    returned = {v.name for number in logits for v in variables_in(state.dims_of(Ref(number))[-1])}
     looked_up = state.graph.parameters.get(name) in state.embedding_tables
     return looked_up or any(v.name in returned for dim in dims for v in variables_in(dim))

@@ -18,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from secateur.discovery.algebra import size_after
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
+from secateur.models.classes import objective
+from secateur.models.inputs import arguments
 from secateur.models.modeling_per_layer import Skipped, skip_in_place
 from secateur.models.silence import quiet
 
@@ -76,7 +78,7 @@ def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, path
     with ExitStack() as stack:
         for path in wanted:
             stack.enter_context(dense.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True))
-        dense(input_ids=ids, use_cache=False)
+        dense(**arguments(dense, ids))
     for path in wanted:
         read, output = calls.get(path, (None, None))
         outputs = len(output) if isinstance(output, tuple) else 0
@@ -103,7 +105,7 @@ def _bias(sublayer: nn.Module, kept: list[str]) -> str | None:
 
 def _check_cached(model: Any, ids: Tensor, paths: list[str]) -> None:
     """Raise `PlanError` unless generation with a cache gives the logits of a pass over the whole sequence."""
-    if not hasattr(model, "generate"):
+    if not hasattr(model, "generate") or objective(model) != "next token":
         return
     plain = GenerationConfig(max_new_tokens=2, min_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
     options = {"generation_config": plain, "return_dict_in_generate": True, "output_logits": True}

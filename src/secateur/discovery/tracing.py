@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -24,16 +24,18 @@ from secateur.discovery.graph import Graph
 from secateur.discovery.recorder import Recorder, tensors_in
 from secateur.errors import DiscoveryError, one_line
 from secateur.models.as_written import as_written
+from secateur.models.classes import objective
+from secateur.models.inputs import is_numbers, predicted, traced_inputs, with_end, without_cache
 
 logger = logging.getLogger(__name__)
 
-INPUT_IDS = "input_ids"
 FAKE_TENSORS = "torch._subclasses.fake_tensor"  # the logger that tells of every pass that fails
+NO_INPUTS = "there is nothing that its forward pass takes: no input_ids, pixel_values or sound"
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def trace(model: nn.Module, *, start_tokens: Sequence[int] = ()) -> Graph:
-    """Record the operators of one causal-LM forward pass of `model`; its weights may be on `meta`.
+    """Record the operators of one forward pass of `model`; its weights may be on `meta`.
 
     The model should use eager attention, so that its attention is written in plain matrix products. Each row that it
     reads begins with the start tokens, for code that looks for them. Raises `DiscoveryError` when the forward pass
@@ -47,11 +49,9 @@ def trace(model: nn.Module, *, start_tokens: Sequence[int] = ()) -> Graph:
     >>> [node.op for node in graph.nodes if node.module.endswith("layers.0.fc1")]
     ['aten.t', 'aten.addmm']
     """
-    batch, sequence = batch_and_sequence(
-        {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape},
-        least=len(start_tokens) + 1,
-    )
-    recorder, numbers, result = _run_on_fake_tensors(model, batch, sequence, start_tokens, use_cache=False)
+    sizes = {size for tensor in itertools.chain(model.parameters(), model.buffers()) for size in tensor.shape}
+    lengths = unlike(sizes, 3, least=len(start_tokens) + 1)
+    inputs, (recorder, numbers, result) = _first_that_runs(model, lengths, start_tokens)
     buffers = {name: numbers[name] for name, _ in model.named_buffers()}
     return Graph(
         nodes=tuple(recorder.nodes),
@@ -60,11 +60,12 @@ def trace(model: nn.Module, *, start_tokens: Sequence[int] = ()) -> Graph:
         buffers=buffers,
         constants=tuple(recorder.unregistered),
         literal_indices=dict(recorder.literal_indices),
-        inputs={INPUT_IDS: numbers[INPUT_IDS]},
-        outputs=(recorder.number(result.logits if hasattr(result, "logits") else result[0]),),
+        inputs={name: numbers[name] for name in inputs},
+        outputs=(recorder.number(predicted(result)),),
         tied=_tied_names(model),
         computed_buffers=frozenset(buffers.keys() - model.state_dict().keys()),
         item_calls=dict(recorder.item_calls),
+        returns_states=objective(model) == "embedding",
     )
 
 
@@ -82,40 +83,61 @@ def run_without_memory(model: nn.Module, *, sequence: int, start_tokens: Sequenc
     >>> tuple(run_without_memory(model, sequence=3, use_cache=False).logits.shape)
     (1, 3, 9)
     """
-    _, _, result = _run_on_fake_tensors(model, 1, sequence, start_tokens, **options)
+    shapes = next(traced_inputs(model, 1, sequence, sequence), None)
+    if shapes is None:
+        raise DiscoveryError(f"{type(model).__name__}: {NO_INPUTS}")
+    _, _, result = _run_on_fake_tensors(model, shapes, start_tokens, **options)
     return result
+
+
+def _first_that_runs(
+    model: nn.Module, lengths: Sequence[int], start_tokens: Sequence[int]
+) -> tuple[dict[str, tuple[int, ...]], tuple[Recorder, dict[str, int], Any]]:
+    """The first inputs with which the model runs, and the pass with them; where none does, why not with the first."""
+    failure: DiscoveryError | None = None
+    batch, sequence, written = lengths
+    for shapes in traced_inputs(model, batch, sequence, written):
+        try:
+            return shapes, _run_on_fake_tensors(model, shapes, start_tokens, **without_cache(model))
+        except DiscoveryError as error:
+            failure = failure or error
+    raise failure or DiscoveryError(f"{type(model).__name__}: {NO_INPUTS}")
 
 
 def _run_on_fake_tensors(
     model: nn.Module,
-    batch: int,
-    sequence: int,
+    shapes: Mapping[str, tuple[int, ...]],
     start_tokens: Sequence[int],
     *,
     follow_values: bool = False,
     **options: Any,
 ) -> tuple[Recorder, dict[str, int], Any]:
-    """One forward pass without memory: its record, the numbers of weights and input ids in it, and its result."""
+    """One forward pass without memory: its record, the numbers of weights and inputs in it, and its result."""
     recorder = Recorder(follow_values=follow_values)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
         named = itertools.chain(model.named_parameters(), model.named_buffers())
         weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}
-        input_ids = torch.zeros(batch, sequence, dtype=torch.long)
-    numbers = {name: recorder.number(tensor) for name, tensor in {**weights, INPUT_IDS: input_ids}.items()}
+        dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), None)
+        inputs = {
+            name: torch.zeros(shape, dtype=dtype if is_numbers(name) else torch.long) for name, shape in shapes.items()
+        }
+    numbers = {name: recorder.number(tensor) for name, tensor in {**weights, **inputs}.items()}
     # 0, 1, 2, ..., starting again so that each id is a row of every embedding table.
     rows = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=1)
-    ids = torch.arange(batch * sequence).reshape(batch, sequence) % max(rows, 1)
-    ids[:, : len(start_tokens)] = torch.tensor(start_tokens, dtype=torch.long)[:sequence]
-    recorder.set_values(input_ids, ids)
+    for name, tensor in inputs.items():
+        if not is_numbers(name):
+            ids = torch.arange(tensor.numel()).reshape(tensor.shape) % max(rows, 1)
+            ids[:, : len(start_tokens)] = torch.tensor(start_tokens, dtype=torch.long)[: tensor.shape[1]]
+            recorder.set_values(tensor, with_end(model, ids))
     try:
         with torch.no_grad(), as_written(), fake_mode, _module_names(model, recorder), recorder:
-            result = functional_call(model, weights, (), {INPUT_IDS: input_ids, **options}, tie_weights=True)
+            result = functional_call(model, weights, (), {**inputs, **options}, tie_weights=True)
     except Exception as error:  # any model code may raise anything
         if isinstance(error, DATA_DEPENDENT) and not follow_values:
             # Slower, but for the few models whose code looks at numbers.
             logger.debug("%s branches on data (%s); following values", type(model).__name__, error)
-            return _run_on_fake_tensors(model, batch, sequence, start_tokens, follow_values=True, **options)
+            return _run_on_fake_tensors(model, shapes, start_tokens, follow_values=True, **options)
         raise DiscoveryError(
             f"{type(model).__name__}: the forward pass could not be traced; it failed in "
             f"{recorder.module or 'the model'!r} with {one_line(error)}"  # the outermost has no name
@@ -123,17 +145,18 @@ def _run_on_fake_tensors(
     return recorder, numbers, result
 
 
-def batch_and_sequence(sizes: set[int], *, least: int = 0) -> tuple[int, int]:
-    """Two different primes, from 5 up, that divide none of `sizes`: the batch and the sequence length of a trace.
+def unlike(sizes: set[int], count: int, *, least: int = 0) -> tuple[int, ...]:
+    """Different primes, from 5 up, that divide none of `sizes`: the batch and the lengths of texts in a trace.
 
-    The sequence has at least `least` tokens.
+    All but the first, the batch, are at least `least`.
 
-    >>> batch_and_sequence({10, 14, 64})
+    >>> unlike({10, 14, 64}, 2)
     (11, 13)
     """
     primes = (n for n in itertools.count(5, 2) if all(n % d for d in range(3, int(n**0.5) + 1, 2)))
-    unlike = (prime for prime in primes if all(size % prime for size in sizes if size))
-    return next(unlike), next(prime for prime in unlike if prime >= least)
+    others = (prime for prime in primes if all(size % prime for size in sizes if size))
+    batch = next(others)
+    return (batch, *itertools.islice((prime for prime in others if prime >= least), count - 1))
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

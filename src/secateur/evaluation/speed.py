@@ -24,6 +24,8 @@ from secateur.evaluation.inference import decode_steps, evaluation_mode, input_d
 from secateur.evaluation.memory import activation_bytes, weight_bytes
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.significance import quantiles
+from secateur.models.classes import config_of
+from secateur.models.config import check_writes_text
 from secateur.models.tensors import plain_tensors
 from secateur.progress import Progress
 
@@ -52,7 +54,8 @@ def measure_speed(
     """
     if not models:
         return []
-    for model in models.values():
+    for name, model in models.items():
+        check_writes_text(config_of(model), name=name, doing="measuring speed")
         input_device(model)  # weights on `meta` are refused before anything is measured
         _copy_weights_in_place(model)
     speeds = []

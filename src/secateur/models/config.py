@@ -10,7 +10,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -22,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from secateur.errors import DataError, ModelError
+from secateur.models.classes import AUTO_CLASSES, architecture, auto_class, default_class, objective_of
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
 from secateur.models.sources import DEMO, check_unchanged, loader_arguments, resolve
 from secateur.models.trust import model_errors
@@ -31,11 +31,10 @@ _BLOCKS = re.compile(r"n(um)?_\w*(layer|expert|block)s?")
 
 
 def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the config of a causal language model; a GGUF's metadata becomes an ordinary, unquantized config.
+    """Read the config of a model; a GGUF's metadata becomes an ordinary, unquantized config.
 
     With `trust_remote_code` the Python files beside the config may run. Raises `ModelError` when there is none, when
-    it cannot be read, when it needs such files and they are not trusted, or when its model type is not a causal
-    language model.
+    it cannot be read, when it needs such files and they are not trusted, or when no auto class knows its model type.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +43,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     3
     """
     config = whole_config(model, trust_remote_code=trust_remote_code)
-    model_class = causal_class(config) if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and architecture(config) is None
+    model_class = causal_class(config) if causal else None
     text = config.sub_configs.get("text_config")
     # A language model that is a part of a larger model has the part's config.
     is_part = model_class is not None and text is not None and model_class.config_class == text
@@ -62,10 +62,10 @@ def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
             return per_layer_config(written)
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_custom(config):
+    if default_class(config) is None and not is_custom(config):
         raise ModelError(
-            f"{model!r}: model type {config.model_type!r} is not a causal language model. Expected a model that "
-            f"AutoModelForCausalLM knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
+            f"{model!r}: no model of type {config.model_type!r} is known. Expected one that {', '.join(AUTO_CLASSES)} "
+            f"knows, or an auto_map with AutoModelForCausalLM in its config.json; {DEMO!r} works."
         )
     return config
 
@@ -97,15 +97,27 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return None
 
 
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class to build from a config and to load; None where it is custom code.
+
+    >>> class_of(AutoConfig.for_model("bert", architectures=["BertModel"])) is transformers.BertModel
+    True
+    """
+    if (per_layer := per_layer_model_class(config)) is not None:
+        return per_layer
+    if is_custom(config):
+        return None
+    return architecture(config) or causal_class(config) or default_class(config)
+
+
 def takes(model_class: Any, config_class: Any) -> bool:
-    """Whether a model class of transformers is made from such configs: its own, or those that the auto class gives it.
+    """Whether a model class of transformers is made from such configs: its own, or those that an auto class gives it.
 
     >>> takes(transformers.OPTForCausalLM, transformers.OPTConfig)
     True
     """
-    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     own = getattr(model_class, "config_class", None) is config_class
-    return own or (config_class in mapping and mapping[config_class] is model_class)
+    return own or auto_class(model_class, config_class) is not None
 
 
 def per_layer_config(written: dict[str, Any]) -> PreTrainedConfig:
@@ -140,7 +152,7 @@ def auto_map(config: PreTrainedConfig, model_class: Any) -> dict[str, str]:
     classes = {
         "AutoConfig": type(config),
         "AutoModel": None if experts else _base_class(config),
-        "AutoModelForCausalLM": per_layer_class(model_class, stock),
+        auto_class(model_class, stock) or "AutoModelForCausalLM": per_layer_class(model_class, stock),
     }
     return {name: f"{module}.{each.__name__}" for name, each in classes.items() if each is not None}
 
@@ -180,14 +192,17 @@ def register(model: str) -> None:
     """
     config = load_config(model)
     if per_layer_model_class(config) is None:
-        raise ModelError(f"{model!r} has a stock config: AutoModelForCausalLM.from_pretrained reads it as it is")
+        raise ModelError(f"{model!r} has a stock config: from_pretrained reads it as it is")
     AutoConfig.register(config.model_type, type(config), exist_ok=True)
     register_classes(config)
 
 
 def register_classes(config: PreTrainedConfig) -> None:
     """Let the Auto classes build the models of a per-layer config, in this process."""
-    AutoModelForCausalLM.register(type(config), per_layer_model_class(config), exist_ok=True)
+    model_class = per_layer_model_class(config)
+    stock = type(config).__mro__[1]
+    name = auto_class(getattr(transformers, getattr(config, PER_LAYER)["architecture"]), stock)
+    getattr(transformers, name or "AutoModelForCausalLM").register(type(config), model_class, exist_ok=True)
     base = _base_class(config)
     if base is not None:
         AutoModel.register(type(config), base, exist_ok=True)
@@ -218,6 +233,31 @@ def quantization(config: PreTrainedConfig) -> str | None:
         return None
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
     return str(getattr(method, "value", method))
+
+
+def check_writes_text(config: PreTrainedConfig, *, name: str, doing: str) -> None:
+    """Raise `ModelError` for a model that does not continue a text token by token, which what is done asks for.
+
+    >>> check_writes_text(AutoConfig.for_model("vit"), name="vit", doing="evaluate")
+    Traceback (most recent call last):
+    secateur.errors.ModelError: 'vit' is a ViTModel, which continues no text, and evaluate is for models that do. ...
+    """
+    if not writes_text(config):
+        model_class: Any = class_of(config)
+        raise ModelError(
+            f"{name!r} is a {model_class.__name__}, which continues no text, and {doing} is for models that do. "
+            f"`secateur profile {name}` counts what it costs"
+        )
+
+
+def writes_text(config: PreTrainedConfig) -> bool:
+    """Whether the model of a config continues a text token by token.
+
+    >>> writes_text(AutoConfig.for_model("opt")), writes_text(AutoConfig.for_model("t5"))
+    (True, False)
+    """
+    model_class = class_of(config)
+    return model_class is None or objective_of(model_class, config) == "next token"
 
 
 def check_not_quantized(config: PreTrainedConfig, *, name: str | None = None) -> None:

@@ -19,10 +19,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.errors import ModelError, check_installed, one_line, unknown
-from secateur.models.config import causal_class, per_layer_model_class, quantization, whole_config
+from secateur.models.classes import auto_class
+from secateur.models.config import class_of, per_layer_model_class, quantization, whole_config
 from secateur.models.gguf import forget_gguf
 from secateur.models.silence import quiet
 from secateur.models.sources import Source, check_unchanged, loader_arguments, resolve
@@ -69,10 +69,8 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
     try:
         with quiet(), torch.device("meta"), no_init_weights():  # there are no values to initialise
             build: Any = functools.partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
-            model_class = per_layer_model_class(config)
-            if model_class is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-                model_class = causal_class(config)
-            if model_class is not None:
+            model_class = class_of(config)
+            if model_class is not None and auto_class(model_class, type(config)) != "AutoModelForCausalLM":
                 build = model_class._from_config
             model = build(own_config, attn_implementation="eager")
             model.tie_weights()  # else a part of the initialisation
@@ -87,7 +85,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
 def load(
     model: str, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model with all its weights, in evaluation mode.
+    """Load a model with all its weights, in evaluation mode; its class is the one that its config names.
 
     `dtype` is `auto` (the checkpoint's own; float32 for a quantized GGUF), one of `DTYPES` or a torch.dtype; `device`
     is as in `LoadOptions`. On a CPU, safetensors that need no other dtype or layout stay on the disk: they are mapped.
@@ -149,9 +147,10 @@ def _loaded(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model by the loader of its kind, and the tensors of the checkpoint that it has no place for, sorted."""
     location, location_options = loader_arguments(source)
-    loader: Any = per_layer_model_class(config)
-    if loader is None:
-        loader = AutoModelForCausalLM
+    loader: Any = class_of(config)
+    if per_layer_model_class(config) is None:
+        if loader is None or auto_class(loader, type(config)) in (None, "AutoModelForCausalLM"):
+            loader = AutoModelForCausalLM
         location_options = {**location_options, "trust_remote_code": trust_remote_code}
         if trust_remote_code:
             check_unchanged(source, lambda name: name.endswith(".py"))

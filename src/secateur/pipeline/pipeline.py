@@ -23,6 +23,7 @@ from secateur.checkpoint.record import PLAN_FILE, make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
+from secateur.data.encoder_windows import as_read
 from secateur.data.generated import generate_windows
 from secateur.data.windows import behind, calibration_windows, digest, held_out_windows, start_tokens
 from secateur.decoding import build_known
@@ -32,7 +33,9 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.errors import DataError, PlanError
 from secateur.evaluation.latency import latency_table
 from secateur.evaluation.memory import weight_bytes
-from secateur.models.config import check_positions, is_custom, load_config
+from secateur.models.classes import config_of, objective_of
+from secateur.models.config import check_positions, class_of, is_custom, load_config
+from secateur.models.inputs import check_reads_text
 from secateur.models.loading import LoadOptions, load, load_on_meta
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
@@ -121,7 +124,7 @@ class Pipeline:
         self._table: LatencyTable | None = None
         self._tokens: TokenRanking | None = None
         self.config: PreTrainedConfig = (
-            model.config if model is not None else load_config(self.name, trust_remote_code=self.trust)
+            config_of(model) if model is not None else load_config(self.name, trust_remote_code=self.trust)
         )
         options, calibration = recipe.cut, recipe.calibration
         if given is not None and given.scored.get("calibration_options"):
@@ -178,10 +181,11 @@ class Pipeline:
     def windows(self) -> Tensor:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
+            self.check_reads_text()
             self._start = start_tokens(self.tokenizer) if self._needed is None else self._needed
             check_positions(self.config, self.calibration.length)
             if not self.calibration.generated:
-                self._windows = calibration_windows(self.tokenizer, self.calibration)
+                self._windows = self._as_read(calibration_windows(self.tokenizer, self.calibration))
             else:
                 self._windows = self.cache.load_windows()
         if self._windows is None:
@@ -192,6 +196,18 @@ class Pipeline:
             self._windows = processes.from_first(written)
             self.cache.save_windows(self._windows)
         return self._windows
+
+    def check_reads_text(self) -> None:
+        """Raise `DataError` for a model that does not read the text which calibration gives it."""
+        model_class = class_of(self.config)
+        if model_class is not None:
+            check_reads_text(model_class)
+
+    def _as_read(self, windows: Tensor) -> Tensor:
+        """Windows as the model is served."""
+        model_class = class_of(self.config)
+        kind = "next token" if model_class is None else objective_of(model_class, self.config)
+        return as_read(windows, self.tokenizer, kind, seed=self.calibration.seed)
 
     @property
     def _needed(self) -> Tensor | None:
@@ -296,7 +312,7 @@ class Pipeline:
         found = plan(
             at.discovery,
             at.options,
-            config=self.config if at.model is None else at.model.config,
+            config=self.config if at.model is None else config_of(at.model),
             scores=scores,
             latency=self.latency(at),
             fixed_sizes=at.fixed_sizes,
@@ -318,7 +334,7 @@ class Pipeline:
         if self._start is None or self.calibration.generated or _losses(decided):
             return None
         try:
-            return held_out_windows(self.tokenizer, self.calibration, start=self._start)
+            return self._as_read(held_out_windows(self.tokenizer, self.calibration, start=self._start))
         except DataError as error:
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None

@@ -22,6 +22,7 @@ from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe, RunOptions
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, ProgressBars, peak_rss
+from secateur.scoring.registry import SCORES
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ def prune_model(
     pipeline.check_folder(sizes)
     dtype = DTYPES.get(recipe.loading.dtype) or getattr(config, "dtype", None) or torch.float32
     check_space(out, sizes.parameters.get("pruned", 0) * dtype.itemsize)
+    if SCORES[pipeline.options.score].needs != "weights" or pipeline.options.repairs:
+        pipeline.check_reads_text()
     known = given is not None or pipeline.options.scope == "local"  # else the scores decide on the sizes, too
     if announce is not None and known:
         announce(sizes)

@@ -35,7 +35,7 @@ from secateur.errors import (
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
 from secateur.files import make_folder, read_json, write_json
-from secateur.models.config import check_not_quantized, load_config
+from secateur.models.config import check_not_quantized, check_writes_text, load_config
 from secateur.models.loading import LoadOptions
 from secateur.models.sources import resolve
 from secateur.pipeline.cache import Cache, StatisticsFolder, recovery_key, run_key
@@ -104,7 +104,9 @@ def sweep(
         raise DataError("there is no text to score: give one, for example --ppl wikitext2=wiki.test.raw")
     loading = loading or LoadOptions()
     make_folder(run.folder / FOLDER)
-    check_not_quantized(load_config(model, trust_remote_code=loading.trust_remote_code), name=model)
+    config = load_config(model, trust_remote_code=loading.trust_remote_code)
+    check_not_quantized(config, name=model)
+    check_writes_text(config, name=model, doing="sweep")
     asked, refused = _cuts(model, options, cut or {}, calibration or {}, loading)
     measuring = _Measuring(model, options, texts, loading, run)
     rows = [measuring.dense()]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from secateur.discovery.config_settings import stock_settings
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
+from secateur.models.classes import config_of
 from secateur.models.trust import runs_remote_code
 from secateur.planning.budget import counter
 from secateur.planning.options import CutOptions
@@ -80,7 +81,7 @@ def as_of_dense(whole: Plan, options: CutOptions, dense: Discovery, model: PreTr
     """The plan with the sizes and config settings of the dense model."""
     settings, refusal = None, None
     try:
-        settings = stock_settings(model.config, dense, whole.sizes, trust_remote_code=runs_remote_code(model))
+        settings = stock_settings(config_of(model), dense, whole.sizes, trust_remote_code=runs_remote_code(model))
     except PlanError as error:
         refusal = str(error)
     return replace(

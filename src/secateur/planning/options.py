@@ -84,6 +84,8 @@ class CutOptions:
     parameter (global). Auto: global; local for of=units, hidden, layers and a schedule."""
     layers: tuple[float, float] | None = None
     """Cut only layers first <= i < last: numbers of layers, or shares of the depth such as 0.125:0.9375."""
+    within: str | None = None
+    """Cut only groups that lie wholly in this module, for example `model.language_model` or `encoder`."""
     schedule: tuple[float, float] | None = None
     """Cut the first and the last layer in this proportion, linear between, for example 0.5:1.5."""
     min_keep: float = 0.05

@@ -170,6 +170,8 @@ def plan(
         candidates = [{group.name: fixed_sizes.get(group.name, group.units) for group in search.groups}]
     # 3. Which units stay: the best by their scores.
     draft = _first_described(search, candidates, config, trust_remote_code=trust_remote_code)
+    if config is not None and draft.settings is None and options.shape == "uniform" and fixed_sizes is None:
+        draft = _in_layers(search, config, trust_remote_code=trust_remote_code) or draft
     if config is not None and options.engine is not None:
         # Sizes before scores are the same share of every layer; one ranking of all units makes them differ.
         differ = options.shape == "per-layer" and options.scope == "global" and scores is None and fixed_sizes is None
@@ -177,6 +179,19 @@ def plan(
         check_engine(options.engine, config, stock=stock, trust_remote_code=trust_remote_code)
     # 4. What is left, and what the scores were made from.
     return counted(discovery, replace(draft, scored=_provenance(search, draft)))
+
+
+def _in_layers(search: SizeSearch, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan | None:
+    """A plan that a config can say, which cuts only what lies in layers: the width of a pooler often has no setting."""
+    groups = {axis: [group for group in each if group.layer is not None] for axis, each in search.axes.items()}
+    if not all(groups.values()) or sum(map(len, groups.values())) == len(search.groups):
+        return None
+    inside = SizeSearch(search.discovery, groups, search.options, search.scores, search.latency)
+    try:
+        draft = _first_described(inside, candidate_sizes(inside), config, trust_remote_code=trust_remote_code)
+    except PlanError:  # the budget cannot be met by these alone
+        return None
+    return draft if draft.settings is not None else None
 
 
 def _first_described(
@@ -208,10 +223,11 @@ def settings_of(
 ) -> dict[str, Any]:
     """The config settings that say the sizes of a plan, and the new ids of special tokens. Raises `PlanError`."""
     sizes = decided.sizes
-    kept = next((group.kept for group in decided.groups if group.kind == TOKENS), None)
+    tokens = next((group for group in decided.groups if group.kind == TOKENS), None)
     renamed: dict[str, Any] = {}
-    if kept is not None:  # a table must have room for the padding token
-        renamed = token_id_settings(config.to_dict(), decided.kept_tokens or range(kept))
+    if tokens is not None:  # a table must have room for the padding token
+        keep = decided.kept_tokens or range(tokens.kept)
+        renamed = token_id_settings(config.to_dict(), keep, size=tokens.units)
         config = with_settings(config, renamed)
     return renamed | stock_settings(config, discovery, sizes, trust_remote_code=trust_remote_code)
 

@@ -32,6 +32,8 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
     first, last = options.layer_range(discovery.depth)
     if options.layers is not None and "hidden" in options.axes:
         raise PlanError("hidden runs through every layer: leave layers out")
+    if options.within is not None:
+        _check_within(options.within, discovery)
     by_axis: dict[str, list[Group]] = {}
     for axis in options.axes:
         groups = [group for group in discovery.groups if group.kind in AXES[axis]]
@@ -42,15 +44,32 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
         if axis == "head_dim":
             groups = [group for group in groups if _is_of_values(group, discovery)]
         groups = [g for g in groups if g.layer is None or first <= g.layer < last]
+        if options.within is not None:
+            groups = [group for group in groups if _lies_in(group, options.within, discovery)]
         if options.sublayers:
             groups = [replace(g, least=0) if is_removable(discovery, g) else g for g in groups]
         if not groups:
             kinds = ", ".join(sorted({group.kind for group in discovery.groups}))
-            raise PlanError(
-                f"axes={axis}: {discovery.model} has no group of that kind in layers {first}:{last}; it has: {kinds}"
-            )
+            where = f"in layers {first}:{last}" if options.within is None else f"within {options.within}"
+            raise PlanError(f"axes={axis}: {discovery.model} has no group of that kind {where}; it has: {kinds}")
         by_axis[axis] = groups
     return by_axis
+
+
+def _lies_in(group: Group, path: str, discovery: Discovery) -> bool:
+    """Whether all weights that hold a group's units lie in a module; of whole layers, their list."""
+    names = [axis.weight for axis in group.axes] or discovery.layer_lists
+    return all(name.startswith(f"{path}.") for name in names)
+
+
+def _check_within(path: str, discovery: Discovery) -> None:
+    """Raise `PlanError` for a module without weights."""
+    weights = [weight.name for weight in discovery.weights]
+    if not any(name.startswith(f"{path}.") for name in weights):
+        parts = {".".join(name.split(".")[:depth]) for name in weights for depth in (1, 2) if name.count(".") > depth}
+        raise PlanError(
+            f"within={path}: {discovery.model} has no weights there; it has them in {', '.join(sorted(parts)[:12])}"
+        )
 
 
 def _is_of_values(group: Group, discovery: Discovery) -> bool:

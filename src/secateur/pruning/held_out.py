@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
 from secateur.pruning.repair import Repaired, repair
-from secateur.scoring.passes.forward import summed_loss
+from secateur.scoring.passes.loss import outputs_of, predictions, summed_loss
 
 
 def checked_repair(
@@ -53,18 +53,20 @@ def checked_repair(
         "cut": repair(model, by_score, discovery, windows[:1], method="none"),  # looks at no window
         "repaired": repair(model, plan, discovery, windows, method=plan.options.repair, progress=progress),
     }
-    losses = {"before": _mean_loss(model, held_out)}
+    of_dense = outputs_of(model, held_out)
+    losses = {"before": _mean_loss(model, held_out, of_dense)}
     for name, found in tried.items():
         with TemporaryDirectory(dir=room) as folder:
             where = None if room is None else Path(folder)
             smaller = prune(model, found.plan, discovery=discovery, weights=found.weights, room=where)
-            losses[name] = _mean_loss(smaller, held_out)
+            losses[name] = _mean_loss(smaller, held_out, of_dense)
     return tried["cut" if left_out(losses) else "repaired"], losses
 
 
-def _mean_loss(model: PreTrainedModel, held_out: Tensor) -> float:
-    """Nats per token; a model that has broken down is worse than any other."""
-    return float(summed_loss(model, held_out).nan_to_num(math.inf, math.inf)) / held_out[:, 1:].numel()
+def _mean_loss(model: PreTrainedModel, held_out: Tensor, of_dense: Sequence[Tensor] | None) -> float:
+    """Nats per prediction; a model that has broken down is worse than any other."""
+    total = summed_loss(model, held_out, of_dense).nan_to_num(math.inf, math.inf)
+    return float(total) / predictions(model, held_out)
 
 
 def left_out(losses: Mapping[str, float] | None) -> bool:

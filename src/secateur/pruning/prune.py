@@ -23,6 +23,7 @@ from secateur.discovery.padding import module_changes
 from secateur.discovery.sizes import PrunedSizes, weights_after
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
+from secateur.models.classes import config_of
 from secateur.models.config import check_not_quantized
 from secateur.models.modeling_per_layer import pad_in_place, padded_in
 from secateur.models.silence import quiet
@@ -61,7 +62,7 @@ def prune(
     """
     # 1. The plan fits the model.
     check_not_quantized(model.config)
-    discovery = discovery or discover(model.config, trust_remote_code=runs_remote_code(model))
+    discovery = discovery or discover(config_of(model), trust_remote_code=runs_remote_code(model))
     check_plan(plan, discovery)
     # 2. Tokens go first: what is left is a smaller dense model.
     if plan.kept_tokens is not None:
@@ -104,7 +105,7 @@ def cut_vocabulary(
         raise PlanError(f"axes=vocabulary: {discovery.model} has no vocabulary that can be cut: cut other axes")
     planned = PlannedGroup(group.name, group.kind, group.layer, group.units, len(keep), tuple(keep))
     alone = Plan(discovery.model, CutOptions(axes=(TOKENS,), of="parameters"), (planned,), {}, {})
-    settings = settings_of(alone, model.config, discovery, trust_remote_code=runs_remote_code(model))
+    settings = settings_of(alone, config_of(model), discovery, trust_remote_code=runs_remote_code(model))
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     smaller = cut_weights(tensors, alone, discovery, room=room if model.device.type == "cpu" else None)
     tied = {other: name for _, (name, *others) in weights_after(discovery, alone.sizes) for other in others}
@@ -214,7 +215,7 @@ def _from_modules(
 ) -> PreTrainedModel:
     """The dense model's modules with cut weights, and the attributes that go with them."""
     changes = module_changes(
-        model.config,
+        config_of(model),
         discovery,
         sizes.without_emptied(),
         skipped=skipped_in(model),

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from secateur.discovery.algebra import Expression, units_along, variables_in
 from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.padding import INPUT_DIM, PADDED_KIND
+from secateur.models.inputs import arguments, predicted
 from secateur.progress import Progress
 from secateur.scoring.obs import add_gram
 from secateur.scoring.passes.forward import input_device, probe_windows
@@ -84,7 +85,7 @@ def rotated(
         return result
     grams = _grams(model, values, windows, discovery, progress)
     ids_BT = probe_windows(windows).to(input_device(model))
-    wanted = model(input_ids=ids_BT, use_cache=False).logits
+    wanted = predicted(model(**arguments(model, ids_BT)))
     families: dict[str, list[_Values]] = defaultdict(list)
     for each in values:
         families[each.group.name.replace(f"layers.{each.group.layer}.", "", 1)].append(each)
@@ -92,7 +93,7 @@ def rotated(
         before = [(axis.weight, result.get_parameter(axis.weight)) for each in members for axis in _axes(each)]
         for each in members:
             _rotate_in_place(result, each, grams)
-        off = (result(input_ids=ids_BT, use_cache=False).logits - wanted).norm() / wanted.norm().clamp_min(1e-30)
+        off = (predicted(result(**arguments(result, ids_BT))) - wanted).norm() / wanted.norm().clamp_min(1e-30)
         if not off < SAME.get(model.dtype, SAME_IN_HALF):
             logger.warning("channels of %s are cut as they are: something nonlinear lies on them (%.1e)", name, off)
             for weight, parameter in before:

@@ -26,7 +26,7 @@ from secateur.errors import CheckpointError, DataError, ModelError, TrainingErro
 from secateur.evaluation.inference import vocabulary_size
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
 from secateur.files import check_apart, check_vacant, read_tensors, write_tensors
-from secateur.models.config import check_not_quantized, check_positions, load_config
+from secateur.models.config import check_not_quantized, check_positions, check_writes_text, load_config
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
@@ -132,6 +132,7 @@ def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
     trust = recipe.loading.trust_remote_code
     config = load_config(model, trust_remote_code=trust)
     check_not_quantized(config, name=model)
+    check_writes_text(config, name=model, doing="recover")
     check_positions(config, recipe.data.max_length, name="max_length")
     bf16 = _use_bf16(recipe.loading)
     tokenizer = load_tokenizer(model, trust_remote_code=trust)

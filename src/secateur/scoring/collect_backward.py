@@ -19,6 +19,7 @@ from secateur.errors import ScoreError
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import probe_windows
 from secateur.scoring.passes.gradients import stream_gradients, stream_masks
+from secateur.scoring.passes.loss import predictions
 from secateur.scoring.passes.probe import activation_budget, fitting_batches
 from secateur.scoring.passes.products import input_dims
 from secateur.scoring.passes.recomputation import LayerCache, Recompute
@@ -37,7 +38,7 @@ def gradient_statistics(
     layer_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Sums of saliences of the gradients of the mean cross-entropy over the windows (int64, samples x length).
+    """Sums of saliences of the gradients of the mean loss over the windows (int64, samples x length).
 
     With `second_order`, saliences see the mean over the samples of the square of each one's gradient: the Hessian's
     diagonal by the Fisher information (LLM-Pruner, arXiv 2305.11627, equation 5). `wanted` names the parameters (by
@@ -69,7 +70,7 @@ def gradient_statistics(
     )
     if not any_gradient:
         raise _all_zero(loss)
-    return Statistics(sums.finished(), loss=loss, samples=len(windows), tokens=windows[:, 1:].numel())
+    return Statistics(sums.finished(), loss=loss, samples=len(windows), tokens=predictions(model, windows))
 
 
 def _all_zero(loss: float) -> ScoreError:
@@ -129,7 +130,7 @@ def mask_statistics(
     joined = _joined(results, [len(batch) for batch in batches])
     if not any(bool(each_BS.any()) for by_dim in joined.values() for each_BS in by_dim.values()):
         raise _all_zero(loss)
-    tokens = windows[:, 1:].numel()
+    tokens = predictions(model, windows)
     return Statistics({}, masks=joined, reads=reads, loss=loss, samples=len(windows), tokens=tokens)
 
 

@@ -10,7 +10,7 @@ R rows of a matrix, C features (columns), D hidden, U units.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from secateur import processes
 from secateur.errors import ScoreError
 from secateur.progress import Progress
 from secateur.scoring.obs import add_gram, removal_costs, unit_costs
-from secateur.scoring.passes.forward import summed_loss
+from secateur.scoring.passes.loss import outputs_of, predictions, summed_loss
 from secateur.scoring.passes.products import stream_inputs
 from secateur.scoring.passes.weight_gradients import row_blocks
 from secateur.scoring.saliences import MORE_PRECISE, WEIGHT_ELEMENTS, Evidence, Moments, Salience, SalienceSums
@@ -234,21 +234,22 @@ def layer_loss_statistics(
         before = args[0] if args else kwargs.get("hidden_states")
         return (before, *output[1:]) if isinstance(output, tuple) else before
 
-    dense = _loss(model, windows)
+    of_dense = outputs_of(model, processes.share_of(windows))
+    dense = _loss(model, windows, of_dense)
     costs = torch.zeros(max(layers.values(), default=-1) + 1)
     for done, (path, number) in enumerate(layers.items(), 1):
         with model.get_submodule(path).register_forward_hook(input_as_output, with_kwargs=True):
-            costs[number] += float(_loss(model, windows) - dense)
+            costs[number] += float(_loss(model, windows, of_dense) - dense)
         if progress is not None:
             progress(done, len(layers))
     if not torch.isfinite(costs).all():
         raise ScoreError(f"the loss without a layer is NaN or Inf; {MORE_PRECISE}")
-    units, tokens = {"layer_loss": {"layers": {"hidden": costs}}}, windows[:, 1:].numel()
+    units, tokens = {"layer_loss": {"layers": {"hidden": costs}}}, predictions(model, windows)
     return Statistics({}, units=units, loss=float(dense), samples=len(windows), tokens=tokens)
 
 
-def _loss(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """The mean cross-entropy over all windows, nats per token: float64."""
-    total = summed_loss(model, processes.share_of(windows))
+def _loss(model: PreTrainedModel, windows: Tensor, of_dense: Sequence[Tensor] | None) -> Tensor:
+    """The mean loss over all windows, nats per prediction: float64."""
+    total = summed_loss(model, processes.share_of(windows), of_dense)
     processes.add_up(total)
-    return total / (len(windows) * (windows.shape[1] - 1))
+    return total / predictions(model, windows)

@@ -9,16 +9,17 @@ SUFFIXES = ("_token_id", "_token_ids", "_tokens_ids", "_token_index", "_words_id
 NAMES = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "sequence_bias")
 
 
-def token_id_settings(settings: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+def token_id_settings(settings: Mapping[str, Any], keep: Sequence[int], *, size: int | None = None) -> dict[str, Any]:
     """Dotted name -> new value, of every setting that names tokens and changes; `keep` are the ids that stay.
 
-    A token that has gone is left out of a list; a setting of one token alone becomes None.
+    A token that has gone is left out of a list; a setting of one token alone becomes None. Ids that a vocabulary of
+    `size` tokens does not have name none of them, and stay.
 
     >>> token_id_settings({"eos_token_id": [2, 7], "pad_token_id": 3, "text_config": {"bos_token_id": 0}}, [0, 2, 7])
     {'eos_token_id': [1, 2], 'pad_token_id': None}
     """
     new = {before: after for after, before in enumerate(keep)}
-    return {name: changed for name, value in _named(settings) if (changed := _renumbered(value, new)) != value}
+    return {name: changed for name, value in _named(settings) if (changed := _renumbered(value, new, size)) != value}
 
 
 def _named(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -29,10 +30,10 @@ def _named(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", value
 
 
-def _renumbered(value: Any, new: Mapping[int, int]) -> Any:
+def _renumbered(value: Any, new: Mapping[int, int], size: int | None) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | list | tuple):
         return value
     if isinstance(value, int):
-        return new.get(value) if value >= 0 else value
-    found = [_renumbered(item, new) for item in value]
+        return new.get(value) if value >= 0 and (size is None or value < size) else value
+    found = [_renumbered(item, new, size) for item in value]
     return [item for item, before in zip(found, value, strict=True) if item is not None or before is None]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.progress import Progress
-from secateur.scoring.passes.probe import Layout
+from secateur.scoring.passes.probe import Layout, has_product_gradient
 from secateur.scoring.passes.recomputation import LayerCache, SampleRange
 
 BACKWARD = 3  # times the work of the forward pass, for the progress bar
@@ -118,7 +118,7 @@ class Capture:
         for module in model.modules():
             own = {key: self._name_of.get(id(parameter)) for key, parameter in module.named_parameters(recurse=False)}
             names = {key: name for key, name in own.items() if name is not None and name not in by_autograd}
-            if names:
+            if names and has_product_gradient(module):  # a module around one may hold the same bias
                 hook_of = self._embedding_hook if isinstance(module, nn.Embedding) else self._linear_hook
                 stack.callback(module.register_forward_hook(partial(hook_of, names)).remove)
 

@@ -1,4 +1,4 @@
-"""Calibration windows -> a forward pass in parts: where token ids go in, the base model, the output head, the loss.
+"""Calibration windows -> a forward pass in parts: where token ids go in, the base model, the output head.
 
 Logits (tokens x vocabulary) are the largest tensor of a forward pass. So the base model runs on all samples at once,
 and the output head on a few at a time. Axes: B samples, T tokens, N tokens of all samples, D hidden, V vocabulary.
@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from secateur.models.as_written import as_written
+from secateur.models.classes import objective
+from secateur.models.inputs import arguments
 
 logger = logging.getLogger(__name__)
 
 PROBE_SAMPLES, PROBE_TOKENS = 2, 7
 LOGITS_BYTES = 2**25  # float32 logits that are held at once
-LOSS_ROWS = 64  # rows of logits that are made probabilities at once
-NO_LABEL = -100
 EAGER = "eager"  # transformers' name for code that computes experts one after the other
 
 
@@ -34,10 +33,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-def probe_windows(windows_BT: Tensor) -> Tensor:
+def probe_windows(windows_BT: Tensor, tokens: int = PROBE_TOKENS) -> Tensor:
     """Two short samples (2 x 7), to see what a model does with its parameters before a long pass."""
     two_BT = windows_BT[:PROBE_SAMPLES] if len(windows_BT) > 1 else torch.cat([windows_BT, windows_BT.roll(1, 1)])
-    return two_BT[:, :PROBE_TOKENS]
+    return two_BT[:, :tokens]
 
 
 def rows_per_sample(tensor: Tensor, samples: int) -> int | None:
@@ -97,6 +96,8 @@ class OutputHead:
     def of(cls, model: PreTrainedModel) -> OutputHead | None:
         """The head of a model with a base model and output embeddings; None for any other."""
         base = getattr(model, model.base_model_prefix, None)
+        if objective(model) not in ("next token", "masked tokens"):  # else the hidden states are of other tokens
+            return None
         if not isinstance(base, nn.Module) or base is model or model.get_output_embeddings() is None:
             return None
         return cls(model, base)
@@ -111,7 +112,7 @@ class OutputHead:
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Run the base model: the last hidden states, B x T x D."""
-        self.base_output[:] = [self.base(input_ids=ids_BT, use_cache=False)]
+        self.base_output[:] = [self.base(**arguments(self.model, ids_BT))]
         hidden_BTD: Tensor = self.base_output[0][0]
         return hidden_BTD
 
@@ -119,7 +120,7 @@ class OutputHead:
         """Run the output head on hidden states: logits, B x T x V."""
         output = type(self.base_output[0])(**{**self.base_output[0], "last_hidden_state": hidden_BTD})
         with replaced_forward(self.base, lambda *_, **__: output):
-            logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
+            logits_BTV: Tensor = self.model(**arguments(self.model, ids_BT)).logits
         return logits_BTV
 
     @contextmanager
@@ -158,7 +159,7 @@ def split_output_head(model: PreTrainedModel, ids_BT: Tensor) -> OutputHead | No
     if head is None:
         return None
     with head.recording():
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        logits_BTV = model(**arguments(model, ids_BT)).logits
     return head if head.reproduces(ids_BT, logits_BTV) else None
 
 
@@ -166,53 +167,4 @@ def pass_to_hidden(model: PreTrainedModel, windows_BT: Tensor) -> Callable[[], A
     """A forward pass over the windows, to be run; without the output head, where the model can be split before it."""
     ids_BT = windows_BT.to(input_device(model))
     head = split_output_head(model, probe_windows(ids_BT))
-    return partial(model, input_ids=ids_BT, use_cache=False) if head is None else partial(head.hidden, ids_BT)
-
-
-@torch.no_grad()
-def summed_loss(model: PreTrainedModel, windows_BT: Tensor) -> Tensor:
-    """The cross-entropy of all tokens of the windows but each first, nats: a float64 scalar on the CPU."""
-    total = torch.zeros((), dtype=torch.float64)
-    for ids_T in windows_BT.to(input_device(model)):
-        logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
-        labels_T = ids_T[1:].to(logits_TV.device)
-        total += functional.cross_entropy(logits_TV.float(), labels_T, reduction="sum").cpu()
-    return total
-
-
-def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, weight: float) -> Tensor:
-    """The sum over all tokens but the first of their cross-entropy (nats), times a weight: a float64 scalar.
-
-    It holds no second tensor of the logits' size but their gradient. Its backward pass takes it for the end of the
-    graph: it ignores a factor from outside.
-
-    >>> loss = next_token_loss(torch.zeros(1, 3, 8), torch.tensor([[0, 1, 2]]), 0.5)
-    >>> round(float(loss), 4)  # ln 8 for each of two tokens
-    2.0794
-    """
-    labels_N = functional.pad(ids_BT[:, 1:], (0, 1), value=NO_LABEL).flatten().to(logits_BTV.device)
-    loss: Tensor = _CrossEntropy.apply(logits_BTV.flatten(0, 1), labels_N, weight)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-    return loss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, weight: float) -> Tensor:
-        gradient_NV = torch.empty_like(logits_NV)
-        total = torch.zeros((), dtype=torch.float64)
-        for first in range(0, len(logits_NV), LOSS_ROWS):
-            rows = slice(first, min(first + LOSS_ROWS, len(logits_NV)))
-            labelled_N1 = (labels_N[rows] != NO_LABEL)[:, None]
-            label_N1 = labels_N[rows, None].clamp_min(0)
-            # log p, then in place p - [v = label]: the gradient of the cross-entropy by the logits.
-            p_NV = torch.log_softmax(logits_NV[rows].float(), -1)
-            total -= p_NV.gather(1, label_N1).where(labelled_N1, 0).sum().double().cpu()
-            p_NV.exp_().scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=p_NV.dtype))
-            gradient_NV[rows] = p_NV.mul_(labelled_N1 * weight)
-        ctx.save_for_backward(gradient_NV)
-        return (total * weight).to(logits_NV.device)
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV, None, None  # `outer` is 1
+    return partial(model, **arguments(model, ids_BT)) if head is None else partial(head.hidden, ids_BT)

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 
 from secateur import processes
 from secateur.errors import ScoreError
+from secateur.models.inputs import arguments, predicted
 from secateur.progress import Progress
 from secateur.scoring.passes.capture import Capture, GradientVisitor, PassContext, PassProgress
-from secateur.scoring.passes.forward import input_device, next_token_loss, replaced_forward
+from secateur.scoring.passes.forward import input_device, replaced_forward
+from secateur.scoring.passes.loss import loss_of, predictions
 from secateur.scoring.passes.mask_gradients import MaskGradients, MaskVisit
 from secateur.scoring.passes.probe import Layout, probe
 from secateur.scoring.passes.recomputation import Recomputation, Recompute, SampleRange
@@ -42,13 +44,13 @@ def stream_gradients(
     recompute: Recompute | None = None,
     progress: Progress | None = None,
 ) -> float:
-    """Visit the gradient of the mean cross-entropy over the windows for each parameter wanted (by default, all).
+    """Visit the gradient of the mean loss over the windows for each parameter wanted (by default, all).
 
-    Windows are int64, samples x length; their labels are themselves. With `second_order`, visits see the mean over the
-    samples of each one's squared gradient as well. `recompute` names layers that may be computed again in the backward
-    pass (by default, none). Of several processes (see `processes`), each takes its share of the windows, and all visit
-    the gradients over all of them. Returns the loss in nats per token. Parameters that the loss does not depend on are
-    not visited. Raises `ScoreError` when the loss is NaN or Inf, or a weight is not in memory.
+    Windows are int64, samples x length; `loss.py` says what is predicted of them. With `second_order`, visits see the
+    mean over the samples of each one's squared gradient as well. `recompute` names layers that may be computed again in
+    the backward pass (by default, none). Of several processes (see `processes`), each takes its share of the windows,
+    and all visit the gradients over all of them. Returns the loss in nats per prediction. Parameters that the loss does
+    not depend on are not visited. Raises `ScoreError` when the loss is NaN or Inf, or a weight is not in memory.
     """
     gradient_pass = _GradientPass(model, windows, wanted, second_order, recompute or Recompute())
     return gradient_pass.run(lambda context: WeightGradients(context, visit, second_order=second_order), progress)
@@ -87,6 +89,7 @@ class _GradientPass:
         _check_in_memory(model)
         self.model, self.second_order, self.recompute = model, second_order, recompute
         self.windows, self.all_samples = processes.share_of(windows), len(windows)
+        self.predictions = predictions(model, windows)  # of all processes
         self.samples, self.length = self.windows.shape  # of this process
         self.running = SampleRange(0, self.samples)
         self.parameters = {
@@ -217,13 +220,13 @@ class _GradientPass:
     def _whole_model(self, first: int, ids_BT: Tensor) -> float:
         """Forward and back with these samples, without a split."""
         with nullcontext() if len(ids_BT) == self.samples else self.running.narrowed(first, len(ids_BT)):
-            loss = self._loss(self.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+            loss = self._loss(predicted(self.model(**arguments(self.model, ids_BT))), ids_BT)
             loss.backward()
         return float(loss.detach()) / self.loss_scale
 
     def _loss(self, logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-        """These samples' part of the mean cross-entropy over all samples of all processes, times the loss scale."""
-        loss = next_token_loss(logits_BTV, ids_BT, self.loss_scale / ((self.length - 1) * self.all_samples))
+        """These samples' part of the mean loss over all samples of all processes, times the loss scale."""
+        loss = loss_of(self.model, logits_BTV, ids_BT, self.loss_scale / self.predictions)
         if not torch.isfinite(loss) and processes.count() == 1:  # of several, all find it in the gradients
             raise ScoreError(
                 f"the loss on the calibration text is {float(loss.detach())}: the model's outputs are not finite. "

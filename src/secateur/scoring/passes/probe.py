@@ -28,6 +28,8 @@ from secateur import processes
 from secateur.discovery.layers import path_and_parents
 from secateur.discovery.weight_names import without_numbers
 from secateur.models.as_written import as_written
+from secateur.models.classes import is_encoder_decoder, objective
+from secateur.models.inputs import arguments, predicted
 from secateur.scoring.passes.forward import (
     PROBE_SAMPLES,
     PROBE_TOKENS,
@@ -39,6 +41,7 @@ from secateur.scoring.passes.forward import (
 
 logger = logging.getLogger(__name__)
 
+PAIR_TOKENS = 5  # of each half of a probe window
 LEAST_BYTES = 3 * 2**29  # weights and activations together may always take this much
 
 
@@ -73,9 +76,10 @@ def probe(
     With `second_order`, the squared gradient of each sample is needed. Of the layers, the last ones whose activations
     fit into `memory` bytes are held, the others recomputed. The parameters must require gradients as in the real pass.
     """
-    ids_BT = probe_windows(windows).to(input_device(model))
-    products = _ProductModules(parameters, ids_BT)
-    head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows)
+    ids_BT = probe_windows(windows, probe_tokens(model)).to(input_device(model))
+    given = [each for each in arguments(model, ids_BT).values() if isinstance(each, Tensor)]
+    products = _ProductModules(parameters, len(ids_BT), text_lengths(given))
+    head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows, text_lengths(given))
 
     # 1. One forward pass, watched: which operators and which modules use a parameter, and what autograd saves.
     with ExitStack() as stack:
@@ -86,7 +90,7 @@ def probe(
             stack.enter_context(head.recording())
         stack.enter_context(activations.recording(model))
         stack.enter_context(torch.set_grad_enabled(bool(memory and layers)))
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.detach()
+        logits_BTV = predicted(model(**arguments(model, ids_BT))).detach()
     recomputed = activations.recomputed(memory) if memory else tuple(layers)
 
     # 2. A gradient is left to autograd unless every use of its parameter is in a linear layer or an embedding.
@@ -138,8 +142,8 @@ class _OperatorUses(TorchFunctionMode):
 class _ProductModules:
     """Linear layers and embeddings: which parameters they own, and how often each is called."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], ids_BT: Tensor) -> None:
-        self.samples, self.tokens = ids_BT.shape
+    def __init__(self, parameters: Mapping[str, Tensor], samples: int, lengths: set[int]) -> None:
+        self.samples, self.lengths = samples, lengths  # an encoder and a decoder read texts of their own
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
         self.calls: Counter[str] = Counter()  # by parameter
         self.irregular: set[str] = set()  # parameters of modules whose rows are not samples
@@ -152,7 +156,7 @@ class _ProductModules:
             own = self._own(module)
             for name in own:
                 self.owners[name].append(path)
-            if own and _has_product_gradient(module):
+            if own and has_product_gradient(module):
                 self.owned.update(own)
                 stack.callback(module.register_forward_hook(self._count).remove)
 
@@ -165,20 +169,30 @@ class _ProductModules:
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             regular = False
         elif isinstance(module, nn.Embedding):
-            regular = output.dim() == 3 and tuple(x.shape) in ((self.samples, self.tokens), (1, self.tokens))
+            regular = output.dim() == 3 and x.shape[0] in (self.samples, 1) and x.shape[1] in self.lengths
         else:
-            regular = x.shape[0] in (self.samples, self.samples * self.tokens)
+            regular = x.shape[0] in (self.samples, *(self.samples * length for length in self.lengths))
         for name in self._own(module):
             self.calls[name] += 1
             if not regular:
                 self.irregular.add(name)
 
 
-def _has_product_gradient(module: nn.Module) -> bool:
+def has_product_gradient(module: nn.Module) -> bool:
     """Whether the weight's gradient follows from the module's input and its output's gradient."""
     if isinstance(module, nn.Embedding):
         return type(module).forward is nn.Embedding.forward and module.max_norm is None
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def probe_tokens(model: PreTrainedModel) -> int:
+    """The length of probe windows: odd for every text, so that none is taken for a multiple of the two samples."""
+    return 2 * PAIR_TOKENS if is_encoder_decoder(model.config) and objective(model) != "class" else PROBE_TOKENS
+
+
+def text_lengths(inputs: Sequence[Tensor]) -> set[int]:
+    """The lengths of the texts in a forward pass: an encoder and a decoder read texts of their own."""
+    return {each.shape[1] for each in inputs}
 
 
 def _independent_modules(
@@ -205,7 +219,7 @@ def _independent_modules(
             for path in candidates:
                 hook = model.get_submodule(path).register_forward_hook(partial(test, path), with_kwargs=True)
                 stack.callback(hook.remove)
-            model(input_ids=ids_BT, use_cache=False)
+            model(**arguments(model, ids_BT))
     return calls.keys() - dependent, calls
 
 
@@ -245,8 +259,9 @@ def activation_budget(model: nn.Module) -> int:
 class ActivationMemory:
     """Bytes that layers hold for the backward pass over all windows, measured on the probe windows."""
 
-    def __init__(self, layers: Sequence[str], windows: Tensor) -> None:
+    def __init__(self, layers: Sequence[str], windows: Tensor, lengths: set[int]) -> None:
         self.layers, self.windows = tuple(layers), windows
+        self.probe_lengths, self.probe_tokens = lengths, min(lengths)  # of the texts in the probe windows
         self.bytes: Counter[str] = Counter()  # layer -> bytes
         self._seen: dict[int, Tensor] = {}  # storages that are counted; holding them keeps their addresses theirs
         self._layer: str | None = None  # that is running
@@ -274,8 +289,8 @@ class ActivationMemory:
             self._seen[address] = tensor
             samples, length = self.windows.shape
             # Attention maps are tokens x tokens, so they grow with the square of the length.
-            token_dims = max(1, sum(size == PROBE_TOKENS for size in tensor.shape))
-            scale = samples / PROBE_SAMPLES * (length / min(length, PROBE_TOKENS)) ** token_dims
+            token_dims = max(1, sum(size in self.probe_lengths for size in tensor.shape))
+            scale = samples / PROBE_SAMPLES * (length / min(length, self.probe_tokens)) ** token_dims
             self.bytes[self._layer] += int(tensor.untyped_storage().nbytes() * scale)
         return tensor
 
@@ -292,9 +307,10 @@ class ActivationMemory:
 
 def fitting_batches(model: PreTrainedModel, windows: Tensor, layers: Sequence[str], memory: int) -> list[Tensor]:
     """The windows in batches whose activations fit into the memory (bytes); at least one window for each process."""
-    activations = ActivationMemory(layers, windows)
+    inputs = arguments(model, probe_windows(windows, probe_tokens(model)).to(input_device(model)))
+    activations = ActivationMemory(layers, windows, text_lengths([x for x in inputs.values() if isinstance(x, Tensor)]))
     with torch.enable_grad(), activations.recording(model):
-        model(input_ids=probe_windows(windows).to(input_device(model)), use_cache=False)
+        model(**inputs)
     of_each = max(1, sum(activations.bytes.values()) // len(windows))
     at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
     return list(windows.tensor_split(max(1, len(windows) // at_once)))

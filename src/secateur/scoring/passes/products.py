@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from secateur.models.inputs import arguments
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import input_device, plain_products, probe_windows, split_output_head
 
@@ -181,7 +182,7 @@ def stream_inputs(
             stack.callback(module.register_forward_hook(partial(hook, path, done), with_kwargs=True).remove)
         stack.enter_context(WeightProducts(weights, observe))
         if head is None:
-            model(input_ids=ids_BT, use_cache=False)
+            model(**arguments(model, ids_BT))
             return
         hidden_BTD = head.hidden(ids_BT)
         for some in head.chunks(ids_BT):
@@ -193,5 +194,5 @@ def input_dims(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
     dims: dict[str, int] = {}
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
     with torch.no_grad(), plain_products(model), WeightProducts(weights, lambda p: dims.update({p.weight: p.dim})):
-        model(input_ids=ids.to(input_device(model)), use_cache=False)
+        model(**arguments(model, ids.to(input_device(model))))
     return dims

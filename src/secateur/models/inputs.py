@@ -1,0 +1,188 @@
+"""What the forward pass of a model takes: for windows of token ids, and for a pass that is only traced.
+
+Windows are int64, samples x length. Where a token is masked, the id that the model reads lies in the lower half of the
+64 bits and the token itself, plus one, in the upper half, so windows can be cut and joined as any others.
+Axes: B samples, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from secateur.errors import DataError
+from secateur.models.classes import is_encoder_decoder, objective
+
+INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
+_HALF = 32  # bits
+
+
+def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
+    """The arguments with which a model reads windows; an encoder gets their first half, its decoder the second.
+
+    Raises `DataError` for a model that does not read text.
+
+    >>> from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    >>> sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8, "vocab_size": 9}
+    >>> model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes))
+    >>> arguments(model, torch.tensor([[1, 2, 3, 4]]))
+    {'input_ids': tensor([[1, 2]]), 'decoder_input_ids': tensor([[0, 3]]), 'use_cache': False}
+    """
+    accepted = inspect.signature(model.forward).parameters
+    check_reads_text(type(model))
+    ids_BT = token_ids(windows_BT)
+    given: dict[str, Any] = {INPUT_IDS: ids_BT}
+    if _writes(model, accepted):
+        start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))
+        half = ids_BT.shape[1] // 2
+        given = {INPUT_IDS: ids_BT[:, :half], DECODER_IDS: torch.cat([start, ids_BT[:, half:-1]], dim=1)}
+    return given | without_cache(model)
+
+
+def without_cache(model: Any) -> dict[str, Any]:
+    """The argument that keeps a model from filling a cache, where it takes one.
+
+    >>> without_cache(nn.Linear(2, 2))
+    {'use_cache': False}
+    """
+    takes = objective(model) == "next token" or "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes else {}
+
+
+def predicted(result: Any) -> Tensor:
+    """What a forward pass returns that is judged: logits, or the hidden states of a model without a head."""
+    logits: Tensor | None = getattr(result, "logits", None)
+    return result[0] if logits is None else logits
+
+
+def check_reads_text(model_class: Any) -> None:
+    """Raise `DataError` for a class of models that does not read tokens."""
+    kind = model_class.main_input_name
+    if kind != INPUT_IDS:
+        raise DataError(
+            f"{model_class.__name__} reads {kind}, and calibration gives it text: use a score of weights and no "
+            "repair, --score l2 --repair none"
+        )
+
+
+def _writes(model: Any, accepted: Mapping[str, Any]) -> bool:
+    """Whether a decoder gets a text of its own; that of a classifier gets the encoder's."""
+    config = getattr(model, "config", None)
+    return is_encoder_decoder(config) and DECODER_IDS in accepted and objective(model) != "class"
+
+
+def _decoder_start(config: PreTrainedConfig) -> int:
+    text = config.get_text_config(decoder=True)
+    named = (
+        getattr(each, name, None) for name in ("decoder_start_token_id", "bos_token_id") for each in (config, text)
+    )
+    return next((number for number in named if isinstance(number, int)), 0)
+
+
+def token_ids(windows_BT: Tensor) -> Tensor:
+    """The ids that a model reads.
+
+    >>> token_ids(with_masked(torch.tensor([[5, 6]]), torch.tensor([[False, True]]), 4)).tolist()
+    [[5, 4]]
+    """
+    return windows_BT & ((1 << _HALF) - 1)
+
+
+def masked_tokens(windows_BT: Tensor) -> Tensor:
+    """The tokens under the masks, -1 where there is none.
+
+    >>> masked_tokens(with_masked(torch.tensor([[5, 6]]), torch.tensor([[False, True]]), 4)).tolist()
+    [[-1, 6]]
+    """
+    return (windows_BT >> _HALF) - 1
+
+
+def with_masked(ids_BT: Tensor, masked_BT: Tensor, mask_token: int) -> Tensor:
+    """Windows in which some tokens (bool) are masked by a token."""
+    return torch.where(masked_BT, ((ids_BT + 1) << _HALF) + mask_token, ids_BT)
+
+
+# --- a pass that is traced -----------------------------------------------------------------------------------------
+
+
+def traced_inputs(model: nn.Module, batch: int, sequence: int, written: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The shapes of what a forward pass may take, by argument: the first that runs is the one to be traced.
+
+    `sequence` is the length of a text, `written` of that of a decoder; `is_numbers` tells what holds no token ids.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2))
+    >>> list(traced_inputs(model, 2, 5, 3))
+    [{'input_ids': (2, 5)}]
+    """
+    config = getattr(model, "config", None)
+    accepted = inspect.signature(model.forward).parameters
+    decoder = {DECODER_IDS: (batch, written)} if _writes(model, accepted) else {}
+    reads_text = INPUT_IDS in accepted or getattr(model, "main_input_name", INPUT_IDS) == INPUT_IDS
+    text = {INPUT_IDS: (batch, sequence)} if reads_text else {}
+    if text:
+        yield {**text, **decoder}
+    for numbers in _numbers(config, accepted, batch, sequence):
+        yield {**numbers, **decoder}
+        if text:
+            yield {**text, **numbers, **decoder}
+
+
+def with_end(model: Any, ids_BT: Tensor) -> Tensor:
+    """Ids as a classifier reads them that looks for the end of each text: it is there once, as the last token.
+
+    >>> from transformers import T5Config, T5ForSequenceClassification
+    >>> sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8, "vocab_size": 9}
+    >>> with_end(T5ForSequenceClassification(T5Config(**sizes)), torch.tensor([[0, 1, 2]]))  # 1 is the end
+    tensor([[0, 2, 1]])
+    """
+    config = getattr(model, "config", None)
+    end = getattr(config, "eos_token_id", None)
+    if objective(model) != "class" or not is_encoder_decoder(config) or not isinstance(end, int):
+        return ids_BT
+    ids_BT = ids_BT.masked_fill(ids_BT == end, end + 1)
+    ids_BT[:, -1] = end
+    return ids_BT
+
+
+def is_numbers(name: str) -> bool:
+    """Whether an argument holds pixels or sound, not ids.
+
+    >>> is_numbers("pixel_values"), is_numbers("input_ids")
+    (True, False)
+    """
+    return name not in (INPUT_IDS, DECODER_IDS)
+
+
+def _numbers(
+    config: Any, accepted: Mapping[str, Any], batch: int, sequence: int
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Shapes of images and sound that a model may take, by its config."""
+    if "pixel_values" in accepted:
+        parts = (getattr(config, name, None) for name in ("vision_config", "encoder"))
+        vision = next((part for part in (*parts, config) if hasattr(part, "image_size")), None)
+        size = getattr(vision, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = next((getattr(vision, name) for name in ("num_channels", "in_channels") if hasattr(vision, name)), 3)
+        yield {"pixel_values": (batch, channels, height, width)}
+    audio = getattr(config, "audio_config", None) or config
+    for name in ("input_features", "input_values"):
+        if name in accepted:
+            bins = next(
+                (
+                    value
+                    for key in ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels")
+                    if isinstance(value := getattr(audio, key, None), int)
+                ),
+                80,
+            )
+            positions = getattr(audio, "max_source_positions", None)
+            if isinstance(positions, int):
+                yield {name: (batch, bins, 2 * positions)}
+            yield {name: (batch, 16 * sequence, bins)}
+            yield {name: (batch, 800 * sequence)}
