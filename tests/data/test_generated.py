@@ -110,7 +110,7 @@ class TestGeneratedWindows:
 
     def test_a_model_that_cannot(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         silent: Any = SimpleNamespace(config=model.config)
-        with pytest.raises(DataError, match=r"'self': SimpleNamespace has no generate.*CalibrationOptions\('demo'\)"):
+        with pytest.raises(DataError, match=r"text='self': SimpleNamespace writes no text by itself.*CalibrationOptions\('demo'\)"):
             generate_windows(silent, self.OPTIONS)
 
         def fail(**_: object) -> None:

@@ -64,7 +64,8 @@ def test_another_plan_needs_no_pass_and_no_weights(first: Plan, run: Path, monke
     assert made.scored["score"] == "param_first"
     alone = plan_model(small(cut=other))
     assert [group.keep for group in alone.groups] == [group.keep for group in made.groups]
-    assert alone.scored == {**made.scored, "loss": alone.scored["loss"]}
+    assert alone.scored == {**made.scored, **{key: alone.scored[key] for key in ("loss", "by_kind")}}
+    assert alone.scored["by_kind"]["mlp"] == pytest.approx(made.scored["by_kind"]["mlp"])
 
 
 def test_a_score_that_needs_more_adds_to_the_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

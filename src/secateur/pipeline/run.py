@@ -92,7 +92,7 @@ def prune_model(
     pipeline.check_folder(sizes)
     dtype = DTYPES.get(recipe.loading.dtype) or getattr(config, "dtype", None) or torch.float32
     check_space(out, sizes.parameters.get("pruned", 0) * dtype.itemsize)
-    if SCORES[pipeline.options.score].needs != "weights" or pipeline.options.repairs:
+    if pipeline.options.repairs or (given is None and SCORES[pipeline.options.score].needs != "weights"):
         pipeline.check_reads_text()
     known = given is not None or pipeline.options.scope == "local"  # else the scores decide on the sizes, too
     if announce is not None and known:
