@@ -397,6 +397,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exaone-both"])
 def test_registered_the_auto_classes_need_no_flag(written: dict[str, Written], name: str, tmp_path: Path) -> None:
     script = tmp_path / "registered.py"

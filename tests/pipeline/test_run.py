@@ -139,6 +139,7 @@ class TestPlansAndSizes:
         with pytest.raises(PlanError, match="it is of another model"):
             prune(plan=plan_model(small(model="here/deep", cut=CHEAP)))
 
+    @pytest.mark.slow
     def test_reconstruction_is_a_stage_and_plans_repeat_it(self, place: Path) -> None:
         made = prune(calibration=replace(CALIBRATION, samples=8), cut={"repair": "reconstruct", "ratio": 0.3})
         assert [*made.seconds][-3:] == ["cut", "reconstruct", "save"]
