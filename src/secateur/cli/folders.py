@@ -186,7 +186,7 @@ def recover_command(
     loading: Loading,
     output: Quiet,
 ) -> None:
-    """Train a pruned model, with LoRA or from the dense one.
+    """Train a pruned model, with the dense one as its teacher.
 
     Writes one ordinary folder; LoRA is merged into the weights. A run that was killed continues with --resume.
     With --rounds N --ratio R, a dense model is pruned and trained N times in turns, until R of it is gone.
