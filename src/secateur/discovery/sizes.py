@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -79,6 +79,38 @@ def name_after(name: str, discovery: Discovery, pruned: PrunedSizes) -> str:
     prefix = next(prefix for prefix in discovery.layer_lists if name.startswith(f"{prefix}."))
     after = layer - sum(dropped < layer for dropped in pruned.dropped_layers)
     return f"{prefix}.{after}{name[len(f'{prefix}.{layer}') :]}"
+
+
+def resized(discovery: Discovery, name: str, units: int) -> Discovery:
+    """The discovery of the same model with another number of units in one group.
+
+    >>> from transformers import AutoConfig
+    >>> from secateur.discovery.discover import discover
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> smaller = resized(discover(config), "vocabulary", 100)
+    >>> smaller.group("vocabulary").units, shapes_after(smaller, PrunedSizes())["model.decoder.embed_tokens.weight"]
+    (100, (100, 12))
+    """
+
+    def by_name(variable: Variable) -> Expression:
+        return Variable(name, units) if variable.name == name else variable
+
+    def after(dims: tuple[Expression, ...]) -> tuple[Expression, ...]:
+        return tuple(substitute(dim, by_name) for dim in dims)
+
+    return replace(
+        discovery,
+        groups=tuple(
+            replace(
+                group,
+                units=units if group.name == name else group.units,
+                axes=tuple(replace(axis, expression=substitute(axis.expression, by_name)) for axis in group.axes),
+            )
+            for group in discovery.groups
+        ),
+        weights=tuple(replace(weight, dims=after(weight.dims)) for weight in discovery.weights),
+        operations=tuple(replace(operation, dims=after(operation.dims)) for operation in discovery.operations),
+    )
 
 
 def shapes_of(model: nn.Module) -> Shapes:

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import replace_in_place
 from secateur.discovery.padding import module_changes
-from secateur.discovery.sizes import PrunedSizes, weights_after
+from secateur.discovery.sizes import PrunedSizes, resized, weights_after
 from secateur.discovery.sublayers import skip_sublayers_in_place, skipped_in, sublayer_of
 from secateur.errors import DiskError, PlanError
 from secateur.models.classes import config_of
@@ -69,7 +70,8 @@ def prune(
         model = cut_vocabulary(model, plan.kept_tokens, discovery=discovery, room=room)
         new = {before: after for after, before in enumerate(plan.kept_tokens)}
         start = tuple(new[token] for token in discovery.start_tokens)  # which the model's code looks for in every row
-        plan, discovery = plan.without_vocabulary(), discover(model, start_tokens=start)
+        discovery = replace(resized(discovery, TOKENS, len(plan.kept_tokens)), start_tokens=start)
+        plan = plan.without_vocabulary()
     # 3. Every weight keeps the slices of the units that stay.
     tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(weights or {})
     smaller = cut_weights(tensors, plan, discovery, room=room if model.device.type == "cpu" else None)
