@@ -27,7 +27,7 @@ RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
+.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,10 +39,13 @@ demo: $(STAMP)  ## Prune the demo model into runs/demo, and show what it cost in
 	$(BIN)/secateur demo --out runs/demo --overwrite
 
 test: $(STAMP)  ## Run the fast tests and the docstring examples
-	$(PYTEST) -m "not slow and not vllm"
+	$(PYTEST) -m "not slow and not vllm and not long"
 
 slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
 	$(PYTEST) -m slow
+
+long: $(STAMP)  ## Hold the three largest model types to the contract: five minutes
+	$(PYTEST) -m long
 
 vllm: $(STAMP)  ## Serve every model type with vLLM, which is installed into .venv-vllm; two types are in `make slow`
 	$(PYTEST) -m "vllm or slow" tests/export/test_vllm.py

@@ -418,7 +418,7 @@ def test_what_is_damaged_is_told(mutation: str, wholes: dict[str, Whole], tmp_pa
 def test_whatever_is_damaged_is_told(mutation: str, kind: str, wholes: dict[str, Whole], tmp_path: Path) -> None:
     for seed in range(6):
         name = mutate(wholes[kind], tmp_path / "x", mutation, f"{kind} {seed}")
-        if name is None:
+        if name in (None, CARD_FILE):  # which may be edited
             continue
         check_damaged(wholes[kind], tmp_path / "x", mutation, name)
         if (tmp_path / "x" / MANIFEST_FILE).is_file():

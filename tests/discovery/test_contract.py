@@ -16,6 +16,7 @@ from known import BUILT, EVERY, check_reasons, not_looked_at, verdict
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"  # `make architectures` writes it
 KNOWN = Path(__file__).parents[1] / "known_failures.json"  # check -> [{"reason": ..., "types": [...]}]
 QUICK = ("llama", "mamba2", "mixtral")
+LONG = ("blt", "qwen4_exp", "qwen4_exp_text")  # minutes each: `make long`, and `make architectures`, which looks at all
 
 
 def check(model_type: str) -> None:
@@ -30,8 +31,14 @@ def test_some_types_keep_the_contract(model_type: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [model_type for model_type in BUILT if model_type not in QUICK])
+@pytest.mark.parametrize("model_type", [model_type for model_type in BUILT if model_type not in (*QUICK, *LONG)])
 def test_every_type_keeps_the_contract(model_type: str) -> None:
+    check(model_type)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", LONG)
+def test_large_types_keep_the_contract(model_type: str) -> None:
     check(model_type)
 
 
