@@ -110,7 +110,8 @@ class TestGeneratedWindows:
 
     def test_a_model_that_cannot(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         silent: Any = SimpleNamespace(config=model.config)
-        with pytest.raises(DataError, match=r"text='self': SimpleNamespace writes no text by itself.*CalibrationOptions\('demo'\)"):
+        match = r"text='self': SimpleNamespace writes no text by itself.*CalibrationOptions\('demo'\)"
+        with pytest.raises(DataError, match=match):
             generate_windows(silent, self.OPTIONS)
 
         def fail(**_: object) -> None:
