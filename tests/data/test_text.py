@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import secateur.data.text
 from letters import LETTERS, letter_tokenizer, spell
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.overlap import overlap
@@ -326,9 +325,7 @@ class TestDataSet:
         monkeypatch.setitem(sys.modules, "datasets", module)
         return module
 
-    def test_its_train_split_is_read_as_far_as_needed(
-        self, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_its_train_split_is_read_as_far_as_needed(self, datasets: ModuleType) -> None:
         def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
             assert config is None
             assert (name, split, streaming) == ("organisation/name", "train", True)
@@ -336,8 +333,7 @@ class TestDataSet:
                 yield {"text": "abc"}
 
         datasets.load_dataset = load_dataset  # type: ignore[attr-defined]
-        monkeypatch.setattr(secateur.data.text, "MAX_CHARACTERS", 10)
-        assert read_calibration("organisation/name") == ["abc"] * 4
+        assert read_calibration("organisation/name", characters=10) == ["abc"] * 4
 
     def test_a_config_of_one(self, datasets: ModuleType) -> None:
         def load_dataset(name: str, config: str | None, **_: object) -> list[dict[str, str]]:

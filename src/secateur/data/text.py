@@ -83,12 +83,16 @@ def lines_of(text: str) -> list[str]:
 
 
 def read_calibration(
-    name_or_path: str | Path, *, column: str = COLUMN, chat: PreTrainedTokenizerBase | None = None
+    name_or_path: str | Path,
+    *,
+    column: str = COLUMN,
+    chat: PreTrainedTokenizerBase | None = None,
+    characters: int = MAX_CHARACTERS,
 ) -> str | list[str]:
     """Read what calibration windows are taken from: one text, or documents that no window crosses.
 
     `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents, or a data set on
-    the hub (its split `train`), is a list of them, read up to `MAX_CHARACTERS`. A document's text is its field
+    the hub (its split `train`), is a list of them, read up to so many characters. A document's text is its field
     `column`: a string, or utterances (a list of strings), which newlines join. Where there is no `text`, an
     instruction, its input and the answer are one text, with a blank line between them.
 
@@ -108,7 +112,7 @@ def read_calibration(
             "it one: tokenizer.chat_template = ..."
         )
     if name_or_path != DEMO and holds_documents(name_or_path):
-        documents = _first_documents(name_or_path, column, chat)
+        documents = _first_documents(name_or_path, column, chat, characters)
         _check_not_empty(name_or_path, documents)
         return documents
     text = demo_texts()[0] if name_or_path == DEMO else decoded(existing_file(name_or_path))
@@ -126,14 +130,16 @@ def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:
         raise DataError(f"{str(name)!r}: there is no text in it. Expected text in UTF-8, or {DEMO!r}.")
 
 
-def _first_documents(name_or_path: str | Path, column: str, chat: PreTrainedTokenizerBase | None) -> list[str]:
-    """The texts of documents, up to the one that reaches `MAX_CHARACTERS`."""
+def _first_documents(
+    name_or_path: str | Path, column: str, chat: PreTrainedTokenizerBase | None, characters: int
+) -> list[str]:
+    """The texts of documents, up to the one that reaches so many characters."""
     documents: list[str] = []
     size = 0
     for where, row in read_documents(name_or_path):
         documents.append(_text_of(row, where, column, chat))
         size += len(documents[-1])
-        if size >= MAX_CHARACTERS:
+        if size >= characters:
             break
     return documents
 

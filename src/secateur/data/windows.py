@@ -86,12 +86,17 @@ def _windows(
     return torch.cat([*parts, shuffled(windows[counts[0] :], options.seed)])
 
 
-def calibration_texts(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> list[str | list[str]]:
-    """The texts; of several, a column is for those that have it."""
+def calibration_texts(
+    tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, *, characters: int = MAX_CHARACTERS
+) -> list[str | list[str]]:
+    """The texts; of several, a column is for those that have it. Of documents, so many characters are read."""
     chat, names, column = tokenizer if options.chat else None, options.names, options.column
     having = [name for name in names if len(names) > 1 and _has(name, column)] or names
     columns = [column if name in having else COLUMN for name in names]
-    return [read_calibration(name, column=column, chat=chat) for name, column in zip(names, columns, strict=True)]
+    return [
+        read_calibration(name, column=column, chat=chat, characters=characters)
+        for name, column in zip(names, columns, strict=True)
+    ]
 
 
 def _has(name: str, column: str) -> bool:

@@ -13,7 +13,7 @@ from secateur.data.text import read_calibration
 from secateur.data.windows import calibration_texts
 from secateur.errors import PlanError
 from secateur.vocabulary.pieces import pieces_of
-from secateur.vocabulary.ranking import TokenRanking, rank_tokens, token_counts
+from secateur.vocabulary.ranking import COUNTED, TokenRanking, rank_tokens, token_counts
 
 VARIED = 0.125  # weight of the text in each other form: lower case, spaced punctuation
 
@@ -33,7 +33,9 @@ def rank_by_text(
             "example calibration=FILE"
         )
     counts_V = torch.zeros(size, dtype=torch.float64)
-    texts = [[text] if isinstance(text, str) else text for text in calibration_texts(tokenizer, options)]
+    texts = [
+        [text] if isinstance(text, str) else text for text in calibration_texts(tokenizer, options, characters=COUNTED)
+    ]
     longest = max(sum(map(len, documents)) for documents in texts)
     for documents, (_, weight) in zip(texts, options.sources, strict=True):
         found_V = token_counts(tokenizer, documents, size)
@@ -42,6 +44,6 @@ def rank_by_text(
         counts_V += found_V * (weight * longest / max(sum(map(len, documents)), 1))
     protected_V = torch.zeros(size, dtype=torch.float64)
     for name in keep:
-        text = read_calibration(name)
+        text = read_calibration(name, characters=COUNTED)
         protected_V += token_counts(tokenizer, [text] if isinstance(text, str) else text, size)
     return rank_tokens(pieces, counts_V, protected=protected_V.nonzero().flatten().tolist())
