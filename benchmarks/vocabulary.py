@@ -23,7 +23,7 @@ from rich.table import Table
 
 from secateur.files import write_json
 
-AXES = ("attention,mlp", "attention,mlp,vocabulary", "vocabulary")
+AXES = ("attention,mlp", "attention,mlp,vocabulary")
 MARKS = ("<!-- vocabulary:begin -->", "<!-- vocabulary:end -->")
 
 
@@ -112,7 +112,7 @@ def _arguments() -> argparse.Namespace:
     add("--model", default="demo", help="the dense one")
     add("--name", help="of the model in the table")
     add("--ratio", type=float, default=0.3, help="of all parameters")
-    add("--axes", action="append", help="of a cut; may be repeated [default: layers alone, both, the vocabulary alone]")
+    add("--axes", action="append", help="of a cut; may be repeated [default: layers alone, and the vocabulary as well]")
     add("--cut", default="", help="more options of `secateur prune`")
     add("--tokens", type=int, default=10_000, help="of each text, as the dense model reads it")
     add("--protocol", default="served@1024")
