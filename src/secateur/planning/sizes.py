@@ -22,7 +22,7 @@ from secateur.planning.allocation import SizeRules, greedy_by_score
 from secateur.planning.budget import Budget, Sizes, counter
 from secateur.planning.engines import usual_multiple
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import CutOptions
+from secateur.planning.options import TOKENS, CutOptions
 from secateur.scoring.scores import Scores
 
 WIDE_KINDS = ("mlp", "expert_mlp", "shared_mlp", "latent", "hidden")  # wide, however few units they have
@@ -278,7 +278,8 @@ def rounding_cost(search: SizeSearch, kept: Mapping[str, int]) -> dict[str, Any]
     Needs scores. Empty where widths are not rounded.
     """
     any_widths = replace(search, options=replace(search.options, round_to=1))
-    multiples = {(search.multiple_of(group), any_widths.multiple_of(group)) for group in search.groups}
+    layers = [group for group in search.groups if group.kind != TOKENS]  # a few tokens more are no loss
+    multiples = {(search.multiple_of(group), any_widths.multiple_of(group)) for group in layers}
     rounded = [multiple for multiple, needed in multiples if multiple != needed]
     if not rounded:
         return {}
@@ -291,6 +292,8 @@ def _removed_scores(search: SizeSearch, kept: Mapping[str, int]) -> float:
     """The share of the sum of all scores that goes when the lowest units of every group do."""
     whole = gone = 0.0
     for group in search.groups:
+        if group.kind == TOKENS:
+            continue
         scores_U = search.scores.units[group.name].double().abs() if search.scores is not None else torch.zeros(0)
         whole += float(scores_U.sum())
         gone += float(scores_U.sort().values[: group.units - kept.get(group.name, group.units)].sum())
