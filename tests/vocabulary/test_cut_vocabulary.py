@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from secateur.cli.main import run
 from secateur.data.options import DataOptions
 from secateur.errors import PlanError
 from secateur.export.llama_cpp import is_installed
+from secateur.files import write_json
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import read_plan
 from secateur.pruning.prune import cut_vocabulary
@@ -81,6 +83,18 @@ def test_a_folder_loads_with_its_tokenizer(folders: tuple[Path, Path, Path]) -> 
         assert tokenizer.eos_token_id == model.config.eos_token_id == keep.index(0)
         whole = AutoTokenizer.from_pretrained(dense)
         assert tokenizer.convert_ids_to_tokens([*range(len(keep))]) == whole.convert_ids_to_tokens([*keep])
+
+
+def test_a_repair_has_nothing_to_do_where_tokens_alone_go(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """As where the vocabulary gives all that a budget over several axes asks for."""
+    dense, stock, _ = folders
+    found = read_plan(stock / "secateur_plan.json")
+    options = CutOptions(axes=("mlp", "vocabulary"), of="parameters", ratio=0.02)
+    assert options.repairs
+    write_json(tmp_path / "plan.json", replace(found, options=options).to_json())
+    assert run(["prune", str(dense), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json"), "--quiet"]) == 0
+    weights = [(each / "model.safetensors").read_bytes() for each in (stock, tmp_path / "out")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow

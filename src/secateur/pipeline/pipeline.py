@@ -345,6 +345,8 @@ class Pipeline:
             return decided, {}
         if decided.kept_tokens is not None:  # repair reads the text as the dense model does
             rest = decided.without_vocabulary()
+            if not rest.groups:
+                return decided, {}
             if rest.settings is not None:
                 settings = settings_of(rest, self.config, at.discovery, trust_remote_code=self.trust)
                 rest = replace(rest, settings=settings)
