@@ -91,7 +91,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     for name, found in results.items():
         model, ratio, axes = name.split(" | ")
         tokens = found["kept"].get("vocabulary")
-        cells = [f"{bits:.3f} (+{bits - found['dense'][text]:.3f})" for text, bits in found["pruned"].items()]
+        cells = [f"{bits:.3f} ({bits - found['dense'][text]:+.3f})" for text, bits in found["pruned"].items()]
         left = f"{found['parameters']['pruned'] / 1e6:.1f} M"
         table.append([model, ratio, axes, left, f"{tokens[0]:,}" if tokens else "all", *cells])
     return table
