@@ -59,7 +59,7 @@ from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
 from secateur.vocabulary.calibrated import rank_by_text
-from secateur.vocabulary.losses import lost_scripts
+from secateur.vocabulary.lost_scripts import lost_scripts
 from secateur.vocabulary.ranking import NATS, TokenRanking
 from secateur.vocabulary.tokenizer import cut_tokenizer
 
@@ -172,7 +172,12 @@ class Pipeline:
 
     def _rank_tokens(self) -> None:
         """How often the calibration text uses each token, before any weight is read; those that it needs stay."""
-        (group,) = groups_to_cut(self.discovery, self.options)[TOKENS]
+        group, *others = groups_to_cut(self.discovery, self.options)[TOKENS]
+        if others:
+            raise PlanError(
+                f"axes=vocabulary: {self.discovery.model} has {1 + len(others)} vocabularies, and one tokenizer is "
+                "rewritten. Cut other axes, for example axes=attention,mlp"
+            )
         with self.clock.stage("count tokens"):
             self._tokens = rank_by_text(self.tokenizer, group.units, self.calibration, keep=self.options.keep_text)
         groups = [replace(each, least=self._tokens.least) if each == group else each for each in self.discovery.groups]

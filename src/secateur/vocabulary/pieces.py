@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.errors import PlanError, one_line
+from secateur.errors import PlanError
 
 METASPACE = "▁"
 KINDS = ("BPE", "Unigram", "WordPiece")
@@ -113,11 +114,8 @@ def _in_use(tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Any]) -> set[
     if tokenizer.chat_template:
         chat: Any = [{"role": role, "content": "."} for role in ("system", "user", "assistant")]
         for messages in (chat, chat[1:], chat[1:2]):
-            try:
+            with suppress(Exception):  # templates refuse what they do not expect, each in its own way
                 text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            except Exception as error:  # templates refuse what they do not expect, each in its own way
-                one_line(error)
-            else:
                 ids |= {*tokenizer(text, add_special_tokens=False).input_ids}
     return {number for number in ids if number is not None}
 

@@ -44,9 +44,10 @@ class TokenRanking:
         """
         scores_V = torch.empty_like(self.growth_V)
         order = torch.tensor(self.order, dtype=torch.int64)
-        price = (self.growth_V[order] * nats).cummax(0).values if len(order) else self.growth_V[:0]
-        step = 1e-9 * max(float(price[-1]) if len(order) else 0.0, 1e-9)  # apart, but by less than a rare token costs
-        scores_V.fill_(2 * (float(price[-1]) if len(order) else 0.0) + 1e-6)
+        price = torch.cat([torch.zeros(1, dtype=torch.float64), self.growth_V[order] * nats]).cummax(0).values[1:]
+        highest = max(price.tolist(), default=0.0)
+        step = 1e-9 * max(highest, 1e-9)  # apart, but by less than a rare token costs
+        scores_V.fill_(2 * highest + 1e-6)
         scores_V[order] = price + step * torch.arange(1, len(order) + 1, dtype=torch.float64) / max(len(order), 1)
         return scores_V
 
