@@ -43,6 +43,7 @@ from secateur.models.silence import quiet
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
+from secateur.scoring.scores import score
 from secateur.vocabulary.token_ids import token_id_settings
 
 TOLERANCE = 1e-8
@@ -211,7 +212,19 @@ def check_cut(tested: Subject, kind: str) -> None:
     for (of_kind, _), groups in tested.families.items():
         if of_kind == kind:
             check_groups(tested, kind, groups)
+            if kind == "expert":
+                check_expert_scores(tested, groups)
     return None
+
+
+def check_expert_scores(tested: Subject, groups: Sequence[Group]) -> None:
+    """Whatever the code of the experts, REAP's score sees what each adds to its tokens."""
+    windows, names = torch.arange(3, 39).reshape(4, 9), [group.name for group in groups]
+    with quiet():
+        scores = score(tested.model, discovery=tested.discovery, name="reap", windows=windows, groups=names)
+    for name in names:
+        assert (scores.units[name] >= 0).all(), f"an expert of {name} is worth less than nothing"
+        assert scores.units[name].any(), f"no expert of {name} is worth anything"
 
 
 def family(name: str) -> str:

@@ -246,6 +246,8 @@ def check_score(options: CutOptions) -> None:
     check_known(ScoreError, "score", options.score, SCORES)
     if SCORES[options.score].needs in ("layers", "losses") and options.axes != ("layers",):
         raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
+    if SCORES[options.score].needs == "experts" and options.axes != ("experts",):
+        raise PlanError(f"score={options.score} compares whole experts: use axes=experts with it")
     if SCORES[options.score].needs in ("grams", "masks") and options.axes == ("layers",):
         raise PlanError(f"score={options.score} is not for whole layers: use score=block_influence with axes=layers")
 

@@ -27,7 +27,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # axes x units -> units
 }
 
 SALIENCE_NEEDS = ("weights", "inputs", "gradient", "second order")  # what a salience may ask for
-Needs = Literal["weights", "inputs", "gradient", "second order", "masks", "grams", "layers", "losses"]
+Needs = Literal["weights", "inputs", "gradient", "second order", "masks", "grams", "experts", "layers", "losses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Score:
 LLM_PRUNER, ZIPLM = "https://arxiv.org/abs/2305.11627", "https://arxiv.org/abs/2302.04089"
 SHORTGPT, FISHER = "https://arxiv.org/abs/2403.03853", "https://arxiv.org/abs/2204.09656"
 WANDA, FLAP = "https://arxiv.org/abs/2306.11695", "https://arxiv.org/abs/2312.11983"
+REAP = "https://arxiv.org/abs/2510.13999"
 
 # fmt: off  # a table: one to three lines for each score
 SCORES: dict[str, Score] = {
@@ -88,6 +89,7 @@ SCORES: dict[str, Score] = {
     "obs_greedy": Score(
         None, "grams", "Optimal brain surgeon (ZipLM): the same as obs, one unit after the other", ZIPLM
     ),
+    "reap": Score(None, "experts", "REAP, of an expert: mean over its tokens of gate x norm(output)", REAP),
     "block_influence": Score(None, "layers", "ShortGPT: 1 - mean cos(h, layer(h))", SHORTGPT),
     # one forward pass for every layer
     "layer_loss": Score(None, "losses", "Nats per token: loss without the layer - loss"),

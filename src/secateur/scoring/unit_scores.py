@@ -68,6 +68,8 @@ def check_kinds(name: str, groups: Iterable[Group]) -> None:
     for group in groups:
         if needs in ("layers", "losses") and group.kind != "layer":
             raise ScoreError(f"score {name} compares whole layers, not {group.kind}: cut layers, with --axes layers")
+        if needs == "experts" and group.kind != "expert":
+            raise ScoreError(f"score {name} compares whole experts, not {group.kind}: cut experts, with --axes experts")
         if needs in ("grams", "masks") and group.kind == "layer":
             raise ScoreError(f"score {name} is not for whole layers: use --score block_influence, or cut other axes")
 
