@@ -33,6 +33,8 @@ from secateur.scoring.passes.forward import pass_to_hidden, plain_products, prob
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.unit_scores import units_reached
 
+OUTPUTS_REPORTED = 256  # outputs of a matrix whose errors are reported; all, where it has fewer than twice as many
+
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
@@ -246,13 +248,15 @@ class _RepairPass:
 
 
 def _errors(cut: CutMatrix, fitted_RC: Tensor, fit: Fit) -> tuple[float, float]:
-    """The errors of the outputs, as `Repaired.errors` has them."""
+    """The errors of the outputs, as `Repaired.errors` has them; of some, evenly spaced, where there are many outputs."""
     gram_CC = cut.inputs.gram_CC.float()  # exact enough for what is only reported
-    change_RC = fitted_RC - cut.dense_RC
-    left_out = output_error(cut.left_RC - cut.dense_RC, gram_CC)
+    some = slice(None, None, max(1, len(fitted_RC) // OUTPUTS_REPORTED))
+    dense_RC, left_RC = cut.dense_RC[some], cut.left_RC[some]
+    change_RC = fitted_RC[some] - dense_RC
+    left_out = output_error(left_RC - dense_RC, gram_CC)
     repaired = output_error(change_RC, gram_CC)
     if fit.shift_R is not None:
-        mean_error_R = change_RC @ cut.inputs.mean_C
-        repaired += cut.inputs.tokens * float((2 * mean_error_R * fit.shift_R + fit.shift_R.square()).sum())
-    whole = max(output_error(cut.dense_RC, gram_CC), 1e-30)
+        mean_error_R, shift_R = change_RC @ cut.inputs.mean_C, fit.shift_R[some]
+        repaired += cut.inputs.tokens * float((2 * mean_error_R * shift_R + shift_R.square()).sum())
+    whole = max(output_error(dense_RC, gram_CC), 1e-30)
     return left_out / whole, repaired / whole

@@ -120,14 +120,16 @@ def least_squares(w_RC: Tensor, gram_CC: Tensor, kept: Tensor, *, damping: float
     """
     w_RC, gram_CC = w_RC.double(), gram_CC.double()
     ridge = damping * float(gram_CC.diagonal().mean().clamp_min(1e-12))
+    gone_C = torch.ones(len(gram_CC), dtype=torch.bool, device=gram_CC.device)
+    gone_C[kept] = False
     inner_KK = gram_CC[kept][:, kept]
     inner_KK.diagonal().add_(ridge)
-    target_RK = w_RC @ gram_CC[:, kept] + ridge * w_RC[:, kept]
+    lost_KR = gram_CC[kept][:, gone_C] @ w_RC[:, gone_C].t()  # what those that stay take over: change = lost / inner
     if ridge:
-        fitted_KR: Tensor = torch.cholesky_solve(target_RK.t(), torch.linalg.cholesky(inner_KK))
+        change_KR: Tensor = torch.cholesky_solve(lost_KR, torch.linalg.cholesky(inner_KK))
     else:
-        fitted_KR = torch.linalg.solve(inner_KK, target_RK.t())
-    return fitted_KR.t()
+        change_KR = torch.linalg.solve(inner_KK, lost_KR)
+    return w_RC[:, kept] + change_KR.t()
 
 
 def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
