@@ -248,7 +248,7 @@ class _RepairPass:
 
 
 def _errors(cut: CutMatrix, fitted_RC: Tensor, fit: Fit) -> tuple[float, float]:
-    """The errors of the outputs, as `Repaired.errors` has them; of some, evenly spaced, where there are many outputs."""
+    """The errors of the outputs, as `Repaired.errors` has them; of some, evenly spaced, where outputs are many."""
     gram_CC = cut.inputs.gram_CC.float()  # exact enough for what is only reported
     some = slice(None, None, max(1, len(fitted_RC) // OUTPUTS_REPORTED))
     dense_RC, left_RC = cut.dense_RC[some], cut.left_RC[some]
