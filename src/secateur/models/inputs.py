@@ -41,17 +41,20 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
         start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))
         half = ids_BT.shape[1] // 2
         given = {INPUT_IDS: ids_BT[:, :half], DECODER_IDS: torch.cat([start, ids_BT[:, half:-1]], dim=1)}
-    return given | without_cache(model)
+    return given | nothing_else(model)
 
 
-def without_cache(model: Any) -> dict[str, Any]:
-    """The argument that keeps a model from filling a cache, where it takes one.
+def nothing_else(model: Any) -> dict[str, Any]:
+    """The arguments that keep a model from filling a cache, and from a loss over its routers, where it would do so.
 
-    >>> without_cache(nn.Linear(2, 2))
+    >>> nothing_else(nn.Linear(2, 2))
     {'use_cache': False}
     """
-    takes = objective(model) == "next token" or "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes else {}
+    accepted = inspect.signature(model.forward).parameters
+    given = {"use_cache": False} if objective(model) == "next token" or "use_cache" in accepted else {}
+    if "output_router_logits" in accepted and getattr(model.config.get_text_config(), "output_router_logits", False):
+        given["output_router_logits"] = False
+    return given
 
 
 def predicted(result: Any) -> Tensor:

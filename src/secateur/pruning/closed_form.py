@@ -60,6 +60,8 @@ class Repair:
     fit: Callable[[CutMatrix], Fit]
     scales_norms: bool = False
     """Whether norms over a hidden width that is cut are scaled as well."""
+    fits_experts: bool = False
+    """Whether the experts that stay are fitted, where some go (see `experts`)."""
     trains_layers: bool = False
     """Whether every layer of the pruned model is trained afterwards (see `reconstruct`)."""
 
@@ -107,6 +109,6 @@ def fit_columns(matrix: CutMatrix) -> Fit:
 REPAIRS = {
     "none": Repair(leave_out),
     "bias": Repair(shift_bias),
-    "least-squares": Repair(fit_columns, scales_norms=True),
-    "reconstruct": Repair(fit_columns, scales_norms=True, trains_layers=True),
+    "least-squares": Repair(fit_columns, scales_norms=True, fits_experts=True),
+    "reconstruct": Repair(fit_columns, scales_norms=True, fits_experts=True, trains_layers=True),
 }

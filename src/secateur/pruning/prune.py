@@ -234,4 +234,7 @@ def _from_modules(
     pad_in_place(pruned, changes.padded)
     paths = [path for name in sizes.emptied if (path := sublayer_of(discovery, discovery.group(name))) is not None]
     skip_sublayers_in_place(pruned, model, paths)
+    text_config = pruned.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):  # a loss over routers that choose from as many experts
+        text_config.output_router_logits = False
     return pruned

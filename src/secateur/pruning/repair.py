@@ -13,21 +13,27 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.discovery.algebra import Expression, kept_along
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, check_known
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, inputs_of
+from secateur.pruning.experts import fit_experts_in_place
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
+from secateur.pruning.prune import prune
+from secateur.scoring.collect_experts import expert_modules
 from secateur.scoring.obs import output_error, removal_costs
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
@@ -57,13 +63,15 @@ def repair(
     windows: Tensor,
     *,
     method: str = "least-squares",
+    room: Path | None = None,
     progress: Progress | None = None,
 ) -> Repaired:
     """Fit the matrices that read the units which go; the model is left as it is, and `prune` takes the weights.
 
     Windows are int64, samples x length; all go through the model together. Where the plan has spare units and a single
     matrix reads their group, it is decided here which go: as many as planned. Groups that no matrix reads are left as
-    planned. Raises `PlanError` for an unknown method.
+    planned. Where experts go, those that stay are fitted to the dense experts in a second pass, of the smaller model,
+    which is held in memory or in a file in the folder `room`. Raises `PlanError` for an unknown method.
 
     >>> from secateur.planning.options import CutOptions
     >>> from secateur.planning.plan import PlannedGroup
@@ -85,7 +93,42 @@ def repair(
     # 2. One forward pass of all windows, in which each of them is fitted.
     if pass_.unit_of:
         pass_.run(windows, [*discovery.layer_paths], progress)
-    return Repaired(pass_.decided(), pass_.weights, pass_.errors)
+    found = Repaired(pass_.decided(), pass_.weights, pass_.errors)
+    # 3. A pass of the smaller model, in which its experts are fitted to the dense model's.
+    return _with_experts(model, found, discovery, windows, room, progress) if REPAIRS[method].fits_experts else found
+
+
+def _with_experts(
+    model: PreTrainedModel,
+    found: Repaired,
+    discovery: Discovery,
+    windows: Tensor,
+    room: Path | None,
+    progress: Progress | None,
+) -> Repaired:
+    """The repair with the experts that stay fitted as well, where some go."""
+    fewer = {group.name for group in found.plan.groups if group.kind == "expert" and group.kept < group.units}
+    experts = expert_modules(model, [group for group in discovery.groups if group.name in fewer])
+    if not experts:
+        return found
+    with TemporaryDirectory(dir=room) as folder:
+        where = None if room is None else Path(folder)
+        smaller = prune(model, found.plan, discovery=discovery, weights=found.weights, room=where)
+        errors = fit_experts_in_place(model, smaller, [*experts], windows, progress=progress)
+        new = {name: parameter for name, parameter in smaller.named_parameters() if name in errors}
+        keep = {group.name: group.keep or () for group in found.plan.groups if group.kind != "layer"}
+        dims = {weight.name: weight.dims for weight in discovery.weights if weight.name in new}
+        fitted = {name: _as_large_as_dense(new[name].detach(), dims[name], keep) for name in new}
+    return Repaired(found.plan, {**found.weights, **fitted}, {**found.errors, **errors})
+
+
+def _as_large_as_dense(weight: Tensor, dims: Sequence[Expression], keep: Mapping[str, Sequence[int]]) -> Tensor:
+    """A cut weight where its entries were in the dense one, which is zero elsewhere."""
+    for dim, expression in enumerate(dims):
+        shape = [expression.size if other == dim else size for other, size in enumerate(weight.shape)]
+        kept = torch.tensor(kept_along(expression, keep), device=weight.device, dtype=torch.long)
+        weight = weight.new_zeros(shape).index_copy_(dim, kept, weight)
+    return weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ K experts of a token, D hidden, E experts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur import processes
+from secateur.discovery.groups import Group
 from secateur.errors import ScoreError
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products
@@ -75,6 +77,38 @@ def expert_statistics(
     return Statistics({}, units={"reap": units}, samples=len(windows), tokens=windows.numel())
 
 
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What experts are called with."""
+
+    hidden_ND: Tensor
+    chosen_NK: Tensor
+    """Numbers of experts, int64."""
+    gates_NK: Tensor
+
+
+def routed(given: Sequence[Any]) -> Routed | None:
+    """The arguments of a module of experts as what they are: tokens, the experts of each and their gates, or None."""
+    match [value for value in given if isinstance(value, Tensor)]:
+        case [hidden_ND, chosen_NK, gates_NK] if (
+            not chosen_NK.is_floating_point()
+            and hidden_ND.dim() == chosen_NK.dim() == 2
+            and chosen_NK.shape == gates_NK.shape
+            and len(hidden_ND) == len(chosen_NK)
+        ):
+            return Routed(hidden_ND, chosen_NK, gates_NK)
+    return None
+
+
+def expert_output(module: nn.Module, call: Routed, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of one expert as numbers of rows, M, its gates for them, M, and what it adds to each, M x D."""
+    rows_M, slots_M = torch.nonzero(call.chosen_NK == expert, as_tuple=True)
+    chosen_M, gates_M = call.chosen_NK[rows_M, slots_M], call.gates_NK[rows_M, slots_M]
+    if not len(rows_M):
+        return rows_M, gates_M, call.hidden_ND[rows_M]
+    return rows_M, gates_M, module.forward(call.hidden_ND[rows_M], chosen_M[:, None], gates_M[:, None])
+
+
 class _ExpertNorms:
     """A hook on stacked experts that adds up, for each, the norms of its weighted outputs and its tokens."""
 
@@ -82,27 +116,23 @@ class _ExpertNorms:
         self.path, self.sums_2E = path, sums_2E
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
-        hidden_ND, chosen_NK, gates_NK = self._routed([*args, *kwargs.values()])
+        given = [*args, *kwargs.values()]
+        call = routed(given)
+        if call is None:
+            shapes = ", ".join(str(tuple(value.shape)) for value in given if isinstance(value, Tensor))
+            raise ScoreError(
+                f"score reap: {self.path} is called with tensors of {shapes}; expected tokens, the experts chosen for "
+                "each and their gates. Use a score of gradients, for example --score param_first"
+            )
         for expert in range(self.sums_2E.shape[1]):
-            rows_M, slots_M = torch.nonzero(chosen_NK == expert, as_tuple=True)
-            if len(rows_M):
-                alone_M1, gates_M1 = chosen_NK[rows_M, slots_M][:, None], gates_NK[rows_M, slots_M][:, None]
-                output_MD = module.forward(hidden_ND[rows_M], alone_M1, gates_M1)
-                self.sums_2E[0, expert] += output_MD.float().norm(dim=-1).double().sum().cpu()
-                self.sums_2E[1, expert] += len(rows_M)
+            rows_M, _, output_MD = expert_output(module, call, expert)
+            self.sums_2E[0, expert] += output_MD.float().norm(dim=-1).double().sum().cpu()
+            self.sums_2E[1, expert] += len(rows_M)
 
-    def _routed(self, given: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the arguments of the module: its tokens, N x D, the experts of each, and their gates, N x K."""
-        match [value for value in given if isinstance(value, Tensor)]:
-            case [hidden_ND, chosen_NK, gates_NK] if (
-                not chosen_NK.is_floating_point()
-                and hidden_ND.dim() == chosen_NK.dim() == 2
-                and chosen_NK.shape == gates_NK.shape
-                and len(hidden_ND) == len(chosen_NK)
-            ):
-                return hidden_ND, chosen_NK, gates_NK
-        shapes = ", ".join(str(tuple(value.shape)) for value in given if isinstance(value, Tensor))
-        raise ScoreError(
-            f"score reap: {self.path} is called with tensors of {shapes}; expected tokens, the experts chosen for each "
-            "and their gates. Use a score of gradients, for example --score param_first"
-        )
+
+def expert_modules(model: PreTrainedModel, groups: Iterable[Group]) -> dict[str, tuple[str, int]]:
+    """Modules that hold weights of several experts in one: path -> their group and number of experts."""
+    stacked = {name for name, parameter in model.named_parameters() if parameter.dim() > 2}
+    experts = (group for group in groups if group.kind == "expert")
+    axes = [(axis.weight, group) for group in experts for axis in group.axes if axis.weight in stacked]
+    return {weight.rpartition(".")[0]: (group.name, group.units) for weight, group in axes}

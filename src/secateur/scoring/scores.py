@@ -24,7 +24,7 @@ from secateur.models.classes import objective
 from secateur.models.config import check_not_quantized, check_positions
 from secateur.progress import Progress
 from secateur.scoring.collect_backward import gradient_statistics, mask_statistics
-from secateur.scoring.collect_experts import expert_statistics
+from secateur.scoring.collect_experts import expert_modules, expert_statistics
 from secateur.scoring.collect_forward import activation_statistics, layer_loss_statistics
 from secateur.scoring.registry import REDUCTIONS, SCORES
 from secateur.scoring.saliences import Salience, weight_statistics
@@ -174,7 +174,7 @@ def statistics_for(
     elif needs == "masks":
         found = mask_statistics(model, windows, wanted=_dims_of(groups, wanted), **cached)
     elif needs == "experts":
-        found = expert_statistics(model, windows, _stacks(model, groups), layers=[*layers], progress=progress)
+        found = expert_statistics(model, windows, expert_modules(model, groups), layers=[*layers], progress=progress)
     elif needs == "losses":
         found = layer_loss_statistics(model, windows, layers, progress=progress)
     else:
@@ -198,13 +198,6 @@ def _dims_of(groups: Sequence[Group], wanted: Collection[str]) -> dict[str, set[
     for axis in (axis for group in groups for axis in group.axes if axis.weight in wanted):
         dims[axis.weight].add(axis.dim)
     return dims
-
-
-def _stacks(model: PreTrainedModel, groups: Sequence[Group]) -> dict[str, tuple[str, int]]:
-    """Modules that hold weights of several experts in one: path -> their group and number of experts."""
-    stacked = {name for name, parameter in model.named_parameters() if parameter.dim() > 2}
-    axes = [(axis.weight, group) for group in groups for axis in group.axes if axis.weight in stacked]
-    return {weight.rpartition(".")[0]: (group.name, group.units) for weight, group in axes}
 
 
 def _saliences_beside(name: str) -> dict[str, Salience]:

@@ -130,7 +130,7 @@ class WeightProducts(TorchFunctionMode):
 def _index_in_stack(matrix: Tensor, weight: Tensor) -> tuple[int, ...] | None:
     """Which matrix of a stack of weights this is; None where it is the whole weight, () where it is another part."""
     offset = matrix.storage_offset() - weight.storage_offset()
-    if matrix.numel() == weight.numel():
+    if matrix.numel() == weight.numel() and (matrix.dim() == weight.dim() or len(weight) > 1):
         return None if offset == 0 else ()
     if weight.dim() != 3 or matrix.dim() != 2 or matrix.numel() * len(weight) != weight.numel():
         return ()
