@@ -19,6 +19,7 @@ MIX = --calibration $(DATA)/calib/c4_first1000.jsonl@2 --calibration $(DATA)/ins
 	--calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
 
 TEXTS = --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
+STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
 ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 2048 --seeds 0 $(QUALITY)
 
@@ -27,7 +28,7 @@ RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
+.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-experts bench-scale bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +91,16 @@ bench-vocabulary: $(STAMP)  ## Measure what cutting the vocabulary gives beside 
 	$(if $(DATA),,$(error bench-vocabulary: give the folder of the texts, for example make bench-vocabulary DATA=data))
 	@mkdir -p runs
 	$(BIN)/python benchmarks/vocabulary.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --write $(VOCABULARY)
+
+bench-experts: $(STAMP)  ## Measure what fewer experts cost, beside REAP's score, on a small mixture trained here, with DATA=FOLDER; resumes
+	$(if $(DATA),,$(error bench-experts: give the folder of the texts, for example make bench-experts DATA=data))
+	$(BIN)/python benchmarks/zoo_models.py --text $(DATA)/calib/c4_first1000.jsonl --family qwen3_moe --steps 1200 --out runs/zoo
+	$(BIN)/python benchmarks/experts.py runs/zoo/qwen3_moe $(MIX) $(TEXTS) $(OTHER_TEXTS) --write $(EXPERTS)
+
+bench-scale: $(STAMP)  ## Measure a cut of a larger model, MODEL=FOLDER with DATA=FOLDER, beside LLM-Pruner's recipe; resumes
+	$(if $(and $(DATA),$(MODEL)),,$(error bench-scale: give a model and the folder of the texts, for example make bench-scale MODEL=qwen DATA=data))
+	@mkdir -p runs
+	$(BIN)/python benchmarks/scale.py $(MODEL) $(filter-out --column input,$(MIX)) --calibration $(STDLIB)/_pydecimal.py --cut="--column input" --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw $(OTHER_TEXTS) --text code=$(STDLIB)/argparse.py --write $(SCALE)
 
 bench-recover: $(STAMP)  ## Measure what 20 minutes of training give back, beside a dense model trained alike, with DATA=FOLDER; resumes
 	$(if $(DATA),,$(error bench-recover: give the folder of the texts, for example make bench-recover DATA=data))

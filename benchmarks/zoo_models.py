@@ -1,10 +1,11 @@
-"""Small models of other families for the zoo, trained here in some minutes each.
+"""Small models of other families for the benchmarks, trained here in some minutes each.
 
-    python benchmarks/zoo_models.py --text FILE [--steps N] [--out FOLDER]
+    python benchmarks/zoo_models.py --text FILE [--family NAME] [--steps N] [--out FOLDER]
 
 A GPT-NeoX (parallel attention and MLP, fused projections) and a StarCoder2 (grouped queries), both of 7 million
 parameters with layer norms, biases and an output head of its own, are trained on the text's documents with a tokenizer
-made from them. A model that is there is left as it is.
+made from them; so is, where it is named, a Qwen3-MoE of 13 million, of whose 16 experts in each layer every token takes
+two. A model that is there is left as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ NO_DROPOUT = {"residual_dropout": 0.0, "embedding_dropout": 0.0}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {"intermediate_size": 1024},
     "starcoder2": {"intermediate_size": 1024, "num_key_value_heads": 4, "tie_word_embeddings": False, **NO_DROPOUT},
+    "qwen3_moe": {
+        "moe_intermediate_size": 128,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "intermediate_size": 512,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.01,  # trained with the loss that balances experts
+    },
 }
 RATE, WARM_UP = 2e-3, 50
 
@@ -80,11 +92,13 @@ def main() -> None:
     """Train the models that are not there yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", required=True)
+    parser.add_argument("--family", action="append", choices=[*FAMILIES], help="[default: gpt_neox and starcoder2]")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--out", default="runs/zoo", type=Path)
     arguments = parser.parse_args()
     documents = [*read_calibration(arguments.text)]
-    missing = [family for family in FAMILIES if not (arguments.out / family / "config.json").exists()]
+    families = arguments.family or ["gpt_neox", "starcoder2"]
+    missing = [family for family in families if not (arguments.out / family / "config.json").exists()]
     tokenizer = make_tokenizer(documents) if missing else None
     for family in missing:
         assert tokenizer is not None

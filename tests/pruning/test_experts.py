@@ -42,7 +42,7 @@ def fewer_experts(discovery: Discovery, keep: dict[int, tuple[int, ...]]) -> Pla
         for group in discovery.groups
         if group.kind == "expert" and group.layer in keep
     )
-    return Plan("tiny", CutOptions(ratio=0.2, axes=("experts",)), groups, {}, None)
+    return Plan("tiny", CutOptions(ratio=0.2, axes=("experts",)), groups, {}, {})
 
 
 def last_matrices(model: PreTrainedModel) -> dict[str, Tensor]:

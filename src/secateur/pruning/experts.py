@@ -53,7 +53,7 @@ def fit_experts_in_place(
     >>> config = AutoConfig.for_model("mixtral", num_attention_heads=2, num_key_value_heads=1, **small)
     >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(800).reshape(40, 20)
     >>> three = PlannedGroup("layers.0.expert", "expert", 0, units=4, kept=3, keep=(0, 1, 2))
-    >>> plan = Plan("mixtral", CutOptions(ratio=0.2), (three,), {}, {"num_local_experts": 3})
+    >>> plan = Plan("mixtral", CutOptions(ratio=0.2), (three,), {}, {})
     >>> pruned = prune(model, plan, discovery=discover(config))
     >>> errors = fit_experts_in_place(model, pruned, ["model.layers.0.mlp.experts"], windows)
     >>> [(name, after < before) for name, (before, after) in errors.items()]

@@ -1,0 +1,216 @@
+"""A larger model, dense, cut by LLM-Pruner's recipe and by ours, with and without training: what is lost and gained.
+
+    python benchmarks/scale.py MODEL --calibration FILE --text NAME=FILE [--ratio 0.2] [--row fast] [--minutes 20]
+
+MODEL is a folder, so that its weights stay on the disk. Every step is a process of its own, a command of Secateur as a
+user would call it: the cut, the training (`--minutes`, of the row that is named last), the loss on every text beside
+the dense model, prefill and decoding beside the dense model in transformers, and with `--gguf TYPE` in llama.cpp.
+Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
+comes (`--out`), and the same command goes on after a stop; `--write` puts the table into README.md and
+docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quality_table import between_marks, write_benchmark
+from secateur.files import atomic_file, write_json
+
+ROWS = {  # name -> what `secateur prune` is told besides the ratio and the text
+    "LLM-Pruner's recipe": ["--preset", "llm-pruner"],
+    "`fast`": ["--preset", "fast"],
+    "`best`": ["--preset", "best"],
+}
+DENSE, TRAINED = "dense", ", then trained"
+MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
+README = Path(__file__).parent.parent / "README.md"
+
+
+def main() -> None:
+    """Measure what is missing; print the table."""
+    options = _arguments()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for ratio in options.ratio:
+        for row in options.row:
+            _measure(f"{ratio:.0%} | {row}", ratio, row, results, options)
+        if options.minutes:
+            _measure(f"{ratio:.0%} | {options.row[-1]}{TRAINED}", ratio, options.row[-1], results, options)
+    head, *rows = rows_of(results)
+    table = Table(title=f"{options.name or options.model}: damage in nats per token")
+    for column in head:
+        table.add_column(column)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=200).print(table)
+    if options.write:
+        made = block(results)
+        write_benchmark(made, MARKS)
+        with atomic_file(README, overwrite=True) as file:
+            file.write_text(between_marks(README.read_text(encoding="utf-8"), made, marks=MARKS), encoding="utf-8")
+
+
+def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Take each step of a row that is not there; a folder that a later step needs is made again."""
+    found = results.setdefault(key, {})
+    cut = options.folder / f"{ratio:.2f} {row}".replace(" ", "-").replace("`", "").replace("'", "")
+    folder = cut.with_name(f"{cut.name}-trained") if key.endswith(TRAINED) else cut
+    texts = [f"--calibration={text}" for text in options.calibration]
+    steps: dict[str, Any] = {
+        "cut": lambda file: _secateur(
+            file, "prune", options.model, str(cut), "--ratio", str(ratio), *ROWS[row], *texts, *options.cut.split()
+        )
+    }
+    if folder != cut:
+        data = [f"--data={text.partition('@')[0]}" for text in options.calibration]
+        steps["training"] = lambda file: _secateur(
+            file, "recover", str(cut), str(folder), "--teacher", options.model, "--minutes", str(options.minutes), *data
+        )
+    panel = ["--protocol", options.protocol, "--max-tokens", str(options.tokens)]
+    panel += [f"--ppl={text}" for text in options.text]
+    if DENSE not in results:
+        results[DENSE] = {"losses": _losses(_secateur(options.folder / "step.json", "evaluate", options.model, *panel))}
+        write_json(options.out, results)
+    steps["losses"] = lambda file: _losses(_secateur(file, "evaluate", str(folder), *panel))
+    steps["speed"] = lambda file: _secateur(file, "profile", options.model, str(folder), "--repeats", "3")
+    if options.gguf:
+        steps["llama.cpp"] = lambda file: _llama_cpp(file, folder, options)
+    made = {"cut": cut, "training": folder}
+    for name, step in steps.items():
+        missing = name not in found or (name in made and not made[name].exists() and not {*steps} <= {*found})
+        if missing:
+            start = time.perf_counter()
+            given = step(options.folder / "step.json")
+            found[name] = given if name == "losses" else _short(name, given)
+            found[name]["minutes"] = (time.perf_counter() - start) / 60
+            found[name]["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            write_json(options.out, results)
+    if not options.keep and key.endswith(TRAINED):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _secateur(file: Path, command: str, *arguments: str) -> Any:
+    """Run a command and read what it wrote as JSON."""
+    more = ["--overwrite"] if command in ("prune", "recover") else []
+    subprocess.run(
+        [sys.executable, "-m", "secateur", command, *arguments, *more, "--json", str(file), "--quiet"], check=True
+    )
+    return json.loads(file.read_text())
+
+
+def _llama_cpp(file: Path, folder: Path, options: argparse.Namespace) -> Any:
+    program = Path(__file__).with_name("llama_cpp_speed.py")
+    kind = ["--types", options.gguf, "--threads", str(os.cpu_count()), "--rounds", "3"]
+    command = [sys.executable, str(program), str(folder), "--dense", options.model, *kind, "--out", str(file)]
+    subprocess.run(command, check=True)
+    return json.loads(file.read_text())
+
+
+def _losses(evaluated: Any) -> dict[str, Any]:
+    return {each["data"]: each["nll"] for each in evaluated["results"][0]["perplexity"]}
+
+
+def _short(name: str, given: Any) -> dict[str, Any]:
+    """What the table needs of a command's result, as ratios to the dense model where both were measured."""
+    match name:
+        case "cut":
+            return {key: given[key] for key in ("parameters", "peak_rss_bytes")}
+        case "training":
+            return {key: given.get(key) for key in ("tokens", "peak_rss_bytes")}
+        case "speed":
+            dense, smaller = given["results"]
+            return {
+                "bytes": smaller["weight_bytes"] / dense["weight_bytes"],
+                "prefill": dense["prefill_seconds"] / smaller["prefill_seconds"],
+                "decode": smaller["decode_tokens_per_second"] / dense["decode_tokens_per_second"],
+            }
+        case _:
+            dense, smaller = given["results"]
+            return {
+                "bytes": smaller["bytes"] / dense["bytes"],
+                "prefill": smaller["prompt_tokens_per_second"] / dense["prompt_tokens_per_second"],
+                "decode": smaller["new_tokens_per_second"] / dense["new_tokens_per_second"],
+            }
+
+
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head, the dense model's losses, and a row for each cut.
+
+    >>> cut = {"minutes": 2.0, "peak_rss_bytes": 2**30, "parameters": {"dense": 4e9, "pruned": 3e9}}
+    >>> results = {"dense": {"losses": {"WT2": 3.0}}, "20% | `fast`": {"cut": cut, "losses": {"WT2": 3.25}}}
+    >>> for row in rows_of(results)[1:]:
+    ...     print(" ".join(row))
+     dense 4.00 B 3.000
+    20% `fast` 3.00 B +0.250    2 1.0
+    """
+    dense = results.get(DENSE, {}).get("losses", {})
+    head = ["removed", "", "parameters", *dense, "prefill", "decode", "llama.cpp", "minutes", "GiB"]
+    rows = [head]
+    for key, found in results.items():
+        if key == DENSE or not {"cut", "losses"} <= found.keys():
+            continue
+        removed, _, row = key.partition(" | ")
+        parameters = found["cut"]["parameters"]
+        if len(rows) == 1:
+            losses = [f"{loss:.3f}" for loss in dense.values()]
+            rows.append(["", DENSE, f"{parameters['dense'] / 1e9:.2f} B", *losses, "", "", "", "", ""])
+        speed, llama = found.get("speed", {}), found.get("llama.cpp", {})
+        peak = max(found[step]["peak_rss_bytes"] for step in ("cut", "training") if step in found)
+        rows.append(
+            [
+                *(removed, row, f"{parameters['pruned'] / 1e9:.2f} B"),
+                *(f"{found['losses'][text] - loss:+.3f}" for text, loss in dense.items()),
+                *(f"{speed[name]:.2f} x" if speed else "" for name in ("prefill", "decode")),
+                f"{llama['prefill']:.2f} x, {llama['decode']:.2f} x" if llama else "",
+                f"{sum(found[step]['minutes'] for step in ('cut', 'training') if step in found):.0f}",
+                f"{peak / 2**30:.1f}",
+            ]
+        )
+    return rows
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    head, *found = rows_of(results)
+    lines = [head, ["---"] * len(head), *found]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", help="a folder, or a name")
+    add("--name", help="of the model in the table")
+    add("--calibration", action="append", required=True, metavar="FILE[@WEIGHT]")
+    add("--text", action="append", required=True, metavar="NAME=FILE", help="what is measured")
+    add("--ratio", action="append", type=float, help="of the non-embedding parameters [default: 0.2 and 0.35]")
+    add("--row", action="append", choices=[*ROWS], help="may be repeated [default: all]")
+    add("--minutes", type=float, default=0, help="of training for the last row [default: none]")
+    add("--cut", default="", help="more options of `secateur prune`")
+    add("--tokens", type=int, default=4096, help="of each text")
+    add("--protocol", default="served@1024")
+    add("--gguf", help="also run llama.cpp on files of this type, for example q8_0")
+    add("--keep", action="store_true", help="keep the folders of trained models, too")
+    add("--write", action="store_true", help="the tables of README.md and docs/benchmarks.md")
+    add("--folder", type=Path, default=Path("runs/scale"))
+    add("--out", type=Path, default=Path("runs/scale.json"))
+    options = parser.parse_args()
+    options.ratio, options.row = options.ratio or [0.2, 0.35], options.row or [*ROWS]
+    return options
+
+
+if __name__ == "__main__":
+    main()
