@@ -154,7 +154,7 @@ def merged(model: PreTrainedModel, discovery: Discovery, windows: Tensor, ratio:
     2
     """
     result = copy.deepcopy(model)
-    paths = expert_modules(result, discovery.groups)
+    paths = expert_modules(result, discovery, discovery.groups)
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # path -> tokens and similarity of router logits
 
     def watch(path: str, number: int) -> Callable[..., None]:
@@ -170,8 +170,8 @@ def merged(model: PreTrainedModel, discovery: Discovery, windows: Tensor, ratio:
         return hook
 
     hooks = [
-        result.get_submodule(path).register_forward_hook(watch(path, number), with_kwargs=True)
-        for path, (_, number) in paths.items()
+        result.get_submodule(path).register_forward_hook(watch(path, len(next(iter(units.values())))), with_kwargs=True)
+        for path, units in paths.items()
     ]
     pass_to_hidden(result, windows)()
     for hook in hooks:

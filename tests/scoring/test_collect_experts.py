@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from every_type import tiny_type_model
-from secateur import score
+from every_type import tiny_config, tiny_type_model
+from secateur import discover, score
 from secateur.errors import ScoreError
 from secateur.models.silence import quiet
 from secateur.scoring.collect_experts import expert_statistics
@@ -64,6 +64,22 @@ def test_an_expert_without_tokens_is_worth_nothing() -> None:
     assert sorted((scores > 0).tolist()) == [False, False, False, True, True]
 
 
+def test_units_of_several_experts_have_their_sum() -> None:
+    """Where a router chooses among groups of experts first, whole groups go, or as many of each."""
+    scores = {}
+    for groups in (1, 4):
+        config = tiny_config("deepseek_v3")
+        config.n_routed_experts, config.num_experts_per_tok = 8, 4
+        config.n_group, config.topk_group = groups, groups
+        with quiet():
+            model = tiny_type_model("deepseek_v3", config=config)
+        names = [group.name for group in discover(config).groups if group.kind == "expert" and group.layer == 1]
+        scores[groups] = score(model, name="reap", windows=WINDOWS, groups=names).units
+    each_E = scores[1]["layers.1.expert"].reshape(4, 2)
+    torch.testing.assert_close(scores[4]["layers.1.expert.0"], each_E.sum(1))
+    torch.testing.assert_close(scores[4]["layers.1.expert.1"], each_E.sum(0))
+
+
 def test_experts_that_are_called_otherwise_are_refused() -> None:
     class Other(nn.Module):
         def forward(self, hidden: Tensor) -> Tensor:
@@ -75,7 +91,7 @@ def test_experts_that_are_called_otherwise_are_refused() -> None:
     block.experts = Other()
     expected = "experts is called with tensors of .4, 9, 48.; expected tokens, .* --score param_first"
     with pytest.raises(ScoreError, match=expected):
-        expert_statistics(model, WINDOWS, {"model.layers.0.mlp.experts": ("layers.0.expert", 5)})
+        expert_statistics(model, WINDOWS, {"model.layers.0.mlp.experts": {"layers.0.expert": torch.arange(5)}})
 
 
 def test_outputs_that_are_not_finite_are_an_error() -> None:

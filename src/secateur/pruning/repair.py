@@ -108,7 +108,7 @@ def _with_experts(
 ) -> Repaired:
     """The repair with the experts that stay fitted as well, where some go."""
     fewer = {group.name for group in found.plan.groups if group.kind == "expert" and group.kept < group.units}
-    experts = expert_modules(model, [group for group in discovery.groups if group.name in fewer])
+    experts = expert_modules(model, discovery, [group for group in discovery.groups if group.name in fewer])
     if not experts:
         return found
     with TemporaryDirectory(dir=room) as folder:

@@ -18,40 +18,43 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur import processes
-from secateur.discovery.groups import Group
+from secateur.discovery.groups import Discovery, Group
 from secateur.errors import ScoreError
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products
 from secateur.scoring.saliences import MORE_PRECISE
 from secateur.scoring.statistics import Statistics
+from secateur.scoring.unit_scores import units_reached
 
 
 @torch.no_grad()
 def expert_statistics(
     model: PreTrainedModel,
     windows: Tensor,
-    experts: Mapping[str, tuple[str, int]],
+    experts: Mapping[str, Mapping[str, Tensor]],
     *,
     layers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Statistics:
     """The score `reap` of one forward pass over the windows (int64, samples x length).
 
-    `experts` names modules of stacked experts: path -> their group and number. An expert's score is the mean, over the
-    tokens that are routed to it, of the norm of its output times its gate; without such a token it is zero. Raises
-    `ScoreError` for a module that is not called with tokens, chosen experts and gates, and for outputs that are not
-    finite.
+    `experts` is what `expert_modules` finds. An expert's score is the mean, over the tokens that are routed to it, of
+    the norm of its output times its gate; without such a token it is zero. A unit of several experts has their sum.
+    Raises `ScoreError` for a module that is not called with tokens, chosen experts and gates, and for outputs that are
+    not finite.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> small = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_local_experts": 4}
     >>> config = AutoConfig.for_model("mixtral", num_attention_heads=2, num_key_value_heads=1, **small)
     >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(20).reshape(2, 10)
-    >>> statistics = expert_statistics(model, windows, {"model.layers.0.mlp.experts": ("layers.0.expert", 4)})
+    >>> experts = {"model.layers.0.mlp.experts": {"layers.0.expert": torch.arange(4)}}
+    >>> statistics = expert_statistics(model, windows, experts)
     >>> statistics.units["reap"]["layers.0.expert"]["model.layers.0.mlp.experts"].shape
     torch.Size([4])
     """
     modules = dict(model.named_modules())
-    sums = {path: torch.zeros(2, number, dtype=torch.float64) for path, (_, number) in experts.items()}
+    numbers = {path: len(next(iter(units.values()))) for path, units in experts.items()}
+    sums = {path: torch.zeros(2, number, dtype=torch.float64) for path, number in numbers.items()}
     passed = itertools.count(1)
 
     def count(*_: Any) -> None:
@@ -68,13 +71,17 @@ def expert_statistics(
             stack.callback(modules[path].register_forward_hook(count).remove)
         run()
     processes.add_up(*sums.values())
-    units: dict[str, dict[str, Tensor]] = {}
-    for path, (group, _) in experts.items():
+    scores: dict[str, dict[str, Tensor]] = {}
+    for path, units in experts.items():
         norms_E, tokens_E = sums[path]
         if not torch.isfinite(norms_E).all():
             raise ScoreError(f"the outputs of the experts {path} have values that are NaN or Inf; {MORE_PRECISE}")
-        units.setdefault(group, {})[path] = (norms_E / tokens_E.clamp_min(1)).float()
-    return Statistics({}, units={"reap": units}, samples=len(windows), tokens=windows.numel())
+        for group, unit_of_E in units.items():
+            total_U = torch.zeros(int(unit_of_E.max()) + 1, dtype=torch.float64)
+            scores.setdefault(group, {})[path] = total_U.index_add_(
+                0, unit_of_E, norms_E / tokens_E.clamp_min(1)
+            ).float()
+    return Statistics({}, units={"reap": scores}, samples=len(windows), tokens=windows.numel())
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +137,26 @@ class _ExpertNorms:
             self.sums_2E[1, expert] += len(rows_M)
 
 
-def expert_modules(model: PreTrainedModel, groups: Iterable[Group]) -> dict[str, tuple[str, int]]:
-    """Modules that hold weights of several experts in one: path -> their group and number of experts."""
+def expert_modules(
+    model: PreTrainedModel, discovery: Discovery, groups: Iterable[Group]
+) -> dict[str, dict[str, Tensor]]:
+    """Modules that hold weights of several experts in one: path -> group -> the unit of each expert, int64.
+
+    A unit is an expert, or several where the router chooses among groups of experts first.
+
+    >>> from secateur.discovery.discover import discover
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> small = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_local_experts": 4}
+    >>> config = AutoConfig.for_model("mixtral", num_attention_heads=2, num_key_value_heads=1, **small)
+    >>> discovery = discover(config)
+    >>> expert_modules(AutoModelForCausalLM.from_config(config), discovery, discovery.groups)
+    {'model.layers.0.mlp.experts': {'layers.0.expert': tensor([0, 1, 2, 3])}}
+    """
     stacked = {name for name, parameter in model.named_parameters() if parameter.dim() > 2}
-    experts = (group for group in groups if group.kind == "expert")
-    axes = [(axis.weight, group) for group in experts for axis in group.axes if axis.weight in stacked]
-    return {weight.rpartition(".")[0]: (group.name, group.units) for weight, group in axes}
+    names = {group.name for group in groups if group.kind == "expert"}
+    found = {
+        weight.name.rpartition(".")[0]: units_reached(weight.dims[0], names)
+        for weight in discovery.weights
+        if weight.name in stacked
+    }
+    return {path: units for path, units in found.items() if units}

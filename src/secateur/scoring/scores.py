@@ -174,7 +174,9 @@ def statistics_for(
     elif needs == "masks":
         found = mask_statistics(model, windows, wanted=_dims_of(groups, wanted), **cached)
     elif needs == "experts":
-        found = expert_statistics(model, windows, expert_modules(model, groups), layers=[*layers], progress=progress)
+        found = expert_statistics(
+            model, windows, expert_modules(model, discovery, groups), layers=[*layers], progress=progress
+        )
     elif needs == "losses":
         found = layer_loss_statistics(model, windows, layers, progress=progress)
     else:
