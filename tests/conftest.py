@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it stands before the imports
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_folders import tiny_config
+from secateur.data import windows
 from secateur.models.config import load_config
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
@@ -23,6 +25,24 @@ def pytest_collection_finish() -> None:
     """Leave the million objects of imported modules out of garbage collection, which makes all tests a fifth faster."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenized_once() -> Iterator[None]:
+    """Hundreds of tests take their windows of the demo's text: each tokenizer reads each of its forms once."""
+    tokenize, known = windows._tokenize, dict[tuple[str, ...], list[list[int]]]()
+
+    def looked_up(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            return tokenize(documents, tokenizer)
+        key = tokenizer.backend_tokenizer.to_str(), *documents
+        if key not in known:
+            known[key] = tokenize(documents, tokenizer)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_tokenize", looked_up)
+        yield
 
 
 @pytest.fixture(scope="session")

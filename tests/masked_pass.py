@@ -72,6 +72,11 @@ class OverKept(TorchDispatchMode):
             self.kept[node.op.rstrip("_")].append(across.get(i, []))
         self.calls: Counter[str] = Counter()
 
+    @property
+    def changes(self) -> bool:
+        """Whether a pass would be another one."""
+        return bool(self.scalars) or any(kept for calls in self.kept.values() for kept in calls)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = _name(func)
         call, self.calls[name] = self.calls[name], self.calls[name] + 1

@@ -53,12 +53,12 @@ class TestDemoTexts:
         shared = "one two three four five six seven eight nine ten eleven twelve thirteen"
         topics = {"a": f"first {shared}", "b": f"{shared} last", "c": shared.replace("six", "6"), "d": "fourth"}
         monkeypatch.setattr("pydoc_data.topics.topics", topics)
-        assert demo_texts() == (topics["c"], f"{topics['b']}\n\nfourth")
+        assert demo_texts.__wrapped__() == (topics["c"], f"{topics['b']}\n\nfourth")
 
     def test_a_text_of_two_names_counts_at_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         topics = {"d": "two", "a": "one", "b": "two", "c": "three", "e": "five"}
         monkeypatch.setattr("pydoc_data.topics.topics", topics)
-        assert demo_texts() == ("one\n\nthree\n\nfive", "two")
+        assert demo_texts.__wrapped__() == ("one\n\nthree\n\nfive", "two")
 
 
 class TestRows:

@@ -6,6 +6,7 @@ taken from: one text, or documents that no window crosses.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ MESSAGES = "messages"
 MAX_CHARACTERS = 2_000_000  # of a calibration text; a few seconds of tokenising, and far more than windows need
 
 
+@functools.cache
 def demo_texts() -> tuple[str, str]:
     """Return a calibration text and an evaluation text that every Python has: its own language reference.
 

@@ -8,6 +8,7 @@ smaller.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -52,12 +53,28 @@ def module_changes(
 ) -> ModuleChanges:
     """The attributes and the padding with which the model runs in the sizes that `pruned` says; see `attributes_after`.
 
-    `padded` is the padding that the model to be cut has already; by default, what its config says. Raises
-    `DiscoveryError` when no combination of values lets the model run.
+    `padded` is the padding that the model to be cut has already; by default, what its config says. The last answer is
+    kept, because a run asks the same when it plans and at each cut. Raises `DiscoveryError` when no combination of
+    values lets the model run.
     """
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     before = padded_in(dense) if padded is None else padded
-    known: dict[str, Any] = {"skipped": skipped, "padded": before, "trust_remote_code": trust_remote_code}
+    content = type(config), config.to_json_string(use_diff=False), trust_remote_code
+    question = content, discovery, pruned, skipped or {}, before
+    if _LAST.get("question") != question:
+        known: dict[str, Any] = {"skipped": skipped, "padded": before, "trust_remote_code": trust_remote_code}
+        _LAST.update(question=question, answer=_changes(config, dense, discovery, pruned, known))
+    answer: ModuleChanges = copy.deepcopy(_LAST["answer"])  # a config of its own is a module's to change
+    return answer
+
+
+_LAST: dict[str, Any] = {}  # the last question and its answer
+
+
+def _changes(
+    config: PreTrainedConfig, dense: PreTrainedModel, discovery: Discovery, pruned: PrunedSizes, known: dict[str, Any]
+) -> ModuleChanges:
+    before, trust_remote_code = known["padded"], known["trust_remote_code"]
     if not before and _whole_heads(discovery, pruned):
         with suppress(DiscoveryError):
             return ModuleChanges(attributes_after(config, discovery, pruned, **known), {})
