@@ -28,7 +28,7 @@ RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-experts bench-scale bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots format clean
+.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-experts bench-scale bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots notebooks format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -131,6 +131,9 @@ classes: $(STAMP)  ## What can be cut in the types of the other auto classes; wr
 
 screenshots: demo  ## Write the pictures of the demo's report in docs/; needs chromium
 	$(BIN)/python tests/browser.py runs/demo/report.html docs
+
+notebooks: $(STAMP)  ## Run the tutorials in docs/notebooks and write them back with what they printed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py
 
 format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff format
