@@ -44,6 +44,7 @@ def windows() -> Tensor:
     ("cut", "stages"),
     [
         ({}, ["score", "repair", "cut"]),
+        ({"prices": "measured"}, ["score", "price", "repair", "cut"]),
         ({"score": "l2", "repair": "none"}, ["score", "cut"]),
         ({"repair": "reconstruct", "score": "l2"}, ["score", "repair", "cut", "reconstruct"]),
         (

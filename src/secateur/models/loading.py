@@ -223,3 +223,9 @@ def _device(device: str) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= n_gpus:
         raise ModelError(f"device {device!r} does not exist; torch sees {n_gpus} GPUs. {expected}")
     return target
+
+
+def unplaced_in(name: str, loading: LoadOptions) -> tuple[str, ...]:
+    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names."""
+    gguf = resolve(name).kind == "gguf"
+    return () if gguf else load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]

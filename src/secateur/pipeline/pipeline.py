@@ -36,8 +36,7 @@ from secateur.evaluation.memory import weight_bytes
 from secateur.models.classes import config_of, objective_of
 from secateur.models.config import check_positions, class_of, is_custom, load_config
 from secateur.models.inputs import check_reads_text
-from secateur.models.loading import LoadOptions, load, load_on_meta
-from secateur.models.sources import resolve
+from secateur.models.loading import load, unplaced_in
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
@@ -55,6 +54,7 @@ from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
 from secateur.pruning.rotation import rotated
+from secateur.scoring.measured import measured_scores
 from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
@@ -298,6 +298,10 @@ class Pipeline:
         found = replace(found, units={**found.units, **tokens})
         if self.statistics is not None and first:
             self.statistics.save_scores(found)
+        if at.options.prices == "measured":
+            unseen = self._behind_needed(self.calibration.unscored(self.windows()))
+            with self.clock.stage(self._title("price", at)) as progress:
+                found = measured_scores(self._model_at(at), at.discovery, found, unseen, progress=progress)
         self.cache.save_scores(at.number, found)
         return found
 
@@ -463,12 +467,6 @@ class Decision:
     at: Position
     plan: Plan
     before: Plan | None
-
-
-def unplaced_in(name: str, loading: LoadOptions) -> tuple[str, ...]:
-    """The tensors of a checkpoint that the model has no place for; the weights of a GGUF have other names."""
-    gguf = resolve(name).kind == "gguf"
-    return () if gguf else load_on_meta(name, trust_remote_code=loading.trust_remote_code)[1]
 
 
 def fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:

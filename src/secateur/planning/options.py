@@ -76,6 +76,9 @@ class CutOptions:
     """Importance of a unit. Auto: `fisher`; `param_second` for hidden and layers."""
     reduce: Reduction = "auto"
     """How the scores of a unit's weights become one. Auto: the score's own, usually their sum."""
+    prices: Literal["estimated", "measured"] = "estimated"
+    """What units of different groups are compared by: the score as it is, or scaled group by group to what the loss
+    really loses without the cheapest units, which takes a forward pass for each group."""
     choose: Literal["auto", "score", "obs"] = "auto"
     """Which units of a group go: those of the lowest score, or among these and the next cheapest, half as many, by
     optimal brain surgeon during repair. Auto: obs with the score fisher."""
@@ -196,6 +199,11 @@ def _check_together(options: CutOptions) -> None:
         )
     if options.sublayers and (options.scope == "local" or options.shape != "per-layer"):
         raise PlanError("sublayers=True lets single layers lose one: use shape=per-layer and scope=global with it")
+    if options.prices == "measured" and (options.scope != "global" or options.score != "fisher"):
+        raise PlanError(
+            f"prices=measured scales scores in nats that rank the units of all layers, and score={options.score}, "
+            f"scope={options.scope}: use score=fisher and scope=global with it"
+        )
     if options.engine == "sglang" and options.shape != "uniform":
         raise PlanError(f"engine=sglang reads layers of one size, and shape={options.shape}: use shape=uniform")
     _check_tokens(options)

@@ -26,12 +26,11 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError, one_line
 from secateur.files import MODEL_MARK, read_json
 from secateur.models.config import is_custom, load_config
-from secateur.models.loading import load
+from secateur.models.loading import load, unplaced_in
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import has_begun, work_folder
-from secateur.pipeline.pipeline import unplaced_in
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
 from secateur.pipeline.run import prune_model
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration

@@ -1,0 +1,87 @@
+"""Scores are scaled, group by group, to what the cheapest units of the group lose when they are left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from every_type import tiny_type_model
+from families import family_config, family_model
+from secateur import CutOptions, discover, score
+from secateur.discovery.groups import Discovery
+from secateur.errors import PlanError
+from secateur.models.silence import quiet
+from secateur.planning.plan import Plan, PlannedGroup
+from secateur.pruning.prune import prune
+from secateur.scoring.measured import LEAST, MOST, SHARE, measured_scores
+from secateur.scoring.scores import Scores
+
+WINDOWS = torch.randint(3, 101, (6, 12), generator=torch.Generator().manual_seed(2))
+SEEN, UNSEEN = WINDOWS[:4], WINDOWS[4:]
+
+
+def fisher(model: PreTrainedModel, discovery: Discovery, axes: tuple[str, ...]) -> Scores:
+    groups = [group.name for group in discovery.groups if group.kind in axes]
+    return score(model, discovery=discovery, name="fisher", windows=SEEN, groups=groups)
+
+
+def divergence(model: PreTrainedModel, smaller: PreTrainedModel) -> float:
+    """Nats per token, by the definition."""
+    total: list[Tensor] = []
+    with torch.no_grad():
+        for ids in UNSEEN:
+            p, q = (functional.log_softmax(m(input_ids=ids[None]).logits[0].double(), -1) for m in (model, smaller))
+            total.append(functional.kl_div(q, p, log_target=True, reduction="none").sum(-1))
+    return float(torch.cat(total).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_each_group_is_scaled_to_the_divergence_of_its_cut(family: str) -> None:
+    """Layers in turn, attention and MLP side by side, transposed weights: leaving out is cutting."""
+    model = family_model(family_config(family), dtype=torch.float64)
+    discovery = discover(model.config)
+    scores = fisher(model, discovery, ("attention", "mlp"))
+    scaled = measured_scores(model, discovery, scores, UNSEEN)
+    for name, units in scores.units.items():
+        group = discovery.group(name)
+        gone = set(units.argsort(stable=True)[: max(1, round(SHARE * len(units)))].tolist())
+        keep = tuple(unit for unit in range(group.units) if unit not in gone)
+        planned = PlannedGroup(name, group.kind, group.layer, units=group.units, kept=len(keep), keep=keep)
+        smaller = prune(model, Plan(family, CutOptions(), (planned,), {}, {}), discovery=discovery)
+        estimated = float(units[sorted(gone)].sum())
+        expected = min(MOST, max(LEAST, divergence(model, smaller) / estimated))
+        assert float(scaled.units[name][sorted(gone)].sum()) == pytest.approx(expected * estimated, rel=1e-3)
+        assert torch.equal(scaled.units[name].argsort(stable=True), units.argsort(stable=True))
+
+
+def test_units_that_no_product_reads_have_the_usual_factor() -> None:
+    with quiet():
+        model = tiny_type_model("mixtral")
+    discovery = discover(model.config)
+    scores = fisher(model, discovery, ("attention", "expert"))
+    scaled = measured_scores(model, discovery, scores, UNSEEN)
+    factors = {name: float((scaled.units[name] / units).nanmedian()) for name, units in scores.units.items()}
+    attention = [factor for name, factor in factors.items() if name.endswith("attention")]
+    assert len(set(attention)) == 3
+    for name, factor in factors.items():
+        if name.endswith("expert"):
+            assert factor == pytest.approx(sorted(attention)[1], rel=1e-4)
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = family_model(family_config("llama"), dtype=torch.float32)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    logits = model(input_ids=UNSEEN).logits
+    measured_scores(model, discover(model.config), fisher(model, discover(model.config), ("mlp",)), UNSEEN)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert torch.equal(model(input_ids=UNSEEN).logits, logits)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("other", [{"scope": "local"}, {"score": "l2"}, {"of": "units"}])
+def test_prices_are_those_of_one_ranking_in_nats(other: dict[str, str]) -> None:
+    with pytest.raises(PlanError, match=r"prices=measured scales scores in nats .*: use score=fisher and scope=global"):
+        CutOptions(prices="measured", **other)  # type: ignore[arg-type]
