@@ -32,6 +32,7 @@ from secateur.files import atomic_file, write_json
 ROWS = {  # name -> what `secateur prune` is told besides the ratio and the text
     "LLM-Pruner's recipe": ["--preset", "llm-pruner"],
     "`fast`": ["--preset", "fast"],
+    "`fast --prices measured`": ["--preset", "fast", "--prices", "measured"],
     "`best`": ["--preset", "best"],
 }
 DENSE, TRAINED = "dense", ", then trained"
