@@ -6,8 +6,7 @@ MODEL is a folder, so that its weights stay on the disk. Every step is a process
 user would call it: the cut, the training (`--minutes`, of the row that is named last), the loss on every text beside
 the dense model, prefill and decoding beside the dense model in transformers, and with `--gguf TYPE` in llama.cpp.
 Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
-comes (`--out`), and the same command goes on after a stop; `--write` puts the table into README.md and
-docs/benchmarks.md.
+comes (`--out`), and the same command goes on after a stop; `--write` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quality_table import between_marks, write_benchmark
-from secateur.files import atomic_file, write_json
+from quality_table import write_benchmark
+from secateur.files import write_json
 
 ROWS = {  # name -> what `secateur prune` is told besides the ratio and the text
     "LLM-Pruner's recipe": ["--preset", "llm-pruner"],
@@ -37,7 +36,6 @@ ROWS = {  # name -> what `secateur prune` is told besides the ratio and the text
 }
 DENSE, TRAINED = "dense", ", then trained"
 MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
-README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
@@ -45,7 +43,7 @@ def main() -> None:
     options = _arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for ratio in options.ratio:
+    for ratio in [] if options.table else options.ratio:
         for row in options.row:
             _measure(f"{ratio:.0%} | {row}", ratio, row, results, options)
         if options.minutes:
@@ -58,10 +56,7 @@ def main() -> None:
         table.add_row(*cells)
     Console(width=200).print(table)
     if options.write:
-        made = block(results)
-        write_benchmark(made, MARKS)
-        with atomic_file(README, overwrite=True) as file:
-            file.write_text(between_marks(README.read_text(encoding="utf-8"), made, marks=MARKS), encoding="utf-8")
+        write_benchmark(block(results), MARKS)
 
 
 def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options: argparse.Namespace) -> None:
@@ -205,7 +200,8 @@ def _arguments() -> argparse.Namespace:
     add("--protocol", default="served@1024")
     add("--gguf", help="also run llama.cpp on files of this type, for example q8_0")
     add("--keep", action="store_true", help="keep the folders of trained models, too")
-    add("--write", action="store_true", help="the tables of README.md and docs/benchmarks.md")
+    add("--write", action="store_true", help="the table of docs/benchmarks.md")
+    add("--table", action="store_true", help="measure nothing: the table of what is there")
     add("--folder", type=Path, default=Path("runs/scale"))
     add("--out", type=Path, default=Path("runs/scale.json"))
     options = parser.parse_args()
