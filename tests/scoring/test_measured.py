@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 
 from every_type import tiny_type_model
 from families import family_config, family_model
@@ -69,6 +69,31 @@ def test_units_that_no_product_reads_have_the_usual_factor() -> None:
     for name, factor in factors.items():
         if name.endswith("expert"):
             assert factor == pytest.approx(sorted(attention)[1], rel=1e-4)
+
+
+def test_an_embedding_model_is_judged_by_its_hidden_states() -> None:
+    config = BertConfig(
+        vocab_size=101, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    model = BertModel(config).eval()
+    discovery = discover(model)
+    scores = fisher(model, discovery, ("mlp",))
+    scaled = measured_scores(model, discovery, scores, UNSEEN)
+    with torch.no_grad():
+        dense = torch.cat([model(input_ids=ids[None]).last_hidden_state for ids in UNSEEN])
+    for name, units in scores.units.items():
+        gone = units.argsort(stable=True)[: max(1, round(SHARE * len(units)))]
+        keep = tuple(sorted({*range(len(units))} - {*gone.tolist()}))
+        group = discovery.group(name)
+        planned = PlannedGroup(name, "mlp", group.layer, units=group.units, kept=len(keep), keep=keep)
+        smaller = prune(model, Plan("bert", CutOptions(), (planned,), {}, {}), discovery=discovery)
+        with torch.no_grad():
+            cut = torch.cat([smaller(input_ids=ids[None]).last_hidden_state for ids in UNSEEN])
+        size = dense.square().mean(-1, keepdim=True).sqrt()
+        lost = float((0.5 * ((cut - dense) / size).square()).sum(-1).mean())
+        expected = min(MOST * float(units[gone].sum()), max(LEAST * float(units[gone].sum()), lost))
+        assert float(scaled.units[name][gone].sum()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_model_stays_as_it_is() -> None:

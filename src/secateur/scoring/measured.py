@@ -4,7 +4,7 @@ A score such as Fisher information estimates from derivatives what the loss lose
 at that. Within a group it ranks units well; between groups it can be off by a factor of ten: where a few units hold up
 activations that the rest of the model relies on, or where all units look cheap by chance. So the cheapest units of each
 group are left out, one group at a time, and the divergence of the predictions is measured.
-Axes: B samples, T tokens, V vocabulary.
+Axes: T tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.models.inputs import arguments, predicted
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import input_device, plain_products, probe_windows, replaced_forward
+from secateur.scoring.passes.loss import divergence
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.scores import Scores
 from secateur.scoring.unit_scores import units_reached
@@ -42,9 +43,9 @@ def measured_scores(
 ) -> Scores:
     """Scores in nats per token, those of each group scaled to what its cheapest units together lose when left out.
 
-    The loss is the Kullback-Leibler divergence of the next token, in nats per token, on the windows (int64, samples x
-    length), which should not be those that were scored. A group of units that no product reads (experts) is scaled by
-    the median of the others; tokens of the vocabulary are not. One pass of the model's later layers for each group.
+    The loss is the Kullback-Leibler divergence of a prediction, such as the next token, in nats, on the windows (int64,
+    samples x length), which should not be those that were scored. A group of units that no product reads (experts) is
+    scaled by the median of the others; tokens of the vocabulary are not. One pass of the later layers for each group.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.scoring.scores import score
@@ -86,17 +87,17 @@ class _Divergence:
         modules = dict(model.named_modules())
         self.layers = {number: modules[path] for path, number in discovery.layer_paths.items() if path in modules}
         self.outputs: list[dict[int, Any]] = []  # of each window: layer -> what it gave
-        self.whole_TV: list[Tensor] = []
+        self.whole: list[Tensor] = []  # predictions of the whole model
         for ids_T in self.windows:
             self.outputs.append({})
             with self._recorded(self.outputs[-1]):
-                self.whole_TV.append(self._log_probabilities(ids_T))
+                self.whole.append(self._predicted(ids_T))
         last = max(self.layers, default=-1)
         self.skips = last > 0 and all(given.keys() == self.layers.keys() for given in self.outputs)
         if self.skips:  # code that hands more from layer to layer than it returns has to run whole
             with self._without_layers_before(last, 0):
-                again_TV = self._log_probabilities(self.windows[0])
-            self.skips = torch.allclose(again_TV, self.whole_TV[0], atol=1e-3)
+                again = self._predicted(self.windows[0])
+            self.skips = torch.allclose(again, self.whole[0], atol=1e-3)
 
     def __call__(self, group: Group, units: Tensor) -> float | None:
         """Nats per token; None where no product reads the group's units."""
@@ -114,18 +115,17 @@ class _Divergence:
             return product.compute(product.inputs, zeroed[product.weight], product.bias)
 
         total = 0.0
-        for number, (ids_T, whole_TV) in enumerate(zip(self.windows, self.whole_TV, strict=True)):
+        for number, (ids_T, whole) in enumerate(zip(self.windows, self.whole, strict=True)):
             with ExitStack() as stack:
                 if self.skips and group.layer is not None:
                     stack.enter_context(self._without_layers_before(group.layer, number))
                 stack.enter_context(WeightProducts({name: self.parameters[name] for name in zeroed}, without))
-                cut_TV = self._log_probabilities(ids_T)
-            total += float((whole_TV.exp() * (whole_TV - cut_TV)).sum(-1).mean())
+                cut = self._predicted(ids_T)
+            total += float(divergence(self.model, whole, cut)) / (cut.numel() / cut.shape[-1])
         return max(0.0, total / len(self.windows))
 
-    def _log_probabilities(self, ids_T: Tensor) -> Tensor:
-        logits = predicted(self.model(**arguments(self.model, ids_T[None])))
-        return logits[0].float().log_softmax(-1)
+    def _predicted(self, ids_T: Tensor) -> Tensor:
+        return predicted(self.model(**arguments(self.model, ids_T[None])))
 
     @contextmanager
     def _recorded(self, outputs: dict[int, Any]) -> Iterator[None]:

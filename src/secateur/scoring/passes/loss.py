@@ -130,15 +130,21 @@ def summed_loss(model: PreTrainedModel, windows_BT: Tensor, dense: Sequence[Tens
         elif dense is None:
             raise ScoreError(f"{type(model).__name__}: windows have no labels; give outputs_of(dense model, windows)")
         else:
-            loss = _divergence(model, dense[number].to(output.device), output)
+            loss = divergence(model, dense[number].to(output.device), output)
         total += loss.cpu()
     return total
 
 
-def _divergence(model: PreTrainedModel, dense: Tensor, output: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence of a prediction from the dense model's, nats."""
+def divergence(model: PreTrainedModel, dense: Tensor, output: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of predictions from the dense model's, nats, summed over the predictions.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> divergence(AutoModelForCausalLM.from_config(config), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor(0.)
+    """
     dense, output = dense.float(), output.float()
-    if objective(model) == "class" and output.shape[-1] > 1:
+    if objective(model) != "embedding" and output.shape[-1] > 1:
         of_dense, of_output = dense.log_softmax(-1), output.log_softmax(-1)
         return functional.kl_div(of_output, of_dense, reduction="sum", log_target=True)
     return 0.5 * ((output - dense) / _scale(dense)).square().sum()
