@@ -235,8 +235,11 @@ def test_it_fits_a_phone(chromium: Any, served: Served) -> None:
     context.close()
 
 
-def test_no_request_leaves_the_machine_and_ctrl_c_ends_it(served: Served) -> None:
-    """Last in this file: where the pages of all tests above and the process itself have connected to."""
+def test_no_request_leaves_the_machine_and_ctrl_c_ends_it(served: Served, page: Any) -> None:
+    """Last in this file: where this page, those of tests before it and the process itself have connected to."""
+    ask(page, "Where does this go?")
+    wait_for_end(page)
+    page.close()
     assert {urlsplit(url).netloc for url in served.requests if not url.startswith(("data:", "blob:"))} == {
         urlsplit(served.url).netloc
     }
