@@ -28,11 +28,11 @@ from rich.table import Table
 from quality_table import write_benchmark
 from secateur.files import write_json
 
-ROWS = {  # name -> what `secateur prune` is told besides the ratio and the text
-    "LLM-Pruner's recipe": ["--preset", "llm-pruner"],
-    "`fast`": ["--preset", "fast"],
-    "`fast --prices measured`": ["--preset", "fast", "--prices", "measured"],
-    "`best`": ["--preset", "best"],
+ROWS = {  # name -> as the table has it, and what `secateur prune` is told besides the ratio and the text
+    "llm-pruner": ("LLM-Pruner's recipe", ["--preset", "llm-pruner"]),
+    "fast": ("`fast`", ["--preset", "fast"]),
+    "fast-measured": ("`fast --prices measured`", ["--preset", "fast", "--prices", "measured"]),
+    "best": ("`best`", ["--preset", "best"]),
 }
 DENSE, TRAINED = "dense", ", then trained"
 MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
@@ -45,9 +45,10 @@ def main() -> None:
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     for ratio in [] if options.table else options.ratio:
         for row in options.row:
-            _measure(f"{ratio:.0%} | {row}", ratio, row, results, options)
+            _measure(f"{ratio:.0%} | {ROWS[row][0]}", ratio, row, results, options)
         if options.minutes:
-            _measure(f"{ratio:.0%} | {options.row[-1]}{TRAINED}", ratio, options.row[-1], results, options)
+            last = options.row[-1]
+            _measure(f"{ratio:.0%} | {ROWS[last][0]}{TRAINED}", ratio, last, results, options)
     head, *rows = rows_of(results)
     table = Table(title=f"{options.name or options.model}: damage in nats per token")
     for column in head:
@@ -62,12 +63,12 @@ def main() -> None:
 def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options: argparse.Namespace) -> None:
     """Take each step of a row that is not there; a folder that a later step needs is made again."""
     found = results.setdefault(key, {})
-    cut = options.folder / f"{ratio:.2f} {row}".replace(" ", "-").replace("`", "").replace("'", "")
+    cut = options.folder / f"{ratio:.2f}-{row}"
     folder = cut.with_name(f"{cut.name}-trained") if key.endswith(TRAINED) else cut
     texts = [f"--calibration={text}" for text in options.calibration]
     steps: dict[str, Any] = {
         "cut": lambda file: _secateur(
-            file, "prune", options.model, str(cut), "--ratio", str(ratio), *ROWS[row], *texts, *options.cut.split()
+            file, "prune", options.model, str(cut), "--ratio", str(ratio), *ROWS[row][1], *texts, *options.cut.split()
         )
     }
     if folder != cut:

@@ -25,7 +25,7 @@ from secateur.discovery.recorder import Recorder, tensors_in
 from secateur.errors import DiscoveryError, one_line
 from secateur.models.as_written import as_written
 from secateur.models.classes import objective
-from secateur.models.inputs import is_numbers, nothing_else, predicted, traced_inputs, with_end
+from secateur.models.inputs import is_numbers, predicted, traced_inputs, with_end, without_extras
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _first_that_runs(
     batch, sequence, written = lengths
     for shapes in traced_inputs(model, batch, sequence, written):
         try:
-            return shapes, _run_on_fake_tensors(model, shapes, start_tokens, **nothing_else(model))
+            return shapes, _run_on_fake_tensors(model, shapes, start_tokens, **without_extras(model))
         except DiscoveryError as error:
             failure = failure or error
     raise failure or DiscoveryError(f"{type(model).__name__}: {NO_INPUTS}")

@@ -41,13 +41,13 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
         start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))
         half = ids_BT.shape[1] // 2
         given = {INPUT_IDS: ids_BT[:, :half], DECODER_IDS: torch.cat([start, ids_BT[:, half:-1]], dim=1)}
-    return given | nothing_else(model)
+    return given | without_extras(model)
 
 
-def nothing_else(model: Any) -> dict[str, Any]:
+def without_extras(model: Any) -> dict[str, Any]:
     """The arguments that keep a model from filling a cache, and from a loss over its routers, where it would do so.
 
-    >>> nothing_else(nn.Linear(2, 2))
+    >>> without_extras(nn.Linear(2, 2))
     {'use_cache': False}
     """
     accepted = inspect.signature(model.forward).parameters
