@@ -43,8 +43,8 @@ def windows() -> Tensor:
 @pytest.mark.parametrize(
     ("cut", "stages"),
     [
-        ({}, ["score", "repair", "cut"]),
-        ({"prices": "measured"}, ["score", "price", "repair", "cut"]),
+        ({}, ["score", "price", "repair", "cut"]),
+        ({"prices": "estimated"}, ["score", "repair", "cut"]),
         ({"score": "l2", "repair": "none"}, ["score", "cut"]),
         ({"repair": "reconstruct", "score": "l2"}, ["score", "repair", "cut", "reconstruct"]),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
@@ -15,7 +16,7 @@ from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.planning.plan import Plan
-from secateur.pruning.closed_form import REPAIRS, CutMatrix, fit_columns, inputs_of
+from secateur.pruning.closed_form import REPAIRS, CutMatrix, damping_for, fit_columns, inputs_of
 from secateur.pruning.norms import narrowed, scaled_weight
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.scores import Scores
@@ -156,11 +157,43 @@ def test_later_layers_are_fitted_to_what_the_repaired_ones_before_them_give() ->
     dense, kept = model.get_parameter(last).detach(), torch.nonzero(found.weights[last].abs().sum(0)).flatten()
 
     def fitted_to(other: PreTrainedModel) -> Tensor:
-        inputs = inputs_of(read_by(other, last, WINDOWS))
-        return fit_columns(CutMatrix(dense, inputs, kept, has_bias=False)).columns_RK
+        cut = CutMatrix(dense, inputs_of(read_by(other, last, WINDOWS), len(WINDOWS)), kept, has_bias=False)
+        return fit_columns(replace(cut, damping=damping_for(cut))).columns_RK
 
     assert torch.allclose(found.weights[last][:, kept], fitted_to(masked(model, found)), rtol=1e-9, atol=1e-12)
     assert not torch.allclose(found.weights[last][:, kept], fitted_to(model), rtol=1e-3)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("tokens", "common", "expected"), [(4000, 3, 0.01), (160, 1, 0.1), (160, 0, math.inf)])
+def test_a_fit_is_damped_as_tokens_that_it_does_not_see_want_it(
+    tokens: int, common: float, expected: float, has_bias: bool
+) -> None:
+    """Few tokens for 60 columns, or columns that have little in common: the fit moves less, or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    shared, mixing, own, w = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((tokens, 8), (8, 80), (tokens, 80), (6, 80))
+    )
+    x = common * shared @ mixing + own + 0.5 * has_bias
+    cut = CutMatrix(w, inputs_of(x, windows=16), torch.arange(60), has_bias=has_bias)
+    left_out = torch.arange(tokens) * 16 // tokens % 4 == 3
+    seen, unseen = (x[which] - has_bias * x[which].mean(0) for which in (~left_out, left_out))
+
+    def error(damping: float) -> float:
+        """On the tokens left out, by the normal equations of the others."""
+        moved = torch.zeros(60, 6, dtype=x.dtype)
+        if not math.isinf(damping):
+            ridge = damping * seen.square().sum(0).mean() * torch.eye(60, dtype=x.dtype)
+            gram = seen[:, :60].T @ seen[:, :60] + ridge
+            moved = torch.linalg.solve(gram, seen[:, :60].T @ (seen[:, 60:] @ w[:, 60:].T))
+        return float((unseen[:, :60] @ moved - unseen[:, 60:] @ w[:, 60:].T).square().sum())
+
+    found = damping_for(cut)
+    assert found == expected == min([0.01, 0.1, 1.0, 10.0, math.inf], key=error)
+    fit = fit_columns(replace(cut, damping=found))
+    assert torch.equal(fit.columns_RK, w[:, :60]) == math.isinf(found)
+    assert (fit.shift_R is not None) == has_bias
 
 
 def test_removing_nothing_changes_nothing() -> None:

@@ -17,25 +17,29 @@ from secateur.scoring.scores import statistics_for
 WINDOWS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0))
 
 
-def by_autograd(model: PreTrainedModel, masks: dict[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Group -> 1/2 tokens x sum over samples of the square of the mean loss's derivative by its masks."""
+def by_autograd(
+    model: PreTrainedModel, masks: dict[str, tuple[str, Tensor]], windows: Tensor = WINDOWS, spans: int = 1
+) -> dict[str, Tensor]:
+    """Group -> 1/2 tokens x sum over spans of the square of the mean loss's derivative by its masks."""
     parameters = {
-        group: torch.ones(int(unit_of.max()) + 1, requires_grad=True) for group, (_, unit_of) in masks.items()
+        group: torch.ones(spans, int(unit_of.max()) + 1, requires_grad=True) for group, (_, unit_of) in masks.items()
     }
+    numbers = torch.arange(windows.shape[1]).tensor_split(spans)
+    span_of = torch.cat([torch.full((len(tokens),), number) for number, tokens in enumerate(numbers)])
     handles = [
         model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, group=group, unit_of=unit_of: (args[0] * parameters[group][unit_of], *args[1:])
+            lambda _, args, group=group, unit_of=unit_of: (args[0] * parameters[group][span_of][:, unit_of], *args[1:])
         )
         for group, (path, unit_of) in masks.items()
     ]
-    total = {group: torch.zeros_like(parameter) for group, parameter in parameters.items()}
-    for window in WINDOWS:
-        loss = model(input_ids=window[None], labels=window[None]).loss / len(WINDOWS)
+    total = {group: torch.zeros(parameter.shape[1]) for group, parameter in parameters.items()}
+    for window in windows:
+        loss = model(input_ids=window[None], labels=window[None]).loss / len(windows)
         for group, gradient in zip(parameters, torch.autograd.grad(loss, [*parameters.values()]), strict=True):
-            total[group] += gradient.square()
+            total[group] += gradient.square().sum(0)
     for handle in handles:
         handle.remove()
-    return {group: each * WINDOWS.numel() / 2 * (1 - 1 / WINDOWS.shape[1]) for group, each in total.items()}
+    return {group: each * windows.numel() / 2 * (1 - 1 / windows.shape[1]) for group, each in total.items()}
 
 
 def test_fisher_information_is_autograds() -> None:
@@ -50,6 +54,29 @@ def test_fisher_information_is_autograds() -> None:
     )
     for group, values in expected.items():
         assert torch.allclose(scores.units[group], values, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "paths"),
+    [
+        ("llama", ("model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj")),
+        ("gpt2", ("transformer.h.1.mlp.c_proj", "transformer.h.2.attn.c_proj")),
+    ],
+)
+def test_tokens_of_longer_windows_count_span_by_span(family: str, paths: tuple[str, str]) -> None:
+    windows = torch.randint(3, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+    model = family_model(family_config(family), dtype=torch.float64)
+    scores = score(model, name="fisher", windows=windows)
+    heads = len(scores.units["layers.2.attention"])
+    width = model.get_parameter(f"{paths[1]}.weight").shape[int(family == "llama")]
+    masks = {
+        "layers.1.mlp": (paths[0], torch.arange(84)),
+        "layers.2.attention": (paths[1], torch.arange(width) // (width // heads)),
+    }
+    for group, values in by_autograd(model, masks, windows, spans=3).items():
+        assert torch.allclose(scores.units[group].double(), values.double(), rtol=1e-5), group
+    at_once = by_autograd(model, masks, windows)
+    assert not torch.allclose(scores.units["layers.1.mlp"].double(), at_once["layers.1.mlp"].double(), rtol=0.1)
 
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -117,11 +144,12 @@ def test_fisher_information_in_parts_is_that_at_once(family: str, monkeypatch: p
     else:
         config = family_config(family)
     model = family_model(config, dtype=torch.float32)
-    whole = score(model, name="fisher", windows=WINDOWS)
+    windows = torch.randint(3, 97, (5, 20), generator=torch.Generator().manual_seed(1))  # two spans each
+    whole = score(model, name="fisher", windows=windows)
     monkeypatch.setattr(
         "secateur.scoring.collect_backward.fitting_batches", lambda model, windows, *_: list(windows.tensor_split(3))
     )
-    parts = score(model, name="fisher", windows=WINDOWS)
+    parts = score(model, name="fisher", windows=windows)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
     for group, values in whole.units.items():
         assert torch.allclose(parts.units[group], values, rtol=1e-3, atol=1e-9 * float(values.max())), group

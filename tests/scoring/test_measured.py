@@ -1,4 +1,4 @@
-"""Scores are scaled, group by group, to what the cheapest units of the group lose when they are left out."""
+"""Scores are scaled, layer by layer, to what the cheapest units of a group lose when they are left out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.errors import PlanError
 from secateur.models.silence import quiet
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
-from secateur.scoring.measured import LEAST, MOST, SHARE, measured_scores
+from secateur.scoring.measured import LEAST, MOST, SHARE, measured_factors
 from secateur.scoring.scores import Scores
 
 WINDOWS = torch.randint(3, 101, (6, 12), generator=torch.Generator().manual_seed(2))
@@ -44,31 +44,27 @@ def test_each_group_is_scaled_to_the_divergence_of_its_cut(family: str) -> None:
     model = family_model(family_config(family), dtype=torch.float64)
     discovery = discover(model.config)
     scores = fisher(model, discovery, ("attention", "mlp"))
-    scaled = measured_scores(model, discovery, scores, UNSEEN)
-    for name, units in scores.units.items():
-        group = discovery.group(name)
+    factors = measured_factors(model, discovery, scores, UNSEEN)
+    assert factors.keys() == {name for name in scores.units if name.endswith("mlp")}  # of three heads, each is its own
+    expected = {}
+    for name in factors:
+        group, units = discovery.group(name), scores.units[name]
         gone = set(units.argsort(stable=True)[: max(1, round(SHARE * len(units)))].tolist())
         keep = tuple(unit for unit in range(group.units) if unit not in gone)
         planned = PlannedGroup(name, group.kind, group.layer, units=group.units, kept=len(keep), keep=keep)
         smaller = prune(model, Plan(family, CutOptions(), (planned,), {}, {}), discovery=discovery)
         estimated = float(units[sorted(gone)].sum())
-        expected = min(MOST, max(LEAST, divergence(model, smaller) / estimated))
-        assert float(scaled.units[name][sorted(gone)].sum()) == pytest.approx(expected * estimated, rel=1e-3)
-        assert torch.equal(scaled.units[name].argsort(stable=True), units.argsort(stable=True))
+        expected[name] = min(MOST, max(LEAST, divergence(model, smaller) / estimated))
+    usual = sorted(expected.values())[len(expected) // 2]
+    assert len(expected) == 3
+    assert factors == pytest.approx({name: each / usual for name, each in expected.items()}, rel=1e-3)
 
 
-def test_units_that_no_product_reads_have_the_usual_factor() -> None:
+def test_groups_of_few_units_keep_their_scores() -> None:
     with quiet():
         model = tiny_type_model("mixtral")
     discovery = discover(model.config)
-    scores = fisher(model, discovery, ("attention", "expert"))
-    scaled = measured_scores(model, discovery, scores, UNSEEN)
-    factors = {name: float((scaled.units[name] / units).nanmedian()) for name, units in scores.units.items()}
-    attention = [factor for name, factor in factors.items() if name.endswith("attention")]
-    assert len(set(attention)) == 3
-    for name, factor in factors.items():
-        if name.endswith("expert"):
-            assert factor == pytest.approx(sorted(attention)[1], rel=1e-4)
+    assert measured_factors(model, discovery, fisher(model, discovery, ("attention", "expert")), UNSEEN) == {}
 
 
 def test_an_embedding_model_is_judged_by_its_hidden_states() -> None:
@@ -79,9 +75,10 @@ def test_an_embedding_model_is_judged_by_its_hidden_states() -> None:
     model = BertModel(config).eval()
     discovery = discover(model)
     scores = fisher(model, discovery, ("mlp",))
-    scaled = measured_scores(model, discovery, scores, UNSEEN)
+    factors = measured_factors(model, discovery, scores, UNSEEN)
     with torch.no_grad():
         dense = torch.cat([model(input_ids=ids[None]).last_hidden_state for ids in UNSEEN])
+    expected = {}
     for name, units in scores.units.items():
         gone = units.argsort(stable=True)[: max(1, round(SHARE * len(units)))]
         keep = tuple(sorted({*range(len(units))} - {*gone.tolist()}))
@@ -92,15 +89,16 @@ def test_an_embedding_model_is_judged_by_its_hidden_states() -> None:
             cut = torch.cat([smaller(input_ids=ids[None]).last_hidden_state for ids in UNSEEN])
         size = dense.square().mean(-1, keepdim=True).sqrt()
         lost = float((0.5 * ((cut - dense) / size).square()).sum(-1).mean())
-        expected = min(MOST * float(units[gone].sum()), max(LEAST * float(units[gone].sum()), lost))
-        assert float(scaled.units[name][gone].sum()) == pytest.approx(expected, rel=1e-3)
+        expected[name] = min(MOST, max(LEAST, lost / float(units[gone].sum())))
+    usual = sum(expected.values()) / 2
+    assert factors == pytest.approx({name: each / usual for name, each in expected.items()}, rel=1e-3)
 
 
 def test_the_model_stays_as_it_is() -> None:
     model = family_model(family_config("llama"), dtype=torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     logits = model(input_ids=UNSEEN).logits
-    measured_scores(model, discover(model.config), fisher(model, discover(model.config), ("mlp",)), UNSEEN)
+    measured_factors(model, discover(model.config), fisher(model, discover(model.config), ("mlp",)), UNSEEN)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert torch.equal(model(input_ids=UNSEEN).logits, logits)
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -108,5 +106,7 @@ def test_the_model_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("other", [{"scope": "local"}, {"score": "l2"}, {"of": "units"}])
 def test_prices_are_those_of_one_ranking_in_nats(other: dict[str, str]) -> None:
+    assert CutOptions(**other).prices == "estimated"  # type: ignore[arg-type]
+    assert CutOptions().prices == "measured"
     with pytest.raises(PlanError, match=r"prices=measured scales scores in nats .*: use score=fisher and scope=global"):
         CutOptions(prices="measured", **other)  # type: ignore[arg-type]

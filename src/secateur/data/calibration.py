@@ -137,15 +137,15 @@ class CalibrationOptions:
         return torch.cat([windows[:as_written], half.repeat(1, 3)[:, : windows.shape[1]]])
 
     def unscored(self, windows: Tensor) -> Tensor:
-        """Two windows that scores have not looked at, or else the last ones of those that they have.
+        """The first 64 tokens of four windows that scores have not looked at, or else of the last that they have.
 
-        >>> windows = torch.arange(8).view(8, 1)
-        >>> [CalibrationOptions(score_samples=n, varied=0.25).unscored(windows).flatten().tolist() for n in (3, 6)]
-        [[3, 4], [4, 5]]
+        >>> windows = torch.arange(24).view(24, 1)
+        >>> [CalibrationOptions(score_samples=n, varied=0.25).unscored(windows).flatten().tolist() for n in (3, 18)]
+        [[3, 4, 5, 6], [14, 15, 16, 17]]
         """
         windows = self.as_written(windows)
         after = windows[len(windows) if self.score_samples is None else self.score_samples :]
-        return after[:2] if len(after) else windows[-2:]
+        return (after[:4] if len(after) else windows[-4:])[:, :64]
 
     def as_scored(self) -> CalibrationOptions:
         """The same options without what only repairs look at, under which statistics for scores can be saved.

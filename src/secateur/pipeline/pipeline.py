@@ -54,7 +54,7 @@ from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
 from secateur.pruning.rotation import rotated
-from secateur.scoring.measured import measured_scores
+from secateur.scoring.measured import kept_factors, measured_factors, scaled, with_factors
 from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores, scores_from, statistics_for
 from secateur.scoring.unit_scores import covers
@@ -299,9 +299,14 @@ class Pipeline:
         if self.statistics is not None and first:
             self.statistics.save_scores(found)
         if at.options.prices == "measured":
-            unseen = self._behind_needed(self.calibration.unscored(self.windows()))
-            with self.clock.stage(self._title("price", at)) as progress:
-                found = measured_scores(self._model_at(at), at.discovery, found, unseen, progress=progress)
+            factors = kept_factors(statistics, found)
+            if factors is None:
+                model, unseen = self._model_at(at), self._behind_needed(self.calibration.unscored(self.windows()))
+                with self.clock.stage(self._title("price", at)) as progress:
+                    factors = measured_factors(model, at.discovery, found, unseen, progress=progress)
+                if self.statistics is not None and first:
+                    self.statistics.save(with_factors(statistics, found, factors))
+            found = scaled(found, factors)
         self.cache.save_scores(at.number, found)
         return found
 

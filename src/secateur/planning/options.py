@@ -76,9 +76,9 @@ class CutOptions:
     """Importance of a unit. Auto: `fisher`; `param_second` for hidden and layers."""
     reduce: Reduction = "auto"
     """How the scores of a unit's weights become one. Auto: the score's own, usually their sum."""
-    prices: Literal["estimated", "measured"] = "estimated"
-    """What units of different groups are compared by: the score as it is, or scaled group by group to what the loss
-    really loses without the cheapest units, which takes a forward pass for each group."""
+    prices: Literal["auto", "estimated", "measured"] = "auto"
+    """What channels of different layers are compared by: the score as it is, or scaled layer by layer to what the loss
+    really loses without the cheapest. Auto: measured with the score fisher and the scope global."""
     choose: Literal["auto", "score", "obs"] = "auto"
     """Which units of a group go: those of the lowest score, or among these and the next cheapest, half as many, by
     optimal brain surgeon during repair. Auto: obs with the score fisher."""
@@ -155,10 +155,13 @@ def automatic(options: CutOptions) -> dict[str, Any]:
     even = options.of == "units" or alone
     usual = "param_second" if alone else "fisher"
     score = usual if options.score == "auto" else options.score
+    scope = "local" if even or options.schedule is not None else "global"
+    ranked = score == "fisher" and (scope if options.scope == "auto" else options.scope) == "global"
     return {
         "ratio": 0.2 if options.target is None else None,
         "score": usual,
-        "scope": "local" if even or options.schedule is not None else "global",
+        "scope": scope,
+        "prices": "measured" if ranked else "estimated",
         "shape": "uniform" if even or options.engine == "sglang" else "per-layer",
         "choose": "obs" if score == "fisher" and not alone and options.axes != (TOKENS,) else "score",
         "repair": "none" if no_repair else "least-squares",

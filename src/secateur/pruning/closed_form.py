@@ -1,18 +1,25 @@
 """A matrix that loses input columns -> new values for those that stay, in closed form.
 
-A new repair is one entry of `REPAIRS`: a function of a `CutMatrix`. Names of tensors end in their axes: R rows
-(outputs), C columns (inputs), K columns that are kept, N tokens.
+A new repair is one entry of `REPAIRS`: a function of a `CutMatrix`. A fit to few tokens would follow their chance, most
+of all in a wide matrix: how strongly it is damped is decided by tokens that it does not see (`damping_for`).
+Names of tensors end in their axes: R rows (outputs), C columns (inputs), K columns that are kept, N tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from secateur.scoring.obs import add_gram, least_squares
+from secateur.scoring.obs import DAMPING, add_gram, least_squares, output_error
+
+STRONGER = 10.0  # times a damping: the next that is tried, while the error of tokens that are left out falls
+TIMES = 4  # that it is, at most
+LEFT_OUT = 4  # one window of so many is left out of the fits that are compared
+OUTPUTS_TRIED = 256  # of a matrix, by which dampings are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +30,19 @@ class MatrixInputs:
     """X'X."""
     mean_C: Tensor
     tokens: int
+    left_out: MatrixInputs | None = None
+    """The part of them by which fits to the others are compared; None where tokens are too few."""
+
+    @property
+    def covariance_CC(self) -> Tensor:
+        """X'X of the inputs less their mean."""
+        return self.gram_CC - self.tokens * torch.outer(self.mean_C, self.mean_C)
+
+    def without(self, part: MatrixInputs) -> MatrixInputs:
+        """All tokens but those of a part."""
+        tokens = self.tokens - part.tokens
+        mean_C = (self.tokens * self.mean_C - part.tokens * part.mean_C) / tokens
+        return MatrixInputs(self.gram_CC - part.gram_CC, mean_C, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +56,8 @@ class CutMatrix:
     """Numbers of the columns that stay, int64, ascending."""
     has_bias: bool
     """Whether the architecture adds a bias to its outputs."""
+    damping: float = DAMPING
+    """Of the fit, as a share of the mean square of the inputs; infinite where the columns are to stay as they are."""
 
     @property
     def left_RC(self) -> Tensor:
@@ -58,6 +80,8 @@ class Repair:
     """One method of repair."""
 
     fit: Callable[[CutMatrix], Fit]
+    fits_columns: bool = False
+    """Whether it moves the columns that stay, and so needs a damping."""
     scales_norms: bool = False
     """Whether norms over a hidden width that is cut are scaled as well."""
     fits_experts: bool = False
@@ -66,11 +90,59 @@ class Repair:
     """Whether every layer of the pruned model is trained afterwards (see `reconstruct`)."""
 
 
-def inputs_of(x_NC: Tensor) -> MatrixInputs:
-    """The statistics of inputs, of any float dtype."""
+def inputs_of(x_NC: Tensor, windows: int = LEFT_OUT) -> MatrixInputs:
+    """The statistics of inputs, of any float dtype: of so many windows, one after the other.
+
+    >>> inputs = inputs_of(torch.arange(16.0)[:, None], windows=8)
+    >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
+    (16, 7.5, 4, 10.5)
+    """
+    parts = max(windows, LEFT_OUT)
+    left_out_N = torch.arange(len(x_NC), device=x_NC.device) * parts // max(1, len(x_NC)) % LEFT_OUT == LEFT_OUT - 1
+    part, rest = (_inputs_of(x_NC[which_N]) for which_N in (left_out_N, ~left_out_N))
+    if not part.tokens or not rest.tokens:
+        return _inputs_of(x_NC)
+    mean_C = x_NC.mean(0, dtype=torch.float64)
+    return MatrixInputs(rest.gram_CC.add_(part.gram_CC), mean_C, len(x_NC), left_out=part)
+
+
+def _inputs_of(x_NC: Tensor) -> MatrixInputs:
     gram_CC = torch.zeros(x_NC.shape[-1], x_NC.shape[-1], dtype=torch.float64, device=x_NC.device)
     add_gram(gram_CC, x_NC)
     return MatrixInputs(gram_CC, x_NC.mean(0, dtype=torch.float64), len(x_NC))
+
+
+def damping_for(matrix: CutMatrix) -> float:
+    """The damping with which a fit to most of the tokens serves the others best; infinite where none does any good.
+
+    Compared by the errors of some outputs, evenly spaced, in float32, which is exact enough to compare.
+
+    >>> x_NC = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    >>> independent, alike = (inputs_of(each) for each in (x_NC, x_NC.mean(1, keepdim=True) + 0.01 * x_NC))
+    >>> ones = torch.ones(2, 24).double()
+    >>> [damping_for(CutMatrix(ones, each, torch.arange(12), has_bias=False)) for each in (independent, alike)]
+    [1.0, 0.01]
+    """
+    part = matrix.inputs.left_out
+    if part is None:
+        return DAMPING
+    rest, kept_K = matrix.inputs.without(part), matrix.kept_K
+    seen_CC, unseen_CC = (x.covariance_CC if matrix.has_bias else x.gram_CC for x in (rest, part))
+    seen_CC, unseen_CC = seen_CC.float(), unseen_CC.float()
+    some = slice(None, None, max(1, len(matrix.dense_RC) // OUTPUTS_TRIED))
+    dense_RC, left_RC = matrix.dense_RC[some].float(), matrix.left_RC[some].float()
+    best, least = math.inf, output_error(left_RC - dense_RC, unseen_CC)
+    before = math.inf
+    for times in range(TIMES):
+        damping = DAMPING * STRONGER**times
+        left_RC[:, kept_K] = least_squares(dense_RC, seen_CC, kept_K, damping=damping, dtype=torch.float32).float()
+        error = output_error(left_RC - dense_RC, unseen_CC)
+        if error < least:
+            best, least = damping, error
+        if error >= before:
+            break
+        before = error
+    return best
 
 
 def leave_out(matrix: CutMatrix) -> Fit:
@@ -98,17 +170,17 @@ def fit_columns(matrix: CutMatrix) -> Fit:
     tensor([[1.9900]], dtype=torch.float64)
     """
     dense_RC, kept_K, inputs = matrix.dense_RC, matrix.kept_K, matrix.inputs
+    if math.isinf(matrix.damping):
+        return shift_bias(matrix) if matrix.has_bias else leave_out(matrix)
     if not matrix.has_bias:
-        return Fit(least_squares(dense_RC, inputs.gram_CC, kept_K))
-    mean_C = inputs.mean_C
-    covariance_CC = inputs.gram_CC - inputs.tokens * torch.outer(mean_C, mean_C)
-    columns_RK = least_squares(dense_RC, covariance_CC, kept_K)
-    return Fit(columns_RK, dense_RC @ mean_C - columns_RK @ mean_C[kept_K])
+        return Fit(least_squares(dense_RC, inputs.gram_CC, kept_K, damping=matrix.damping))
+    columns_RK = least_squares(dense_RC, inputs.covariance_CC, kept_K, damping=matrix.damping)
+    return Fit(columns_RK, dense_RC @ inputs.mean_C - columns_RK @ inputs.mean_C[kept_K])
 
 
 REPAIRS = {
     "none": Repair(leave_out),
     "bias": Repair(shift_bias),
-    "least-squares": Repair(fit_columns, scales_norms=True, fits_experts=True),
-    "reconstruct": Repair(fit_columns, scales_norms=True, fits_experts=True, trains_layers=True),
+    "least-squares": Repair(fit_columns, fits_columns=True, scales_norms=True, fits_experts=True),
+    "reconstruct": Repair(fit_columns, fits_columns=True, scales_norms=True, fits_experts=True, trains_layers=True),
 }

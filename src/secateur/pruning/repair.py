@@ -12,6 +12,7 @@ Names of tensors end in their axes: R rows (outputs), C columns (inputs), K colu
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, check_known
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
-from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, inputs_of
+from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, damping_for, inputs_of
 from secateur.pruning.experts import fit_experts_in_place
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.pruning.prune import prune
@@ -179,12 +180,14 @@ class _RepairPass:
             if self.spare[group] and len(groups) == 1 and readers[group] == 1 and self.parameters[name].dim() == 2
         }
         self.norms = norms_over(model, discovery, self.keep) if method.scales_norms else {}
+        self.windows = 1
         self.weights: dict[str, Tensor] = {}
         self.errors: dict[str, tuple[float, float]] = {}
         self.done: set[tuple[str, int | None]] = set()
 
     def run(self, windows: Tensor, layers: list[str], progress: Progress | None) -> None:
         """Pass all windows through the model."""
+        self.windows = len(windows)
         modules = dict(self.model.named_modules())
         passed = itertools.count(1)
 
@@ -243,19 +246,24 @@ class _RepairPass:
                 matrix = new if index is None else new[index]
                 along = product.dim - (new.dim() - matrix.dim())
                 columns_RC = matrix if along == 1 else matrix.t()
-                self._refit(_Matrix(product.weight, index, columns_RC, bias), inputs_of(inputs))
+                self._refit(_Matrix(product.weight, index, columns_RC, bias), inputs_of(inputs, self.windows))
         new_bias = product.bias if bias is None else self.weights.get(bias, product.bias)
         return product.compute(product.inputs, new, new_bias)
 
     def _refit(self, matrix: _Matrix, inputs: MatrixInputs) -> None:
         """Decide which columns of a matrix stay, fit them, and write them into the new weight."""
-        dense_RC = matrix.columns_RC.double().clone()
-        kept_C = self._kept_columns(matrix, dense_RC, inputs)
-        if kept_C.all():
+        # 1. As planned: how strongly its fit is damped.
+        cut = CutMatrix(matrix.columns_RC.double().clone(), inputs, self._kept(matrix), matrix.bias is not None)
+        dense_RC, columns = cut.dense_RC, cut.dense_RC.shape[1]
+        if self.method.fits_columns and len(cut.kept_K) < columns:
+            cut = replace(cut, damping=damping_for(cut))
+        # 2. Which columns stay, where that is decided here, and their fit.
+        for group in self.unit_of[matrix.weight].keys() & self.chosen:
+            self.keep[group] = self._chosen(group, cut, self.unit_of[matrix.weight][group])
+        cut = replace(cut, kept_K=self._kept(matrix))
+        if len(cut.kept_K) == columns:
             return
-        kept_K = torch.nonzero(kept_C).flatten().to(dense_RC.device)
-        cut = CutMatrix(dense_RC, inputs, kept_K, has_bias=matrix.bias is not None)
-        fit = self.method.fit(cut)
+        kept_K, fit = cut.kept_K, self.method.fit(cut)
         fitted_RC = torch.zeros_like(dense_RC)
         fitted_RC[:, kept_K] = fit.columns_RK
         matrix.columns_RC.copy_(fitted_RC)
@@ -266,27 +274,29 @@ class _RepairPass:
             self.weights[matrix.bias] = (before_R.double() + fit.shift_R).to(before_R.dtype)
         self.errors[matrix.name] = _errors(cut, fitted_RC, fit)
 
-    def _kept_columns(self, matrix: _Matrix, dense_RC: Tensor, inputs: MatrixInputs) -> Tensor:
-        """Which columns stay, bool. Of groups that this matrix alone reads, the units are chosen here."""
-        kept_C = torch.ones(dense_RC.shape[1], dtype=torch.bool)
+    def _kept(self, matrix: _Matrix) -> Tensor:
+        """The columns of a matrix that stay, int64, ascending."""
+        kept_C = torch.ones(matrix.columns_RC.shape[1], dtype=torch.bool)
         for group, unit_of_C in self.unit_of[matrix.weight].items():
-            units = int(unit_of_C.max()) + 1
-            if group in self.chosen:
-                self.keep[group] = self._chosen(group, dense_RC, inputs, unit_of_C)
-            stays_U = torch.zeros(units, dtype=torch.bool)
+            stays_U = torch.zeros(int(unit_of_C.max()) + 1, dtype=torch.bool)
             stays_U[list(self.keep[group] or ())] = True
             kept_C &= (unit_of_C < 0) | stays_U[unit_of_C.clamp_min(0)]
-        return kept_C
+        return torch.nonzero(kept_C).flatten().to(matrix.columns_RC.device)
 
-    def _chosen(self, group: str, dense_RC: Tensor, inputs: MatrixInputs, unit_of_C: Tensor) -> tuple[int, ...]:
-        """The units that stay when, of the cheapest, those go that the other columns best make up for."""
-        keep, spare = set(self.keep[group] or ()), self.spare[group] or ()
-        units = int(unit_of_C.max()) + 1
+    def _chosen(self, group: str, cut: CutMatrix, unit_of_C: Tensor) -> tuple[int, ...]:
+        """The units that stay when, of the cheapest, those go that the other columns best make up for.
+
+        Where the others make up for nothing, it is the cheapest that go.
+        """
+        keep, spare, units = set(self.keep[group] or ()), self.spare[group] or (), int(unit_of_C.max()) + 1
+        if math.isinf(cut.damping):
+            return tuple(sorted(keep))
         cheapest = sorted({*range(units)} - keep | {*spare})
         number_U = torch.full((units,), -1)
         number_U[cheapest] = torch.arange(len(cheapest))
         number_C = number_U[unit_of_C.clamp_min(0)].where(unit_of_C >= 0, -1)
-        gone, _ = removal_costs(dense_RC, inputs.gram_CC / inputs.tokens, number_C, keep=len(spare))
+        gram_CC = cut.inputs.gram_CC / cut.inputs.tokens
+        gone, _ = removal_costs(cut.dense_RC, gram_CC, number_C, keep=len(spare), damping=cut.damping)
         return tuple(sorted({*range(units)} - {cheapest[number] for number in gone}))
 
 

@@ -1,8 +1,9 @@
 """Model and calibration windows -> statistics of its gradients, from one forward and backward pass.
 
 Sums of saliences come from one pass over all windows. Derivatives by masks (for the Fisher score) are held for each
-sample apart. Samples do not depend on each other, so they may come from several passes, each over as many samples as
-fit into memory without recomputation. Axes: B samples, S the size of a dimension.
+span of each sample apart: a few windows hold hundreds of spans, and so tell units apart that their sums would not.
+Samples do not depend on each other, so they may come from several passes, each over as many samples as fit into memory
+without recomputation. Axes: B samples, P spans of a sample, N spans of all samples, S the size of a dimension.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from secateur.scoring.passes.products import input_dims
 from secateur.scoring.passes.recomputation import LayerCache, Recompute
 from secateur.scoring.saliences import MORE_PRECISE, Evidence, Salience, SalienceSums
 from secateur.scoring.statistics import Statistics
+
+SPAN = 16  # tokens whose derivatives are one
+MOST_SPANS = 1024  # of all windows; of more text, spans are longer
 
 
 def gradient_statistics(
@@ -89,8 +93,9 @@ def mask_statistics(
     layer_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Derivatives by masks over what every weight reads, sample by sample: weight -> dimension -> samples x size.
+    """Derivatives by masks over what every weight reads, span by span: weight -> dimension -> spans x size.
 
+    A span is some tokens of a window (int64, samples x length): 16, or more where that would be over 1,024 spans.
     `wanted` names weights and dimensions of theirs: those that read along one of them are looked at (by default, all).
     All else is as in `gradient_statistics`.
 
@@ -100,6 +105,7 @@ def mask_statistics(
     >>> statistics.masks["model.decoder.layers.0.fc2.weight"][1].shape
     torch.Size([2, 24])
     """
+    spans = spans_of(windows)
     reads = input_dims(model, probe_windows(windows))
     stacks = {name for name, parameter in model.named_parameters() if parameter.dim() > 2}  # of experts
     names = None
@@ -108,14 +114,14 @@ def mask_statistics(
     memory = activation_budget(model)
     batches = [windows] if layer_cache is not None else fitting_batches(model, windows, layers, memory)
     loss = 0.0
-    results: list[dict[str, dict[str, Tensor]]] = []  # of each batch: weight -> dimension -> B x S
+    results: list[dict[str, dict[str, Tensor]]] = []  # of each batch: weight -> dimension -> N x S
 
-    def visit(name: str, dim: int, derivatives_BS: Tensor) -> None:
+    def visit(name: str, dim: int, derivatives_BPS: Tensor) -> None:
         """Hold the derivatives along the dimension that reads, and of experts along that of their number, too."""
-        if not torch.isfinite(derivatives_BS).all():
+        if not torch.isfinite(derivatives_BPS).all():
             raise ScoreError(f"the gradient of what {name} reads has values that are NaN or Inf; {MORE_PRECISE}")
         if dim == reads.get(name, dim) or (dim == 0 and name in stacks):
-            results[-1].setdefault(name, {})[str(dim)] = derivatives_BS.cpu()
+            results[-1].setdefault(name, {})[str(dim)] = derivatives_BPS.flatten(0, 1).cpu()
 
     for number, batch in enumerate(batches):
 
@@ -125,17 +131,27 @@ def mask_statistics(
 
         results.append({})
         recompute = Recompute(layers, memory, None if layer_cache is None else LayerCache(layer_cache, results[-1]))
-        batch_loss = stream_masks(model, batch, visit, wanted=names, recompute=recompute, progress=report)
+        batch_loss = stream_masks(model, batch, visit, spans=spans, wanted=names, recompute=recompute, progress=report)
         loss += len(batch) / len(windows) * batch_loss
-    joined = _joined(results, [len(batch) for batch in batches])
-    if not any(bool(each_BS.any()) for by_dim in joined.values() for each_BS in by_dim.values()):
+    joined = _joined(results, [len(batch) for batch in batches], spans)
+    if not any(bool(each_NS.any()) for by_dim in joined.values() for each_NS in by_dim.values()):
         raise _all_zero(loss)
     tokens = predictions(model, windows)
     return Statistics({}, masks=joined, reads=reads, loss=loss, samples=len(windows), tokens=tokens)
 
 
+def spans_of(windows: Tensor) -> int:
+    """Into how many spans each of the windows (int64, samples x length) is divided.
+
+    >>> [spans_of(torch.zeros(samples, 256)) for samples in (1, 64, 128)], spans_of(torch.zeros(2, 10))
+    ([16, 16, 8], 1)
+    """
+    samples, length = windows.shape
+    return max(1, min(-(-length // SPAN), MOST_SPANS // samples))
+
+
 def _joined(
-    batches: Sequence[Mapping[str, Mapping[str, Tensor]]], sizes: Sequence[int]
+    batches: Sequence[Mapping[str, Mapping[str, Tensor]]], sizes: Sequence[int], spans: int
 ) -> dict[str, dict[int, Tensor]]:
     """The derivatives of all batches' samples, by the mean loss over all; each batch's are by its own mean loss.
 
@@ -143,10 +159,10 @@ def _joined(
     """
     like = {(name, dim): each for batch in batches for name, by_dim in batch.items() for dim, each in by_dim.items()}
     joined: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for (name, dim), each_BS in like.items():
+    for (name, dim), each_NS in like.items():
         parts = [
-            batch.get(name, {}).get(dim, each_BS.new_zeros(size, each_BS.shape[1])) * (size / sum(sizes))
+            batch.get(name, {}).get(dim, each_NS.new_zeros(size * spans, each_NS.shape[1])) * (size / sum(sizes))
             for batch, size in zip(batches, sizes, strict=True)
         ]
-        joined[name][int(dim)] = torch.cat(parts) if len(parts) > 1 else each_BS
+        joined[name][int(dim)] = torch.cat(parts) if len(parts) > 1 else each_NS
     return joined

@@ -1,10 +1,11 @@
-"""Model, scores and windows -> the scores, scaled by what a cut of each group really loses.
+"""Model, scores and windows -> what a cut of each group really loses, beside what the scores say.
 
 A score such as Fisher information estimates from derivatives what the loss loses when a unit goes, and from few samples
 at that. Within a group it ranks units well; between groups it can be off by a factor of ten: where a few units hold up
 activations that the rest of the model relies on, or where all units look cheap by chance. So the cheapest units of each
-group are left out, one group at a time, and the divergence of the predictions is measured.
-Axes: T tokens.
+group are left out, one group at a time, and the divergence of the predictions is measured. Of groups with few units,
+such as heads, it is not: what one head is worth depends on the text (some only copy), and few tokens do not show it.
+Axes: B samples, T tokens.
 """
 
 from __future__ import annotations
@@ -26,41 +27,50 @@ from secateur.scoring.passes.forward import input_device, plain_products, probe_
 from secateur.scoring.passes.loss import divergence
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.scores import Scores
+from secateur.scoring.statistics import Statistics
 from secateur.scoring.unit_scores import units_reached
 
 SHARE = 0.3  # of the units of a group, the cheapest, are left out
+UNITS = 32  # at least, of a group that is measured
 LEAST, MOST = 0.05, 100.0  # by which the scores of a group are scaled
 
 
 @torch.no_grad()
-def measured_scores(
+def measured_factors(
     model: PreTrainedModel,
     discovery: Discovery,
     scores: Scores,
     windows: Tensor,
     *,
     progress: Progress | None = None,
-) -> Scores:
-    """Scores in nats per token, those of each group scaled to what its cheapest units together lose when left out.
+) -> dict[str, float]:
+    """Of each group of many units, what its cheapest lose when they are left out, beside what their scores say.
 
-    The loss is the Kullback-Leibler divergence of a prediction, such as the next token, in nats, on the windows (int64,
-    samples x length), which should not be those that were scored. A group of units that no product reads (experts) is
-    scaled by the median of the others; tokens of the vocabulary are not. One pass of the later layers for each group.
+    A factor of 2 says that these scores are twice as far off as those of the median group; what the units are worth
+    beside heads stays as the scores have it. Scores are in nats per token. The loss is the Kullback-Leibler divergence
+    of a prediction, such as the next token, in nats, on the windows (int64, samples x length), which should not be
+    those that were scored. Groups of fewer than 32 units have no factor, nor have those that no product reads. One pass
+    of the later layers for each group.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.scoring.scores import score
     >>> from transformers import AutoConfig, AutoModelForCausalLM
-    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=32, num_hidden_layers=2)
     >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(80).reshape(4, 20)
-    >>> scores = score(model, name="fisher", windows=windows[:3], groups=["layers.0.mlp", "layers.1.mlp"])
-    >>> scaled = measured_scores(model, discover(config), scores, windows[3:])
-    >>> [bool(torch.equal(scaled.units[name].argsort(), scores.units[name].argsort())) for name in scores.units]
-    [True, True]
+    >>> scores = score(model, name="fisher", windows=windows[:3])
+    >>> sorted(measured_factors(model, discover(config), scores, windows[3:]))
+    ['layers.0.mlp', 'layers.1.mlp']
     """
+    groups = [
+        group
+        for group in discovery.groups
+        if group.kind != "vocabulary" and len(scores.units.get(group.name, ())) >= UNITS
+    ]
+    factors: dict[str, float] = {}
+    if not groups:
+        return factors
     with plain_products(model):
         measure = _Divergence(model, discovery, windows)
-        factors: dict[str, float] = {}
-        groups = [group for group in discovery.groups if group.name in scores.units and group.kind != "vocabulary"]
         for done, group in enumerate(groups, 1):
             units = scores.units[group.name]
             cheapest = units.argsort(stable=True)[: max(1, round(SHARE * len(units)))]
@@ -70,8 +80,34 @@ def measured_scores(
             if progress is not None:
                 progress(done, len(groups))
     usual = median(factors.values()) if factors else 1.0
-    scaled = {group.name: scores.units[group.name] * factors.get(group.name, usual) for group in groups}
-    return replace(scores, units={**scores.units, **scaled})
+    return {name: factor / usual for name, factor in factors.items()}
+
+
+def kept_factors(statistics: Statistics, scores: Scores) -> dict[str, float] | None:
+    """The factors that `with_factors` has added for these scores; None where there are none.
+
+    >>> scores = Scores("fisher", "sum", {"a": torch.ones(2)})
+    >>> kept_factors(Statistics({}), scores), kept_factors(with_factors(Statistics({}), scores, {"a": 3.0}), scores)
+    (None, {'a': 3.0})
+    """
+    kept = statistics.units.get(f"measured {scores.score} {scores.reduce}", {})
+    factors = {name: float(kept[name]["factor"]) for name in scores.units if name in kept}
+    return factors if factors.keys() == scores.units.keys() else None
+
+
+def with_factors(statistics: Statistics, scores: Scores, factors: Mapping[str, float]) -> Statistics:
+    """The statistics with the factors of these scores, 1 where there is none."""
+    by_group = {name: {"factor": torch.tensor(factors.get(name, 1.0))} for name in scores.units}
+    return statistics.joined(Statistics({}, units={f"measured {scores.score} {scores.reduce}": by_group}))
+
+
+def scaled(scores: Scores, factors: Mapping[str, float]) -> Scores:
+    """The scores, those of some groups times a factor.
+
+    >>> scaled(Scores("fisher", "sum", {"a": torch.ones(2), "b": torch.ones(1)}), {"a": 3.0}).units
+    {'a': tensor([3., 3.]), 'b': tensor([1.])}
+    """
+    return replace(scores, units={name: units * factors.get(name, 1.0) for name, units in scores.units.items()})
 
 
 class _Divergence:
@@ -86,18 +122,14 @@ class _Divergence:
         self.parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
         self.layers = {number: modules[path] for path, number in discovery.layer_paths.items() if path in modules}
-        self.outputs: list[dict[int, Any]] = []  # of each window: layer -> what it gave
-        self.whole: list[Tensor] = []  # predictions of the whole model
-        for ids_T in self.windows:
-            self.outputs.append({})
-            with self._recorded(self.outputs[-1]):
-                self.whole.append(self._predicted(ids_T))
+        self.outputs: dict[int, Any] = {}  # layer -> what it gives
+        with self._recorded():
+            self.whole = self._predicted()
         last = max(self.layers, default=-1)
-        self.skips = last > 0 and all(given.keys() == self.layers.keys() for given in self.outputs)
+        self.skips = last > 0 and self.outputs.keys() == self.layers.keys()
         if self.skips:  # code that hands more from layer to layer than it returns has to run whole
-            with self._without_layers_before(last, 0):
-                again = self._predicted(self.windows[0])
-            self.skips = torch.allclose(again, self.whole[0], atol=1e-3)
+            with self._without_layers_before(last):
+                self.skips = torch.allclose(self._predicted(), self.whole, atol=1e-3)
 
     def __call__(self, group: Group, units: Tensor) -> float | None:
         """Nats per token; None where no product reads the group's units."""
@@ -114,29 +146,27 @@ class _Divergence:
         def without(product: WeightProduct) -> Tensor:
             return product.compute(product.inputs, zeroed[product.weight], product.bias)
 
-        total = 0.0
-        for number, (ids_T, whole) in enumerate(zip(self.windows, self.whole, strict=True)):
-            with ExitStack() as stack:
-                if self.skips and group.layer is not None:
-                    stack.enter_context(self._without_layers_before(group.layer, number))
-                stack.enter_context(WeightProducts({name: self.parameters[name] for name in zeroed}, without))
-                cut = self._predicted(ids_T)
-            total += float(divergence(self.model, whole, cut)) / (cut.numel() / cut.shape[-1])
-        return max(0.0, total / len(self.windows))
+        with ExitStack() as stack:
+            if self.skips and group.layer is not None:
+                stack.enter_context(self._without_layers_before(group.layer))
+            stack.enter_context(WeightProducts({name: self.parameters[name] for name in zeroed}, without))
+            cut = self._predicted()
+        lost = float(divergence(self.model, self.whole, cut)) / (cut.numel() / cut.shape[-1])
+        return max(0.0, lost)
 
-    def _predicted(self, ids_T: Tensor) -> Tensor:
-        return predicted(self.model(**arguments(self.model, ids_T[None])))
+    def _predicted(self) -> Tensor:
+        return predicted(self.model(**arguments(self.model, self.windows)))
 
     @contextmanager
-    def _recorded(self, outputs: dict[int, Any]) -> Iterator[None]:
+    def _recorded(self) -> Iterator[None]:
         """While open, note what each layer gives; of one that is called twice, nothing."""
         twice: set[int] = set()
 
         def hook_of(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if number in outputs:
+                if number in self.outputs:
                     twice.add(number)
-                outputs[number] = output
+                self.outputs[number] = output
 
             return hook
 
@@ -147,16 +177,15 @@ class _Divergence:
             for hook in hooks:
                 hook.remove()
             for number in twice:
-                del outputs[number]
+                del self.outputs[number]
 
     @contextmanager
-    def _without_layers_before(self, layer: int, window: int) -> Iterator[None]:
+    def _without_layers_before(self, layer: int) -> Iterator[None]:
         """While open, layers before this one give what they gave in the whole model."""
-        given: Mapping[int, Any] = self.outputs[window]
         with ExitStack() as stack:
             for number, module in self.layers.items():
                 if number < layer:
-                    stack.enter_context(replaced_forward(module, _giving(given[number])))
+                    stack.enter_context(replaced_forward(module, _giving(self.outputs[number])))
             yield
 
 

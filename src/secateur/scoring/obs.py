@@ -108,8 +108,10 @@ def removal_costs(
     return order, torch.tensor(costs, dtype=torch.float64)
 
 
-def least_squares(w_RC: Tensor, gram_CC: Tensor, kept: Tensor, *, damping: float = DAMPING) -> Tensor:
-    """The columns that stay, so that the outputs come nearest to what all columns give: rows x kept, float64.
+def least_squares(
+    w_RC: Tensor, gram_CC: Tensor, kept: Tensor, *, damping: float = DAMPING, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The columns that stay, so that the outputs come nearest to what all columns give: rows x kept, in the dtype.
 
     The solution minimises the squared error plus damping times its squared distance to the old columns, so where
     nothing is removed, nothing changes.
@@ -118,7 +120,7 @@ def least_squares(w_RC: Tensor, gram_CC: Tensor, kept: Tensor, *, damping: float
     >>> least_squares(w, x.t() @ x, torch.tensor([0]), damping=0.0)
     tensor([[2.]], dtype=torch.float64)
     """
-    w_RC, gram_CC = w_RC.double(), gram_CC.double()
+    w_RC, gram_CC = w_RC.to(dtype), gram_CC.to(dtype)
     ridge = damping * float(gram_CC.diagonal().mean().clamp_min(1e-12))
     gone_C = torch.ones(len(gram_CC), dtype=torch.bool, device=gram_CC.device)
     gone_C[kept] = False

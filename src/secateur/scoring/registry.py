@@ -75,7 +75,7 @@ SCORES: dict[str, Score] = {
     "fisher": Score(
         None,
         "masks",
-        "Fisher information, equations 6-8, nats per token: 1/2 sum over samples of (dL/dm)^2, m a unit's mask",
+        "Fisher information, equations 6-8, nats per token: 1/2 sum over spans of tokens of (dL/dm)^2, m a unit's mask",
         FISHER,
     ),
     # one forward pass

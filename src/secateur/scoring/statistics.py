@@ -2,7 +2,7 @@
 
 Of saliences only sums are held: for every dimension of a weight, the sum over all the others. Scores of units, over any
 axes and with any reduction, follow from them. Scores that look at more than single elements (Gram matrices, masks,
-whole layers) are held by unit or by sample.
+whole layers) are held by unit or by span of tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Statistics:
     units: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
     """Score -> group -> axis -> one number for each unit."""
     masks: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
-    """Weight -> dimension -> samples x size: derivatives of the mean loss by a mask over what the weight reads."""
+    """Weight -> dimension -> spans x size: derivatives of the mean loss by a mask over what the weight reads there."""
     reads: Mapping[str, int] = field(default_factory=dict)
     """Weight -> the dimension that meets its inputs."""
     loss: float | None = None

@@ -1,8 +1,8 @@
 """Statistics -> one score per unit of each group.
 
 Saliences are there as sums by channel (one index of a dimension of a weight). Discovery says which unit each channel
-belongs to; an axis of a group adds up the channels of each unit, and the group's axes are reduced. Axes: B samples,
-S channels, U units.
+belongs to; an axis of a group adds up the channels of each unit, and the group's axes are reduced. Axes: N spans of
+tokens, S channels, U units.
 """
 
 from __future__ import annotations
@@ -119,17 +119,17 @@ def _salience_axes(
 
 
 def _mask_axes(discovery: Discovery, statistics: Statistics, groups: Sequence[Group]) -> dict[str, list[Tensor]]:
-    """The Fisher information of one mask over all that reads a unit, in nats per token: one axis for each group."""
-    derivatives_BU: dict[str, Tensor] = {}
+    """The Fisher information of a mask over all that reads a unit at a span, in nats per token: one axis per group."""
+    derivatives_NU: dict[str, Tensor] = {}
     units = {group.name: group.units for group in groups}
     for weight in discovery.weights:
-        for dim, channels_BS in statistics.masks.get(weight.name, {}).items():
+        for dim, channels_NS in statistics.masks.get(weight.name, {}).items():
             for group, unit_of_S in units_reached(weight.dims[dim], units).items():
-                new_BU = _sum_channels(channels_BS, unit_of_S, units[group])
-                derivatives_BU[group] = derivatives_BU.get(group, 0) + new_BU
-    # A sample's own derivative by its summed loss is `tokens` times its part of the mean loss's; per token, one factor
-    # of `tokens` remains, and the half is of the second-order term.
-    return {group: [statistics.tokens / 2 * each_BU.square().sum(0)] for group, each_BU in derivatives_BU.items()}
+                new_NU = _sum_channels(channels_NS, unit_of_S, units[group])
+                derivatives_NU[group] = derivatives_NU.get(group, 0) + new_NU
+    # A span's derivative by the summed loss is `tokens` times that by the mean loss; per token, one factor of `tokens`
+    # remains, and the half is of the second-order term.
+    return {group: [statistics.tokens / 2 * each_NU.square().sum(0)] for group, each_NU in derivatives_NU.items()}
 
 
 def _random(group: Group, seed: int) -> Tensor:

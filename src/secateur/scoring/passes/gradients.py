@@ -61,18 +61,19 @@ def stream_masks(
     windows: Tensor,
     visit: MaskVisit,
     *,
+    spans: int = 1,
     wanted: Collection[str] | None = None,
     recompute: Recompute | None = None,
     progress: Progress | None = None,
 ) -> float:
-    """Visit each sample's derivatives by masks over what each weight wanted reads (see `mask_gradients`).
+    """Visit the derivatives by masks over what each weight wanted reads, at each of the spans of every sample.
 
-    Weights of linear layers are visited along the dimension that reads; those whose gradients autograd has to form
-    (stacked experts) along every dimension. All else is as in `stream_gradients`.
+    See `mask_gradients`. Weights of linear layers are visited along the dimension that reads; those whose gradients
+    autograd has to form (stacked experts) along every dimension. All else is as in `stream_gradients`.
     """
     matrices = [n for n, p in model.named_parameters() if p.dim() > 1 and (wanted is None or n in wanted)]
     gradient_pass = _GradientPass(model, windows, matrices, True, recompute or Recompute())
-    return gradient_pass.run(lambda context: MaskGradients(context, visit), progress)
+    return gradient_pass.run(lambda context: MaskGradients(context, visit, spans), progress)
 
 
 class _GradientPass:
