@@ -55,6 +55,7 @@ from secateur.progress import peak_rss
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
+from secateur.scoring.measured import measured_factors, scaled
 from secateur.scoring.scores import scores_from, statistics_for
 from secateur.scoring.statistics import load_statistics, save_statistics
 
@@ -208,6 +209,8 @@ def cut(
         save_statistics(file, statistics, about=about)
         clock.write_text(str(time.perf_counter() - start))
     scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
+    if options.prices == "measured":
+        scores = scaled(scores, measured_factors(model, discovery, scores, text.unscored(windows)))
     decided = plan(discovery, options, config=model.config, scores=scores)
     repaired = None
     if options.repairs:

@@ -31,7 +31,7 @@ from secateur.files import write_json
 ROWS = {  # name -> as the table has it, and what `secateur prune` is told besides the ratio and the text
     "llm-pruner": ("LLM-Pruner's recipe", ["--preset", "llm-pruner"]),
     "fast": ("`fast`", ["--preset", "fast"]),
-    "fast-measured": ("`fast --prices measured`", ["--preset", "fast", "--prices", "measured"]),
+    "fast-estimated": ("`fast --prices estimated`", ["--preset", "fast", "--prices", "estimated"]),
     "best": ("`best`", ["--preset", "best"]),
 }
 DENSE, TRAINED = "dense", ", then trained"

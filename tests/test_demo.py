@@ -74,7 +74,7 @@ def check_folder(out: Path) -> None:
     for section in ("models", "quality", "speed", "units", "scores", "samples", "provenance"):
         assert f'<section id="{section}"' in page
     stages = (
-        "discover load score repair cut save reload evaluate_dense write_dense evaluate_pruned write_pruned profile"
+        "discover load score price repair cut save reload evaluate_dense write_dense evaluate_pruned write_pruned profile"
     )
     assert list(summary["seconds"]) == [stage.replace("_", " ") for stage in stages.split()]
     loaded: Any = AutoModelForCausalLM.from_pretrained(out / "pruned", trust_remote_code=True, output_loading_info=True)

@@ -100,7 +100,7 @@ def test_every_stage_of_a_run_has_a_bar_and_seconds(place: Path) -> None:
     bars = Bars()
     own = CalibrationOptions("self", samples=2, length=12)
     pruned = prune_model(small(calibration=own), "here/out", run=RunOptions(bars=bars))
-    assert list(bars.stages) == ["discover", "load", "write", "score", "repair", "cut", "save"]
+    assert list(bars.stages) == ["discover", "load", "write", "score", "price", "repair", "cut", "save"]
     assert list(pruned.seconds) == list(bars.stages)
     for stage in ("write", "score", "repair"):
         done, total = bars.stages[stage][-1]

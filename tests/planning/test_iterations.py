@@ -50,8 +50,8 @@ def test_every_iteration_scores_and_repairs_what_the_last_one_left() -> None:
     _, twice = cut_in_memory(model, discovery, replace(options, iterations=2), WINDOWS, seen)
     _, once = cut_in_memory(model, discovery, options, WINDOWS)
     assert seen == [
-        *("score, iteration 1", "repair, iteration 1", "cut, iteration 1"),
-        *("score, iteration 2", "repair, iteration 2", "cut, iteration 2"),
+        *("score, iteration 1", "price, iteration 1", "repair, iteration 1", "cut, iteration 1"),
+        *("score, iteration 2", "price, iteration 2", "repair, iteration 2", "cut, iteration 2"),
     ]
     assert twice.groups != once.groups
     assert twice.parameters["pruned"] == pytest.approx(once.parameters["pruned"], rel=0.02)

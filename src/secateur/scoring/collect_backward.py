@@ -28,7 +28,7 @@ from secateur.scoring.saliences import MORE_PRECISE, Evidence, Salience, Salienc
 from secateur.scoring.statistics import Statistics
 
 SPAN = 16  # tokens whose derivatives are one
-MOST_SPANS = 1024  # of all windows; of more text, spans are longer
+MOST_SPANS = 256  # of all windows; of more text, spans are longer
 
 
 def gradient_statistics(
@@ -95,7 +95,7 @@ def mask_statistics(
 ) -> Statistics:
     """Derivatives by masks over what every weight reads, span by span: weight -> dimension -> spans x size.
 
-    A span is some tokens of a window (int64, samples x length): 16, or more where that would be over 1,024 spans.
+    A span is some tokens of a window (int64, samples x length): 16, or more where that would be over 256 spans.
     `wanted` names weights and dimensions of theirs: those that read along one of them are looked at (by default, all).
     All else is as in `gradient_statistics`.
 
@@ -144,7 +144,7 @@ def spans_of(windows: Tensor) -> int:
     """Into how many spans each of the windows (int64, samples x length) is divided.
 
     >>> [spans_of(torch.zeros(samples, 256)) for samples in (1, 64, 128)], spans_of(torch.zeros(2, 10))
-    ([16, 16, 8], 1)
+    ([16, 4, 2], 1)
     """
     samples, length = windows.shape
     return max(1, min(-(-length // SPAN), MOST_SPANS // samples))
