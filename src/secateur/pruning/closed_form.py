@@ -16,8 +16,7 @@ from torch import Tensor
 
 from secateur.scoring.obs import DAMPING, add_gram, least_squares, output_error
 
-STRONGER = 10.0  # times a damping: the next that is tried, while the error of tokens that are left out falls
-TIMES = 4  # that it is, at most
+DAMPINGS = (DAMPING, 0.1, 1.0, 10.0)  # tried in this order, while the error of tokens that are left out falls
 LEFT_OUT = 4  # one window of so many is left out of the fits that are compared
 OUTPUTS_TRIED = 256  # of a matrix, by which dampings are compared
 
@@ -133,8 +132,7 @@ def damping_for(matrix: CutMatrix) -> float:
     dense_RC, left_RC = matrix.dense_RC[some].float(), matrix.left_RC[some].float()
     best, least = math.inf, output_error(left_RC - dense_RC, unseen_CC)
     before = math.inf
-    for times in range(TIMES):
-        damping = DAMPING * STRONGER**times
+    for damping in DAMPINGS:
         left_RC[:, kept_K] = least_squares(dense_RC, seen_CC, kept_K, damping=damping, dtype=torch.float32).float()
         error = output_error(left_RC - dense_RC, unseen_CC)
         if error < least:
