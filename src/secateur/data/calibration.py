@@ -16,6 +16,7 @@ from secateur.errors import DataError, check_least
 DEMO = "demo"
 SELF = "self"
 COLUMN = "text"
+PRICE_WINDOWS, PRICE_TOKENS = 4, 64  # on which prices are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class CalibrationOptions:
         """
         windows = self.as_written(windows)
         after = windows[len(windows) if self.score_samples is None else self.score_samples :]
-        return (after[:4] if len(after) else windows[-4:])[:, :64]
+        return (after[:PRICE_WINDOWS] if len(after) else windows[-PRICE_WINDOWS:])[:, :PRICE_TOKENS]
 
     def as_scored(self) -> CalibrationOptions:
         """The same options without what only repairs look at, under which statistics for scores can be saved.

@@ -1,8 +1,8 @@
 """A matrix that loses input columns -> new values for those that stay, in closed form.
 
-A new repair is one entry of `REPAIRS`: a function of a `CutMatrix`. A fit to few tokens would follow their chance, most
-of all in a wide matrix: how strongly it is damped is decided by tokens that it does not see (`damping_for`).
-Names of tensors end in their axes: R rows (outputs), C columns (inputs), K columns that are kept, N tokens.
+A new repair is one entry of `REPAIRS`: a function of a `CutMatrix`. A fit to few tokens overfits, most of all in a wide
+matrix, so its damping is chosen by its error on tokens that it does not see (`damping_for`). Names of tensors end in
+their axes: R rows (outputs), C columns (inputs), K columns that are kept, N tokens.
 """
 
 from __future__ import annotations
