@@ -47,10 +47,10 @@ def measured_factors(
     """Of each group of many units, what its cheapest lose when they are left out, beside what their scores say.
 
     A factor of 2: the scores of this group understate its loss twice as much as the median group's do. Beside heads,
-    which have no factor, channels are thus as dear as the scores say. Scores are in nats per token. The loss is the Kullback-Leibler divergence
-    of a prediction, such as the next token, in nats, on the windows (int64, samples x length), which should not be
-    those that were scored. Groups of fewer than 32 units have no factor, nor have those that no product reads. One pass
-    of the later layers for each group.
+    which have no factor, channels are thus as dear as the scores say. Scores are in nats per token. The loss is the
+    Kullback-Leibler divergence of a prediction, such as the next token, in nats, on the windows (int64, samples x
+    length), which should not be those that were scored. Groups of fewer than 32 units have no factor, nor have those
+    that no product reads. One pass of the later layers for each group.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.scoring.scores import score
