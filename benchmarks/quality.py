@@ -8,7 +8,7 @@ must not come from the evaluation's corpora. Results go to a JSON file as they c
 after a stop and measures what is missing. Each row is a process of its own, so that its peak memory is its own. Rows
 that look at the same statistics share a file of them, and each counts the seconds that it took to make. When all rows
 are there, `--write` puts the tables into README.md and docs/benchmarks.md (see quality_table.py); `--table` writes them
-from the JSON file alone, with `--rows` those rows only.
+from the JSON file alone. `--rows` names other rows than those of README's table, such as the ablations.
 
 Peers, as we implement them on our groups:
 magnitude   Torch-Pruning's script for language models: W^2 over the whole group, the same share of every layer
@@ -35,7 +35,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quality_table import DENSE, SETTINGS, Key, TableError, missing, table, write_tables
+from quality_table import DENSE, README_ROWS, SETTINGS, Key, TableError, missing, table, write_tables
 from secateur import __version__
 from secateur.data.calibration import COLUMN
 from secateur.data.windows import calibration_windows, digest
@@ -62,7 +62,7 @@ from secateur.scoring.statistics import load_statistics, save_statistics
 PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
 MAX_TOKENS = 40_000  # by default
 BEST = CutOptions(round_to=1)  # all rows at the same size, to the unit; other rows say what multiples cost
-SEEDED = ["best", "llm-pruner, MLP", "wanda-sp"]  # rows that are measured with every seed
+SEEDED = ["best", "fast"]  # rows that are measured with every seed
 PAPER_LAYERS = {0.2: (6 / 30, 24 / 30), 0.5: (3 / 30, 29 / 30)}  # of which the paper's share of units gives the ratio
 
 
@@ -231,7 +231,7 @@ def wanted(arguments: argparse.Namespace) -> list[Key]:
     """All that the arguments ask for, the dense model aside."""
     found: list[Key] = []
     for ratio in arguments.ratios:
-        for name in arguments.rows or rows(ratio):
+        for name in arguments.rows:
             seeds = arguments.seeds if name in arguments.seeded else arguments.seeds[:1]
             found += [(name, ratio, seed) for seed in seeds]
     return found
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--column", default=COLUMN, help="the field of those files that have it")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--ratios", default=[0.2, 0.5], type=lambda text: [float(x) for x in text.split(",")])
-    parser.add_argument("--rows", default=None, type=lambda text: [x.strip() for x in text.split(";")])
+    parser.add_argument("--rows", default=[*README_ROWS], type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(x) for x in text.split(",")])
     parser.add_argument("--seeded", default=SEEDED, type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--dtype", default="float32", help="of the evaluation")
@@ -287,7 +287,7 @@ def main() -> None:
         else:
             results = run_all(arguments)
             print(table(results, wanted(arguments), costs=True))
-        if arguments.table or (arguments.write and not arguments.rows):
+        if arguments.table or arguments.write:
             for path in write_tables(results, wanted(arguments)):
                 print(f"wrote the table of {path}")
     except (TableError, OSError, ValueError) as error:

@@ -61,6 +61,25 @@ def test_a_units_cost_is_the_error_that_least_squares_leaves(seed: int) -> None:
         assert output_error(change - w, gram) == pytest.approx(cost, rel=1e-6)
 
 
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 10.0]))
+@settings(deadline=None, max_examples=12)
+def test_damping_counts_the_changes_of_the_others_alone(seed: int, damping: float) -> None:
+    w, x = problem(seed)
+    gram, unit_of = x.t() @ x, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    ridge = damping * float(gram.diagonal().mean())
+
+    def objective(gone: Sequence[int]) -> float:
+        at = torch.nonzero(~torch.isin(unit_of, torch.tensor(gone))).flatten()
+        change = -w.clone()
+        change[:, at] = least_squares(w, gram, at, damping=damping) - w[:, at]
+        return output_error(change, gram) + ridge * float(change[:, at].square().sum())
+
+    for unit, cost in enumerate(unit_costs(w, gram, unit_of, damping=damping).tolist()):
+        assert cost == pytest.approx(objective([unit]), rel=1e-6)
+    order, costs = removal_costs(w, gram, unit_of, keep=1, damping=damping)
+    assert float(costs.sum()) == pytest.approx(objective(order), rel=1e-6)
+
+
 @pytest.mark.parametrize("unit_of", [range(8), (3, -1, 0, 1, -1, 4, 2, -1), (-1, 0, 1, 0, 2, -1, 1, 3)])
 @given(seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=12)

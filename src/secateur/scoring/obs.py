@@ -2,7 +2,8 @@
 
 Optimal brain surgeon for whole units (Hassibi and Stork 1992; for units of language models ZipLM, arXiv 2302.04089): a
 matrix W reads features x with the Gram matrix H = sum of x x'. To leave out the columns S at the least squared error of
-the outputs costs tr(W_S ((H^-1)_SS)^-1 W_S'), when all other columns change by -W_S ((H^-1)_SS)^-1 (H^-1)_S.
+the outputs costs tr(W_S ((H^-1)_SS)^-1 W_S'), when all other columns change by -W_S ((H^-1)_SS)^-1 (H^-1)_S. A damping
+d on the diagonal of H holds these changes back; that of W_S itself is none, so its d tr(W_S W_S') is not counted.
 
 All in float64, but for the products of a Gram matrix: repairs solve a well-damped system, for which float32 is exact
 enough at half the cost. Scores divide by entries of an inverse, which with fewer tokens than columns would show
@@ -49,20 +50,22 @@ def gram(x_NC: Tensor) -> Tensor:
 def damped(gram_CC: Tensor, damping: float = DAMPING) -> Tensor:
     """A Gram matrix in float64 that can be inverted."""
     gram_CC = gram_CC.double().clone()
-    gram_CC.diagonal().add_(damping * gram_CC.diagonal().mean().clamp_min(1e-12))
+    gram_CC.diagonal().add_(_ridge(gram_CC, damping))
     return gram_CC
 
 
 def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float = DAMPING) -> Tensor:
     """What it costs to leave out each unit alone: float64, one number per unit, in squares of the output.
 
-    `unit_of` (int64) names the unit of each column, -1 for none.
+    With damping, the error and the damping times the squared changes of the others. `unit_of` (int64) names the unit of
+    each column, -1 for none.
 
     >>> unit_costs(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.tensor([0, 1]), damping=0.0).tolist()
     [9.0, 16.0]
     """
     w_RC, inverse_CC, columns = _of_units(w_RC, damped(gram_CC, damping), unit_of)
-    return _costs(w_RC, inverse_CC, columns, _single_columns(columns))
+    not_counted_U = _ridge(gram_CC, damping) * _squares(w_RC, columns)
+    return _costs(w_RC, inverse_CC, columns, _single_columns(columns)) - not_counted_U
 
 
 def removal_costs(
@@ -80,6 +83,7 @@ def removal_costs(
     ([0, 2], True)
     """
     w_RC, inverse_CC, columns = _of_units(w_RC, damped(gram_CC, damping), unit_of)
+    not_counted_U = _ridge(gram_CC, damping) * _squares(w_RC, columns)
     n_removed = max(0, len(columns) - keep)
     # Units without columns go first and cost nothing.
     order = [unit for unit, own in enumerate(columns) if not len(own)][:n_removed]
@@ -88,7 +92,7 @@ def removal_costs(
     single_U = _single_columns([columns[unit] for unit in left])
     while len(order) < n_removed:
         # 1. Score the units that are left; of units with one column, a few go at a time.
-        cost_U = _costs(w_RC, inverse_CC, [columns[unit] for unit in left], single_U)
+        cost_U = _costs(w_RC, inverse_CC, [columns[unit] for unit in left], single_U) - not_counted_U[left]
         count = 1 if single_U is None else max(1, int(len(left) * UNITS_AT_ONCE))
         cheapest = cost_U.argsort(stable=True)[: min(count, n_removed - len(order))].tolist()
         # 2. The other columns make up for them, and the inverse becomes that of the Gram matrix without them.
@@ -121,7 +125,7 @@ def least_squares(
     tensor([[2.]], dtype=torch.float64)
     """
     w_RC, gram_CC = w_RC.to(dtype), gram_CC.to(dtype)
-    ridge = damping * float(gram_CC.diagonal().mean().clamp_min(1e-12))
+    ridge = float(_ridge(gram_CC, damping))
     gone_C = torch.ones(len(gram_CC), dtype=torch.bool, device=gram_CC.device)
     gone_C[kept] = False
     inner_KK = gram_CC[kept][:, kept]
@@ -140,6 +144,11 @@ def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
     return float(((change_RC @ gram_CC) * change_RC).sum())
 
 
+def _ridge(gram_CC: Tensor, damping: float) -> Tensor:
+    """What a damping adds to the diagonal."""
+    return damping * gram_CC.diagonal().mean().clamp_min(1e-12)
+
+
 def _of_units(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The matrix and the inverse of the Gram matrix at the columns that belong to a unit, and where each unit's lie."""
     order_C = unit_of.argsort(stable=True)  # columns of no unit come first
@@ -154,6 +163,13 @@ def _of_units(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor) -> tuple[Tensor, T
 def _single_columns(columns: Sequence[Tensor]) -> Tensor | None:
     """The column of each unit, where each has exactly one."""
     return torch.cat(list(columns)) if columns and all(len(own) == 1 for own in columns) else None
+
+
+def _squares(w_RC: Tensor, columns: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of each unit's columns."""
+    unit_of_C = torch.arange(len(columns)).repeat_interleave(torch.tensor([len(own) for own in columns]))
+    squares_C: Tensor = torch.linalg.vector_norm(w_RC, dim=0).square()
+    return squares_C.new_zeros(len(columns)).index_add_(0, unit_of_C.to(w_RC.device), squares_C)
 
 
 def _costs(w_RC: Tensor, inverse_CC: Tensor, columns: Sequence[Tensor], single_U: Tensor | None) -> Tensor:
