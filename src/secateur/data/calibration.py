@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.data.forms import FORMS
 from secateur.data.options import split_weight
 from secateur.errors import DataError, check_least
+from secateur.models.media import shows
 
 DEMO = "demo"
 SELF = "self"
@@ -140,13 +141,16 @@ class CalibrationOptions:
     def unscored(self, windows: Tensor) -> Tensor:
         """The first 64 tokens of four windows that scores have not looked at, or else of the last that they have.
 
+        Windows that show images stay whole.
+
         >>> windows = torch.arange(24).view(24, 1)
         >>> [CalibrationOptions(score_samples=n, varied=0.25).unscored(windows).flatten().tolist() for n in (3, 18)]
         [[3, 4, 5, 6], [14, 15, 16, 17]]
         """
         windows = self.as_written(windows)
         after = windows[len(windows) if self.score_samples is None else self.score_samples :]
-        return (after[:PRICE_WINDOWS] if len(after) else windows[-PRICE_WINDOWS:])[:, :PRICE_TOKENS]
+        few = after[:PRICE_WINDOWS] if len(after) else windows[-PRICE_WINDOWS:]
+        return few if shows(few) else few[:, :PRICE_TOKENS]
 
     def as_scored(self) -> CalibrationOptions:
         """The same options without what only repairs look at, under which statistics for scores can be saved.

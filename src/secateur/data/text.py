@@ -62,7 +62,7 @@ def read_rows(path: str | Path) -> list[str]:
     """
     path = existing_file(path)
     if holds_documents(path):
-        rows = [_text_of(row, where, COLUMN) for where, row in read_documents(path)]
+        rows = [text_of(row, where, COLUMN) for where, row in read_documents(path)]
     else:
         rows = lines_of(decoded(path))
     _check_not_empty(path, rows)
@@ -139,15 +139,15 @@ def _first_documents(
     documents: list[str] = []
     size = 0
     for where, row in read_documents(name_or_path):
-        documents.append(_text_of(row, where, column, chat))
+        documents.append(text_of(row, where, column, chat))
         size += len(documents[-1])
         if size >= characters:
             break
     return documents
 
 
-def _text_of(row: Mapping[str, Any], where: str, column: str, chat: PreTrainedTokenizerBase | None = None) -> str:
-    """The text of one document, in the chat template if there is to be one."""
+def text_of(row: Mapping[str, Any], where: str, column: str, chat: PreTrainedTokenizerBase | None = None) -> str:
+    """The text of one document, in the chat template if there is to be one. Raises `DataError`, which says `where`."""
     if chat is not None and column == COLUMN and MESSAGES in row:
         column = MESSAGES
     fields = instruction_fields(row) if column == COLUMN and column not in row else None

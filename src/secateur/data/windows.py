@@ -11,24 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from secateur.data.calibration import COLUMN, DEMO, CalibrationOptions, shuffled
 from secateur.data.documents import holds_documents, read_documents
 from secateur.data.forms import FORMS
+from secateur.data.images import image_windows
 from secateur.data.text import MAX_CHARACTERS, read_calibration
 from secateur.errors import DataError
 
 OTHER_SEED = 1_000_003  # between the seeds of two forms: the same number draws other places
 
 
-def calibration_windows(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Tensor:
+def calibration_windows(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, options: CalibrationOptions) -> Tensor:
     """Read the texts that the options name and take windows of them; returns int64 ids, samples x length.
+
+    With a processor, the windows show images (`images`), and what follows is of texts alone.
 
     The sources take turns by their weights. First come the windows that are as the texts have them, then those of each
     of `FORMS`, then those whose tokens are in random order. Raises `DataError` as `read_calibration` and
     `sample_windows` do.
     """
+    if isinstance(tokenizer, ProcessorMixin):
+        return image_windows(tokenizer, options, skipped=0, count=options.samples)
     counts = options.counts(options.samples)
     return _windows(tokenizer, options, skipped=[0] * len(counts), counts=counts)
 
@@ -57,13 +62,15 @@ def behind(start: Tensor, windows: Tensor) -> Tensor:
 
 
 def held_out_windows(
-    tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, *, start: Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, options: CalibrationOptions, *, start: Tensor | None = None
 ) -> Tensor:
     """`options.held_out` more windows, in the same forms, each behind the start tokens: as the model is served.
 
     `start` takes the place of the tokenizer's start tokens. Raises `DataError` where the texts have no other places,
     and as `calibration_windows` does.
     """
+    if isinstance(tokenizer, ProcessorMixin):
+        return image_windows(tokenizer, options, skipped=options.samples, count=options.held_out)
     skipped, counts = options.counts(options.samples), options.counts(options.held_out)
     start = start_tokens(tokenizer) if start is None else start
     return behind(start, _windows(tokenizer, options, skipped=skipped, counts=counts))

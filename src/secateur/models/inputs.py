@@ -1,7 +1,8 @@
 """What the forward pass of a model takes: for windows of token ids, and for a pass that is only traced.
 
 Windows are int64, samples x length. Where a token is masked, the id that the model reads lies in the lower half of the
-64 bits and the token itself, plus one, in the upper half, so windows can be cut and joined as any others.
+64 bits and the token itself, plus one, in the upper half, so windows can be cut and joined as any others. Where an
+image stands, its number is there (`media`).
 Axes: B samples, T tokens.
 """
 
@@ -17,9 +18,9 @@ from transformers import PreTrainedConfig
 
 from secateur.errors import DataError
 from secateur.models.classes import is_encoder_decoder, objective
+from secateur.models.media import HALF, shown_in
 
 INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
-_HALF = 32  # bits
 
 
 def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
@@ -41,7 +42,13 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
         start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))
         half = ids_BT.shape[1] // 2
         given = {INPUT_IDS: ids_BT[:, :half], DECODER_IDS: torch.cat([start, ids_BT[:, half:-1]], dim=1)}
-    return given | without_extras(model)
+    numbers = {} if objective(model) == "masked tokens" else shown_in(windows_BT)
+    images = {
+        name: each.to(model.dtype) if each.is_floating_point() else each
+        for name, each in numbers.items()
+        if name in accepted
+    }
+    return given | images | without_extras(model)
 
 
 def without_extras(model: Any) -> dict[str, Any]:
@@ -93,7 +100,16 @@ def token_ids(windows_BT: Tensor) -> Tensor:
     >>> token_ids(with_masked(torch.tensor([[5, 6]]), torch.tensor([[False, True]]), 4)).tolist()
     [[5, 4]]
     """
-    return windows_BT & ((1 << _HALF) - 1)
+    return windows_BT & ((1 << HALF) - 1)
+
+
+def next_tokens(windows_BT: Tensor) -> Tensor:
+    """The tokens of windows, -1 where an image stands, which nothing predicts.
+
+    >>> next_tokens(torch.tensor([[5, 6 + (3 << 32)]])).tolist()
+    [[5, -1]]
+    """
+    return windows_BT.where(windows_BT < 1 << HALF, -1)
 
 
 def masked_tokens(windows_BT: Tensor) -> Tensor:
@@ -102,12 +118,12 @@ def masked_tokens(windows_BT: Tensor) -> Tensor:
     >>> masked_tokens(with_masked(torch.tensor([[5, 6]]), torch.tensor([[False, True]]), 4)).tolist()
     [[-1, 6]]
     """
-    return (windows_BT >> _HALF) - 1
+    return (windows_BT >> HALF) - 1
 
 
 def with_masked(ids_BT: Tensor, masked_BT: Tensor, mask_token: int) -> Tensor:
     """Windows in which some tokens (bool) are masked by a token."""
-    return torch.where(masked_BT, ((ids_BT + 1) << _HALF) + mask_token, ids_BT)
+    return torch.where(masked_BT, ((ids_BT + 1) << HALF) + mask_token, ids_BT)
 
 
 # --- a pass that is traced -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import cached_file
 
 from secateur.errors import ModelError
@@ -45,6 +45,17 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
             "files of the model's family; copy them from the model that this one was made from."
         )
     return tokenizer
+
+
+def load_processor(model: str, *, trust_remote_code: bool = False) -> ProcessorMixin | None:
+    """What prepares images with their text for MODEL; None for a model that takes text alone."""
+    source = resolve(model)
+    if source.kind in ("config", "gguf"):
+        return None
+    location, options = loader_arguments(source)
+    with quiet(), model_errors(source, "no processor can be loaded", trust_remote_code=trust_remote_code):
+        found = AutoProcessor.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
+    return found if isinstance(found, ProcessorMixin) else None  # of a model of text, its tokenizer
 
 
 def text_files(

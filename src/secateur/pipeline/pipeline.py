@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from secateur import processes
 from secateur.checkpoint.formats import check_saveable
@@ -25,6 +25,7 @@ from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.encoder_windows import as_read
 from secateur.data.generated import generate_windows
+from secateur.data.images import reader_of
 from secateur.data.windows import behind, calibration_windows, digest, held_out_windows, start_tokens
 from secateur.decoding import build_known
 from secateur.discovery.counting import count_parameters
@@ -190,7 +191,7 @@ class Pipeline:
             self._start = start_tokens(self.tokenizer) if self._needed is None else self._needed
             check_positions(self.config, self.calibration.length)
             if not self.calibration.generated:
-                self._windows = self._as_read(calibration_windows(self.tokenizer, self.calibration))
+                self._windows = self._as_read(calibration_windows(self._reader(), self.calibration))
             else:
                 self._windows = self.cache.load_windows()
         if self._windows is None:
@@ -201,6 +202,9 @@ class Pipeline:
             self._windows = processes.from_first(written)
             self.cache.save_windows(self._windows)
         return self._windows
+
+    def _reader(self) -> PreTrainedTokenizerBase | ProcessorMixin:
+        return reader_of(self.name, self.calibration, self.tokenizer, trust_remote_code=self.trust)
 
     def check_reads_text(self) -> None:
         """Raise `DataError` for a model that does not read the text which calibration gives it."""
@@ -348,7 +352,7 @@ class Pipeline:
         if self._start is None or self.calibration.generated or _losses(decided):
             return None
         try:
-            return self._as_read(held_out_windows(self.tokenizer, self.calibration, start=self._start))
+            return self._as_read(held_out_windows(self._reader(), self.calibration, start=self._start))
         except DataError as error:
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ScoreError
 from secateur.models.classes import is_encoder_decoder, objective
-from secateur.models.inputs import arguments, masked_tokens, predicted
+from secateur.models.inputs import arguments, masked_tokens, next_tokens, predicted
 from secateur.scoring.passes.forward import input_device
 
 LOSS_ROWS = 64  # rows of logits that are made probabilities at once
@@ -41,14 +41,15 @@ def labels_of(model: PreTrainedModel, windows_BT: Tensor) -> Tensor | None:
     [[6, 7, -100]]
     """
     kind = objective(model)
+    if kind in ("class", "embedding"):
+        return None
     if kind == "next token":
-        return functional.pad(windows_BT[:, 1:], (0, 1), value=NO_LABEL)
-    if kind == "second half":
-        return windows_BT[:, windows_BT.shape[1] // 2 :]
-    if kind == "masked tokens":
-        labels_BT = masked_tokens(windows_BT)
-        return labels_BT.masked_fill(labels_BT < 0, NO_LABEL)
-    return None
+        labels_BP = functional.pad(next_tokens(windows_BT)[:, 1:], (0, 1), value=NO_LABEL)
+    elif kind == "second half":
+        labels_BP = next_tokens(windows_BT)[:, windows_BT.shape[1] // 2 :]
+    else:
+        labels_BP = masked_tokens(windows_BT)
+    return labels_BP.masked_fill(labels_BP < 0, NO_LABEL)
 
 
 def predictions(model: PreTrainedModel, windows_BT: Tensor) -> int:
