@@ -29,6 +29,8 @@ def _mrope(*sections: int, **others: Any) -> dict[str, Any]:
 
 
 CLASS_SETTINGS: dict[str, dict[str, Any]] = {
+    "blip-2": {"image_token_index": 5},
+    "canary": {"encoder_config": {"conv_kernel_size": 5}},
     "convbert": {"conv_kernel_size": 3},
     "distilbert": {"dim": 48, "hidden_dim": 84},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
@@ -38,6 +40,8 @@ CLASS_SETTINGS: dict[str, dict[str, Any]] = {
     "glm4v": _mrope(2, 1, 1),
     "glm4v_moe": _mrope(1, 1, 0),
     "glmga": _mrope(2, 1, 1),
+    "instructblip": {"image_token_index": 5},
+    "instructblipvideo": {"video_token_index": 5},
     "luke": {"entity_vocab_size": 53, "entity_emb_size": 40},
     "mobilebert": {"true_hidden_size": 36, "intra_bottleneck_size": 36},
     "nystromformer": {"segment_means_seq_len": 64, "num_landmarks": 64, "conv_kernel_size": 3},

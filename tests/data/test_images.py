@@ -130,14 +130,18 @@ def test_what_is_cut_off_an_image_is_read_as_text(llava: Path, pictures: Path) -
     assert options_of(pictures).unscored(windows).shape[1] == 80
 
 
-def test_the_chat_template_is_used_where_there_is_one(llava: Path, pictures: Path) -> None:
+def test_the_chat_template_is_used_where_it_has_a_place_for_an_image(llava: Path, pictures: Path) -> None:
     processor = processor_of(llava)
     processor.chat_template = CHAT
     windows = calibration_windows(processor, options_of(pictures))
     assert processor.tokenizer.decode(token_ids(windows[0])).startswith("user: <image>")
-    processor.chat_template = "{{ raise_exception('no images') }}"
-    with pytest.raises(DataError, match=r"metadata.jsonl', line \d+: the chat template does not take an image"):
-        calibration_windows(processor, options_of(pictures))
+    without = []
+    for template in (None, "{{ raise_exception('no images') }}", "{% for m in messages %}{{ m.role }}{% endfor %}"):
+        processor.chat_template = template  # of texts alone, as the tokenizer of a language model may have it
+        without.append(calibration_windows(processor, options_of(pictures)))
+    assert torch.equal(without[0], without[1])
+    assert torch.equal(without[0], without[2])
+    assert not torch.equal(without[0], windows)
 
 
 def test_a_parquet_file_with_images(llava: Path, tmp_path: Path) -> None:

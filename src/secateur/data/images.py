@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from secateur.models.tokenizer import load_processor
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 METADATA, FILE_NAME, IMAGE = "metadata.jsonl", "file_name", "image"
 CAPTION, SUFFIX = "caption", "suffix"
@@ -70,7 +73,7 @@ def reader_of(
 def image_windows(processor: ProcessorMixin, options: CalibrationOptions, *, skipped: int, count: int) -> Tensor:
     """So many windows (int64, count x length), after those that are skipped, each of which shows one image.
 
-    A window is what the processor makes of an image and its text, in the chat template where there is one; the texts
+    A window is what the processor makes of an image and its text, in a chat template that has a place for it; the texts
     of the rows that follow fill it. Rows are drawn without repetition; their images are cropped to the shape of the
     first, so that all take equally many tokens. Raises `DataError` for fewer rows than are needed, for images and texts
     that are missing or damaged, and for windows into which an image does not fit.
@@ -152,7 +155,7 @@ def _window(
     tokenizer: Any = processor.tokenizer
     while len(tokenizer(text, verbose=False)["input_ids"]) < options.length:
         text += f"{next(following)}\n\n"
-    prompt = _prompt(processor, text, where)
+    prompt = _prompt(processor, text)
     try:
         made: Any = processor(images=[image], return_tensors="pt", **prompt)
     except Exception as error:  # processors fail in any way
@@ -177,19 +180,22 @@ def _window(
     return with_shown(ids_T[: options.length], places_T[: options.length], shown)
 
 
-def _prompt(processor: ProcessorMixin, text: str, where: str) -> dict[str, Any]:
-    """How the processor is asked for an image with a text behind it: in the chat template, or as it says itself."""
-    call: Any = processor
+def _prompt(processor: ProcessorMixin, text: str) -> dict[str, Any]:
+    """How the processor is asked for an image and the text behind it; in a chat template, if it has a place for one."""
+    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or ""
     if getattr(processor, "chat_template", None):
         messages = [
             {"role": "user", "content": [{"type": "image"}]},
             {"role": "assistant", "content": [{"type": "text", "text": text}]},
         ]
+        call: Any = processor
         try:
-            return {"text": [call.apply_chat_template(messages, tokenize=False)], "add_special_tokens": False}
-        except Exception as error:  # templates refuse what they do not expect, each in its own way
-            raise DataError(f"{where}: the chat template does not take an image ({one_line(error)}).") from error
-    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or ""
+            prompt = str(call.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # a template of texts may fail in any way
+            logger.debug("the chat template takes no images: %s", one_line(error))
+        else:
+            if str(token) in prompt:
+                return {"text": [prompt], "add_special_tokens": False}
     if SUFFIX in inspect.signature(type(processor).__call__).parameters:  # what stands in no prefix is written
         return {"text": [token], SUFFIX: [text]}
     return {"text": [f"{token}{text}"]}

@@ -144,6 +144,9 @@ def traced_inputs(model: nn.Module, batch: int, sequence: int, written: int) -> 
     decoder = {DECODER_IDS: (batch, written)} if _writes(model, accepted) else {}
     reads_text = INPUT_IDS in accepted or getattr(model, "main_input_name", INPUT_IDS) == INPUT_IDS
     text = {INPUT_IDS: (batch, sequence)} if reads_text else {}
+    for name, parameter in accepted.items():
+        if text and parameter.default is parameter.empty and not is_numbers(name):  # such as a Q-Former's
+            text[name] = (batch, sequence)
     if text:
         yield {**text, **decoder}
     for numbers in _numbers(config, accepted, batch, sequence):
@@ -175,7 +178,7 @@ def is_numbers(name: str) -> bool:
     >>> is_numbers("pixel_values"), is_numbers("input_ids")
     (True, False)
     """
-    return name not in (INPUT_IDS, DECODER_IDS)
+    return not name.endswith(INPUT_IDS)
 
 
 def _numbers(
@@ -189,6 +192,7 @@ def _numbers(
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         channels = next((getattr(vision, name) for name in ("num_channels", "in_channels") if hasattr(vision, name)), 3)
         yield {"pixel_values": (batch, channels, height, width)}
+        yield {"pixel_values": (batch, 1, channels, height, width)}  # several images, or frames
     audio = getattr(config, "audio_config", None) or config
     for name in ("input_features", "input_values"):
         if name in accepted:
@@ -204,4 +208,5 @@ def _numbers(
             if isinstance(positions, int):
                 yield {name: (batch, bins, 2 * positions)}
             yield {name: (batch, 16 * sequence, bins)}
+            yield {name: (batch, bins, 8 * sequence)}
             yield {name: (batch, 800 * sequence)}
