@@ -14,7 +14,11 @@ from image_models import TOWER, TYPES, first_prompt, image_folder, noise, write_
 from secateur import CalibrationOptions, CutOptions, PruneRecipe, prune_model, verify
 from secateur.cli.main import run
 from secateur.data.windows import calibration_windows
+from secateur.models.config import load_config
 from secateur.models.inputs import arguments, next_tokens
+from secateur.models.media import shows
+from secateur.models.tokenizer import load_tokenizer
+from secateur.pipeline.reader import WindowReader
 from secateur.scoring.collect_backward import gradient_statistics
 from secateur.scoring.passes.loss import NO_LABEL
 
@@ -70,6 +74,18 @@ def test_its_text_is_cut_and_it_reads_an_image(model_type: str, pictures: Path, 
     shown = processor(text=[first_prompt(processor)], images=[noise(0)], return_tensors="pt")
     written = model.generate(**shown, max_new_tokens=4, do_sample=False)
     assert written.shape[1] == shown["input_ids"].shape[1] + 4
+
+
+def test_nothing_is_put_before_a_window_with_an_image(pictures: Path, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "dense", "paligemma")
+    calibration = CalibrationOptions((str(pictures),), samples=3, length=72, held_out=1)
+    tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
+    reader = WindowReader(str(folder), config, calibration, lambda: tokenizer)
+    reader.begin()
+    windows = reader.windows()
+    assert torch.equal(reader.as_served(windows), windows)
+    assert torch.equal(reader.behind_needed(windows), windows)
+    assert shows(reader.held_out())
 
 
 def test_repair_makes_up_for_what_is_lost_on_images(pictures: Path, tmp_path: Path) -> None:

@@ -108,10 +108,12 @@ def test_obs_is_what_least_squares_cannot_make_up_for(
     scores: dict[str, dict[str, Tensor]],
 ) -> None:
     weight, gram = model.get_parameter(name).detach().double(), inputs[name].t() @ inputs[name] / len(inputs[name])
-    gram += DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    ridge = float(DAMPING * gram.diagonal().mean())  # holds back the changes of what stays, not of what goes
+    gram += ridge * torch.eye(len(gram), dtype=torch.float64)
     for unit, value in enumerate(scores["obs"][group].tolist()):
         removed = list(range(unit * channels, (unit + 1) * channels))
-        assert value == pytest.approx(least_loss(weight, gram, removed), rel=1e-4)
+        of_removed = ridge * float(weight[:, removed].square().sum())
+        assert value == pytest.approx(least_loss(weight, gram, removed) - of_removed, rel=1e-4)
 
 
 def test_greedy_costs_rank_units_in_the_order_of_their_removal(
@@ -119,7 +121,8 @@ def test_greedy_costs_rank_units_in_the_order_of_their_removal(
 ) -> None:
     found, x = scores["obs_greedy"]["layers.1.mlp"], inputs[DOWN]
     order, costs = removal_costs(model.get_parameter(DOWN).detach(), x.t() @ x / len(x), torch.arange(84))
-    assert found.argsort(stable=True).tolist()[:40] == order[:40]
+    assert bool((found[order].diff() >= 0).all())  # of two that cost the same, either may be first
+    assert found.argsort(stable=True).tolist()[:20] == order[:20]
     assert float(found.max()) == pytest.approx(float(costs.max()), rel=1e-3)
 
 

@@ -207,7 +207,7 @@ def _places(processor: ProcessorMixin, ids_T: Tensor) -> Tensor:
     token = getattr(processor, "image_token", None)
     named = [getattr(each, "image_token_id", None) for each in (processor, tokenizer)]
     named.append(tokenizer.convert_tokens_to_ids(str(token)) if token else None)
-    each_T = [ids_T == number for number in named if number is not None]  # of Gemma 3, one is that before an image
+    each_T = [ids_T == number for number in named if number is not None]  # one may be the token before an image
     places_T = max(each_T, key=lambda at_T: int(at_T.sum()), default=torch.zeros_like(ids_T, dtype=torch.bool))
     if not places_T.any():
         places_T[0] = True

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
 from secateur.checkpoint.formats import check_saveable
@@ -23,10 +22,8 @@ from secateur.checkpoint.record import PLAN_FILE, make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
-from secateur.data.encoder_windows import as_read
 from secateur.data.generated import generate_windows
-from secateur.data.images import reader_of
-from secateur.data.windows import behind, calibration_windows, digest, held_out_windows, start_tokens
+from secateur.data.windows import digest
 from secateur.decoding import build_known
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
@@ -34,14 +31,14 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.errors import DataError, PlanError
 from secateur.evaluation.latency import latency_table
 from secateur.evaluation.memory import weight_bytes
-from secateur.models.classes import config_of, objective_of
-from secateur.models.config import check_positions, class_of, is_custom, load_config
-from secateur.models.inputs import check_reads_text
+from secateur.models.classes import config_of
+from secateur.models.config import is_custom, load_config
 from secateur.models.loading import load, unplaced_in
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
 from secateur.pipeline.cache import Cache, Iteration, StatisticsFolder
+from secateur.pipeline.reader import WindowReader
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.latency import LatencyTable
@@ -121,7 +118,6 @@ class Pipeline:
         self.statistics: StatisticsFolder | None = None
         self._model, self._tokenizer, self._windows = model, tokenizer, windows
         self._rotated: PreTrainedModel | None = None
-        self._start: Tensor | None = None  # what goes before windows, where they are read here
         self._table: LatencyTable | None = None
         self._tokens: TokenRanking | None = None
         self.config: PreTrainedConfig = (
@@ -150,6 +146,14 @@ class Pipeline:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
         self.calibration = settled(calibration, options)
+        self.reader = WindowReader(
+            self.name,
+            self.config,
+            self.calibration,
+            lambda: self.tokenizer,
+            needed=self.discovery.start_tokens,
+            trust_remote_code=self.trust,
+        )
         if given is None and TOKENS in options.axes:
             self._rank_tokens()
         self.recipe = replace(recipe, cut=options, calibration=self.calibration)
@@ -187,13 +191,8 @@ class Pipeline:
     def windows(self) -> Tensor:
         """3. Calibration windows, int64 (samples, length): from the text, or written by the model itself."""
         if self._windows is None:
-            self.check_reads_text()
-            self._start = start_tokens(self.tokenizer) if self._needed is None else self._needed
-            check_positions(self.config, self.calibration.length)
-            if not self.calibration.generated:
-                self._windows = self._as_read(calibration_windows(self._reader(), self.calibration))
-            else:
-                self._windows = self.cache.load_windows()
+            self.reader.begin()
+            self._windows = self.cache.load_windows() if self.calibration.generated else self.reader.windows()
         if self._windows is None:
             model = self.model
             with self.clock.stage("write") as progress:
@@ -202,31 +201,6 @@ class Pipeline:
             self._windows = processes.from_first(written)
             self.cache.save_windows(self._windows)
         return self._windows
-
-    def _reader(self) -> PreTrainedTokenizerBase | ProcessorMixin:
-        return reader_of(self.name, self.calibration, self.tokenizer, trust_remote_code=self.trust)
-
-    def check_reads_text(self) -> None:
-        """Raise `DataError` for a model that does not read the text which calibration gives it."""
-        model_class = class_of(self.config)
-        if model_class is not None:
-            check_reads_text(model_class)
-
-    def _as_read(self, windows: Tensor) -> Tensor:
-        """Windows as the model is served."""
-        model_class = class_of(self.config)
-        kind = "next token" if model_class is None else objective_of(model_class, self.config)
-        return as_read(windows, self.tokenizer, kind, seed=self.calibration.seed)
-
-    @property
-    def _needed(self) -> Tensor | None:
-        """What the model's code looks for at the start of every row; None where it takes any row."""
-        tokens = self.discovery.start_tokens
-        return torch.tensor(tokens, dtype=torch.int64) if tokens else None
-
-    def _behind_needed(self, windows: Tensor) -> Tensor:
-        """The windows behind the tokens that the model's code looks for, if they were read here."""
-        return windows if self._start is None or self._needed is None else behind(self._needed, windows)
 
     def start(self) -> Position:
         """The first iteration: the dense model, and its share of the cut."""
@@ -288,7 +262,7 @@ class Pipeline:
                     at.options.score,
                     model,
                     at.discovery,
-                    None if windows is None else self._behind_needed(self.calibration.scored(windows)),
+                    None if windows is None else self.reader.behind_needed(self.calibration.scored(windows)),
                     groups=groups,
                     layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
@@ -305,7 +279,7 @@ class Pipeline:
         if at.options.prices == "measured":
             factors = kept_factors(statistics, found)
             if factors is None:
-                model, unseen = self._model_at(at), self._behind_needed(self.calibration.unscored(self.windows()))
+                model, unseen = self._model_at(at), self.reader.behind_needed(self.calibration.unscored(self.windows()))
                 with self.clock.stage(self._title("price", at)) as progress:
                     factors = measured_factors(model, at.discovery, found, unseen, progress=progress)
                 if self.statistics is not None and first:
@@ -349,10 +323,10 @@ class Pipeline:
 
         A plan that was compared on them when it was made is not compared again.
         """
-        if self._start is None or self.calibration.generated or _losses(decided):
+        if self.reader.start is None or self.calibration.generated or _losses(decided):
             return None
         try:
-            return self._as_read(held_out_windows(self._reader(), self.calibration, start=self._start))
+            return self.reader.held_out()
         except DataError as error:
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None
@@ -375,8 +349,7 @@ class Pipeline:
         if found is None:
             model, windows = self._model_at(at), self.windows()
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
-            read = windows if self._start is None else behind(self._start, windows)
-            inputs = model, decided, at.discovery, read
+            inputs = model, decided, at.discovery, self.reader.as_served(windows)
             with self.clock.stage(self._title("repair", at)) as progress:
                 if (more := self._held_out(decided)) is None:
                     found = repair(*inputs, method=at.options.repair, progress=progress)
@@ -418,7 +391,7 @@ class Pipeline:
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
-            windows, model = self._behind_needed(self.windows()), self.model
+            windows, model = self.reader.behind_needed(self.windows()), self.model
             with self.clock.stage("reconstruct") as progress:
                 reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
         return smaller, whole

@@ -93,7 +93,7 @@ def prune_model(
     dtype = DTYPES.get(recipe.loading.dtype) or getattr(config, "dtype", None) or torch.float32
     check_space(out, sizes.parameters.get("pruned", 0) * dtype.itemsize)
     if pipeline.options.repairs or (given is None and SCORES[pipeline.options.score].needs != "weights"):
-        pipeline.check_reads_text()
+        pipeline.reader.check_reads_text()
     known = given is not None or pipeline.options.scope == "local"  # else the scores decide on the sizes, too
     if announce is not None and known:
         announce(sizes)
