@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from secateur.data.text import demo_texts
 from secateur.errors import PlanError
+from secateur.models.tokenizer import load_tokenizer
 from secateur.vocabulary.pieces import pieces_of
 from secateur.vocabulary.ranking import rank_tokens, token_counts
 from secateur.vocabulary.tokenizer import cut_tokenizer
@@ -63,6 +67,24 @@ def test_every_text_is_given_back(kind: str, seeds: int) -> None:
                 check(whole, smaller, keep, text_of_all_planes(rng))
             for line in words(seed)[:5]:
                 check(whole, smaller, keep, line)
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+@pytest.mark.parametrize("model", ["demo", *filter(None, os.environ.get("SECATEUR_MODELS", "").split(os.pathsep))])
+def test_a_real_tokenizer_gives_every_text_back(model: str) -> None:
+    """500 texts of all planes; of the demo, and of models whose paths the environment has."""
+    whole: Any = load_tokenizer(model)
+    text, size = demo_texts()[0], len(whole)
+    ranking = rank_tokens(pieces_of(whole), token_counts(whole, [text], size))
+    rng = random.Random(0)
+    for share in (0.5, 1.0):
+        keep = [*ranking.kept(size - int(share * len(ranking.order)))]
+        smaller = cut_tokenizer(whole, keep)
+        assert len(smaller) == len(keep) < 0.6 * size
+        for _ in range(250):
+            check(whole, smaller, keep, text_of_all_planes(rng))
+        check(whole, smaller, keep, text[:20_000])
 
 
 SAME = {kind: (whole := make(0), *cut(whole, 0, 0.8)) for kind, make in TOKENIZERS.items() if kind != "unigram"}
