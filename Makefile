@@ -28,7 +28,7 @@ RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-experts bench-scale bench-recover bench-recover-curve bench-serving bench-gguf architectures classes screenshots notebooks format clean
+.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-experts bench-scale bench-recover bench-recover-curve bench-gpu bench-serving bench-gguf architectures classes screenshots notebooks format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +111,10 @@ bench-recover-curve: $(STAMP)  ## The same by tokens, drawn: hours
 	$(if $(DATA),,$(error bench-recover-curve: give the folder of the texts, for example make bench-recover-curve DATA=data))
 	@mkdir -p runs
 	$(RECOVER) $(addprefix --budget tokens=,25k 50k 100k 200k 400k 800k) --picture docs/recovery.svg
+
+bench-gpu: $(STAMP)  ## Run the tests for GPUs, and measure time and memory on one; GPU="--device cpu --layers 2" tries it without; resumes
+	@mkdir -p runs
+	$(BIN)/python benchmarks/gpu.py --write $(GPU)
 
 bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and both; writes docs' table
 	$(BIN)/python benchmarks/serving.py --write

@@ -280,12 +280,24 @@ def part_b(console: Console) -> dict[str, Any]:
 # --- seven billion weights on the disk --------------------------------------------------------------------------------
 
 
-def write_7b(folder: Path) -> None:
-    """A checkpoint of LLaMA-7B's shape with random weights, a layer a file, and a tokenizer of a few tokens."""
+def write_7b(folder: Path, *, layers: int = LAYERS_7B, width: int = 4096) -> None:
+    """A checkpoint of LLaMA-7B's shape with random weights, a layer a file, and a tokenizer of a few tokens.
+
+    Fewer layers, or a smaller width with all other sizes in proportion, make it smaller.
+    """
     config = AutoConfig.for_model("llama", vocab_size=32000, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
+    heads = width // 128
+    sizes = {"hidden_size": width, "intermediate_size": width * 11008 // 4096, "num_attention_heads": heads}
     config.update(
-        {**SIZES_7B, "num_key_value_heads": 32, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 2048}
+        {
+            **SIZES_7B,
+            **sizes,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": 2048,
+        }
     )
+    config.update({"bos_token_id": 0, "eos_token_id": 0})
     config.save_pretrained(folder)
     by_file: dict[str, dict[str, torch.Size]] = {}
     for name, shape in shapes_of(config).items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import gpu
 import quality
 import recover
 import vocabulary
@@ -207,3 +208,24 @@ def test_what_the_vocabulary_gave_is_told_in_bits_per_byte() -> None:
     lines = vocabulary.block({"demo | 30% | mlp,vocabulary": found}).splitlines()
     assert lines[0] == "| model | removed | axes | parameters left | tokens left | WT2 |"
     assert lines[2] == "| demo | 30% | mlp,vocabulary | 94.2 M | 20,000 | 1.250 (+0.250) |"
+
+
+def test_a_device_has_one_table(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text(f"# A page\n\n{gpu.BEGIN}\n{gpu.END}\n\nMore.\n")
+    step = {"seconds": 12.3, "device_bytes": 2**31, "process_bytes": 2**30, "told": "score 5"}
+    about = {"name": "GPU H1", "torch": "2.13.0", "transformers": "5.24.0", "date": "2026-01-02"}
+    results = {"about": about, "steps": {"tests": {"seconds": 9, "result": "8 passed"}, "demo | `prune`": step}}
+    gpu.write(results, root=tmp_path)
+    gpu.write({**results, "about": {**about, "name": "GPU H2"}}, root=tmp_path)
+    gpu.write({**results, "about": {**about, "date": "2026-01-03"}}, root=tmp_path)
+    text = page.read_text()
+    assert text.startswith("# A page\n\n<!-- gpu:begin -->")
+    assert text.endswith("<!-- gpu:end -->\n\nMore.\n")
+    assert text.count("| demo | `prune` | 12 | score 5 | 2.0 | 1.0 |") == 2
+    assert "**GPU H1: torch 2.13.0, transformers 5.24.0, 2026-01-03**" in text
+    assert "**GPU H2: torch 2.13.0, transformers 5.24.0, 2026-01-02**" in text
+    page.write_text("# Another page\n")
+    with pytest.raises(TableError, match=r"expected <!-- gpu:end --> once"):
+        gpu.write(results, root=tmp_path)
