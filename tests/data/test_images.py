@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from image_models import TYPES, image_folder, noise, write_images
 from secateur.data.calibration import CalibrationOptions
-from secateur.data.images import holds_images, reader_of
+from secateur.data.pairs import holds_pairs, reader_of
 from secateur.data.windows import calibration_windows, digest, held_out_windows
 from secateur.errors import DataError
 from secateur.models.inputs import arguments, token_ids
@@ -153,7 +153,7 @@ def test_a_parquet_file_with_images(llava: Path, tmp_path: Path) -> None:
         for row in rows
     ]
     parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "rows.parquet")
-    assert holds_images(str(tmp_path / "rows.parquet"))
+    assert holds_pairs(str(tmp_path / "rows.parquet"))
     by_file = calibration_windows(processor_of(llava), options_of(tmp_path / "rows.parquet"))
     assert torch.equal(by_file, calibration_windows(processor_of(llava), options_of(folder)))
 
@@ -174,11 +174,11 @@ class TestErrors:
 
     def test_a_mix(self, llava: Path, pictures: Path) -> None:
         options = replace(CALIBRATION, text=(str(pictures), "demo"))
-        with pytest.raises(DataError, match="images stand alone"):
+        with pytest.raises(DataError, match="images and sound stand alone"):
             calibration_windows(processor_of(llava), options)
 
     def test_forms_of_texts(self, llava: Path, pictures: Path) -> None:
-        with pytest.raises(DataError, match=r"varied=0.5 is for texts without images"):
+        with pytest.raises(DataError, match=r"varied=0.5 is for texts without images or sound"):
             calibration_windows(processor_of(llava), options_of(pictures, varied=0.5))
 
     @pytest.mark.parametrize(
@@ -200,5 +200,5 @@ class TestErrors:
             calibration_windows(processor_of(llava), options_of(folder, samples=1, held_out=1))
 
     def test_a_model_of_text(self, tiny: Path, pictures: Path) -> None:
-        with pytest.raises(DataError, match=r"pictures' has images, and .* no processor that reads them"):
+        with pytest.raises(DataError, match=r"pictures' has images or sound, and .* no processor that reads them"):
             reader_of(str(tiny), options_of(pictures), load_tokenizer(str(tiny)))

@@ -105,5 +105,5 @@ def test_the_command_line_says_what_images_need(
 ) -> None:
     command = ["prune", str(tiny), str(tmp_path / "out"), "--calibration", str(pictures), "--samples", "4"]
     assert run([*command, "--quiet"]) == 2
-    assert "has images, and" in capsys.readouterr().err
+    assert "has images or sound, and" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

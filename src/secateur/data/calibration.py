@@ -31,8 +31,8 @@ class CalibrationOptions:
 
     text: Sequence[str] = (DEMO,)
     """Files, names of data sets, demo (Python's language reference) or self (text that the model generates), one or
-    more. FILE@2 gives a source twice the windows of another. For vision-language models, a folder or Parquet file of
-    images with their texts."""
+    more. FILE@2 gives a source twice the windows of another. For models that read
+    images or hear sound, a folder or Parquet file of these with their texts."""
     samples: int = 128
     """Number of calibration windows."""
     length: int = 256

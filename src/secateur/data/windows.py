@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from secateur.data.calibration import COLUMN, DEMO, CalibrationOptions, shuffled
 from secateur.data.documents import holds_documents, read_documents
 from secateur.data.forms import FORMS
-from secateur.data.images import image_windows
+from secateur.data.pairs import shown_windows
 from secateur.data.text import MAX_CHARACTERS, read_calibration
 from secateur.errors import DataError
 
@@ -26,14 +26,14 @@ OTHER_SEED = 1_000_003  # between the seeds of two forms: the same number draws 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, options: CalibrationOptions) -> Tensor:
     """Read the texts that the options name and take windows of them; returns int64 ids, samples x length.
 
-    With a processor, the windows show images (`images`), and what follows is of texts alone.
+    With a processor, the windows show images or sound (`pairs`), and what follows is of texts alone.
 
     The sources take turns by their weights. First come the windows that are as the texts have them, then those of each
     of `FORMS`, then those whose tokens are in random order. Raises `DataError` as `read_calibration` and
     `sample_windows` do.
     """
     if isinstance(tokenizer, ProcessorMixin):
-        return image_windows(tokenizer, options, skipped=0, count=options.samples)
+        return shown_windows(tokenizer, options, skipped=0, count=options.samples)
     counts = options.counts(options.samples)
     return _windows(tokenizer, options, skipped=[0] * len(counts), counts=counts)
 
@@ -70,7 +70,7 @@ def held_out_windows(
     and as `calibration_windows` does.
     """
     if isinstance(tokenizer, ProcessorMixin):
-        return image_windows(tokenizer, options, skipped=options.samples, count=options.held_out)
+        return shown_windows(tokenizer, options, skipped=options.samples, count=options.held_out)
     skipped, counts = options.counts(options.samples), options.counts(options.held_out)
     start = start_tokens(tokenizer) if start is None else start
     return behind(start, _windows(tokenizer, options, skipped=skipped, counts=counts))

@@ -26,7 +26,8 @@ INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
 def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
     """The arguments with which a model reads windows; an encoder gets their first half, its decoder the second.
 
-    Raises `DataError` for a model that does not read text.
+    A model of speech gets the sound that the windows show, and its decoder their tokens. Raises `DataError` for a model
+    that does not read text.
 
     >>> from transformers import AutoConfig, AutoModelForSeq2SeqLM
     >>> sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8, "vocab_size": 9}
@@ -35,10 +36,11 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
     {'input_ids': tensor([[1, 2]]), 'decoder_input_ids': tensor([[0, 3]]), 'use_cache': False}
     """
     accepted = inspect.signature(model.forward).parameters
-    check_reads_text(type(model))
     ids_BT = token_ids(windows_BT)
     given: dict[str, Any] = {INPUT_IDS: ids_BT}
-    if _writes(model, accepted):
+    if objective(model) == "heard":
+        given = {DECODER_IDS: ids_BT}
+    elif _writes(model, accepted):
         start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))
         half = ids_BT.shape[1] // 2
         given = {INPUT_IDS: ids_BT[:, :half], DECODER_IDS: torch.cat([start, ids_BT[:, half:-1]], dim=1)}
@@ -48,6 +50,8 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
         for name, each in numbers.items()
         if name in accepted
     }
+    if type(model).main_input_name not in {*given, *images}:
+        check_reads_text(type(model))
     return given | images | without_extras(model)
 
 
@@ -76,7 +80,7 @@ def check_reads_text(model_class: Any) -> None:
     if kind != INPUT_IDS:
         raise DataError(
             f"{model_class.__name__} reads {kind}, and calibration gives it text: use a score of weights and no "
-            "repair, --score l2 --repair none"
+            "repair, --score l2 --repair none; or for speech, give --calibration FOLDER of sounds with their texts"
         )
 
 

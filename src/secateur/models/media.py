@@ -1,22 +1,43 @@
-"""Images of calibration: what a processor makes of them, found again by the windows of token ids that show them.
+"""Images and sound of calibration: what a processor makes of them, found again by the windows that show them.
 
-A window has room for token ids alone. So the tokens at which an image stands carry its number in their upper half, as
-masked tokens carry the token under the mask (`inputs`), and windows can be cut, joined, saved and compared as any
-others. Numbers are hashes of what the processor made: equal images have equal numbers in every process, and other
-images make other windows. Axes: B samples, T tokens.
+A window has room for token ids alone. So the tokens at which an image stands, or the first token of what is heard,
+carry its number in their upper half, as masked tokens carry the token under the mask (`inputs`), and windows can be
+cut, joined, saved and compared as any others. Numbers are hashes of what the processor made: equal images have equal
+numbers in every process, and other images make other windows. Axes: B samples, T tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 HALF = 32  # bits of an id, and of what stands above it
 _SHOWN: dict[int, Shown] = {}  # by their numbers, in this process
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An image or a sound with its text."""
+
+    where: str
+    text: str
+    given: Path | Mapping[str, object]
+    """A path, or the `bytes` or `path` of a Parquet file."""
+    is_sound: bool = False
+
+    def file(self) -> Path | BinaryIO:
+        """What can be opened to read it."""
+        if isinstance(self.given, Path):
+            return self.given
+        content = self.given.get("bytes")
+        return io.BytesIO(content) if isinstance(content, bytes) else Path(str(self.given.get("path")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +48,11 @@ class Shown:
     by_token: Mapping[str, Tensor]
     """1 x T: those that have an entry for each token, such as an attention mask."""
     places: int
-    """Tokens at which the image stands."""
+    """Tokens at which the image stands, or the one before what is heard."""
 
 
 def with_shown(ids_T: Tensor, places_T: Tensor, shown: Shown) -> Tensor:
-    """A window (int64) that shows an image at some of its tokens (bool).
+    """A window (int64) that shows an image at some of its tokens (bool), or a sound.
 
     >>> shown = Shown({"pixel_values": torch.ones(1, 3, 2, 2)}, {}, places=1)
     >>> window_T = with_shown(torch.tensor([7, 8]), torch.tensor([True, False]), shown)
@@ -50,12 +71,12 @@ def with_shown(ids_T: Tensor, places_T: Tensor, shown: Shown) -> Tensor:
 
 
 def shows(windows_BT: Tensor) -> bool:
-    """Whether any of the windows shows an image."""
+    """Whether any of the windows shows an image or a sound."""
     return any(number in _SHOWN for number in (windows_BT >> HALF).amax(1).tolist())
 
 
 def shown_in(windows_BT: Tensor) -> dict[str, Tensor]:
-    """What a model reads besides the ids; nothing, unless every window shows the whole of an image."""
+    """What a model reads besides the ids; nothing, unless every window shows the whole of an image or a sound."""
     numbers_BT = windows_BT >> HALF
     numbers = numbers_BT.amax(1).tolist()
     shown = [_SHOWN.get(number) for number in numbers]

@@ -1,4 +1,4 @@
-"""Calibration text, or images with their texts -> the windows that a model reads, as it is served."""
+"""Calibration text, or images or sound with their texts -> the windows that a model reads, as it is served."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.encoder_windows import as_read
-from secateur.data.images import reader_of
+from secateur.data.pairs import holds_pairs, reader_of
 from secateur.data.windows import behind, calibration_windows, held_out_windows, start_tokens
 from secateur.models.classes import objective_of
 from secateur.models.config import check_positions, class_of
@@ -38,14 +38,14 @@ class WindowReader:
     def check_reads_text(self) -> None:
         """Raise `DataError` for a model that does not read the text which calibration gives it."""
         model_class = class_of(self.config)
-        if model_class is not None:
+        if model_class is not None and not any(map(holds_pairs, self.calibration.names)):
             check_reads_text(model_class)
 
     def begin(self) -> None:
         """Refuse what can be, before any window is read or written. Raises `DataError`."""
         self.check_reads_text()
         if isinstance(self._reads(), ProcessorMixin):
-            self.start = self.needed  # what goes before an image is there
+            self.start = self.needed  # what goes before is there
         else:
             self.start = self.needed if len(self.needed) else start_tokens(self.tokenizer())
         check_positions(self.config, self.calibration.length)

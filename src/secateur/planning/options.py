@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from secateur.data.calibration import DEMO, CalibrationOptions
-from secateur.data.images import holds_images
+from secateur.data.pairs import holds_pairs
 from secateur.decoding import check_choices
 from secateur.errors import PlanError, ScoreError, check_known, check_least
 from secateur.scoring.registry import SCORES
@@ -316,9 +316,10 @@ def with_preset(
 
 
 def settled(calibration: CalibrationOptions, options: CutOptions) -> CalibrationOptions:
-    """The calibration with its shares of varied and copied windows filled in, which depend on the cut; of images, none.
+    """The calibration with its shares of varied and copied windows filled in, which depend on the cut.
 
-    Raises `PlanError` where windows are to be varied and no repair looks at them.
+    Windows of images or sound are neither. Raises `PlanError` where windows are to be varied and no repair looks at
+    them.
 
     >>> settled(CalibrationOptions(), CutOptions()).varied
     0.375
@@ -326,7 +327,7 @@ def settled(calibration: CalibrationOptions, options: CutOptions) -> Calibration
     Traceback (most recent call last):
     secateur.errors.PlanError: varied=0.5 is for repair, and repair=none does without: leave it out, or use ...
     """
-    if any(map(holds_images, calibration.names)):
+    if any(map(holds_pairs, calibration.names)):
         copied, varied = (0.0 if share is None else share for share in (calibration.copied, calibration.varied))
         calibration = replace(calibration, copied=copied, varied=varied)
     if calibration.copied is None:

@@ -43,7 +43,7 @@ def labels_of(model: PreTrainedModel, windows_BT: Tensor) -> Tensor | None:
     kind = objective(model)
     if kind in ("class", "embedding"):
         return None
-    if kind == "next token":
+    if kind in ("next token", "heard"):
         labels_BP = functional.pad(next_tokens(windows_BT)[:, 1:], (0, 1), value=NO_LABEL)
     elif kind == "second half":
         labels_BP = next_tokens(windows_BT)[:, windows_BT.shape[1] // 2 :]
