@@ -1,9 +1,11 @@
 """What can be cut in every type of each auto class, held to the contract of `tests/contract.py`.
 
-    python benchmarks/classes.py [--types AutoModelForMaskedLM/bert,...] [--out runs/classes.jsonl] [--known]
+    python benchmarks/classes.py [--types AutoModelForMaskedLM/bert,...] [--out runs/classes.jsonl] [--known] [--peer]
 
 Types that `--out` has already are not done again. `--known` writes tests/known_class_failures.json from all that the
-file holds. AutoModelForCausalLM has a benchmark of its own (`architectures.py`).
+file holds. `--peer` holds Torch-Pruning to the same contract, as `dependency_graph.py` says (pip install -e '.[bench]');
+it is asked for the groups that we find, so a type that we do not discover is not measured. AutoModelForCausalLM has a
+benchmark of its own (`architectures.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import json
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ROOT / "tests" / "known_class_failures.json"
 sys.path[:0] = [str(ROOT / "tests")]
 
-SECONDS = 300  # for one type
+SECONDS, PEER_SECONDS = 300, 60  # for one type, and for one check of Torch-Pruning
+PEER = "Torch-Pruning: "
 SKIPPED = ("head_dim",)
 PARTS = {  # what is asked for -> checks of which a type has one or more
     "MLP: cut = mask": ("mlp", "expert_mlp", "shared_mlp"),
@@ -37,6 +42,7 @@ def main() -> None:
     parser.add_argument("--types", help="names such as AutoModel/bert, separated by commas; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "classes.jsonl", metavar="FILE")
     parser.add_argument("--known", action="store_true", help="write the list of known failures")
+    parser.add_argument("--peer", action="store_true", help="Torch-Pruning too; it needs all types of --out")
     options = parser.parse_args()
     names = options.types.split(",") if options.types is not None else list(NAMES)
     done = read(options.out)
@@ -44,7 +50,7 @@ def main() -> None:
     with options.out.open("a") as file:
         for name in names:
             if name and name not in done:
-                done[name] = checks_of(name)
+                done[name] = checks_of(name) | (peer_checks_of(name) if options.peer else {})
                 file.write(json.dumps({"name": name, "checks": done[name]}) + "\n")
                 file.flush()
     if options.known:
@@ -63,19 +69,44 @@ def checks_of(name: str) -> dict[str, str | None]:
     """The checks of one type; a type without a tiny model has the check `build` alone."""
     from contract import DISCOVER, check_type
 
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"took more than {SECONDS} seconds")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    checks: dict[str, str | None] = {}
     try:
-        checks = check_type(name, skip=SKIPPED).checks
+        in_time(lambda: checks.update(check_type(name, skip=SKIPPED).checks), SECONDS)
     except TimeoutError as error:
         checks = {"build": str(error)}
-    finally:
-        signal.alarm(0)
     reason = checks.get(DISCOVER)
     return {"build": reason} if reason is not None and not reason.startswith("DiscoveryError") else checks
+
+
+def peer_checks_of(name: str) -> dict[str, str | None]:
+    """The checks of Torch-Pruning, by the names of ours behind `PEER`; none, where we find no groups."""
+    from contract import outcome, subject
+    from dependency_graph import check_peer_cut, check_peer_graph
+
+    try:
+        tested = subject(name)
+    except Exception:  # the finding of `checks_of`
+        return {}
+    found = {"discover": outcome(partial(check_peer_graph, tested))}
+    for kind in tested.kinds:
+        if any(kind in kinds for kinds in PARTS.values()):
+            found[kind] = outcome(partial(in_time, partial(check_peer_cut, tested, kind), PEER_SECONDS))
+    return {f"{PEER}{check}": reason for check, reason in found.items()}
+
+
+def in_time(check: Callable[[], None], seconds: int) -> None:
+    """Run a check; raises `TimeoutError` where it takes longer."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        check()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def known(done: dict[str, dict[str, str | None]]) -> dict[str, list[dict[str, Any]]]:
@@ -83,7 +114,7 @@ def known(done: dict[str, dict[str, str | None]]) -> dict[str, list[dict[str, An
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, checks in sorted(done.items()):
         for check, reason in checks.items():
-            if reason is not None:
+            if reason is not None and not check.startswith(PEER):
                 found[check][reason].append(name)
     return {
         check: [{"reason": reason, "types": types} for reason, types in sorted(reasons.items())]
@@ -97,10 +128,23 @@ def show(auto: str, done: dict[str, dict[str, str | None]]) -> None:
     discovered = [checks for checks in built if checks["discover"] is None]
     cells = [f"{len(done)}", f"{len(discovered)}/{len(built)}"]
     for names in PARTS.values():
-        having = [[checks[name] for name in names if name in checks] for checks in discovered]
-        having = [reasons for reasons in having if reasons]
-        cells.append(f"{sum(not any(reasons) for reasons in having)}/{len(having)}")
+        cells.append(passing(discovered, names))
+    if any(check.startswith(PEER) for checks in discovered for check in checks):
+        cells.append(f"{PEER}{passing(discovered, (f'{PEER}discover',))}")
+        for names in [*PARTS.values()][:2]:
+            cells.append(passing(discovered, [f"{PEER}{name}" for name in names]))
     print(f"| {auto} | {' | '.join(cells)} |")
+
+
+def passing(types: Sequence[Mapping[str, str | None]], names: Sequence[str]) -> str:
+    """Of the types that have any of these checks, those that pass all that they have.
+
+    >>> passing([{"mlp": None}, {"mlp": "off"}, {"attention": None}], ["mlp"])
+    '1/2'
+    """
+    having = [[checks[name] for name in names if name in checks] for checks in types]
+    having = [reasons for reasons in having if reasons]
+    return f"{sum(not any(reasons) for reasons in having)}/{len(having)}"
 
 
 if __name__ == "__main__":

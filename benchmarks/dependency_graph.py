@@ -41,6 +41,7 @@ from secateur.discovery.algebra import (
     variables_in,
 )
 from secateur.discovery.groups import Group
+from secateur.models.inputs import predicted
 from secateur.models.silence import quiet
 
 ROOTS = 4  # layers that are tried as the first one cut
@@ -61,8 +62,7 @@ def build_graph(
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
     def run(traced: nn.Module, given: Mapping[str, Any]) -> Tensor:
-        result: Tensor = traced(**given, **options).logits
-        return result
+        return predicted(traced(**given, **options))
 
     parameters = [torch_pruning._helpers.UnwrappedParameters(parameter, dim) for parameter, dim in declared]
     with quiet():
