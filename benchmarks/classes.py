@@ -3,8 +3,8 @@
     python benchmarks/classes.py [--types AutoModelForMaskedLM/bert,...] [--out runs/classes.jsonl] [--known] [--peer]
 
 Types that `--out` has already are not done again. `--known` writes tests/known_class_failures.json from all that the
-file holds. `--peer` holds Torch-Pruning to the same contract, as `dependency_graph.py` says (pip install -e '.[bench]');
-it is asked for the groups that we find, so a type that we do not discover is not measured. AutoModelForCausalLM has a
+file holds. `--peer` holds Torch-Pruning to the same contract (`dependency_graph.py`; pip install -e '.[bench]'); it
+is asked for the groups that we find, so a type that we do not discover is not measured. AutoModelForCausalLM has a
 benchmark of its own (`architectures.py`).
 """
 
