@@ -16,10 +16,10 @@ from known import BUILT, EVERY, check_reasons, not_looked_at, verdict
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"  # `make architectures` writes it
 KNOWN = Path(__file__).parents[1] / "known_failures.json"  # check -> [{"reason": ..., "types": [...]}]
 QUICK = ("llama", "mamba2", "mixtral")
-# Half a minute to minutes each: `make long`, and `make architectures`, which looks at all.
+# A quarter of a minute to minutes each: `make long`, and `make architectures`, which looks at all.
 LONG = (
-    *("bailing_hybrid", "blt", "inkling2_loop_text", "kimi_linear", "longcat_flash", "phi4_multimodal"),
-    *("qwen4_exp", "qwen4_exp_text", "zamba"),
+    *("axk2", "bailing_hybrid", "blt", "deepseek_v4", "inkling2_loop_text", "kimi_linear", "longcat_flash"),
+    *("olmo_hybrid", "phi4_multimodal", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
 )
 
 

@@ -110,9 +110,7 @@ def test_a_killed_prune_leaves_no_half_folder_and_resumes_to_the_same_bytes(plac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"), [("out.gguf", "--gguf f16 --no-check"), ("out", "--int8"), ("out", "--int8 --dynamic")]
-)
+@pytest.mark.parametrize(("name", "options"), [("out.gguf", "--gguf f16 --no-check"), ("out", "--int8 --dynamic")])
 def test_a_killed_export_leaves_no_half_output(name: str, options: str, place: Path) -> None:
     if "--int8" in options:
         pytest.importorskip("torchao", reason="int8 folders need torchao")
