@@ -217,14 +217,14 @@ def pieces(model_type: str, *, own: bool, peer: bool) -> Iterator[Outcome]:
             yield {"peer": {part: None if passes and kinds else next(filter(None, reasons), "not measured")}}
 
 
-def in_time(check: Callable[[], None]) -> None:
-    """Run a check, and fail it where it takes longer than PEER_SECONDS."""
+def in_time(check: Callable[[], None], seconds: int = PEER_SECONDS) -> None:
+    """Run a check; raises `TimeoutError` where it takes longer."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"more than {PEER_SECONDS} s")
+        raise TimeoutError(f"took more than {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(PEER_SECONDS)
+    signal.alarm(seconds)
     try:
         check()
     finally:

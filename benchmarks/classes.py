@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from architectures import in_time
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ROOT / "tests" / "known_class_failures.json"
 sys.path[:0] = [str(ROOT / "tests")]
 
-SECONDS, PEER_SECONDS = 300, 60  # for one type, and for one check of Torch-Pruning
+SECONDS = 300  # for one type
 PEER = "Torch-Pruning: "
 SKIPPED = ("head_dim",)
 PARTS = {  # what is asked for -> checks of which a type has one or more
@@ -90,23 +91,8 @@ def peer_checks_of(name: str) -> dict[str, str | None]:
     found = {"discover": outcome(partial(check_peer_graph, tested))}
     for kind in tested.kinds:
         if any(kind in kinds for kinds in PARTS.values()):
-            found[kind] = outcome(partial(in_time, partial(check_peer_cut, tested, kind), PEER_SECONDS))
+            found[kind] = outcome(partial(in_time, partial(check_peer_cut, tested, kind)))
     return {f"{PEER}{check}": reason for check, reason in found.items()}
-
-
-def in_time(check: Callable[[], None], seconds: int) -> None:
-    """Run a check; raises `TimeoutError` where it takes longer."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        check()
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def known(done: dict[str, dict[str, str | None]]) -> dict[str, list[dict[str, Any]]]:

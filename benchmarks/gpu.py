@@ -49,9 +49,9 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     about = _about(options)
-    if results.get("about", about) != about:
+    if {**results.get("about", about), "date": about["date"]} != about:
         sys.exit(f"gpu.py: {out} is of {results['about']}, and this is {about}: name another file with --out")
-    results["about"] = about
+    results.setdefault("about", about)
     steps = results.setdefault("steps", {})
     if "tests" not in steps:
         steps["tests"] = _tests(options.device)

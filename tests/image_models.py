@@ -250,10 +250,8 @@ TYPES: dict[str, Callable[[str], Built]] = {
 }
 
 
-def image_folder(folder: Path, model_type: str) -> Path:
-    """Write a tiny model of a type with its processor; weights are large enough for images to matter."""
-    processor, config = TYPES[model_type](model_type)
-    model = t.AutoModelForImageTextToText.from_config(config)
+def write_model(folder: Path, model: t.PreTrainedModel, processor: Any) -> None:
+    """Save a model with random weights that are large enough for its inputs to matter, and its processor."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -261,6 +259,13 @@ def image_folder(folder: Path, model_type: str) -> Path:
             weight.copy_(around + 0.2 * torch.randn(weight.shape, generator=generator))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def image_folder(folder: Path, model_type: str) -> Path:
+    """Write a tiny model of a type with its processor."""
+    processor, config = TYPES[model_type](model_type)
+    model = t.AutoModelForImageTextToText.from_config(config)
+    write_model(folder, model, processor)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers as t
 
-from image_models import bytes_tokenizer
+from image_models import bytes_tokenizer, write_model
 
 RATE = 16_000
 SHARED: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "pad_token_id": 0}
@@ -38,7 +38,7 @@ TYPES = ("whisper", "moonshine")
 
 
 def sound_folder(folder: Path, model_type: str) -> Path:
-    """Write a tiny model of a type with its processor; weights are large enough for sound to matter."""
+    """Write a tiny model of a type with its processor."""
     tokenizer = bytes_tokenizer()
     processor: Any
     if model_type == "whisper":
@@ -48,13 +48,7 @@ def sound_folder(folder: Path, model_type: str) -> Path:
     sizes = WHISPER if model_type == "whisper" else MOONSHINE
     config = t.AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **sizes, **SHARED)
     model = t.AutoModelForSpeechSeq2Seq.from_config(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            around = 1.0 if weight.dim() == 1 else 0.0
-            weight.copy_(around + 0.2 * torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    write_model(folder, model, processor)
     return folder
 
 

@@ -39,7 +39,7 @@ def options_of(source: Path, **changes: Any) -> CalibrationOptions:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_gradients_are_autograds_of_what_is_heard(model_type: str, sounds: Path, tmp_path: Path) -> None:
+def test_gradients_are_autograds_of_the_transcription(model_type: str, sounds: Path, tmp_path: Path) -> None:
     folder = sound_folder(tmp_path, model_type)
     model: Any = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
     windows = calibration_windows(AutoProcessor.from_pretrained(folder), options_of(sounds))
@@ -95,11 +95,11 @@ class TestErrors:
             self.read(whisper, sounds, samples=100)
 
     def test_windows_with_more_tokens_than_a_sound(self, whisper: Path, sounds: Path) -> None:
-        with pytest.raises(DataError, match=r"1 seconds of sound, .* have \d+ tokens before it, and windows 120"):
+        with pytest.raises(DataError, match=r"takes 1 seconds of sound at once, .* where windows have 120"):
             self.read(whisper, sounds, length=120)
 
     def test_another_rate(self, whisper: Path, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"8,000 samples a second, and the model hears 16,000"):
+        with pytest.raises(DataError, match=r"sampling rate is 8,000 Hz, and the model expects 16,000 Hz"):
             self.read(whisper, write_sounds(tmp_path / "sounds", rate=8_000))
 
     def test_no_sound(self, whisper: Path, tmp_path: Path) -> None:

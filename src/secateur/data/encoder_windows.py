@@ -19,7 +19,7 @@ def as_read(windows_BT: Tensor, tokenizer: PreTrainedTokenizerBase, kind: Object
     >>> as_read(torch.arange(5)[None], lambda text, **_: {"input_ids": [*map(ord, text), 9]}, "embedding").tolist()
     [[0, 1, 2, 3, 9]]
     """
-    if kind in ("next token", "second half", "heard"):
+    if kind in ("next token", "second half", "transcription"):
         return windows_BT
     windows_BT = between_special_tokens(windows_BT, tokenizer)
     return mask_tokens(windows_BT, tokenizer, seed=seed) if kind == "masked tokens" else windows_BT

@@ -1,4 +1,4 @@
-"""Sound with its texts -> calibration windows: what a model of speech writes of what it hears. Axes: T tokens."""
+"""Sound with its texts -> calibration windows: the transcriptions that a model of speech predicts. Axes: T tokens."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def sound_windows(
 ) -> Tensor:
     """So many windows (int64, count x length) of the text of a sound, after those that are skipped.
 
-    Each is of some sounds one after the other, as many as its tokens take, each of which is in one window alone; the
-    model hears all of them. Raises `DataError` for fewer sounds than are needed, for one that is missing, damaged or of
-    another rate than the model hears, and for windows with more tokens than the sound has.
+    Each is of some sounds one after the other, as many as its tokens take, each of which is in one window alone. Raises
+    `DataError` for fewer sounds than are needed, for one that is missing, damaged or of another sampling rate than the
+    model's, and for windows with more tokens than the sound has.
     """
     left, windows = list(reversed(pairs)), []
     for _ in range(skipped + count):
@@ -54,8 +54,8 @@ def _window(processor: ProcessorMixin, left: list[Pair], options: CalibrationOpt
         new = _sound_of(left[-1], rate)
         if len(sound) + len(new) > most:
             raise DataError(
-                f"{left[-1].where}: {most / rate:g} seconds of sound, which the model hears at once, have {len(ids)} "
-                f"tokens before it, and windows {options.length}. Expected shorter ones: "
+                f"{left[-1].where}: the model takes {most / rate:g} seconds of sound at once, and those before it have "
+                f"{len(ids)} tokens of text, where windows have {options.length}. Expected shorter ones: "
                 f"CalibrationOptions(length={max(2, len(ids) // 2)})."
             )
         sound = torch.cat([sound, new])
@@ -66,8 +66,8 @@ def _window(processor: ProcessorMixin, left: list[Pair], options: CalibrationOpt
     made = call(audio=padded.numpy(), sampling_rate=rate, return_tensors="pt")
     ids_T = torch.tensor(ids[: options.length], dtype=torch.int64)
     first_T = torch.arange(options.length) == 0
-    heard = {name: each for name, each in made.items() if isinstance(each, Tensor)}
-    return with_shown(ids_T, first_T, Shown(heard, {}, 1))
+    features = {name: each for name, each in made.items() if isinstance(each, Tensor)}
+    return with_shown(ids_T, first_T, Shown(features, {}, 1))
 
 
 def _sound_of(pair: Pair, rate: int) -> Tensor:
@@ -84,7 +84,9 @@ def _sound_of(pair: Pair, rate: int) -> Tensor:
         more = "" if importlib.util.find_spec("soundfile") else "; pip install 'secateur[sound]' reads more than WAV"
         raise DataError(f"{pair.where}: the sound cannot be read ({one_line(error)}{more}).") from error
     if found != rate:
-        raise DataError(f"{pair.where}: it has {found:,} samples a second, and the model hears {rate:,}. Convert it.")
+        raise DataError(
+            f"{pair.where}: its sampling rate is {found:,} Hz, and the model expects {rate:,} Hz. Resample it."
+        )
     return samples
 
 

@@ -22,9 +22,9 @@ AUTO_CLASSES: dict[str, Any] = {  # in the order in which a type that names no a
     "AutoModel": modeling_auto.MODEL_MAPPING,
 }
 
-Objective = Literal["next token", "second half", "heard", "masked tokens", "class", "embedding"]
+Objective = Literal["next token", "second half", "transcription", "masked tokens", "class", "embedding"]
 """What a model predicts of a window of tokens: each next token; its second half from its first (encoder and decoder);
-each next token of a text that it hears; the tokens that are masked; a class; hidden states."""
+each next token of the text of a sound; the tokens that are masked; a class; hidden states."""
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -110,7 +110,7 @@ def objective_of(model_class: type, config: Any) -> Objective:
     if name == "AutoModel":
         return "embedding"
     if is_encoder_decoder(config):
-        return "heard" if name == "AutoModelForSpeechSeq2Seq" else "second half"
+        return "transcription" if name == "AutoModelForSpeechSeq2Seq" else "second half"
     return "masked tokens" if name == "AutoModelForMaskedLM" else "next token"
 
 

@@ -38,7 +38,7 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
     accepted = inspect.signature(model.forward).parameters
     ids_BT = token_ids(windows_BT)
     given: dict[str, Any] = {INPUT_IDS: ids_BT}
-    if objective(model) == "heard":
+    if objective(model) == "transcription":
         given = {DECODER_IDS: ids_BT}
     elif _writes(model, accepted):
         start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))

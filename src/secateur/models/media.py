@@ -1,9 +1,9 @@
 """Images and sound of calibration: what a processor makes of them, found again by the windows that show them.
 
-A window has room for token ids alone. So the tokens at which an image stands, or the first token of what is heard,
-carry its number in their upper half, as masked tokens carry the token under the mask (`inputs`), and windows can be
-cut, joined, saved and compared as any others. Numbers are hashes of what the processor made: equal images have equal
-numbers in every process, and other images make other windows. Axes: B samples, T tokens.
+A window has room for token ids alone. So image tokens, or the first token of the text of a sound, carry a number in
+their upper half, as masked tokens carry the token under the mask (`inputs`), and windows can be cut, joined, saved and
+compared as any others. Numbers are hashes of what the processor made: equal images have equal numbers in every process,
+and other images make other windows. Axes: B samples, T tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Shown:
     by_token: Mapping[str, Tensor]
     """1 x T: those that have an entry for each token, such as an attention mask."""
     places: int
-    """Tokens at which the image stands, or the one before what is heard."""
+    """Tokens at which the image stands, or the first token of the text of a sound."""
 
 
 def with_shown(ids_T: Tensor, places_T: Tensor, shown: Shown) -> Tensor:

@@ -1,7 +1,7 @@
 """What a model predicts of windows, and the windows -> its loss, by which units are scored and repairs are judged.
 
-- A language model predicts tokens: the next ones, those under masks, or the second half of each window. The loss is the
-  cross-entropy of the tokens that are there.
+- A language model predicts tokens: the next ones, those under masks, or the second half of each window; a model of
+  speech, those of the text of a sound. The loss is the cross-entropy of the tokens that are there.
 - A classifier has no labels here. They are drawn from its own prediction, so that squared gradients give the true
   Fisher information (Kunstner, Hennig, Balles 2019: arXiv 1905.12558), whatever classes the model was trained for.
 - A model without a head is taken to predict each hidden state with Gaussian noise as large as the hidden state is on
@@ -43,7 +43,7 @@ def labels_of(model: PreTrainedModel, windows_BT: Tensor) -> Tensor | None:
     kind = objective(model)
     if kind in ("class", "embedding"):
         return None
-    if kind in ("next token", "heard"):
+    if kind in ("next token", "transcription"):
         labels_BP = functional.pad(next_tokens(windows_BT)[:, 1:], (0, 1), value=NO_LABEL)
     elif kind == "second half":
         labels_BP = next_tokens(windows_BT)[:, windows_BT.shape[1] // 2 :]
