@@ -17,8 +17,9 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.data.pairs import holds_pairs, reader_of
 from secateur.data.windows import calibration_windows, digest, held_out_windows
 from secateur.errors import DataError
+from secateur.models import media
 from secateur.models.inputs import arguments, token_ids
-from secateur.models.media import shown_in, shows
+from secateur.models.media import Shown, shown_in, shows, with_shown
 from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.options import CutOptions, settled
 from secateur.scoring.passes.loss import NO_LABEL, labels_of
@@ -107,6 +108,17 @@ def test_windows_follow_from_the_options_and_the_images(llava: Path, pictures: P
 
 def shown_numbers(windows: torch.Tensor) -> list[int]:
     return list((windows >> 32).amax(1).tolist())
+
+
+def test_two_images_never_have_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (Shown({"pixel_values": torch.full((1, 3, 2, 2), value)}, {}, 1) for value in (1.0, 2.0))
+    ids, places = torch.tensor([7, 8]), torch.tensor([True, False])
+    number = shown_numbers(with_shown(ids, places, one)[None])[0]
+    monkeypatch.setitem(media._DIGESTS, number, b"of another")  # as if it had been there before
+    moved, window = with_shown(ids, places, one), with_shown(ids, places, other)
+    assert shown_numbers(moved[None]) == [number + 1]
+    shown = shown_in(torch.stack([moved, window]))["pixel_values"]
+    assert shown[:, 0, 0, 0].tolist() == [1, 2]
 
 
 def test_images_are_cropped_to_one_shape(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 HALF = 32  # bits of an id, and of what stands above it
 _SHOWN: dict[int, Shown] = {}  # by their numbers, in this process
+_DIGESTS: dict[int, bytes] = {}  # of what has a number, so that no other gets it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,10 @@ def with_shown(ids_T: Tensor, places_T: Tensor, shown: Shown) -> Tensor:
     for name, tensor in sorted({**shown.whole, **shown.by_token}.items()):
         hashed.update(f"{name} {tuple(tensor.shape)}".encode())
         hashed.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    number = int.from_bytes(hashed.digest()[:4]) >> 2 or 1
+    digest = hashed.digest()
+    number = int.from_bytes(digest[:4]) >> 2 or 1
+    while _DIGESTS.setdefault(number, digest) != digest:
+        number += 1
     _SHOWN[number] = shown
     return ids_T + ((places_T * number) << HALF)
 
