@@ -50,7 +50,7 @@ def checked_repair(
     """
     by_score = replace(plan, groups=tuple(replace(group, spare=None) for group in plan.groups))
     tried = {
-        "cut": repair(model, by_score, discovery, windows[:1], method="none"),  # looks at no window
+        "cut": repair(model, by_score, discovery, windows[:1], method="none"),  # runs no window
         "repaired": repair(model, plan, discovery, windows, method=plan.options.repair, room=room, progress=progress),
     }
     of_dense = outputs_of(model, held_out)

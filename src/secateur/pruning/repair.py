@@ -30,7 +30,16 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, check_known
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
-from secateur.pruning.closed_form import REPAIRS, CutMatrix, Fit, MatrixInputs, Repair, damping_for, inputs_of
+from secateur.pruning.closed_form import (
+    REPAIRS,
+    CutMatrix,
+    Fit,
+    MatrixInputs,
+    Repair,
+    damping_for,
+    inputs_of,
+    leave_out,
+)
 from secateur.pruning.experts import fit_experts_in_place
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.pruning.prune import prune
@@ -40,7 +49,7 @@ from secateur.scoring.passes.forward import pass_to_hidden, plain_products, prob
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.unit_scores import units_reached
 
-OUTPUTS_REPORTED = 256  # outputs of a matrix whose errors are reported; all, where it has fewer than twice as many
+OUTPUTS_REPORTED = 64  # outputs of a matrix whose errors are reported; all, where it has fewer than twice as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,7 @@ def repair(
     reads = input_dims(model, probe_windows(windows))
     pass_ = _RepairPass(model, plan, discovery, reads, REPAIRS[method])
     # 2. One forward pass of all windows, in which each of them is fitted.
-    if pass_.unit_of:
+    if pass_.unit_of and (pass_.chosen or REPAIRS[method].fit is not leave_out):
         pass_.run(windows, [*discovery.layer_paths], progress)
     found = Repaired(pass_.decided(), pass_.weights, pass_.errors)
     # 3. A pass of the smaller model, in which its experts are fitted to the dense model's.
