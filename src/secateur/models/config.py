@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from secateur.errors import DataError, ModelError
 from secateur.models.classes import AUTO_CLASSES, architecture, auto_class, default_class, objective_of
+from secateur.models.gguf import config_of_gguf
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
 from secateur.models.sources import DEMO, check_unchanged, loader_arguments, resolve
 from secateur.models.trust import model_errors
@@ -57,11 +58,14 @@ def whole_config(model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     location, options = loader_arguments(source)
     check_unchanged(source, lambda name: name == "config.json")
     with model_errors(source, "its config cannot be read", trust_remote_code=trust_remote_code):
-        written = {} if source.kind == "gguf" else PreTrainedConfig.get_config_dict(location, **options)[0]
-        _check_blocks(written)
-        if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
-            return per_layer_config(written)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
+        if source.kind == "gguf" and source.path is not None:
+            config = config_of_gguf(source.path)
+        else:
+            written = PreTrainedConfig.get_config_dict(location, **options)[0]
+            _check_blocks(written)
+            if isinstance(written, dict) and str(written.get("model_type")).startswith(f"{PER_LAYER}_"):
+                return per_layer_config(written)
+            config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     if default_class(config) is None and not is_custom(config):
         raise ModelError(
             f"{model!r}: no model of type {config.model_type!r} is known. Expected one that {', '.join(AUTO_CLASSES)} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import os
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
 
 
 @contextmanager
@@ -28,6 +31,17 @@ def gguf_reader() -> Iterator[None]:
         _replaced(reader, "tqdm", lambda tqdm: functools.partial(tqdm, disable=True)),
     ):
         yield
+
+
+def config_of_gguf(path: Path) -> PreTrainedConfig:
+    """The config that a file's metadata make, which is read once: all of the vocabulary is read with it."""
+    return copy.deepcopy(_config(path, _state(path)))
+
+
+@functools.lru_cache(maxsize=2)
+def _config(path: Path, _: tuple[int, ...]) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return config
 
 
 def forget_gguf() -> None:
@@ -51,10 +65,15 @@ def _replaced(module: Any, name: str, change: Callable[[Any], Any]) -> Iterator[
 
 def _read_once(parser: Callable[[str], Any]) -> Callable[[str | os.PathLike[str]], Any]:
     def read(path: str | os.PathLike[str]) -> Any:
-        state = Path(path).stat()
-        return _parse(parser, os.fspath(path), (state.st_ino, state.st_mtime_ns, state.st_size))
+        return _parse(parser, os.fspath(path), _state(Path(path)))
 
     return read
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file does."""
+    state = path.stat()
+    return state.st_ino, state.st_mtime_ns, state.st_size
 
 
 @functools.lru_cache(maxsize=1)
