@@ -171,10 +171,12 @@ def test_the_documentation_lists_what_is_tested() -> None:
 
 @pytest.mark.slow
 @pytest.mark.demo_model
-def test_the_demo_is_served(tmp_path: Path) -> None:
-    """The commands as a user types them."""
+@pytest.mark.parametrize("axes", [(), ("--axes", "attention,mlp,vocabulary", "--of", "parameters")])
+def test_the_demo_is_served(axes: tuple[str, ...], tmp_path: Path) -> None:
+    """The commands as a user types them; tokens of its vocabulary may have gone."""
     folder = tmp_path / "demo"
-    assert run(["prune", "demo", str(folder), "--choose", "score", "--repair", "none", "--samples", "4"]) == 0
+    quick = ["--choose", "score", "--repair", "none", "--prices", "estimated", "--samples", "4"]
+    assert run(["prune", "demo", str(folder), *axes, *quick]) == 0
     assert json.loads(config(folder))["model_type"].startswith(PER_LAYER)
     expected = reference(folder)
     for plugin in WAYS.values():
