@@ -10,7 +10,8 @@ against the one that was trained alike.
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`). Every result goes into a JSON file as
-it comes (`--out`), and the same command goes on after a stop. `--picture FILE` draws damage against tokens.
+it comes (`--out`), and the same command goes on after a stop. `--picture FILE` draws damage against tokens. `--tasks
+FOLDER` asks the dense model, the cuts and the last training of each LLM-Pruner's seven tasks, from files in the folder.
 
 Speed (`--speed-steps`) is that of steps without evaluations: ours, ours with a teacher, and a loop of peft and PyTorch
 alone that reads the very same batches, in turns in one process. CPU seconds are compared, since a busy machine
@@ -76,6 +77,9 @@ def main() -> None:
             write_json(options.out, results)
             console.print(_table(results, options))
     console.print(_table(results, options))
+    if options.tasks and "tasks" not in results:
+        results["tasks"] = _answered(models, options)
+        write_json(options.out, results)
     if options.write:
         from quality_table import write_benchmark
 
@@ -97,8 +101,12 @@ def _runs(models: Mapping[str, str], options: argparse.Namespace) -> Iterator[tu
             teacher = [f"--teacher={options.model}"] if model == DENSE else []
             yield (
                 " | ".join((row, model, budget)),
-                ["recover", folder, str(options.folder / "trained"), f"--{flag}={amount}", *data, *given, *teacher],
+                ["recover", folder, _trained_folder(model, options), f"--{flag}={amount}", *data, *given, *teacher],
             )
+
+
+def _trained_folder(model: str, options: argparse.Namespace) -> str:
+    return str(options.folder / f"trained-{model}")
 
 
 def _trained(command: list[str], options: argparse.Namespace, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -116,6 +124,19 @@ def _perplexity(folder: str, texts: Mapping[str, str], tokens: int) -> dict[str,
     model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
     found = evaluate(model, tokenizer, texts, protocols=[Protocol(length) for length in LENGTHS], max_tokens=tokens)
     return {f"{each.data}@{each.seq_len}": each.ppl for each in found}
+
+
+def _answered(models: Mapping[str, str], options: argparse.Namespace) -> dict[str, Any]:
+    """By model, the mean accuracy over the tasks, and the difference to the dense one."""
+    folders = dict(models)
+    for name in models:
+        if Path(trained := _trained_folder(name, options)).exists():
+            folders[f"{name}, trained"] = trained
+    file = options.folder / "tasks.json"
+    questions = ["--tasks", "zero-shot", "--tasks-data", str(options.tasks), "--limit", str(options.questions)]
+    _secateur("evaluate", *folders.values(), *questions, "--json", str(file), "--quiet")
+    found = json.loads(file.read_text())["results"]
+    return {name: each["tasks_mean"] for name, each in zip(folders, found, strict=True)}
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
@@ -168,7 +189,7 @@ def rows_of(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[s
 
 def cuts_in(results: Mapping[str, Any]) -> list[str]:
     """The names of the pruned models."""
-    return [name for name in results if "|" not in name and name not in (DENSE, "speed")]
+    return [name for name in results if "|" not in name and name not in (DENSE, "speed", "tasks")]
 
 
 def _table(results: Mapping[str, Any], options: argparse.Namespace) -> Table:
@@ -185,7 +206,30 @@ def block(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[str
     """The table of docs/benchmarks.md."""
     head, *found = rows_of(results, rows, budgets)
     lines = [head, ["---"] * len(head), *found]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([table, *([tasks_block(results["tasks"])] if "tasks" in results else [])])
+
+
+def tasks_block(tasks: Mapping[str, Any]) -> str:
+    """The table of the tasks: means in per cent, their standard errors, and what they are of the dense model's.
+
+    >>> dense = {"value": 0.4, "stderr": 0.008}
+    >>> cut = {"value": 0.38, "stderr": 0.008, "difference": -0.02, "difference_stderr": 0.005}
+    >>> print(tasks_block({"dense": dense, "20%": cut}))
+    | | mean of seven tasks | difference | share of the dense model's |
+    | --- | --- | --- | --- |
+    | dense | 40.0 ± 0.8 | | |
+    | 20% | 38.0 ± 0.8 | -2.0 ± 0.5 | 95 % |
+    """
+    lines = ["| | mean of seven tasks | difference | share of the dense model's |", "| --- | --- | --- | --- |"]
+    for name, found in tasks.items():
+        cells = [name, f"{100 * found['value']:.1f} ± {100 * found['stderr']:.1f}", "", ""]
+        if name != DENSE:
+            share = found["value"] / tasks[DENSE]["value"]
+            cells[2:] = f"{100 * found['difference']:+.1f} ± {100 * found['difference_stderr']:.1f}", f"{share:.0%}"
+            cells[3] = cells[3].replace("%", " %")
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |  |", "| | |"))
+    return "\n".join(lines)
 
 
 def _draw(results: Mapping[str, Any], options: argparse.Namespace, out: Path) -> None:
@@ -375,6 +419,8 @@ def _arguments() -> argparse.Namespace:
     add("--only", help="train this one now: dense, 20%%, ...")
     add("--cut", action="append", default=[], help="options of `secateur prune`")
     add("--tokens", type=int, default=10_000, help="of each text that are scored")
+    add("--tasks", type=Path, metavar="FOLDER", help="also ask the questions in the files of the folder")
+    add("--questions", type=int, default=500, help="of each task")
     add("--write", action="store_true", help="the table of docs/benchmarks.md")
     add("--picture", type=Path, help="draw damage against tokens, as SVG")
     add("--speed-steps", type=int, default=0, help="steps by which the speed is measured")
