@@ -144,7 +144,7 @@ class Cutting:
     """All that decides a cut."""
 
     preset: Literal["best", "fast", "llm-pruner"] | None = None
-    """best (the default), fast (a tenth of the text), or llm-pruner: the paper's recipe, 25 % of the units of the
+    """best (the default), fast (a fifth of the text), or llm-pruner: the paper's recipe, 25 % of the units of the
     middle layers."""
     recipe: Path | None = None
     """Take options from this YAML file; options on the command line win."""
