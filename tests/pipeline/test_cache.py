@@ -38,7 +38,7 @@ OTHER_TEXTS: list[dict[str, Any]] = [
     {"text": "in/rows.jsonl"},
     {"text": "in/rows.jsonl", "column": "body"},
 ]
-REPAIRED = Repaired(PLAN, WEIGHTS, {"mlp": (0.5, 0.25)})
+REPAIRED = Repaired(PLAN, WEIGHTS)
 
 
 def same(one: Any, other: Any) -> bool:

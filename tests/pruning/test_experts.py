@@ -60,13 +60,11 @@ def test_the_smaller_model_is_nearer_to_the_dense_one(model_type: str) -> None:
     dense = logits(model, {"input_ids": WINDOWS})
     off = [(logits(each, {"input_ids": WINDOWS}) - dense).square().mean() for each in (cut, fitted)]
     assert off[1] < 0.8 * off[0]
-    assert set(repaired.weights) == set(repaired.errors)
     assert {name.split(".")[2] for name in repaired.weights} == {"1", "2"}
     for name, weight in repaired.weights.items():
         gone = [0, 2, 4] if ".1." in name else [1, 2, 3, 4]
         assert weight.shape == model.get_parameter(name).shape
         assert [i for i in range(5) if weight[i].any()] == gone
-    assert all(after < before for before, after in repaired.errors.values())
 
 
 def test_one_expert_that_is_left_is_ridge_regression() -> None:

@@ -82,15 +82,14 @@ class Cache:
             weights, about = read_tensors(folder / "repaired.safetensors")
             if about["plan"] != _hash(plan.to_json()):
                 return None
-            errors = {name: (float(before), float(after)) for name, (before, after) in about["errors"].items()}
-            return Repaired(plan_from_json(about["repaired"]), weights, errors)
+            return Repaired(plan_from_json(about["repaired"]), weights)
 
         return self._read(read)
 
     def save_repair(self, plan: Plan, repaired: Repaired) -> None:
         """Keep the repaired weights."""
         if self._target is not None:
-            about = {"plan": _hash(plan.to_json()), "repaired": repaired.plan.to_json(), "errors": repaired.errors}
+            about = {"plan": _hash(plan.to_json()), "repaired": repaired.plan.to_json()}
             write_tensors(self._target / "repaired.safetensors", repaired.weights, about)
 
     def load_iteration(self, options: CutOptions) -> Iteration | None:

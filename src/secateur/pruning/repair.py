@@ -33,7 +33,6 @@ from secateur.progress import Progress
 from secateur.pruning.closed_form import (
     REPAIRS,
     CutMatrix,
-    Fit,
     MatrixInputs,
     Repair,
     damping_for,
@@ -44,12 +43,10 @@ from secateur.pruning.experts import fit_experts_in_place
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.pruning.prune import prune
 from secateur.scoring.collect_experts import expert_modules
-from secateur.scoring.obs import output_error, removal_costs
+from secateur.scoring.obs import removal_costs
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.unit_scores import units_reached
-
-OUTPUTS_REPORTED = 64  # outputs of a matrix whose errors are reported; all, where it has fewer than twice as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +57,6 @@ class Repaired:
     """The plan, with the units that were chosen."""
     weights: Mapping[str, Tensor]
     """New weights by name, as large as the dense ones and zero where units go."""
-    errors: Mapping[str, tuple[float, float]]
-    """By matrix: the squared error of its outputs on the calibration text, as a share of their squares, when columns
-    are left out and when it is repaired."""
 
 
 @torch.no_grad()
@@ -92,9 +86,8 @@ def repair(
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
     >>> windows = torch.arange(60).reshape(3, 20)
     >>> repaired = repair(AutoModelForCausalLM.from_config(config), by_hand, discover(config), windows)
-    >>> left_out, after = repaired.errors["model.decoder.layers.0.fc2.weight"]
-    >>> after < left_out
-    True
+    >>> list(repaired.weights), repaired.weights["model.decoder.layers.0.fc2.weight"].shape
+    (['model.decoder.layers.0.fc2.weight', 'model.decoder.layers.0.fc2.bias'], torch.Size([12, 24]))
     """
     check_known(PlanError, "repair", method, REPAIRS)
     # 1. The matrices that read the units which go.
@@ -103,7 +96,7 @@ def repair(
     # 2. One forward pass of all windows, in which each of them is fitted.
     if pass_.unit_of and (pass_.chosen or REPAIRS[method].fit is not leave_out):
         pass_.run(windows, [*discovery.layer_paths], progress)
-    found = Repaired(pass_.decided(), pass_.weights, pass_.errors)
+    found = Repaired(pass_.decided(), pass_.weights)
     # 3. A pass of the smaller model, in which its experts are fitted to the dense model's.
     return _with_experts(model, found, discovery, windows, room, progress) if REPAIRS[method].fits_experts else found
 
@@ -124,12 +117,12 @@ def _with_experts(
     with TemporaryDirectory(dir=room) as folder:
         where = None if room is None else Path(folder)
         smaller = prune(model, found.plan, discovery=discovery, weights=found.weights, room=where)
-        errors = fit_experts_in_place(model, smaller, [*experts], windows, progress=progress)
-        new = {name: parameter for name, parameter in smaller.named_parameters() if name in errors}
+        better = fit_experts_in_place(model, smaller, [*experts], windows, progress=progress)
+        new = {name: parameter for name, parameter in smaller.named_parameters() if name in better}
         keep = {group.name: group.keep or () for group in found.plan.groups if group.kind != "layer"}
         dims = {weight.name: weight.dims for weight in discovery.weights if weight.name in new}
         fitted = {name: _as_large_as_dense(new[name].detach(), dims[name], keep) for name in new}
-    return Repaired(found.plan, {**found.weights, **fitted}, {**found.errors, **errors})
+    return Repaired(found.plan, {**found.weights, **fitted})
 
 
 def _as_large_as_dense(weight: Tensor, dims: Sequence[Expression], keep: Mapping[str, Sequence[int]]) -> Tensor:
@@ -146,14 +139,9 @@ class _Matrix:
     """A weight that reads units which go, or one matrix of a stack of weights."""
 
     weight: str
-    index: int | None
     columns_RC: Tensor
     """A view of the new weight."""
     bias: str | None
-
-    @property
-    def name(self) -> str:
-        return self.weight if self.index is None else f"{self.weight}[{self.index}]"
 
 
 class _RepairPass:
@@ -191,7 +179,6 @@ class _RepairPass:
         self.norms = norms_over(model, discovery, self.keep) if method.scales_norms else {}
         self.windows = 1
         self.weights: dict[str, Tensor] = {}
-        self.errors: dict[str, tuple[float, float]] = {}
         self.done: set[tuple[str, int | None]] = set()
 
     def run(self, windows: Tensor, layers: list[str], progress: Progress | None) -> None:
@@ -255,7 +242,7 @@ class _RepairPass:
                 matrix = new if index is None else new[index]
                 along = product.dim - (new.dim() - matrix.dim())
                 columns_RC = matrix if along == 1 else matrix.t()
-                self._refit(_Matrix(product.weight, index, columns_RC, bias), inputs_of(inputs, self.windows))
+                self._refit(_Matrix(product.weight, columns_RC, bias), inputs_of(inputs, self.windows))
         new_bias = product.bias if bias is None else self.weights.get(bias, product.bias)
         return product.compute(product.inputs, new, new_bias)
 
@@ -263,7 +250,7 @@ class _RepairPass:
         """Decide which columns of a matrix stay, fit them, and write them into the new weight."""
         # 1. As planned: how strongly its fit is damped.
         cut = CutMatrix(matrix.columns_RC.double().clone(), inputs, self._kept(matrix), matrix.bias is not None)
-        dense_RC, columns = cut.dense_RC, cut.dense_RC.shape[1]
+        columns = cut.dense_RC.shape[1]
         if self.method.fits_columns and len(cut.kept_K) < columns:
             cut = replace(cut, damping=damping_for(cut))
         # 2. Which columns stay, where that is decided here, and their fit.
@@ -272,16 +259,12 @@ class _RepairPass:
         cut = replace(cut, kept_K=self._kept(matrix))
         if len(cut.kept_K) == columns:
             return
-        kept_K, fit = cut.kept_K, self.method.fit(cut)
-        fitted_RC = torch.zeros_like(dense_RC)
-        fitted_RC[:, kept_K] = fit.columns_RK
-        matrix.columns_RC.copy_(fitted_RC)
-        if matrix.bias is None:
-            fit = replace(fit, shift_R=None)  # there is no place for it
-        elif fit.shift_R is not None:
+        fit = self.method.fit(cut)
+        matrix.columns_RC.zero_()
+        matrix.columns_RC[:, cut.kept_K] = fit.columns_RK.to(matrix.columns_RC.dtype)
+        if matrix.bias is not None and fit.shift_R is not None:
             before_R = self.weights.get(matrix.bias, self.parameters[matrix.bias].detach())
             self.weights[matrix.bias] = (before_R.double() + fit.shift_R).to(before_R.dtype)
-        self.errors[matrix.name] = _errors(cut, fitted_RC, fit)
 
     def _kept(self, matrix: _Matrix) -> Tensor:
         """The columns of a matrix that stay, int64, ascending."""
@@ -307,18 +290,3 @@ class _RepairPass:
         gram_CC = cut.inputs.gram_CC / cut.inputs.tokens
         gone, _ = removal_costs(cut.dense_RC, gram_CC, number_C, keep=len(spare), damping=cut.damping)
         return tuple(sorted({*range(units)} - {cheapest[number] for number in gone}))
-
-
-def _errors(cut: CutMatrix, fitted_RC: Tensor, fit: Fit) -> tuple[float, float]:
-    """The errors of the outputs, as `Repaired.errors` has them; of some, evenly spaced, where outputs are many."""
-    gram_CC = cut.inputs.gram_CC.float()  # exact enough for what is only reported
-    some = slice(None, None, max(1, len(fitted_RC) // OUTPUTS_REPORTED))
-    dense_RC, left_RC = cut.dense_RC[some], cut.left_RC[some]
-    change_RC = fitted_RC[some] - dense_RC
-    left_out = output_error(left_RC - dense_RC, gram_CC)
-    repaired = output_error(change_RC, gram_CC)
-    if fit.shift_R is not None:
-        mean_error_R, shift_R = change_RC @ cut.inputs.mean_C, fit.shift_R[some]
-        repaired += cut.inputs.tokens * float((2 * mean_error_R * shift_R + shift_R.square()).sum())
-    whole = max(output_error(dense_RC, gram_CC), 1e-30)
-    return left_out / whole, repaired / whole
