@@ -5,8 +5,8 @@ import secateur
 secateur.prune_model("demo", "smaller")  # the default recipe: 20 % of the non-embedding parameters
 
 The folders of the package are the stages, in the order in which data flows through them: models, data, discovery,
-scoring, planning, pruning, checkpoint, evaluation, pipeline, recovery, export, report, compare, cli. What is not named
-here is imported from them.
+scoring, planning, pruning, vocabulary, checkpoint, evaluation, pipeline, recovery, export, report, compare, cli. What
+is not named here is imported from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several processes that score one model: each takes its share of the samples, and sums go over all of them.
+"""Several processes that score or train one model: each takes its share of the samples, and sums go over all of them.
 
 `accelerate launch` starts them and sets their ranks in the environment; without it there is one process.
 """

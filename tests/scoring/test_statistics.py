@@ -16,7 +16,6 @@ STATISTICS = Statistics(
     masks={"layers.0.down.weight": {1: torch.arange(6.0).reshape(2, 3)}},
     reads={"layers.0.down.weight": 1},
     loss=2.5,
-    samples=2,
     tokens=16,
     calibration="abc",
 )
@@ -29,7 +28,7 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
     assert [sums.tolist() for sums in loaded.sums["param_first"][weight]] == [[0, 1, 2], [0, 1]]
     assert loaded.units["obs"]["layers.0.mlp"][down].tolist() == [0, 1, 2, 3]
     assert loaded.masks[down][1].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert (loaded.reads, loaded.loss, loaded.samples, loaded.tokens) == ({down: 1}, 2.5, 2, 16)
+    assert (loaded.reads, loaded.loss, loaded.tokens) == ({down: 1}, 2.5, 16)
     assert loaded.calibration == "abc"
 
 

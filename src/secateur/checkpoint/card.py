@@ -45,7 +45,7 @@ def write_card(folder: Path, model: str | None) -> None:
     sections = (
         _title(config, plan, record, about.get("base_model")),
         _sizes(folder, plan),
-        _cut(folder, plan, record),
+        _cut(plan, record),
         _damage(plan, record),
         _loading(config),
         _limits(plan, record, about),
@@ -101,7 +101,7 @@ def _sizes(folder: Path, plan: Plan | None) -> Iterator[str]:
     yield f"The files of the weights have {size:,} bytes."
 
 
-def _cut(folder: Path, plan: Plan | None, record: Record | None) -> Iterator[str]:
+def _cut(plan: Plan | None, record: Record | None) -> Iterator[str]:
     if plan is not None:
         yield from ("## What was cut", "", "| kind of unit | groups | units before | units left |", "|---|---|---|---|")
         for kind, groups in plan.groups_by_kind.items():

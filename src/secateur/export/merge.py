@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,10 +19,11 @@ from secateur.export.options import ExportRecipe, MergeOptions
 from secateur.export.source import load_source
 from secateur.files import check_apart, check_vacant, read_json, read_tensors
 from secateur.models.loading import LoadOptions
+from secateur.models.manifest import file_digest
 from secateur.models.sources import resolve
 from secateur.models.tensors import check_finite
 from secateur.pipeline.recipe import write_recipe
-from secateur.recovery.lora import check_peft, load_adapter, merge_lora
+from secateur.recovery.lora import ADAPTER_FOLDER, check_peft, load_adapter, merge_lora
 
 SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -82,7 +82,7 @@ def merge_adapter(
         "method": "lora",
         "options": {"adapter": {name: settings.get(name) for name in ("r", "lora_alpha", "lora_dropout")}},
         "adapter": str(folder),
-        "adapter_weights": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        "adapter_weights": file_digest(folder / WEIGHTS_FILE),
         "command": command,
         "secateur": __version__,
         "before": record.recovery,
@@ -128,7 +128,7 @@ def _read_settings(folder: Path, *, argument: str) -> Mapping[str, Any]:
     """An adapter's settings, as peft writes them. Raises `ExportError` for a folder without a LoRA adapter."""
     file = folder / SETTINGS_FILE
     if not file.is_file():
-        inside = folder / "adapter" / SETTINGS_FILE
+        inside = folder / ADAPTER_FOLDER / SETTINGS_FILE
         hint = f" There is one in {inside.parent}, which is merged into {folder} already." if inside.is_file() else ""
         raise ExportError(
             f"{argument!r} is no folder with an {SETTINGS_FILE}.{hint} Expected the folder of an adapter, as peft "

@@ -1,6 +1,6 @@
 """The pipeline: one model on its way through the stages, from discovery to the folder.
 
-Every command that cuts walks along it: `plan` stops after stage 7, `prune` goes on to the end, `sweep` and rounds of
+Every command that cuts walks along it: `plan` stops after stage 6, `prune` goes on to the end, `sweep` and rounds of
 cutting and training come back with other options. A stage that an earlier run has finished is read from the cache.
 Started as several processes (by `accelerate launch`), all score, each its share of the windows, and the first prunes.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -314,7 +314,7 @@ class Pipeline:
             return found
         about = {
             "nats_per_token": NATS * self._tokens.growth(len(found.kept_tokens)),
-            "lost_scripts": [lost.to_json() for lost in lost_scripts(self.tokenizer, found.kept_tokens)],
+            "lost_scripts": [asdict(lost) for lost in lost_scripts(self.tokenizer, found.kept_tokens)],
         }
         return replace(found, scored={**found.scored, TOKENS: about})
 

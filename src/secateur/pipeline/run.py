@@ -97,7 +97,7 @@ def prune_model(
     known = given is not None or pipeline.options.scope == "local"  # else the scores decide on the sizes, too
     if announce is not None and known:
         announce(sizes)
-    # Stages 4 to 9 for each iteration, 10 and 11 once; what is finished is kept until the folder is written.
+    # Stages 4 to 8 for each iteration, 9 and 10 once; what is finished is kept until the folder is written.
     with work_folder(out, run_key(pipeline.recipe), resume=run.resume) as work:
         pipeline.cache = Cache(work)
         resumed = has_begun(work)

@@ -55,8 +55,8 @@ def gradient_statistics(
     >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(20).reshape(2, 10)
     >>> statistics = gradient_statistics(model, windows, {"first": lambda evidence: evidence.first.abs()})
     >>> sums = statistics.sums["first"]["model.decoder.layers.0.fc1.weight"]
-    >>> statistics.samples, statistics.tokens, [len(each) for each in sums]
-    (2, 18, [24, 12])
+    >>> statistics.tokens, [len(each) for each in sums]
+    (18, [24, 12])
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sums = SalienceSums(saliences)
@@ -74,7 +74,7 @@ def gradient_statistics(
     )
     if not any_gradient:
         raise _all_zero(loss)
-    return Statistics(sums.finished(), loss=loss, samples=len(windows), tokens=predictions(model, windows))
+    return Statistics(sums.finished(), loss=loss, tokens=predictions(model, windows))
 
 
 def _all_zero(loss: float) -> ScoreError:
@@ -137,7 +137,7 @@ def mask_statistics(
     if not any(bool(each_NS.any()) for by_dim in joined.values() for each_NS in by_dim.values()):
         raise _all_zero(loss)
     tokens = predictions(model, windows)
-    return Statistics({}, masks=joined, reads=reads, loss=loss, samples=len(windows), tokens=tokens)
+    return Statistics({}, masks=joined, reads=reads, loss=loss, tokens=tokens)
 
 
 def spans_of(windows: Tensor) -> int:

@@ -81,7 +81,7 @@ def expert_statistics(
             scores.setdefault(group, {})[path] = total_U.index_add_(
                 0, unit_of_E, norms_E / tokens_E.clamp_min(1)
             ).float()
-    return Statistics({}, units={"reap": scores}, samples=len(windows), tokens=windows.numel())
+    return Statistics({}, units={"reap": scores}, tokens=windows.numel())
 
 
 @dataclass(frozen=True, slots=True)

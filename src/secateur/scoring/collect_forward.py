@@ -56,8 +56,8 @@ def activation_statistics(
     >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(20).reshape(2, 10)
     >>> wanda = lambda evidence: evidence.weight.abs() * evidence.inputs.norm
     >>> statistics = activation_statistics(model, windows, {"wanda": wanda})
-    >>> statistics.reads["model.decoder.layers.0.fc1.weight"], statistics.samples
-    (1, 2)
+    >>> statistics.reads["model.decoder.layers.0.fc1.weight"]
+    1
     """
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     named = {name: p for name, p in model.named_parameters() if p.dim() > 1 and (wanted is None or name in wanted)}
@@ -81,7 +81,7 @@ def activation_statistics(
     )
     collector.finish_rest()
     sums, units, reads = collector.sums.finished(), collector.units, collector.read_dims
-    return Statistics(sums, units, reads=reads, samples=len(windows), tokens=windows.numel())
+    return Statistics(sums, units, reads=reads, tokens=windows.numel())
 
 
 @dataclass(slots=True)
@@ -245,7 +245,7 @@ def layer_loss_statistics(
     if not torch.isfinite(costs).all():
         raise ScoreError(f"the loss without a layer is NaN or Inf; {MORE_PRECISE}")
     units, tokens = {"layer_loss": {"layers": {"hidden": costs}}}, predictions(model, windows)
-    return Statistics({}, units=units, loss=float(dense), samples=len(windows), tokens=tokens)
+    return Statistics({}, units=units, loss=float(dense), tokens=tokens)
 
 
 def _loss(model: PreTrainedModel, windows: Tensor, of_dense: Sequence[Tensor] | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError, ScoreError
 from secateur.files import read_tensors, write_tensors
 
-METADATA = ("reads", "loss", "samples", "tokens", "calibration")  # fields that are no tensors, as in the file
+METADATA = ("reads", "loss", "tokens", "calibration")  # fields that are no tensors, as in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,6 @@ class Statistics:
     """Weight -> the dimension that meets its inputs."""
     loss: float | None = None
     """Mean cross-entropy, nats per token."""
-    samples: int = 0
     tokens: int = 0
     """Tokens that were looked at or predicted."""
     calibration: str | None = None
@@ -56,7 +55,6 @@ class Statistics:
             masks={**self.masks, **other.masks},
             reads={**self.reads, **other.reads},
             loss=self.loss if other.loss is None else other.loss,
-            samples=other.samples or self.samples,
             tokens=other.tokens or self.tokens,
             calibration=other.calibration or self.calibration,
         )

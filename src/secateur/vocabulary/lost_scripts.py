@@ -5,8 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,10 +23,6 @@ class LostScript:
     after: int
     examples: tuple[str, ...]
     """Tokens that go, the tokenizer's most frequent first."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def lost_scripts(tokenizer: PreTrainedTokenizerBase, keep: Iterable[int]) -> list[LostScript]:

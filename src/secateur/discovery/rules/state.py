@@ -75,13 +75,13 @@ class Inference:
         ref = node.arguments.get(name)
         return None if ref is None else self.dims_of(ref)
 
-    def output_shape(self, node: Node, output: int = 0) -> tuple[int, ...]:
-        """The sizes of an output of the node."""
-        return self.graph.shapes[node.outputs[output]]
+    def output_shape(self, node: Node) -> tuple[int, ...]:
+        """The sizes of the first output of the node."""
+        return self.graph.shapes[node.outputs[0]]
 
-    def depends_on_weights(self, node: Node, name: str = "self") -> bool:
-        """Whether an argument of the node is a weight or computed from one."""
-        return node.arguments[name].tensor in self.from_weights
+    def depends_on_weights(self, node: Node) -> bool:
+        """Whether the tensor that the node is called on is a weight or computed from one."""
+        return node.arguments["self"].tensor in self.from_weights
 
     def new_dims(self, shape: Iterable[int], *, frozen: str | None = None) -> Dims:
         """New dimensions of the given sizes."""

@@ -28,7 +28,7 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
         for group in groups:
             sizes.setdefault((group.units, group.kept), []).append(-1 if group.layer is None else group.layer)
         if len(sizes) > UNEVEN:
-            table.add_row(kind, *_uneven(planned, kind, groups))
+            table.add_row(kind, *_uneven(groups))
             continue
         for (units, kept), layers in sizes.items():
             where = "the model" if layers == [-1] else format_ranges(layers)
@@ -103,7 +103,7 @@ def _sizes(planned: Plan) -> dict[str, tuple[str, Callable[[int], str], int, int
     }
 
 
-def _uneven(planned: Plan, kind: str, groups: Sequence[PlannedGroup]) -> tuple[str, str, str]:
+def _uneven(groups: Sequence[PlannedGroup]) -> tuple[str, str, str]:
     """Groups of many sizes in one row, with a bar for the share that each layer keeps."""
     shares = {group.layer: group.kept / group.units for group in groups if group.layer is not None}
     last = max((layer for layer in shares), default=0)
