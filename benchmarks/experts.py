@@ -23,8 +23,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +46,7 @@ from secateur.pruning.repair import repair
 from secateur.scoring.collect_experts import expert_modules, routed
 from secateur.scoring.passes.forward import pass_to_hidden
 from secateur.scoring.scores import scores_from, statistics_for
+from tables import markdown, show
 
 MARKS = ("<!-- experts:begin -->", "<!-- experts:end -->")
 LOCAL = CutOptions(ratio=0.5, of="units", axes=("experts",), score="reap", choose="score", repair="none", min_keep=0.0)
@@ -86,13 +85,7 @@ def main() -> None:
                 if (key := f"{ratio:.0%} | {row} | {seed}") not in results:
                     results[key] = _measured(model, row, how, ratio, windows, seed, losses)
                     write_json(options.out, results)
-    head, *rows = rows_of(results)
-    table = Table(title="Damage in nats per token")
-    for column in head:
-        table.add_column(column)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=160).print(table)
+    show("Damage in nats per token", rows_of(results))
     if options.write:
         write_benchmark(block(results), MARKS)
 
@@ -214,8 +207,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
 
 def block(results: Mapping[str, Any]) -> str:
     """The table of docs/benchmarks.md."""
-    head, *found = rows_of(results)
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (head, ["---"] * len(head), *found))
+    return markdown(rows_of(results))
 
 
 def _arguments() -> argparse.Namespace:

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from quality_table import ROOT, TableError, between_marks
 from scoring import write_7b
 from secateur.files import atomic_file, write_json
+from tables import markdown, show
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 GIB = 2**30
@@ -63,13 +62,7 @@ def main() -> None:
                 print(key, flush=True)
                 steps[key] = _run(command, options)
                 write_json(out, results)
-    lines = rows_of(results)
-    table = Table(title=title_of(results))
-    for column in HEAD:
-        table.add_column(column)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=160).print(table)
+    show(title_of(results), [HEAD, *rows_of(results)])
     if options.write:
         write(results)
 
@@ -177,9 +170,7 @@ def title_of(results: Mapping[str, Any]) -> str:
 
 def block(results: Mapping[str, Any]) -> str:
     """The table in Markdown, under the name of the device."""
-    lines = [HEAD, ["---"] * len(HEAD), *rows_of(results)]
-    table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
-    return f"**{title_of(results)}**\n\n{table}"
+    return f"**{title_of(results)}**\n\n{markdown([HEAD, *rows_of(results)])}"
 
 
 def write(results: Mapping[str, Any], *, root: Path = ROOT) -> None:

@@ -25,8 +25,6 @@ import itertools
 import json
 import math
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -51,6 +49,7 @@ from secateur.recovery.lora import LoraOptions, add_lora
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 from secateur.recovery.trainer import TrainingInputs, train
+from tables import markdown, secateur, show
 
 LENGTHS = (128, 1024)
 DENSE = "dense"
@@ -67,7 +66,7 @@ def main() -> None:
     models = {DENSE: options.model} | {f"{ratio:.0%}": str(options.folder / f"cut-{ratio}") for ratio in options.ratio}
     for ratio, (name, folder) in zip((0.0, *options.ratio), models.items(), strict=True):
         if name != DENSE and not Path(folder).exists():
-            _secateur("prune", options.model, folder, "--ratio", str(ratio), *_given(options.cut), *_texts(options))
+            secateur("prune", options.model, folder, "--ratio", str(ratio), *_given(options.cut), *_texts(options))
         if name not in results:
             results[name] = {"perplexity": _perplexity(folder, texts, options.tokens)}
             write_json(options.out, results)
@@ -75,8 +74,8 @@ def main() -> None:
         if run not in results and options.only in (None, run.split(" | ")[1]):
             results[run] = _trained(command, options, texts)
             write_json(options.out, results)
-            console.print(_table(results, options))
-    console.print(_table(results, options))
+            _show(results, options)
+    _show(results, options)
     if options.tasks and "tasks" not in results:
         results["tasks"] = _answered(models, options)
         write_json(options.out, results)
@@ -113,7 +112,7 @@ def _trained(command: list[str], options: argparse.Namespace, texts: Mapping[str
     """Train in a process of its own and measure what it wrote."""
     file = options.folder / "recovered.json"
     development = [f"--eval={text}" for text in options.development]
-    _secateur(*command, *development, "--json", str(file), "--overwrite", "--resume", "--quiet")
+    secateur(*command, *development, "--json", str(file), "--overwrite", "--resume", "--quiet")
     found: dict[str, Any] = json.loads(file.read_text())
     kept = ("method", "steps", "best_step", "tokens", "rows", "seconds", "peak_rss_bytes", "evaluation", "notes")
     about = {name: found[name] for name in kept} | {"command": ["secateur", *command, *development]}
@@ -134,7 +133,7 @@ def _answered(models: Mapping[str, str], options: argparse.Namespace) -> dict[st
             folders[f"{name}, trained"] = trained
     file = options.folder / "tasks.json"
     questions = ["--tasks", "zero-shot", "--tasks-data", str(options.tasks), "--limit", str(options.questions)]
-    _secateur("evaluate", *folders.values(), *questions, "--json", str(file), "--quiet")
+    secateur("evaluate", *folders.values(), *questions, "--json", str(file), "--quiet")
     found = json.loads(file.read_text())["results"]
     return {name: each["tasks_mean"] for name, each in zip(folders, found, strict=True)}
 
@@ -145,10 +144,6 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 def _given(options: list[str]) -> list[str]:
     return [part for text in options for part in shlex.split(text)]
-
-
-def _secateur(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "secateur", *arguments], check=True)
 
 
 def damage(results: Mapping[str, Any], name: str, reference: str = DENSE) -> dict[str, float]:
@@ -192,22 +187,15 @@ def cuts_in(results: Mapping[str, Any]) -> list[str]:
     return [name for name in results if "|" not in name and name not in (DENSE, "speed", "tasks")]
 
 
-def _table(results: Mapping[str, Any], options: argparse.Namespace) -> Table:
-    head, *rows = rows_of(results, [name for name, _ in options.row], options.budget)
-    table = Table(title="Damage in nats per token; the share of it that is gone, against the dense model and one alike")
-    for column in head:
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _show(results: Mapping[str, Any], options: argparse.Namespace) -> None:
+    title = "Damage in nats per token; the share of it that is gone, against the dense model and one alike"
+    show(title, rows_of(results, [name for name, _ in options.row], options.budget))
 
 
 def block(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[str]) -> str:
     """The table of docs/benchmarks.md."""
-    head, *found = rows_of(results, rows, budgets)
-    lines = [head, ["---"] * len(head), *found]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([table, *([tasks_block(results["tasks"])] if "tasks" in results else [])])
+    table = markdown(rows_of(results, rows, budgets))
+    return f"{table}\n\n{tasks_block(results['tasks'])}" if "tasks" in results else table
 
 
 def tasks_block(tasks: Mapping[str, Any]) -> str:
@@ -221,15 +209,13 @@ def tasks_block(tasks: Mapping[str, Any]) -> str:
     | dense | 40.0 ± 0.8 | | |
     | 20% | 38.0 ± 0.8 | -2.0 ± 0.5 | 95 % |
     """
-    lines = ["| | mean of seven tasks | difference | share of the dense model's |", "| --- | --- | --- | --- |"]
+    rows = [["", "mean of seven tasks", "difference", "share of the dense model's"]]
     for name, found in tasks.items():
-        cells = [name, f"{100 * found['value']:.1f} ± {100 * found['stderr']:.1f}", "", ""]
-        if name != DENSE:
-            share = found["value"] / tasks[DENSE]["value"]
-            cells[2:] = f"{100 * found['difference']:+.1f} ± {100 * found['difference_stderr']:.1f}", f"{share:.0%}"
-            cells[3] = cells[3].replace("%", " %")
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |  |", "| | |"))
-    return "\n".join(lines)
+        share = found["value"] / tasks[DENSE]["value"]
+        apart = f"{100 * found['difference']:+.1f} ± {100 * found['difference_stderr']:.1f}" if name != DENSE else ""
+        mean = f"{100 * found['value']:.1f} ± {100 * found['stderr']:.1f}"
+        rows.append([name, mean, apart, f"{100 * share:.0f} %" if name != DENSE else ""])
+    return markdown(rows)
 
 
 def _draw(results: Mapping[str, Any], options: argparse.Namespace, out: Path) -> None:

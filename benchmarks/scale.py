@@ -22,11 +22,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from quality_table import write_benchmark
 from secateur.files import write_json
+from tables import markdown, secateur, show
 
 ROWS = {  # name -> as the table has it, and what `secateur prune` is told besides the ratio and the text
     "llm-pruner": ("LLM-Pruner's recipe", ["--preset", "llm-pruner"]),
@@ -49,13 +47,7 @@ def main() -> None:
         if options.minutes:
             last = options.row[-1]
             _measure(f"{ratio:.0%} | {ROWS[last][0]}{TRAINED}", ratio, last, results, options)
-    head, *rows = rows_of(results)
-    table = Table(title=f"{options.name or options.model}: damage in nats per token")
-    for column in head:
-        table.add_column(column)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=200).print(table)
+    show(f"{options.name or options.model}: damage in nats per token", rows_of(results))
     if options.write:
         write_benchmark(block(results), MARKS)
 
@@ -102,9 +94,7 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
 def _secateur(file: Path, command: str, *arguments: str) -> Any:
     """Run a command and read what it wrote as JSON."""
     more = ["--overwrite"] if command in ("prune", "recover") else []
-    subprocess.run(
-        [sys.executable, "-m", "secateur", command, *arguments, *more, "--json", str(file), "--quiet"], check=True
-    )
+    secateur(command, *arguments, *more, "--json", str(file), "--quiet")
     return json.loads(file.read_text())
 
 
@@ -181,9 +171,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
 
 def block(results: Mapping[str, Any]) -> str:
     """The table in Markdown."""
-    head, *found = rows_of(results)
-    lines = [head, ["---"] * len(head), *found]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return markdown(rows_of(results))
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from secateur.files import write_json
+from tables import markdown, secateur, show
 
 AXES = ("attention,mlp", "attention,mlp,vocabulary")
 MARKS = ("<!-- vocabulary:begin -->", "<!-- vocabulary:end -->")
@@ -37,13 +33,7 @@ def main() -> None:
         if name not in results:
             results[name] = _measured(axes, options)
             write_json(options.out, results)
-    head, *rows = rows_of(results)
-    table = Table(title="Bits per byte of each text, and what was added to those of the dense model")
-    for column in head:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=200).print(table)
+    show("Bits per byte of each text, and what was added to those of the dense model", rows_of(results))
     if options.write:
         from quality_table import write_benchmark
 
@@ -55,10 +45,10 @@ def _measured(axes: str, options: argparse.Namespace) -> dict[str, Any]:
     given = [f"--calibration={text}" for text in options.calibration] + options.cut.split()
     budget = ["--of", "parameters", "--ratio", str(options.ratio), "--axes", axes]
     cut, file = options.folder / "cut.json", options.folder / "evaluated.json"
-    _secateur("prune", options.model, str(out), *budget, *given, "--json", str(cut), "--overwrite", "--quiet")
+    secateur("prune", options.model, str(out), *budget, *given, "--json", str(cut), "--overwrite", "--quiet")
     texts = [f"--ppl={text}" for text in options.text]
     panel = ["--protocol", options.protocol, "--max-tokens", str(options.tokens)]
-    _secateur("evaluate", options.model, str(out), *texts, *panel, "--json", str(file), "--quiet")
+    secateur("evaluate", options.model, str(out), *texts, *panel, "--json", str(file), "--quiet")
     about = json.loads(cut.read_text())
     kept = {group["kind"]: 0 for group in about["groups"]}
     units = dict(kept)
@@ -80,10 +70,6 @@ def _measured(axes: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _secateur(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "secateur", *arguments], check=True)
-
-
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     """The head and a row for each cut: tokens left, and bits per byte of each text with the difference."""
     texts = [*next(iter(results.values()))["dense"]] if results else []
@@ -99,9 +85,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
 
 def block(results: Mapping[str, Any]) -> str:
     """The table of docs/benchmarks.md."""
-    head, *found = rows_of(results)
-    lines = [head, ["---"] * len(head), *found]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(rows_of(results))
 
 
 def _arguments() -> argparse.Namespace:

@@ -191,7 +191,7 @@ def test_what_training_gave_back_is_told_against_both_dense_models() -> None:
         "default | dense | minutes=20": about(9.0),
     }
     lines = recover.block(results, ["default"], ["minutes=20", "tokens=25k"]).splitlines()
-    assert lines[2] == "| not trained | 20% |  | 0.693 |  |  |  |"
+    assert lines[2] == "| not trained | 20% | | 0.693 | | | |"
     assert lines[3] == "| default | 0% | minutes=20 | -0.105 | 1,000 | 1.5 | 2.00 GiB |"
     assert lines[4] == "| default | 20% | minutes=20 | 0.336 (51%, 36%) | 1,000 | 1.5 | 2.00 GiB |"
     assert len(lines) == 5
