@@ -633,7 +633,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "plan and varied": ("leave out --varied", (*PRUNE, "--plan", "plan.json", "--varied", "0.5")),
     "plan and chat": ("leave out --chat", (*PRUNE, "--plan", "plan.json", "--chat")),
     "plan of another depth": (
-        r"layers\.3\.attention, which tiny does not have: it is of another model",
+        r"layers\.3\.mlp, which tiny does not have: it is of another model",
         (*PRUNE, "--plan", "deep.json"),
     ),
     "plan of another vocabulary": (

@@ -85,7 +85,8 @@ class CutOptions:
     optimal brain surgeon during repair. Auto: obs with the score fisher."""
     scope: Literal["auto", "local", "global"] = "auto"
     """How the budget is shared: the same share of every group (local), or one ranking of all units by score per
-    parameter (global). Auto: global; local for of=units, hidden, layers and a schedule."""
+    parameter (global). Auto: global with the score fisher, whose nats compare all layers; local with others, for
+    of=units, hidden, layers and a schedule."""
     layers: tuple[float, float] | None = None
     """Cut only layers first <= i < last: numbers of layers, or shares of the depth such as 0.125:0.9375."""
     within: str | None = None
@@ -156,7 +157,8 @@ def automatic(options: CutOptions) -> dict[str, Any]:
     even = options.of == "units" or alone
     usual = "param_second" if alone else "fisher"
     score = usual if options.score == "auto" else options.score
-    scope = "local" if even or options.schedule is not None else "global"
+    compares = score == "fisher" and not even and options.schedule is None  # in nats: units of all layers
+    scope = "global" if compares else "local"
     ranked = score == "fisher" and (scope if options.scope == "auto" else options.scope) == "global"
     return {
         "ratio": 0.2 if options.target is None else None,
