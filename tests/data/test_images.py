@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from image_models import TYPES, image_folder, noise, write_images
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.pairs import holds_pairs, reader_of
+from secateur.data.rows import IGNORED
 from secateur.data.windows import calibration_windows, digest, held_out_windows
 from secateur.errors import DataError
 from secateur.models import media
@@ -22,7 +23,7 @@ from secateur.models.inputs import arguments, token_ids
 from secateur.models.media import Shown, shown_in, shows, with_shown
 from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.options import CutOptions, settled
-from secateur.scoring.passes.loss import NO_LABEL, labels_of
+from secateur.scoring.passes.loss import labels_of
 
 CHAT = (
     "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
@@ -86,7 +87,7 @@ def test_no_token_of_an_image_is_predicted(llava: Path, pictures: Path) -> None:
     labels = labels_of(model, windows)
     assert labels is not None
     following = token_ids(windows)[:, 1:]
-    assert torch.equal(labels[:, :-1] == NO_LABEL, following == model.config.image_token_id)
+    assert torch.equal(labels[:, :-1] == IGNORED, following == model.config.image_token_id)
     assert torch.equal(labels[:, :-1][following != 3], following[following != 3])
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from image_models import TOWER, TYPES, first_prompt, image_folder, noise, write_images
 from secateur import CalibrationOptions, CutOptions, PruneRecipe, prune_model, verify
 from secateur.cli.main import run
+from secateur.data.rows import IGNORED
 from secateur.data.windows import calibration_windows
 from secateur.models.config import load_config
 from secateur.models.inputs import arguments, next_tokens
@@ -20,7 +21,6 @@ from secateur.models.media import shows
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.reader import WindowReader
 from secateur.scoring.collect_backward import gradient_statistics
-from secateur.scoring.passes.loss import NO_LABEL
 
 LANGUAGE = "model.language_model"
 FAST = ("llava", "qwen2_vl")
@@ -43,7 +43,7 @@ def test_gradients_are_autograds_of_the_models_own_loss(model_type: str, picture
     saliences = {"squared": lambda evidence: evidence.squared}
     found = gradient_statistics(model, windows, saliences, second_order=True, wanted=wanted)
     labels = next_tokens(windows)
-    labels = labels.masked_fill(labels < 0, NO_LABEL)
+    labels = labels.masked_fill(labels < 0, IGNORED)
     count, total, squared = int((labels[:, 1:] >= 0).sum()), 0.0, dict[str, Tensor]()
     used = {name: p for name, p in model.named_parameters() if name in found.sums["squared"]}
     for window_T, labels_T in zip(windows, labels, strict=True):

@@ -98,7 +98,7 @@ SCORES: dict[str, Score] = {
 
 
 def register_score(
-    name: str, *, needs: Needs = "weights", signed: bool = False, reduce: str = "sum", paper: str = ""
+    name: str, *, needs: Needs = "weights", signed: bool = False, reduce: str = "sum"
 ) -> Callable[[Salience], Salience]:
     """Make a function of a weight's `Evidence` the score `name`, for Python and the command line alike.
 
@@ -124,7 +124,7 @@ def register_score(
 
     def register(salience: Salience) -> Salience:
         formula = (inspect.getdoc(salience) or "").partition("\n")[0].rstrip(".")
-        SCORES[name] = Score(salience, needs, formula, paper, signed, reduce, own=True)
+        SCORES[name] = Score(salience, needs, formula, signed=signed, reduce=reduce, own=True)
         return salience
 
     return register

@@ -23,17 +23,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from secateur.data.rows import IGNORED
 from secateur.errors import ScoreError
 from secateur.models.classes import is_encoder_decoder, objective
 from secateur.models.inputs import arguments, masked_tokens, next_tokens, predicted
 from secateur.scoring.passes.forward import input_device
 
 LOSS_ROWS = 64  # rows of logits that are made probabilities at once
-NO_LABEL = -100
 
 
 def labels_of(model: PreTrainedModel, windows_BT: Tensor) -> Tensor | None:
-    """The token that each row of logits is for, B x P, `NO_LABEL` where there is none; None for models of no tokens.
+    """The token that each row of logits is for, B x P, `IGNORED` where there is none; None for models of no tokens.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
@@ -44,12 +44,12 @@ def labels_of(model: PreTrainedModel, windows_BT: Tensor) -> Tensor | None:
     if kind in ("class", "embedding"):
         return None
     if kind in ("next token", "transcription"):
-        labels_BP = functional.pad(next_tokens(windows_BT)[:, 1:], (0, 1), value=NO_LABEL)
+        labels_BP = functional.pad(next_tokens(windows_BT)[:, 1:], (0, 1), value=IGNORED)
     elif kind == "second half":
         labels_BP = next_tokens(windows_BT)[:, windows_BT.shape[1] // 2 :]
     else:
         labels_BP = masked_tokens(windows_BT)
-    return labels_BP.masked_fill(labels_BP < 0, NO_LABEL)
+    return labels_BP.masked_fill(labels_BP < 0, IGNORED)
 
 
 def predictions(model: PreTrainedModel, windows_BT: Tensor) -> int:
@@ -60,7 +60,7 @@ def predictions(model: PreTrainedModel, windows_BT: Tensor) -> int:
     labels_BP = labels_of(model, windows_BT)
     if labels_BP is None:
         return len(windows_BT) if objective(model) == "class" else _states(model, windows_BT)
-    count = int((labels_BP != NO_LABEL).sum())
+    count = int((labels_BP != IGNORED).sum())
     if not count:
         raise ScoreError(
             f"{type(model).__name__} predicts masked tokens, and none of the windows is masked: "
@@ -126,7 +126,7 @@ def summed_loss(model: PreTrainedModel, windows_BT: Tensor, dense: Sequence[Tens
         output, labels_BP = _run(model, ids_T[None]), labels_of(model, ids_T[None])
         if labels_BP is not None:
             rows_NV, labels_N = output[0], labels_BP[0].to(output.device)
-            labelled_N = labels_N != NO_LABEL
+            labelled_N = labels_N != IGNORED
             loss = functional.cross_entropy(rows_NV[labelled_N].float(), labels_N[labelled_N], reduction="sum")
         elif dense is None:
             raise ScoreError(f"{type(model).__name__}: windows have no labels; give outputs_of(dense model, windows)")
@@ -157,7 +157,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor, weight: float) -> Tensor:
     It holds no second tensor of the logits' size but their gradient. Its backward pass takes it for the end of the
     graph: it ignores a factor from outside.
 
-    >>> loss = cross_entropy(torch.zeros(3, 8), torch.tensor([1, 2, NO_LABEL]), 0.5)
+    >>> loss = cross_entropy(torch.zeros(3, 8), torch.tensor([1, 2, IGNORED]), 0.5)
     >>> round(float(loss), 4)  # ln 8 for each of two tokens
     2.0794
     """
@@ -172,7 +172,7 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64)
         for first in range(0, len(logits_NV), LOSS_ROWS):
             rows = slice(first, min(first + LOSS_ROWS, len(logits_NV)))
-            labelled_N1 = (labels_N[rows] != NO_LABEL)[:, None]
+            labelled_N1 = (labels_N[rows] != IGNORED)[:, None]
             label_N1 = labels_N[rows, None].clamp_min(0)
             # log p, then in place p - [v = label]: the gradient of the cross-entropy by the logits.
             p_NV = torch.log_softmax(logits_NV[rows].float(), -1)
