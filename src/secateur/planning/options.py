@@ -157,8 +157,9 @@ def automatic(options: CutOptions) -> dict[str, Any]:
     even = options.of == "units" or alone
     usual = "param_second" if alone else "fisher"
     score = usual if options.score == "auto" else options.score
-    compares = score == "fisher" and not even and options.schedule is None  # in nats: units of all layers
-    scope = "global" if compares else "local"
+    # In nats, units of all layers compare; with these options they have to.
+    compared = score == "fisher" or options.sublayers or TOKENS in options.axes
+    scope = "global" if compared and not even and options.schedule is None else "local"
     ranked = score == "fisher" and (scope if options.scope == "auto" else options.scope) == "global"
     return {
         "ratio": 0.2 if options.target is None else None,
