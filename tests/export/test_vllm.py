@@ -67,7 +67,7 @@ def test_layers_are_split_over_two_processes(model_type: str, tmp_path: Path) ->
     """
     model = dense(model_type)
     discovery = discover(model)
-    options = CutOptions(ratio=0.35, score="l2", tensor_parallel=2)
+    options = CutOptions(ratio=0.35, score="l2", scope="global", tensor_parallel=2)
     decided = plan(discovery, options, scores=score(model, discovery=discovery, name="l2"))
     assert len({group.kept for group in decided.groups}) > 2
     folder = save(
