@@ -125,3 +125,18 @@ def test_automatic_options_follow_from_the_others() -> None:
     hidden = CutOptions(axes=("hidden",))
     assert (hidden.scope, hidden.repair, hidden.choose) == ("local", "least-squares", "score")
     assert CutOptions(axes=("layers",), score="layer_loss").repair == "none"
+
+
+@pytest.mark.parametrize(
+    ("given", "scope"),
+    [
+        ({}, "global"),
+        ({"score": "wanda"}, "local"),
+        ({"score": "a_score_of_mine"}, "local"),
+        ({"score": "wanda", "scope": "global"}, "global"),
+        ({"score": "l2", "sublayers": True}, "global"),
+        ({"of": "units"}, "local"),
+    ],
+)
+def test_scores_in_nats_rank_all_layers(given: dict[str, Any], scope: str) -> None:
+    assert CutOptions(**given).scope == scope

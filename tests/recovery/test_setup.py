@@ -30,6 +30,7 @@ from secateur.errors import CheckpointError, DataError, ModelError, TrackingErro
 from secateur.files import read_json
 from secateur.models.loading import LoadOptions
 from secateur.pipeline.recipe import RunOptions
+from secateur.recovery import setup
 from secateur.recovery.callbacks import SeedSteps
 from secateur.recovery.distillation import nll_loss
 from secateur.recovery.recipe import recover_recipe
@@ -287,3 +288,16 @@ class TestNotes:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
         train(method="full", max_steps=1)
         assert distance("here/out", "here/alone") == 0
+
+
+@pytest.mark.parametrize(("seconds", "fast"), [((4.0, 1.0), True), ((1.2, 1.0), False), ((1.0, 3.0), False)])
+def test_bfloat16_where_it_is_clearly_faster_and_as_before_where_a_run_goes_on(
+    seconds: tuple[float, float], fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(setup, "_product_seconds", lambda dtype: seconds[dtype == torch.bfloat16])
+    auto = LoadOptions(device="cpu")
+    assert setup._use_bf16(auto, tmp_path) is fast
+    monkeypatch.setattr(setup, "_product_seconds", lambda dtype: seconds[dtype != torch.bfloat16])
+    assert setup._use_bf16(auto, tmp_path) is fast
+    assert setup._use_bf16(LoadOptions(device="cpu", dtype="bfloat16"), tmp_path) is True

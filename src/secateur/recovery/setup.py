@@ -26,7 +26,7 @@ from secateur.discovery.discover import discover
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError, check_installed
 from secateur.evaluation.inference import vocabulary_size
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
-from secateur.files import check_apart, check_vacant, read_tensors, write_tensors
+from secateur.files import check_apart, check_vacant, read_json, read_tensors, write_json, write_tensors
 from secateur.models.config import check_not_quantized, check_positions, check_writes_text, load_config
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
@@ -50,7 +50,7 @@ WARMUP_FRACTION = 0.06  # of all steps, by default
 MOST_WARMUP = 0.25  # a longer warmup that was asked for is shortened to the default
 EVALUATIONS = 10  # of a training, by default
 WRITTEN_ROWS = 256  # by the dense model, by default
-WRITTEN_FILE = "written.safetensors"  # in the work folder
+WRITTEN_FILE, BF16_FILE = "written.safetensors", "bf16.json"  # in the work folder
 BF16_FASTER = 1.5  # than float32 are products in bfloat16, where they are taken by default
 
 
@@ -136,7 +136,7 @@ def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
     check_not_quantized(config, name=model)
     check_writes_text(config, name=model, doing="recover")
     check_positions(config, recipe.data.max_length, name="max_length")
-    bf16 = _use_bf16(recipe.loading)
+    bf16 = _use_bf16(recipe.loading, work)
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
     writes = SELF in recipe.data.source_names
     dense = _find_teacher(recipe, tokenizer, config) if options.has_teacher or writes else None
@@ -311,14 +311,25 @@ def _check_environment(track: Tracker | None) -> None:
         )
 
 
-def _use_bf16(loading: LoadOptions) -> bool:
-    """Whether products are taken in bfloat16. Raises `TrainingError` for float16, in which gradients overflow."""
+def _use_bf16(loading: LoadOptions, work: Path) -> bool:
+    """Whether products are taken in bfloat16; a run that goes on takes what it took.
+
+    Raises `TrainingError` for float16, in which gradients overflow.
+    """
     if loading.dtype == "float16":
         raise TrainingError(
             "dtype='float16' overflows in training, and the loss becomes NaN. Expected bfloat16, which has float32's "
             "range, or float32: --dtype auto takes bfloat16 where it is faster"
         )
-    return loading.dtype == "bfloat16" or (loading.dtype == "auto" and _has_fast_bf16(loading.device))
+    if loading.dtype != "auto":
+        return loading.dtype == "bfloat16"
+    file, fast = work / BF16_FILE, _has_fast_bf16(loading.device)
+    try:
+        return bool(read_json(file)["bf16"])
+    except (CheckpointError, LookupError, TypeError):
+        if processes.is_first():
+            write_json(file, {"bf16": fast})
+        return fast
 
 
 def _has_fast_bf16(device: str) -> bool:

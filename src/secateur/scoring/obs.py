@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ def add_gram(total_CC: Tensor, x_NC: Tensor, *, dtype: torch.dtype = torch.float
 @contextmanager
 def _rounded_inputs() -> Iterator[None]:
     """While open, a CPU may round the inputs of float32 products to bfloat16; they still add up in float32."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None:  # torch before 2.9
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision"):  # torch before 2.9
         yield
         return
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
