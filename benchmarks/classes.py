@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ KNOWN = ROOT / "tests" / "known_class_failures.json"
 sys.path[:0] = [str(ROOT / "tests")]
 
 SECONDS = 300  # for one type
+MEMORY = 16 * 2**30  # of the process: sizes that are tried may ask for all there is
 PEER = "Torch-Pruning: "
 SKIPPED = ("head_dim",)
 PARTS = {  # what is asked for -> checks of which a type has one or more
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--known", action="store_true", help="write the list of known failures")
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning too; it needs all types of --out")
     options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     names = options.types.split(",") if options.types is not None else list(NAMES)
     done = read(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)

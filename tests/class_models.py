@@ -45,6 +45,11 @@ def class_model(architecture: str, *, seed: int = 0) -> PreTrainedModel:
     model: PreTrainedModel = (
         getattr(transformers, architecture)._from_config(config, attn_implementation="eager").eval()
     )
+    return randomized(model, seed=seed)
+
+
+def randomized(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
+    """A model with weights large enough for each to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

@@ -34,6 +34,7 @@ from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.profile import profile
 from secateur.export.gguf_file import export_gguf
+from secateur.models.inputs import register_inputs
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.recipe import PruneRecipe, RunOptions, load_recipe, prune_recipe
@@ -71,6 +72,7 @@ __all__ = [
     "prune_model",
     "prune_recipe",
     "recover",
+    "register_inputs",
     "register_score",
     "repair",
     "save",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from class_models import ARCHITECTURES, class_folder
-from secateur import CutOptions, PruneRecipe, load, prune_model, verify
+from class_models import ARCHITECTURES, VOCABULARY, class_folder, class_tokenizer, randomized
+from every_type import tiny_config
+from secateur import CutOptions, PruneRecipe, discover, load, prune_model, verify
 from secateur.cli.main import run
+from secateur.cli.reading import REGISTRIES
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import DataError, PlanError
 from secateur.models.classes import auto_class
 from secateur.models.inputs import arguments, predicted
+from secateur.models.silence import quiet
 from secateur.pipeline.run import plan_model
 
 CALIBRATION = CalibrationOptions(samples=8, length=32)
@@ -70,6 +74,56 @@ def test_a_model_that_reads_sound_by_the_command_line(tmp_path: Path, capsys: py
     sound = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
     written = model.generate(input_features=sound, max_new_tokens=4)  # type: ignore[operator]  # of a base class
     assert written.shape[0] == 1
+
+
+REGISTERS = """
+import torch
+import secateur
+
+@secateur.register_inputs("idefics")
+def inputs(config, samples, tokens):
+    ids_BT = torch.arange(samples * tokens).reshape(samples, tokens) % config.vocab_size
+    pixels = torch.zeros(samples, 1, 3, *2 * [config.vision_config.image_size])
+    seen = torch.ones(samples, tokens, 1, dtype=torch.int64)
+    return {"input_ids": ids_BT, "attention_mask": seen[..., 0], "pixel_values": pixels, "image_attention_mask": seen}
+"""
+
+
+def test_inputs_that_cannot_be_found_are_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: dict[str, Any] = {}
+    monkeypatch.setattr("secateur.models.inputs.INPUTS", registered)
+    monkeypatch.setitem(REGISTRIES, "--inputs", (registered, *REGISTRIES["--inputs"][1:]))
+    (file := tmp_path / "inputs.py").write_text(REGISTERS)
+    folder, out = tmp_path / "dense", tmp_path / "out"
+    with quiet():
+        config = tiny_config("AutoModelForImageTextToText/idefics")
+        config.vocab_size, config.architectures = VOCABULARY, ["IdeficsForVisionText2Text"]
+        dense = randomized(transformers.IdeficsForVisionText2Text._from_config(config).eval())
+        dense.save_pretrained(folder)
+    class_tokenizer().save_pretrained(folder)
+
+    assert run(["discover", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "has to be not-None" in said
+    assert "--inputs FILE" in said
+    text = ["--samples", "8", "--length", "32", "--axes", "mlp", "--quiet"]
+    assert run(["prune", str(folder), str(out), "--inputs", str(file), *text]) == 0
+    model = load(str(out))
+    smaller = json.loads((out / "secateur_plan.json").read_text())["scored"]["held_out_loss"]
+    assert model.num_parameters() < dense.num_parameters()
+    assert smaller["cut"] != smaller["before"]
+    with torch.no_grad():
+        given = registered["idefics"](config, *IDS.shape)
+        read = arguments(dense, IDS)
+        assert torch.equal(read["input_ids"], IDS)
+        assert torch.equal(read["pixel_values"], given["pixel_values"])
+        assert predicted(model(**arguments(model, IDS))).shape == predicted(dense(**read)).shape
+
+    registered["idefics"] = lambda config, samples, tokens: {"input_ids": [0] * tokens}
+    with pytest.raises(DataError, match=r"inputs of 'idefics': 'input_ids' is a list. Expected tensors by argument"):
+        discover(dense)
 
 
 def test_within_cuts_one_part_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from secateur.cli.options import (
     Fields,
     Folder,
     Given,
+    Inputs,
     Loading,
     Measured,
     Quiet,
@@ -25,9 +26,10 @@ from secateur.cli.options import (
     main,
     model_and_out,
     recipe_of,
+    run_files,
 )
 from secateur.cli.output import Output, check_files, finish, print_written, run_options, show
-from secateur.cli.reading import comma_separated, run_score_file
+from secateur.cli.reading import comma_separated, run_file
 from secateur.cli.training import recipe_with_cut, train_and_show
 from secateur.discovery.coverage import coverage_as_json
 from secateur.discovery.discover import discover
@@ -48,6 +50,7 @@ def discover_command(
     /,
     *,
     rows: StartTokens,
+    inputs: Inputs = None,
     loading: Trust,
     output: Quiet,
 ) -> None:
@@ -56,6 +59,7 @@ def discover_command(
     Groups of weight dimensions that shrink together, their units and the slices of each. Reads no weights.
     """
     check_files(output.json)
+    run_file("--inputs", inputs)
     discovery = discover(model, trust_remote_code=loading.trust_remote_code, **rows)
     result = discovery.to_json() | {"coverage": coverage_as_json(discovery)}
     finish(result, output, discovery_tables(discovery))
@@ -170,7 +174,7 @@ def sweep_command(
     """
     folder = run.get("folder", Path("secateur-sweep"))
     check_files(output.json, run=folder)
-    run_score_file(cutting.get("score_file"))
+    run_files(cutting)
     if "ratios" not in options:
         raise PlanError("--ratios is missing: name the shares to remove, for example --ratios 0.1:0.6:0.1")
     calibration = cutting.get("calibration", {})

@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter, Token
 from docstring_parser import parse_from_object
 
 from secateur.cli.output import Output
-from secateur.cli.reading import comma_separated, count, run_score_file, two_numbers, whole_numbers
+from secateur.cli.reading import comma_separated, count, run_file, two_numbers, whole_numbers
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import literals
 from secateur.errors import RecipeError
@@ -152,6 +152,8 @@ class Cutting:
     calibration: CalibrationOptions
     score_file: Path | None = None
     """Run this Python file first; it registers scores of your own."""
+    inputs: Path | None = None
+    """Run this Python file first; it registers what a model takes, if that cannot be found."""
 
 
 CUTTING = Fields(
@@ -194,6 +196,9 @@ Folder = Annotated[Given, replace(RUN, omit="command bars overwrite resume")]
 Overwrite = Annotated[Given, replace(RUN, omit="command bars folder resume")]
 Loading = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True)]
 Trust = Annotated[LoadOptions, Fields(LoadOptions, group=COMMON, build=True, omit="dtype device")]
+Inputs = Annotated[
+    Path | None, main("Run this Python file first; it registers what a model takes, if that cannot be found.")
+]
 StartTokens = Annotated[Given, START_TOKENS]
 Quiet = Annotated[Output, Fields(Output, group=COMMON, build=True, omit="track")]
 Measured = Annotated[Output, Fields(Output, group=COMMON, build=True)]
@@ -202,9 +207,15 @@ assert set(PRESETS) == set(get_args(get_args(get_type_hints(Cutting)["preset"])[
 
 def recipe_of(model: str | None, cutting: Given, loading: LoadOptions) -> PruneRecipe:
     """The recipe that a command line asks for. Raises `SecateurError`."""
-    run_score_file(cutting.get("score_file"))
+    run_files(cutting)
     parts = {name: cutting.get(name) for name in ("preset", "cut", "calibration")}
     return prune_recipe(model, file=cutting.get("recipe"), loading=changed(loading), **parts)
+
+
+def run_files(cutting: Given) -> None:
+    """Run the user's files that register scores and inputs. Raises `SecateurError`."""
+    run_file("--score-file", cutting.get("score_file"))
+    run_file("--inputs", cutting.get("inputs"))
 
 
 def changed(loading: LoadOptions) -> Given:

@@ -52,7 +52,9 @@ def report_command(
 def demo_command(
     *,
     out: Annotated[Path, main("Run folder to write.")] = Path("secateur-demo"),
-    cutting: Annotated[Given, replace(CUTTING, omit="calibration.text calibration.column calibration.chat score_file")],
+    cutting: Annotated[
+        Given, replace(CUTTING, omit="calibration.text calibration.column calibration.chat score_file inputs")
+    ],
     options: Overwrite,
     loading: Loading,
     output: Quiet,

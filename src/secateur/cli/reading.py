@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from secateur.errors import ScoreError, SecateurError
+from secateur.errors import SecateurError
+from secateur.models.inputs import INPUTS
 from secateur.scoring.registry import SCORES
+
+REGISTRIES: dict[str, tuple[Mapping[str, Any], str, str]] = {  # option -> where its file registers, what, and by what
+    "--score-file": (SCORES, "score", "register_score"),
+    "--inputs": (INPUTS, "input", "register_inputs"),
+}
 
 
 def comma_separated(text: str) -> tuple[str, ...]:
@@ -68,18 +75,19 @@ def named_values(text: str) -> dict[str, Any]:
     return values
 
 
-def run_score_file(file: Path | None) -> None:
-    """Run a file of the user's, which registers scores."""
+def run_file(option: str, file: Path | None) -> None:
+    """Run a Python file of the user's, which registers what the option is for. Raises `SecateurError`."""
     if file is None:
         return
+    registered, what, decorator = REGISTRIES[option]
     if not file.is_file():
-        raise ScoreError(f"--score-file {file}: no such file; it is to be a Python file that registers scores")
-    before = set(SCORES)
+        raise SecateurError(f"{option} {file}: no such file; it is to be a Python file that registers {what}s")
+    before = {**registered}
     try:
         runpy.run_path(str(file))
     except SecateurError:
         raise
     except Exception as error:  # whatever the user's code raises
-        raise ScoreError(f"--score-file {file}: {type(error).__name__}: {error}") from error
-    if set(SCORES) == before:
-        raise ScoreError(f"--score-file {file}: it registers no score; decorate a function with register_score")
+        raise SecateurError(f"{option} {file}: {type(error).__name__}: {error}") from error
+    if registered == before:
+        raise SecateurError(f"{option} {file}: it registers no {what}; decorate a function with {decorator}")

@@ -58,12 +58,16 @@ def discover(
     if isinstance(model, PreTrainedModel) and shapes_of(model) != shapes_of(twin):
         twin = model  # cut in a way that its config does not say
     name = name or type(twin).__name__
-    if start_tokens is not None or not runs_remote_code(twin):
-        return discover_groups(twin, name=name, start_tokens=start_tokens or ())
+    if start_tokens is not None:
+        return discover_groups(twin, name=name, start_tokens=start_tokens)
     try:
         with silence_logger(FAKE_TENSORS):
             return discover_groups(twin, name=name)
     except DiscoveryError as error:
+        if not runs_remote_code(twin):
+            raise DiscoveryError(
+                f"{error}. If it takes more than what was found, say what: --inputs FILE (register_inputs)"
+            ) from error
         for tokens in _tokens_to_try(twin, model if isinstance(model, str) else config.name_or_path or ""):
             if _runs_with(twin, tokens):
                 return discover_groups(twin, name=name, start_tokens=tokens)

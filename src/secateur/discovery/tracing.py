@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
 
@@ -92,7 +92,7 @@ def run_without_memory(model: nn.Module, *, sequence: int, start_tokens: Sequenc
 
 def _first_that_runs(
     model: nn.Module, lengths: Sequence[int], start_tokens: Sequence[int]
-) -> tuple[dict[str, tuple[int, ...]], tuple[Recorder, dict[str, int], Any]]:
+) -> tuple[Mapping[str, Any], tuple[Recorder, dict[str, int], Any]]:
     """The first inputs with which the model runs, and the pass with them; where none does, why not with the first."""
     failure: DiscoveryError | None = None
     batch, sequence, written = lengths
@@ -106,7 +106,7 @@ def _first_that_runs(
 
 def _run_on_fake_tensors(
     model: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...] | Tensor],
     start_tokens: Sequence[int],
     *,
     follow_values: bool = False,
@@ -119,14 +119,15 @@ def _run_on_fake_tensors(
         named = itertools.chain(model.named_parameters(), model.named_buffers())
         weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}
         dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), None)
-        inputs = {
-            name: torch.zeros(shape, dtype=dtype if is_numbers(name) else torch.long) for name, shape in shapes.items()
-        }
+        inputs = {name: _fake_input(name, shape, dtype) for name, shape in shapes.items()}
     numbers = {name: recorder.number(tensor) for name, tensor in {**weights, **inputs}.items()}
     # 0, 1, 2, ..., starting again so that each id is a row of every embedding table.
     rows = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=1)
     for name, tensor in inputs.items():
-        if not is_numbers(name):
+        if isinstance(given := shapes[name], Tensor):
+            if not given.is_floating_point():
+                recorder.set_values(tensor, given)
+        elif not is_numbers(name):
             ids = torch.arange(tensor.numel()).reshape(tensor.shape) % max(rows, 1)
             ids[:, : len(start_tokens)] = torch.tensor(start_tokens, dtype=torch.long)[: tensor.shape[1]]
             recorder.set_values(tensor, with_end(model, ids))
@@ -143,6 +144,13 @@ def _run_on_fake_tensors(
             f"{recorder.module or 'the model'!r} with {one_line(error)}"  # the outermost has no name
         ) from error
     return recorder, numbers, result
+
+
+def _fake_input(name: str, given: tuple[int, ...] | Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor without storage of a given shape, or like a given tensor; what holds no ids has the model's dtype."""
+    if isinstance(given, Tensor):
+        return torch.zeros(given.shape, dtype=dtype if given.is_floating_point() else given.dtype)
+    return torch.zeros(given, dtype=dtype if is_numbers(name) else torch.long)
 
 
 def unlike(sizes: set[int], count: int, *, least: int = 0) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ Axes: B samples, T tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,49 @@ from transformers import PreTrainedConfig
 from secateur.errors import DataError
 from secateur.models.classes import is_encoder_decoder, objective
 from secateur.models.media import HALF, shown_in
+from secateur.models.modeling_per_layer import PER_LAYER
 
 INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
+InputsOf = Callable[[PreTrainedConfig, int, int], Mapping[str, Tensor]]
+INPUTS: dict[str, InputsOf] = {}  # by model type: what users have registered
+
+
+def register_inputs(model_type: str) -> Callable[[InputsOf], InputsOf]:
+    """Say what the models of a type take, where it cannot be found: a decorator of config, samples, tokens -> inputs.
+
+    The function returns tensors by argument, all that a forward pass needs, for so many samples of so many tokens.
+    Numbers that the code looks at (sizes of images, boxes of words) are taken as they are. Calibration puts the token
+    ids of its windows in the place of those returned.
+
+    >>> @register_inputs("boxed")
+    ... def boxed(config, samples, tokens):
+    ...     ids_BT = torch.zeros(samples, tokens, dtype=torch.int64)
+    ...     return {"input_ids": ids_BT, "bbox": ids_BT[..., None].expand(-1, -1, 4)}
+    >>> INPUTS.pop("boxed") is boxed
+    True
+    """
+
+    def register(function: InputsOf) -> InputsOf:
+        INPUTS[model_type] = function
+        return function
+
+    return register
+
+
+def _registered(model: Any, samples: int, tokens: int) -> dict[str, Tensor]:
+    """What a user says that the model takes; nothing where no one does. Raises `DataError` for what is no tensor."""
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None)).removeprefix(f"{PER_LAYER}_")
+    function = INPUTS.get(model_type)
+    if function is None:
+        return {}
+    given = dict(function(model.config, samples, tokens))
+    for name, each in given.items():
+        if not isinstance(each, Tensor):
+            raise DataError(
+                f"inputs of {model_type!r}: {name!r} is a {type(each).__name__}. Expected tensors by argument: "
+                '{"input_ids": torch.zeros(samples, tokens, dtype=torch.int64)}.'
+            )
+    return given
 
 
 def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
@@ -44,15 +85,19 @@ def arguments(model: Any, windows_BT: Tensor) -> dict[str, Any]:
         start = torch.full_like(ids_BT[:, :1], _decoder_start(model.config))
         half = ids_BT.shape[1] // 2
         given = {INPUT_IDS: ids_BT[:, :half], DECODER_IDS: torch.cat([start, ids_BT[:, half:-1]], dim=1)}
-    numbers = {} if objective(model) == "masked tokens" else shown_in(windows_BT)
+    samples, tokens = next(iter(given.values())).shape
+    others = _registered(model, samples, tokens)
+    if others:
+        given = {name: each for name, each in given.items() if name in others}
+    shown = {} if objective(model) == "masked tokens" else shown_in(windows_BT)
     images = {
-        name: each.to(model.dtype) if each.is_floating_point() else each
-        for name, each in numbers.items()
+        name: each.to(windows_BT.device, model.dtype if each.is_floating_point() else each.dtype)
+        for name, each in {**others, **shown}.items()
         if name in accepted
     }
     if type(model).main_input_name not in {*given, *images}:
         check_reads_text(type(model))
-    return given | images | without_extras(model)
+    return images | given | without_extras(model)
 
 
 def without_extras(model: Any) -> dict[str, Any]:
@@ -133,16 +178,22 @@ def with_masked(ids_BT: Tensor, masked_BT: Tensor, mask_token: int) -> Tensor:
 # --- a pass that is traced -----------------------------------------------------------------------------------------
 
 
-def traced_inputs(model: nn.Module, batch: int, sequence: int, written: int) -> Iterator[dict[str, tuple[int, ...]]]:
+def traced_inputs(
+    model: nn.Module, batch: int, sequence: int, written: int
+) -> Iterator[Mapping[str, tuple[int, ...] | Tensor]]:
     """The shapes of what a forward pass may take, by argument: the first that runs is the one to be traced.
 
     `sequence` is the length of a text, `written` of that of a decoder; `is_numbers` tells what holds no token ids.
+    What a user has registered comes alone, with its numbers.
 
     >>> from transformers import BertConfig, BertModel
     >>> model = BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2))
     >>> list(traced_inputs(model, 2, 5, 3))
     [{'input_ids': (2, 5)}]
     """
+    if registered := _registered(model, batch, sequence):
+        yield registered
+        return
     config = getattr(model, "config", None)
     accepted = inspect.signature(model.forward).parameters
     decoder = {DECODER_IDS: (batch, written)} if _writes(model, accepted) else {}
