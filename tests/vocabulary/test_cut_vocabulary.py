@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.cli.main import run
 from secateur.data.options import DataOptions
+from secateur.discovery.groups import Group
 from secateur.errors import PlanError
 from secateur.export.llama_cpp import is_installed
 from secateur.files import write_json
+from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import read_plan
 from secateur.pruning.prune import cut_vocabulary
@@ -95,6 +97,26 @@ def test_a_repair_has_nothing_to_do_where_tokens_alone_go(folders: tuple[Path, P
     assert run(["prune", str(dense), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json"), "--quiet"]) == 0
     weights = [(each / "model.safetensors").read_bytes() for each in (stock, tmp_path / "out")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("saves", [{"mlp": 0.0001, "vocabulary": 0.25}, {"mlp": 0.25, "vocabulary": 0.0001}])
+def test_a_budget_of_time_weighs_tokens_against_channels(
+    saves: dict[str, float], folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_a_machine(model: object, discovery: object, groups: list[Group], **others: object) -> LatencyTable:
+        """What half of each group saves of a second."""
+        sizes = {group.kind: group.units for group in groups}
+        return LatencyTable("cpu", 8, 1.0, {kind: ((n // 2, saves[kind]), (n, 0.0)) for kind, n in sizes.items()})
+
+    monkeypatch.setattr("secateur.pipeline.pipeline.latency_table", of_a_machine)
+    out = tmp_path / "out"
+    axes = ["--axes", "mlp,vocabulary", "--of", "latency", "--ratio", "0.003", "--samples", "6", "--length", "32"]
+    assert run(["prune", str(folders[0]), str(out), *axes, "--quiet"]) == 0
+    decided = read_plan(out / "secateur_plan.json")
+    kept = {group.kind: group.kept for group in decided.groups}
+    tokens = kept.get("vocabulary", 300)  # groups that stay whole are in no plan
+    assert (tokens < 300) == (saves["vocabulary"] > saves["mlp"])
+    assert AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).config.vocab_size == tokens
 
 
 @pytest.mark.slow

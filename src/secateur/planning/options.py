@@ -239,10 +239,10 @@ def _check_tokens(options: CutOptions) -> None:
             )
         return
     with_vocabulary = f"axes={','.join(options.axes)}"
-    if options.of in ("non-embedding", "latency"):
+    if options.of == "non-embedding":
         raise PlanError(
             f"{with_vocabulary}: tokens are rows of the embedding, which of={options.of} does not count. Use "
-            "of=parameters (or of=memory)"
+            "of=parameters (or of=memory, of=latency)"
         )
     if options.iterations > 1:
         raise PlanError(f"{with_vocabulary}: the vocabulary is cut once, and iterations={options.iterations}: use 1")
