@@ -143,6 +143,7 @@ class TestEveryMethod:
         assert (recovery["method"], recovery["before"]) == (run.method, None)
         assert recovery["command"] == f"secateur recover --method {run.method}"
         assert recovery["teacher"] == (run.record.model if "distill" in run.method else None)
+        assert recovery["bf16"] in (True, False)  # as the machine is
 
     def test_reports_progress(self, run: Run) -> None:
         stages = ["teacher"] if "distill" in run.method else []
