@@ -133,7 +133,7 @@ def _answered(models: Mapping[str, str], options: argparse.Namespace) -> dict[st
             folders[f"{name}, trained"] = trained
     file = options.folder / "tasks.json"
     questions = ["--tasks", "zero-shot", "--tasks-data", str(options.tasks), "--limit", str(options.questions)]
-    secateur("evaluate", *folders.values(), *questions, "--json", str(file), "--quiet")
+    secateur("evaluate", *folders.values(), *questions, "--dtype", "bfloat16", "--json", str(file), "--quiet")
     found = json.loads(file.read_text())["results"]
     return {name: each["tasks_mean"] for name, each in zip(folders, found, strict=True)}
 
