@@ -93,8 +93,7 @@ def _per_layer_sizes(discovery: Discovery, pruned: PrunedSizes) -> str | None:
     by_kind: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for group in discovery.groups:
         if group.layer is not None and group.layer not in pruned.dropped_layers:
-            family = group.name.replace(f"layers.{group.layer}.", "", 1)
-            by_kind[group.kind, family][group.name] = pruned.sizes.get(group.name, group.units)
+            by_kind[group.kind, group.family][group.name] = pruned.sizes.get(group.name, group.units)
     for (kind, _), sizes in by_kind.items():
         touched = {name: size for name, size in sizes.items() if size != discovery.group(name).units}
         if touched and len(set(sizes.values())) > 1:

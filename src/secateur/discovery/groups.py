@@ -51,6 +51,15 @@ class Group:
     multiple: int = 1
     """The number of units must be a multiple of this, as kernels that read it demand."""
 
+    @property
+    def family(self) -> str:
+        """The name without its layer, which groups of different layers share.
+
+        >>> Group("layers.3.mlp", "mlp", 3, 24, ()).family, Group("hidden", "hidden", None, 12, ()).family
+        ('mlp', 'hidden')
+        """
+        return self.name.removeprefix(f"layers.{self.layer}.")
+
 
 @dataclass(frozen=True, slots=True)
 class Frozen:

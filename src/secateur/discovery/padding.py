@@ -113,7 +113,7 @@ def padding_after(
     by_family: dict[str, list[Group]] = defaultdict(list)
     for group in discovery.groups:
         if group.kind == PADDED_KIND and pruned.sizes.get(group.name, group.units) < group.units:
-            by_family[_family(group)].append(group)
+            by_family[group.family].append(group)
     narrower = {
         group.name: pruned.sizes[group.name]
         for groups in by_family.values()
@@ -146,16 +146,11 @@ def _whole_heads(discovery: Discovery, pruned: PrunedSizes) -> bool:
     return bool(cut) and all(len(by_layer[layer]) > 1 and len(set(by_layer[layer])) == 1 for layer in cut)
 
 
-def _family(group: Group) -> str:
-    """The name of a group without its layer."""
-    return group.name.replace(f"layers.{group.layer}.", "", 1)
-
-
 def _has_setting(
     config: PreTrainedConfig, discovery: Discovery, group: Group, *, trust_remote_code: bool = False
 ) -> bool:
     """Whether a config can say that such groups of all layers are smaller."""
-    sizes = {g.name: g.units // 2 for g in discovery.groups if _family(g) == _family(group) and g.units > 1}
+    sizes = {g.name: g.units // 2 for g in discovery.groups if g.family == group.family and g.units > 1}
     try:
         stock_settings(config, discovery, PrunedSizes(sizes), trust_remote_code=trust_remote_code)
     except PlanError:

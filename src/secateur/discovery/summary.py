@@ -89,8 +89,9 @@ def _structures(discovery: Discovery) -> dict[int, Any]:
             structures[weight.layer].append((without_layer_number(weight.name, weight.layer), dims, weight.parameter))
     for group in discovery.groups:
         if group.layer is not None:
-            name = group.name.removeprefix(f"layers.{group.layer}.")
-            structures[group.layer].append((name, group.kind, group.units, group.normed, group.chosen, group.least))
+            structures[group.layer].append(
+                (group.family, group.kind, group.units, group.normed, group.chosen, group.least)
+            )
     for frozen in discovery.frozen:
         layer = layers[frozen.weight]
         if layer is not None:
@@ -104,7 +105,7 @@ def _summary(discovery: Discovery, layers: tuple[int, ...], names: ShortNames) -
     members: dict[str, list[Group]] = defaultdict(list)
     for group in discovery.groups:
         if group.layer in inside:
-            members[group.name.removeprefix(f"layers.{group.layer}.")].append(group)
+            members[group.family].append(group)
     summaries = tuple(
         GroupSummary(
             name=name,

@@ -51,7 +51,8 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
         if not groups:
             kinds = ", ".join(sorted({group.kind for group in discovery.groups}))
             where = f"in layers {first}:{last}" if options.within is None else f"within {options.within}"
-            raise PlanError(f"axes={axis}: {discovery.model} has no group of that kind {where}; it has: {kinds}")
+            what = "of that kind" if axis != "head_dim" else "of values that are made and read by plain matrices alone"
+            raise PlanError(f"axes={axis}: {discovery.model} has no group {what} {where}; it has: {kinds}")
         by_axis[axis] = groups
     return by_axis
 

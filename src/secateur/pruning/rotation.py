@@ -88,7 +88,7 @@ def rotated(
     wanted = predicted(model(**arguments(model, ids_BT)))
     families: dict[str, list[_Values]] = defaultdict(list)
     for each in values:
-        families[each.group.name.replace(f"layers.{each.group.layer}.", "", 1)].append(each)
+        families[each.group.family].append(each)
     for name, members in families.items():
         before = [(axis.weight, result.get_parameter(axis.weight)) for each in members for axis in _axes(each)]
         for each in members:
