@@ -141,7 +141,7 @@ def test_training_learns_from_the_dense_model(folders: tuple[Path, Path, Path], 
     keep = read_plan(out / "secateur_plan.json").kept_tokens
     assert keep == read_plan(per_layer / "secateur_plan.json").kept_tokens
     assert keep is not None
-    teacher = load_teacher(RecoverRecipe(str(per_layer), DataOptions(("demo",))), str(dense))
+    teacher = load_teacher(RecoverRecipe(str(per_layer), DataOptions(("demo",))), str(dense), bf16=False)
     whole = AutoModelForCausalLM.from_pretrained(dense)
     ids = torch.randint(len(keep), (2, 9))
     with torch.no_grad():

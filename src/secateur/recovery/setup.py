@@ -141,7 +141,7 @@ def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
     writes = SELF in recipe.data.source_names
     dense = _find_teacher(recipe, tokenizer, config) if options.has_teacher or writes else None
     texts = read_texts(recipe.eval_texts, option="--eval") if recipe.eval_texts else {}
-    written_RT = _written_rows(recipe, dense, work, clock) if dense is not None and writes else None
+    written_RT = _written_rows(recipe, dense, work, clock, bf16=bf16) if dense is not None and writes else None
     with clock.stage("read"):
         data = read_training_data(tokenizer, recipe.data, written_RT)
         held_out = {name: encode(tokenizer, text, max_tokens=options.eval_tokens) for name, text in texts.items()}
@@ -157,7 +157,7 @@ def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
     return TrainingSetup(recipe, resolved, data, held_out, teacher, tokenizer, bf16, (*notes, *overlaps))
 
 
-def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock) -> Tensor:
+def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock, *, bf16: bool) -> Tensor:
     """What the dense model writes, int64, rows x `max_length`: read where an earlier run has kept it."""
     file, data = work / WRITTEN_FILE, recipe.data
     try:
@@ -167,7 +167,7 @@ def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock) -
     if processes.largest(int(kept is None)):
         options = CalibrationOptions(SELF, samples=data.samples or WRITTEN_ROWS, length=data.max_length, seed=data.seed)
         with clock.stage("write") as progress:
-            kept = generate_windows(load_teacher(recipe, dense), options, progress=progress)
+            kept = generate_windows(load_teacher(recipe, dense, bf16=bf16), options, progress=progress)
             if processes.is_first():
                 write_tensors(file, {"rows": kept})
         processes.wait()
@@ -279,9 +279,9 @@ def kept_tokens(model: str) -> tuple[int, ...] | None:
     return read_plan(path / PLAN_FILE).kept_tokens if path is not None and (path / PLAN_FILE).is_file() else None
 
 
-def load_teacher(recipe: RecoverRecipe, name: str) -> PreTrainedModel:
-    """The dense model in its own dtype if no other is asked for, with the vocabulary of the pruned one."""
-    model = load_finite(name, recipe.loading)
+def load_teacher(recipe: RecoverRecipe, name: str, *, bf16: bool) -> PreTrainedModel:
+    """The dense model with the vocabulary of the pruned one, in bfloat16 or as `load_finite` has it."""
+    model = load_finite(name, replace(recipe.loading, dtype="bfloat16") if bf16 else recipe.loading)
     keep = kept_tokens(recipe.model)
     same = keep is None or vocabulary_size(model) <= len(keep)
     return model if keep is None or same else cut_vocabulary(model, keep)

@@ -130,13 +130,17 @@ def _teacher_outputs(
             batch = {name: tensor.to(device) for name, tensor in collate(rows, batch_rows, pad=0).items()}
             mask_BT = batch.pop("labels") != IGNORED
             with record_outputs(model, paths) as states:
-                logits_MV = model(**batch, use_cache=False).logits[mask_BT].float() / outputs.temperature
-            if not all_finite(logits_MV):
+                logits_MV = model(**batch, use_cache=False).logits[mask_BT].float()
+            if outputs.temperature != 1.0:
+                logits_MV /= outputs.temperature
+            logsumexp_M = logits_MV.logsumexp(dim=-1)
+            if not all_finite(logsumexp_M):
                 raise TrainingError(
                     f"the teacher {type(model).__name__} gives logits with NaN or Inf. Expected finite ones: load it "
                     "with --dtype float32 or bfloat16 (float16 overflows), or name another with --teacher"
                 )
-            logp_MK, tokens_MK = logits_MV.log_softmax(dim=-1).topk(min(outputs.top_k, vocabulary), dim=-1)
+            logits_MK, tokens_MK = logits_MV.topk(min(outputs.top_k, vocabulary), dim=-1)
+            logp_MK = logits_MK - logsumexp_M[:, None]
             rest_M = 1.0 - logp_MK.exp().sum(dim=-1)
             parts = [tokens_MK.int().cpu(), logp_MK.half().cpu(), rest_M.float().cpu()]
             if layers is not None:

@@ -118,7 +118,11 @@ def _timed(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
     if processes.largest(int(steps is None)):
         with clock.stage("time a step"):
             model = _load_trainable(setup.recipe.model, setup.recipe.loading, setup.options)
-            teacher = None if setup.teacher is None else functools.partial(load_teacher, setup.recipe, setup.teacher)
+            teacher = (
+                None
+                if setup.teacher is None
+                else functools.partial(load_teacher, setup.recipe, setup.teacher, bf16=setup.bf16)
+            )
             steps = steps_within(minutes, setup, model, teacher)
         if processes.is_first():
             write_json(file, {"steps": steps})
@@ -134,7 +138,9 @@ def _cache_teacher(
 ) -> dict[str, TeacherCache]:
     """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
     assert setup.teacher is not None
-    teacher = functools.cache(functools.partial(load_teacher, setup.recipe, setup.teacher))  # loaded once, if at all
+    teacher = functools.cache(
+        functools.partial(load_teacher, setup.recipe, setup.teacher, bf16=setup.bf16)
+    )  # loaded once, if at all
     outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
     rows_folder = folder / "-".join(["train", rows.digest()[:12], *([] if layers is None else [layers.key])])
     if processes.is_first():  # in an earlier round other rows were read, or other layers or channels compared
