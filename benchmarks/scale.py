@@ -57,6 +57,8 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
     found = results.setdefault(key, {})
     cut = options.folder / f"{ratio:.2f}-{row}"
     folder = cut.with_name(f"{cut.name}-trained") if key.endswith(TRAINED) else cut
+    if cut.exists() and "cut" in (known := results.get(key.removesuffix(TRAINED), {})):
+        found.setdefault("cut", known["cut"])  # what is trained was cut already
     texts = [f"--calibration={text}" for text in options.calibration]
     steps: dict[str, Any] = {
         "cut": lambda file: _secateur(
@@ -85,10 +87,14 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
             given = step(options.folder / "step.json")
             found[name] = given if name == "losses" else _short(name, given)
             found[name]["minutes"] = (time.perf_counter() - start) / 60
-            found[name]["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            found[name]["cores"] = _cores()
             write_json(options.out, results)
     if not options.keep and key.endswith(TRAINED):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _secateur(file: Path, command: str, *arguments: str) -> Any:
@@ -100,7 +106,7 @@ def _secateur(file: Path, command: str, *arguments: str) -> Any:
 
 def _llama_cpp(file: Path, folder: Path, options: argparse.Namespace) -> Any:
     program = Path(__file__).with_name("llama_cpp_speed.py")
-    kind = ["--types", options.gguf, "--threads", str(os.cpu_count()), "--rounds", "3"]
+    kind = ["--types", options.gguf, "--threads", str(_cores()), "--rounds", "3"]
     command = [sys.executable, str(program), str(folder), "--dense", options.model, *kind, "--out", str(file)]
     subprocess.run(command, check=True)
     return json.loads(file.read_text())
