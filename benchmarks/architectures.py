@@ -218,17 +218,17 @@ def pieces(model_type: str, *, own: bool, peer: bool) -> Iterator[Outcome]:
 
 
 def in_time(check: Callable[[], None], seconds: int = PEER_SECONDS) -> None:
-    """Run a check; raises `TimeoutError` where it takes longer."""
+    """Run a check; raises `TimeoutError` where it takes longer, each second anew for code that tries something else."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         check()
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
