@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--known", action="store_true", help="write the list of known failures")
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning too; it needs all types of --out")
     options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if allowed < 0 else min(MEMORY, allowed), allowed))
     names = options.types.split(",") if options.types is not None else list(NAMES)
     done = read(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
