@@ -23,6 +23,7 @@ from secateur.errors import DataError, TaskError, check_installed, check_least, 
 from secateur.evaluation.inference import evaluation_mode, fitting_batch, input_device, vocabulary_size
 from secateur.evaluation.local_tasks import LOCAL, find_files, read_rows
 from secateur.evaluation.task_results import LLM_PRUNER_TASKS, TaskResult, read_results
+from secateur.models.silence import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -203,14 +204,11 @@ class _Messages(logging.Handler):
 @contextmanager
 def _quiet() -> Iterator[_Messages]:
     """Without lm-eval's progress bars and its messages below an error; Secateur has its own."""
-    from tqdm import tqdm
-
-    lm_eval, messages, shown = logging.getLogger("lm_eval"), _Messages(), tqdm.__init__
+    lm_eval, messages = logging.getLogger("lm_eval"), _Messages()
     handlers, propagate = lm_eval.handlers, lm_eval.propagate
     lm_eval.handlers, lm_eval.propagate = [messages], False
-    tqdm.__init__ = lambda self, *args, **options: shown(self, *args, **{**options, "disable": True})
     try:
-        yield messages
+        with quiet():
+            yield messages
     finally:
-        tqdm.__init__ = shown
         lm_eval.handlers, lm_eval.propagate = handlers, propagate

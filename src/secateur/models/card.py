@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
 
 from secateur.errors import ModelError
 from secateur.models.gguf import metadata
@@ -17,7 +17,6 @@ from secateur.models.tokenizer import hub_file
 TAG = "secateur"  # of the cards that we write
 CARRIED = ("license", "license_name", "license_link", "language")
 DEMO_CARD = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
-_HEADER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
 def origin(model: str) -> dict[str, Any]:
@@ -54,8 +53,7 @@ def card_fields(card: Path) -> dict[str, Any]:
     {}
     """
     try:
-        header = _HEADER.match(card.read_text(encoding="utf-8"))
-        fields = yaml.safe_load(header[1]) if header is not None else None
+        fields = metadata_load(card)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return fields if isinstance(fields, dict) else {}
