@@ -77,7 +77,8 @@ class RecoverOptions:
     """Loss weight of the distance to the teacher's hidden states; 0: none. For distill."""
 
     eval_steps: int | None = None
-    """Steps between evaluations; each is a checkpoint. Default: a tenth of all steps."""
+    """Steps between evaluations; each is a checkpoint. Default: a tenth of all steps, or more
+    where evaluations would take more than a tenth of the time."""
 
     eval_tokens: int = 4096
     """Tokens evaluated of each held-out text."""

@@ -48,7 +48,9 @@ logger = logging.getLogger(__name__)
 
 WARMUP_FRACTION = 0.06  # of all steps, by default
 MOST_WARMUP = 0.25  # a longer warmup that was asked for is shortened to the default
-EVALUATIONS = 10  # of a training, by default
+EVALUATIONS = (2, 10)  # of a training, by default: the fewest and the most
+EVALUATED = 0.1  # of the time of a training, which evaluations may take
+FORWARD = 1 / 3  # of the time of a token that is trained on, which one takes that is only read
 WRITTEN_ROWS = 256  # by the dense model, by default
 WRITTEN_FILE, BF16_FILE = "written.safetensors", "bf16.json"  # in the work folder
 BF16_FASTER = 1.5  # than float32 are products in bfloat16, where they are taken by default
@@ -69,8 +71,13 @@ class TrainingSetup:
 
     def with_steps(self, steps: int) -> TrainingSetup:
         """The same with so many steps, and with what follows from their number."""
-        options, notes = resolve_options(self.recipe.options, self.data, steps=steps)
+        options, notes = resolve_options(self.recipe.options, self.data, evaluated=self.evaluated, steps=steps)
         return replace(self, options=options, notes=tuple(dict.fromkeys([*self.notes, *notes])))
+
+    @property
+    def evaluated(self) -> int:
+        """The tokens that each evaluation reads."""
+        return evaluated_tokens(self.data, self.held_out)
 
     @property
     def order_SB(self) -> Tensor:
@@ -152,7 +159,7 @@ def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
                     "--eval NAME=FILE"
                 )
         overlaps = _find_overlaps(tokenizer, data, held_out)
-    resolved, notes = resolve_options(options, data)
+    resolved, notes = resolve_options(options, data, evaluated=evaluated_tokens(data, held_out))
     teacher = dense if options.has_teacher else None
     return TrainingSetup(recipe, resolved, data, held_out, teacher, tokenizer, bf16, (*notes, *overlaps))
 
@@ -175,13 +182,28 @@ def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock, *
     return kept
 
 
+def evaluated_tokens(data: TrainingData, held_out: Mapping[str, Tensor]) -> int:
+    """The tokens that an evaluation reads: of the validation rows and the texts that choose the checkpoint."""
+    return int(data.validation.lengths_R.sum()) + sum(len(ids_T) for ids_T in held_out.values())
+
+
+def evaluations_of(trained: float, evaluated: float) -> int:
+    """How many evaluations a training has, by what training and one evaluation take, in seconds or in tokens trained.
+
+    >>> [evaluations_of(trained, 1000) for trained in (1_000, 50_000, 1_000_000)]
+    [2, 5, 10]
+    """
+    fewest, most = EVALUATIONS
+    return max(fewest, min(most, int(EVALUATED * trained / max(evaluated, 1e-9))))
+
+
 def resolve_options(
-    options: RecoverOptions, data: TrainingData, *, steps: int | None = None
+    options: RecoverOptions, data: TrainingData, *, evaluated: int = 0, steps: int | None = None
 ) -> tuple[RecoverOptions, list[str]]:
     """Return the options with every default resolved for the data, and notes on what differs from what was asked.
 
-    Where minutes are to decide, the steps are those of the epochs until they are given. Raises
-    `TrainingError` where a step cannot be shared by the processes.
+    `evaluated` are the tokens that an evaluation reads. Where minutes are to decide, the steps are those of the epochs
+    until they are given. Raises `TrainingError` where a step cannot be shared by the processes.
 
     >>> ids = torch.zeros(8000, dtype=torch.int32)
     >>> rows = Rows(ids, ids == 0, torch.arange(0, 8001, 8), torch.zeros(1000, dtype=torch.int32))
@@ -212,6 +234,7 @@ def resolve_options(
             f"warmup takes {warmup} steps, not {options.warmup_steps}: of {steps} steps in all, most would have a "
             "learning rate near 0"
         )
+    evaluations = evaluations_of(steps * batch_size * data.tokens_per_row, evaluated * FORWARD)
     divisors = [n for n in range(1, options.micro_batch_size + 1) if batch_size % (n * count) == 0]
     resolved = replace(
         options,
@@ -222,7 +245,7 @@ def resolve_options(
         global_batch_size=batch_size,
         micro_batch_size=max(divisors),
         warmup_steps=warmup,
-        eval_steps=options.eval_steps or max(1, steps // EVALUATIONS),
+        eval_steps=options.eval_steps or max(1, steps // evaluations),
     )
     return resolved, notes
 

@@ -16,7 +16,7 @@ from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.evaluation.inference import evaluation_mode, input_device
 from secateur.recovery.distillation import nll_loss
-from secateur.recovery.setup import EVALUATIONS, TrainingSetup
+from secateur.recovery.setup import TrainingSetup, evaluations_of
 from secateur.recovery.teacher_cache import TeacherOutputs, save_teacher_outputs
 
 TIMED_STEPS = 4
@@ -47,9 +47,9 @@ def steps_within(
             taught = _seconds_per_token(
                 lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), chosen
             )
-    validation = int(setup.data.validation.lengths_R.sum())
-    evaluated = validation + sum(len(ids_T) for ids_T in setup.held_out.values())
-    left = 60 * minutes * (1 - RESERVE) - (EVALUATIONS + 1) * evaluated * reading - validation * taught
+    left = 60 * minutes * (1 - RESERVE) - int(setup.data.validation.lengths_R.sum()) * taught
+    evaluation = setup.evaluated * reading
+    left -= evaluation * (evaluations_of(left, evaluation) + 1)  # and the one before the first step
     tokens = setup.data.tokens_per_row * options.global_batch_size / processes.count()  # of a step, in each process
     return max(1, -processes.largest(-int(left / (tokens * (training + taught)))))
 
