@@ -6,7 +6,8 @@ MODEL is a folder, so that its weights stay on the disk. Every step is a process
 user would call it: the cut, the training (`--minutes`, of the row that is named last), the loss on every text beside
 the dense model, prefill and decoding beside the dense model in transformers, and with `--gguf TYPE` in llama.cpp.
 Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
-comes (`--out`), and the same command goes on after a stop; `--write` puts the table into docs/benchmarks.md.
+comes (`--out`), and the same command goes on after a stop; `--write` puts the table into docs/benchmarks.md and draws
+docs/scale.svg.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ROWS = {  # name -> as the table has it, and what `secateur prune` is told besid
 }
 DENSE, TRAINED = "dense", ", then trained"
 MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
+PICTURE = Path(__file__).parent.parent / "docs" / "scale.svg"
 
 
 def main() -> None:
@@ -50,6 +52,7 @@ def main() -> None:
     show(f"{options.name or options.model}: damage in nats per token", rows_of(results))
     if options.write:
         write_benchmark(block(results), MARKS)
+        draw(results, options.name or options.model, PICTURE)
 
 
 def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options: argparse.Namespace) -> None:
@@ -173,6 +176,46 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def bars_of(results: Mapping[str, Any], text: str) -> dict[str, dict[str, float]]:
+    """Row -> share removed -> the damage on a text.
+
+    >>> rows = {"dense": {"losses": {"WT2": 3.0}}, "20% | `fast`": {"losses": {"WT2": 3.25}}}
+    >>> bars_of(rows, "WT2")
+    {'fast': {'20%': 0.25}}
+    """
+    bars: dict[str, dict[str, float]] = {}
+    for key, found in results.items():
+        removed, _, row = key.partition(" | ")
+        if row and "losses" in found:
+            bars.setdefault(row.replace("`", ""), {})[removed] = found["losses"][text] - results[DENSE]["losses"][text]
+    return bars
+
+
+def draw(results: Mapping[str, Any], model: str, out: Path) -> None:
+    """Draw the damage on each text, a bar for each row at each ratio."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.hashsalt": "secateur", "svg.fonttype": "none", "font.family": "sans-serif"}
+    texts = [*results[DENSE]["losses"]]
+    figure, panels = plt.subplots(1, len(texts), figsize=(7.2, 3.2), layout="constrained", sharey=True, squeeze=False)
+    for axes, text in zip(panels[0], texts, strict=True):
+        bars = bars_of(results, text)
+        removed = sorted({share for row in bars.values() for share in row})
+        width = 0.8 / len(bars)
+        for number, (row, damage) in enumerate(bars.items()):
+            places = [removed.index(share) + (number - (len(bars) - 1) / 2) * width for share in damage]
+            axes.bar(places, [*damage.values()], width, label=row)
+        axes.set_xticks(range(len(removed)), [f"{share} removed" for share in removed], fontsize=8)
+        axes.set_title(text, fontsize=9)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0][0].set_ylabel("damage, nats per token")
+    panels[0][0].legend(fontsize=7, loc="upper left")
+    figure.suptitle(model, fontsize=10)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
 
 
 def block(results: Mapping[str, Any]) -> str:

@@ -22,7 +22,12 @@ from secateur.models.silence import quiet
 KNOWN = Path(__file__).parents[1] / "known_class_failures.json"  # check -> [{"reason": ..., "types": [...]}]
 SKIPPED = ("head_dim",)
 EVERY = 40  # of all types, one in so many
-SOME = ("AutoModelForSeq2SeqLM/t5", "AutoModelForSpeechSeq2Seq/whisper", "AutoModelForImageTextToText/llava")
+SOME = (
+    "AutoModelForSeq2SeqLM/t5",
+    "AutoModelForSpeechSeq2Seq/whisper",
+    "AutoModelForSpeechSeq2Seq/moonshine",
+    "AutoModelForImageTextToText/llava",
+)
 BUILD = "build"
 
 

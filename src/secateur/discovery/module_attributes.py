@@ -8,6 +8,7 @@ structure that the cut leaves.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections import defaultdict
@@ -117,6 +118,11 @@ def _trials(search: _Search) -> Iterator[tuple[Attribute, ...]]:
         values = {place: value for place, value in undecided.items() if chosen[search.place_in_any_layer(place)]}
         attributes = _changed_attributes(search, {**settled, **values})
         yield attributes + (_own_configs(search, settings) if own_config else ())
+    # Code that writes into its config, and reads it in `forward`: every number of units in a copy of what it has now.
+    written = _copied_configs(search)
+    if written:
+        yield _changed_attributes(search, {**settled, **undecided}) + written
+        yield _changed_attributes(search, settled) + written
     # Last, for sizes that no config gives: whatever has the size of something that the cut changes.
     options: dict[Place, dict[Place, list[int]]] = defaultdict(dict)
     for place, sizes in _values_by_size(search).items():
@@ -235,6 +241,25 @@ def _own_configs(search: _Search, settings: Mapping[str, Mapping[str, Any]]) -> 
                 logger.debug("no config of its own for %s: %s", path, error)
                 continue
             own._attn_implementation = search.dense.config._attn_implementation
+            attributes.append(Attribute(path, "config", own))
+    return tuple(attributes)
+
+
+def _copied_configs(search: _Search) -> tuple[Attribute, ...]:
+    """For every module that keeps a config, a copy of it in which numbers of units are those after the cut."""
+    kept: dict[str, dict[int, int]] = defaultdict(dict)
+    for part in parts_of(search.discovery, search.pruned):
+        sizes = {search.discovery.group(name).units: after for name, after in part.sizes.items()}
+        for path in modules_around(search.discovery, part):
+            kept[path].update(sizes)
+    attributes = []
+    for path, sizes in kept.items():
+        config = getattr(search.dense.get_submodule(path), "config", None)
+        if isinstance(config, PreTrainedConfig):
+            own = copy.deepcopy(config)
+            for name, value in vars(config).items():
+                if type(value) is int and value in sizes:
+                    setattr(own, name, sizes[value])
             attributes.append(Attribute(path, "config", own))
     return tuple(attributes)
 

@@ -22,6 +22,7 @@ from secateur.models.media import HALF, shown_in
 from secateur.models.modeling_per_layer import PER_LAYER
 
 INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
+BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels")  # of a spectrogram
 InputsOf = Callable[[PreTrainedConfig, int, int], Mapping[str, Tensor]]
 INPUTS: dict[str, InputsOf] = {}  # by model type: what users have registered
 
@@ -248,15 +249,12 @@ def _numbers(
         channels = next((getattr(vision, name) for name in ("num_channels", "in_channels") if hasattr(vision, name)), 3)
         yield {"pixel_values": (batch, channels, height, width)}
         yield {"pixel_values": (batch, 1, channels, height, width)}  # several images, or frames
-    audio = getattr(config, "audio_config", None) or config
+    parts = (getattr(config, name, None) for name in ("audio_config", "encoder_config"))
+    audio = next((part for part in (*parts, config) if any(hasattr(part, key) for key in BINS)), config)
     for name in ("input_features", "input_values"):
         if name in accepted:
             bins = next(
-                (
-                    value
-                    for key in ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels")
-                    if isinstance(value := getattr(audio, key, None), int)
-                ),
+                (value for key in BINS if isinstance(value := getattr(audio, key, None), int)),
                 80,
             )
             positions = getattr(audio, "max_source_positions", None)
