@@ -155,7 +155,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     dense = results.get(DENSE, {}).get("losses", {})
     head = ["removed", "", "parameters", *dense, "prefill", "decode", "llama.cpp", "minutes", "GiB"]
     rows = [head]
-    for key, found in sorted(results.items(), key=lambda each: each[0].partition(" | ")[0]):  # those alike stay in order
+    for key, found in sorted(results.items(), key=lambda each: each[0].partition(" | ")[0]):
         if key == DENSE or not {"cut", "losses"} <= found.keys():
             continue
         removed, _, row = key.partition(" | ")
