@@ -110,6 +110,8 @@ def test_inputs_that_cannot_be_found_are_given(
     assert "--inputs FILE" in said
     text = ["--samples", "8", "--length", "32", "--axes", "mlp", "--quiet"]
     assert run(["prune", str(folder), str(out), "--inputs", str(file), *text]) == 0
+    assert run(["profile", str(folder), str(out), "--inputs", str(file)]) == 0
+    assert "MACs" in capsys.readouterr().out
     model = load(str(out))
     smaller = json.loads((out / "secateur_plan.json").read_text())["scored"]["held_out_loss"]
     assert model.num_parameters() < dense.num_parameters()

@@ -9,9 +9,9 @@ from typing import Annotated
 from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoint.record import read_record
-from secateur.cli.options import MODEL, Fields, Folder, Given, Loading, Measured, main
+from secateur.cli.options import MODEL, Fields, Folder, Given, Inputs, Loading, Measured, main
 from secateur.cli.output import check_files, finish, progress_bars
-from secateur.cli.reading import comma_separated, whole_numbers
+from secateur.cli.reading import comma_separated, run_file, whole_numbers
 from secateur.errors import ModelError, TaskError
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs, of_same_text
@@ -92,6 +92,7 @@ def profile_command(
     *models: Annotated[str, MODEL],
     options: Annotated[Given, PROFILE],
     plan: PlanFile = None,
+    inputs: Inputs = None,
     run: Folder,
     loading: Loading,
     output: Measured,
@@ -103,6 +104,7 @@ def profile_command(
     """
     _check_named(models, "profile")
     check_files(output.json, run=run.get("folder"))
+    run_file("--inputs", inputs)
     wanted = ProfileOptions(**options)
     with progress_bars(quiet=output.quiet)("profile") as progress:
         planned = None if plan is None else read_plan(plan)

@@ -13,6 +13,7 @@ from secateur.evaluation.costs import BatchCost, Profile, RelativeCost, config_c
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.speed import measure_speed
 from secateur.models.config import load_config, writes_text
+from secateur.models.inputs import are_registered
 from secateur.models.loading import DTYPES, LoadOptions, load
 from secateur.models.weight_files import has_weights
 from secateur.planning.plan import Plan
@@ -54,13 +55,14 @@ def profile_models(
     """Profile MODEL arguments, each as it is and, with a plan, as the plan cuts it; `MODEL + plan_name` is its name.
 
     What is measured depends on sizes alone, so a plan that does not say which units stay will do, and nothing is
-    repaired. With `sizes_only`, or where one of the models has no weights or continues no text, everything is counted
-    and nothing measured: weights are not read. Raises `SecateurError`.
+    repaired. With `sizes_only`, or where one of the models has no weights, continues no text or has registered inputs,
+    everything is counted and nothing measured: weights are not read. Raises `SecateurError`.
     """
     options, loading = options or ProfileOptions(), loading or LoadOptions()
     trust = loading.trust_remote_code
     configs = {name: load_config(name, trust_remote_code=trust) for name in models}
-    measured = not options.sizes_only and all(map(has_weights, configs)) and all(map(writes_text, configs.values()))
+    timed = all(writes_text(config) and not are_registered(config) for config in configs.values())
+    measured = not options.sizes_only and all(map(has_weights, configs)) and timed
     if not measured:
         dtype = None if loading.dtype == "auto" else DTYPES[loading.dtype]
         counted = []

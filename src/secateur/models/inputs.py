@@ -49,13 +49,19 @@ def register_inputs(model_type: str) -> Callable[[InputsOf], InputsOf]:
     return register
 
 
+def are_registered(config: PreTrainedConfig) -> bool:
+    """Whether a user has said what models of such a config take."""
+    return config.model_type.removeprefix(f"{PER_LAYER}_") in INPUTS
+
+
 def _registered(model: Any, samples: int, tokens: int) -> dict[str, Tensor]:
     """What a user says that the model takes; nothing where no one does. Raises `DataError` for what is no tensor."""
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None)).removeprefix(f"{PER_LAYER}_")
-    function = INPUTS.get(model_type)
-    if function is None:
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or not are_registered(config):
         return {}
-    given = dict(function(model.config, samples, tokens))
+    model_type = config.model_type.removeprefix(f"{PER_LAYER}_")
+    function = INPUTS[model_type]
+    given = dict(function(config, samples, tokens))
     for name, each in given.items():
         if not isinstance(each, Tensor):
             raise DataError(
