@@ -22,6 +22,7 @@ from secateur.discovery.module_attributes import plain_attributes
 from secateur.discovery.sublayers import skipped_in
 from secateur.errors import CheckpointError, ModelError
 from secateur.models.attention_calls import attention_calls
+from secateur.models.classes import stock_type
 from secateur.models.config import auto_map, takes
 from secateur.models.loading import skeleton
 from secateur.models.modeling_per_layer import PER_LAYER, padded_in, per_layer_class, skip_in_place
@@ -204,9 +205,9 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of per-layer shapes, without any of another shape yet."""
     config: Any = model.config
     again = is_per_layer(model)
-    stock_type = config.model_type.removeprefix(f"{PER_LAYER}_")
+    model_type = stock_type(config)
     architecture = getattr(config, PER_LAYER)["architecture"] if again else type(model).__name__
-    stock: Any = CONFIG_MAPPING[stock_type] if stock_type in CONFIG_MAPPING else None  # noqa: SIM401 - `get` is not lazy
+    stock: Any = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 - `get` is not lazy
     known = stock is not None and takes(getattr(transformers, architecture, None), stock)
     if not known or not (again or (type(config) is stock and not runs_remote_code(model))):
         raise CheckpointError(
@@ -214,7 +215,7 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
             f"{type(config).__name__} is no class of transformers' own, of which alone other shapes can be said. Cut "
             "all layers alike (leave out --layers)"
         )
-    settings = {**config.to_dict(), PER_LAYER: {"model_type": stock_type, "architecture": architecture}}
+    settings = {**config.to_dict(), PER_LAYER: {"model_type": model_type, "architecture": architecture}}
     if settings.pop("serialize_explicit_per_layer_config", False):  # by `set_layer_settings_in_place`, which does again
         for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
             settings.pop(name, None)

@@ -18,7 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.errors import ExportError
 from secateur.export.mapping import MappedModel
-from secateur.models.llama_cpp_architectures import Architecture, ModelType, is_neutral, stock_type
+from secateur.models.classes import stock_type
+from secateur.models.llama_cpp_architectures import Architecture, ModelType, is_neutral
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 GROWING = ("dynamic", "longrope")  # rotary embeddings that change with the length of the text

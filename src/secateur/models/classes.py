@@ -12,6 +12,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from secateur.models.modeling_per_layer import PER_LAYER
+
 AUTO_CLASSES: dict[str, Any] = {  # in the order in which a type that names no architecture is looked for
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -65,6 +67,15 @@ def _classes(name: str, config_class: Any) -> tuple[type[PreTrainedModel], ...]:
     mapping = AUTO_CLASSES[name]
     found = mapping[config_class] if config_class in mapping else ()  # noqa: SIM401 - `get` is not lazy
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def stock_type(config: PreTrainedConfig) -> str:
+    """The model type of transformers' own code; a per-layer model has that of its dense model.
+
+    >>> stock_type(transformers.AutoConfig.for_model("bert"))
+    'bert'
+    """
+    return config.model_type.removeprefix(f"{PER_LAYER}_")
 
 
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:

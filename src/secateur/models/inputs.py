@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from secateur.errors import DataError
-from secateur.models.classes import is_encoder_decoder, objective
+from secateur.models.classes import is_encoder_decoder, objective, stock_type
 from secateur.models.media import HALF, shown_in
-from secateur.models.modeling_per_layer import PER_LAYER
 
 INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
 BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels")  # of a spectrogram
@@ -51,7 +50,7 @@ def register_inputs(model_type: str) -> Callable[[InputsOf], InputsOf]:
 
 def are_registered(config: PreTrainedConfig) -> bool:
     """Whether a user has said what models of such a config take."""
-    return config.model_type.removeprefix(f"{PER_LAYER}_") in INPUTS
+    return stock_type(config) in INPUTS
 
 
 def _registered(model: Any, samples: int, tokens: int) -> dict[str, Tensor]:
@@ -59,7 +58,7 @@ def _registered(model: Any, samples: int, tokens: int) -> dict[str, Tensor]:
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig) or not are_registered(config):
         return {}
-    model_type = config.model_type.removeprefix(f"{PER_LAYER}_")
+    model_type = stock_type(config)
     function = INPUTS[model_type]
     given = dict(function(config, samples, tokens))
     for name, each in given.items():

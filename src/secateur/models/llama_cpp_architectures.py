@@ -17,8 +17,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.errors import ExportError
+from secateur.models.classes import stock_type
 from secateur.models.config import check_not_quantized, per_layer_model_class
-from secateur.models.modeling_per_layer import PER_LAYER
 
 TABLE = Path(__file__).with_name("llama_cpp_architectures.json")
 
@@ -86,11 +86,6 @@ def architecture(name: str) -> Architecture:
 def known_types() -> tuple[str, ...]:
     """The model types of transformers that can be written."""
     return tuple(_table()["types"])
-
-
-def stock_type(config: PreTrainedConfig) -> str:
-    """The model type of transformers' own code; a per-layer model has that of its dense model."""
-    return config.model_type.removeprefix(f"{PER_LAYER}_")
 
 
 def type_of(config: PreTrainedConfig) -> ModelType:

@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 WARMUP_FRACTION = 0.06  # of all steps, by default
 MOST_WARMUP = 0.25  # a longer warmup that was asked for is shortened to the default
 EVALUATIONS = (2, 10)  # of a training, by default: the fewest and the most
-EVALUATED = 0.1  # of the time of a training, which evaluations may take
-FORWARD = 1 / 3  # of the time of a token that is trained on, which one takes that is only read
+EVALUATION_SHARE = 0.1  # of the time of a training, which evaluations may take
+READING = 1 / 3  # of the time of a token that is trained on, which one takes that is only read
 WRITTEN_ROWS = 256  # by the dense model, by default
 WRITTEN_FILE, BF16_FILE = "written.safetensors", "bf16.json"  # in the work folder
 BF16_FASTER = 1.5  # than float32 are products in bfloat16, where they are taken by default
@@ -73,6 +73,11 @@ class TrainingSetup:
         """The same with so many steps, and with what follows from their number."""
         options, notes = resolve_options(self.recipe.options, self.data, evaluated=self.evaluated, steps=steps)
         return replace(self, options=options, notes=tuple(dict.fromkeys([*self.notes, *notes])))
+
+    def load_teacher(self) -> PreTrainedModel:
+        """The teacher, in the dtype in which products are taken."""
+        assert self.teacher is not None
+        return load_teacher(self.recipe, self.teacher, bf16=self.bf16)
 
     @property
     def evaluated(self) -> int:
@@ -194,7 +199,7 @@ def evaluations_of(trained: float, evaluated: float) -> int:
     [2, 5, 10]
     """
     fewest, most = EVALUATIONS
-    return max(fewest, min(most, int(EVALUATED * trained / max(evaluated, 1e-9))))
+    return max(fewest, min(most, int(EVALUATION_SHARE * trained / max(evaluated, 1e-9))))
 
 
 def resolve_options(
@@ -234,7 +239,7 @@ def resolve_options(
             f"warmup takes {warmup} steps, not {options.warmup_steps}: of {steps} steps in all, most would have a "
             "learning rate near 0"
         )
-    evaluations = evaluations_of(steps * batch_size * data.tokens_per_row, evaluated * FORWARD)
+    evaluations = evaluations_of(steps * batch_size * data.tokens_per_row, evaluated * READING)
     divisors = [n for n in range(1, options.micro_batch_size + 1) if batch_size % (n * count) == 0]
     resolved = replace(
         options,

@@ -32,7 +32,7 @@ from secateur.recovery.hidden_states import MatchedLayers
 from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.result import RecoverResult, write_curves
-from secateur.recovery.setup import TrainingSetup, compared_layers, load_finite, load_teacher
+from secateur.recovery.setup import TrainingSetup, compared_layers, load_finite
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 
 if TYPE_CHECKING:
@@ -118,11 +118,7 @@ def _timed(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
     if processes.largest(int(steps is None)):
         with clock.stage("time a step"):
             model = _load_trainable(setup.recipe.model, setup.recipe.loading, setup.options)
-            teacher = (
-                None
-                if setup.teacher is None
-                else functools.partial(load_teacher, setup.recipe, setup.teacher, bf16=setup.bf16)
-            )
+            teacher = None if setup.teacher is None else setup.load_teacher
             steps = steps_within(minutes, setup, model, teacher)
         if processes.is_first():
             write_json(file, {"steps": steps})
@@ -137,10 +133,7 @@ def _cache_teacher(
     setup: TrainingSetup, rows: Rows, layers: MatchedLayers | None, folder: Path, progress: Progress | None
 ) -> dict[str, TeacherCache]:
     """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
-    assert setup.teacher is not None
-    teacher = functools.cache(
-        functools.partial(load_teacher, setup.recipe, setup.teacher, bf16=setup.bf16)
-    )  # loaded once, if at all
+    teacher = functools.cache(setup.load_teacher)  # loaded once, if at all
     outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
     rows_folder = folder / "-".join(["train", rows.digest()[:12], *([] if layers is None else [layers.key])])
     if processes.is_first():  # in an earlier round other rows were read, or other layers or channels compared
