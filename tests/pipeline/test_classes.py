@@ -126,6 +126,9 @@ def test_inputs_that_cannot_be_found_are_given(
     registered["idefics"] = lambda config, samples, tokens: {"input_ids": [0] * tokens}
     with pytest.raises(DataError, match=r"inputs of 'idefics': 'input_ids' is a list. Expected tensors by argument"):
         discover(dense)
+    registered["idefics"] = lambda config, samples: {}
+    with pytest.raises(DataError, match=r"inputs of 'idefics': TypeError: .* takes 2 positional arguments but 3"):
+        discover(dense)
 
 
 def test_within_cuts_one_part_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from secateur.errors import DataError
+from secateur.errors import DataError, one_line
 from secateur.models.classes import is_encoder_decoder, objective, stock_type
 from secateur.models.media import HALF, shown_in
 
@@ -54,13 +54,19 @@ def are_registered(config: PreTrainedConfig) -> bool:
 
 
 def _registered(model: Any, samples: int, tokens: int) -> dict[str, Tensor]:
-    """What a user says that the model takes; nothing where no one does. Raises `DataError` for what is no tensor."""
+    """What a user says that the model takes; nothing where no one does.
+
+    Raises `DataError` where the user's code fails, and for what is no tensor.
+    """
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig) or not are_registered(config):
         return {}
     model_type = stock_type(config)
     function = INPUTS[model_type]
-    given = dict(function(config, samples, tokens))
+    try:
+        given = dict(function(config, samples, tokens))
+    except Exception as error:  # whatever the user's code raises
+        raise DataError(f"inputs of {model_type!r}: {one_line(error)}") from error
     for name, each in given.items():
         if not isinstance(each, Tensor):
             raise DataError(
