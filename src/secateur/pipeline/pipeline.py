@@ -8,7 +8,8 @@ Started as several processes (by `accelerate launch`), all score, each its share
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from secateur.evaluation.memory import weight_bytes
 from secateur.models.classes import config_of
 from secateur.models.config import is_custom, load_config
 from secateur.models.loading import load, unplaced_in
+from secateur.models.precision import matmul_precision
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
@@ -45,7 +47,7 @@ from secateur.planning.latency import LatencyTable
 from secateur.planning.options import TOKENS, CutOptions, check_score, settled
 from secateur.planning.plan import Plan, plan, settings_of
 from secateur.planning.selection import groups_to_cut
-from secateur.progress import Clock
+from secateur.progress import Clock, Progress
 from secateur.pruning.closed_form import REPAIRS
 from secateur.pruning.held_out import checked_repair, left_out
 from secateur.pruning.prune import check_plan, prune
@@ -231,8 +233,12 @@ class Pipeline:
                 self._rotated = rotated(model, self.discovery, windows, progress=progress)
         return self._rotated
 
-    def _title(self, stage: str, at: Position) -> str:
-        return stage if self.options.iterations == 1 else f"{stage}, iteration {at.number}"
+    @contextmanager
+    def _stage(self, name: str, at: Position) -> Iterator[Progress | None]:
+        """A stage that reads the model, with the fastest products of the machine unless float32 was asked for."""
+        title = name if self.options.iterations == 1 else f"{name}, iteration {at.number}"
+        with self.clock.stage(title) as progress, matmul_precision(exact=self.loading.dtype == "float32"):
+            yield progress
 
     def latency(self, at: Position) -> LatencyTable | None:
         """4. What sizes take on this machine, where the budget is of time."""
@@ -257,7 +263,7 @@ class Pipeline:
             windows = self.windows() if SCORES[at.options.score].needs != "weights" else None
             model = self._model_at(at)
             in_parts = processes.count() == 1 and weight_bytes(model) >= CACHE_LAYERS_FROM
-            with self.clock.stage(self._title("score", at)) as progress:
+            with self._stage("score", at) as progress:
                 new = statistics_for(
                     at.options.score,
                     model,
@@ -280,7 +286,7 @@ class Pipeline:
             factors = kept_factors(statistics, found)
             if factors is None:
                 model, unseen = self._model_at(at), self.reader.behind_needed(self.calibration.unscored(self.windows()))
-                with self.clock.stage(self._title("price", at)) as progress:
+                with self._stage("price", at) as progress:
                     factors = measured_factors(model, at.discovery, found, unseen, progress=progress)
                 if self.statistics is not None and first:
                     self.statistics.save(with_factors(statistics, found, factors))
@@ -350,7 +356,7 @@ class Pipeline:
             model, windows = self._model_at(at), self.windows()
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             inputs = model, decided, at.discovery, self.reader.as_served(windows)
-            with self.clock.stage(self._title("repair", at)) as progress:
+            with self._stage("repair", at) as progress:
                 if (more := self._held_out(decided)) is None:
                     found = repair(*inputs, method=at.options.repair, progress=progress)
                 else:
@@ -365,7 +371,7 @@ class Pipeline:
     ) -> PreTrainedModel:
         """8. The smaller model; one that is large beside the free memory is cut into a file in the folder `room`."""
         model = self._model_at(at)
-        with self.clock.stage(self._title("cut", at)):
+        with self._stage("cut", at):
             return prune(model, decided, discovery=at.discovery, weights=weights, room=self._room(model, room))
 
     def _room(self, model: PreTrainedModel, room: Path | None) -> Path | None:

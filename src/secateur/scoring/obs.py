@@ -13,12 +13,12 @@ are kept, U units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from secateur.models.precision import matmul_precision
 
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
 UNITS_AT_ONCE = 1 / 64  # of the units that are left, removed between two updates
@@ -37,23 +37,9 @@ def add_gram(total_CC: Tensor, x_NC: Tensor, *, dtype: torch.dtype = torch.float
     [[1.0, 2.0], [2.0, 5.0]]
     """
     dtype = torch.float64 if x_NC.dtype == torch.float64 else dtype
-    with _rounded_inputs() if x_NC.dtype == torch.bfloat16 else nullcontext():
+    with matmul_precision(exact=x_NC.dtype != torch.bfloat16):
         for first in range(0, len(x_NC), TOKENS_AT_ONCE):
             total_CC += gram(x_NC[first : first + TOKENS_AT_ONCE].to(dtype))
-
-
-@contextmanager
-def _rounded_inputs() -> Iterator[None]:
-    """While open, a CPU may round the inputs of float32 products to bfloat16; they still add up in float32."""
-    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(settings, "fp32_precision"):  # torch before 2.9
-        yield
-        return
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def gram(x_NC: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from secateur import processes
+from secateur.models.precision import matmul_precision
 from secateur.scoring.passes.capture import Factors, PassContext
 
 # Name of a weight, its rows (along dimension 0), and of these rows, all float32: the weight W, its gradient G, and,
@@ -81,7 +82,7 @@ class WeightGradients:
             self._finish_sums(name)
             return
         if not self.context.is_cached(name):
-            with _exact_products(factors):
+            with _exact(factors):
                 self._multiply_out(name, [replace(each, right=each.right.float()) for each in factors])
         self.context.progress.finish(name)
 
@@ -166,19 +167,10 @@ def row_blocks(weight: Tensor, elements: int) -> Iterator[slice]:
         yield slice(first, min(first + at_once, rows))
 
 
-@contextmanager
-def _exact_products(factors: Sequence[Factors]) -> Iterator[None]:
-    """While open, products of these factors are exact to float32, on the fastest units that give that.
-
-    The product of two bfloat16 numbers is exact in float32, and bfloat16 units add up in float32, too.
-    """
-    before = torch.get_float32_matmul_precision()
+def _exact(factors: Sequence[Factors]) -> AbstractContextManager[None]:
+    """While open, products of these factors are exact to float32, on the fastest units that give that."""
     all_bfloat16 = all(x.dtype == torch.bfloat16 for each in factors for x in (each.left, each.right))
-    torch.set_float32_matmul_precision("medium" if all_bfloat16 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return matmul_precision(exact=not all_bfloat16)
 
 
 def _set_product(total_RC: Tensor, factors: Sequence[tuple[Tensor, Tensor]], rows: slice) -> None:

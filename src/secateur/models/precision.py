@@ -1,0 +1,46 @@
+"""How precisely float32 matrix products are taken."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+SIZE = 256  # of the product that is looked at
+EXACT = 1e-5  # of float32's own products: those of TF32 or bfloat16 are off by 1e-3
+
+
+@contextmanager
+def matmul_precision(*, exact: bool) -> Iterator[None]:
+    """While open, float32 products are taken by the fastest units of the machine, or the fastest exact ones.
+
+    The fastest are TF32 on a GPU and bfloat16 on a CPU with AMX. On others oneDNN's products, which PyTorch takes when
+    they need not be exact, are so all the same, and often faster than MKL's. Products of bfloat16 numbers are exact in
+    all of them, since they add up in float32.
+
+    >>> with matmul_precision(exact=False):
+    ...     torch.get_float32_matmul_precision()
+    'medium'
+    >>> torch.get_float32_matmul_precision()
+    'highest'
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if exact and not _exact_at_medium() else "medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@functools.cache
+def _exact_at_medium() -> bool:
+    """Whether this machine takes exact products when it is allowed others."""
+    if torch.cuda.is_available():
+        return False
+    x_NN = torch.linspace(-1, 2, SIZE * SIZE).reshape(SIZE, SIZE)
+    with matmul_precision(exact=False):
+        found_NN = x_NN @ x_NN
+    expected_NN = x_NN.double() @ x_NN.double()
+    return float((found_NN - expected_NN).norm() / expected_NN.norm()) < EXACT
