@@ -17,6 +17,7 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
+from secateur.models.loading import LoadOptions
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import RunOptions
 from secateur.pipeline.run import prune_model
@@ -105,6 +106,26 @@ def test_every_stage_of_a_run_has_a_bar_and_seconds(place: Path) -> None:
     for stage in ("write", "score", "repair"):
         done, total = bars.stages[stage][-1]
         assert done == total > 0
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("auto", "medium"), ("float32", "highest")])
+def test_products_are_fast_unless_float32_is_asked_for(
+    dtype: Any, precision: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose fastest products are not exact, as a GPU's."""
+    seen: dict[str, set[str]] = {}
+
+    class Watching(Bars):
+        def __call__(self, stage: str) -> Any:
+            bar = super().__call__(stage)
+            noted = seen.setdefault(stage, set())
+            type(bar).__enter__ = lambda _: lambda *_: noted.add(torch.get_float32_matmul_precision())
+            return bar
+
+    monkeypatch.setattr("secateur.models.precision._exact_at_medium", lambda: False)
+    prune_model(replace(small(), loading=LoadOptions(dtype=dtype)), "here/out", run=RunOptions(bars=Watching()))
+    assert seen["score"] == seen["price"] == seen["repair"] == {precision}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(

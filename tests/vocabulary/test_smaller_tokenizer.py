@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from secateur.data.calibration import CalibrationOptions
 from secateur.data.text import demo_texts
 from secateur.errors import PlanError
 from secateur.models.tokenizer import load_tokenizer
-from secateur.vocabulary.pieces import pieces_of
+from secateur.vocabulary.calibrated import rank_by_text
+from secateur.vocabulary.pieces import Pieces, pieces_of
 from secateur.vocabulary.ranking import rank_tokens, token_counts
 from secateur.vocabulary.tokenizer import cut_tokenizer
 from small_tokenizers import LETTERS, TOKENIZERS, words
@@ -137,6 +140,30 @@ def test_counts_follow_the_parts() -> None:
             assert number not in place or part not in place or place[number] < place[part]
     scores_V = ranking.scores(2.0)[torch.tensor(ranking.order)]
     assert (scores_V.diff() > 0).all()
+
+
+def test_tokens_that_the_text_lacks_go_by_zipfs_law() -> None:
+    """All together they weigh what `unseen` says, and a token that a tokenizer lists early weighs more."""
+    pieces = Pieces(
+        {number: str(number) for number in range(5)}, dict.fromkeys((2, 3, 4), (0, 1)), frozenset({0, 1}), closed=True
+    )
+    counts_V = torch.tensor([8.0, 8.0, 0.0, 4.0, 0.0]).double()
+    unseen = rank_tokens(pieces, counts_V, unseen=10.0)
+    assert unseen.order == (4, 2, 3)
+    assert float(unseen.growth_V[[2, 4]].sum()) == pytest.approx(10 / 20)
+    assert unseen.growth_V[2] > unseen.growth_V[4]
+
+
+@pytest.mark.parametrize("weight", [1, 5])
+def test_the_weight_of_a_text_is_no_evidence(weight: int, tmp_path: Path) -> None:
+    """A token that occurs once is rare, however much its text weighs: so are those that do not occur."""
+    whole = TOKENIZERS["byte_level"](0)
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(words(0)), encoding="utf-8")
+    options = CalibrationOptions((f"{file}@{weight}",))
+    assert rank_by_text(whole, len(whole), options).growth_V.tolist() == pytest.approx(
+        rank_by_text(whole, len(whole), CalibrationOptions((str(file),))).growth_V.tolist()
+    )
 
 
 def test_tokens_that_are_protected_stay() -> None:

@@ -33,12 +33,14 @@ def rank_by_text(
             "example calibration=FILE"
         )
     counts_V = torch.zeros(size, dtype=torch.float64)
+    seen_V = torch.zeros_like(counts_V)  # how often, as the texts are written
     texts = [
         [text] if isinstance(text, str) else text for text in calibration_texts(tokenizer, options, characters=COUNTED)
     ]
     longest = max(sum(map(len, documents)) for documents in texts)
     for documents, (_, weight) in zip(texts, options.sources, strict=True):
         found_V = token_counts(tokenizer, documents, size)
+        seen_V += found_V
         for form in FORMS.values():
             found_V += VARIED * token_counts(tokenizer, map(form, documents), size)
         counts_V += found_V * (weight * longest / max(sum(map(len, documents)), 1))
@@ -46,4 +48,6 @@ def rank_by_text(
     for name in keep:
         text = read_calibration(name, characters=COUNTED)
         protected_V += token_counts(tokenizer, [text] if isinstance(text, str) else text, size)
-    return rank_tokens(pieces, counts_V, protected=protected_V.nonzero().flatten().tolist())
+    # Good and Turing: tokens that do not occur have in all what those have that occur once.
+    unseen = float(counts_V[seen_V == 1].sum())
+    return rank_tokens(pieces, counts_V, unseen=unseen, protected=protected_V.nonzero().flatten().tolist())

@@ -21,6 +21,7 @@ from secateur.vocabulary.pieces import Pieces
 COUNTED = 50_000_000  # characters of all texts together, at most
 BATCH = 256  # texts encoded at once
 NATS = 6.0  # that a token costs by which a text grows; measured in docs/research.md
+FLATNESS = 1000  # of Zipf's law as Mandelbrot has it: the token of rank r has a share of 1 / (r + FLATNESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +88,15 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], size:
     return counts_V
 
 
-def rank_tokens(pieces: Pieces, counts_V: Tensor, *, protected: Sequence[int] = ()) -> TokenRanking:
+def rank_tokens(
+    pieces: Pieces, counts_V: Tensor, *, unseen: float = 0.0, protected: Sequence[int] = ()
+) -> TokenRanking:
     """Rank the tokens of a vocabulary by their counts (float64, one for each row of the embedding).
 
-    `protected` tokens stay, too. Tokens that do not occur share what text of the same kind is likely to have of such
-    (Good and Turing: as many in all as there are tokens that occur once). Of equals the last go first: a tokenizer
-    lists its most frequent first. Raises `PlanError` for pieces that have more tokens than there are rows.
+    `unseen` is what text of the same kind is likely to have of the tokens that were not counted, all together. Each
+    token is counted as often more as Zipf's law has it by its place in the vocabulary, since a tokenizer lists its most
+    frequent tokens first. `protected` tokens stay. Raises `PlanError` for pieces that have more tokens than there are
+    rows.
 
     >>> pieces = Pieces({0: "a", 1: "b", 2: "ab", 3: "aba"}, {2: (0, 1), 3: (2, 0)}, frozenset({0, 1}), closed=True)
     >>> rank_tokens(pieces, torch.tensor([1.0, 1.0, 5.0, 2.0]).double()).order
@@ -105,11 +109,12 @@ def rank_tokens(pieces: Pieces, counts_V: Tensor, *, protected: Sequence[int] = 
             "They do not belong together: cut other axes"
         )
     total = max(float(counts_V.sum()), 1.0)
-    unseen = [number for number in pieces.parts if counts_V[number] == 0]
-    once = int(((counts_V > 0) & (counts_V < 2)).sum())
+    zipf = {number: 1 / (number + FLATNESS) for number in pieces.parts}
+    not_seen = sum(share for number, share in zipf.items() if counts_V[number] == 0)
+    scale = unseen / not_seen if not_seen else 0.0
     uses: list[float] = counts_V.tolist()
-    for number in unseen:
-        uses[number] = min(once / len(unseen), 0.5)
+    for number, share in zipf.items():
+        uses[number] += scale * share
     needed = pieces.needed | {*protected}
     above = dict.fromkeys(range(size), 0)  # kept tokens that are made of this one
     for parts in pieces.parts.values():
