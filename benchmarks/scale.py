@@ -4,7 +4,8 @@
 
 MODEL is a folder, so that its weights stay on the disk. Every step is a process of its own, a command of Secateur as a
 user would call it: the cut, the training (`--minutes`, of the row that is named last), the loss on every text beside
-the dense model, prefill and decoding beside the dense model in transformers, and with `--gguf TYPE` in llama.cpp.
+the dense model, prefill and decoding beside the dense model in transformers, with `--vllm` in vLLM (in `.venv-vllm`),
+with `--gguf TYPE` in llama.cpp, and with `--tasks FOLDER` LLM-Pruner's seven tasks from files in the folder.
 Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
 comes (`--out`), and the same command goes on after a stop; `--write` puts the table into docs/benchmarks.md and draws
 docs/scale.svg.
@@ -25,6 +26,7 @@ from typing import Any
 
 from quality_table import write_benchmark
 from secateur.files import write_json
+from serving import measure
 from tables import markdown, secateur, show
 
 ROWS = {  # name -> as the table has it, and what `secateur prune` is told besides the ratio and the text
@@ -34,6 +36,7 @@ ROWS = {  # name -> as the table has it, and what `secateur prune` is told besid
     "best": ("`best`", ["--preset", "best"]),
 }
 DENSE, TRAINED = "dense", ", then trained"
+ENGINES = {"transformers": "speed", "vLLM": "vLLM", "llama.cpp": "llama.cpp"}  # by head of the table
 MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
 PICTURE = Path(__file__).parent.parent / "docs" / "scale.svg"
 
@@ -69,7 +72,7 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
         )
     }
     if folder != cut:
-        data = [f"--data={text.partition('@')[0]}" for text in options.calibration]
+        data = [f"--data={text}" for text in options.calibration]
         steps["training"] = lambda file: _secateur(
             file, "recover", str(cut), str(folder), "--teacher", options.model, "--minutes", str(options.minutes), *data
         )
@@ -80,15 +83,22 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
         write_json(options.out, results)
     steps["losses"] = lambda file: _losses(_secateur(file, "evaluate", str(folder), *panel))
     steps["speed"] = lambda file: _secateur(file, "profile", options.model, str(folder), "--repeats", "3")
+    if options.vllm:
+        steps["vLLM"] = lambda _: _vllm(folder, options)
     if options.gguf:
         steps["llama.cpp"] = lambda file: _llama_cpp(file, folder, options)
+    if options.tasks:
+        steps["tasks"] = lambda file: _tasks(file, str(folder), options)
+        if "tasks" not in results[DENSE]:
+            results[DENSE]["tasks"] = _tasks(options.folder / "step.json", options.model, options)
+            write_json(options.out, results)
     made = {"cut": cut, "training": folder}
     for name, step in steps.items():
         missing = name not in found or (name in made and not made[name].exists() and not {*steps} <= {*found})
         if missing:
             start = time.perf_counter()
             given = step(options.folder / "step.json")
-            found[name] = given if name == "losses" else _short(name, given)
+            found[name] = given if name in ("losses", "vLLM", "tasks") else _short(name, given)
             found[name]["minutes"] = (time.perf_counter() - start) / 60
             found[name]["cores"] = _cores()
             write_json(options.out, results)
@@ -113,6 +123,19 @@ def _llama_cpp(file: Path, folder: Path, options: argparse.Namespace) -> Any:
     command = [sys.executable, str(program), str(folder), "--dense", options.model, *kind, "--out", str(file)]
     subprocess.run(command, check=True)
     return json.loads(file.read_text())
+
+
+def _vllm(folder: Path, options: argparse.Namespace) -> Any:
+    """How many times as fast as the dense model a folder is served, in bfloat16, compiled as vLLM does it."""
+    dense, own = measure({"dense": Path(options.model), "cut": folder}, 3, eager=False, dtype="bfloat16").values()
+    return {name: dense[f"{name} 1"] / own[f"{name} 1"] for name in ("prefill", "decode")}
+
+
+def _tasks(file: Path, model: str, options: argparse.Namespace) -> Any:
+    """The mean accuracy over the tasks, and its standard error."""
+    asked = ["--tasks", "zero-shot", "--tasks-data", str(options.tasks), "--limit", str(options.questions)]
+    mean = _secateur(file, "evaluate", model, *asked)["results"][0]["tasks_mean"]
+    return {"value": mean["value"], "stderr": mean["stderr"]}
 
 
 def _losses(evaluated: Any) -> dict[str, Any]:
@@ -148,12 +171,12 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     >>> cut = {"minutes": 2.0, "peak_rss_bytes": 2**30, "parameters": {"dense": 4e9, "pruned": 3e9}}
     >>> results = {"dense": {"losses": {"WT2": 3.0}}, "20% | `fast`": {"cut": cut, "losses": {"WT2": 3.25}}}
     >>> for row in rows_of(results)[1:]:
-    ...     print(" ".join(row))
-     dense 4.00 B 3.000
-    20% `fast` 3.00 B +0.250    2 1.0
+    ...     print(" ".join(filter(None, row)))
+    dense 4.00 B 3.000
+    20% `fast` 3.00 B +0.250 2 1.0
     """
     dense = results.get(DENSE, {}).get("losses", {})
-    head = ["removed", "", "parameters", *dense, "prefill", "decode", "llama.cpp", "minutes", "GiB"]
+    head = ["removed", "", "parameters", "bytes", *dense, "tasks", *ENGINES, "minutes", "GiB"]
     rows = [head]
     for key, found in sorted(results.items(), key=lambda each: each[0].partition(" | ")[0]):
         if key == DENSE or not {"cut", "losses"} <= found.keys():
@@ -162,20 +185,31 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
         parameters = found["cut"]["parameters"]
         if len(rows) == 1:
             losses = [f"{loss:.3f}" for loss in dense.values()]
-            rows.append(["", DENSE, f"{parameters['dense'] / 1e9:.2f} B", *losses, "", "", "", "", ""])
-        speed, llama = found.get("speed", {}), found.get("llama.cpp", {})
+            size, tasks = f"{parameters['dense'] / 1e9:.2f} B", _accuracy(results[DENSE])
+            rows.append(["", DENSE, size, "", *losses, tasks, *[""] * len(ENGINES), "", ""])
         peak = max(found[step]["peak_rss_bytes"] for step in ("cut", "training") if step in found)
         rows.append(
             [
                 *(removed, row, f"{parameters['pruned'] / 1e9:.2f} B"),
+                f"{found['speed']['bytes']:.2f}" if "speed" in found else "",
                 *(f"{found['losses'][text] - loss:+.3f}" for text, loss in dense.items()),
-                *(f"{speed[name]:.2f} x" if speed else "" for name in ("prefill", "decode")),
-                f"{llama['prefill']:.2f} x, {llama['decode']:.2f} x" if llama else "",
+                _accuracy(found),
+                *(_faster(found.get(step, {})) for step in ENGINES.values()),
                 f"{sum(found[step]['minutes'] for step in ('cut', 'training') if step in found):.0f}",
                 f"{peak / 2**30:.1f}",
             ]
         )
     return rows
+
+
+def _accuracy(found: Mapping[str, Any]) -> str:
+    """In per cent, with the standard error."""
+    return f"{100 * found['tasks']['value']:.1f} ± {100 * found['tasks']['stderr']:.1f}" if "tasks" in found else ""
+
+
+def _faster(speed: Mapping[str, float]) -> str:
+    """Prefill and decoding, times the dense model's."""
+    return f"{speed['prefill']:.2f}, {speed['decode']:.2f}" if speed else ""
 
 
 def bars_of(results: Mapping[str, Any], text: str) -> dict[str, dict[str, float]]:
@@ -236,6 +270,9 @@ def _arguments() -> argparse.Namespace:
     add("--cut", default="", help="more options of `secateur prune`")
     add("--tokens", type=int, default=4096, help="of each text")
     add("--protocol", default="served@1024")
+    add("--vllm", action="store_true", help="also serve each folder with vLLM")
+    add("--tasks", type=Path, metavar="FOLDER", help="also ask the questions in the files of the folder")
+    add("--questions", type=int, default=100, help="of each task")
     add("--gguf", help="also run llama.cpp on files of this type, for example q8_0")
     add("--keep", action="store_true", help="keep the folders of trained models, too")
     add("--write", action="store_true", help="the table of docs/benchmarks.md")

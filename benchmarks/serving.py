@@ -32,7 +32,7 @@ BATCHES = (1, 8)
 BACKEND = "dense, by the backend"
 COLUMNS = ("prefill, promised", "prefill 1", "prefill 8", "decode, promised", "decode 1", "decode 8")
 BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
-DTYPE, ITEM_BYTES = "float32", 4  # in which vLLM computes
+DTYPE, ITEM_BYTES = "float32", 4  # in which vLLM computes these folders
 
 
 # --- in the environment of vLLM --------------------------------------------------------------------------------------
@@ -47,7 +47,6 @@ def serve(folder: str, options: dict[str, Any]) -> None:
 
     engine = LLM(
         folder,
-        dtype=DTYPE,
         max_model_len=PROMPT + NEW_TOKENS,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
@@ -151,7 +150,7 @@ def costs_of(folder: Path, tokens: int) -> dict[str, float]:
     return {"bytes": size, "nll": result.nll, "inner": inner, "packed bytes": packed, "other weights": others}
 
 
-def measure(folders: dict[str, Path], rounds: int, *, eager: bool) -> dict[str, dict[str, float]]:
+def measure(folders: dict[str, Path], rounds: int, *, eager: bool, dtype: str = DTYPE) -> dict[str, dict[str, float]]:
     """Median seconds by folder and what was done; the first round warms up."""
     sys.path.insert(0, str(ROOT / "tests"))
     from line_process import ask
@@ -160,7 +159,8 @@ def measure(folders: dict[str, Path], rounds: int, *, eager: bool) -> dict[str, 
     settings = {**SETTINGS, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     served: dict[str, Served] = {}
     for name, folder in folders.items():
-        options = {"enforce_eager": eager, **({"model_impl": "transformers"} if name == BACKEND else {})}
+        options = {"dtype": dtype, "enforce_eager": eager}
+        options |= {"model_impl": "transformers"} if name == BACKEND else {}
         served[name] = Served(python(), folder, settings, options)
     try:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in served}
