@@ -5,7 +5,8 @@
 1. The tests marked `gpu`, which compare the device with the CPU.
 2. The demo model: cut by both presets, trained beside its teacher on so many `--tokens`, evaluated and timed.
 3. LLaMA-7B's shape with random bfloat16 weights (13.5 GB of disk, twice): cut by `fast`, trained on as many tokens, and
-   timed beside the dense one. `--layers` and `--width` make it smaller, for a device such as `cpu`.
+   timed beside the dense one. On a GPU it is also cut with its layers streamed there one by one, as a model is that
+   does not fit. `--layers` and `--width` make it smaller, for a device such as `cpu`.
 
 Each step is a command in a process of its own, whose seconds, memory of the device (what torch had allocated at most)
 and memory of the process are taken. Results go to `--out` as they come, and the same command goes on after a stop.
@@ -80,6 +81,9 @@ def _commands(options: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
     for model, name, presets in (("demo", "demo", ("fast", "best")), (str(dense), shape, ("fast",))):
         cut, trained = (str(place / f"{Path(model).name}-{what}") for what in ("cut", "trained"))
         steps = {f"`prune --preset {each}`": ["prune", model, cut, "--preset", each, "--overwrite"] for each in presets}
+        if model != "demo" and options.device.startswith("cuda"):
+            streamed = ["prune", model, str(place / "streamed"), "--device", "streamed", "--preset", "fast"]
+            steps["`prune --preset fast --device streamed`"] = [*streamed, "--overwrite"]
         steps["`recover`"] = ["recover", cut, trained, *data, "--tokens", options.tokens, "--overwrite"]
         if model == "demo":
             steps["`evaluate`"] = ["evaluate", model, cut, trained, "--max-tokens", "10000"]
@@ -105,7 +109,8 @@ def _tests(device: str) -> dict[str, Any]:
 def _run(command: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """A command in a process of its own: what it told, and what it took."""
     file = options.folder / "step.json"
-    whole = [*command, "--device", options.device, "--json", str(file), "--quiet"]
+    device = [] if "--device" in command else ["--device", options.device]
+    whole = [*command, *device, "--json", str(file), "--quiet"]
     start = time.perf_counter()
     finished = subprocess.run(
         [sys.executable, __file__, "--step", json.dumps(whole)], stdout=subprocess.PIPE, text=True, check=True

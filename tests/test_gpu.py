@@ -14,7 +14,10 @@ from secateur import CalibrationOptions, CutOptions, PruneRecipe, discover, load
 from secateur.cli.main import run
 from secateur.data.windows import calibration_windows
 from secateur.models.loading import LoadOptions
+from secateur.models.streaming import stream_in_place
 from secateur.models.tokenizer import load_tokenizer
+from secateur.planning.plan import plan
+from secateur.pruning.prune import prune
 from secateur.pruning.repair import repair
 from secateur.scoring.scores import score
 from tiny import write_tiny
@@ -59,6 +62,30 @@ def test_repair(dense: Path, tmp_path: Path) -> None:
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert torch.allclose(weights[1][name].cpu(), weight, rtol=1e-2, atol=1e-3 * float(weight.abs().max())), name
+
+
+def test_layers_are_streamed(dense: Path) -> None:
+    """A model of which one layer is on the device at a time is scored, repaired and cut as one that is all there."""
+    windows = calibration_windows(load_tokenizer(str(dense)), CALIBRATION)
+    weights, groups = [], []
+    for streams in (False, True):
+        model = load(str(dense), device="cpu")
+        if streams:
+            stream_in_place(model, DEVICE)
+        discovery = discover(model)
+        decided = plan(discovery, CUT, config=model.config, scores=score(model, name="fisher", windows=windows))
+        repaired = repair(model, decided, discovery, windows)
+        smaller = prune(model, repaired.plan, discovery=discovery, weights=repaired.weights)
+        with torch.no_grad():
+            smaller(input_ids=windows.to(next(smaller.get_input_embeddings().parameters()).device))
+        weights.append(smaller.state_dict())
+        groups.append({group.name: group.kept for group in decided.groups})
+    assert sum(abs(groups[0][name] - groups[1][name]) for name in groups[0]) <= 4
+    for name, weight in weights[0].items():
+        other = weights[1][name].cpu()
+        assert weight.shape != other.shape or torch.allclose(
+            other, weight, rtol=1e-2, atol=1e-2 * float(weight.abs().max())
+        )
 
 
 def test_a_whole_cut(dense: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class TestLoad:
     @pytest.mark.parametrize(
         ("device", "match"),
         [
-            ("gpu", "device 'gpu' is unknown. Expected auto, cpu, cuda, cuda:N or balanced"),
+            ("gpu", "device 'gpu' is unknown. Expected auto, cpu, cuda, cuda:N, balanced or streamed"),
             ("meta", "device 'meta' is not supported. Expected auto"),
             ("balanced", "device 'balanced' is for several GPUs; torch sees"),
             ("cuda:99", "device 'cuda:99' does not exist; torch sees"),

@@ -26,11 +26,14 @@ from secateur.models.config import class_of, per_layer_model_class, quantization
 from secateur.models.gguf import forget_gguf
 from secateur.models.silence import quiet
 from secateur.models.sources import Source, check_unchanged, loader_arguments, resolve
+from secateur.models.streaming import stream_in_place
 from secateur.models.trust import check_trust, model_errors, runs_remote_code
 from secateur.models.weight_files import check_weight_files, is_model_file
 
 logger = logging.getLogger(__name__)
 
+STREAMED = "streamed"  # a device's name: layers on the CPU, brought to the GPU one by one
+WEIGHTS_SHARE = 0.8  # of the free memory of a GPU: larger models are streamed to it
 EXPERTS = "batched_mm"  # experts as plain matrix products, whichever tokens they get: shapes that no data decides
 PACKERS = {  # how weights are packed -> the package that reads them, and the extra of ours that brings it
     "torchao": ("torchao", "int8"),
@@ -47,7 +50,8 @@ class LoadOptions:
     """Dtype of the weights; auto: the checkpoint's own."""
 
     device: str = "auto"
-    """Device of the weights: auto (the GPU if there is one), cpu, cuda, cuda:N or balanced (over all GPUs)."""
+    """Device of the weights: auto (the GPU if there is one), cpu, cuda, cuda:N, balanced (over all GPUs) or streamed
+    (layers stay on the CPU and are brought to the GPU one by one; auto does so with a model that it cannot hold)."""
 
     trust_remote_code: bool = False
     """Run Python files that come with a model. They can do anything on this machine: read them first."""
@@ -100,7 +104,7 @@ def load(
     torch.bfloat16
     """
     source = resolve(model)
-    options: dict[str, Any] = {"dtype": _dtype(dtype), **_device_map(device)}
+    options: dict[str, Any] = {"dtype": _dtype(dtype)}
     if source.kind == "config":
         raise ModelError(
             f"{model!r}: a config file holds no weights. Name the folder that has them, or use what needs only "
@@ -112,6 +116,9 @@ def load(
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = whole_config(model, trust_remote_code=trust_remote_code)
+    gpu = _streams_to(source, config, options["dtype"], device)
+    if gpu is None:
+        options |= _device_map(device)
     if (method := quantization(config)) in PACKERS:
         package, extra = PACKERS[method]
         check_installed(ModelError, package, extra=extra, what=f"{model!r}: reading packed weights")
@@ -127,6 +134,8 @@ def load(
             loaded(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=loaded.device))
     if unexpected:
         logger.warning("%r: the model has no place for %s of its checkpoint", source.argument, _some(unexpected))
+    if gpu is not None:
+        stream_in_place(loaded, gpu)
     return loaded  # from_pretrained has set evaluation mode
 
 
@@ -196,6 +205,31 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     raise ModelError(unknown("dtype", str(dtype), ["auto", *DTYPES]))
 
 
+def _streams_to(source: Source, config: PreTrainedConfig, dtype: str | torch.dtype, device: str) -> torch.device | None:
+    """The GPU to which layers are brought one by one; None where all weights are loaded to one place."""
+    if device not in ("auto", STREAMED):
+        return None
+    gpu = _device("auto")
+    if gpu.type == "cpu":
+        if device == STREAMED:
+            raise ModelError("device 'streamed' brings layers to a GPU; torch sees none. Use device 'cpu'")
+        return None
+    if device == STREAMED:
+        return gpu
+    stored = config.dtype if source.kind != "gguf" else None
+    kind = next((each for each in (dtype, stored) if isinstance(each, torch.dtype)), torch.float32)
+    weights = kind.itemsize * sum(weight.numel() for weight in skeleton(config).parameters())
+    room = torch.cuda.mem_get_info(gpu)[0]
+    if quantization(config) is not None or weights < WEIGHTS_SHARE * room:
+        return None
+    logger.warning(
+        "%r: %.1f GiB of weights do not fit on %s, which has %.1f free: its layers stay on the CPU and are brought "
+        "there one by one",
+        *(source.argument, weights / 2**30, gpu, room / 2**30),
+    )
+    return gpu
+
+
 def _device_map(device: str) -> dict[str, Any]:
     """The keyword argument of `from_pretrained` for a device; none for a CPU, where weights stay mapped."""
     if device == "balanced":
@@ -212,7 +246,7 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         rank = os.environ.get("LOCAL_RANK")  # of this process, where several are started
         return torch.device(("cuda" if rank is None else f"cuda:{rank}") if torch.cuda.is_available() else "cpu")
-    expected = 'Expected auto, cpu, cuda, cuda:N or balanced: load("demo", device="auto").'
+    expected = 'Expected auto, cpu, cuda, cuda:N, balanced or streamed: load("demo", device="auto").'
     try:
         target = torch.device(device)
     except (RuntimeError, ValueError) as error:

@@ -28,6 +28,7 @@ from secateur.models.classes import config_of
 from secateur.models.config import check_not_quantized
 from secateur.models.modeling_per_layer import pad_in_place, padded_in
 from secateur.models.silence import quiet
+from secateur.models.streaming import stream_in_place, streamed_layers
 from secateur.models.trust import runs_remote_code
 from secateur.planning.options import TOKENS, CutOptions
 from secateur.planning.plan import Plan, PlannedGroup, settings_of
@@ -73,8 +74,8 @@ def prune(
         discovery = replace(resized(discovery, TOKENS, len(plan.kept_tokens)), start_tokens=start)
         plan = plan.without_vocabulary()
     # 3. Every weight keeps the slices of the units that stay.
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(weights or {})
-    smaller = cut_weights(tensors, plan, discovery, room=room if model.device.type == "cpu" else None)
+    tensors = _tensors_of(model) | dict(weights or {})
+    smaller = cut_weights(tensors, plan, discovery, room=room)
     # 4. A model of the new sizes holds them.
     if plan.settings is not None:
         config = with_settings(model.config, plan.settings)
@@ -82,8 +83,7 @@ def prune(
         pruned = _from_config(model, config, smaller, tied)
     else:
         pruned = _from_modules(model, plan.sizes, smaller, discovery)
-    pruned.eval()
-    return pruned
+    return _running_as(model, pruned)
 
 
 def cut_vocabulary(
@@ -108,13 +108,25 @@ def cut_vocabulary(
     planned = PlannedGroup(group.name, group.kind, group.layer, group.units, len(keep), tuple(keep))
     alone = Plan(discovery.model, CutOptions(axes=(TOKENS,), of="parameters"), (planned,), {}, {})
     settings = settings_of(alone, config_of(model), discovery, trust_remote_code=runs_remote_code(model))
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    smaller = cut_weights(tensors, alone, discovery, room=room if model.device.type == "cpu" else None)
+    smaller = cut_weights(_tensors_of(model), alone, discovery, room=room)
     tied = {other: name for _, (name, *others) in weights_after(discovery, alone.sizes) for other in others}
     pruned = _from_config(model, with_settings(model.config, settings), smaller, tied)
     if getattr(pruned, "generation_config", None) is not None:
         for name, value in token_id_settings(pruned.generation_config.to_dict(), keep).items():
             setattr(pruned.generation_config, name, value)
+    return _running_as(model, pruned)
+
+
+def _tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    if (streamed := streamed_layers(model)) is not None:
+        streamed.leave()
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _running_as(model: PreTrainedModel, pruned: PreTrainedModel) -> PreTrainedModel:
+    """The pruned model, streamed to a device as the dense one is."""
+    if (streamed := streamed_layers(model)) is not None:
+        stream_in_place(pruned, streamed.device)
     pruned.eval()
     return pruned
 
@@ -166,6 +178,8 @@ def _sliced(tensor: Tensor, indices: Mapping[int, Tensor], room: Path | None) ->
     for dim, kept in before:
         tensor = tensor.index_select(dim, kept)
     shape = [len(indices.get(dim, range(size))) for dim, size in enumerate(tensor.shape)]
+    if tensor.device.type != "cpu":
+        room = None
     return torch.index_select(tensor, *last, out=None if room is None else _in_file(room, shape, tensor.dtype))
 
 
@@ -203,7 +217,8 @@ def _from_config(
         pruned: PreTrainedModel = type(model).from_pretrained(
             None, config=config, state_dict=state, dtype=model.dtype, **options
         )
-    pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
+    if streamed_layers(model) is None:
+        pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
     pruned.tie_weights()
     if hasattr(model, "generation_config"):  # custom code may not generate by itself

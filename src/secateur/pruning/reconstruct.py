@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
+from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, replaced_forward, rows_per_sample
 
@@ -77,6 +78,7 @@ def reconstruct_in_place(
     >>> [(path, after <= before) for path, (before, after) in errors.items()]
     [('model.decoder.layers.1', True)]
     """
+    check_in_place(pruned, "repair=reconstruct", "--repair least-squares")
     layers = _layers_to_match(dense, pruned, discovery)
     pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), progress)
     with ExitStack() as stack:

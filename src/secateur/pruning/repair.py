@@ -12,6 +12,7 @@ Names of tensors end in their axes: R rows (outputs), C columns (inputs), K colu
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from secateur.discovery.algebra import Expression, kept_along
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, check_known
+from secateur.models.streaming import streamed_layers
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.pruning.closed_form import (
@@ -47,6 +49,8 @@ from secateur.scoring.obs import removal_costs
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.unit_scores import units_reached
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,9 @@ def _with_experts(
     fewer = {group.name for group in found.plan.groups if group.kind == "expert" and group.kept < group.units}
     experts = expert_modules(model, discovery, [group for group in discovery.groups if group.name in fewer])
     if not experts:
+        return found
+    if streamed_layers(model) is not None:
+        logger.warning("the experts that stay are not fitted: layers are brought to the GPU one by one")
         return found
     with TemporaryDirectory(dir=room) as folder:
         where = None if room is None else Path(folder)
@@ -188,6 +195,8 @@ class _RepairPass:
         passed = itertools.count(1)
 
         def count(*_: Any) -> None:
+            if streamed_layers(self.model) is not None:  # the next layer needs the room
+                self.weights = {name: weight.cpu() for name, weight in self.weights.items()}
             if progress is not None:
                 progress(next(passed), len(layers))
 

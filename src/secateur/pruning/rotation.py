@@ -24,6 +24,7 @@ from secateur.discovery.algebra import Expression, units_along, variables_in
 from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.padding import INPUT_DIM, PADDED_KIND
 from secateur.models.inputs import arguments, predicted
+from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
 from secateur.scoring.obs import add_gram
 from secateur.scoring.passes.forward import input_device, probe_windows
@@ -79,6 +80,7 @@ def rotated(
     (True, True)
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    check_in_place(model, "axes=head_dim", "other axes")
     result: PreTrainedModel = copy.deepcopy(model, memo=dict(shared))
     values = [found for group in discovery.groups if (found := _values(model, discovery, group)) is not None]
     if not values:

@@ -19,10 +19,11 @@ from secateur import __version__, processes
 from secateur.checkpoint.record import Record, make_record, read_record
 from secateur.checkpoint.save import save_updated
 from secateur.data.rows import Rows
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, TrainingError
 from secateur.files import read_json, write_json
 from secateur.models.loading import LoadOptions, load
 from secateur.models.sources import resolve
+from secateur.models.streaming import streamed_layers
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.pipeline.recipe import RunOptions, write_recipe
@@ -168,6 +169,11 @@ def _train(
 def _load_trainable(name: str, loading: LoadOptions, options: RecoverOptions) -> torch.nn.Module:
     """Load the pruned model with an adapter, or with all its weights in float32, ready to be trained."""
     model = load_finite(name, loading)
+    if streamed_layers(model) is not None:
+        raise TrainingError(
+            f"{name!r}: its layers are brought to the GPU one by one, and training needs all of them there. Expected a "
+            "device that holds the weights: --device balanced for several GPUs, or --device cpu"
+        )
     torch.manual_seed(options.seed)  # of the adapter's initial values
     if options.has_lora:
         adapted: torch.nn.Module = add_lora(model, options.lora)

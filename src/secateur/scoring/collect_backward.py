@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import ScoreError
+from secateur.models.streaming import streamed_layers
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import probe_windows
 from secateur.scoring.passes.gradients import stream_gradients, stream_masks
@@ -112,7 +113,8 @@ def mask_statistics(
     if wanted is not None:
         names = sorted(n for n, dims in wanted.items() if n not in reads or reads[n] in dims or n in stacks)
     memory = activation_budget(model)
-    batches = [windows] if layer_cache is not None else fitting_batches(model, windows, layers, memory)
+    together = layer_cache is not None or streamed_layers(model) is not None  # all layers are computed again
+    batches = [windows] if together else fitting_batches(model, windows, layers, memory)
     loss = 0.0
     results: list[dict[str, dict[str, Tensor]]] = []  # of each batch: weight -> dimension -> N x S
 

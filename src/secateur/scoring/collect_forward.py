@@ -62,7 +62,7 @@ def activation_statistics(
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     named = {name: p for name, p in model.named_parameters() if p.dim() > 1 and (wanted is None or name in wanted)}
     collector = _InputCollector(
-        {name: parameter.detach() for name, parameter in named.items()},
+        named,
         {name for name, parameter in named.items() if owners[id(parameter)] > 1},
         SalienceSums(saliences),
         units_of,
@@ -139,7 +139,7 @@ class _InputCollector:
                 self._reduce(name, features)
 
     def _reduce(self, name: str, features: FeatureMoments) -> None:
-        weight, dim = self.weights[name], self.read_dims[name]
+        weight, dim = self.weights[name].detach(), self.read_dims[name]
         moments = features.moments(weight, dim)
         for rows in row_blocks(weight, WEIGHT_ELEMENTS):
             self.sums.add(name, rows, Evidence(weight[rows].float(), moments=moments.rows(rows)), weight.shape)

@@ -133,23 +133,22 @@ class _Divergence:
 
     def __call__(self, group: Group, units: Tensor) -> float | None:
         """Nats per token; None where no product reads the group's units."""
-        zeroed: dict[str, Tensor] = {}
+        gone_from: dict[str, Tensor] = {}  # weight -> what it reads of these units
         for name, weight in self.weights.items():
             dim = self.reads[name]
             for unit_of in units_reached(weight.dims[dim], [group.name]).values():
-                gone = torch.nonzero(torch.isin(unit_of, units)).flatten()
-                parameter = self.parameters[name].detach()
-                zeroed[name] = parameter.index_fill(dim, gone.to(parameter.device), 0.0)
-        if not zeroed:
+                gone_from[name] = torch.nonzero(torch.isin(unit_of, units)).flatten()
+        if not gone_from:
             return None
 
         def without(product: WeightProduct) -> Tensor:
-            return product.compute(product.inputs, zeroed[product.weight], product.bias)
+            gone = gone_from[product.weight].to(product.inputs.device)
+            return product.of(product.inputs.index_fill(-1, gone, 0.0))
 
         with ExitStack() as stack:
             if self.skips and group.layer is not None:
                 stack.enter_context(self._without_layers_before(group.layer))
-            stack.enter_context(WeightProducts({name: self.parameters[name] for name in zeroed}, without))
+            stack.enter_context(WeightProducts({name: self.parameters[name] for name in gone_from}, without))
             cut = self._predicted()
         lost = float(divergence(self.model, self.whole, cut)) / (cut.numel() / cut.shape[-1])
         return max(0.0, lost)

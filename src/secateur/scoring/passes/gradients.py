@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from secateur import processes
 from secateur.errors import ScoreError
 from secateur.models.inputs import arguments, predicted
+from secateur.models.streaming import streamed_layers
 from secateur.progress import Progress
 from secateur.scoring.passes.capture import Capture, GradientVisitor, PassContext, PassProgress
 from secateur.scoring.passes.forward import input_device, replaced_forward
@@ -237,7 +238,7 @@ class _GradientPass:
 
 
 def _check_in_memory(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if streamed_layers(model) is None else ():
         if parameter.device.type == "meta":
             raise ScoreError(
                 f"the weight {name} is not in memory (it is on meta, as accelerate leaves those it offloads). Load the "

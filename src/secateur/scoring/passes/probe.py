@@ -30,6 +30,7 @@ from secateur.discovery.weight_names import without_numbers
 from secateur.models.as_written import as_written
 from secateur.models.classes import is_encoder_decoder, objective
 from secateur.models.inputs import arguments, predicted
+from secateur.models.streaming import streamed_layers
 from secateur.scoring.passes.forward import (
     PROBE_SAMPLES,
     PROBE_TOKENS,
@@ -249,9 +250,13 @@ def _is_independent(module: nn.Module, arguments: tuple[Any, Any], output: Any, 
 def activation_budget(model: nn.Module) -> int:
     """Bytes of activations that may be held instead of computed again: a fifth of the weights, more of a small model.
 
+    Layers that are streamed are all computed again: the backward pass needs their weights on the device.
+
     >>> activation_budget(nn.Linear(2**12, 2**12, bias=False)) / 2**20
     1472.0
     """
+    if streamed_layers(model) is not None:
+        return 0
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return max(int(weights * 0.2), LEAST_BYTES - weights)
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from secateur.models.inputs import arguments
+from secateur.models.streaming import moves
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import input_device, plain_products, probe_windows, split_output_head
 
@@ -68,11 +69,19 @@ class WeightProduct:
         bias = self.args[at] if at is not None and len(self.args) > at else self.kwargs.get("bias")
         return bias if isinstance(bias, nn.Parameter) else None
 
+    def of(self, inputs: Tensor) -> Tensor:
+        """The same product of other inputs."""
+        args = list(self.args)
+        args[OPERATORS[self.operator].inputs] = inputs
+        result: Tensor = self.operator(*args, **self.kwargs)
+        return result
+
     def compute(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same product of other inputs with another weight, laid out in memory as the first, and its bias."""
         operands, args, kwargs = OPERATORS[self.operator], list(self.args), dict(self.kwargs)
         view: Tensor = args[operands.matrix]
         args[operands.inputs] = inputs
+        weight, bias = weight.to(view.device), None if bias is None else bias.to(view.device)
         args[operands.matrix] = weight.as_strided(view.shape, view.stride(), view.storage_offset() - self.weight_offset)
         if operands.bias is not None and len(args) > operands.bias:
             args[operands.bias] = bias
@@ -87,9 +96,14 @@ class WeightProducts(TorchFunctionMode):
 
     def __init__(self, weights: Mapping[str, nn.Parameter], observe: Callable[[WeightProduct], Tensor | None]) -> None:
         super().__init__()
-        self.observe = observe
+        self.observe, self._weights = observe, weights
+        self._find()
+
+    def _find(self) -> None:
+        """Note where the weights lie."""
+        self._moves = moves()
         self.by_storage: dict[int, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-        for name, weight in weights.items():
+        for name, weight in self._weights.items():
             self.by_storage[weight.untyped_storage().data_ptr()].append((name, weight))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,6 +121,8 @@ class WeightProducts(TorchFunctionMode):
     def _product(
         self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Tensor, matrix: Tensor
     ) -> WeightProduct | None:
+        if self._moves != moves():  # a layer was brought to the device
+            self._find()
         features = inputs.shape[-1]
         contracted = matrix.dim() - (1 if operator is functional.linear else 2)  # `linear` transposes its matrix
         for name, weight in self.by_storage.get(matrix.untyped_storage().data_ptr(), ()):

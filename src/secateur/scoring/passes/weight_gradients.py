@@ -100,7 +100,7 @@ class WeightGradients:
             return  # the loss does not depend on it
         parameter = self.context.parameters[name].detach()
         for rows in row_blocks(parameter, ROW_ELEMENTS):
-            weight = parameter[rows]
+            weight = parameter[rows] if sums.gradient is None else parameter[rows].to(sums.gradient.device)
             gradient, squared = (
                 torch.zeros_like(weight, dtype=torch.float32) if total is None else total[rows]
                 for total in (sums.gradient, sums.squared)
@@ -112,7 +112,7 @@ class WeightGradients:
         """Form the gradient from its factors, block by block of its rows, and visit each block."""
         parameter = self.context.parameters[name].detach()
         for rows in row_blocks(parameter, ROW_ELEMENTS):
-            weight_RC = parameter[rows].float()
+            weight_RC = parameter[rows].float().to(factors[0].right.device)
             gradient_RC, squared_RC = self._buffer("gradient", weight_RC), None
             if self.second_order:
                 squared_RC = self._buffer("squared", weight_RC)
