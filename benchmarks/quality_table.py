@@ -217,11 +217,11 @@ def between_marks(page: str, block: str, marks: tuple[str, str] = (BEGIN, END)) 
     return f"{before}{begin}\n{block}\n{end}{after}"
 
 
-def write_benchmark(block: str, marks: tuple[str, str], *, root: Path = ROOT) -> None:
-    """Put a table between its marks in docs/benchmarks.md. Raises `TableError` as `between_marks` does."""
-    page = root / "docs" / "benchmarks.md"
-    text = between_marks(page.read_text(encoding="utf-8"), block, marks=marks)
-    with atomic_file(page, overwrite=True) as file:
+def write_benchmark(block: str, marks: tuple[str, str], *, page: str = "docs/benchmarks.md", root: Path = ROOT) -> None:
+    """Put a table between its marks in a page. Raises `TableError` as `between_marks` does."""
+    path = root / page
+    text = between_marks(path.read_text(encoding="utf-8"), block, marks=marks)
+    with atomic_file(path, overwrite=True) as file:
         file.write_text(text, encoding="utf-8")
 
 

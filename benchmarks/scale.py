@@ -7,8 +7,8 @@ user would call it: the cut, the training (`--minutes`, of the row that is named
 the dense model, prefill and decoding beside the dense model in transformers, with `--vllm` in vLLM (in `.venv-vllm`),
 with `--gguf TYPE` in llama.cpp, and with `--tasks FOLDER` LLM-Pruner's seven tasks from files in the folder.
 Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
-comes (`--out`), and the same command goes on after a stop; `--write` puts the table into docs/benchmarks.md and draws
-docs/scale.svg.
+comes (`--out`), and the same command goes on after a stop; `--write` puts the table into docs/benchmarks.md, a short
+one into README.md, and draws docs/scale.svg.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> None:
     show(f"{options.name or options.model}: damage in nats per token", rows_of(results))
     if options.write:
         write_benchmark(block(results), MARKS)
+        write_benchmark(markdown(short_rows(results)), MARKS, page="README.md")
         draw(results, options.name or options.model, PICTURE)
 
 
@@ -200,6 +201,25 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The same table with a line for each row, and a cell for all ratios.
+
+    >>> cut = {"minutes": 2.0, "peak_rss_bytes": 2**30, "parameters": {"dense": 4e9, "pruned": 3e9}}
+    >>> rows = {f"{share} | `fast`": {"cut": cut, "losses": {"WT2": 3.25}} for share in ("20%", "35%")}
+    >>> short_rows({"dense": {"losses": {"WT2": 3.0}}, **rows})
+    [['20%, 35% removed', 'WT2'], ['`fast`', '+0.250 / +0.250']]
+    """
+    head, *rows = rows_of(results)
+    rows = [row for row in rows if row[0]]
+    columns = [at for at in range(4, len(head) - 2) if all(row[at] for row in rows)]
+    removed = [*dict.fromkeys(row[0] for row in rows)]
+    short = [[f"{', '.join(removed)} removed", *(head[at] for at in columns)]]
+    for name in dict.fromkeys(row[1] for row in rows):
+        mine = [row for row in rows if row[1] == name]
+        short.append([name, *(" / ".join(row[at] for row in mine) for at in columns)])
+    return short
 
 
 def _accuracy(found: Mapping[str, Any]) -> str:
