@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.files import atomic_file
+from tables import markdown
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
@@ -44,7 +45,7 @@ LABELS = {
     "shortgpt": "ShortGPT, whole layers",
     "magnitude": "magnitude, as Torch-Pruning's script",
 }
-README_ROWS = ("best", "best, uniform", "fast", "llm-pruner, MLP", "llm-pruner", "wanda-sp", "shortgpt")
+README_ROWS = ("best", "best, uniform", "fast", "llm-pruner, MLP", "llm-pruner", "wanda-sp")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -102,7 +103,6 @@ def table(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *, costs:
             raise TableError(f"rows were measured with different {setting}: {', '.join(sorted(different))}")
     dense = found[DENSE]["nll"]
     lines = [["removed", "", *dense, *(["seconds", "peak GiB"] if costs else [])]]
-    lines.append(["---"] * len(lines[0]))
     for (row, _), keys in groupby(wanted, key=lambda key: key[:2]):
         mine = [found[key] for key in keys]
         seeds = f" ({NUMBERS[len(mine)]} seeds)" if len(mine) > 1 else ""
@@ -116,7 +116,7 @@ def table(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *, costs:
             cells.append(seconds[0] if len(seconds) == 1 else f"{seconds[0]} to {seconds[-1]}")
             cells.append(f"{max(result['peak_rss_bytes'] for result in mine) / 2**30:.1f}")
         lines.append(cells)
-    return "\n".join(("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def in_words(keys: Sequence[Key], most: int = 6) -> str:

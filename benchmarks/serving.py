@@ -202,8 +202,9 @@ def table(results: dict[str, dict[str, float]]) -> str:
     >>> print(table({"dense": row, "pruned": {**row, "bytes": 2**20, "nll": 1.2}}).splitlines()[-1])
     | pruned | 1.0 (0.50) | 0.200 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |
     """
-    dense, head = results["dense"], ["", "MiB", "damage", *COLUMNS]
-    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    from tables import markdown
+
+    dense, rows = results["dense"], [["", "MiB", "damage", *COLUMNS]]
     for name, row in results.items():
         size = f"{row['bytes'] / 2**20:.1f} ({row['bytes'] / dense['bytes']:.2f})"
         cells = [
@@ -212,8 +213,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
             f"{row['nll'] - dense['nll']:.3f}",
             *(f"{row[column]:.2f}" if column in row else "" for column in COLUMNS),
         ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return markdown(rows)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 from quality_table import DENSE, TableError, key_of, label_of, write_benchmark
+from tables import markdown
 
 BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
 OURS = ("best", "fast")
@@ -53,10 +54,9 @@ def table(lines: Iterable[Line]) -> str:
     >>> print(table([("demo", 0.2, "WT2@128", 0.3, 0.4, 0.6, "Wanda-sp")]).splitlines()[-1])
     | worst | | | | | | | 0.50 | 0.67 |
     >>> print(table([("demo", 0.2, "WT2@128", 0.001, 0.002, 0.003, "Wanda-sp")]).splitlines()[-2])
-    | demo | 20% | WT2@128 | 0.001 | 0.002 | 0.003 | Wanda-sp |  |  |
+    | demo | 20% | WT2@128 | 0.001 | 0.002 | 0.003 | Wanda-sp | | |
     """
-    head = ["model", "removed", "text", "`best`", "`fast`", "best peer", "", "`best` / peer", "`fast` / peer"]
-    rows = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|" + "---|" * len(head)]
+    rows = [["model", "removed", "text", "`best`", "`fast`", "best peer", "", "`best` / peer", "`fast` / peer"]]
     worst = [0.0, 0.0]
     for model, ratio, column, best, fast, peer, name in lines:
         shown = ("", "")
@@ -64,10 +64,10 @@ def table(lines: Iterable[Line]) -> str:
             ratios = [best / peer, fast / peer]
             worst = [max(pair) for pair in zip(worst, ratios, strict=True)]
             shown = (f"{ratios[0]:.2f}", f"{ratios[1]:.2f}")
-        numbers = (f"{best:.3f}", f"{fast:.3f}", f"{peer:.3f}", name, *shown)
-        rows.append(f"| {model} | {ratio:.0%} | {column} | {' | '.join(numbers)} |")
-    rows.append(f"| worst |{' |' * 6} {worst[0]:.2f} | {worst[1]:.2f} |")
-    return "\n".join(rows)
+        numbers = (f"{damage:.3f}" for damage in (best, fast, peer))
+        rows.append([model, f"{ratio:.0%}", column, *numbers, name, *shown])
+    rows.append(["worst", *[""] * 6, *(f"{ratio:.2f}" for ratio in worst)])
+    return markdown(rows)
 
 
 def main() -> None:

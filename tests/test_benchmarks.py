@@ -70,8 +70,8 @@ def root(tmp_path: Path) -> Path:
 def test_a_row_of_one_seed_and_one_of_three() -> None:
     keys: list[Key] = [("best, uniform", 0.2, 0), *[("best", 0.2, seed) for seed in range(3)]]
     assert table(RESULTS, keys, costs=False) == (
-        "| removed |  | WT2@128 | WT2@1024 |\n"
-        "|---|---|---|---|\n"
+        "| removed | | WT2@128 | WT2@1024 |\n"
+        "| --- | --- | --- | --- |\n"
         "| 20.0% | `best --shape uniform` | 0.400 | 0.575 |\n"
         "| 20.0% | `--preset best` (three seeds) | 0.410 ± 0.010 | 0.575 ± 0.000 |"
     )
