@@ -116,7 +116,7 @@ def load(
     if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = whole_config(model, trust_remote_code=trust_remote_code)
-    gpu = _streams_to(source, config, options["dtype"], device)
+    gpu = _streams_to(source, config, options["dtype"], device, trust_remote_code)
     if gpu is None:
         options |= _device_map(device)
     if (method := quantization(config)) in PACKERS:
@@ -205,7 +205,9 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     raise ModelError(unknown("dtype", str(dtype), ["auto", *DTYPES]))
 
 
-def _streams_to(source: Source, config: PreTrainedConfig, dtype: str | torch.dtype, device: str) -> torch.device | None:
+def _streams_to(
+    source: Source, config: PreTrainedConfig, dtype: str | torch.dtype, device: str, trust_remote_code: bool
+) -> torch.device | None:
     """The GPU to which layers are brought one by one; None where all weights are loaded to one place."""
     if device not in ("auto", STREAMED):
         return None
@@ -216,11 +218,13 @@ def _streams_to(source: Source, config: PreTrainedConfig, dtype: str | torch.dty
         return None
     if device == STREAMED:
         return gpu
+    if quantization(config) is not None:
+        return None
     stored = config.dtype if source.kind != "gguf" else None
     kind = next((each for each in (dtype, stored) if isinstance(each, torch.dtype)), torch.float32)
-    weights = kind.itemsize * sum(weight.numel() for weight in skeleton(config).parameters())
-    room = torch.cuda.mem_get_info(gpu)[0]
-    if quantization(config) is not None or weights < WEIGHTS_SHARE * room:
+    shapes = skeleton(config, trust_remote_code=trust_remote_code).parameters()
+    weights, room = kind.itemsize * sum(weight.numel() for weight in shapes), torch.cuda.mem_get_info(gpu)[0]
+    if weights < WEIGHTS_SHARE * room:
         return None
     logger.warning(
         "%r: %.1f GiB of weights do not fit on %s, which has %.1f free: its layers stay on the CPU and are brought "
