@@ -20,7 +20,7 @@ _moves = 0  # of layers, by this process
 
 
 def moves() -> int:
-    """How many layers were brought so far: afterwards, the weights of a streamed model lie elsewhere."""
+    """Count of moves so far: when it changes, weights of a streamed model have new addresses."""
     return _moves
 
 
@@ -36,7 +36,7 @@ class StreamedLayers:
                 weight.data = away(home)
 
     def bring(self, number: int) -> None:
-        """Have the weights of a layer on the device, and those of the layer before where they are at home."""
+        """Move the weights of a layer to the device, and those of the previous one back home."""
         global _moves
         if number == self._here:
             return
@@ -50,7 +50,7 @@ class StreamedLayers:
         return self
 
     def leave(self) -> None:
-        """Have all weights at home."""
+        """Move the weights that are on the device back home."""
         for weight, home in self.homes[self._here] if self._here is not None else ():
             weight.data = self._away(home)
         self._here = None

@@ -21,7 +21,7 @@ from secateur.vocabulary.pieces import Pieces
 COUNTED = 50_000_000  # characters of all texts together, at most
 BATCH = 256  # texts encoded at once
 NATS = 6.0  # that a token costs by which a text grows; measured in docs/research.md
-FLATNESS = 1000  # of Zipf's law as Mandelbrot has it: the token of rank r has a share of 1 / (r + FLATNESS)
+ZIPF_OFFSET = 1000  # of the Zipf-Mandelbrot law: the token of rank r has a share of 1 / (r + ZIPF_OFFSET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,9 @@ def rank_tokens(
 ) -> TokenRanking:
     """Rank the tokens of a vocabulary by their counts (float64, one for each row of the embedding).
 
-    `unseen` is what text of the same kind is likely to have of the tokens that were not counted, all together. Each
-    token is counted as often more as Zipf's law has it by its place in the vocabulary, since a tokenizer lists its most
-    frequent tokens first. `protected` tokens stay. Raises `PlanError` for pieces that have more tokens than there are
-    rows.
+    Every token gets a prior count by Zipf's law in its id, since tokenizers list frequent tokens first; the prior is
+    scaled so that tokens with a count of zero get `unseen` in total. `protected` tokens stay. Raises `PlanError` for
+    pieces that have more tokens than there are rows.
 
     >>> pieces = Pieces({0: "a", 1: "b", 2: "ab", 3: "aba"}, {2: (0, 1), 3: (2, 0)}, frozenset({0, 1}), closed=True)
     >>> rank_tokens(pieces, torch.tensor([1.0, 1.0, 5.0, 2.0]).double()).order
@@ -109,7 +108,7 @@ def rank_tokens(
             "They do not belong together: cut other axes"
         )
     total = max(float(counts_V.sum()), 1.0)
-    zipf = {number: 1 / (number + FLATNESS) for number in pieces.parts}
+    zipf = {number: 1 / (number + ZIPF_OFFSET) for number in pieces.parts}
     not_seen = sum(share for number, share in zipf.items() if counts_V[number] == 0)
     scale = unseen / not_seen if not_seen else 0.0
     uses: list[float] = counts_V.tolist()
