@@ -333,7 +333,7 @@ def _bare(pruned: str, inputs: TrainingInputs, options: RecoverOptions) -> list[
     model = _adapted(pruned)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=options.rate(), weight_decay=0.0)
     moments = [_now()]
     rows = inputs.rows
     for step in inputs.order_SB:

@@ -178,6 +178,7 @@ class TestResolved:
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is timed takes as long for each token, however busy the machine is."""
     monkeypatch.setattr("secateur.recovery.time_budget._seconds_per_token", lambda run, rows: (run(), 4e-5)[1])
+    monkeypatch.setattr("secateur.recovery.training._seconds_left", lambda minutes, clock: 60 * minutes)
 
 
 class TestBudget:
@@ -198,12 +199,19 @@ class TestBudget:
         assert found.steps == {"distill": 13, "lora": 26}[method]
 
     @pytest.mark.usefixtures("steady")
+    def test_a_teacher_that_takes_longer_leaves_fewer_steps(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Fewer than the 13 that are planned, of the same rows."""
+        monkeypatch.setattr("secateur.recovery.training._seconds_left", lambda minutes, clock: 15 * minutes)
+        found = train(method="distill", minutes=0.02, max_steps=None, patience=None, eval_steps=None)
+        assert found.steps == 6
+
+    @pytest.mark.usefixtures("steady")
     def test_steps_of_a_time_are_found_once(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         given: dict[str, Any] = {"minutes": 0.01, "max_steps": None, "patience": None, "eval_steps": 2}
         with interrupted_at(3):
             train(**given)
         steps = read_json(place / ".out.secateur" / "steps.json")["steps"]
-        monkeypatch.setattr("secateur.recovery.time_budget.steps_within", lambda *_: pytest.fail("timed again"))
+        monkeypatch.setattr("secateur.recovery.time_budget.pace_of", lambda *_: pytest.fail("timed again"))
         found = train(**given, run=RunOptions(resume=True))
         assert (found.steps, found.resumed) == (steps, True)
 

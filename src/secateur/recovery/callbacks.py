@@ -52,7 +52,7 @@ class StopTraining(TrainerCallback):
             if value is not None and not math.isfinite(value):
                 raise DivergedError(
                     f"the {name} is {value} at step {state.global_step}. Expected a finite one; train with a smaller "
-                    f"learning rate (--learning-rate {self.options.rate / 3:.1g}), or with --dtype float32"
+                    f"learning rate (--learning-rate {self.options.rate() / 3:.1g}), or with --dtype float32"
                 )
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

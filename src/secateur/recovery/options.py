@@ -15,6 +15,7 @@ from secateur.recovery.lora import LoraOptions
 Method = Literal["auto", "lora", "full", "distill", "lora+distill"]
 Scheduler = Literal["cosine", "linear"]
 EVAL_WINDOW = 128  # tokens per window of held-out text
+WIDTH, WIDTH_POWER = 576, 0.78  # the hidden width at which learning rates were chosen, and how they fall with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class RecoverOptions:
     """Rows per forward pass of one device."""
 
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. Default: 1.5e-3 for an adapter, 1e-4 for all weights."""
+    """Peak learning rate of AdamW. Default: 1.5e-3 for an adapter, 1e-4 for all weights, less in models that are wider
+    than 576: 7e-4 and 5e-5 at 1,536, 3e-4 and 2e-5 at 4,096."""
 
     warmup_steps: int | None = None
     """Steps of linear warmup. Default: 6 % of all steps."""
@@ -136,14 +138,16 @@ class RecoverOptions:
         """Whether an adapter is trained, and not the weights themselves."""
         return self.method == "auto" or "lora" in self.method
 
-    @property
-    def rate(self) -> float:
-        """The peak learning rate, resolved.
+    def rate(self, width: int | None = None) -> float:
+        """The peak learning rate for a hidden width, or for one that is not known.
 
-        >>> RecoverOptions(method="full").rate
-        0.0001
+        It falls with the width as in "LoRA Without Regret" (Schulman et al., 2025), whose power is that of Llama.
+
+        >>> RecoverOptions(method="full").rate(), round(RecoverOptions().rate(1536), 5)
+        (0.0001, 0.0007)
         """
-        return self.learning_rate or (1.5e-3 if self.has_lora else 1e-4)
+        usual = 1.5e-3 if self.has_lora else 1e-4
+        return self.learning_rate or usual * min(1.0, WIDTH / (width or WIDTH)) ** WIDTH_POWER
 
     @property
     def has_teacher(self) -> bool:

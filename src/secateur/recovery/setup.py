@@ -67,11 +67,13 @@ class TrainingSetup:
     teacher: str | None
     tokenizer: PreTrainedTokenizerBase
     bf16: bool
+    width: int | None  # of the hidden states, where the config says it
     notes: tuple[str, ...]  # what is done differently than asked, and why
 
     def with_steps(self, steps: int) -> TrainingSetup:
         """The same with so many steps, and with what follows from their number."""
-        options, notes = resolve_options(self.recipe.options, self.data, evaluated=self.evaluated, steps=steps)
+        asked, evaluated = self.recipe.options, self.evaluated
+        options, notes = resolve_options(asked, self.data, evaluated=evaluated, width=self.width, steps=steps)
         return replace(self, options=options, notes=tuple(dict.fromkeys([*self.notes, *notes])))
 
     def load_teacher(self) -> PreTrainedModel:
@@ -164,9 +166,10 @@ def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:
                     "--eval NAME=FILE"
                 )
         overlaps = _find_overlaps(tokenizer, data, held_out)
-    resolved, notes = resolve_options(options, data, evaluated=evaluated_tokens(data, held_out))
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    resolved, notes = resolve_options(options, data, evaluated=evaluated_tokens(data, held_out), width=width)
     teacher = dense if options.has_teacher else None
-    return TrainingSetup(recipe, resolved, data, held_out, teacher, tokenizer, bf16, (*notes, *overlaps))
+    return TrainingSetup(recipe, resolved, data, held_out, teacher, tokenizer, bf16, width, (*notes, *overlaps))
 
 
 def _written_rows(recipe: RecoverRecipe, dense: str, work: Path, clock: Clock, *, bf16: bool) -> Tensor:
@@ -203,12 +206,18 @@ def evaluations_of(trained: float, evaluated: float) -> int:
 
 
 def resolve_options(
-    options: RecoverOptions, data: TrainingData, *, evaluated: int = 0, steps: int | None = None
+    options: RecoverOptions,
+    data: TrainingData,
+    *,
+    evaluated: int = 0,
+    width: int | None = None,
+    steps: int | None = None,
 ) -> tuple[RecoverOptions, list[str]]:
     """Return the options with every default resolved for the data, and notes on what differs from what was asked.
 
-    `evaluated` are the tokens that an evaluation reads. Where minutes are to decide, the steps are those of the epochs
-    until they are given. Raises `TrainingError` where a step cannot be shared by the processes.
+    `evaluated` are the tokens that an evaluation reads, `width` is that of the hidden states. Where minutes are to
+    decide, the steps are those of the epochs until they are given. Raises `TrainingError` where a step cannot be shared
+    by the processes.
 
     >>> ids = torch.zeros(8000, dtype=torch.int32)
     >>> rows = Rows(ids, ids == 0, torch.arange(0, 8001, 8), torch.zeros(1000, dtype=torch.int32))
@@ -246,7 +255,7 @@ def resolve_options(
         max_steps=steps,
         tokens=None,
         minutes=None,
-        learning_rate=options.rate,
+        learning_rate=options.rate(width),
         global_batch_size=batch_size,
         micro_batch_size=max(divisors),
         warmup_steps=warmup,

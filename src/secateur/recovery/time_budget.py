@@ -1,9 +1,10 @@
-"""Minutes -> how many optimizer steps fit into them, by timing what a step does on rows of the training."""
+"""Seconds -> how many optimizer steps fit into them, by timing what a step does on rows of the training."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,13 +24,31 @@ TIMED_STEPS = 4
 RESERVE = 0.05  # of the time, for what is not timed: optimizer steps, checkpoints, files
 
 
-def steps_within(
-    minutes: float, setup: TrainingSetup, model: nn.Module, teacher: Callable[[], PreTrainedModel] | None
-) -> int:
-    """Return how many steps of `setup` fit into so many minutes, at least one; the weights do not change.
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds per token: of training on it, of the trained model and of the teacher reading it."""
 
-    The student with its gradients, the student alone, and what the teacher reads and saves are timed per token, on the
-    rows of the first steps. All evaluations are taken off. Of several processes the slowest counts.
+    training: float
+    reading: float
+    teaching: float
+
+    def steps(self, seconds: float, setup: TrainingSetup, *, taught: bool) -> int:
+        """How many steps of `setup` fit into so many seconds, at least one; of several processes the slowest counts.
+
+        All evaluations are taken off, and unless the rows are `taught`, what the teacher takes for them.
+        """
+        teaching = 0.0 if taught else self.teaching
+        left = seconds * (1 - RESERVE) - int(setup.data.validation.lengths_R.sum()) * teaching
+        evaluation = setup.evaluated * self.reading
+        left -= evaluation * (evaluations_of(left, evaluation) + 1)  # and the one before the first step
+        in_step = setup.data.tokens_per_row * setup.options.global_batch_size / processes.count()  # in each process
+        return max(1, -processes.largest(-int(left / (in_step * (self.training + teaching)))))
+
+
+def pace_of(setup: TrainingSetup, model: nn.Module, teacher: Callable[[], PreTrainedModel] | None) -> Pace:
+    """Time the student with its gradients, the student alone, and what the teacher reads and saves.
+
+    On the rows of the first steps; the weights do not change.
     """
     rows, options = setup.data.train, setup.options
     numbers = setup.order_SB[:TIMED_STEPS].flatten().unique()
@@ -40,18 +59,14 @@ def steps_within(
         training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size), chosen)
         with evaluation_mode(model), torch.no_grad():
             reading = _seconds_per_token(lambda: _forward(model, some, range(len(some))), some)
-    taught = 0.0
+    teaching = 0.0
     if teacher is not None:
         dense, outputs = teacher(), TeacherOutputs(options.top_k, options.temperature)
         with TemporaryDirectory() as folder:
-            taught = _seconds_per_token(
+            teaching = _seconds_per_token(
                 lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), chosen
             )
-    left = 60 * minutes * (1 - RESERVE) - int(setup.data.validation.lengths_R.sum()) * taught
-    evaluation = setup.evaluated * reading
-    left -= evaluation * (evaluations_of(left, evaluation) + 1)  # and the one before the first step
-    tokens = setup.data.tokens_per_row * options.global_batch_size / processes.count()  # of a step, in each process
-    return max(1, -processes.largest(-int(left / (tokens * (training + taught)))))
+    return Pace(training, reading, teaching)
 
 
 def _train(model: nn.Module, rows: Rows, micro_batch_size: int) -> None:

@@ -273,7 +273,7 @@ def _training_arguments(
         max_steps=len(inputs.order_SB),
         per_device_train_batch_size=options.micro_batch_size,
         gradient_accumulation_steps=options.global_batch_size // (options.micro_batch_size * processes.count()),
-        learning_rate=options.rate,
+        learning_rate=options.rate(),
         warmup_steps=options.warmup_steps or 0,
         lr_scheduler_type=options.lr_scheduler,
         weight_decay=options.weight_decay,

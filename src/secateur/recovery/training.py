@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from secateur.recovery.trainer import TrainingInputs, TrainingResult
 
 CHECKPOINTS_FOLDER = "training"  # within the work folder
-STEPS_FILE = "steps.json"
+STEPS_FILE, TAUGHT_FILE = "steps.json", "steps_taught.json"  # how many: planned, and when the teacher is done
+TIMING = "time a step"
 TEACHER_FOLDER = "teacher"
 
 
@@ -70,6 +72,8 @@ def train_folder(
         with clock.stage("teacher") as progress:
             caches = _cache_teacher(setup, rows, layers, places.teacher or places.work / TEACHER_FOLDER, progress)
             gc.collect()  # the teacher
+        setup = _shortened(setup, places.work, clock)
+        order_SB = order_SB[: setup.options.max_steps]
     inputs = TrainingInputs(
         rows,
         order_SB,
@@ -106,28 +110,57 @@ def train_folder(
 
 def _timed(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
     """The setup with as many steps as there is time for: as an earlier run has found, or as it is found now."""
-    from secateur.recovery.time_budget import steps_within
+    from secateur.recovery.time_budget import pace_of
 
     minutes = setup.recipe.options.minutes
     if minutes is None:
         return setup
-    file = work / STEPS_FILE
-    try:
-        steps: int | None = int(read_json(file)["steps"])
-    except (CheckpointError, LookupError, TypeError, ValueError):
-        steps = None
-    if processes.largest(int(steps is None)):
-        with clock.stage("time a step"):
+
+    def find() -> dict[str, Any]:
+        with clock.stage(TIMING):
             model = _load_trainable(setup.recipe.model, setup.recipe.loading, setup.options)
-            teacher = None if setup.teacher is None else setup.load_teacher
-            steps = steps_within(minutes, setup, model, teacher)
+            pace = pace_of(setup, model, None if setup.teacher is None else setup.load_teacher)
+        return {"steps": pace.steps(60 * minutes, setup, taught=False), "pace": asdict(pace)}
+
+    known = _kept(work / STEPS_FILE, find)
+    gc.collect()  # the models
+    return setup.with_steps(known["steps"])
+
+
+def _shortened(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
+    """The setup with fewer steps, where the teacher has left less time than was planned."""
+    from secateur.recovery.time_budget import Pace
+
+    minutes, planned = setup.recipe.options.minutes, setup.options.max_steps
+    if minutes is None or planned is None:
+        return setup
+
+    def find() -> dict[str, Any]:
+        pace = Pace(**read_json(work / STEPS_FILE)["pace"])
+        return {"steps": min(planned, pace.steps(_seconds_left(minutes, clock), setup, taught=True))}
+
+    return setup.with_steps(_kept(work / TAUGHT_FILE, find)["steps"])
+
+
+def _seconds_left(minutes: float, clock: Clock) -> float:
+    """How long the training may take."""
+    return 60 * minutes - sum(clock.seconds.get(stage, 0.0) for stage in (TIMING, "teacher"))
+
+
+def _kept(file: Path, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is kept in a file, or else what is found, together with the other processes, and kept there."""
+    try:
+        found: dict[str, Any] | None = read_json(file)
+        int(found["steps"])  # type: ignore[index]
+    except (CheckpointError, LookupError, TypeError, ValueError):
+        found = None
+    if processes.largest(int(found is None)):
+        found = find()
         if processes.is_first():
-            write_json(file, {"steps": steps})
+            write_json(file, found)
         processes.wait()
-        del model
-        gc.collect()
-    assert steps is not None
-    return setup.with_steps(steps)
+    assert found is not None
+    return found
 
 
 def _cache_teacher(
