@@ -50,7 +50,7 @@ from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.options import CutOptions, settled, with_preset
 from secateur.planning.plan import Plan, plan
-from secateur.planning.selection import groups_to_cut
+from secateur.planning.selection import columns_fitted, groups_to_cut
 from secateur.progress import peak_rss
 from secateur.pruning.prune import prune
 from secateur.pruning.reconstruct import reconstruct_in_place
@@ -188,7 +188,8 @@ def cut(
         "length": row.length,
     }
     text = with_preset(row.preset, {}, {name: value for name, value in given.items() if value is not None})[1]
-    text = settled(text if row.varied is None else replace(text, varied=row.varied), options)
+    text = text if row.varied is None else replace(text, varied=row.varied)
+    text = settled(text, options, columns=columns_fitted(discovery, options))
     windows = calibration_windows(tokenizer, text)
     groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
     if options.iterations > 1:

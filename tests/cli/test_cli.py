@@ -930,7 +930,14 @@ class TestCalibration:
     def test_column(self, capsys: pytest.CaptureFixture[str]) -> None:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
         options = {"text": ["rows.jsonl"], "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
-        options |= {"held_out": 8, "score_samples": 64, "varied": 0.375, "copied": 0.125, "start_tokens": None}
+        options |= {
+            "tokens_per_column": None,
+            "held_out": 8,
+            "score_samples": 64,
+            "varied": 0.375,
+            "copied": 0.125,
+            "start_tokens": None,
+        }
         assert self.record()["calibration_options"] == options
 
     def test_several_texts(self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:

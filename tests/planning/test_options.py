@@ -23,7 +23,7 @@ def test_the_default_options_are_the_best_preset() -> None:
 def test_presets_depart_from_the_default() -> None:
     assert with_preset("fast") == (
         CutOptions(),
-        CalibrationOptions(samples=24, score_samples=8),
+        CalibrationOptions(samples=24, score_samples=8, tokens_per_column=2.0),
     )
     paper, text = with_preset("llm-pruner")
     assert (paper.ratio, paper.of, paper.score, paper.repair) == (0.25, "units", "param_first", "none")
@@ -47,6 +47,22 @@ def test_windows_are_varied_where_a_repair_looks_at_them(cut: dict[str, Any], va
         assert settled(calibration, options).varied == varied
         assert settled(replace(calibration, varied=0.0), options).varied == 0
     assert settled(with_preset("best", cut, {"text": "self"})[1], options).varied == 0
+
+
+def test_wide_matrices_take_more_windows() -> None:
+    def windows(preset: str, cut: dict[str, Any], columns: int, **calibration: Any) -> int:
+        options, text = with_preset(preset, cut, calibration)
+        return settled(text, options, columns=columns).samples
+
+    assert [windows("best", {}, columns) for columns in (1536, 4096, 8960, 11008)] == [128, 128, 280, 344]
+    assert [windows("fast", {}, columns) for columns in (1536, 4096, 8960)] == [24, 32, 70]
+    assert windows("best", {"repair": "none", "choose": "score"}, 8960) == 128  # nothing is fitted
+    assert windows("llm-pruner", {}, 8960) == 10
+    assert windows("fast", {}, 8960, samples=8) == windows("best", {}, 8960, samples=8) == 8  # as it was asked
+    assert windows("best", {}, 8960, tokens_per_column=16) == 560
+    assert windows("best", {}, 8960, text="self") == 64
+    again = settled(*with_preset("best")[::-1], columns=8960)
+    assert settled(again, CutOptions(), columns=8960) == again
 
 
 @pytest.mark.parametrize("depth", range(2, 100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from secateur.models.media import shows
 DEMO = "demo"
 SELF = "self"
 COLUMN = "text"
+SAMPLES, TOKENS_PER_COLUMN = 128, 8.0
 PRICE_WINDOWS, PRICE_TOKENS = 4, 64  # on which prices are measured
 
 
@@ -33,10 +35,13 @@ class CalibrationOptions:
     """Files, names of data sets, demo (Python's language reference) or self (text that the model generates), one or
     more. FILE@2 gives a source twice the windows of another. For models that read
     images or hear sound, a folder or Parquet file of these with their texts."""
-    samples: int = 128
+    samples: int = SAMPLES
     """Number of calibration windows."""
     length: int = 256
     """Tokens per window."""
+    tokens_per_column: float | None = None
+    """At least so many tokens for each column of the widest matrix that repair fits, which in wide models takes more
+    windows than `samples`. Default: 8 (preset fast: 2) where `samples` is not given, else 0."""
     seed: int = 0
     """Seed of the choice of windows, and of the text that the model generates."""
     column: str = COLUMN
@@ -79,6 +84,11 @@ class CalibrationOptions:
         limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "held_out": (1, 8), "score_samples": (1, 64)}
         for name, (least, example) in limits.items():
             check_least(DataError, name, getattr(self, name), least, example)
+        if self.tokens_per_column is not None and not 0 <= self.tokens_per_column < math.inf:
+            raise DataError(
+                f"tokens_per_column={self.tokens_per_column:g} is no number of tokens. Expected at least 0: "
+                "CalibrationOptions(tokens_per_column=8)."
+            )
         for name, usual in (("varied", 0.375), ("copied", 0.125)):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
@@ -117,6 +127,17 @@ class CalibrationOptions:
     def to_json(self) -> dict[str, Any]:
         """As plain data, of which `build_known` makes the options again."""
         return {**asdict(self), "text": list(self.text)}
+
+    def for_columns(self, columns: int) -> CalibrationOptions:
+        """The same with as many windows as a matrix of so many columns takes.
+
+        >>> [CalibrationOptions(samples=samples).for_columns(8960).samples for samples in (64, 128)]
+        [64, 280]
+        """
+        each = self.tokens_per_column
+        if each is None:
+            each = TOKENS_PER_COLUMN if self.samples == SAMPLES else 0.0
+        return replace(self, samples=max(self.samples, math.ceil(each * columns / self.length)))
 
     def counts(self, windows: int) -> list[int]:
         """Of so many windows, how many are as the text has them, in each of `FORMS`, and in random order.

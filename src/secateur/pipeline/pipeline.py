@@ -46,7 +46,7 @@ from secateur.planning.iterations import as_of_dense, composed, options_of_itera
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import TOKENS, CutOptions, check_score, settled
 from secateur.planning.plan import Plan, plan, settings_of
-from secateur.planning.selection import groups_to_cut
+from secateur.planning.selection import columns_fitted, groups_to_cut
 from secateur.progress import Clock, Progress
 from secateur.pruning.closed_form import REPAIRS
 from secateur.pruning.held_out import checked_repair, left_out
@@ -147,7 +147,7 @@ class Pipeline:
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
-        self.calibration = settled(calibration, options)
+        self.calibration = settled(calibration, options, columns=columns_fitted(self.discovery, options))
         self.reader = WindowReader(
             self.name,
             self.config,

@@ -271,7 +271,7 @@ def check_score(options: CutOptions) -> None:
 # 25 % of the heads and MLP channels of layers 4 to 30 of 32, by first-order Taylor scores on 10 windows of 64 tokens.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "best": {"cut": {}, "calibration": {}},
-    "fast": {"cut": {}, "calibration": {"samples": 24, "score_samples": 8}},
+    "fast": {"cut": {}, "calibration": {"samples": 24, "score_samples": 8, "tokens_per_column": 2.0}},
     "llm-pruner": {
         "cut": {
             "ratio": 0.25,
@@ -313,16 +313,19 @@ def with_preset(
         for inside in ("layers", "score"):
             preset.pop(inside, None)
     usual = dict(PRESETS[name]["calibration"])
+    if "samples" in calibration:
+        usual.pop("tokens_per_column", None)
     if CalibrationOptions(calibration.get("text", DEMO)).generated:
         usual = {**WRITTEN, **{key: min(value, WRITTEN[key]) for key, value in usual.items() if key == "samples"}}
     return CutOptions(**{**preset, **cut}), CalibrationOptions(**{**usual, **calibration})
 
 
-def settled(calibration: CalibrationOptions, options: CutOptions) -> CalibrationOptions:
-    """The calibration with its shares of varied and copied windows filled in, which depend on the cut.
+def settled(calibration: CalibrationOptions, options: CutOptions, *, columns: int = 0) -> CalibrationOptions:
+    """The calibration with what depends on the cut: windows, of which some are varied and some copied.
 
-    Windows of images or sound are neither. Raises `PlanError` where windows are to be varied and no repair looks at
-    them.
+    Where there is a repair, `columns` are those of the widest matrix that it fits (`columns_fitted`). Windows of images
+    or sound are as many as they are, and neither varied nor copied. Raises `PlanError` where windows are to be varied
+    and no repair looks at them.
 
     >>> settled(CalibrationOptions(), CutOptions()).varied
     0.375
@@ -332,7 +335,8 @@ def settled(calibration: CalibrationOptions, options: CutOptions) -> Calibration
     """
     if any(map(holds_pairs, calibration.names)):
         copied, varied = (0.0 if share is None else share for share in (calibration.copied, calibration.varied))
-        calibration = replace(calibration, copied=copied, varied=varied)
+        calibration, columns = replace(calibration, copied=copied, varied=varied), 0
+    calibration = calibration.for_columns(columns if options.repairs else 0)
     if calibration.copied is None:
         calibration = replace(calibration, copied=COPIED if options.score == "fisher" else 0.0)
     if calibration.varied is None:

@@ -57,6 +57,23 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
     return by_axis
 
 
+def columns_fitted(discovery: Discovery, options: CutOptions) -> int:
+    """The columns of the widest matrix that reads units which may go; 0 where none does.
+
+    A matrix that makes the units may hold several rows of each, so of a group's matrices the narrowest counts.
+
+    >>> from transformers import AutoConfig
+    >>> from secateur.discovery.discover import discover
+    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 1}
+    >>> columns_fitted(discover(AutoConfig.for_model("phi3", pad_token_id=0, **sizes)), CutOptions())
+    40
+    """
+    shapes = {weight.name: weight.shape for weight in discovery.weights if len(weight.dims) > 1}
+    groups = [g for found in groups_to_cut(discovery, options).values() for g in found if g.kind != "vocabulary"]
+    sizes = [[shapes[axis.weight][axis.dim] for axis in g.axes if axis.weight in shapes] for g in groups]
+    return max((min(found) for found in sizes if found), default=0)
+
+
 def _lies_in(group: Group, path: str, discovery: Discovery) -> bool:
     """Whether all weights that hold a group's units lie in a module; of whole layers, their list."""
     names = [axis.weight for axis in group.axes] or discovery.layer_lists
