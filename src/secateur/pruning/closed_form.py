@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.scoring.obs import DAMPING, add_gram, least_squares, output_error
+from secateur.scoring.obs import DAMPING, TOKENS_AT_ONCE, add_gram, least_squares, output_error
 
 DAMPINGS = (DAMPING, 0.1, 1.0, 10.0)  # tried in this order, while the error of tokens that are left out falls
 LEFT_OUT = 4  # one window of so many is left out of the fits that are compared
@@ -96,19 +96,23 @@ def inputs_of(x_NC: Tensor, windows: int = LEFT_OUT) -> MatrixInputs:
     >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
     (16, 7.5, 4, 10.5)
     """
-    parts = max(windows, LEFT_OUT)
-    left_out_N = torch.arange(len(x_NC), device=x_NC.device) * parts // max(1, len(x_NC)) % LEFT_OUT == LEFT_OUT - 1
-    part, rest = (_inputs_of(x_NC[which_N]) for which_N in (left_out_N, ~left_out_N))
+    parts, rows_N = max(windows, LEFT_OUT), torch.arange(len(x_NC), device=x_NC.device)
+    left_out_N = rows_N * parts // max(1, len(x_NC)) % LEFT_OUT == LEFT_OUT - 1
+    part, rest = (_inputs_of(x_NC, rows_N[which_N]) for which_N in (left_out_N, ~left_out_N))
     if not part.tokens or not rest.tokens:
-        return _inputs_of(x_NC)
-    mean_C = x_NC.mean(0, dtype=torch.float64)
+        return _inputs_of(x_NC, rows_N)
+    mean_C = (part.mean_C * part.tokens + rest.mean_C * rest.tokens) / len(x_NC)
     return MatrixInputs(rest.gram_CC.add_(part.gram_CC), mean_C, len(x_NC), left_out=part)
 
 
-def _inputs_of(x_NC: Tensor) -> MatrixInputs:
-    gram_CC = torch.zeros(x_NC.shape[-1], x_NC.shape[-1], dtype=torch.float64, device=x_NC.device)
-    add_gram(gram_CC, x_NC)
-    return MatrixInputs(gram_CC, x_NC.mean(0, dtype=torch.float64), len(x_NC))
+def _inputs_of(x_NC: Tensor, rows_N: Tensor) -> MatrixInputs:
+    """The statistics of some rows, a few at a time: all in float64 would be the largest tensor of a repair."""
+    gram_CC = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1], dtype=torch.float64)
+    sum_C = x_NC.new_zeros(x_NC.shape[1], dtype=torch.float64)
+    for some in rows_N.split(TOKENS_AT_ONCE):
+        add_gram(gram_CC, x_NC[some])
+        sum_C += x_NC[some].double().sum(0)
+    return MatrixInputs(gram_CC, sum_C / max(1, len(rows_N)), len(rows_N))
 
 
 def damping_for(matrix: CutMatrix) -> float:

@@ -296,6 +296,5 @@ class _RepairPass:
         number_U = torch.full((units,), -1)
         number_U[cheapest] = torch.arange(len(cheapest))
         number_C = number_U[unit_of_C.clamp_min(0)].where(unit_of_C >= 0, -1)
-        gram_CC = cut.inputs.gram_CC / cut.inputs.tokens
-        gone, _ = removal_costs(cut.dense_RC, gram_CC, number_C, keep=len(spare), damping=cut.damping)
+        gone, _ = removal_costs(cut.dense_RC, cut.inputs.gram_CC, number_C, keep=len(spare), damping=cut.damping)
         return tuple(sorted({*range(units)} - {cheapest[number] for number in gone}))

@@ -52,13 +52,6 @@ def gram(x_NC: Tensor) -> Tensor:
     return gram_CC
 
 
-def damped(gram_CC: Tensor, damping: float = DAMPING) -> Tensor:
-    """A Gram matrix in float64 that can be inverted."""
-    gram_CC = gram_CC.double().clone()
-    gram_CC.diagonal().add_(_ridge(gram_CC, damping))
-    return gram_CC
-
-
 def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float = DAMPING) -> Tensor:
     """What it costs to leave out each unit alone: float64, one number per unit, in squares of the output.
 
@@ -68,7 +61,7 @@ def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float
     >>> unit_costs(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.tensor([0, 1]), damping=0.0).tolist()
     [9.0, 16.0]
     """
-    w_RC, inverse_CC, columns = _of_units(w_RC, damped(gram_CC, damping), unit_of)
+    w_RC, inverse_CC, columns = _of_units(w_RC, gram_CC, unit_of, damping)
     not_counted_U = _ridge(gram_CC, damping) * _squares(w_RC, columns)
     return _costs(w_RC, inverse_CC, columns, _single_columns(columns)) - not_counted_U
 
@@ -87,7 +80,7 @@ def removal_costs(
     >>> order, bool(costs[1] > 100 * costs[0])  # one of the twins goes for nothing, the other does not
     ([0, 2], True)
     """
-    w_RC, inverse_CC, columns = _of_units(w_RC, damped(gram_CC, damping), unit_of)
+    w_RC, inverse_CC, columns = _of_units(w_RC, gram_CC, unit_of, damping)
     not_counted_U = _ridge(gram_CC, damping) * _squares(w_RC, columns)
     n_removed = max(0, len(columns) - keep)
     # Units without columns go first and cost nothing.
@@ -154,11 +147,14 @@ def _ridge(gram_CC: Tensor, damping: float) -> Tensor:
     return damping * gram_CC.diagonal().mean().clamp_min(1e-12)
 
 
-def _of_units(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The matrix and the inverse of the Gram matrix at the columns that belong to a unit, and where each unit's lie."""
+def _of_units(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, damping: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The matrix and the inverse of the damped Gram matrix where units have columns, and where each unit's lie."""
     order_C = unit_of.argsort(stable=True)  # columns of no unit come first
     n_others, at_C = int((unit_of < 0).sum()), order_C.to(w_RC.device)
-    lower_CC = torch.linalg.cholesky(gram_CC[at_C][:, at_C])
+    ordered_CC = gram_CC[at_C][:, at_C].double()
+    ordered_CC.diagonal().add_(_ridge(gram_CC, damping))
+    lower_CC = torch.linalg.cholesky(ordered_CC)
+    del ordered_CC  # as large as the Gram matrix
     inverse_CC = torch.cholesky_inverse(lower_CC[n_others:, n_others:])  # what the others make up for is in it
     sizes = torch.bincount(unit_of[order_C[n_others:]]).tolist()
     places = torch.arange(len(inverse_CC), device=w_RC.device)
