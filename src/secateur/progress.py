@@ -5,9 +5,10 @@ A stage takes `progress` and calls it; who shows it, as a bar or not at all, dec
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import psutil
 
@@ -31,10 +32,15 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress | None]:
-        """Time a stage; gives what it calls to show its progress. A stage that comes again is added up."""
+        """Time a stage; gives what it calls to show its progress. A stage that comes again is added up.
+
+        The memory that a stage has freed goes back to the system, for the next may need other sizes.
+        """
         start = time.perf_counter()
         with self.bars(name) as progress:
             yield progress
+        with suppress(AttributeError, OSError, TypeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 

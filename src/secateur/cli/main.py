@@ -23,7 +23,7 @@ from secateur.errors import SecateurError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 RESUMABLE = ("prune", "recover", "sweep")
-MALLOPT = {-3: 2**28, -1: 2**29}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, bytes
+MALLOPT = {-3: 2**27, -1: 2**28}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, bytes
 COMMANDS: dict[str, Callable[..., None]] = {  # in the order of the help
     "discover": discover_command,
     "plan": plan_command,

@@ -284,11 +284,12 @@ class ActivationMemory:
                 module = model.get_submodule(path)
                 stack.callback(module.register_forward_pre_hook(partial(running, path)).remove)
                 stack.callback(module.register_forward_hook(partial(running, None)).remove)
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._count, lambda nothing: nothing))
+            stack.callback(self._seen.clear)
             yield
 
-    def _count(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd saves, once."""
+    def _count(self, tensor: Tensor) -> None:
+        """Count a tensor that autograd would save, once. Nothing is saved: a graph that holds its own results stays."""
         address = tensor.untyped_storage().data_ptr()
         if self._layer is not None and address not in self._seen and not isinstance(tensor, nn.Parameter):
             self._seen[address] = tensor
@@ -297,7 +298,6 @@ class ActivationMemory:
             token_dims = max(1, sum(size in self.probe_lengths for size in tensor.shape))
             scale = samples / PROBE_SAMPLES * (length / min(length, self.probe_tokens)) ** token_dims
             self.bytes[self._layer] += int(tensor.untyped_storage().nbytes() * scale)
-        return tensor
 
     def recomputed(self, memory: int) -> tuple[str, ...]:
         """The layers that do not fit into the memory (bytes). The last ones stay: backward, they are freed first."""
