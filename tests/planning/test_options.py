@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from secateur import CalibrationOptions, CutOptions
+from secateur.discovery.discover import discover
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import check_score, settled, with_preset
+from secateur.planning.selection import columns_fitted
 
 
 def test_the_default_options_are_the_best_preset() -> None:
@@ -63,6 +66,14 @@ def test_wide_matrices_take_more_windows() -> None:
     assert windows("best", {}, 8960, text="self") == 64
     again = settled(*with_preset("best")[::-1], columns=8960)
     assert settled(again, CutOptions(), columns=8960) == again
+
+
+def test_rows_that_make_a_unit_together_are_no_columns() -> None:
+    """The first matrix of this MLP has two rows for each of its 40 channels."""
+    sizes = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 1}
+    discovery = discover(AutoConfig.for_model("phi3", pad_token_id=0, **sizes))
+    assert columns_fitted(discovery, CutOptions()) == 40
+    assert columns_fitted(discovery, CutOptions(axes=("attention",))) == 12
 
 
 @pytest.mark.parametrize("depth", range(2, 100))

@@ -64,8 +64,8 @@ def columns_fitted(discovery: Discovery, options: CutOptions) -> int:
 
     >>> from transformers import AutoConfig
     >>> from secateur.discovery.discover import discover
-    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 1}
-    >>> columns_fitted(discover(AutoConfig.for_model("phi3", pad_token_id=0, **sizes)), CutOptions())
+    >>> sizes = {"hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 40, "word_embed_proj_dim": 12}
+    >>> columns_fitted(discover(AutoConfig.for_model("opt", num_hidden_layers=1, **sizes)), CutOptions())
     40
     """
     shapes = {weight.name: weight.shape for weight in discovery.weights if len(weight.dims) > 1}

@@ -141,7 +141,7 @@ class RecoverOptions:
     def rate(self, width: int | None = None) -> float:
         """The peak learning rate for a hidden width, or for one that is not known.
 
-        It falls with the width as in "LoRA Without Regret" (Schulman et al., 2025), whose power is that of Llama.
+        It falls with the width as in "LoRA Without Regret" (Schulman et al., 2025), by the larger power found there.
 
         >>> RecoverOptions(method="full").rate(), round(RecoverOptions().rate(1536), 5)
         (0.0001, 0.0007)
