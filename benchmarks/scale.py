@@ -213,12 +213,13 @@ def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """
     head, *rows = rows_of(results)
     rows = [row for row in rows if row[0]]
-    columns = [at for at in range(4, len(head) - 2) if all(row[at] for row in rows)]
+    needed = [row for row in rows if not row[1].endswith(TRAINED)]  # a training changes no shape, and so no speed
+    columns = [at for at in range(4, len(head) - 2) if all(row[at] for row in needed)]
     removed = [*dict.fromkeys(row[0] for row in rows)]
     short = [[f"{', '.join(removed)} removed", *(head[at] for at in columns)]]
     for name in dict.fromkeys(row[1] for row in rows):
         mine = [row for row in rows if row[1] == name]
-        short.append([name, *(" / ".join(row[at] for row in mine) for at in columns)])
+        short.append([name, *(" / ".join(row[at] for row in mine if row[at]) for at in columns)])
     return short
 
 
