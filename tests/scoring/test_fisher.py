@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
@@ -160,3 +162,15 @@ def test_parts_are_as_many_as_fit() -> None:
     layers = [f"model.layers.{i}" for i in range(3)]
     assert len(fitting_batches(model, WINDOWS, layers, 2**30)) == 1
     assert [len(part) for part in fitting_batches(model, WINDOWS, layers, 1)] == [1] * 5
+
+
+def test_no_graph_stays_behind() -> None:
+    """Autograd holds what its hooks give it, and Python's garbage collector does not look there."""
+
+    def graphs() -> int:
+        gc.collect()
+        return sum(isinstance(each, Tensor) and each.grad_fn is not None for each in gc.get_objects())
+
+    model, before = family_model(family_config("llama"), dtype=torch.float32), graphs()
+    score(model, name="fisher", windows=WINDOWS)
+    assert graphs() == before
