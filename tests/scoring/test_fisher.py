@@ -173,4 +173,4 @@ def test_no_graph_stays_behind() -> None:
 
     model, before = family_model(family_config("llama"), dtype=torch.float32), graphs()
     score(model, name="fisher", windows=WINDOWS)
-    assert graphs() == before
+    assert graphs() <= before
