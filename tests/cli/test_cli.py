@@ -931,7 +931,7 @@ class TestCalibration:
         succeed(capsys, "prune", "tiny", "out", "--calibration", "rows.jsonl", "--column", "body", *self.FEW)
         options = {"text": ["rows.jsonl"], "samples": 4, "length": 32, "seed": 0, "column": "body", "chat": False}
         options |= {
-            "tokens_per_column": None,
+            "tokens_per_column": 0.0,
             "held_out": 8,
             "score_samples": 64,
             "varied": 0.375,

@@ -62,6 +62,7 @@ def test_wide_matrices_take_more_windows() -> None:
     assert windows("best", {"repair": "none", "choose": "score"}, 8960) == 128  # nothing is fitted
     assert windows("llm-pruner", {}, 8960) == 10
     assert windows("fast", {}, 8960, samples=8) == windows("best", {}, 8960, samples=8) == 8  # as it was asked
+    assert windows("best", {}, 8960, samples=128) == 128
     assert windows("best", {}, 8960, tokens_per_column=16) == 560
     assert windows("best", {}, 8960, text="self") == 64
     again = settled(*with_preset("best")[::-1], columns=8960)

@@ -303,9 +303,9 @@ def test_bfloat16_where_it_is_clearly_faster_and_as_before_where_a_run_goes_on(
     seconds: tuple[float, float], fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(setup, "_product_seconds", lambda dtype: seconds[dtype == torch.bfloat16])
+    monkeypatch.setattr(setup, "_product_seconds", lambda: seconds)
     auto = LoadOptions(device="cpu")
     assert setup._use_bf16(auto, tmp_path) is fast
-    monkeypatch.setattr(setup, "_product_seconds", lambda dtype: seconds[dtype != torch.bfloat16])
+    monkeypatch.setattr(setup, "_product_seconds", lambda: seconds[::-1])
     assert setup._use_bf16(auto, tmp_path) is fast
     assert setup._use_bf16(LoadOptions(device="cpu", dtype="bfloat16"), tmp_path) is True

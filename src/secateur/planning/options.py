@@ -313,8 +313,8 @@ def with_preset(
         for inside in ("layers", "score"):
             preset.pop(inside, None)
     usual = dict(PRESETS[name]["calibration"])
-    if "samples" in calibration:
-        usual.pop("tokens_per_column", None)
+    if "samples" in calibration:  # then there are as many, however wide the model is
+        usual["tokens_per_column"] = 0.0
     if CalibrationOptions(calibration.get("text", DEMO)).generated:
         usual = {**WRITTEN, **{key: min(value, WRITTEN[key]) for key, value in usual.items() if key == "samples"}}
     return CutOptions(**{**preset, **cut}), CalibrationOptions(**{**usual, **calibration})
