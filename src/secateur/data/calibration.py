@@ -84,7 +84,9 @@ class CalibrationOptions:
         limits = {"samples": (1, 64), "length": (2, 128), "seed": (0, 0), "held_out": (1, 8), "score_samples": (1, 64)}
         for name, (least, example) in limits.items():
             check_least(DataError, name, getattr(self, name), least, example)
-        if self.tokens_per_column is not None and not 0 <= self.tokens_per_column < math.inf:
+        if self.tokens_per_column is None:
+            object.__setattr__(self, "tokens_per_column", TOKENS_PER_COLUMN if self.samples == SAMPLES else 0.0)
+        elif not 0 <= self.tokens_per_column < math.inf:
             raise DataError(
                 f"tokens_per_column={self.tokens_per_column:g} is no number of tokens. Expected at least 0: "
                 "CalibrationOptions(tokens_per_column=8)."
@@ -134,10 +136,8 @@ class CalibrationOptions:
         >>> [CalibrationOptions(samples=samples).for_columns(8960).samples for samples in (64, 128)]
         [64, 280]
         """
-        each = self.tokens_per_column
-        if each is None:
-            each = TOKENS_PER_COLUMN if self.samples == SAMPLES else 0.0
-        return replace(self, samples=max(self.samples, math.ceil(each * columns / self.length)))
+        tokens = (self.tokens_per_column or 0.0) * columns
+        return replace(self, samples=max(self.samples, math.ceil(tokens / self.length)))
 
     def counts(self, windows: int) -> list[int]:
         """Of so many windows, how many are as the text has them, in each of `FORMS`, and in random order.
