@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it stands before the imports
@@ -31,9 +31,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def tokenized_once() -> Iterator[None]:
     """Hundreds of tests take their windows of the demo's text: each tokenizer reads each of its forms once."""
-    tokenize, known = windows._tokenize, dict[tuple[str, ...], list[list[int]]]()
+    tokenize, known = windows._tokenize, dict[tuple[str, ...], windows.Documents]()
 
-    def looked_up(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def looked_up(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> windows.Documents:
         if not hasattr(tokenizer, "backend_tokenizer"):
             return tokenize(documents, tokenizer)
         key = tokenizer.backend_tokenizer.to_str(), *documents

@@ -35,7 +35,6 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 RESUME = RunOptions(resume=True)
 TAUGHT: dict[str, Any] = {
     "method": "lora+distill",
-    "hidden_states_weight": 1.0,
     "eval_texts": ("reference=held.txt",),
     "lora": LoraOptions(rank=4, dropout=0.1),
 }

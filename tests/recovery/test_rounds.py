@@ -160,7 +160,7 @@ class TestResult:
         self, axes: str, ratio: float, width: int, depth: int, place: Path
     ) -> None:
         cut = {"ratio": ratio, "axes": (axes,), "of": "units"}
-        in_rounds(cut=cut, max_steps=2, method="distill", hidden_states_weight=0.5)
+        in_rounds(cut=cut, max_steps=2, method="distill")
         model = load("here/out", device="cpu")
         assert model.get_parameter("model.embed_tokens.weight").shape[1] == width
         assert model.config.num_hidden_layers == depth

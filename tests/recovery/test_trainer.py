@@ -37,9 +37,9 @@ def test_a_teacher_is_approached(method: str, left: float, place: Path) -> None:
 
 
 def test_micro_batches_and_gradient_checkpointing_do_not_change_the_weights(place: Path) -> None:
-    train(out="here/one", model="hidden", method="distill", hidden_states_weight=1.0, micro_batch_size=8)
+    train(out="here/one", model="hidden", method="distill", micro_batch_size=8)
     parts: dict[str, Any] = {"micro_batch_size": 2, "gradient_checkpointing": True}
-    train(out="here/other", model="hidden", method="distill", hidden_states_weight=1.0, **parts)
+    train(out="here/other", model="hidden", method="distill", **parts)
     assert distance("here/one", "here/other") < 2e-5
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import os
 import shlex
 import sys
@@ -20,10 +20,10 @@ from secateur.cli.options import command
 from secateur.cli.output import COMMAND
 from secateur.cli.pages import compare_command, demo_command, report_command
 from secateur.errors import SecateurError
+from secateur.progress import keep_freed_memory
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 RESUMABLE = ("prune", "recover", "sweep")
-MALLOPT = {-3: 2**27, -1: 2**28}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, bytes
 COMMANDS: dict[str, Callable[..., None]] = {  # in the order of the help
     "discover": discover_command,
     "plan": plan_command,
@@ -53,19 +53,9 @@ for _place, (_name, _function) in enumerate(COMMANDS.items()):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 0, 2 for what the user can mend, 1 for a failure of ours, 130 for Ctrl-C."""
-    _keep_freed_memory()
+    keep_freed_memory()
+    gc.freeze()  # what the imports have made stays: it is not looked through again
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep what a tensor frees for the next one.
-
-    Pages fresh from the system cost more than most operators that write to them: a cast of logits takes a twentieth of
-    the time in memory that was used before. Nothing where the C library has no such setting.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        for parameter, size in MALLOPT.items():
-            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def run(arguments: Sequence[str]) -> int:

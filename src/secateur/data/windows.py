@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
@@ -9,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -21,21 +24,47 @@ from secateur.data.text import MAX_CHARACTERS, read_calibration
 from secateur.errors import DataError
 
 OTHER_SEED = 1_000_003  # between the seeds of two forms: the same number draws other places
+Documents = list[NDArray[np.int32]]  # of one source, the token ids of each
 
 
-def calibration_windows(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, options: CalibrationOptions) -> Tensor:
+class CalibrationTokens:
+    """The texts of a calibration as token ids, of every form that is asked for: made once, for windows of all kinds."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self._found: dict[str | None, list[Documents]] = {}
+
+    def of(self, form: str | None) -> list[Documents]:
+        """The documents of each source, as they are or in one of `FORMS`."""
+        if form not in self._found:
+            change = FORMS[form] if form is not None else str
+            texts = [[text] if isinstance(text, str) else text for text in self._texts]
+            self._found[form] = [_tokenize([*map(change, text)], self.tokenizer) for text in texts]
+        return self._found[form]
+
+    @functools.cached_property
+    def _texts(self) -> list[str | list[str]]:
+        return calibration_texts(self.tokenizer, self.options)
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    options: CalibrationOptions,
+    *,
+    tokens: CalibrationTokens | None = None,
+) -> Tensor:
     """Read the texts that the options name and take windows of them; returns int64 ids, samples x length.
 
     With a processor, the windows show images or sound (`pairs`), and what follows is of texts alone.
 
     The sources take turns by their weights. First come the windows that are as the texts have them, then those of each
-    of `FORMS`, then those whose tokens are in random order. Raises `DataError` as `read_calibration` and
-    `sample_windows` do.
+    of `FORMS`, then those whose tokens are in random order. `tokens` are those of the texts, where they are known.
+    Raises `DataError` as `read_calibration` and `sample_windows` do.
     """
     if isinstance(tokenizer, ProcessorMixin):
         return shown_windows(tokenizer, options, skipped=0, count=options.samples)
     counts = options.counts(options.samples)
-    return _windows(tokenizer, options, skipped=[0] * len(counts), counts=counts)
+    return _windows(tokens or CalibrationTokens(tokenizer, options), options, [0] * len(counts), counts)
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -62,33 +91,35 @@ def behind(start: Tensor, windows: Tensor) -> Tensor:
 
 
 def held_out_windows(
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, options: CalibrationOptions, *, start: Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    options: CalibrationOptions,
+    *,
+    start: Tensor | None = None,
+    tokens: CalibrationTokens | None = None,
 ) -> Tensor:
     """`options.held_out` more windows, in the same forms, each behind the start tokens: as the model is served.
 
-    `start` takes the place of the tokenizer's start tokens. Raises `DataError` where the texts have no other places,
-    and as `calibration_windows` does.
+    `start` takes the place of the tokenizer's start tokens, `tokens` are those of the texts. Raises `DataError` where
+    the texts have no other places, and as `calibration_windows` does.
     """
     if isinstance(tokenizer, ProcessorMixin):
         return shown_windows(tokenizer, options, skipped=options.samples, count=options.held_out)
     skipped, counts = options.counts(options.samples), options.counts(options.held_out)
     start = start_tokens(tokenizer) if start is None else start
-    return behind(start, _windows(tokenizer, options, skipped=skipped, counts=counts))
+    return behind(start, _windows(tokens or CalibrationTokens(tokenizer, options), options, skipped, counts))
 
 
 def _windows(
-    tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, *, skipped: Sequence[int], counts: Sequence[int]
+    tokens: CalibrationTokens, options: CalibrationOptions, skipped: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
     """So many windows as written, of each form and in random order, after those that are skipped."""
-    texts = calibration_texts(tokenizer, options)
     unordered, before = counts[-1], skipped[0] + skipped[-1]
-    windows = _in_turns(texts, tokenizer, replace(options, samples=before + counts[0] + unordered))[before:]
+    windows = _in_turns(tokens.of(None), replace(options, samples=before + counts[0] + unordered))[before:]
     parts = [windows[: counts[0]]]
-    for number, (form, count) in enumerate(zip(FORMS.values(), counts[1:-1], strict=True), start=1):
+    for number, (form, count) in enumerate(zip(FORMS, counts[1:-1], strict=True), start=1):
         if count:
-            changed = [form(text) if isinstance(text, str) else [*map(form, text)] for text in texts]
             seed, before = options.seed + number * OTHER_SEED, skipped[number]
-            drawn = _in_turns(changed, tokenizer, replace(options, samples=before + count, seed=seed))
+            drawn = _in_turns(tokens.of(form), replace(options, samples=before + count, seed=seed))
             parts.append(drawn[before:])
     return torch.cat([*parts, shuffled(windows[counts[0] :], options.seed)])
 
@@ -114,10 +145,8 @@ def _has(name: str, column: str) -> bool:
     )
 
 
-def _in_turns(
-    texts: Sequence[str | list[str]], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
-) -> Tensor:
-    """Windows of each text in proportion to its weight, as evenly as can be: more samples begin with the same ones."""
+def _in_turns(sources: Sequence[Documents], options: CalibrationOptions) -> Tensor:
+    """Windows of each source by its weight, as evenly as can be: more samples begin with the same ones."""
     weights = [weight for _, weight in options.sources]
     owed, turns = [0.0] * len(weights), list[int]()
     for _ in range(options.samples):
@@ -125,10 +154,10 @@ def _in_turns(
         turns.append(owed.index(max(owed)))
         owed[turns[-1]] -= 1
     windows = torch.empty(options.samples, options.length, dtype=torch.int64)
-    for number, text in enumerate(texts):
+    for number, documents in enumerate(sources):
         places = [place for place, turn in enumerate(turns) if turn == number]
         if places:
-            windows[places] = sample_windows(text, tokenizer, replace(options, samples=len(places)))
+            windows[places] = _drawn(documents, replace(options, samples=len(places)))
     return windows
 
 
@@ -149,10 +178,13 @@ def sample_windows(
     [[1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3]]
     """
     documents = [text_or_documents] if isinstance(text_or_documents, str) else text_or_documents
-    encoded = _tokenize(_first_characters(documents), tokenizer)
-    usable = [ids for ids in encoded if len(ids) >= options.length]
+    return _drawn(_tokenize(documents, tokenizer), options)
+
+
+def _drawn(documents: Documents, options: CalibrationOptions) -> Tensor:
+    usable = [ids for ids in documents if len(ids) >= options.length]
     if not usable:
-        longest = max((len(ids) for ids in encoded), default=0)
+        longest = max(map(len, documents), default=0)
         what = "the calibration text has" if len(documents) == 1 else "the longest calibration document has"
         raise DataError(
             f"{what} {longest} tokens, but one window needs {options.length}. Expected a longer text, or a shorter "
@@ -160,7 +192,7 @@ def sample_windows(
         )
     places = _drawn_places([len(ids) for ids in usable], options)
     windows = [usable[document][start : start + options.length] for document, start in places]
-    return torch.tensor(windows, dtype=torch.int64)
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
 def _drawn_places(sizes: Sequence[int], options: CalibrationOptions) -> list[tuple[int, int]]:
@@ -206,9 +238,11 @@ def _first_characters(documents: Sequence[str]) -> list[str]:
     return [document[: MAX_CHARACTERS - start] for document, start in pairs]
 
 
-def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """Up to `MAX_CHARACTERS` of the documents as token ids."""
+    documents = _first_characters(documents)
     if not documents:
         return []
     # verbose=False: a text longer than the model's context is what we want here, not a reason to warn.
     encoded: Any = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [list(ids) for ids in encoded.input_ids]
+    return [np.array(ids, dtype=np.int32) for ids in encoded.input_ids]

@@ -18,6 +18,8 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from secateur.progress import without_collection
+
 # Logger -> how the messages begin that are left out: extensions that were not built for this machine, and enumerations
 # of torchao that are declared in an old way.
 IMPORT_MESSAGES = {
@@ -89,5 +91,5 @@ def quiet() -> Iterator[None]:
             (enable_progress_bars if hub_bars else disable_progress_bars)()
 
 
-with silence_imports():
+with silence_imports(), without_collection():
     importlib.import_module("transformers.modeling_utils")

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.encoder_windows import as_read
 from secateur.data.pairs import holds_pairs, reader_of
-from secateur.data.windows import behind, calibration_windows, held_out_windows, start_tokens
+from secateur.data.windows import CalibrationTokens, behind, calibration_windows, held_out_windows, start_tokens
 from secateur.models.classes import objective_of
 from secateur.models.config import check_positions, class_of
 from secateur.models.inputs import check_reads_text
@@ -34,6 +34,7 @@ class WindowReader:
         self.tokenizer = tokenizer
         self.needed = torch.tensor([*needed], dtype=torch.int64)
         self.start: Tensor | None = None  # what goes before a text that is served, once this has begun
+        self._tokens: CalibrationTokens | None = None  # of the texts, until the last windows are read
 
     def check_reads_text(self) -> None:
         """Raise `DataError` for a model that does not read the text which calibration gives it."""
@@ -52,11 +53,15 @@ class WindowReader:
 
     def windows(self) -> Tensor:
         """The calibration windows, int64 (samples, length)."""
-        return self._as_read(calibration_windows(self._reads(), self.calibration))
+        reads = self._reads()
+        if not isinstance(reads, ProcessorMixin):
+            self._tokens = CalibrationTokens(reads, self.calibration)
+        return self._as_read(calibration_windows(reads, self.calibration, tokens=self._tokens))
 
     def held_out(self) -> Tensor:
         """More windows. Raises `DataError` where the texts have no more."""
-        return self._as_read(held_out_windows(self._reads(), self.calibration, start=self.start))
+        tokens, self._tokens = self._tokens, None
+        return self._as_read(held_out_windows(self._reads(), self.calibration, start=self.start, tokens=tokens))
 
     def as_served(self, windows: Tensor) -> Tensor:
         """The windows behind what goes before a text, if this has begun."""

@@ -41,8 +41,8 @@ class RecoverOptions:
     """Tokens to train on, instead of epochs: 400k, 1.5M or a number."""
 
     minutes: float | None = None
-    """Minutes to train for, instead of epochs; a few steps are timed to know how many. What a teacher reads and the
-    evaluations count."""
+    """Minutes to train for, instead of epochs; a few steps are timed to know how many. What a teacher reads, the
+    evaluations, loading and writing count."""
 
     global_batch_size: int = 4
     """Rows per optimizer step, over all devices."""
@@ -75,9 +75,6 @@ class RecoverOptions:
     top_k: int = 64
     """Teacher tokens kept per position; all others count as one. For distill."""
 
-    hidden_states_weight: float = 0.0
-    """Loss weight of the distance to the teacher's hidden states; 0: none. For distill."""
-
     eval_steps: int | None = None
     """Steps between evaluations; each is a checkpoint. Default: a tenth of all steps, or more
     where evaluations would take more than a tenth of the time."""
@@ -107,11 +104,6 @@ class RecoverOptions:
         check_choices(self, TrainingError)
         self._check_numbers()
         self._check_budget()
-        if self.hidden_states_weight and self.method in ("lora", "full"):
-            raise TrainingError(
-                f"method={self.method!r} has no teacher whose hidden states could be learned. Expected distill or "
-                "lora+distill with hidden_states_weight, for example method=lora+distill"
-            )
 
     def _check_budget(self) -> None:
         budgets = [name for name in ("max_steps", "tokens", "minutes") if getattr(self, name) is not None]
@@ -162,7 +154,6 @@ _LEAST = {
     "micro_batch_size": 1,
     "warmup_steps": 0,
     "top_k": 1,
-    "hidden_states_weight": 0,
     "eval_steps": 1,
     "eval_tokens": EVAL_WINDOW,
     "patience": 1,

@@ -13,7 +13,7 @@ from secateur.progress import Clock
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import RecoverResult
 from secateur.recovery.rounds import recover_in_rounds
-from secateur.recovery.setup import check_recipe, plan_of, prepare, training_key, with_method
+from secateur.recovery.setup import check_recipe, prepare, training_key, with_method
 from secateur.recovery.training import Places, train_folder
 
 
@@ -32,11 +32,10 @@ def recover(recipe: RecoverRecipe, out: str | Path, *, run: RunOptions | None = 
     if recipe.rounds is not None:
         result = recover_in_rounds(recipe, recipe.rounds, out, run, clock)
     else:
-        plan = plan_of(recipe.model) if recipe.options.hidden_states_weight else None
         with work_folder(out, training_key(recipe), resume=run.resume) as work:
             resumed = has_begun(work)
             setup = prepare(recipe, work, clock)
-            result = train_folder(setup, Places(out, work), plan=plan, run=run, clock=clock)
+            result = train_folder(setup, Places(out, work), run=run, clock=clock)
         result = replace(result, resumed=resumed)
     if result.diverged is not None:
         raise TrainingError(f"{result.diverged}; {out} holds step {result.best_step}, the best checkpoint before")

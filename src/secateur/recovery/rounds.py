@@ -95,9 +95,7 @@ def recover_in_rounds(
         processes.wait()
         setup = replace(prepare(taught, work, clock), recipe=recipe)
         shared = _Rounds(rounds, setup, dense, whole, work, out, clock)
-        finished: list[Round] = []
-        for cut in cuts:
-            finished.append(_run_round(shared, cut, finished))
+        finished = [_run_round(shared, cut) for cut in cuts]
         result = join_results(out, setup, finished, clock.seconds, resumed=resumed)
         if processes.is_first():
             with clock.stage("save"):
@@ -135,7 +133,7 @@ def _plan_rounds(
     return whole, cuts
 
 
-def _run_round(shared: _Rounds, cut: _Cut, before: Sequence[Round]) -> Round:
+def _run_round(shared: _Rounds, cut: _Cut) -> Round:
     """Cut and train; what an earlier run has finished is not done again."""
     work, number = shared.work, cut.number
     finished = read_round(work / f"round-{number}.json")
@@ -158,7 +156,7 @@ def _run_round(shared: _Rounds, cut: _Cut, before: Sequence[Round]) -> Round:
         clock.seconds["prune"] = sum(result.seconds.values())
         gc.collect()
     if not is_trained:
-        _train_round(shared, cut, pruned, trained, before, clock)
+        _train_round(shared, cut, pruned, trained, clock)
         gc.collect()
     shared.clock.seconds.update({f"{stage}, round {number}": seconds for stage, seconds in clock.seconds.items()})
     record = read_record(trained)
@@ -173,9 +171,7 @@ def _run_round(shared: _Rounds, cut: _Cut, before: Sequence[Round]) -> Round:
     return finished
 
 
-def _train_round(
-    shared: _Rounds, cut: _Cut, pruned: Path, trained: Path, before: Sequence[Round], clock: Clock
-) -> None:
+def _train_round(shared: _Rounds, cut: _Cut, pruned: Path, trained: Path, clock: Clock) -> None:
     setup, out = shared.setup, shared.out
     seed = setup.options.seed + cut.number - 1  # a training of few steps does not read all rows: read others
     recipe = replace(setup.recipe, model=str(pruned), rounds=None, options=replace(setup.recipe.options, seed=seed))
@@ -190,7 +186,6 @@ def _train_round(
         result = train_folder(
             replace(setup, recipe=recipe, options=replace(setup.options, seed=seed)),
             places,
-            plan=_merged([*(each.plan for each in before), read_plan(pruned / PLAN_FILE)], shared.dense),
             run=RunOptions(resume=True),
             clock=clock,
         )

@@ -23,7 +23,6 @@ from secateur.data.generated import generate_windows
 from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.rows import Rows, steps_for_epochs, training_order
 from secateur.data.training_data import TrainingData, read_training_data
-from secateur.discovery.discover import discover
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError, check_installed
 from secateur.evaluation.inference import vocabulary_size
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
@@ -35,11 +34,10 @@ from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import recovery_key
 from secateur.pipeline.tracking import Tracker, check_tracker
-from secateur.planning.plan import Plan, read_plan
+from secateur.planning.plan import read_plan
 from secateur.progress import Clock
 from secateur.pruning.prune import cut_vocabulary
 from secateur.recovery.distillation import check_teacher
-from secateur.recovery.hidden_states import MatchedLayers, match_layers
 from secateur.recovery.lora import check_peft
 from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
 from secateur.recovery.recipe import RecoverRecipe
@@ -263,28 +261,6 @@ def resolve_options(
         eval_steps=options.eval_steps or max(1, steps // evaluations),
     )
     return resolved, notes
-
-
-def plan_of(model: str) -> Plan:
-    """Read the plan in a pruned folder. Raises `ModelError` where there is none, by which layers could be compared."""
-    path = resolve(model).path
-    if path is None or not (path / PLAN_FILE).is_file():
-        raise ModelError(
-            f"{model!r} has no {PLAN_FILE}, which says what layers and channels of the teacher are left, so hidden "
-            "states cannot be compared. Expected a folder that `secateur prune` wrote; or leave out "
-            "--hidden-states-weight"
-        )
-    return read_plan(path / PLAN_FILE)
-
-
-def compared_layers(setup: TrainingSetup, plan: Plan) -> MatchedLayers | None:
-    """Return the layers whose hidden states are learned; None where none are. Raises `ModelError`."""
-    if setup.teacher is None or not setup.options.hidden_states_weight:
-        return None
-    trust = setup.recipe.loading.trust_remote_code
-    dense, pruned = (discover(name, trust_remote_code=trust) for name in (setup.teacher, setup.recipe.model))
-    config = load_config(setup.teacher, trust_remote_code=trust).get_text_config()
-    return match_layers(plan, dense, pruned, teacher=setup.teacher, width=getattr(config, "hidden_size", 0))
 
 
 def _dense_model(recipe: RecoverRecipe) -> str | None:

@@ -10,7 +10,6 @@ D hidden.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from secateur.evaluation.inference import LOGITS_BYTES, evaluation_mode, input_d
 from secateur.files import read_tensors, write_tensors
 from secateur.models.tensors import all_finite
 from secateur.progress import Progress
-from secateur.recovery.hidden_states import MatchedLayers, record_outputs, select_states
 from secateur.recovery.packing import check_packing
 
 SHARD_ROWS = 256  # rows per file; a killed run goes on after the last whole file
@@ -34,11 +32,10 @@ SHARD_ROWS = 256  # rows per file; a killed run goes on after the last whole fil
 
 @dataclass(frozen=True, slots=True)
 class TeacherOutputs:
-    """What is saved of the teacher: how many top tokens, at which temperature, hidden states of which layers."""
+    """What is saved of the teacher: how many top tokens, at which temperature."""
 
     top_k: int
     temperature: float = 1.0
-    layers: MatchedLayers | None = None
 
 
 def save_teacher_outputs(
@@ -52,8 +49,7 @@ def save_teacher_outputs(
     """Run the teacher on the rows and write its outputs into files in the folder.
 
     Files that exist are not written again, and where all exist, the teacher is not loaded. Several processes share the
-    files among them. `progress` counts files. Raises `TrainingError` where the logits hold NaN or Inf, and where the
-    disk has no room for the hidden states.
+    files among them. `progress` counts files. Raises `TrainingError` where the logits hold NaN or Inf.
 
     >>> import tempfile
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,9 +66,6 @@ def save_teacher_outputs(
     folder.mkdir(parents=True, exist_ok=True)
     shards = range(-(-len(rows) // SHARD_ROWS))
     missing = [shard for shard in shards[processes.rank() :: processes.count()] if not _is_readable(folder, shard)]
-    if outputs.layers is not None:
-        _check_room(folder, rows, [n for n in shards if not _file(folder, n).exists()], outputs.layers)
-        processes.wait()  # before any process writes, which would change the room
     if missing:
         model = teacher()
         check_packing(model, rows)
@@ -96,10 +89,7 @@ class TeacherCache:
         self._count = labels_before.diff().tolist()
 
     def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Read `tokens` (M, K), `logp` (M, K), `rest` (M) and, if saved, `states` (M, L, D) of these rows.
-
-        Raises `CheckpointError`.
-        """
+        """Read `tokens` (M, K), `logp` (M, K) and `rest` (M) of these rows. Raises `CheckpointError`."""
         parts = [self._read_row(row) for row in rows]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -121,16 +111,12 @@ def _teacher_outputs(
     vocabulary = vocabulary_size(model)
     max_tokens = max(1, LOGITS_BYTES // (4 * vocabulary))  # of a batch, whose logits are in memory
     device = input_device(model)
-    layers = outputs.layers
-    names = ("tokens", "logp", "rest", *(("states",) if layers is not None else ()))
-    paths = layers.dense if layers is not None else ()
     by_row: dict[int, list[Tensor]] = {}
     with evaluation_mode(model):
         for batch_rows in length_sorted_batches(rows, numbers, max_tokens):
             batch = {name: tensor.to(device) for name, tensor in collate(rows, batch_rows, pad=0).items()}
             mask_BT = batch.pop("labels") != IGNORED
-            with record_outputs(model, paths) as states:
-                logits_MV = model(**batch, use_cache=False).logits[mask_BT].float()
+            logits_MV = model(**batch, use_cache=False).logits[mask_BT].float()
             if outputs.temperature != 1.0:
                 logits_MV /= outputs.temperature
             logsumexp_M = logits_MV.logsumexp(dim=-1)
@@ -143,29 +129,10 @@ def _teacher_outputs(
             logp_MK = logits_MK - logsumexp_M[:, None]
             rest_M = 1.0 - logp_MK.exp().sum(dim=-1)
             parts = [tokens_MK.int().cpu(), logp_MK.half().cpu(), rest_M.float().cpu()]
-            if layers is not None:
-                states_MLD = select_states(states, paths, mask_BT)
-                if layers.channels is not None:
-                    states_MLD = states_MLD[..., list(layers.channels)]
-                parts.append(states_MLD.bfloat16().cpu())
             counts = mask_BT.sum(dim=1).tolist()
             for row, *of_row in zip(batch_rows, *(part.split(counts) for part in parts), strict=True):
                 by_row[row] = of_row
-    return {name: torch.cat([by_row[row][i] for row in numbers]) for i, name in enumerate(names)}
-
-
-def _check_room(folder: Path, rows: Rows, shards: Sequence[int], layers: MatchedLayers) -> None:
-    """Raise `TrainingError` where the disk has no room for the hidden states of these files."""
-    ends = [[int(rows.starts[min(n * SHARD_ROWS, len(rows))]) for n in (shard, shard + 1)] for shard in shards]
-    positions = sum(int(rows.loss_mask_T[start:end].sum()) for start, end in ends)
-    needed, free = layers.bytes_for(positions), shutil.disk_usage(folder).free
-    if needed > free:
-        raise TrainingError(
-            f"the teacher's hidden states at {positions:,} positions take {needed / 2**30:.1f} GiB "
-            f"({len(layers.pruned)} layers, {layers.width} channels in bfloat16), and the disk of OUT has "
-            f"{free / 2**30:.1f} GiB free. Expected room for them: train on fewer rows (--samples), write to another "
-            "disk, or leave out --hidden-states-weight"
-        )
+    return {name: torch.cat([by_row[row][i] for row in numbers]) for i, name in enumerate(("tokens", "logp", "rest"))}
 
 
 def _file(folder: Path, shard: int) -> Path:

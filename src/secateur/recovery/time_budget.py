@@ -21,16 +21,18 @@ from secateur.recovery.setup import TrainingSetup, evaluations_of
 from secateur.recovery.teacher_cache import TeacherOutputs, save_teacher_outputs
 
 TIMED_STEPS = 4
-RESERVE = 0.05  # of the time, for what is not timed: optimizer steps, checkpoints, files
+RESERVE = 0.05  # of the time, for what is not timed: optimizer steps and checkpoints
+LOADS = 3  # what is left to do but to train, in times that the model takes to load: it is loaded twice, and written
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds per token: of training on it, of the trained model and of the teacher reading it."""
+    """Seconds per token: of training on it, of the trained model and of the teacher reading it; and to load a model."""
 
     training: float
     reading: float
     teaching: float
+    loading: float
 
     def steps(self, seconds: float, setup: TrainingSetup, *, taught: bool) -> int:
         """How many steps of `setup` fit into so many seconds, at least one; of several processes the slowest counts.
@@ -38,14 +40,17 @@ class Pace:
         All evaluations are taken off, and unless the rows are `taught`, what the teacher takes for them.
         """
         teaching = 0.0 if taught else self.teaching
-        left = seconds * (1 - RESERVE) - int(setup.data.validation.lengths_R.sum()) * teaching
+        left = seconds * (1 - RESERVE) - LOADS * self.loading
+        left -= int(setup.data.validation.lengths_R.sum()) * teaching
         evaluation = setup.evaluated * self.reading
         left -= evaluation * (evaluations_of(left, evaluation) + 1)  # and the one before the first step
         in_step = setup.data.tokens_per_row * setup.options.global_batch_size / processes.count()  # in each process
         return max(1, -processes.largest(-int(left / (in_step * (self.training + teaching)))))
 
 
-def pace_of(setup: TrainingSetup, model: nn.Module, teacher: Callable[[], PreTrainedModel] | None) -> Pace:
+def pace_of(
+    setup: TrainingSetup, model: nn.Module, teacher: Callable[[], PreTrainedModel] | None, *, loading: float
+) -> Pace:
     """Time the student with its gradients, the student alone, and what the teacher reads and saves.
 
     On the rows of the first steps; the weights do not change.
@@ -66,7 +71,7 @@ def pace_of(setup: TrainingSetup, model: nn.Module, teacher: Callable[[], PreTra
             teaching = _seconds_per_token(
                 lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), chosen
             )
-    return Pace(training, reading, teaching)
+    return Pace(training, reading, teaching, loading)
 
 
 def _train(model: nn.Module, rows: Rows, micro_batch_size: int) -> None:

@@ -41,7 +41,6 @@ from secateur.recovery.callbacks import (
     stopped_early,
 )
 from secateur.recovery.distillation import distillation_loss, nll_loss
-from secateur.recovery.hidden_states import hidden_states_loss, record_outputs, select_states
 from secateur.recovery.options import EVAL_WINDOW, RecoverOptions
 from secateur.recovery.packing import check_packing
 from secateur.recovery.teacher_cache import TeacherCache
@@ -61,7 +60,6 @@ class TrainingInputs:
     texts: Mapping[str, Tensor]  # held-out: name -> ids_T
     teacher: TeacherCache | None = None
     validation_teacher: TeacherCache | None = None
-    compared_layers: tuple[str, ...] = ()  # paths of the student's layers whose hidden states are learned
     pad: int = 0  # token id
 
 
@@ -190,28 +188,20 @@ class RecoveryTrainer(Trainer):
         batch = dict(batch)
         batch.pop("shift_labels")
         labels_BT = batch.pop("labels")
-        mask_BT = labels_BT != IGNORED
-        teacher = {name: batch.pop(name) for name in ("tokens", "logp", "rest", "states") if name in batch}
-        states_MLD = teacher.pop("states", None)
+        teacher = {name: batch.pop(name) for name in ("tokens", "logp", "rest") if name in batch}
         if self._takes_logits_to_keep:
             # Logits before the first label of all rows are not needed: for prompts, most of the output layer's work.
-            columns = torch.nonzero(mask_BT.any(dim=0))
+            columns = torch.nonzero((labels_BT != IGNORED).any(dim=0))
             first = int(columns[0]) if len(columns) else labels_BT.shape[1] - 1
             labels_BT = labels_BT[:, first:]
             batch["logits_to_keep"] = labels_BT.shape[1]
-        layers = () if states_MLD is None else self.inputs.compared_layers
-        with record_outputs(self._base, layers) as states:
-            logits_BTV = model(**batch, use_cache=False).logits
+        logits_BTV = model(**batch, use_cache=False).logits
         if not teacher:
             return nll_loss(logits_BTV, labels_BT)
         options = self.options
-        loss = distillation_loss(
+        return distillation_loss(
             logits_BTV, labels_BT, teacher, teacher_weight=options.teacher_weight, temperature=options.temperature
         )
-        if states_MLD is None or not mask_BT.any():
-            return loss
-        distance = hidden_states_loss(select_states(states, layers, mask_BT), states_MLD)
-        return loss + options.hidden_states_weight * distance
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure the validation loss and the perplexity of held-out texts; every process measures all of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,13 +29,11 @@ from secateur.models.streaming import streamed_layers
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.pipeline.recipe import RunOptions, write_recipe
-from secateur.planning.plan import Plan
 from secateur.progress import Clock, Progress, peak_rss
-from secateur.recovery.hidden_states import MatchedLayers
 from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.result import RecoverResult, write_curves
-from secateur.recovery.setup import TrainingSetup, compared_layers, load_finite
+from secateur.recovery.setup import TrainingSetup, load_finite
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 
 if TYPE_CHECKING:
@@ -57,22 +56,20 @@ class Places:
     result_file: str | None = None  # the result, within the folder
 
 
-def train_folder(
-    setup: TrainingSetup, places: Places, *, plan: Plan | None, run: RunOptions, clock: Clock
-) -> RecoverResult:
-    """Train as set up and write the folder; `plan` matches the layers of teacher and student."""
+def train_folder(setup: TrainingSetup, places: Places, *, run: RunOptions, clock: Clock) -> RecoverResult:
+    """Train as set up and write the folder."""
     from secateur.recovery.trainer import TrainingInputs
 
-    layers = compared_layers(setup, plan) if plan is not None else None
-    setup = _timed(setup, places.work, clock)
+    began = time.monotonic()
+    setup = _timed(setup, places.work, began, clock)
     # Of several trainings each reads other rows first, and a teacher reads all of them once.
     rows, order_SB = setup.rows_read() if places.teacher is None else (setup.data.train, setup.order_SB)
     caches = {}
     if setup.teacher is not None:
         with clock.stage("teacher") as progress:
-            caches = _cache_teacher(setup, rows, layers, places.teacher or places.work / TEACHER_FOLDER, progress)
+            caches = _cache_teacher(setup, rows, places.teacher or places.work / TEACHER_FOLDER, progress)
             gc.collect()  # the teacher
-        setup = _shortened(setup, places.work, clock)
+        setup = _shortened(setup, places.work, began)
         order_SB = order_SB[: setup.options.max_steps]
     inputs = TrainingInputs(
         rows,
@@ -81,7 +78,6 @@ def train_folder(
         setup.held_out,
         caches.get("train"),
         caches.get("validation"),
-        compared_layers=layers.pruned if layers is not None else (),
         pad=setup.tokenizer.pad_token_id or 0,
     )
     logs = places.logs or places.out.absolute().parent / "runs" / places.out.name
@@ -98,7 +94,7 @@ def train_folder(
         trained.loss,
         trained.evaluations,
         clock.seconds,
-        notes=(*setup.notes, *_note_states(inputs, layers), *notes, *_note_no_better(trained)),
+        notes=(*setup.notes, *notes, *_note_no_better(trained)),
         diverged=trained.diverged,
     )
     if processes.is_first():
@@ -108,7 +104,7 @@ def train_folder(
     return replace(result, peak_rss_bytes=peak_rss())
 
 
-def _timed(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
+def _timed(setup: TrainingSetup, work: Path, began: float, clock: Clock) -> TrainingSetup:
     """The setup with as many steps as there is time for: as an earlier run has found, or as it is found now."""
     from secateur.recovery.time_budget import pace_of
 
@@ -118,16 +114,18 @@ def _timed(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
 
     def find() -> dict[str, Any]:
         with clock.stage(TIMING):
+            start = time.monotonic()
             model = _load_trainable(setup.recipe.model, setup.recipe.loading, setup.options)
-            pace = pace_of(setup, model, None if setup.teacher is None else setup.load_teacher)
-        return {"steps": pace.steps(60 * minutes, setup, taught=False), "pace": asdict(pace)}
+            loading = time.monotonic() - start
+            pace = pace_of(setup, model, None if setup.teacher is None else setup.load_teacher, loading=loading)
+        return {"steps": pace.steps(_seconds_left(minutes, began), setup, taught=False), "pace": asdict(pace)}
 
     known = _kept(work / STEPS_FILE, find)
     gc.collect()  # the models
     return setup.with_steps(known["steps"])
 
 
-def _shortened(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
+def _shortened(setup: TrainingSetup, work: Path, began: float) -> TrainingSetup:
     """The setup with fewer steps, where the teacher has left less time than was planned."""
     from secateur.recovery.time_budget import Pace
 
@@ -137,14 +135,14 @@ def _shortened(setup: TrainingSetup, work: Path, clock: Clock) -> TrainingSetup:
 
     def find() -> dict[str, Any]:
         pace = Pace(**read_json(work / STEPS_FILE)["pace"])
-        return {"steps": min(planned, pace.steps(_seconds_left(minutes, clock), setup, taught=True))}
+        return {"steps": min(planned, pace.steps(_seconds_left(minutes, began), setup, taught=True))}
 
     return setup.with_steps(_kept(work / TAUGHT_FILE, find)["steps"])
 
 
-def _seconds_left(minutes: float, clock: Clock) -> float:
-    """How long the training may take."""
-    return 60 * minutes - sum(clock.seconds.get(stage, 0.0) for stage in (TIMING, "teacher"))
+def _seconds_left(minutes: float, began: float) -> float:
+    """How long a training that began then may still take."""
+    return 60 * minutes - (time.monotonic() - began)
 
 
 def _kept(file: Path, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -164,22 +162,19 @@ def _kept(file: Path, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _cache_teacher(
-    setup: TrainingSetup, rows: Rows, layers: MatchedLayers | None, folder: Path, progress: Progress | None
+    setup: TrainingSetup, rows: Rows, folder: Path, progress: Progress | None
 ) -> dict[str, TeacherCache]:
     """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
     teacher = functools.cache(setup.load_teacher)  # loaded once, if at all
     outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
-    rows_folder = folder / "-".join(["train", rows.digest()[:12], *([] if layers is None else [layers.key])])
-    if processes.is_first():  # in an earlier round other rows were read, or other layers or channels compared
+    rows_folder = folder / f"train-{rows.digest()[:12]}"
+    if processes.is_first():  # in an earlier round other rows were read
         for other in {*folder.glob("train-*")} - {rows_folder}:
             shutil.rmtree(other, ignore_errors=True)
-    parts = {
-        "train": (rows, rows_folder, replace(outputs, layers=layers)),
-        "validation": (setup.data.validation, folder / "validation", outputs),
-    }
-    for part, part_folder, part_outputs in parts.values():
-        save_teacher_outputs(teacher, part, part_folder, part_outputs, progress=progress)
-    return {name: TeacherCache(part_folder, part) for name, (part, part_folder, _) in parts.items()}
+    parts = {"train": (rows, rows_folder), "validation": (setup.data.validation, folder / "validation")}
+    for part, part_folder in parts.values():
+        save_teacher_outputs(teacher, part, part_folder, outputs, progress=progress)
+    return {name: TeacherCache(part_folder, part) for name, (part, part_folder) in parts.items()}
 
 
 def _train(
@@ -280,16 +275,6 @@ def _record(setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel,
         "before": record.recovery,
     }
     return replace(record, recovery=recovery)
-
-
-def _note_states(inputs: TrainingInputs, layers: MatchedLayers | None) -> list[str]:
-    if layers is None:
-        return []
-    size = layers.bytes_for(int(inputs.rows.loss_mask_T.sum())) / 2**20
-    return [
-        f"hidden states of {len(layers.pruned)} layers were compared ({', '.join(layers.pruned)}); the teacher's took "
-        f"{size:,.1f} MiB on the disk meanwhile"
-    ]
 
 
 def _note_no_better(trained: TrainingResult) -> list[str]:
