@@ -58,6 +58,33 @@ class TestLoss:
         assert own.grad is not None
         assert torch.allclose(own.grad, wanted, atol=1e-3)
 
+    @pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.5, 1.0), (0.0, 1.0), (1.0, 3.0), (0.3, 2.0)])
+    def test_loss_and_gradient_are_those_of_autograd_however_many_positions_at_once(
+        self, weight: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        generator = torch.Generator().manual_seed(5)
+        student = (3 * torch.randn(2, 6, 50, generator=generator)).requires_grad_()
+        labels = torch.randint(0, 50, (2, 6), generator=generator)
+        labels[0, 2] = labels[1, 5] = IGNORED
+        at = labels != IGNORED
+        top = top_tokens(3 * torch.randn(10, 50, generator=generator), 5, temperature)
+        top["logp"][0] -= top["logp"][0].logsumexp(-1)  # and nothing is left for the others
+        top["rest"][0] = 0.0
+        logq = (student[at] / temperature).log_softmax(-1)
+        logq_top = logq.gather(1, top["tokens"])
+        logq_rest = (1 - logq_top.exp().sum(-1)).log()
+        p, rest = top["logp"].exp(), top["rest"]
+        divergence = (p * (top["logp"] - logq_top)).sum() + (torch.xlogy(rest, rest) - rest * logq_rest).sum()
+        nll = functional.cross_entropy(student[at], labels[at], reduction="sum")
+        expected = weight * temperature**2 * divergence + (1 - weight) * nll
+        [wanted] = torch.autograd.grad(expected, student)
+        for at_once in (1, 150, 10_000):
+            monkeypatch.setattr("secateur.recovery.distillation.CPU_LOGITS", at_once)
+            found = distillation_loss(student, labels, top, teacher_weight=weight, temperature=temperature)
+            assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+            [gradient] = torch.autograd.grad(2 * found, student)
+            assert torch.allclose(gradient, 2 * wanted, atol=1e-5)
+
     def test_the_labels_have_the_rest_of_the_weight(self) -> None:
         student, teacher = torch.randn(2, 1, 3, 7, generator=torch.Generator().manual_seed(3)).unbind()
         labels = torch.tensor([[4, 1, 0]])

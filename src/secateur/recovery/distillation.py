@@ -7,6 +7,7 @@ teacher.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from secateur.data.rows import IGNORED
 from secateur.errors import ModelError
 
 LEAST_MASS = 1e-6  # float32 cannot tell a smaller probability mass from 0
+CPU_LOGITS, GPU_LOGITS = 2**18, 2**27  # float32, at once
 
 
 def nll_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -57,25 +59,78 @@ def distillation_loss(
     >>> abs(float(distillation_loss(logits, torch.tensor([[1, IGNORED]]), same))) < 1e-6
     True
     """
-    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1]).float()
-    positions_M = torch.nonzero(labels_BT.reshape(-1) != IGNORED).flatten()
-    scaled_NV = logits_NV if temperature == 1.0 else logits_NV / temperature
-    # One pass over the vocabulary; all that follows reads few of its entries.
-    logsumexp_M = scaled_NV.logsumexp(dim=-1)[positions_M]
-    logq_MK = scaled_NV[positions_M[:, None], teacher["tokens"].long()] - logsumexp_M[:, None]
-    rest_M = teacher["rest"].float().clamp(min=0.0)
-    p_MK = teacher["logp"].float().exp()
-    p_MK = p_MK * ((1.0 - rest_M) / p_MK.sum(dim=-1).clamp(min=LEAST_MASS))[:, None]  # float16 on the disk rounds
-    logq_rest_M = torch.log(-torch.expm1(logq_MK.logsumexp(dim=-1).clamp(max=-LEAST_MASS)))
-    divergence = (torch.xlogy(p_MK, p_MK) - p_MK * logq_MK).sum()
-    divergence = divergence + (torch.xlogy(rest_M, rest_M) - rest_M * logq_rest_M).sum()
-    loss = teacher_weight * temperature**2 * divergence
-    if teacher_weight < 1:
-        if temperature != 1.0:
-            logsumexp_M = logits_NV.logsumexp(dim=-1)[positions_M]
-        labels_M = labels_BT.reshape(-1)[positions_M]
-        loss = loss + (1 - teacher_weight) * (logsumexp_M - logits_NV[positions_M, labels_M]).sum()
+    labels_N = labels_BT.reshape(-1)
+    loss: Tensor = _DistillationLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+        logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_N, teacher, teacher_weight, temperature
+    )
     return loss
+
+
+class _DistillationLoss(torch.autograd.Function):
+    """The loss and, in closed form, its gradient, of a few positions at a time.
+
+    Autograd would go over the whole vocabulary about ten times, and keep it in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, labels_N: Tensor, teacher: Mapping[str, Tensor], weight: float, temperature: float
+    ) -> Tensor:
+        positions_M = torch.nonzero(labels_N != IGNORED).flatten()
+        labels_M, tokens_MK = labels_N[positions_M], teacher["tokens"].long()
+        # 1. The student's log-probabilities of the top tokens, of all others together, and of the labels.
+        logsumexp_M, plain_M, label_M = (torch.empty_like(teacher["rest"], dtype=torch.float32) for _ in range(3))
+        logq_MK = torch.empty_like(teacher["logp"], dtype=torch.float32)
+        for some in _blocks(logits_NV, positions_M):
+            exact_mV = logits_NV[positions_M[some]].float()
+            label_M[some] = exact_mV.gather(1, labels_M[some, None])[:, 0]
+            plain_M[some] = exact_mV.logsumexp(dim=-1)
+            scaled_mV = exact_mV if temperature == 1.0 else exact_mV.div_(temperature)
+            logsumexp_M[some] = plain_M[some] if temperature == 1.0 else scaled_mV.logsumexp(dim=-1)
+            logq_MK[some] = scaled_mV.gather(1, tokens_MK[some]) - logsumexp_M[some, None]
+        log_top_M = logq_MK.logsumexp(dim=-1)
+        logq_rest_M = torch.log(-torch.expm1(log_top_M.clamp(max=-LEAST_MASS)))
+        # 2. The teacher's; float16 on the disk rounds.
+        rest_M = teacher["rest"].float().clamp(min=0.0)
+        p_MK = teacher["logp"].float().exp()
+        p_MK = p_MK * ((1.0 - rest_M) / p_MK.sum(dim=-1).clamp(min=LEAST_MASS))[:, None]
+        # 3. The divergence, and the likelihood of the labels.
+        divergence = (torch.xlogy(p_MK, p_MK) - p_MK * logq_MK).sum()
+        divergence = divergence + (torch.xlogy(rest_M, rest_M) - rest_M * logq_rest_M).sum()
+        loss = weight * temperature**2 * divergence + (1 - weight) * (plain_M - label_M).sum()
+        # 4. The gradient of the divergence: the student's probabilities, scaled, and what is added at the top tokens.
+        others_M = torch.where(log_top_M < -LEAST_MASS, rest_M / logq_rest_M.exp(), 0.0)
+        q_MK = logq_MK.exp()
+        scale_M = p_MK.sum(dim=-1) - others_M * q_MK.sum(dim=-1)
+        top_MK = others_M[:, None] * q_MK - p_MK
+        ctx.save_for_backward(logits_NV, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK)
+        ctx.weight, ctx.temperature = weight, temperature
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK = ctx.saved_tensors
+        of_teacher, of_labels = (w * gradients[0] for w in (ctx.weight * ctx.temperature, 1 - ctx.weight))
+        scale_M, top_MK = of_teacher * scale_M, of_teacher * top_MK
+        if ctx.temperature == 1.0:  # then both are of the same probabilities
+            scale_M = scale_M + of_labels
+        d_NV = torch.zeros_like(logits_NV)
+        for some in _blocks(logits_NV, positions_M):
+            exact_mV = logits_NV[positions_M[some]].float()
+            scaled_mV = exact_mV if ctx.temperature == 1.0 else exact_mV / ctx.temperature
+            d_mV = scaled_mV.sub_(logsumexp_M[some, None]).exp_().mul_(scale_M[some, None])
+            if ctx.temperature != 1.0:
+                d_mV += exact_mV.sub_(plain_M[some, None]).exp_().mul_(of_labels)
+            d_mV.scatter_add_(1, tokens_MK[some], top_MK[some])
+            d_mV.scatter_add_(1, labels_M[some, None], -of_labels.expand(len(d_mV), 1))
+            d_NV[positions_M[some]] = d_mV.to(d_NV.dtype)
+        return d_NV, None, None, None, None
+
+
+def _blocks(logits_NV: Tensor, positions_M: Tensor) -> list[slice]:
+    """The positions, as many at a time as a processor's cache holds the logits of, or a GPU has work with."""
+    rows = max(1, (GPU_LOGITS if logits_NV.is_cuda else CPU_LOGITS) // logits_NV.shape[1])
+    return [slice(first, first + rows) for first in range(0, len(positions_M), rows)]
 
 
 def check_teacher(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.evaluation.inference import evaluation_mode, input_device
-from secateur.recovery.distillation import nll_loss
+from secateur.recovery.distillation import distillation_loss, nll_loss
 from secateur.recovery.setup import TrainingSetup, evaluations_of
 from secateur.recovery.teacher_cache import TeacherOutputs, save_teacher_outputs
 
@@ -60,10 +61,11 @@ def pace_of(
     chosen = rows.select(numbers[rows.lengths_R[numbers].argsort(descending=True)])  # as within a step
     some = chosen.select(torch.arange(min(options.micro_batch_size, len(chosen))))
     with torch.autocast(input_device(model).type, torch.bfloat16, enabled=setup.bf16):
-        _train(model, some, options.micro_batch_size)  # until memory is there
-        training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size), chosen)
+        top_k = 0 if teacher is None else options.top_k
+        _train(model, some, options.micro_batch_size, top_k)  # until memory is there
+        training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size, top_k), chosen)
         with evaluation_mode(model), torch.no_grad():
-            reading = _seconds_per_token(lambda: _forward(model, some, range(len(some))), some)
+            reading = _seconds_per_token(lambda: _loss(model, some, range(len(some)), top_k), some)
     teaching = 0.0
     if teacher is not None:
         dense, outputs = teacher(), TeacherOutputs(options.top_k, options.temperature)
@@ -74,19 +76,25 @@ def pace_of(
     return Pace(training, reading, teaching, loading)
 
 
-def _train(model: nn.Module, rows: Rows, micro_batch_size: int) -> None:
+def _train(model: nn.Module, rows: Rows, micro_batch_size: int, top_k: int) -> None:
     for first in range(0, len(rows), micro_batch_size):
-        loss: Any = _forward(model, rows, range(first, min(first + micro_batch_size, len(rows))))
+        loss: Any = _loss(model, rows, range(first, min(first + micro_batch_size, len(rows))), top_k)
         loss.backward()
     model.zero_grad()
 
 
-def _forward(model: nn.Module, rows: Rows, numbers: range) -> Tensor:
+def _loss(model: nn.Module, rows: Rows, numbers: range, top_k: int) -> Tensor:
+    """The loss beside a teacher that has so many top tokens, all alike; none: that of the labels."""
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in collate(rows, numbers, pad=0).items()}
     labels_BT = batch.pop("labels")
-    loss = nll_loss(model(**batch, use_cache=False).logits, labels_BT)
-    return loss / (labels_BT != IGNORED).sum().clamp(min=1)
+    logits_BTV, count = model(**batch, use_cache=False).logits, int((labels_BT != IGNORED).sum())
+    if not top_k:
+        return nll_loss(logits_BTV, labels_BT) / max(1, count)
+    tokens_K = torch.arange(min(top_k, logits_BTV.shape[-1]), device=device)
+    logp_K = torch.full_like(tokens_K, -math.log(len(tokens_K)), dtype=torch.float32)
+    teacher = {"tokens": tokens_K.expand(count, -1), "logp": logp_K.expand(count, -1), "rest": logp_K.new_zeros(count)}
+    return distillation_loss(logits_BTV, labels_BT, teacher, teacher_weight=0.5) / max(1, count)
 
 
 def _seconds_per_token(run: Callable[[], object], rows: Rows) -> float:
