@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.rows import IGNORED
@@ -28,8 +27,9 @@ def nll_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     >>> round(float(nll_loss(logits, torch.tensor([[1, IGNORED]]))), 4)
     1.4402
     """
-    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1]).float()
-    return functional.cross_entropy(logits_NV, labels_BT.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    no_tokens_MK = torch.empty(int((labels_BT != IGNORED).sum()), 0, device=logits_BTV.device)
+    no_teacher = {"tokens": no_tokens_MK, "logp": no_tokens_MK, "rest": no_tokens_MK.sum(dim=-1)}
+    return distillation_loss(logits_BTV, labels_BT, no_teacher, teacher_weight=0.0)
 
 
 def distillation_loss(
@@ -60,13 +60,13 @@ def distillation_loss(
     True
     """
     labels_N = labels_BT.reshape(-1)
-    loss: Tensor = _DistillationLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    loss: Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
         logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_N, teacher, teacher_weight, temperature
     )
     return loss
 
 
-class _DistillationLoss(torch.autograd.Function):
+class _SummedLoss(torch.autograd.Function):
     """The loss and, in closed form, its gradient, of a few positions at a time.
 
     Autograd would go over the whole vocabulary about ten times, and keep it in float32.
