@@ -31,7 +31,7 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, check_known
 from secateur.models.streaming import streamed_layers
 from secateur.planning.plan import Plan
-from secateur.progress import Progress
+from secateur.progress import Progress, return_freed_memory
 from secateur.pruning.closed_form import (
     REPAIRS,
     CutMatrix,
@@ -51,6 +51,8 @@ from secateur.scoring.passes.products import WeightProduct, WeightProducts, inpu
 from secateur.scoring.unit_scores import units_reached
 
 logger = logging.getLogger(__name__)
+
+LARGE_INPUTS = 2**26  # bytes of a matrix's inputs, from which on freed memory goes back to the system
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,8 @@ class _RepairPass:
                 along = product.dim - (new.dim() - matrix.dim())
                 columns_RC = matrix if along == 1 else matrix.t()
                 self._refit(_Matrix(product.weight, columns_RC, bias), inputs_of(inputs, self.windows))
+                if inputs.nbytes >= LARGE_INPUTS:  # else what attention has freed stays beside what the MLP needs
+                    return_freed_memory()
         new_bias = product.bias if bias is None else self.weights.get(bias, product.bias)
         return product.compute(product.inputs, new, new_bias)
 
