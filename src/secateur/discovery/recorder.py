@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, *, follow_values: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.follow_values = follow_values
         self.nodes: list[Node] = []
         self.shapes: list[tuple[int, ...]] = []
