@@ -76,7 +76,8 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits_NV: Tensor, labels_N: Tensor, teacher: Mapping[str, Tensor], weight: float, temperature: float
     ) -> Tensor:
-        positions_M = torch.nonzero(labels_N != IGNORED).flatten()
+        unlabelled_N = labels_N == IGNORED
+        positions_M = torch.nonzero(~unlabelled_N).flatten()
         labels_M, tokens_MK = labels_N[positions_M], teacher["tokens"].long()
         # 1. The student's log-probabilities of the top tokens, of all others together, and of the labels.
         logsumexp_M, plain_M, label_M = (torch.empty_like(teacher["rest"], dtype=torch.float32) for _ in range(3))
@@ -103,18 +104,23 @@ class _SummedLoss(torch.autograd.Function):
         q_MK = logq_MK.exp()
         scale_M = p_MK.sum(dim=-1) - others_M * q_MK.sum(dim=-1)
         top_MK = others_M[:, None] * q_MK - p_MK
-        ctx.save_for_backward(logits_NV, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK)
+        ctx.save_for_backward(
+            logits_NV, unlabelled_N, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK
+        )
         ctx.weight, ctx.temperature = weight, temperature
         return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NV, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK = ctx.saved_tensors
+        logits_NV, unlabelled_N, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK = (
+            ctx.saved_tensors
+        )
         of_teacher, of_labels = (w * gradients[0] for w in (ctx.weight * ctx.temperature, 1 - ctx.weight))
         scale_M, top_MK = of_teacher * scale_M, of_teacher * top_MK
         if ctx.temperature == 1.0:  # then both are of the same probabilities
             scale_M = scale_M + of_labels
-        d_NV = torch.zeros_like(logits_NV)
+        d_NV = torch.empty_like(logits_NV)
+        d_NV[unlabelled_N] = 0.0
         for some in _blocks(logits_NV, positions_M):
             exact_mV = logits_NV[positions_M[some]].float()
             scaled_mV = exact_mV if ctx.temperature == 1.0 else exact_mV / ctx.temperature

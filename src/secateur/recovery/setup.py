@@ -52,6 +52,7 @@ EVALUATION_SHARE = 0.1  # of the time of a training, which evaluations may take
 READING = 1 / 3  # of the time of a token that is trained on, which one takes that is only read
 WRITTEN_ROWS = 256  # by the dense model, by default
 WRITTEN_FILE, BF16_FILE = "written.safetensors", "bf16.json"  # in the work folder
+PRODUCTS_LENGTH = 1024  # of rows, up to which attention by matrix products is measured to be faster on CPUs
 BF16_FASTER = 1.5  # than float32 are products in bfloat16, where they are taken by default
 
 
@@ -79,6 +80,12 @@ class TrainingSetup:
         """The teacher, in the dtype in which products are taken."""
         assert self.teacher is not None
         return load_teacher(self.recipe, self.teacher, bf16=self.bf16)
+
+    @property
+    def attends_by_products(self) -> bool:
+        """Whether attention is faster by matrix products than fused: on CPUs, of short rows."""
+        on_gpu = self.recipe.loading.device != "cpu" and torch.cuda.is_available()
+        return self.bf16 and not on_gpu and self.recipe.data.max_length <= PRODUCTS_LENGTH
 
     @property
     def evaluated(self) -> int:

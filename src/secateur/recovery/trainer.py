@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,12 @@ def train(
         callbacks.append(ReportProgress(inputs.rows.lengths_R[inputs.order_SB].sum(dim=1), progress))
     environment = {  # which TensorBoard and accelerate read; a launcher may have set another precision
         "TENSORBOARD_LOGGING_DIR": os.environ.get("TENSORBOARD_LOGGING_DIR", str(logs or folder / "runs")),
-        "ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no",
+        "ACCELERATE_MIXED_PRECISION": "bf16" if bf16 and processes.sharded() else "no",
     }
     with quiet(), patch_environment(**environment):
         arguments = _training_arguments(model, inputs, options, folder, bf16, resumed=checkpoint is not None)
         _shard_on_cpus(arguments)
-        trainer = RecoveryTrainer(model, inputs, options, arguments, callbacks)
+        trainer = RecoveryTrainer(model, inputs, options, arguments, callbacks, bf16=bf16)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except DivergedError as error:
@@ -144,8 +144,10 @@ class RecoveryTrainer(Trainer):
         options: RecoverOptions,
         arguments: TrainingArguments,
         callbacks: list[TrainerCallback],
+        *,
+        bf16: bool,
     ) -> None:
-        self.inputs, self.options = inputs, options
+        self.inputs, self.options, self.bf16 = inputs, options, bf16
         self._base = _base_model(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self._base.forward).parameters
         order: Any = inputs.order_SB.flatten().tolist()  # numbers of rows, which the collator reads from `inputs`
@@ -195,7 +197,8 @@ class RecoveryTrainer(Trainer):
             first = int(columns[0]) if len(columns) else labels_BT.shape[1] - 1
             labels_BT = labels_BT[:, first:]
             batch["logits_to_keep"] = labels_BT.shape[1]
-        logits_BTV = model(**batch, use_cache=False).logits
+        with self._precision():
+            logits_BTV = model(**batch, use_cache=False).logits
         if not teacher:
             return nll_loss(logits_BTV, labels_BT)
         options = self.options
@@ -203,13 +206,17 @@ class RecoveryTrainer(Trainer):
             logits_BTV, labels_BT, teacher, teacher_weight=options.teacher_weight, temperature=options.temperature
         )
 
+    def _precision(self) -> AbstractContextManager[None]:
+        # Trainer's own would copy all logits to float32; shards it gathers in bfloat16.
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure the validation loss and the perplexity of held-out texts; every process measures all of it."""
         inputs = self.inputs
         model: Any = self.model
         metrics: dict[str, float] = {}
         nlls = []
-        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast():
+        with evaluation_mode(model), torch.no_grad(), self._precision():
             if len(inputs.validation):
                 metrics[VALIDATION] = self._validation_loss(model)
             for name, ids_T in inputs.texts.items():
@@ -267,7 +274,7 @@ def _training_arguments(
         warmup_steps=options.warmup_steps or 0,
         lr_scheduler_type=options.lr_scheduler,
         weight_decay=options.weight_decay,
-        bf16=bf16,
+        bf16=bf16 and processes.sharded(),
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_steps,
         eval_on_start=evaluates and not resumed,
