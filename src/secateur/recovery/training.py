@@ -24,7 +24,7 @@ from secateur.data.rows import Rows
 from secateur.errors import CheckpointError, TrainingError
 from secateur.files import read_json, write_json
 from secateur.models.loading import LoadOptions, load
-from secateur.models.precision import bfloat16_attention
+from secateur.models.precision import bfloat16_attention, matmul_precision
 from secateur.models.sources import resolve
 from secateur.models.streaming import streamed_layers
 from secateur.models.tensors import check_finite
@@ -59,7 +59,7 @@ class Places:
 
 def train_folder(setup: TrainingSetup, places: Places, *, run: RunOptions, clock: Clock) -> RecoverResult:
     """Train as set up and write the folder."""
-    with bfloat16_attention(by_products=setup.attends_by_products):
+    with matmul_precision(exact=True), bfloat16_attention(by_products=setup.attends_by_products):
         return _train_folder(setup, places, run, clock)
 
 
