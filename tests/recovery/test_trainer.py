@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from trainings import distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
+
+from secateur.models.loading import LoadOptions
+from secateur.recovery import setup, trainer
+from secateur.recovery.distillation import nll_loss
 
 
 def test_the_loss_falls_on_the_rows_and_on_others(place: Path) -> None:
@@ -41,6 +46,25 @@ def test_micro_batches_and_gradient_checkpointing_do_not_change_the_weights(plac
     parts: dict[str, Any] = {"micro_batch_size": 2, "gradient_checkpointing": True}
     train(out="here/other", model="hidden", method="distill", **parts)
     assert distance("here/one", "here/other") < 2e-5
+
+
+@pytest.mark.parametrize("by_products", [True, False])
+def test_in_bfloat16_the_loss_falls_alike_and_reads_the_logits_as_they_are(
+    by_products: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[torch.dtype, bool]] = set()
+
+    def watched(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        seen.add((logits_BTV.dtype, torch.backends.cuda.flash_sdp_enabled()))
+        return nll_loss(logits_BTV, labels_BT)
+
+    expected = train(method="full", max_steps=8)
+    monkeypatch.setattr(trainer, "nll_loss", watched)
+    monkeypatch.setattr(setup, "PRODUCTS_LENGTH", 128 if by_products else 127)  # the rows have 128 tokens
+    rounded = LoadOptions(dtype="bfloat16", device="cpu")
+    found = train(out="here/rounded", loading=rounded, method="full", max_steps=8)
+    assert seen == {(torch.bfloat16, not by_products)}
+    assert [loss for _, loss in found.loss] == pytest.approx([loss for _, loss in expected.loss], rel=0.01)
 
 
 def test_packed_rows_train(place: Path) -> None:
