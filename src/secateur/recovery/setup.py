@@ -52,7 +52,7 @@ EVALUATION_SHARE = 0.1  # of the time of a training, which evaluations may take
 READING = 1 / 3  # of the time of a token that is trained on, which one takes that is only read
 WRITTEN_ROWS = 256  # by the dense model, by default
 WRITTEN_FILE, BF16_FILE = "written.safetensors", "bf16.json"  # in the work folder
-PRODUCTS_LENGTH = 1024  # of rows, up to which attention by matrix products is measured to be faster on CPUs
+PRODUCTS_LENGTH = 512  # of rows, up to which attention on CPUs is taken by matrix products: their memory grows squared
 BF16_FASTER = 1.5  # than float32 are products in bfloat16, where they are taken by default
 
 
