@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from secateur.models.precision import bfloat16_attention, matmul_precision
+from secateur.errors import TrainingError
+from secateur.models.precision import bfloat16_attention, bfloat16_products, matmul_precision
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(3, 5, 7), (256, 256, 256), (512, 1000, 300)])
@@ -22,6 +23,17 @@ def test_the_precision_is_put_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), matmul_precision(exact=False):
         assert 1 / 0
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_code_that_mixes_dtypes_in_bfloat16_is_one_line() -> None:
+    one, total = torch.ones(1, 2), torch.zeros(3, 2)
+    said = (
+        r"does not run with products in bfloat16 \(RuntimeError: index_add_.*\)\. Take them in float32: --dtype float32"
+    )
+    with pytest.raises(TrainingError, match=said), bfloat16_products("cpu", enabled=True):
+        total.index_add_(0, torch.tensor([1]), one @ torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), bfloat16_products("cpu", enabled=True):
+        one @ one
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,4 +1,4 @@
-"""How precisely float32 matrix products are taken, and what takes those of attention in bfloat16."""
+"""How precisely matrix products are taken, and by what."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from secateur.errors import TrainingError, one_line
 
 SIZE = 256  # of the product that is looked at
 EXACT = 1e-5  # of float32's own products: those of TF32 or bfloat16 are off by 1e-3
@@ -33,6 +35,28 @@ def matmul_precision(*, exact: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def bfloat16_products(device_type: str, *, enabled: bool) -> Iterator[None]:
+    """While open and enabled, products are taken in bfloat16.
+
+    Raises `TrainingError` for the code of a model that then mixes dtypes.
+
+    >>> with bfloat16_products("cpu", enabled=True):
+    ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    torch.bfloat16
+    """
+    try:
+        with torch.autocast(device_type, torch.bfloat16, enabled=enabled):
+            yield
+    except RuntimeError as error:
+        if not enabled or "BFloat16" not in str(error):
+            raise
+        raise TrainingError(
+            f"the model's code does not run with products in bfloat16 ({one_line(error)}). Take them in float32: "
+            "--dtype float32"
+        ) from error
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from secateur.errors import TrainingError
 from secateur.evaluation.inference import evaluation_mode
 from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.protocols import Protocol
+from secateur.models.precision import bfloat16_products
 from secateur.models.silence import quiet
 from secateur.progress import Progress
 from secateur.recovery import checkpoints
@@ -208,7 +209,7 @@ class RecoveryTrainer(Trainer):
 
     def _precision(self) -> AbstractContextManager[None]:
         # Trainer's own would copy all logits to float32; shards it gathers in bfloat16.
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
+        return bfloat16_products(self.args.device.type, enabled=self.bf16)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure the validation loss and the perplexity of held-out texts; every process measures all of it."""
