@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from trainings import FLOAT32, ROWS, TEXT, options, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from contract import uneven
+from every_type import tiny_type_model
 from recipes import recipe
 from secateur import CalibrationOptions, DataOptions, load, prune, prune_model, recover, verify
 from secateur.export.merge import merge_adapter
@@ -105,3 +107,22 @@ def test_every_linear_layer_but_the_last_has_an_adapter() -> None:
     found = {name.split(".lora_")[0].split(".", 4)[-1] for name, p in adapted.named_parameters() if p.requires_grad}
     seven = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj"
     assert found == {f"{i}.{name}" for i in range(3) for name in [*seven.split(), "mlp.down_proj"]}
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe", "deepseek_v4"])
+def test_linear_layers_that_give_something_else_have_no_adapter(model_type: str) -> None:
+    """Routers that are linear layers with code of their own, or one whose weights are those of several."""
+    model = tiny_type_model(model_type, dtype=torch.float32)
+    own = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    assert own
+    adapted = add_lora(model, LoraOptions(rank=2))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert not [name for name in trained if any(f".{each}." in name for each in own)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in trained:
+            parameter = adapted.get_parameter(name)
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    expected = adapted(input_ids=IDS[:, 5:15]).logits
+    torch.testing.assert_close(merge_lora(adapted)(input_ids=IDS[:, 5:15]).logits, expected, rtol=1e-3, atol=1e-4)

@@ -39,23 +39,26 @@ def matmul_precision(*, exact: bool) -> Iterator[None]:
 
 @contextmanager
 def bfloat16_products(device_type: str, *, enabled: bool) -> Iterator[None]:
-    """While open and enabled, products are taken in bfloat16.
-
-    Raises `TrainingError` for the code of a model that then mixes dtypes.
+    """While open and enabled, products are taken in bfloat16; raises as `bfloat16_code` does.
 
     >>> with bfloat16_products("cpu", enabled=True):
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     torch.bfloat16
     """
+    with bfloat16_code(), torch.autocast(device_type, torch.bfloat16, enabled=enabled):
+        yield
+
+
+@contextmanager
+def bfloat16_code() -> Iterator[None]:
+    """While open, code of a model that mixes other numbers with those of bfloat16 raises `TrainingError`."""
     try:
-        with torch.autocast(device_type, torch.bfloat16, enabled=enabled):
-            yield
+        yield
     except RuntimeError as error:
-        if not enabled or "BFloat16" not in str(error):
+        if "BFloat16" not in str(error):
             raise
         raise TrainingError(
-            f"the model's code does not run with products in bfloat16 ({one_line(error)}). Take them in float32: "
-            "--dtype float32"
+            f"the model's code does not run in bfloat16 ({one_line(error)}). Train in float32: --dtype float32"
         ) from error
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -75,6 +76,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:
         lora_alpha=alpha,
         lora_dropout=0.0 if experts else options.dropout,
         target_modules=TARGET_MODULES,
+        exclude_modules=_more_than_linear(model) or None,
         target_parameters=experts or None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
@@ -100,6 +102,26 @@ def expert_weights(model: nn.Module) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape) > 1
     ]
+
+
+def _more_than_linear(model: nn.Module) -> list[str]:
+    """Return the names of linear layers whose own code gives something else than a product, as a router's may.
+
+    peft takes them for linear, and would add to what they give.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+            continue
+        try:
+            with torch.no_grad():
+                given: Any = module(module.weight.new_zeros(1, module.in_features))
+            linear = given.shape == (1, module.out_features)
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):  # any model code
+            linear = False
+        if not linear:
+            found.append(name)
+    return found
 
 
 def merge_lora(adapted: Any) -> PreTrainedModel:
