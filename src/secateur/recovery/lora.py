@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,7 +59,8 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:
     """Return peft's model around `model` with a new adapter, whose product is 0; the model's own weights are frozen.
 
     Stacked experts get an adapter, too. peft has no dropout for these, so a model that has any is trained without.
-    Raises `TrainingError` where peft is missing or refuses the model.
+    Parts that read images or sound get none, nor do modules that peft takes in no model of the type, such as those
+    whose weights a fused kernel reads. Raises `TrainingError` where peft is missing or refuses the model.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
@@ -70,38 +72,84 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:
     import peft
 
     alpha: Any = options.alpha  # peft declares an int and only divides it
-    experts = expert_weights(model)
-    config = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0 if experts else options.dropout,
-        target_modules=TARGET_MODULES,
-        exclude_modules=_more_than_linear(model) or None,
-        target_parameters=experts or None,
-        task_type=peft.TaskType.CAUSAL_LM,
+    experts, excluded = (
+        expert_weights(model),
+        [re.escape(name) for name in (*_towers(model), *_more_than_linear(model))],
     )
     padded = padded_in(model, remove=True)  # what a layer reads and gives is padded around its adapter, too
+    adapted: Any = None
     with _without_warnings():
-        try:
-            adapted = peft.get_peft_model(model, config)
-        except ValueError as error:
-            pad_in_place(model, padded)
-            raise TrainingError(
-                f"{type(model).__name__} takes no LoRA ({one_line(error)}). Train all weights: --method full or distill"
-            ) from error
+        while adapted is None:
+            config = peft.LoraConfig(
+                r=options.rank,
+                lora_alpha=alpha,
+                lora_dropout=0.0 if experts else options.dropout,
+                target_modules=TARGET_MODULES,
+                exclude_modules=rf"(.*\.)?({'|'.join(excluded)})(\..*)?" if excluded else None,
+                target_parameters=experts or None,
+                task_type=peft.TaskType.CAUSAL_LM,
+            )
+            try:
+                adapted = peft.get_peft_model(model, config)
+            except ValueError as error:
+                refused = _refused(error) - {*excluded}
+                _take_off(model)
+                if not refused:
+                    pad_in_place(model, padded)
+                    raise TrainingError(
+                        f"{type(model).__name__} takes no LoRA ({one_line(error)}). Train all weights: --method full "
+                        "or distill"
+                    ) from error
+                excluded = [*excluded, *sorted(refused)]
     pad_in_place(adapted.get_base_model(), padded)
     return adapted
 
 
+def _refused(error: ValueError) -> set[str]:
+    """The names of modules that peft says it takes in no model of this type; their weights are read by a kernel."""
+    named = re.search(r"Incompatible modules: \{([^}]*)\}", str(error))
+    return set(re.findall(r"'([^']+)'", named[1])) if named else set()
+
+
+def _take_off(model: nn.Module) -> None:
+    """Put modules back that peft had wrapped before it raised an error."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+
+
 def expert_weights(model: nn.Module) -> list[str]:
     """Return the names of weights that stack one matrix for each expert: experts x output x input."""
+    towers = tuple(f"{name}." for name in _towers(model))
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
         if not type(module).__module__.startswith("torch.")  # whose weights of three dimensions are of convolutions
+        and not f"{path}.".startswith(towers)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape) > 1
     ]
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Return the names of the parts beside the text's own model, which read images or sound; none where it is alone."""
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return []
+    decoder: Any = model.get_decoder()
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if path and module is not decoder and _holds(module, decoder)
+        for name, part in module.named_children()
+        if not _holds(part, decoder)
+    ]
+
+
+def _holds(module: nn.Module, part: nn.Module) -> bool:
+    return any(each is part for each in module.modules())
 
 
 def _more_than_linear(model: nn.Module) -> list[str]:
