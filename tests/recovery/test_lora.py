@@ -109,6 +109,13 @@ def test_every_linear_layer_but_the_last_has_an_adapter() -> None:
     assert found == {f"{i}.{name}" for i in range(3) for name in [*seven.split(), "mlp.down_proj"]}
 
 
+@pytest.mark.parametrize("model_type", ["zamba", "recurrent_gemma"])
+def test_weights_of_mixers_are_no_experts(model_type: str) -> None:
+    model = tiny_type_model(model_type, dtype=torch.float32)
+    assert [p for p in model.parameters() if p.dim() == 3 and min(p.shape) > 1]
+    assert expert_weights(model) == []
+
+
 KERNELS_READ = ("mamba2", "falcon_h1")  # the weights of `out_proj`
 TOWERS = {"gemma4": ("vision_tower", "embed_vision"), "gemma3": ("vision_tower", "multi_modal_projector")}
 

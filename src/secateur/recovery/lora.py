@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import TrainingError, check_installed, check_least, one_line
 from secateur.models.modeling_per_layer import pad_in_place, padded_in
@@ -122,16 +122,28 @@ def _take_off(model: nn.Module) -> None:
 
 
 def expert_weights(model: nn.Module) -> list[str]:
-    """Return the names of weights that stack one matrix for each expert: experts x output x input."""
+    """Return the names of weights that stack one matrix for each expert: experts x output x input.
+
+    No more than the config counts; weights of mixers may have three dimensions, too.
+    """
     towers = tuple(f"{name}." for name in _towers(model))
+    config: Any = getattr(model, "config", None)  # of the model, or of one within an adapter
+    most = _most_experts(config.to_dict()) if isinstance(config, PreTrainedConfig) else 0
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
         if not type(module).__module__.startswith("torch.")  # whose weights of three dimensions are of convolutions
         and not f"{path}.".startswith(towers)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and min(parameter.shape) > 1
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and len(parameter) <= most
     ]
+
+
+def _most_experts(settings: Mapping[str, Any]) -> int:
+    """The largest number that a config, or one within it, has for anything of experts; 0 where there are none."""
+    found = [_most_experts(value) for value in settings.values() if isinstance(value, Mapping)]
+    found += [value for name, value in settings.items() if "expert" in str(name) and isinstance(value, int)]
+    return max(found, default=0)
 
 
 def _towers(model: nn.Module) -> list[str]:
