@@ -24,7 +24,7 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import with_preset
 from secateur.planning.plan import Plan, plan_from_json, read_plan
-from secateur.planning.selection import top_units
+from secateur.planning.selection import groups_to_cut, top_units
 from secateur.planning.sizes import removed_units
 from secateur.report.tables.plan import plan_tables
 from secateur.scoring.scores import Scores
@@ -258,6 +258,21 @@ def test_a_kind_that_the_model_lacks_is_refused() -> None:
     found = discover(family_config("gpt2"))
     with pytest.raises(PlanError, match=r"axes=query: .* has no group of that kind in layers 0:3; it has: attention"):
         plan(found, CutOptions(ratio=0.5, of="units", axes=("query",)))
+
+
+@pytest.mark.parametrize(("model_type", "axis"), [("bloom", "mlp"), ("zamba", "attention")])
+def test_of_the_usual_axes_those_are_cut_that_the_model_has(model_type: str, axis: str) -> None:
+    found = discover(tiny_config(model_type))
+    assert plan(found, CutOptions(ratio=0.4, of="units")).groups
+    assert [*groups_to_cut(found, CutOptions())] == [axis]
+    both = CutOptions(axes=("mlp", "attention"))
+    with pytest.raises(PlanError, match=rf"has no group of that kind .*\. Cut what it has, for example axes={axis}$"):
+        groups_to_cut(found, both)
+
+
+def test_a_model_without_any_of_the_usual_axes_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"axes=attention: .*; it has: .*state.*, for example axes=state$"):
+        groups_to_cut(discover(tiny_config("mamba")), CutOptions())
 
 
 def test_a_hidden_width_that_the_config_refuses_names_the_nearest(discovery: Discovery) -> None:

@@ -16,6 +16,7 @@ from secateur.errors import PlanError
 from secateur.models.silence import quiet
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
+from secateur.scoring import measured
 from secateur.scoring.measured import LEAST, MOST, SHARE, measured_factors
 from secateur.scoring.scores import Scores
 
@@ -58,6 +59,22 @@ def test_each_group_is_scaled_to_the_divergence_of_its_cut(family: str) -> None:
     usual = sorted(expected.values())[len(expected) // 2]
     assert len(expected) == 3
     assert factors == pytest.approx({name: each / usual for name, each in expected.items()}, rel=1e-3)
+
+
+@pytest.mark.parametrize(("model_type", "skips"), [("llama", True), ("gemma3n_text", False)])
+def test_layers_before_a_group_run_where_later_ones_read_more_than_they_return(
+    model_type: str, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3n's last layers attend to the keys of earlier ones."""
+    with quiet():
+        model = tiny_type_model(model_type)
+    discovery = discover(model.config)
+    scores = fisher(model, discovery, ("mlp",))
+    assert measured._Divergence(model, discovery, UNSEEN).skips is skips
+    factors = measured_factors(model, discovery, scores, UNSEEN)
+    monkeypatch.setattr(measured._Divergence, "_runs_from", lambda *_: False)
+    assert factors == pytest.approx(measured_factors(model, discovery, scores, UNSEEN))
+    assert len(factors) >= 3
 
 
 def test_groups_of_few_units_keep_their_scores() -> None:

@@ -50,4 +50,7 @@ def check_saveable(
     try:
         module_changes(config, discovery, plan.sizes.without_emptied(), trust_remote_code=trust_remote_code)
     except DiscoveryError as error:
-        raise CheckpointError(f"no model can be made of what the plan leaves: {reason}, and {error}") from error
+        raise CheckpointError(
+            f"no model can be made of what the plan leaves: {reason}, and {str(error).rstrip('.')}. Cut all layers "
+            "alike (--shape uniform), or fewer kinds of units, for example MLPs alone (--axes mlp)"
+        ) from error

@@ -38,6 +38,7 @@ AXES: dict[str, tuple[str, ...]] = {  # axis -> the kinds of group that it cuts
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 VARIED = 0.375  # of the windows that repair sees, a third in each form; measured in docs/research.md
 COPIED = 0.125  # of the windows that scores see
+USUAL_AXES: tuple[AxisName, ...] = ("attention", "mlp")
 ALONE = ("hidden", "layers")  # axes that run through all layers: each is cut in a run of its own
 TOKENS: Final = "vocabulary"
 
@@ -62,9 +63,9 @@ class CutOptions:
     measured time on this machine, or the units of each group."""
     target: int | None = None
     """Size to leave instead of a ratio: a number of parameters or MACs, bytes (memory), microseconds (latency)."""
-    axes: tuple[AxisName, ...] = ("attention", "mlp")
-    """What to cut. `hidden` and `layers` each need a run of their own. `vocabulary` removes tokens that the calibration
-    text hardly uses, and rewrites the tokenizer."""
+    axes: tuple[AxisName, ...] = USUAL_AXES
+    """What to cut; of these two what the model has. `hidden` and `layers` each need a run of their own. `vocabulary`
+    removes tokens that the calibration text hardly uses, and rewrites the tokenizer."""
     keep_text: tuple[str, ...] = ()
     """Files of text whose tokens stay when the vocabulary is cut, one or more."""
     shape: Literal["auto", "uniform", "per-layer"] = "auto"

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.discovery.groups import Discovery, Group
 from secateur.discovery.sublayers import is_removable
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.options import AXES, CutOptions
+from secateur.planning.options import AXES, USUAL_AXES, CutOptions
 from secateur.scoring.scores import Scores
 
 SPARE = 0.5  # units that repair may cut instead of others, for each that goes or stays; measured in docs/research.md
@@ -20,6 +20,7 @@ SPARE = 0.5  # units that repair may cut instead of others, for each that goes o
 def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
     """The groups that the options cut, by axis; in a layer range, those of its layers.
 
+    Of the usual axes, those that the model has: some have no MLP, or heads whose number is fixed in their code.
     Raises `PlanError` for a range outside the model, and for an axis without a group in it.
 
     >>> from transformers import AutoConfig
@@ -35,6 +36,7 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
     if options.within is not None:
         _check_within(options.within, discovery)
     by_axis: dict[str, list[Group]] = {}
+    missing: list[str] = []
     for axis in options.axes:
         groups = [group for group in discovery.groups if group.kind in AXES[axis]]
         if axis == "attention":
@@ -52,8 +54,14 @@ def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[G
             kinds = ", ".join(sorted({group.kind for group in discovery.groups}))
             where = f"in layers {first}:{last}" if options.within is None else f"within {options.within}"
             what = "of that kind" if axis != "head_dim" else "of values that are made and read by plain matrices alone"
-            raise PlanError(f"axes={axis}: {discovery.model} has no group {what} {where}; it has: {kinds}")
-        by_axis[axis] = groups
+            has = [name for name, cut in AXES.items() if any(g.kind in cut for g in discovery.groups)]
+            other = next((name for name in (*USUAL_AXES, *AXES) if name in has and name != axis), None)
+            advice = "" if other is None else f". Cut what it has, for example axes={other}"
+            missing.append(f"axes={axis}: {discovery.model} has no group {what} {where}; it has: {kinds}{advice}")
+        else:
+            by_axis[axis] = groups
+    if missing and (options.axes != USUAL_AXES or not by_axis):
+        raise PlanError(missing[0])
     return by_axis
 
 

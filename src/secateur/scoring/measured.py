@@ -126,10 +126,7 @@ class _Divergence:
         with self._recorded():
             self.whole = self._predicted()
         last = max(self.layers, default=-1)
-        self.skips = last > 0 and self.outputs.keys() == self.layers.keys()
-        if self.skips:  # code that hands more from layer to layer than it returns has to run whole
-            with self._without_layers_before(last):
-                self.skips = torch.allclose(self._predicted(), self.whole, atol=1e-3)
+        self.skips = last > 0 and self.outputs.keys() == self.layers.keys() and self._runs_from(last)
 
     def __call__(self, group: Group, units: Tensor) -> float | None:
         """Nats per token; None where no product reads the group's units."""
@@ -152,6 +149,14 @@ class _Divergence:
             cut = self._predicted()
         lost = float(divergence(self.model, self.whole, cut)) / (cut.numel() / cut.shape[-1])
         return max(0.0, lost)
+
+    def _runs_from(self, layer: int) -> bool:
+        """Whether the model gives the same from this layer on; not where a layer hands on more than it returns."""
+        with self._without_layers_before(layer):
+            try:
+                return torch.allclose(self._predicted(), self.whole, atol=1e-3)
+            except Exception:  # any model code may miss what it looks for, such as the keys of another layer
+                return False
 
     def _predicted(self) -> Tensor:
         return predicted(self.model(**arguments(self.model, self.windows)))
