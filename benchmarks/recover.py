@@ -10,8 +10,9 @@ against the one that was trained alike.
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`). Every result goes into a JSON file as
-it comes (`--out`), and the same command goes on after a stop. `--picture FILE` draws damage against tokens. `--tasks
-FOLDER` asks the dense model, the cuts and the last training of each LLM-Pruner's seven tasks, from files in the folder.
+it comes (`--out`), and the same command goes on after a stop. `--write` puts the table into docs/benchmarks.md;
+`--picture FILE` draws damage against tokens, and puts the table of that curve there. `--tasks FOLDER` asks the dense
+model, the cuts and the last training of each LLM-Pruner's seven tasks, from files in the folder.
 
 Speed (`--speed-steps`) is that of steps without evaluations: ours, ours with a teacher, and a loop of peft and PyTorch
 alone that reads the very same batches, in turns in one process. CPU seconds are compared, since a busy machine
@@ -36,6 +37,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from quality_table import write_benchmark
 from secateur.data.options import DataOptions
 from secateur.data.rows import collate, training_order
 from secateur.data.training_data import read_training_data
@@ -54,6 +56,7 @@ from tables import markdown, secateur, show
 LENGTHS = (128, 1024)
 DENSE = "dense"
 MARKS = ("<!-- recover:begin -->", "<!-- recover:end -->")
+CURVE_MARKS = ("<!-- recover-curve:begin -->", "<!-- recover-curve:end -->")
 
 
 def main() -> None:
@@ -79,11 +82,11 @@ def main() -> None:
     if options.tasks and "tasks" not in results:
         results["tasks"] = _answered(models, options)
         write_json(options.out, results)
+    rows = [name for name, _ in options.row]
     if options.write:
-        from quality_table import write_benchmark
-
-        write_benchmark(block(results, [name for name, _ in options.row], options.budget), MARKS)
+        write_benchmark(block(results, rows, options.budget), MARKS)
     if options.picture:
+        write_benchmark(markdown(rows_of(results, rows, options.budget)), CURVE_MARKS)
         _draw(results, options, options.picture)
     if options.speed_steps:
         results["speed"] = _speed(models[list(models)[-1]], options)
@@ -408,7 +411,7 @@ def _arguments() -> argparse.Namespace:
     add("--tasks", type=Path, metavar="FOLDER", help="also ask the questions in the files of the folder")
     add("--questions", type=int, default=500, help="of each task")
     add("--write", action="store_true", help="the table of docs/benchmarks.md")
-    add("--picture", type=Path, help="draw damage against tokens, as SVG")
+    add("--picture", type=Path, help="draw damage against tokens, as SVG, and write the table of the curve")
     add("--speed-steps", type=int, default=0, help="steps by which the speed is measured")
     add("--turns", type=int, default=2)
     add("--folder", type=Path, default=Path("runs/recover"))
