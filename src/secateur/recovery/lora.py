@@ -72,10 +72,8 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:
     import peft
 
     alpha: Any = options.alpha  # peft declares an int and only divides it
-    experts, excluded = (
-        expert_weights(model),
-        [re.escape(name) for name in (*_towers(model), *_more_than_linear(model))],
-    )
+    experts = expert_weights(model)
+    excluded = [re.escape(name) for name in (*_towers(model), *_more_than_linear(model))]
     padded = padded_in(model, remove=True)  # what a layer reads and gives is padded around its adapter, too
     adapted: Any = None
     with _without_warnings():
@@ -150,7 +148,10 @@ def _towers(model: nn.Module) -> list[str]:
     """Return the names of the parts beside the text's own model, which read images or sound; none where it is alone."""
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return []
-    decoder: Any = model.get_decoder()
+    try:
+        decoder: Any = model.get_decoder()
+    except (AttributeError, NotImplementedError):  # code that came with a model
+        return []
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
