@@ -27,9 +27,7 @@ def test_the_precision_is_put_back_after_an_error() -> None:
 
 def test_code_that_mixes_dtypes_in_bfloat16_is_one_line() -> None:
     one, total = torch.ones(1, 2), torch.zeros(3, 2)
-    said = (
-        r"does not run in bfloat16 \(RuntimeError: index_add_.*\)\. Train in float32: --dtype float32"
-    )
+    said = r"does not run in bfloat16 \(RuntimeError: index_add_.*\)\. Train in float32: --dtype float32"
     with pytest.raises(TrainingError, match=said), bfloat16_products("cpu", enabled=True):
         total.index_add_(0, torch.tensor([1]), one @ torch.ones(2, 2))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), bfloat16_products("cpu", enabled=True):
