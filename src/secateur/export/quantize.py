@@ -222,7 +222,7 @@ class _Nowhere(io.TextIOBase):
 def _silent() -> Iterator[None]:
     """Leave out the messages and bars of llmcompressor, and of what it calls."""
     with redirect_stderr(_Nowhere()), redirect_stdout(_Nowhere()):  # imported, it warns, and logs to what it finds here
-        import llmcompressor  # noqa: F401
+        import llmcompressor  # noqa: F401 - for what it prints on its first import
     with quiet(), silence_logger("torch.fx"), warnings.catch_warnings(action="ignore"):
         yield
 

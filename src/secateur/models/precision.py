@@ -51,7 +51,7 @@ def bfloat16_products(device_type: str, *, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def bfloat16_code() -> Iterator[None]:
-    """While open, code of a model that mixes other numbers with those of bfloat16 raises `TrainingError`."""
+    """While open, a model whose code mixes bfloat16 with another dtype raises `TrainingError`."""
     try:
         yield
     except RuntimeError as error:

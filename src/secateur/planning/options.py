@@ -64,8 +64,8 @@ class CutOptions:
     target: int | None = None
     """Size to leave instead of a ratio: a number of parameters or MACs, bytes (memory), microseconds (latency)."""
     axes: tuple[AxisName, ...] = USUAL_AXES
-    """What to cut; of these two what the model has. `hidden` and `layers` each need a run of their own. `vocabulary`
-    removes tokens that the calibration text hardly uses, and rewrites the tokenizer."""
+    """What to cut. The default takes whichever of the two the model has. `hidden` and `layers` each need a run of their
+    own. `vocabulary` removes tokens that the calibration text hardly uses, and rewrites the tokenizer."""
     keep_text: tuple[str, ...] = ()
     """Files of text whose tokens stay when the vocabulary is cut, one or more."""
     shape: Literal["auto", "uniform", "per-layer"] = "auto"

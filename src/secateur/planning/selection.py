@@ -20,7 +20,8 @@ SPARE = 0.5  # units that repair may cut instead of others, for each that goes o
 def groups_to_cut(discovery: Discovery, options: CutOptions) -> dict[str, list[Group]]:
     """The groups that the options cut, by axis; in a layer range, those of its layers.
 
-    Of the usual axes, those that the model has: some have no MLP, or heads whose number is fixed in their code.
+    The default axes are narrowed to those that the model has: some types have no MLP, or code that fixes the number of
+    heads.
     Raises `PlanError` for a range outside the model, and for an axis without a group in it.
 
     >>> from transformers import AutoConfig
