@@ -172,6 +172,31 @@ def test_later_layers_are_fitted_to_what_the_repaired_ones_before_them_give() ->
     assert not torch.allclose(found.weights[last][:, kept], fitted_to(model), rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_may_run_on_a_few_windows_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its activations over all windows do not fit into memory."""
+    model, discovery, decided = planned(family, axes=("mlp",) if family == "mixtral" else ("attention", "mlp"))
+    if family == "mixtral":  # which tokens an expert's damping is chosen by depends on what runs together
+        monkeypatch.setattr("secateur.pruning.repair.damping_for", lambda _: 0.1)
+    whole = repair(model, decided, discovery, WINDOWS)
+    monkeypatch.setattr("secateur.pruning.repair.activation_budget", lambda _: 0)
+    monkeypatch.setattr("secateur.pruning.repair.RECOMPUTED_TOKENS", 5 * WINDOWS.shape[1])
+    tokens: list[int] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens.append([*args, *kwargs.values()][0].shape[:-1].numel())
+
+    for path in discovery.layer_paths:
+        for part in model.get_submodule(path).children():
+            part.register_forward_pre_hook(see, with_kwargs=True)
+    found = repair(model, decided, discovery, WINDOWS)
+    assert max(tokens) == 5 * WINDOWS.shape[1]
+    assert found.plan == whole.plan
+    assert found.weights.keys() == whole.weights.keys()
+    for name, weight in whole.weights.items():
+        assert torch.allclose(found.weights[name], weight, rtol=1e-7, atol=1e-9), name
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("tokens", "common", "expected"), [(4000, 3, 0.01), (160, 1, 0.1), (160, 0, math.inf)])
 def test_a_fit_is_damped_as_tokens_that_it_does_not_see_want_it(
@@ -259,7 +284,7 @@ def test_the_weight_of_a_norm_is_scaled_to_what_it_gave(kind: str) -> None:
     wanted = norm(x)[..., at].detach()
     smaller = narrowed(norm, at)
     before = (smaller(x[..., at]) - wanted).square().sum()
-    found = scaled_weight(smaller, x[..., at], wanted)
+    found = scaled_weight(smaller, wanted, x[..., at])
     assert found is not None
     errors = []
     for factor in (1.0, 0.98, 1.02):
@@ -272,6 +297,28 @@ def test_the_weight_of_a_norm_is_scaled_to_what_it_gave(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_a_norm_may_read_a_gate() -> None:
+    class Gated(OneMore):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            assert gate is not None
+            return super().forward(x) * gate
+
+    generator = torch.Generator().manual_seed(0)
+    x, gate = torch.randn(2, 3, 50, 12, generator=generator)
+    norm, at = Gated(torch.rand(12, generator=generator)), torch.arange(5)
+    wanted, smaller = norm(x, gate)[..., at].detach(), narrowed(norm, at)
+    positional = scaled_weight(smaller, wanted, x[..., at], gate[..., at])
+    plain = scaled_weight(narrowed(OneMore(norm.weight.detach()), at), OneMore(norm.weight)(x)[..., at], x[..., at])
+    assert positional is not None
+    assert plain is not None
+    assert torch.allclose(positional, plain, atol=0.1)
+    smaller.weight = nn.Parameter(norm.weight[at].detach())
+    by_name = scaled_weight(smaller, wanted, x[..., at], gate=gate[..., at])
+    assert by_name is not None
+    assert torch.equal(positional, by_name)
+
+
+@torch.no_grad()
 def test_a_norm_that_no_weight_scales_is_left_as_it_is() -> None:
     class Clamped(OneMore):
         def forward(self, x: Tensor) -> Tensor:
@@ -279,7 +326,7 @@ def test_a_norm_that_no_weight_scales_is_left_as_it_is() -> None:
 
     generator = torch.Generator().manual_seed(0)
     norm, x = Clamped(torch.rand(12, generator=generator)), torch.randn(2, 3, 12, generator=generator)
-    assert scaled_weight(norm, x, 5 * torch.ones(2, 3, 12)) is None
+    assert scaled_weight(norm, 5 * torch.ones(2, 3, 12), x) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

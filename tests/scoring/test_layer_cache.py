@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from every_type import tiny_type_model
 from families import family_config, family_model
 from secateur import discover
 from secateur.discovery.groups import Discovery
+from secateur.models.silence import quiet
 from secateur.scoring.passes.recomputation import ModuleCall
 from secateur.scoring.scores import statistics_for
 from secateur.scoring.statistics import Statistics
@@ -60,3 +62,14 @@ def test_a_resumed_pass_is_the_same_and_computes_what_is_missing(
     monkeypatch.setattr(ModuleCall, "run", recorded)
     assert_same(statistics_for(name, model, discovery, WINDOWS, layer_cache=tmp_path), whole)
     assert {path for path in computed if path.count(".") == 2} == {"model.layers.0", "model.layers.1"}
+
+
+@pytest.mark.parametrize("name", ["param_mix", "fisher"])
+def test_layers_that_hand_on_more_than_they_return_are_not_computed_again(name: str, tmp_path: Path) -> None:
+    """Gemma 3n's last layers attend to the keys of earlier ones, whose gradient comes back that way as well."""
+    with quiet():
+        model = tiny_type_model("gemma3n_text")
+    discovery = discover(model)
+    expected = statistics_for(name, model, discovery, WINDOWS)
+    assert_same(statistics_for(name, model, discovery, WINDOWS, layer_cache=tmp_path), expected)
+    assert not [*tmp_path.iterdir()]

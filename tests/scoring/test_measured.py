@@ -18,6 +18,7 @@ from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.prune import prune
 from secateur.scoring import measured
 from secateur.scoring.measured import LEAST, MOST, SHARE, measured_factors
+from secateur.scoring.passes.layers import LayerOutputs
 from secateur.scoring.scores import Scores
 
 WINDOWS = torch.randint(3, 101, (6, 12), generator=torch.Generator().manual_seed(2))
@@ -72,7 +73,7 @@ def test_layers_before_a_group_run_where_later_ones_read_more_than_they_return(
     scores = fisher(model, discovery, ("mlp",))
     assert measured._Divergence(model, discovery, UNSEEN).skips is skips
     factors = measured_factors(model, discovery, scores, UNSEEN)
-    monkeypatch.setattr(measured._Divergence, "_runs_from", lambda *_: False)
+    monkeypatch.setattr(LayerOutputs, "run_alone", lambda _: False)
     assert factors == pytest.approx(measured_factors(model, discovery, scores, UNSEEN))
     assert len(factors) >= 3
 

@@ -89,30 +89,65 @@ class Repair:
     """Whether every layer of the pruned model is trained afterwards (see `reconstruct`)."""
 
 
+class InputSums:
+    """The statistics of inputs that come in parts, those of one window of `LEFT_OUT` apart.
+
+    >>> sums = InputSums()
+    >>> sums.add(torch.arange(12.0)[:, None], windows=6)
+    >>> sums.add(torch.arange(12.0, 16.0)[:, None], windows=2, first=6)
+    >>> inputs = sums.inputs()
+    >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
+    (16, 7.5, 4, 10.5)
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[bool, MatrixInputs] = {}  # left out -> so far
+
+    def add(self, x_NC: Tensor, *, windows: int, first: int = 0) -> None:
+        """Inputs of any float dtype, N x C: of so many windows from `first` on, one after the other."""
+        rows_N = torch.arange(len(x_NC), device=x_NC.device)
+        window_N = first + rows_N * windows // max(1, len(x_NC))
+        left_out_N = window_N % LEFT_OUT == LEFT_OUT - 1
+        for left_out in (True, False):
+            self._add(left_out, x_NC, rows_N[left_out_N == left_out])
+
+    def inputs(self) -> MatrixInputs:
+        """The statistics of all that was added, which is one token at least; nothing can be added any more."""
+        left_out, rest = self._sums.pop(True, None), self._sums.pop(False, None)
+        if left_out is None or rest is None:
+            found = left_out or rest
+            assert found is not None
+            return found
+        tokens = rest.tokens + left_out.tokens
+        mean_C = (left_out.mean_C * left_out.tokens + rest.mean_C * rest.tokens) / tokens
+        return MatrixInputs(rest.gram_CC.add_(left_out.gram_CC), mean_C, tokens, left_out=left_out)
+
+    def _add(self, left_out: bool, x_NC: Tensor, rows_N: Tensor) -> None:
+        """Add some rows, a few at a time: all in float64 would be the largest tensor of a repair."""
+        if not len(rows_N):
+            return
+        before = self._sums.get(left_out)
+        if before is None:
+            empty_CC = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1], dtype=torch.float64)
+            before = MatrixInputs(empty_CC, empty_CC.new_zeros(len(empty_CC)), 0)
+        sum_C = before.mean_C * before.tokens
+        for some in rows_N.split(TOKENS_AT_ONCE):
+            add_gram(before.gram_CC, x_NC[some])
+            sum_C += x_NC[some].double().sum(0)
+        tokens = before.tokens + len(rows_N)
+        self._sums[left_out] = MatrixInputs(before.gram_CC, sum_C / tokens, tokens)
+
+
 def inputs_of(x_NC: Tensor, windows: int = LEFT_OUT) -> MatrixInputs:
-    """The statistics of inputs, of any float dtype: of so many windows, one after the other.
+    """The statistics of inputs, N x C, of any float dtype: of so many windows, one after the other.
 
     >>> inputs = inputs_of(torch.arange(16.0)[:, None], windows=8)
     >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
     (16, 7.5, 4, 10.5)
     """
-    parts, rows_N = max(windows, LEFT_OUT), torch.arange(len(x_NC), device=x_NC.device)
-    left_out_N = rows_N * parts // max(1, len(x_NC)) % LEFT_OUT == LEFT_OUT - 1
-    part, rest = (_inputs_of(x_NC, rows_N[which_N]) for which_N in (left_out_N, ~left_out_N))
-    if not part.tokens or not rest.tokens:
-        return _inputs_of(x_NC, rows_N)
-    mean_C = (part.mean_C * part.tokens + rest.mean_C * rest.tokens) / len(x_NC)
-    return MatrixInputs(rest.gram_CC.add_(part.gram_CC), mean_C, len(x_NC), left_out=part)
-
-
-def _inputs_of(x_NC: Tensor, rows_N: Tensor) -> MatrixInputs:
-    """The statistics of some rows, a few at a time: all in float64 would be the largest tensor of a repair."""
-    gram_CC = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1], dtype=torch.float64)
-    sum_C = x_NC.new_zeros(x_NC.shape[1], dtype=torch.float64)
-    for some in rows_N.split(TOKENS_AT_ONCE):
-        add_gram(gram_CC, x_NC[some])
-        sum_C += x_NC[some].double().sum(0)
-    return MatrixInputs(gram_CC, sum_C / max(1, len(rows_N)), len(rows_N))
+    sums = InputSums()
+    sums.add(x_NC, windows=max(windows, LEFT_OUT))
+    return sums.inputs()
 
 
 def damping_for(matrix: CutMatrix) -> float:

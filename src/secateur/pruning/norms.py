@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from secateur.discovery.algebra import variables_in
@@ -43,21 +44,24 @@ def narrowed(norm: nn.Module, kept: Tensor) -> Any:
     return smaller
 
 
-def scaled_weight(smaller: Any, x_BTD: Tensor, wanted_BTD: Tensor) -> Tensor | None:
+def scaled_weight(smaller: Any, wanted_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """The weight with which the narrowed norm comes nearest to the outputs wanted; None where no weight scales it.
 
-    Some norms multiply by their weight, some by one more than it.
+    The norm's own arguments come after: its inputs, and for some a gate. Some norms multiply by their weight, some by
+    one more than it.
     """
     weight_D = smaller.weight.detach()
     bias = getattr(smaller, "bias", None)
     bias_D = torch.zeros_like(weight_D) if bias is None else bias.detach()
-    before_BTD, target_BTD = (smaller(x_BTD) - bias_D).double(), (wanted_BTD - bias_D).double()
+    before_BTD, target_BTD = (smaller(*args, **kwargs) - bias_D).double(), (wanted_BTD - bias_D).double()
     scale = float((before_BTD * target_BTD).sum() / before_BTD.square().sum().clamp_min(1e-30))
     expected_BTD = before_BTD[:1] * scale
     near = 1e-2 * float(expected_BTD.abs().max())
     candidates: tuple[Tensor, ...] = (weight_D * scale, (weight_D + 1) * scale - 1)
+    first_args, first_kwargs = pytree.tree_map_only(Tensor, lambda each: each[:1], (args, kwargs))
     for scaled_D in candidates:
         smaller.weight = nn.Parameter(scaled_D)
-        if torch.allclose((smaller(x_BTD[:1]) - bias_D).double(), expected_BTD, rtol=1e-2, atol=near):
+        scaled_BTD = smaller(*first_args, **first_kwargs) - bias_D
+        if torch.allclose(scaled_BTD.double(), expected_BTD, rtol=1e-2, atol=near):
             return scaled_D
     return None

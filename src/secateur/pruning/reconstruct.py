@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
-from secateur.scoring.passes.forward import pass_to_hidden, plain_products, replaced_forward, rows_per_sample
+from secateur.scoring.passes.forward import pass_to_hidden, plain_products, replaced_forward
+from secateur.scoring.passes.layers import LayerCall, hidden_in, joined
 
 HELD_OUT = 8  # one window of so many is left out of the training, and judges it
 
@@ -132,21 +132,22 @@ class _Reconstruction:
         """The forward of a layer of the pruned model: it is trained first."""
 
         def trained(*args: Any, **kwargs: Any) -> Any:
-            call = _LayerCall.of(forward, args, kwargs, self.samples)
-            if (rows := len(call.hidden_BTD)) not in (self.samples, self.samples * self.length):
+            call = LayerCall.of(forward, args, kwargs, self.samples)
+            if (rows := len(call.hidden_BTD)) != self.samples:
                 raise PlanError(
                     f"repair=reconstruct: {path} reads hidden states with {rows} rows, expected one for each of "
                     f"{self.samples} windows. Use another repair: --repair least-squares"
                 )
-            dense = _LayerCall.of(self.dense.get_submodule(path).forward, args, kwargs, self.samples)
+            dense = LayerCall.of(self.dense.get_submodule(path).forward, args, kwargs, self.samples)
             dense_input_BTD = call.hidden_BTD if self.target_BTD is None else self.target_BTD
-            outputs = [_hidden_in(dense.run(part, dense_input_BTD[part])) for part in self._batches()]
+            outputs = [hidden_in(dense.run(part, dense_input_BTD[part])) for part in self._batches()]
             self.target_BTD = torch.cat(outputs)
             if self.layers[path] and path not in self.errors:
                 self.errors[path] = self._train(self.pruned.get_submodule(path), call, self.target_BTD)
                 if self.progress is not None:
                     self.progress(len(self.errors), sum(self.layers.values()))
-            return _joined([call.run(part, call.hidden_BTD[part]) for part in self._batches()])
+            parts = self._batches()
+            return joined([call.run(part, call.hidden_BTD[part]) for part in parts], parts)
 
         return trained
 
@@ -155,7 +156,7 @@ class _Reconstruction:
         size = max(1, self.training.batch_tokens // self.length)
         return list((torch.arange(self.samples) if of is None else of).split(size))
 
-    def _train(self, layer: nn.Module, call: _LayerCall, target_BTD: Tensor) -> tuple[float, float]:
+    def _train(self, layer: nn.Module, call: LayerCall, target_BTD: Tensor) -> tuple[float, float]:
         """Train a layer in float32 (or float64) and take its weights back where that does not help; both errors."""
         own = {name: parameter for name, parameter in layer.named_parameters() if parameter.is_floating_point()}
         before = {name: parameter.data for name, parameter in own.items()}  # may be the dense model's
@@ -181,7 +182,7 @@ class _Reconstruction:
         return first, first
 
     @torch.enable_grad()
-    def _descend(self, parameters: list[nn.Parameter], call: _LayerCall, target_BTD: Tensor) -> None:
+    def _descend(self, parameters: list[nn.Parameter], call: LayerCall, target_BTD: Tensor) -> None:
         training = self.training
         optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
@@ -193,69 +194,18 @@ class _Reconstruction:
                 order = torch.randperm(len(self.trained_on), generator=generator)
                 parts = self._batches(self.trained_on[order])
             part = parts.pop()
-            output_BTD = _hidden_in(call.run(part, call.hidden_BTD[part], target_BTD.dtype))
+            output_BTD = hidden_in(call.run(part, call.hidden_BTD[part], target_BTD.dtype))
             loss = (output_BTD - target_BTD[part]).square().mean() / scale
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
 
-    def _error(self, call: _LayerCall, target_BTD: Tensor) -> float:
+    def _error(self, call: LayerCall, target_BTD: Tensor) -> float:
         """On the windows that are left out, relative to the target's squares."""
         wrong, whole = 0.0, 0.0
         for part in self._batches(self.held_out):
             target = target_BTD[part].double()
-            wrong += float((_hidden_in(call.run(part, call.hidden_BTD[part])).double() - target).square().sum())
+            wrong += float((hidden_in(call.run(part, call.hidden_BTD[part])).double() - target).square().sum())
             whole += float(target.square().sum())
         return wrong / max(whole, 1e-30)
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerCall:
-    """A call of a layer with all samples, that can be repeated with some of them."""
-
-    forward: Callable[..., Any]
-    leaves: list[Any]
-    """Its arguments, flattened."""
-    spec: Any
-    rows_of: Mapping[int, int]
-    """Leaf -> how many entries of dimension 0 belong to each sample; other leaves are the same for all."""
-    at: int
-    """The leaf of the hidden states."""
-
-    @classmethod
-    def of(cls, forward: Callable[..., Any], args: Any, kwargs: Any, samples: int) -> _LayerCall:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        hidden = args[0] if args else kwargs["hidden_states"]
-        at = next(i for i, leaf in enumerate(leaves) if leaf is hidden)
-        rows_of = {i: rows_per_sample(leaf, samples) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        return cls(forward, leaves, spec, {i: rows for i, rows in rows_of.items() if rows is not None}, at)
-
-    @property
-    def hidden_BTD(self) -> Tensor:
-        """The hidden states that the layer reads."""
-        hidden_BTD: Tensor = self.leaves[self.at]
-        return hidden_BTD
-
-    def run(self, samples: Tensor, hidden_BTD: Tensor, dtype: torch.dtype | None = None) -> Any:
-        """The layer's output for these samples, whose hidden states are given."""
-        leaves = list(self.leaves)
-        for i, rows in self.rows_of.items():
-            numbers = (samples[:, None] * rows + torch.arange(rows)).flatten()
-            leaves[i] = leaves[i][numbers.to(leaves[i].device)]
-        leaves[self.at] = hidden_BTD
-        if dtype is not None:
-            leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return self.forward(*args, **kwargs)
-
-
-def _hidden_in(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return hidden
-
-
-def _joined(outputs: list[Any]) -> Any:
-    """One output of the outputs of parts: hidden states, or a tuple that begins with them."""
-    hidden = torch.cat([_hidden_in(output) for output in outputs])
-    return (hidden, *outputs[0][1:]) if isinstance(outputs[0], tuple) else hidden

@@ -4,7 +4,9 @@ Every unit of a group is read by matrices: the MLP's last, the attention's outpu
 outputs of those matrices change, and the columns that stay can be fitted anew (`closed_form`). This happens in one
 forward pass of the dense model, where each product with such a matrix is seen as it is computed: the pass goes on with
 the repaired matrix, so later ones are fitted to what the repaired part before them gives. Which units stay can be
-chosen there as well, by optimal brain surgeon on the same inputs.
+chosen there as well, by optimal brain surgeon on the same inputs. Where the activations of a layer over all windows
+take too much memory, the layer runs on a few windows at a time: once for each matrix that is fitted, up to that matrix,
+and once more for its output.
 
 Names of tensors end in their axes: R rows (outputs), C columns (inputs), K columns that are kept.
 """
@@ -18,23 +20,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from secateur.discovery.algebra import Expression, kept_along
 from secateur.discovery.groups import Discovery
+from secateur.discovery.weight_names import without_numbers
 from secateur.errors import PlanError, check_known
 from secateur.models.streaming import streamed_layers
 from secateur.planning.plan import Plan
 from secateur.progress import Progress, return_freed_memory
 from secateur.pruning.closed_form import (
+    LEFT_OUT,
     REPAIRS,
     CutMatrix,
+    InputSums,
     MatrixInputs,
     Repair,
     damping_for,
@@ -46,7 +53,16 @@ from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.pruning.prune import prune
 from secateur.scoring.collect_experts import expert_modules
 from secateur.scoring.obs import removal_costs
-from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows
+from secateur.scoring.passes.forward import (
+    input_device,
+    pass_to_hidden,
+    plain_products,
+    probe_windows,
+    replaced_forward,
+)
+from secateur.scoring.passes.gradients import RECOMPUTED_TOKENS
+from secateur.scoring.passes.layers import LayerCall, hand_on_more, joined
+from secateur.scoring.passes.probe import activation_budget, activation_bytes, independent_modules
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.unit_scores import units_reached
 
@@ -78,10 +94,10 @@ def repair(
 ) -> Repaired:
     """Fit the matrices that read the units which go; the model is left as it is, and `prune` takes the weights.
 
-    Windows are int64, samples x length; all go through the model together. Where the plan has spare units and a single
-    matrix reads their group, it is decided here which go: as many as planned. Groups that no matrix reads are left as
-    planned. Where experts go, those that stay are fitted to the dense experts in a second pass, of the smaller model,
-    which is held in memory or in a file in the folder `room`. Raises `PlanError` for an unknown method.
+    Windows are int64, samples x length; all go through a layer before the next one runs. Where the plan has spare units
+    and a single matrix reads their group, it is decided here which go: as many as planned. Groups that no matrix reads
+    are left as planned. Where experts go, those that stay are fitted to the dense experts in a second pass, of the
+    smaller model, which is held in memory or in a file in the folder `room`. Raises `PlanError` for an unknown method.
 
     >>> from secateur.planning.options import CutOptions
     >>> from secateur.planning.plan import PlannedGroup
@@ -153,6 +169,18 @@ class _Matrix:
     bias: str | None
 
 
+def _features_like(output: Tensor, at: Tensor, given: Tensor) -> Tensor:
+    """Of what a norm is given, the features that stay: of its inputs, and of a gate as large as they are."""
+    return given[..., at] if given.shape == output.shape else given
+
+
+_Part = tuple[str, int | None]  # a weight, and which matrix of a stack
+
+
+class _Collected(Exception):
+    """All that was to be seen of some windows has been seen."""
+
+
 class _RepairPass:
     """A forward pass that looks at the products with every matrix that reads units which go, and replaces the matrix.
 
@@ -188,7 +216,11 @@ class _RepairPass:
         self.norms = norms_over(model, discovery, self.keep) if method.scales_norms else {}
         self.windows = 1
         self.weights: dict[str, Tensor] = {}
-        self.done: set[tuple[str, int | None]] = set()
+        self.done: set[_Part] = set()
+        self.some: tuple[int, int] | None = None  # the first window and how many, of those that a layer runs on
+        self.sums: dict[_Part, InputSums] = {}  # of the matrices that a layer is run for
+        self.matrices: dict[_Part, _Matrix] = {}
+        self.alike: Counter[str] = Counter()  # names without numbers -> how many weights of the layer have it
 
     def run(self, windows: Tensor, layers: list[str], progress: Progress | None) -> None:
         """Pass all windows through the model."""
@@ -205,11 +237,15 @@ class _RepairPass:
         with ExitStack() as stack:
             stack.enter_context(plain_products(self.model))
             run = pass_to_hidden(self.model, windows)
+            layers = [path for path in layers if path in modules]
+            for path, parts in self._in_parts(windows, layers).items():
+                forward = self._forward_in_parts(path, modules[path].forward, parts)
+                stack.enter_context(replaced_forward(modules[path], forward))
             for path in layers:
-                if path in modules:
-                    stack.callback(modules[path].register_forward_hook(count).remove)
+                stack.callback(modules[path].register_forward_hook(count).remove)
             for path in self.norms:
-                stack.callback(modules[path].register_forward_hook(self._scale_norm(path)).remove)
+                hook = modules[path].register_forward_hook(self._scale_norm(path), with_kwargs=True)
+                stack.callback(hook.remove)
             wanted = {name: self.parameters[name] for name in self.unit_of}
             stack.enter_context(WeightProducts(wanted, self._replace))
             run()
@@ -226,38 +262,97 @@ class _RepairPass:
         """A hook on a norm: its output when it only sees the features that stay, scaled to what it was."""
         kept = torch.tensor(self.keep[self.norms[path]] or ())
 
-        def hook(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        def hook(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not args or not isinstance(output, Tensor) or args[0].shape != output.shape:
                 return None
             at = kept.to(output.device)
             smaller = narrowed(norm, at)
+            args, kwargs = pytree.tree_map_only(Tensor, partial(_features_like, output, at), (args, kwargs))
             name = f"{path}.weight"
             if name not in self.weights:
-                weight = scaled_weight(smaller, args[0][..., at], output[..., at])
+                weight = scaled_weight(smaller, output[..., at], *args, **kwargs)
                 if weight is None:
                     return None
                 self.weights[name] = norm.get_parameter("weight").detach().clone()
                 self.weights[name][at] = weight
             smaller.weight = nn.Parameter(self.weights[name][at])
-            return output.index_copy(-1, at, smaller(args[0][..., at]))
+            return output.index_copy(-1, at, smaller(*args, **kwargs))
 
         return hook
+
+    def _in_parts(self, windows: Tensor, layers: list[str]) -> dict[str, tuple[Tensor, ...]]:
+        """Layers whose activations over all windows do not fit into memory, and the windows that run at once."""
+        samples, length = windows.shape
+        if samples < LEFT_OUT or self.norms:
+            return {}
+        of_each = max(activation_bytes(self.model, windows, layers).values(), default=0) / samples
+        at_once = max(int(activation_budget(self.model) // max(1, of_each)), RECOMPUTED_TOKENS // length, 1)
+        if at_once >= samples or hand_on_more(self.model, layers, windows):
+            return {}
+        parts = torch.arange(samples).tensor_split(math.ceil(samples / at_once))
+        ids_BT = probe_windows(windows).to(input_device(self.model))
+        independent, _ = independent_modules(self.model, ids_BT, layers)
+        return {path: parts for path in layers if path in independent}
+
+    def _forward_in_parts(
+        self, path: str, forward: Callable[..., Any], parts: tuple[Tensor, ...]
+    ) -> Callable[..., Any]:
+        """The forward of a layer that runs on some windows at a time, until each of its matrices has been fitted."""
+        alike = Counter(without_numbers(name) for name in self.unit_of if name.startswith(f"{path}."))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = LayerCall.of(forward, args, kwargs, self.windows)
+            self.alike = alike
+            while True:
+                outputs = []
+                for part in parts:
+                    self.some = int(part[0]), len(part)
+                    try:
+                        outputs.append(call.run(part))
+                    except _Collected:
+                        continue
+                    finally:
+                        self.some = None
+                if not self.sums:
+                    return joined(outputs, parts)
+                for at, sums in self.sums.items():
+                    self._refit(self.matrices[at], sums.inputs())
+                self.done |= self.sums.keys()
+                self.sums, self.matrices = {}, {}
+                return_freed_memory()
+
+        return run
 
     def _replace(self, product: WeightProduct) -> Tensor:
         """The product with the repaired weight, which is fitted when its inputs are first seen."""
         new = self.weights.setdefault(product.weight, self.parameters[product.weight].detach().clone())
         bias = None if product.bias is None else self.name_of.get(id(product.bias))
         for index, inputs in product.parts:
-            if (product.weight, index) not in self.done and len(inputs):
-                self.done.add((product.weight, index))
-                matrix = new if index is None else new[index]
-                along = product.dim - (new.dim() - matrix.dim())
-                columns_RC = matrix if along == 1 else matrix.t()
-                self._refit(_Matrix(product.weight, columns_RC, bias), inputs_of(inputs, self.windows))
-                if inputs.nbytes >= LARGE_INPUTS:  # else what attention has freed stays beside what the MLP needs
-                    return_freed_memory()
+            at = product.weight, index
+            if at in self.done or not len(inputs):
+                continue
+            matrix = new if index is None else new[index]
+            along = product.dim - (new.dim() - matrix.dim())
+            found = _Matrix(product.weight, matrix if along == 1 else matrix.t(), bias)
+            if self.some is not None:
+                self._collect(at, found, inputs, *self.some)
+                continue
+            self.done.add(at)
+            self._refit(found, inputs_of(inputs, self.windows))
+            if inputs.nbytes >= LARGE_INPUTS:  # else what attention has freed stays beside what the MLP needs
+                return_freed_memory()
         new_bias = product.bias if bias is None else self.weights.get(bias, product.bias)
         return product.compute(product.inputs, new, new_bias)
+
+    def _collect(self, at: _Part, matrix: _Matrix, inputs: Tensor, first: int, count: int) -> None:
+        """Add what a matrix reads of some windows; raises `_Collected` when another matrix waits for that."""
+        kind = without_numbers(matrix.weight)
+        if any(without_numbers(weight) != kind for weight, _ in self.sums):
+            raise _Collected
+        self.matrices[at] = matrix
+        self.sums.setdefault(at, InputSums()).add(inputs, windows=count, first=first)
+        if self.parameters[matrix.weight].dim() == 2 and self.alike[kind] == 1:  # else other experts are to come
+            raise _Collected
 
     def _refit(self, matrix: _Matrix, inputs: MatrixInputs) -> None:
         """Decide which columns of a matrix stay, fit them, and write them into the new weight."""

@@ -8,6 +8,7 @@ without recomputation. Axes: B samples, P spans of a sample, N spans of all samp
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,15 @@ from secateur.models.streaming import streamed_layers
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import probe_windows
 from secateur.scoring.passes.gradients import stream_gradients, stream_masks
+from secateur.scoring.passes.layers import hand_on_more
 from secateur.scoring.passes.loss import predictions
 from secateur.scoring.passes.probe import activation_budget, fitting_batches
 from secateur.scoring.passes.products import input_dims
 from secateur.scoring.passes.recomputation import LayerCache, Recompute
 from secateur.scoring.saliences import MORE_PRECISE, Evidence, Salience, SalienceSums
 from secateur.scoring.statistics import Statistics
+
+logger = logging.getLogger(__name__)
 
 SPAN = 16  # tokens whose derivatives are one
 MOST_SPANS = 256  # of all windows; of more text, spans are longer
@@ -61,7 +65,8 @@ def gradient_statistics(
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sums = SalienceSums(saliences)
-    cache = None if layer_cache is None else LayerCache(layer_cache, sums.sums)
+    layers = _recomputed(model, windows, layers)
+    cache = None if layer_cache is None or not layers else LayerCache(layer_cache, sums.sums)
     any_gradient = cache is not None and bool(cache.finished)
 
     def visit(name: str, rows: slice, weight: Tensor, gradient: Tensor, squared: Tensor | None) -> None:
@@ -76,6 +81,16 @@ def gradient_statistics(
     if not any_gradient:
         raise _all_zero(loss)
     return Statistics(sums.finished(), loss=loss, tokens=predictions(model, windows))
+
+
+def _recomputed(model: PreTrainedModel, windows: Tensor, layers: Sequence[str]) -> Sequence[str]:
+    """The layers that may be computed again: none where the gradient of what they hand on besides would be lost."""
+    if not layers or not hand_on_more(model, layers, windows):
+        return layers
+    if streamed_layers(model) is None:
+        return ()
+    logger.warning("layers hand on more than they return, such as keys: on the GPU, scores leave its gradient out")
+    return layers
 
 
 def _all_zero(loss: float) -> ScoreError:
@@ -113,6 +128,9 @@ def mask_statistics(
     if wanted is not None:
         names = sorted(n for n, dims in wanted.items() if n not in reads or reads[n] in dims or n in stacks)
     memory = activation_budget(model)
+    again = _recomputed(model, windows, layers)
+    if not again:
+        layer_cache = None
     together = layer_cache is not None or streamed_layers(model) is not None  # all layers are computed again
     batches = [windows] if together else fitting_batches(model, windows, layers, memory)
     loss = 0.0
@@ -132,7 +150,7 @@ def mask_statistics(
                 progress(number * total + done, len(batches) * total)
 
         results.append({})
-        recompute = Recompute(layers, memory, None if layer_cache is None else LayerCache(layer_cache, results[-1]))
+        recompute = Recompute(again, memory, None if layer_cache is None else LayerCache(layer_cache, results[-1]))
         batch_loss = stream_masks(model, batch, visit, spans=spans, wanted=names, recompute=recompute, progress=report)
         loss += len(batch) / len(windows) * batch_loss
     joined = _joined(results, [len(batch) for batch in batches], spans)

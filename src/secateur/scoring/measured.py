@@ -10,20 +10,19 @@ Axes: B samples, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.discovery.groups import Discovery, Group
-from secateur.models.inputs import arguments, predicted
 from secateur.progress import Progress
-from secateur.scoring.passes.forward import input_device, plain_products, probe_windows, replaced_forward
+from secateur.scoring.passes.forward import plain_products, probe_windows
+from secateur.scoring.passes.layers import LayerOutputs
 from secateur.scoring.passes.loss import divergence
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.scores import Scores
@@ -114,19 +113,16 @@ class _Divergence:
     """How far predictions move when units are left out, against those of the whole model."""
 
     def __init__(self, model: PreTrainedModel, discovery: Discovery, windows: Tensor) -> None:
-        self.model, self.windows = model, windows.to(input_device(model))
+        self.model = model
         self.reads = input_dims(model, probe_windows(windows))
         self.weights = {
             w.name: w for w in discovery.weights if w.name in self.reads and w.parameter and not w.embedding
         }
         self.parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        self.layers = {number: modules[path] for path, number in discovery.layer_paths.items() if path in modules}
-        self.outputs: dict[int, Any] = {}  # layer -> what it gives
-        with self._recorded():
-            self.whole = self._predicted()
-        last = max(self.layers, default=-1)
-        self.skips = last > 0 and self.outputs.keys() == self.layers.keys() and self._runs_from(last)
+        paths = {number: path for path, number in discovery.layer_paths.items() if path in modules}
+        self.outputs = LayerOutputs(model, [paths[number] for number in sorted(paths)], windows)
+        self.skips = self.outputs.run_alone()
 
     def __call__(self, group: Group, units: Tensor) -> float | None:
         """Nats per token; None where no product reads the group's units."""
@@ -144,54 +140,8 @@ class _Divergence:
 
         with ExitStack() as stack:
             if self.skips and group.layer is not None:
-                stack.enter_context(self._without_layers_before(group.layer))
+                stack.enter_context(self.outputs.without_layers_before(group.layer))
             stack.enter_context(WeightProducts({name: self.parameters[name] for name in gone_from}, without))
-            cut = self._predicted()
-        lost = float(divergence(self.model, self.whole, cut)) / (cut.numel() / cut.shape[-1])
+            cut = self.outputs.predicted()
+        lost = float(divergence(self.model, self.outputs.whole, cut)) / (cut.numel() / cut.shape[-1])
         return max(0.0, lost)
-
-    def _runs_from(self, layer: int) -> bool:
-        """Whether the model gives the same from this layer on; not where a layer hands on more than it returns."""
-        with self._without_layers_before(layer):
-            try:
-                return torch.allclose(self._predicted(), self.whole, atol=1e-3)
-            except Exception:  # any model code may miss what it looks for, such as the keys of another layer
-                return False
-
-    def _predicted(self) -> Tensor:
-        return predicted(self.model(**arguments(self.model, self.windows)))
-
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """While open, note what each layer gives; of one that is called twice, nothing."""
-        twice: set[int] = set()
-
-        def hook_of(number: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if number in self.outputs:
-                    twice.add(number)
-                self.outputs[number] = output
-
-            return hook
-
-        hooks = [layer.register_forward_hook(hook_of(number)) for number, layer in self.layers.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for number in twice:
-                del self.outputs[number]
-
-    @contextmanager
-    def _without_layers_before(self, layer: int) -> Iterator[None]:
-        """While open, layers before this one give what they gave in the whole model."""
-        with ExitStack() as stack:
-            for number, module in self.layers.items():
-                if number < layer:
-                    stack.enter_context(replaced_forward(module, _giving(self.outputs[number])))
-            yield
-
-
-def _giving(output: Any) -> Callable[..., Any]:
-    return lambda *_, **__: output

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +104,8 @@ def probe(
     # 3. Autograd adds up samples. For squares, the smallest independent module around each such parameter is run
     #    sample by sample; where there is none, the whole model.
     apart = {path for name in by_autograd for path in products.owners[name]} if second_order else set()
-    independent, calls = _independent_modules(model, ids_BT, apart, recomputed)
+    around = {path for each in apart for path in path_and_parents(each)}
+    independent, calls = independent_modules(model, ids_BT, around | {*recomputed})
     nearest = {path: next((p for p in path_and_parents(path) if p in independent), None) for path in apart}
     tied = {name for name in parameters if len(products.owners[name]) > 1 or products.calls[name] > 1}
     tied |= {name for name in by_autograd if second_order and calls[nearest[products.owners[name][0]] or ""] > 1}
@@ -196,11 +197,10 @@ def text_lengths(inputs: Sequence[Tensor]) -> set[int]:
     return {each.shape[1] for each in inputs}
 
 
-def _independent_modules(
-    model: PreTrainedModel, ids_BT: Tensor, apart: set[str], recomputed: Sequence[str]
+def independent_modules(
+    model: PreTrainedModel, ids_BT: Tensor, candidates: Collection[str]
 ) -> tuple[set[str], Counter[str]]:
-    """Of the modules `apart`, those around them and the recomputed ones: which are independent; the calls of each."""
-    candidates = {path for each in apart for path in path_and_parents(each)} | set(recomputed)
+    """Modules that treat each sample independently of the others, as two samples show; the calls of each."""
     calls: Counter[str] = Counter()
     dependent: set[str] = set()
     testing = False  # the test runs modules, whose hooks must not test in turn
@@ -312,10 +312,15 @@ class ActivationMemory:
 
 def fitting_batches(model: PreTrainedModel, windows: Tensor, layers: Sequence[str], memory: int) -> list[Tensor]:
     """The windows in batches whose activations fit into the memory (bytes); at least one window for each process."""
+    of_each = max(1, sum(activation_bytes(model, windows, layers).values()) // len(windows))
+    at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
+    return list(windows.tensor_split(max(1, len(windows) // at_once)))
+
+
+def activation_bytes(model: PreTrainedModel, windows: Tensor, layers: Sequence[str]) -> Counter[str]:
+    """Bytes of activations of each layer over all windows (int64, samples x length)."""
     inputs = arguments(model, probe_windows(windows, probe_tokens(model)).to(input_device(model)))
     activations = ActivationMemory(layers, windows, text_lengths([x for x in inputs.values() if isinstance(x, Tensor)]))
     with torch.enable_grad(), activations.recording(model):
         model(**inputs)
-    of_each = max(1, sum(activations.bytes.values()) // len(windows))
-    at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
-    return list(windows.tensor_split(max(1, len(windows) // at_once)))
+    return activations.bytes
