@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -179,8 +180,8 @@ def test_a_layer_may_run_on_a_few_windows_at_a_time(family: str, monkeypatch: py
     if family == "mixtral":  # which tokens an expert's damping is chosen by depends on what runs together
         monkeypatch.setattr("secateur.pruning.repair.damping_for", lambda _: 0.1)
     whole = repair(model, decided, discovery, WINDOWS)
-    monkeypatch.setattr("secateur.pruning.repair.activation_budget", lambda _: 0)
-    monkeypatch.setattr("secateur.pruning.repair.RECOMPUTED_TOKENS", 5 * WINDOWS.shape[1])
+    monkeypatch.setattr("secateur.scoring.passes.layers.activation_budget", lambda _: 0)
+    monkeypatch.setattr("secateur.scoring.passes.layers.LEAST_TOKENS", 5 * WINDOWS.shape[1])
     tokens: list[int] = []
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -230,10 +231,22 @@ def test_a_fit_is_damped_as_tokens_that_it_does_not_see_want_it(
 
 
 def test_removing_nothing_changes_nothing() -> None:
+    """What reads nothing that goes is not looked at."""
     model, discovery, decided = planned("llama")
-    whole = replace(decided, groups=tuple(replace(g, kept=g.units, keep=tuple(range(g.units))) for g in decided.groups))
-    found = repair(model, whole, discovery, WINDOWS)
-    assert all(torch.equal(weight, model.get_parameter(name)) for name, weight in found.weights.items())
+    first, *others = decided.groups
+    whole = tuple(replace(group, kept=group.units, keep=tuple(range(group.units)), spare=None) for group in others)
+    found = repair(model, replace(decided, groups=(first, *whole)), discovery, WINDOWS)
+    assert [*found.weights] == ["model.layers.0.mlp.down_proj.weight"]
+
+
+def test_new_weights_may_lie_in_files(tmp_path: Path) -> None:
+    model, discovery, decided = planned("llama")
+    expected, found = (repair(model, decided, discovery, WINDOWS, room=room).weights for room in (None, tmp_path))
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name])
+        assert str(weight.untyped_storage().filename).startswith(("/proc/self/fd", "/dev/fd"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_plan_of_layers_needs_no_repair() -> None:

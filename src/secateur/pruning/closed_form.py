@@ -92,22 +92,23 @@ class Repair:
 class InputSums:
     """The statistics of inputs that come in parts, those of one window of `LEFT_OUT` apart.
 
-    >>> sums = InputSums()
-    >>> sums.add(torch.arange(12.0)[:, None], windows=6)
-    >>> sums.add(torch.arange(12.0, 16.0)[:, None], windows=2, first=6)
+    >>> sums = InputSums(8)
+    >>> sums.add(torch.arange(12.0)[:, None], first=0, count=6)
+    >>> sums.add(torch.arange(12.0, 16.0)[:, None], first=6, count=2)
     >>> inputs = sums.inputs()
     >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
     (16, 7.5, 4, 10.5)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, windows: int) -> None:
+        self._finer = -(-LEFT_OUT // windows)  # of fewer windows, a part of each is left out
         self._sums: dict[bool, MatrixInputs] = {}  # left out -> so far
 
-    def add(self, x_NC: Tensor, *, windows: int, first: int = 0) -> None:
+    def add(self, x_NC: Tensor, *, first: int, count: int) -> None:
         """Inputs of any float dtype, N x C: of so many windows from `first` on, one after the other."""
         rows_N = torch.arange(len(x_NC), device=x_NC.device)
-        window_N = first + rows_N * windows // max(1, len(x_NC))
-        left_out_N = window_N % LEFT_OUT == LEFT_OUT - 1
+        part_N = self._finer * first + rows_N * self._finer * count // max(1, len(x_NC))
+        left_out_N = part_N % LEFT_OUT == LEFT_OUT - 1
         for left_out in (True, False):
             self._add(left_out, x_NC, rows_N[left_out_N == left_out])
 
@@ -145,8 +146,8 @@ def inputs_of(x_NC: Tensor, windows: int = LEFT_OUT) -> MatrixInputs:
     >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
     (16, 7.5, 4, 10.5)
     """
-    sums = InputSums()
-    sums.add(x_NC, windows=max(windows, LEFT_OUT))
+    sums = InputSums(windows)
+    sums.add(x_NC, first=0, count=windows)
     return sums.inputs()
 
 
@@ -164,9 +165,10 @@ def damping_for(matrix: CutMatrix) -> float:
     part = matrix.inputs.left_out
     if part is None:
         return DAMPING
-    rest, kept_K = matrix.inputs.without(part), matrix.kept_K
-    seen_CC, unseen_CC = (x.covariance_CC if matrix.has_bias else x.gram_CC for x in (rest, part))
-    seen_CC, unseen_CC = seen_CC.float(), unseen_CC.float()
+    kept_K = matrix.kept_K
+    seen_CC, unseen_CC = (
+        (x.covariance_CC if matrix.has_bias else x.gram_CC).float() for x in (matrix.inputs.without(part), part)
+    )
     some = slice(None, None, max(1, len(matrix.dense_RC) // OUTPUTS_TRIED))
     dense_RC, left_RC = matrix.dense_RC[some].float(), matrix.left_RC[some].float()
     best, least = math.inf, output_error(left_RC - dense_RC, unseen_CC)

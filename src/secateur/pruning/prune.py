@@ -180,10 +180,10 @@ def _sliced(tensor: Tensor, indices: Mapping[int, Tensor], room: Path | None) ->
     shape = [len(indices.get(dim, range(size))) for dim, size in enumerate(tensor.shape)]
     if tensor.device.type != "cpu":
         room = None
-    return torch.index_select(tensor, *last, out=None if room is None else _in_file(room, shape, tensor.dtype))
+    return torch.index_select(tensor, *last, out=None if room is None else empty_in_file(room, shape, tensor.dtype))
 
 
-def _in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def empty_in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An empty tensor in a file without a name: its pages can leave the memory, and the file ends with the tensor."""
     size = max(1, math.prod(shape) * dtype.itemsize)
     try:

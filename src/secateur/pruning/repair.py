@@ -38,7 +38,6 @@ from secateur.models.streaming import streamed_layers
 from secateur.planning.plan import Plan
 from secateur.progress import Progress, return_freed_memory
 from secateur.pruning.closed_form import (
-    LEFT_OUT,
     REPAIRS,
     CutMatrix,
     InputSums,
@@ -50,19 +49,11 @@ from secateur.pruning.closed_form import (
 )
 from secateur.pruning.experts import fit_experts_in_place
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
-from secateur.pruning.prune import prune
+from secateur.pruning.prune import empty_in_file, prune
 from secateur.scoring.collect_experts import expert_modules
 from secateur.scoring.obs import removal_costs
-from secateur.scoring.passes.forward import (
-    input_device,
-    pass_to_hidden,
-    plain_products,
-    probe_windows,
-    replaced_forward,
-)
-from secateur.scoring.passes.gradients import RECOMPUTED_TOKENS
-from secateur.scoring.passes.layers import LayerCall, hand_on_more, joined
-from secateur.scoring.passes.probe import activation_budget, activation_bytes, independent_modules
+from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows, replaced_forward
+from secateur.scoring.passes.layers import LayerCall, joined, layers_in_parts
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
 from secateur.scoring.unit_scores import units_reached
 
@@ -97,7 +88,8 @@ def repair(
     Windows are int64, samples x length; all go through a layer before the next one runs. Where the plan has spare units
     and a single matrix reads their group, it is decided here which go: as many as planned. Groups that no matrix reads
     are left as planned. Where experts go, those that stay are fitted to the dense experts in a second pass, of the
-    smaller model, which is held in memory or in a file in the folder `room`. Raises `PlanError` for an unknown method.
+    smaller model. New weights and that model are held in memory, or in files in the folder `room`. Raises `PlanError`
+    for an unknown method, and `DiskError` when the room is too small.
 
     >>> from secateur.planning.options import CutOptions
     >>> from secateur.planning.plan import PlannedGroup
@@ -114,7 +106,7 @@ def repair(
     check_known(PlanError, "repair", method, REPAIRS)
     # 1. The matrices that read the units which go.
     reads = input_dims(model, probe_windows(windows))
-    pass_ = _RepairPass(model, plan, discovery, reads, REPAIRS[method])
+    pass_ = _RepairPass(model, plan, discovery, reads, REPAIRS[method], room)
     # 2. One forward pass of all windows, in which each of them is fitted.
     if pass_.unit_of and (pass_.chosen or REPAIRS[method].fit is not leave_out):
         pass_.run(windows, [*discovery.layer_paths], progress)
@@ -194,9 +186,10 @@ class _RepairPass:
         discovery: Discovery,
         reads: Mapping[str, int],
         method: Repair,
+        room: Path | None,
     ) -> None:
-        self.model, self.plan, self.method = model, plan, method
-        self.keep = {g.name: g.keep for g in plan.groups if g.kind != "layer"}
+        self.model, self.plan, self.method, self.room = model, plan, method, room
+        self.keep = {g.name: g.keep for g in plan.groups if g.kind != "layer" and g.kept < g.units}
         self.spare = {g.name: g.spare for g in plan.groups}
         self.parameters = dict(model.named_parameters())
         self.name_of = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -238,7 +231,7 @@ class _RepairPass:
             stack.enter_context(plain_products(self.model))
             run = pass_to_hidden(self.model, windows)
             layers = [path for path in layers if path in modules]
-            for path, parts in self._in_parts(windows, layers).items():
+            for path, parts in ({} if self.norms else layers_in_parts(self.model, windows, layers)).items():
                 forward = self._forward_in_parts(path, modules[path].forward, parts)
                 stack.enter_context(replaced_forward(modules[path], forward))
             for path in layers:
@@ -280,19 +273,11 @@ class _RepairPass:
 
         return hook
 
-    def _in_parts(self, windows: Tensor, layers: list[str]) -> dict[str, tuple[Tensor, ...]]:
-        """Layers whose activations over all windows do not fit into memory, and the windows that run at once."""
-        samples, length = windows.shape
-        if samples < LEFT_OUT or self.norms:
-            return {}
-        of_each = max(activation_bytes(self.model, windows, layers).values(), default=0) / samples
-        at_once = max(int(activation_budget(self.model) // max(1, of_each)), RECOMPUTED_TOKENS // length, 1)
-        if at_once >= samples or hand_on_more(self.model, layers, windows):
-            return {}
-        parts = torch.arange(samples).tensor_split(math.ceil(samples / at_once))
-        ids_BT = probe_windows(windows).to(input_device(self.model))
-        independent, _ = independent_modules(self.model, ids_BT, layers)
-        return {path: parts for path in layers if path in independent}
+    def _copied(self, weight: Tensor) -> Tensor:
+        """A weight to be changed; in a file in the room, where there is one."""
+        if self.room is None or weight.device.type != "cpu":
+            return weight.clone()
+        return empty_in_file(self.room, weight.shape, weight.dtype).copy_(weight)
 
     def _forward_in_parts(
         self, path: str, forward: Callable[..., Any], parts: tuple[Tensor, ...]
@@ -325,7 +310,9 @@ class _RepairPass:
 
     def _replace(self, product: WeightProduct) -> Tensor:
         """The product with the repaired weight, which is fitted when its inputs are first seen."""
-        new = self.weights.setdefault(product.weight, self.parameters[product.weight].detach().clone())
+        new = self.weights.get(product.weight)
+        if new is None:
+            new = self.weights[product.weight] = self._copied(self.parameters[product.weight].detach())
         bias = None if product.bias is None else self.name_of.get(id(product.bias))
         for index, inputs in product.parts:
             at = product.weight, index
@@ -350,7 +337,7 @@ class _RepairPass:
         if any(without_numbers(weight) != kind for weight, _ in self.sums):
             raise _Collected
         self.matrices[at] = matrix
-        self.sums.setdefault(at, InputSums()).add(inputs, windows=count, first=first)
+        self.sums.setdefault(at, InputSums(self.windows)).add(inputs, first=first, count=count)
         if self.parameters[matrix.weight].dim() == 2 and self.alike[kind] == 1:  # else other experts are to come
             raise _Collected
 
@@ -360,7 +347,8 @@ class _RepairPass:
         cut = CutMatrix(matrix.columns_RC.double().clone(), inputs, self._kept(matrix), matrix.bias is not None)
         columns = cut.dense_RC.shape[1]
         if self.method.fits_columns and len(cut.kept_K) < columns:
-            cut = replace(cut, damping=damping_for(cut))
+            damping, inputs = damping_for(cut), replace(inputs, left_out=None)  # which is as large as all
+            cut = replace(cut, damping=damping, inputs=inputs)
         # 2. Which columns stay, where that is decided here, and their fit.
         for group in self.unit_of[matrix.weight].keys() & self.chosen:
             self.keep[group] = self._chosen(group, cut, self.unit_of[matrix.weight][group])

@@ -6,6 +6,7 @@ all layers share. Axes: B samples, T tokens, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel
 
 from secateur.models.inputs import arguments, predicted
 from secateur.scoring.passes.forward import input_device, probe_windows, replaced_forward, rows_per_sample
+from secateur.scoring.passes.probe import activation_budget, activation_bytes, independent_modules
+
+LEAST_TOKENS = 2048  # that a layer runs on at once
 
 
 class LayerOutputs:
@@ -91,6 +95,27 @@ def hand_on_more(model: PreTrainedModel, layers: Sequence[str], windows: Tensor)
     False
     """
     return not LayerOutputs(model, layers, probe_windows(windows)).run_alone()
+
+
+@torch.no_grad()
+def layers_in_parts(model: PreTrainedModel, windows: Tensor, layers: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
+    """Layers whose activations over all windows (int64, samples x length) do not fit, and the samples that run at once.
+
+    None where a part of the samples does not tell what the model does with all of them.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> layers_in_parts(AutoModelForCausalLM.from_config(config), torch.ones(8, 9).long(), ["model.decoder.layers.0"])
+    {}
+    """
+    samples, length = windows.shape
+    of_each = max(activation_bytes(model, windows, layers).values(), default=0) / samples
+    at_once = max(int(activation_budget(model) // max(1, of_each)), LEAST_TOKENS // length, 1)
+    if at_once >= samples or hand_on_more(model, layers, windows):
+        return {}
+    parts = torch.arange(samples).tensor_split(math.ceil(samples / at_once))
+    independent, _ = independent_modules(model, probe_windows(windows).to(input_device(model)), layers)
+    return {path: parts for path in layers if path in independent}
 
 
 @dataclass(frozen=True, slots=True)
