@@ -179,6 +179,7 @@ def test_a_layer_may_run_on_a_few_windows_at_a_time(family: str, monkeypatch: py
     model, discovery, decided = planned(family, axes=("mlp",) if family == "mixtral" else ("attention", "mlp"))
     if family == "mixtral":  # which tokens an expert's damping is chosen by depends on what runs together
         monkeypatch.setattr("secateur.pruning.repair.damping_for", lambda _: 0.1)
+        monkeypatch.setattr("secateur.pruning.repair.SUMS_AT_ONCE", 3 * 16 * model.config.intermediate_size**2)
     whole = repair(model, decided, discovery, WINDOWS)
     monkeypatch.setattr("secateur.scoring.passes.layers.activation_budget", lambda _: 0)
     monkeypatch.setattr("secateur.scoring.passes.layers.LEAST_TOKENS", 5 * WINDOWS.shape[1])

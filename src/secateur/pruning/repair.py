@@ -60,6 +60,7 @@ from secateur.scoring.unit_scores import units_reached
 logger = logging.getLogger(__name__)
 
 LARGE_INPUTS = 2**26  # bytes of a matrix's inputs, from which on freed memory goes back to the system
+SUMS_AT_ONCE = 2**30  # bytes of the Gram matrices of experts for which a layer is run once
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +337,8 @@ class _RepairPass:
         kind = without_numbers(matrix.weight)
         if any(without_numbers(weight) != kind for weight, _ in self.sums):
             raise _Collected
+        if at not in self.sums and self.sums and (len(self.sums) + 1) * 2 * 8 * inputs.shape[1] ** 2 > SUMS_AT_ONCE:
+            return  # another time
         self.matrices[at] = matrix
         self.sums.setdefault(at, InputSums(self.windows)).add(inputs, first=first, count=count)
         if self.parameters[matrix.weight].dim() == 2 and self.alike[kind] == 1:  # else other experts are to come
