@@ -37,6 +37,16 @@ def build_known(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
     return _made(kind, values_by_field(kind, known, where, build_known), where)
 
 
+def check_fields(kind: type[Any], data: Mapping[str, Any], where: str = "") -> None:
+    """Raise `ValueError` for a key that is no field of the dataclass `kind`."""
+    known = [each.name for each in fields(kind)]
+    for name in data:
+        if name not in known:
+            raise ValueError(
+                f"{_at(where)}{name!r} is unknown. Known: {', '.join(known)}{did_you_mean(str(name), known)}"
+            )
+
+
 def values_by_field(
     kind: type[Any], data: Mapping[str, Any], where: str = "", section: Section | None = None
 ) -> dict[str, Any]:
@@ -44,13 +54,8 @@ def values_by_field(
 
     Raises `ValueError` for an unknown key and a value of another type.
     """
-    hints, known = get_type_hints(kind), [each.name for each in fields(kind)]
-    for name in data:
-        if name not in known:
-            raise ValueError(
-                f"{_at(where)}{name!r} is unknown. Known: {', '.join(known)}{did_you_mean(str(name), known)}"
-            )
-    section = section or values_by_field
+    check_fields(kind, data, where)
+    hints, section = get_type_hints(kind), section or values_by_field
     return {name: decode(hints[name], value, f"{_at(where)}{name}", section) for name, value in data.items()}
 
 

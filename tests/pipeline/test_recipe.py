@@ -240,6 +240,12 @@ class TestErrors:
         with pytest.raises(PlanError, match=r"preset='bets' is unknown.*Did you mean best\?"):
             load_recipe(write(tmp_path, "model: demo\npreset: bets"))
 
+    @pytest.mark.parametrize("section", ["cut", "calibration", "loading"])
+    def test_unknown_options_are_refused_in_python_as_in_a_file(self, section: str) -> None:
+        given: dict[str, Any] = {section: {"sampels": 8}}
+        with pytest.raises(RecipeError, match=rf"^{section}: 'sampels' is unknown\. Known: "):
+            prune_recipe("demo", **given)
+
     def test_a_whole_recipe_names_its_model(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=r"r\.yaml: model is missing"):
             read_whole_recipe(write(tmp_path, "command: export"), "export", ExportRecipe)

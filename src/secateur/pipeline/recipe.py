@@ -17,7 +17,7 @@ import yaml
 from secateur import __version__
 from secateur.checkpoint.record import RECIPE_FILE
 from secateur.data.calibration import CalibrationOptions
-from secateur.decoding import build, values_by_field
+from secateur.decoding import build, check_fields, values_by_field
 from secateur.errors import RecipeError, one_line
 from secateur.files import plain
 from secateur.models.loading import LoadOptions
@@ -80,6 +80,10 @@ def prune_recipe(
     >>> recipe.cut.ratio, recipe.calibration.samples
     (0.3, 24)
     """
+    with _errors_of_recipes():
+        check_fields(CutOptions, cut or {}, "cut")
+        check_fields(CalibrationOptions, calibration or {}, "calibration")
+        check_fields(LoadOptions, loading or {}, "loading")
     raw: dict[str, Any] = {} if file is None else read_recipe(file, "prune", PruneRecipe)
     base = {name: dict(raw.get(name) or {}) for name in ("cut", "calibration", "loading")}
     if cut and preset is None and base["cut"].keys() == {each.name for each in fields(CutOptions)}:
