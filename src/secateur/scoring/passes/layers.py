@@ -22,6 +22,7 @@ from secateur.scoring.passes.forward import input_device, probe_windows, replace
 from secateur.scoring.passes.probe import activation_budget, activation_bytes, independent_modules
 
 LEAST_TOKENS = 2048  # that a layer runs on at once
+WITHOUT_GRAPH = 0.5  # of the activations that a graph keeps, what a layer holds at once where there is none
 
 
 class LayerOutputs:
@@ -109,7 +110,7 @@ def layers_in_parts(model: PreTrainedModel, windows: Tensor, layers: Sequence[st
     {}
     """
     samples, length = windows.shape
-    of_each = max(activation_bytes(model, windows, layers).values(), default=0) / samples
+    of_each = WITHOUT_GRAPH * max(activation_bytes(model, windows, layers).values(), default=0) / samples
     at_once = max(int(activation_budget(model) // max(1, of_each)), LEAST_TOKENS // length, 1)
     if at_once >= samples or hand_on_more(model, layers, windows):
         return {}
