@@ -20,7 +20,6 @@ llm-pruner  its recipe: first-order Taylor scores, 10 windows of 64 tokens, the 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -38,26 +37,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quality_table import DENSE, README_ROWS, SETTINGS, Key, TableError, missing, table, write_tables
 from secateur import __version__
 from secateur.data.calibration import COLUMN
-from secateur.data.windows import calibration_windows, digest
-from secateur.discovery.discover import discover
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.files import write_json
 from secateur.models.loading import load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
+from secateur.pipeline.cache import StatisticsFolder
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe
-from secateur.planning.options import CutOptions, settled, with_preset
-from secateur.planning.plan import Plan, plan
-from secateur.planning.selection import columns_fitted, groups_to_cut
+from secateur.planning.options import CutOptions, with_preset
+from secateur.planning.plan import Plan
 from secateur.progress import peak_rss
-from secateur.pruning.prune import prune
-from secateur.pruning.reconstruct import reconstruct_in_place
-from secateur.pruning.repair import repair
-from secateur.scoring.measured import measured_factors, scaled
-from secateur.scoring.scores import scores_from, statistics_for
-from secateur.scoring.statistics import load_statistics, save_statistics
 
 PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
 MAX_TOKENS = 40_000  # by default
@@ -177,51 +168,24 @@ def cut(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row, seed: int, arguments: argparse.Namespace
 ) -> tuple[PreTrainedModel, Plan, float]:
     """The model cut as the row says, the plan, and the seconds that statistics made before have saved."""
-    options = row.options
-    discovery = discover(model)
-    samples = arguments.samples or row.samples
     given = {
         "text": arguments.calibration,
         "column": arguments.column,
         "seed": seed,
-        "samples": samples,
+        "samples": arguments.samples or row.samples,
         "length": row.length,
+        "varied": row.varied,
     }
     text = with_preset(row.preset, {}, {name: value for name, value in given.items() if value is not None})[1]
-    text = text if row.varied is None else replace(text, varied=row.varied)
-    text = settled(text, options, columns=columns_fitted(discovery, options))
-    windows = calibration_windows(tokenizer, text)
-    groups = [group for each in groups_to_cut(discovery, options).values() for group in each]
-    if options.iterations > 1:
-        with quiet():
-            recipe = PruneRecipe(arguments.model, cut=options, calibration=text)
-            return *Pipeline(recipe, model=model, discovery=discovery, windows=windows).cut(), 0.0
-    cut_groups = " ".join(sorted(group.name for group in groups))
-    about = f"{arguments.model} {digest(text.scored(windows))} {options.score} {cut_groups}"
-    name = hashlib.sha256(about.encode()).hexdigest()[:16]
-    shared = Path(arguments.shared)
-    saved, file, clock = 0.0, shared / f"{name}.safetensors", shared / f"{name}.seconds"
-    if file.exists() and clock.exists():
-        statistics, saved = load_statistics(file, about=about), float(clock.read_text())
-    else:
-        start = time.perf_counter()
-        statistics = statistics_for(options.score, model, discovery, text.scored(windows), groups=groups)
-        shared.mkdir(parents=True, exist_ok=True)
-        save_statistics(file, statistics, about=about)
-        clock.write_text(str(time.perf_counter() - start))
-    scores = scores_from(discovery, statistics, groups=groups, name=options.score, options=text)
-    if options.prices == "measured":
-        scores = scaled(scores, measured_factors(model, discovery, scores, text.unscored(windows)))
-    decided = plan(discovery, options, config=model.config, scores=scores)
-    repaired = None
-    if options.repairs:
-        repaired = repair(model, decided, discovery, windows, method=options.repair)
-    if repaired is not None:
-        decided = repaired.plan
-    with quiet():
-        pruned = prune(model, decided, discovery=discovery, weights=None if repaired is None else repaired.weights)
-    if options.repair == "reconstruct":
-        reconstruct_in_place(model, pruned, discovery, windows)
+    recipe = PruneRecipe(arguments.model, cut=row.options, calibration=text)
+    pipeline = Pipeline(recipe, model=model, tokenizer=tokenizer)
+    shared = StatisticsFolder(Path(arguments.shared), arguments.model, pipeline.calibration, recipe.loading)
+    pipeline.statistics = shared
+    pruned, decided = pipeline.cut()
+    clock = shared.path.with_suffix(".seconds")  # of the pass that rows share
+    if passed := sum(pipeline.clock.seconds.get(stage, 0.0) for stage in ("score", "price")):
+        clock.write_text(str(passed))
+    saved = float(clock.read_text()) if not passed and clock.exists() else 0.0
     return pruned, decided, saved
 
 

@@ -124,7 +124,13 @@ def _trained(command: list[str], options: argparse.Namespace, texts: Mapping[str
 
 def _perplexity(folder: str, texts: Mapping[str, str], tokens: int) -> dict[str, float]:
     model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
-    found = evaluate(model, tokenizer, texts, protocols=[Protocol(length, start_tokens=True) for length in LENGTHS], max_tokens=tokens)
+    found = evaluate(
+        model,
+        tokenizer,
+        texts,
+        protocols=[Protocol(length, start_tokens=True) for length in LENGTHS],
+        max_tokens=tokens,
+    )
     return {f"{each.data}@{each.seq_len}": each.ppl for each in found}
 
 
