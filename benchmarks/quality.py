@@ -118,7 +118,7 @@ def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -
     """Cut as the row says, and measure. `dense` cuts nothing."""
     tokenizer = load_tokenizer(arguments.model)
     with quiet():
-        model = load(arguments.model, dtype="float32")
+        model = load(arguments.model, dtype=arguments.dtype)
     found: dict[str, Any] = {"row": name, "ratio": ratio, "seed": seed, **settings(arguments)}
     found["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
     found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -134,7 +134,6 @@ def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -
         found["non_embedding"] = decided.parameters["pruned_non_embedding"]
         found["removed"] = 1 - found["non_embedding"] / decided.parameters["dense_non_embedding"]
         found["groups"] = [[g.name, g.units, g.kept] for g in decided.groups]
-    model = model.to(getattr(torch, arguments.dtype))
     texts = {each.partition("=")[0]: read_evaluation_text(each.partition("=")[2]) for each in arguments.text}
     results = evaluate(model, tokenizer, texts, protocols=arguments.protocols, max_tokens=arguments.tokens)
     found["nll"] = {column(result.data, result.protocol): result.nll for result in results}
@@ -231,7 +230,7 @@ def main() -> None:
     parser.add_argument("--rows", default=[*README_ROWS], type=lambda text: [x.strip() for x in text.split(";")])
     parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(x) for x in text.split(",")])
     parser.add_argument("--seeded", default=SEEDED, type=lambda text: [x.strip() for x in text.split(";")])
-    parser.add_argument("--dtype", default="float32", help="of the evaluation")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of each text, the first")
     parser.add_argument("--samples", type=int, help="calibration windows, by default each preset's own number")
     parser.add_argument("--shared", default="runs/quality", help="a folder for statistics")
