@@ -91,8 +91,8 @@ def hand_on_more(model: PreTrainedModel, layers: Sequence[str], windows: Tensor)
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=2)
-    >>> model, layers = AutoModelForCausalLM.from_config(config), [f"model.decoder.layers.{i}" for i in range(2)]
-    >>> hand_on_more(model, layers, torch.arange(40).reshape(4, 10))
+    >>> model = AutoModelForCausalLM.from_config(config).eval()
+    >>> hand_on_more(model, ["model.decoder.layers.0", "model.decoder.layers.1"], torch.arange(40).reshape(4, 10))
     False
     """
     return not LayerOutputs(model, layers, probe_windows(windows)).run_alone()
