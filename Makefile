@@ -24,7 +24,7 @@ MODULES = _pydecimal inspect tarfile difflib subprocess ipaddress turtle doctest
 KINDS = --calibration $(DATA)/calib/c4_first1000.jsonl --calibration $(DATA)/instruct/dolly_3k.json \
 	$(MODULES:%=--calibration $(STDLIB)/%.py@0.125) --calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
 OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
-ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 2048 --seeds 0 $(QUALITY)
+ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --tokens 10000 --seeded best $(QUALITY)
 
 RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --text dialogues=$(DATA)/calib/dailydialog/en_dev_human.txt
 
