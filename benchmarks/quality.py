@@ -40,7 +40,7 @@ from secateur.data.calibration import COLUMN
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.files import write_json
-from secateur.models.loading import load
+from secateur.models.loading import LoadOptions, load
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import StatisticsFolder
@@ -176,9 +176,10 @@ def cut(
         "varied": row.varied,
     }
     text = with_preset(row.preset, {}, {name: value for name, value in given.items() if value is not None})[1]
-    recipe = PruneRecipe(arguments.model, cut=row.options, calibration=text)
+    loading = LoadOptions(dtype=arguments.dtype)  # statistics are kept by it
+    recipe = PruneRecipe(arguments.model, cut=row.options, calibration=text, loading=loading)
     pipeline = Pipeline(recipe, model=model, tokenizer=tokenizer)
-    shared = StatisticsFolder(Path(arguments.shared), arguments.model, pipeline.calibration, recipe.loading)
+    shared = StatisticsFolder(Path(arguments.shared), arguments.model, pipeline.calibration, loading)
     pipeline.statistics = shared
     pruned, decided = pipeline.cut()
     clock = shared.path.with_suffix(".seconds")  # of the pass that rows share

@@ -77,6 +77,13 @@ def test_scores(name: str, model_type: str) -> None:
     same(dict(found), dict(expected))
 
 
+def test_a_gradient_that_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Every streamed layer is computed again, and Gemma 3n's last layers attend to the keys of earlier ones."""
+    model = tiny_type_model("gemma3n_text")
+    score(streamed(model), name="fisher", windows=windows(model))
+    assert "layers hand on more than they return, such as keys: on the GPU, scores leave" in caplog.text
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_prices_and_repair(model_type: str) -> None:
     model = tiny_type_model(model_type)

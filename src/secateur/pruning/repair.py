@@ -167,7 +167,7 @@ def _features_like(output: Tensor, at: Tensor, given: Tensor) -> Tensor:
     return given[..., at] if given.shape == output.shape else given
 
 
-_Part = tuple[str, int | None]  # a weight, and which matrix of a stack
+_Address = tuple[str, int | None]  # a weight, and which matrix of a stack
 
 
 class _Collected(Exception):
@@ -210,10 +210,10 @@ class _RepairPass:
         self.norms = norms_over(model, discovery, self.keep) if method.scales_norms else {}
         self.windows = 1
         self.weights: dict[str, Tensor] = {}
-        self.done: set[_Part] = set()
+        self.done: set[_Address] = set()
         self.some: tuple[int, int] | None = None  # the first window and how many, of those that a layer runs on
-        self.sums: dict[_Part, InputSums] = {}  # of the matrices that a layer is run for
-        self.matrices: dict[_Part, _Matrix] = {}
+        self.sums: dict[_Address, InputSums] = {}  # of the matrices that a layer is run for
+        self.matrices: dict[_Address, _Matrix] = {}
         self.alike: Counter[str] = Counter()  # names without numbers -> how many weights of the layer have it
 
     def run(self, windows: Tensor, layers: list[str], progress: Progress | None) -> None:
@@ -332,7 +332,7 @@ class _RepairPass:
         new_bias = product.bias if bias is None else self.weights.get(bias, product.bias)
         return product.compute(product.inputs, new, new_bias)
 
-    def _collect(self, at: _Part, matrix: _Matrix, inputs: Tensor, first: int, count: int) -> None:
+    def _collect(self, at: _Address, matrix: _Matrix, inputs: Tensor, first: int, count: int) -> None:
         """Add what a matrix reads of some windows; raises `_Collected` when another matrix waits for that."""
         kind = without_numbers(matrix.weight)
         if any(without_numbers(weight) != kind for weight, _ in self.sums):
