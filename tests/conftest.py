@@ -6,15 +6,20 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it stands before the imports
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from model_contents import content_of
 from model_folders import tiny_config
 from secateur.data import windows
+from secateur.discovery import tracing
+from secateur.discovery.graph import Graph
 from secateur.models.config import load_config
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
@@ -43,6 +48,25 @@ def tokenized_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "_tokenize", looked_up)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Hundreds of tests discover the same tiny models: stock models that are alike are traced once."""
+    trace, known = tracing.trace, dict[Any, Graph]()
+
+    def looked_up(model: nn.Module, *, start_tokens: Sequence[int] = ()) -> Graph:
+        content = content_of(model)
+        if content is None:
+            return trace(model, start_tokens=start_tokens)
+        key = content, tuple(start_tokens)
+        if key not in known:
+            known[key] = trace(model, start_tokens=start_tokens)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.discovery.discover.trace", looked_up)
         yield
 
 

@@ -21,8 +21,9 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
 from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
+from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DataError, DiskError, ModelError, PlanError, ScoreError
-from secateur.models.loading import load
+from secateur.models.loading import LoadOptions, load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe
@@ -57,6 +58,19 @@ def place(inputs: Path) -> Iterator[Path]:
 
 def kept(plan: Any) -> list[tuple[str, int]]:
     return [(group.name, group.kept) for group in plan.groups]
+
+
+def test_a_run_finds_the_changes_of_modules_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        found.append(attributes_after(*given, **options))
+        return found[-1]
+
+    monkeypatch.setattr("secateur.discovery.padding.attributes_after", noted)
+    monkeypatch.setattr("secateur.discovery.padding._LAST", {})
+    prune(cut={"axes": ("mlp",), "layers": (0, 1), **CHEAP}, loading=LoadOptions(dtype="float64"))
+    assert len(found) == 1
 
 
 class TestPlanModel:

@@ -27,7 +27,7 @@ from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_o
 from secateur.discovery.tracing import FAKE_TENSORS
 from secateur.errors import DiscoveryError, PlanError
 from secateur.models.loading import skeleton
-from secateur.models.silence import silence_logger
+from secateur.models.silence import quiet, silence_logger
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ MOST_TWINS = 200  # twins built at most in search of one
 ENOUGH_SIZES = 3  # that a model accepts for a setting without changing a shape, to say that none does
 
 
+@quiet()
+@silence_logger("transformers")
 def stock_settings(
     config: PreTrainedConfig, discovery: Discovery, pruned: PrunedSizes, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
@@ -256,8 +258,7 @@ def _build(
     config: PreTrainedConfig, changes: Mapping[str, Any], refusals: list[str], *, trust_remote_code: bool
 ) -> PreTrainedModel | None:
     try:
-        with silence_logger("transformers"):
-            return skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
+        return skeleton(with_settings(config, changes), trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may refuse a value in any way it likes
         text = " ".join(str(error).split())
         refusals.append(f"{', '.join(f'{k}={v}' for k, v in changes.items())}: {text.rpartition('Error: ')[2]}")
@@ -286,7 +287,7 @@ def _settings_read(config: PreTrainedConfig, model: PreTrainedModel) -> set[str]
     probe = copy.deepcopy(config)
     probe.__class__ = type(known.__name__, (known,), {"__getattr__": missing})
     try:
-        with silence_logger("transformers"), torch.device("meta"):
+        with torch.device("meta"):
             type(model)(probe)
     except Exception as error:
         logger.debug("probing %s for settings that its code reads failed: %s", known.__name__, error)

@@ -18,6 +18,7 @@ from secateur.discovery.groups import Discovery
 from secateur.discovery.layers import layer_of, path_and_parents
 from secateur.discovery.sizes import PrunedSizes, Shapes, shapes_after, shapes_of
 from secateur.discovery.weight_names import without_numbers
+from secateur.models.silence import quiet, silence_logger
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ def parts_of(discovery: Discovery, pruned: PrunedSizes) -> list[PrunedSizes]:
     return [PrunedSizes(names) for names in parts.values()]
 
 
+@quiet()
+@silence_logger("transformers")
 def nearest_twin(
     config: PreTrainedConfig, discovery: Discovery, part: PrunedSizes, dense: Shapes, *, trust_remote_code: bool
 ) -> NearestTwin | None:

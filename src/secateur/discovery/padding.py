@@ -30,6 +30,7 @@ from secateur.models.modeling_per_layer import padded_in
 
 PADDED_KIND = "head_dim"
 INPUT_DIM = {nn.Linear: 1, Conv1D: 0}  # class of a module -> the dimension of its weight that it reads with
+FILLED_IN = ("architectures", "dtype")  # settings that a loaded model's config has besides, and no module follows
 Parts = list[list[int]]  # runs, entries that stay at the start of each, all of each
 
 
@@ -59,7 +60,7 @@ def module_changes(
     """
     dense = skeleton(config, trust_remote_code=trust_remote_code)
     before = padded_in(dense) if padded is None else padded
-    content = type(config), config.to_json_string(use_diff=False), trust_remote_code
+    content = type(config), {k: v for k, v in config.to_dict().items() if k not in FILLED_IN}, trust_remote_code
     question = content, discovery, pruned, skipped or {}, before
     if _LAST.get("question") != question:
         known: dict[str, Any] = {"skipped": skipped, "padded": before, "trust_remote_code": trust_remote_code}

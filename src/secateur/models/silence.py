@@ -51,6 +51,11 @@ def silence_logger(name: str) -> Iterator[None]:
     """Leave out all that a logger, and those below it, say short of a critical error."""
     logger = logging.getLogger(name)
     level = logger.level
+    if (
+        level == logging.CRITICAL
+    ):  # every change of a level has all loggers, of which there are thousands, forget theirs
+        yield
+        return
     logger.setLevel(logging.CRITICAL)
     try:
         yield
@@ -65,6 +70,7 @@ def quiet() -> Iterator[None]:
     The switches belong to the process, not to a thread: other threads are silenced for that time, too.
     """
     levels = [(each, each.get_verbosity()) for each in (transformers_logging, hub_logging)]
+    levels = [(each, level) for each, level in levels if level < logging.ERROR]
     bars = transformers_logging.is_progress_bar_enabled()
     hub_bars = not are_progress_bars_disabled()
     # The hub client warns when its environment variable has the last word on progress bars.
