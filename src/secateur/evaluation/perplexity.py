@@ -25,7 +25,7 @@ from secateur.evaluation.inference import evaluation_mode, fitting_batch, input_
 from secateur.evaluation.protocols import Protocol, Window, read_protocol, windows
 from secateur.evaluation.significance import Difference, interval, paired_ratio, ratio_and_error
 from secateur.evaluation.texts import EncodedText, encode_text
-from secateur.models.precision import matmul_precision
+from secateur.models.precision import half_products, matmul_precision
 
 SOFTMAX_BYTES = 64 * 2**20  # of one float32 or float64 piece of the logits
 
@@ -160,6 +160,7 @@ def perplexity(
         evaluation_mode(model),
         torch.inference_mode(),
         matmul_precision(exact=True),
+        half_products(model),
         position_errors(model, protocol.window + len(start_T), flag=f"--protocol {protocol}, start tokens included,"),
     ):
         nats = _window_nats(model, ids_T, start_T, cut, batch_size, progress)

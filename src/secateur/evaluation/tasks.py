@@ -23,7 +23,7 @@ from secateur.errors import DataError, TaskError, check_installed, check_least, 
 from secateur.evaluation.inference import evaluation_mode, fitting_batch, input_device, vocabulary_size
 from secateur.evaluation.local_tasks import LOCAL, find_files, read_rows
 from secateur.evaluation.task_results import LLM_PRUNER_TASKS, TaskResult, read_results
-from secateur.models.precision import matmul_precision
+from secateur.models.precision import half_products, matmul_precision
 from secateur.models.silence import quiet
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def run_lm_eval(
         each.set_fewshot_seed(seed=FEWSHOT_SEED)
         each.build_all_requests(limit=limit)
     requests = [request for each in task.loaded["tasks"].values() for request in each.instances]
-    with evaluation_mode(model), matmul_precision(exact=True):
+    with evaluation_mode(model), matmul_precision(exact=True), half_products(model):
         lm = HFLM(
             pretrained=model,
             backend="causal",

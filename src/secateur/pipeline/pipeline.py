@@ -35,7 +35,7 @@ from secateur.evaluation.memory import weight_bytes
 from secateur.models.classes import config_of
 from secateur.models.config import is_custom, load_config
 from secateur.models.loading import load, unplaced_in
-from secateur.models.precision import matmul_precision
+from secateur.models.precision import half_products, matmul_precision
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
@@ -229,7 +229,7 @@ class Pipeline:
             return at.model or self.model
         if self._rotated is None:
             model, windows = self.model, self.windows()
-            with self.clock.stage("rotate") as progress:
+            with self.clock.stage("rotate") as progress, half_products(model):
                 self._rotated = rotated(model, self.discovery, windows, progress=progress)
         return self._rotated
 
@@ -237,7 +237,8 @@ class Pipeline:
     def _stage(self, name: str, at: Position) -> Iterator[Progress | None]:
         """A stage that reads the model, with the fastest products of the machine unless float32 was asked for."""
         title = name if self.options.iterations == 1 else f"{name}, iteration {at.number}"
-        with self.clock.stage(title) as progress, matmul_precision(exact=self.loading.dtype == "float32"):
+        precision = matmul_precision(exact=self.loading.dtype == "float32"), half_products(self._model_at(at))
+        with self.clock.stage(title) as progress, precision[0], precision[1]:
             yield progress
 
     def latency(self, at: Position) -> LatencyTable | None:
@@ -398,7 +399,7 @@ class Pipeline:
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
             windows, model = self.reader.behind_needed(self.windows()), self.model
-            with self.clock.stage("reconstruct") as progress:
+            with self.clock.stage("reconstruct") as progress, half_products(model):
                 reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
         return smaller, whole
 

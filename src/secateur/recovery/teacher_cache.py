@@ -23,7 +23,7 @@ from secateur.data.rows import IGNORED, Rows, collate, length_sorted_batches
 from secateur.errors import CheckpointError, TrainingError
 from secateur.evaluation.inference import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
 from secateur.files import read_tensors, write_tensors
-from secateur.models.precision import bfloat16_code
+from secateur.models.precision import bfloat16_code, half_products
 from secateur.models.tensors import all_finite
 from secateur.progress import Progress
 from secateur.recovery.packing import check_packing
@@ -113,7 +113,7 @@ def _teacher_outputs(
     max_tokens = max(1, LOGITS_BYTES // (4 * vocabulary))  # of a batch, whose logits are in memory
     device = input_device(model)
     by_row: dict[int, list[Tensor]] = {}
-    with evaluation_mode(model), bfloat16_code():
+    with evaluation_mode(model), bfloat16_code(), half_products(model):
         for batch_rows in length_sorted_batches(rows, numbers, max_tokens):
             batch = {name: tensor.to(device) for name, tensor in collate(rows, batch_rows, pad=0).items()}
             mask_BT = batch.pop("labels") != IGNORED

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.evaluation.inference import evaluation_mode, input_device
-from secateur.models.precision import bfloat16_products
+from secateur.models.precision import bfloat16_products, half_products
 from secateur.recovery.distillation import distillation_loss, nll_loss
 from secateur.recovery.setup import TrainingSetup, evaluations_of
 from secateur.recovery.teacher_cache import TeacherOutputs, save_teacher_outputs
@@ -61,7 +61,7 @@ def pace_of(
     numbers = setup.order_SB[:TIMED_STEPS].flatten().unique()
     chosen = rows.select(numbers[rows.lengths_R[numbers].argsort(descending=True)])  # as within a step
     some = chosen.select(torch.arange(min(options.micro_batch_size, len(chosen))))
-    with bfloat16_products(input_device(model).type, enabled=setup.bf16):
+    with bfloat16_products(input_device(model).type, enabled=setup.bf16), half_products(model):
         top_k = 0 if teacher is None else options.top_k
         _train(model, some, options.micro_batch_size, top_k)  # until memory is there
         training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size, top_k), chosen)

@@ -24,7 +24,7 @@ from secateur.data.rows import Rows
 from secateur.errors import CheckpointError, TrainingError
 from secateur.files import read_json, write_json
 from secateur.models.loading import LoadOptions, load
-from secateur.models.precision import bfloat16_attention, matmul_precision
+from secateur.models.precision import bfloat16_attention, half_products, matmul_precision
 from secateur.models.sources import resolve
 from secateur.models.streaming import streamed_layers
 from secateur.models.tensors import check_finite
@@ -195,7 +195,7 @@ def _train(
     if options.has_lora and options.lora.dropout and expert_weights(model):
         notes.append(f"there is no dropout, though {options.lora.dropout:g} was asked for: peft has none for experts")
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    with clock.stage("train") as progress:
+    with clock.stage("train") as progress, half_products(model):
         trained = train(model, inputs, options, folder, bf16=setup.bf16, logs=logs, progress=progress)
     return trained, parameters, notes
 
