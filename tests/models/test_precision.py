@@ -134,6 +134,27 @@ def test_blocks_make_up_the_product(
     assert (found - expected).norm() < 2e-3 * expected.norm()  # rounded once, to eight bits
 
 
+@pytest.mark.parametrize("few", [1, 32])
+def test_each_group_of_rows_has_its_matrix(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_has_units", lambda _: False)
+    monkeypatch.setattr(precision, "FEW_ROWS", few)
+    torch.manual_seed(0)
+    rows, matrices = torch.randn(26, 16), torch.randn(3, 16, 32)
+    ends, gradient = torch.tensor([8, 8, 24], dtype=torch.int32), torch.randn(26, 32)
+    halves = [tensor.bfloat16().requires_grad_() for tensor in (rows, matrices)]
+    with half_products(nn.Linear(1, 1, dtype=torch.bfloat16)):
+        found = functional.grouped_mm(*halves, offs=ends)
+        found.backward(gradient.bfloat16())
+    left, right = (half.detach().double().requires_grad_() for half in halves)
+    expected = torch.cat([left[:8] @ right[0], left[8:24] @ right[2], torch.zeros(2, 32)])
+    expected.backward(gradient.bfloat16().double())
+    for one, other in ((found, expected), (halves[0].grad, left.grad), (halves[1].grad, right.grad)):
+        assert one is not None
+        assert other is not None
+        assert one.dtype == torch.bfloat16
+        assert (one - other).norm() < 5e-3 * other.norm()
+
+
 def test_products_are_taken_in_float32_under_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 

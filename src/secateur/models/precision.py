@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -123,10 +124,12 @@ class _ProductsInFloat32(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if types:  # what has a type of its own, as shards have, multiplies itself
+            return func(*args, **kwargs)
         if func in _MADE_OF_OTHERS:  # which arrive whole where autograd is off (`torch.inference_mode`)
             with self:
                 return func.decompose(*args, **kwargs)
-        if (take := _TAKEN.get(func)) is None or types:  # what has a type of its own, as shards have, multiplies itself
+        if (take := _TAKEN.get(func)) is None:
             return func(*args, **kwargs)
         halves = [arg.dtype for arg in args if isinstance(arg, Tensor) and arg.dtype in HALF and arg.is_cpu]
         return take(func, halves[0], args, kwargs) if halves else func(*args, **kwargs)
@@ -150,6 +153,23 @@ def _product_and_sum(func: Any, dtype: torch.dtype, args: tuple[Tensor, ...], kw
     return result
 
 
+def _grouped_product(func: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`_grouped_mm` of experts: each group of rows with a matrix of its own; of its gradient, a product per group."""
+    left, right, ends, *others = args
+    result: Tensor
+    if left.dim() != 2 or ends is None or others or kwargs:
+        result = func(*args, **kwargs)
+        return result
+    groups = [slice(*each) for each in itertools.pairwise([0, *ends.tolist()])]
+    if right.dim() == 2:
+        return torch.stack([_by_blocks(left[:, some], right[some], dtype) for some in groups])
+    result = left.new_zeros(left.shape[0], right.shape[-1])
+    for some, matrix in zip(groups, right, strict=True):
+        rows = left[some]
+        result[some] = rows @ matrix if _is_small(rows, matrix) else _by_blocks(rows, matrix, dtype)
+    return result
+
+
 def _is_small(left: Tensor, right: Tensor) -> bool:
     return min(left.shape[-2], right.shape[-1]) < FEW_ROWS
 
@@ -158,7 +178,7 @@ def _by_blocks(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """The product, taken in float32 of so much of the operands at a time, and rounded to a dtype."""
     (*batch, rows, inner), columns = left.shape, right.shape[-1]
     blocks = -(-max(left.numel(), right.numel()) // MOST_ENTRIES)
-    if blocks == 1:
+    if blocks <= 1:
         return (left.float() @ right.float()).to(dtype)
     if batch:
         each = zip(left.chunk(blocks), right.chunk(blocks), strict=True)
@@ -191,7 +211,7 @@ _MADE_OF_OTHERS = {
     _ATEN.einsum.default,
     _ATEN.scaled_dot_product_attention.default,
 }
-_TAKEN = {
+_TAKEN: dict[Any, Callable[..., Any]] = {
     _ATEN.mm.default: _product,
     _ATEN.bmm.default: _product,
     _ATEN.addmm.default: _product_and_sum,
@@ -199,6 +219,8 @@ _TAKEN = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _all_in_float32,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _all_in_float32,
 }
+if hasattr(_ATEN, "_grouped_mm"):  # torch 2.8
+    _TAKEN[_ATEN._grouped_mm.default] = _grouped_product
 
 
 @functools.cache

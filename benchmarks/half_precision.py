@@ -1,0 +1,93 @@
+"""Half-precision weights on this CPU: their products as PyTorch takes them, as Secateur does, and in float32.
+
+    python benchmarks/half_precision.py [--dtype bfloat16] [--tokens 512] [--turns 3] [--write]
+
+On a CPU with units for the dtype the first two are one. Products are those of linear layers, of so many rows; attention
+is causal, with its gradient; the last line is a forward pass of the demo model. Milliseconds, the least of the turns,
+and what PyTorch takes as a multiple of ours. `--write` puts the table into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quality_table import write_benchmark
+from secateur.models.loading import DTYPES, load
+from secateur.models.precision import half_products
+from tables import markdown, show
+
+SHAPES = ((32, 576, 1536), (512, 576, 1536), (32, 1536, 8960), (512, 1536, 8960))  # rows, inputs, outputs
+LENGTHS = (256, 1024)
+HEADS, HEAD_DIM = 9, 64
+MARKS = ("<!-- half:begin -->", "<!-- half:end -->")
+
+
+def main() -> None:
+    """Time all, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=512, help="of the forward pass")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
+    options = parser.parse_args()
+    dtype, turns = DTYPES[options.dtype], options.turns
+    rows = [["", "PyTorch", "ours", "float32", "PyTorch / ours"]]
+    for size in SHAPES:
+        rows.append([f"{size[0]} rows, {size[1]} to {size[2]}", *_times(partial(_linear, size), dtype, turns)])
+    for length in LENGTHS:
+        rows.append([f"attention, {length} tokens", *_times(partial(_attention, length), dtype, turns)])
+    model = load("demo", device="cpu")
+    ids_BT = torch.arange(options.tokens)[None]
+    rows.append(["forward pass of the demo model", *_times(partial(_forward, model, ids_BT), dtype, turns)])
+    show(f"{options.dtype} on {torch.get_num_threads()} threads, milliseconds", rows)
+    if options.write:
+        write_benchmark(markdown(rows), MARKS)
+
+
+def _times(work: Callable[[torch.dtype], Callable[[], Any]], dtype: torch.dtype, turns: int) -> list[str]:
+    """What PyTorch takes, what ours takes, what float32 takes, and the ratio of the first two."""
+    weights = nn.Linear(1, 1, dtype=dtype)  # of the dtype that is asked about
+    found = []
+    for to, changed in ((dtype, False), (dtype, True), (torch.float32, False)):
+        run, best = work(to), float("inf")
+        for _ in range(turns + 1):  # the first warms up
+            with half_products(weights) if changed else nullcontext():
+                begin = time.perf_counter()
+                run()
+                best = min(best, time.perf_counter() - begin)
+        found.append(1000 * best)
+    return [*(f"{each:.1f}" for each in found), f"{found[0] / found[1]:.1f}"]
+
+
+def _linear(size: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], Tensor]:
+    rows, inner, columns = size
+    x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    return lambda: functional.linear(x, weight)
+
+
+def _attention(length: int, dtype: torch.dtype) -> Callable[[], None]:
+    q, k, v = (torch.randn(4, HEADS, length, HEAD_DIM).to(dtype).requires_grad_() for _ in range(3))
+    return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+
+def _forward(model: nn.Module, ids_BT: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    model.to(dtype)
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids_BT, use_cache=False)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
