@@ -51,9 +51,8 @@ def silence_logger(name: str) -> Iterator[None]:
     """Leave out all that a logger, and those below it, say short of a critical error."""
     logger = logging.getLogger(name)
     level = logger.level
-    if (
-        level == logging.CRITICAL
-    ):  # every change of a level has all loggers, of which there are thousands, forget theirs
+    # Setting a level clears what all loggers, of which there are thousands, have cached.
+    if level == logging.CRITICAL:
         yield
         return
     logger.setLevel(logging.CRITICAL)

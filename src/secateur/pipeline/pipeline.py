@@ -237,8 +237,8 @@ class Pipeline:
     def _stage(self, name: str, at: Position) -> Iterator[Progress | None]:
         """A stage that reads the model, with the fastest products of the machine unless float32 was asked for."""
         title = name if self.options.iterations == 1 else f"{name}, iteration {at.number}"
-        precision = matmul_precision(exact=self.loading.dtype == "float32"), half_products(self._model_at(at))
-        with self.clock.stage(title) as progress, precision[0], precision[1]:
+        exact, model = self.loading.dtype == "float32", self._model_at(at)
+        with self.clock.stage(title) as progress, matmul_precision(exact=exact), half_products(model):
             yield progress
 
     def latency(self, at: Position) -> LatencyTable | None:
