@@ -2,9 +2,9 @@
 
     python benchmarks/half_precision.py [--dtype bfloat16] [--tokens 512] [--turns 3] [--write]
 
-On a CPU with units for the dtype the first two are one. Products are those of linear layers, of so many rows; attention
-is causal, with its gradient; the last line is a forward pass of the demo model. Milliseconds, the least of the turns,
-and what PyTorch takes as a multiple of ours. `--write` puts the table into docs/benchmarks.md.
+On a CPU with instructions for the dtype the first two are one. Products are those of linear layers, of so many rows;
+attention is causal, with its gradient; the last line is a forward pass of the demo model. Milliseconds, the least of
+the turns, and what PyTorch takes as a multiple of ours. `--write` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
