@@ -20,12 +20,12 @@ from transformers import AutoConfig
 from every_type import tiny_config
 from families import family_config, family_model
 from secateur import CutOptions, discover, plan, prune, score
-from secateur.discovery.groups import Discovery
+from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError, ScoreError
 from secateur.planning.options import with_preset
 from secateur.planning.plan import Plan, plan_from_json, read_plan
 from secateur.planning.selection import groups_to_cut, top_units
-from secateur.planning.sizes import removed_units
+from secateur.planning.sizes import SizeSearch, removed_units
 from secateur.report.tables.plan import plan_tables
 from secateur.scoring.scores import Scores
 
@@ -158,6 +158,25 @@ def test_layers_out_of_range_are_not_dropped(discovery: Discovery, scores: Score
 def test_widths_are_multiples(discovery: Discovery, multiple: int) -> None:
     decided = plan(discovery, CutOptions(ratio=0.3, round_to=multiple, scope="local", shape="uniform"))
     assert {size % multiple for name, size in kept(decided).items() if name.endswith("mlp")} == {0}
+
+
+@given(st.integers(64, 600), st.integers(1, 130), st.data())
+def test_a_rounded_width_leaves_what_must_stay(units: int, multiple: int, data: st.DataObject) -> None:
+    """Of a vocabulary of 512 tokens 260 may have to stay, which is no multiple of 64."""
+    multiple = min(multiple, units)
+    least = data.draw(st.integers(1, units))
+    group = Group("vocabulary", "vocabulary", None, units, (), least=least)
+    search = SizeSearch(seven_billion(), {"vocabulary": [group]}, CutOptions(ratio=0.3, round_to=multiple))
+    wanted = data.draw(st.integers(least, units))
+    found = search.rounded(group, wanted)
+    multiples = [size for size in range(multiple, units + 1, multiple) if size >= least]
+    if not multiples or wanted == units:
+        assert found == units
+    else:
+        assert found in multiples
+        assert abs(found - wanted) == min(abs(size - wanted) for size in multiples)
+    with pytest.raises(PlanError, match="would empty it" if least == 1 else f"fewer than the {least} that must stay"):
+        search.rounded(group, least - 1)
 
 
 def test_stacked_experts_keep_to_widths_that_grouped_products_take() -> None:
