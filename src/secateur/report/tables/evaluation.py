@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import RenderableType
@@ -37,10 +38,15 @@ def evaluation_tables(results: Sequence[ModelEvaluation]) -> Iterator[Renderable
 
 
 def sample_lines(results: Iterable[ModelEvaluation]) -> Iterator[Text]:
-    """Prompts, each with what a model has written after it."""
+    r"""Prompts, each with what a model has written after it, in one line.
+
+    >>> (line,) = sample_lines([ModelEvaluation("tiny", samples={"Once upon a time": ", there was\na girl."})])
+    >>> line.plain
+    'tiny: Once upon a time, there was a girl.'
+    """
     for measured in results:
         for prompt, text in measured.samples.items():
-            yield Text.assemble(f"{measured.model}: {prompt}", (" ".join(["", *text.split()]), "bold"))
+            yield Text.assemble(f"{measured.model}: {prompt}", (re.sub(r"\s+", " ", text).rstrip(), "bold"))
 
 
 def _perplexity_table(results: Sequence[ModelEvaluation]) -> Table:
