@@ -116,23 +116,24 @@ class SizeSearch:
     def rounded(self, group: Group, kept: int) -> int:
         """The nearest size that is a multiple and leaves the units that must stay; all units where there is none.
 
-        Raises `PlanError` where the multiple is more than all units, and where too few units are to be kept.
+        Raises `PlanError` where the multiple is more than all units, and where too few units are asked for.
         """
         multiple, most = self.multiple_of(group), self.most(group)
         if multiple > group.units and not is_wide(group):  # KV heads that each GPU has a copy of
             return group.units
         if multiple > group.units:
             raise PlanError(f"round_to={multiple} is more than the {group.units} units of {group.name}")
+        if multiple > 1 and (kept < group.units or most < group.units):
+            fewest, largest = math.ceil(group.least / multiple) if kept >= group.least else 1, group.units // multiple
+            if fewest > largest:
+                return most
+            kept = min(max(round(kept / multiple), fewest, 1), largest) * multiple
         if kept < group.least:
             leaves = "empty it" if group.least == 1 else f"leave fewer than the {group.least} that must stay"
             raise PlanError(
                 f"{group.name}: removing {group.units - kept} of its {group.units} units would {leaves}; "
                 f"ratio={(group.units - group.least) / group.units:.4f} is the most it can give"
             )
-        if multiple > 1 and (kept < group.units or most < group.units):
-            nearest = max(round(kept / multiple), math.ceil(group.least / multiple), 1)
-            kept = min(nearest, group.units // multiple) * multiple
-            kept = kept if kept >= group.least else most
         return kept
 
 
