@@ -87,7 +87,8 @@ class TestGeneratedWindows:
 
     def test_batches(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[tuple[int, int]] = []
-        monkeypatch.setattr(secateur.data.generated, "BATCH_TOKENS", 45)
+        row = 2 * model.config.num_hidden_layers * model.config.hidden_size * self.OPTIONS.length * model.dtype.itemsize
+        monkeypatch.setattr(secateur.data.generated, "CACHE_BYTES", 2 * row + row // 2)
         written = generate_windows(model, self.OPTIONS, progress=lambda done, total: seen.append((done, total)))
         assert written.shape == (3, 20)
         assert seen == [(2, 3), (3, 3)]

@@ -17,7 +17,8 @@ from secateur.models.config import check_positions
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
 
-BATCH_TOKENS = 2048  # of samples that are generated at once; the keys and values of so many tokens are held
+CACHE_BYTES = 2**30  # of the keys and values of samples that are generated at once
+LAYERS, WIDTH = 32, 4096  # of a model whose config names no such numbers
 _INSTEAD = f"Give a text instead: CalibrationOptions({DEMO!r})."
 
 
@@ -51,7 +52,7 @@ def generate_windows(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=cached, max_new_tokens=options.length
     )
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # accelerate moves what goes in
-    at_once = max(1, BATCH_TOKENS // options.length)
+    at_once = _rows_at_once(model, options.length)
     batches: list[Tensor] = []
     with _own_distribution(any_model, options.seed, device), quiet():
         for first in range(0, options.samples, at_once):
@@ -61,6 +62,14 @@ def generate_windows(
             if progress is not None:
                 progress(first + count, options.samples)
     return torch.cat(batches)
+
+
+def _rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """How many rows have keys and values of `CACHE_BYTES`, were they as wide as hidden states in every layer."""
+    config = model.config.get_text_config()
+    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    numbers = 2 * (layers or LAYERS) * (width or WIDTH) * length
+    return max(1, CACHE_BYTES // (numbers * model.dtype.itemsize))
 
 
 def _generate(model: Any, start: Tensor, sampling: GenerationConfig) -> Tensor:
