@@ -18,6 +18,7 @@ from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code
 
 CACHE_BYTES = 2**30  # of the keys and values of samples that are generated at once
+UNCACHED_TOKENS = 2048  # at once, where code has no cache and gives logits of all tokens at each step
 LAYERS, WIDTH = 32, 4096  # of a model whose config names no such numbers
 _INSTEAD = f"Give a text instead: CalibrationOptions({DEMO!r})."
 
@@ -52,7 +53,7 @@ def generate_windows(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=cached, max_new_tokens=options.length
     )
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # accelerate moves what goes in
-    at_once = _rows_at_once(model, options.length)
+    at_once = _rows_at_once(model, options.length) if cached else max(1, UNCACHED_TOKENS // options.length)
     batches: list[Tensor] = []
     with _own_distribution(any_model, options.seed, device), quiet():
         for first in range(0, options.samples, at_once):
