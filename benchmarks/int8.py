@@ -25,7 +25,7 @@ from secateur.evaluation.texts import read_evaluation_text
 from secateur.export.int8 import SCHEMES, export_int8
 from secateur.export.options import Int8Options
 from secateur.models.loading import load
-from secateur.models.sources import DEMO
+from secateur.models.options import DEMO
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.weight_files import weight_file_bytes
 from secateur.pipeline.recipe import prune_recipe

@@ -40,7 +40,8 @@ from secateur.data.calibration import COLUMN
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.files import write_json
-from secateur.models.loading import LoadOptions, load
+from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import StatisticsFolder

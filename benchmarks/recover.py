@@ -47,8 +47,8 @@ from secateur.evaluation.texts import read_evaluation_text
 from secateur.files import write_json
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recovery.lora import LoraOptions, add_lora
-from secateur.recovery.options import RecoverOptions
+from secateur.recovery.lora import add_lora
+from secateur.recovery.options import LoraOptions, RecoverOptions
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
 from secateur.recovery.trainer import TrainingInputs, train
 from tables import markdown, secateur, show

@@ -28,6 +28,7 @@ import json, os, sys, traceback
 import secateur.checkpoint.save
 import secateur.cli.main
 import secateur.pipeline.pipeline
+from secateur import *  # all that commands import
 import transformers.models.llama.modeling_llama
 for line in sys.stdin:
     folder, arguments = json.loads(line)

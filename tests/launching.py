@@ -18,6 +18,7 @@ from typing import Any
 SERVER = """
 import json, os, runpy, signal, sys, traceback
 import secateur.cli.main, secateur.cli.demo
+from secateur import *
 import transformers.models.llama.modeling_llama
 def rank(number, run):
     os.chdir(run["cwd"])

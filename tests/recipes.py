@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.groups import Discovery
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe, prune_recipe
 from secateur.planning.options import CutOptions

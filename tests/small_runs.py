@@ -13,7 +13,8 @@ import pytest
 
 from recipes import recipe
 from secateur.data.calibration import CalibrationOptions
-from secateur.pipeline.recipe import PruneRecipe, RunOptions
+from secateur.pipeline.options import RunOptions
+from secateur.pipeline.recipe import PruneRecipe
 from secateur.pipeline.run import Pruned, prune_model
 from secateur.planning.plan import Plan
 from tiny import write_tiny

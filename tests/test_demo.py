@@ -23,7 +23,7 @@ from recipes import recipe
 from secateur.cli.demo import demonstrate
 from secateur.cli.main import run
 from secateur.errors import CheckpointError
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.options import RunOptions
 from secateur.pipeline.run_log import load_entries
 from secateur.planning.plan import read_plan
 from secateur.scoring.scores import load_scores

@@ -12,8 +12,9 @@ import yaml
 
 from quality_plot import SHOWN, points_of
 from secateur import CutOptions, __all__
-from secateur.checkpoint.record import PLAN_FILE, RECIPE_FILE, RECORD_FILE, Record
+from secateur.checkpoint.record import Record
 from secateur.decoding import values_by_field
+from secateur.files import PLAN_FILE, RECIPE_FILE, RECORD_FILE
 from secateur.models.manifest import CARD_FILE, MANIFEST_FILE, Entry
 from secateur.models.weight_files import TOKENIZER_FILES
 from secateur.pipeline.recipe import PruneRecipe

@@ -19,16 +19,8 @@ from safetensors import SafetensorError
 
 import secateur.files
 from secateur.errors import CheckpointError
-from secateur.files import (
-    atomic_folder,
-    check_apart,
-    check_vacant,
-    check_writable,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from secateur.files import atomic_folder, check_apart, check_vacant, check_writable, read_json, write_json
+from secateur.models.tensor_files import read_tensors, write_tensors
 from tiny import names
 
 

@@ -13,7 +13,7 @@ import torch
 from secateur import CalibrationOptions, CutOptions, PruneRecipe, discover, load, prune_model
 from secateur.cli.main import run
 from secateur.data.windows import calibration_windows
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 from secateur.models.streaming import stream_in_place
 from secateur.models.tokenizer import load_tokenizer
 from secateur.planning.plan import plan

@@ -212,6 +212,8 @@ def test_files_functions_and_signatures_are_short(name: str) -> None:
 def test_importing_does_nothing_else() -> None:
     code = (
         "import logging, sys, secateur\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys(), 'what is not asked for was imported'\n"
+        "assert all(getattr(secateur, name) and name in dir(secateur) for name in secateur.__all__)\n"
         "assert not logging.getLogger().handlers, 'a handler on the root logger'\n"
         "assert not logging.getLogger('secateur').handlers, 'a handler on our logger'\n"
         "assert not {'cyclopts', 'rich'} & sys.modules.keys(), 'the command line was imported'\n"

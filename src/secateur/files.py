@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
-from secateur.errors import CheckpointError, DiskError, one_line
+from secateur.errors import CheckpointError, DiskError
 
 MODEL_MARK = "config.json"  # a folder that holds it is one of a model
-METADATA_KEY = "secateur"  # of our safetensors files
+PLAN_FILE = "secateur_plan.json"
+RECORD_FILE = "secateur_record.json"
+RECIPE_FILE = "recipe.yaml"
 MOST_JSON = 2**28  # bytes of a JSON file that are read: an index of a million tensors has a third of that
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -135,7 +135,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK)
     ['out']
     """
     check_vacant(out, overwrite=overwrite, mark=mark)
-    with _renamed(out) as temporary:
+    with renamed(out) as temporary:
         temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*")):
@@ -151,12 +151,12 @@ def atomic_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises `CheckpointError` as `check_file_vacant` does, and when something cannot be written.
     """
     check_file_vacant(out, overwrite=overwrite)
-    with _renamed(out) as temporary:
+    with renamed(out) as temporary:
         yield temporary
 
 
 @contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
+def renamed(path: Path) -> Iterator[Path]:
     """Give a path beside `path`; what is written there is flushed and renamed to `path`, whatever was there."""
     try:
         path = path.resolve()  # a link stays a link
@@ -244,7 +244,7 @@ def write_json(path: Path, data: Any) -> None:
             return
     except OSError as error:
         raise unwritable(path, error) from error
-    with _renamed(path) as temporary:
+    with renamed(path) as temporary:
         temporary.write_bytes(encoded)
 
 
@@ -292,45 +292,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key[:80]!r} stands twice in one object")
         mapping[key] = value
     return mapping
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any = None) -> None:
-    """Write a safetensors file, whole or not at all, with `about` (JSON) in its metadata. Raises `DiskError`.
-
-    >>> import tempfile, torch
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_tensors(Path(folder) / "a", {"w": torch.ones(2)}, {"seed": 0})
-    ...     read_tensors(Path(folder) / "a")
-    ({'w': tensor([1., 1.])}, {'seed': 0})
-    """
-    metadata = None if about is None else {METADATA_KEY: json.dumps(about)}
-    with _renamed(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read what `write_tensors` wrote: the tensors, which are mapped, not copied, and `about`.
-
-    Raises `CheckpointError` when the file is missing, truncated or of another kind.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}, about
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read; {one_line(error)}") from error
-
-
-def sort_metadata(path: Path) -> None:
-    """Sort the metadata in the header of a safetensors file, which its library writes in another order each time."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) == size:
-            file.seek(8)
-            file.write(text)
 
 
 def copy_in(folder: Path, files: Mapping[str, Path]) -> None:

@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from secateur.checkpoint.card import write_card
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
+from secateur.checkpoint.record import Record
 from secateur.checkpoint.save import save
-from secateur.files import write_json
+from secateur.files import PLAN_FILE, RECORD_FILE, write_json
 from secateur.models.card import origin
 from secateur.models.manifest import CARD_FILE, read_manifest
 from secateur.planning.options import CutOptions

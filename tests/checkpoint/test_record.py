@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.checkpoint.record import RECORD_FILE, Record, make_record, read_record, weights_digest
+from secateur.checkpoint.record import Record, make_record, read_record, weights_digest
 from secateur.errors import CheckpointError
+from secateur.files import RECORD_FILE
 
 
 class TestRecord:

@@ -22,9 +22,10 @@ from contract import uneven
 from recipes import recipe
 from secateur import CutOptions, discover, plan, prune, prune_model, save, score, verify
 from secateur.checkpoint.formats import check_saveable
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, make_record, read_record, weights_digest
+from secateur.checkpoint.record import Record, make_record, read_record, weights_digest
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.errors import CheckpointError, DiscoveryError
+from secateur.files import PLAN_FILE, RECORD_FILE
 from secateur.models.loading import load
 from secateur.models.manifest import read_manifest
 from secateur.models.tokenizer import text_files

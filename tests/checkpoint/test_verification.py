@@ -28,10 +28,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import secateur.checkpoint.save
 from recipes import recipe
 from secateur import SecateurError, prune_model, verify
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, read_record
+from secateur.checkpoint.record import read_record
 from secateur.cli.main import run
 from secateur.errors import CheckpointError, ModelError
-from secateur.files import write_json
+from secateur.files import PLAN_FILE, RECORD_FILE, write_json
 from secateur.models.config import load_config
 from secateur.models.loading import load
 from secateur.models.manifest import CARD_FILE, MANIFEST_FILE, write_manifest

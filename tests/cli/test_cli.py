@@ -868,7 +868,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     if arguments[:2] == ("prune", "tiny") and case not in READS_WEIGHTS:
         monkeypatch.setattr("secateur.pipeline.pipeline.load", lambda *_, **__: pytest.fail("weights were read"))
     if arguments[2:] == ("./no-such",):
-        monkeypatch.setattr("secateur.cli.measuring.load", lambda *_, **__: pytest.fail("weights were read"))
+        monkeypatch.setattr("secateur.models.loading.load", lambda *_, **__: pytest.fail("weights were read"))
     refuse(capsys, match, *arguments)
 
 
@@ -1093,9 +1093,9 @@ class TestRunLog:
     def test_a_file_in_the_way_is_refused_before_any_work(
         self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        works = ["cutting.plan_model", "cutting.prune_model", "training.recover", "measuring.load_config"]
-        for work in (*works, "folders.export_model"):
-            monkeypatch.setattr(f"secateur.cli.{work}", lambda *_, **__: pytest.fail("work had begun"))
+        works = ["pipeline.run.plan_model", "pipeline.run.prune_model", "recovery.recover.recover"]
+        for work in (*works, "models.config.load_config", "export.formats.export_model"):
+            monkeypatch.setattr(f"secateur.{work}", lambda *_, **__: pytest.fail("work had begun"))
         refuse(
             capsys, "text.txt is a file, and --run needs a folder for the run.s log", *arguments, "--run", "text.txt"
         )

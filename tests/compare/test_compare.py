@@ -23,7 +23,7 @@ from secateur.compare.plan_tab import Planner, _Handlers, layer_rows
 from secateur.discovery.discover import discover
 from secateur.errors import DataError, ModelError, PageError, PlanError, ScoreError
 from secateur.evaluation.inference import decode_steps, sample_text
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 from secateur.pipeline.recipe import prune_recipe
 from secateur.pipeline.run import plan_model, prune_model
 from secateur.planning.plan import plan_from_json

@@ -19,7 +19,8 @@ import pytest
 
 from browser import CHROMIUM, browser
 from secateur.cli.main import run
-from secateur.compare.compare import HERE, free_port
+from secateur.compare import HERE
+from secateur.compare.compare import free_port
 from secateur.compare.models import load_sides
 from secateur.compare.page import build_page
 from secateur.compare.plan_tab import Planner

@@ -16,7 +16,7 @@ from image_models import TYPES, image_folder, noise, write_images
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.pairs import holds_pairs, reader_of
 from secateur.data.rows import IGNORED
-from secateur.data.windows import calibration_windows, digest, held_out_windows
+from secateur.data.windows import calibration_windows, digest, held_out_windows, unscored
 from secateur.errors import DataError
 from secateur.models import media
 from secateur.models.inputs import arguments, token_ids
@@ -140,7 +140,7 @@ def test_what_is_cut_off_an_image_is_read_as_text(llava: Path, pictures: Path) -
     assert "pixel_values" not in arguments(model, windows[:, :7])
     assert shows(windows)
     assert not shows(token_ids(windows))
-    assert options_of(pictures).unscored(windows).shape[1] == 80
+    assert unscored(windows, options_of(pictures)).shape[1] == 80
 
 
 def test_the_chat_template_is_used_where_it_has_a_place_for_an_image(llava: Path, pictures: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_parquet_file_with_images(llava: Path, tmp_path: Path) -> None:
 
 
 def test_images_are_not_varied(pictures: Path) -> None:
-    options = settled(options_of(pictures), CutOptions())
+    options = settled(options_of(pictures), CutOptions(), pairs=True)
     assert (options.varied, options.copied) == (0.0, 0.0)
 
 

@@ -22,7 +22,14 @@ from letters import LETTERS, letter_tokenizer, spell
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.forms import bare, spaced
 from secateur.data.text import demo_texts, read_calibration
-from secateur.data.windows import calibration_windows, digest, held_out_windows, sample_windows, start_tokens
+from secateur.data.windows import (
+    calibration_windows,
+    digest,
+    held_out_windows,
+    sample_windows,
+    scored,
+    start_tokens,
+)
 from secateur.errors import DataError
 
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz", max_size=30)
@@ -94,7 +101,7 @@ class TestWindows:
         plain, mixed = (calibration_windows(LETTERS, each) for each in (replace(options, varied=0.0), options))
         assert options.counts(20) == [10, 4, 3, 3]
         assert not any(spell(row) in text for row in mixed[-3:].tolist())
-        assert torch.equal(options.scored(mixed), plain[:10])
+        assert torch.equal(scored(mixed, options), plain[:10])
 
     @given(st.integers(1, 40), st.sampled_from([1, 2, 3, 0.5]), st.integers(0, 9))
     def test_sources_take_turns_by_their_weights(

@@ -40,7 +40,8 @@ from secateur.discovery.config_settings import _shallow, stock_settings
 from secateur.discovery.groups import Discovery
 from secateur.errors import DataError, DiscoveryError, ModelError, PlanError
 from secateur.models.config import load_config
-from secateur.models.loading import LoadOptions, load, skeleton
+from secateur.models.loading import load, skeleton
+from secateur.models.options import LoadOptions
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.models.trust import runs_remote_code

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import FAMILIES, family_config, family_model
 from secateur import CutOptions, discover, plan, prune, save
-from secateur.checkpoint.record import PLAN_FILE
 from secateur.cli.main import run
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.groups import Discovery
 from secateur.discovery.sublayers import is_removable, sublayer_of
 from secateur.errors import PlanError
+from secateur.files import PLAN_FILE
 from secateur.models.loading import load
 from secateur.models.modeling_per_layer import Skipped, skip_in_place
 from secateur.planning.plan import Plan, PlannedGroup, read_plan

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from every_type import tiny_type_model
 from families import FAMILIES, family_config, family_model
 from secateur import CutOptions, discover, evaluate, plan, profile, prune, save, score
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, make_record
+from secateur.checkpoint.record import make_record
 from secateur.data.text import demo_texts
 from secateur.errors import CheckpointError, ModelError
 from secateur.evaluation.memory import weight_bytes
@@ -25,6 +25,7 @@ from secateur.evaluation.options import ProfileOptions
 from secateur.export.int8 import export_int8, int8_copy
 from secateur.export.linear_layers import PackedResult
 from secateur.export.options import Int8Options
+from secateur.files import PLAN_FILE, RECORD_FILE
 from secateur.models.loading import load
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.silence import quiet

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur import load
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.cli.main import run
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import ExportError, ModelError
@@ -25,6 +24,7 @@ from secateur.export.formats import export_model
 from secateur.export.linear_layers import PackedResult
 from secateur.export.options import QuantizeOptions
 from secateur.export.quantize import GROUP_SIZES, common_group_size
+from secateur.files import PLAN_FILE, RECORD_FILE
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.silence import quiet
 from stranger import stranger

@@ -22,6 +22,7 @@ from secateur.discovery.discover import discover
 from secateur.errors import ModelError, PlanError, TrainingError
 from secateur.models.inputs import arguments
 from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.streaming import stream_in_place, streamed_layers
 from secateur.pipeline.run import prune_model
 from secateur.planning.options import CutOptions
@@ -160,8 +161,8 @@ class TestLoading:
 
     def test_a_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with emptied(write_inputs(tmp_path)):
-            usual = prune_model(small(loading=secateur.models.loading.LoadOptions(device="cpu")), "here/usual")
-            loading = secateur.models.loading.LoadOptions(device="streamed")
+            usual = prune_model(small(loading=LoadOptions(device="cpu")), "here/usual")
+            loading = LoadOptions(device="streamed")
             found = prune_model(small(loading=loading), "here/out")
             assert found.plan.groups == usual.plan.groups
             expected = load("here/usual", device="cpu").state_dict()

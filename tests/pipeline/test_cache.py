@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from secateur.errors import DataError, DiskError
-from secateur.files import METADATA_KEY
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
+from secateur.models.tensor_files import METADATA_KEY
 from secateur.pipeline.cache import Cache, Iteration, has_begun, run_key, work_folder
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup

@@ -15,7 +15,6 @@ from class_models import ARCHITECTURES, VOCABULARY, class_folder, class_tokenize
 from every_type import tiny_config
 from secateur import CutOptions, PruneRecipe, discover, load, prune_model, verify
 from secateur.cli.main import run
-from secateur.cli.reading import REGISTRIES
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import DataError, PlanError
 from secateur.models.classes import auto_class
@@ -94,7 +93,6 @@ def test_inputs_that_cannot_be_found_are_given(
 ) -> None:
     registered: dict[str, Any] = {}
     monkeypatch.setattr("secateur.models.inputs.INPUTS", registered)
-    monkeypatch.setitem(REGISTRIES, "--inputs", (registered, *REGISTRIES["--inputs"][1:]))
     (file := tmp_path / "inputs.py").write_text(REGISTERS)
     folder, out = tmp_path / "dense", tmp_path / "out"
     with quiet():

@@ -17,9 +17,9 @@ from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
+from secateur.pipeline.options import RunOptions
 from secateur.pipeline.pipeline import Pipeline
-from secateur.pipeline.recipe import RunOptions
 from secateur.pipeline.run import prune_model
 from secateur.planning.options import CutOptions
 from small_runs import STAGES, emptied, never, small, write_inputs

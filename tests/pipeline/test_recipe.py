@@ -16,7 +16,8 @@ from secateur.decoding import build, values_by_field
 from secateur.errors import PlanError, RecipeError
 from secateur.export.options import ExportRecipe
 from secateur.files import plain
-from secateur.models.loading import DTYPES, LoadOptions
+from secateur.models.loading import DTYPES
+from secateur.models.options import LoadOptions
 from secateur.pipeline.recipe import PruneRecipe, load_recipe, prune_recipe, read_whole_recipe, recipe_text
 from secateur.planning.options import AXES, ITEM_BYTES, PRESETS, CutOptions, settled
 from secateur.scoring.registry import REDUCTIONS, SCORES

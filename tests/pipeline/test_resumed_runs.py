@@ -252,7 +252,7 @@ class TestLayerByLayer:
         assert weights("here/out") == by_layers
 
     def test_a_full_disk_is_one_line(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("secateur.files.save_file", raiser(OSError(28, os.strerror(28))))
+        monkeypatch.setattr("secateur.models.tensor_files.save_file", raiser(OSError(28, os.strerror(28))))
         with pytest.raises(DiskError, match=r"forward-0\.safetensors cannot be written: No space left on device"):
             prune()
         assert names(place) == []
@@ -307,7 +307,7 @@ class TestFailure:
         assert top(place) == [WORK]
 
     def test_scores_that_cannot_be_written(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("secateur.files.save_file", raiser(OSError(28, os.strerror(28))))
+        monkeypatch.setattr("secateur.models.tensor_files.save_file", raiser(OSError(28, os.strerror(28))))
         with pytest.raises(DiskError, match=r"scores-1\.safetensors cannot be written: No space left on device"):
             prune()
         assert names(place) == []

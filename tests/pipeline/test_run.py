@@ -23,7 +23,8 @@ from secateur.data.windows import calibration_windows, digest
 from secateur.discovery.discover import discover
 from secateur.discovery.module_attributes import attributes_after
 from secateur.errors import CheckpointError, DataError, DiskError, ModelError, PlanError, ScoreError
-from secateur.models.loading import LoadOptions, load
+from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.pipeline import Pipeline
 from secateur.pipeline.recipe import PruneRecipe

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import CheckpointError
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.options import RunOptions
 from secateur.pipeline.run import plan_model
 from secateur.planning.plan import Plan
 from secateur.scoring.registry import SCORES, Score

@@ -15,9 +15,10 @@ from kills import after, commands
 from secateur import SecateurError, evaluate, load, load_tokenizer, plan_model
 from secateur.errors import CheckpointError, DataError, PlanError, ScoreError
 from secateur.pipeline.frontier import Sweep
-from secateur.pipeline.recipe import RunOptions, prune_recipe
+from secateur.pipeline.options import RunOptions, SweepOptions, ratios_in
+from secateur.pipeline.recipe import prune_recipe
 from secateur.pipeline.run import prune_as_planned
-from secateur.pipeline.sweep import SweepOptions, ratios_in, sweep
+from secateur.pipeline.sweep import sweep
 from tiny import write_tiny
 
 TEXTS = {"cats": "the cat sat on the mat and the dog sat on the log\n" * 6}

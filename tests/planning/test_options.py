@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from secateur import CalibrationOptions, CutOptions
 from secateur.discovery.discover import discover
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.options import check_score, settled, with_preset
+from secateur.planning.options import settled, with_preset
+from secateur.planning.plan import check_score
 from secateur.planning.selection import columns_fitted
 
 

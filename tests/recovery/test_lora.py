@@ -21,7 +21,8 @@ from secateur import CalibrationOptions, DataOptions, load, prune, prune_model, 
 from secateur.export.merge import merge_adapter
 from secateur.models.modeling_per_layer import padded_in
 from secateur.models.silence import quiet
-from secateur.recovery.lora import LoraOptions, add_lora, expert_weights, merge_lora
+from secateur.recovery.lora import add_lora, expert_weights, merge_lora
+from secateur.recovery.options import LoraOptions
 from secateur.recovery.recipe import RecoverRecipe
 from tiny import SIZES, tiny_model, tiny_tokenizer
 

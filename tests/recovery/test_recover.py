@@ -24,12 +24,13 @@ from secateur.checkpoint.record import Record, read_record
 from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import encode, read_evaluation_text
-from secateur.models.loading import LoadOptions, load
+from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.options import RunOptions
 from secateur.planning.plan import read_plan
-from secateur.recovery.lora import LoraOptions
+from secateur.recovery.options import LoraOptions
 from secateur.recovery.result import RecoverResult
 from tiny import names, write_tiny
 

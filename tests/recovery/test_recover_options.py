@@ -8,8 +8,7 @@ import pytest
 
 from secateur import RecoverOptions
 from secateur.errors import TrainingError
-from secateur.recovery.lora import LoraOptions
-from secateur.recovery.options import PRESETS, with_preset
+from secateur.recovery.options import PRESETS, LoraOptions, with_preset
 
 
 @pytest.mark.parametrize(

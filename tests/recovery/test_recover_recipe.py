@@ -11,7 +11,7 @@ from trainings import distance, place_fixture, train  # noqa: F401 - the fixture
 from secateur import DataOptions, RecoverRecipe, recover
 from secateur.errors import DataError, RecipeError
 from secateur.planning.options import CutOptions
-from secateur.recovery.lora import LoraOptions
+from secateur.recovery.options import LoraOptions
 from secateur.recovery.recipe import RoundOptions, recover_recipe
 
 FILE = """

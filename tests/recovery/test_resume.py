@@ -24,9 +24,9 @@ from trainings import (
 
 from launching import launch
 from secateur.errors import CheckpointError
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.options import RunOptions
 from secateur.recovery.checkpoints import last_checkpoint
-from secateur.recovery.lora import LoraOptions
+from secateur.recovery.options import LoraOptions
 from secateur.recovery.result import RecoverResult
 from tiny import names, write_tiny
 

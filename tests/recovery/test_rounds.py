@@ -39,7 +39,7 @@ from secateur import (
 from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError
 from secateur.files import plain
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.options import RunOptions
 from secateur.planning.plan import read_plan
 from secateur.recovery import teacher_cache
 from secateur.recovery.recipe import RecoverRecipe, RoundOptions

@@ -28,8 +28,8 @@ from secateur.data.rows import Rows
 from secateur.data.training_data import TrainingData
 from secateur.errors import CheckpointError, DataError, ModelError, TrackingError, TrainingError
 from secateur.files import read_json
-from secateur.models.loading import LoadOptions
-from secateur.pipeline.recipe import RunOptions
+from secateur.models.options import LoadOptions
+from secateur.pipeline.options import RunOptions
 from secateur.recovery import setup
 from secateur.recovery.callbacks import SeedSteps
 from secateur.recovery.distillation import nll_loss

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from trainings import distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
 
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 from secateur.recovery import setup, trainer
 from secateur.recovery.distillation import nll_loss
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from recipes import recipe
 from secateur import CalibrationOptions, DataOptions, RecoverOptions, prune_model, recover
 from secateur.data.text import demo_texts
-from secateur.models.loading import LoadOptions
-from secateur.pipeline.recipe import RunOptions
+from secateur.models.options import LoadOptions
+from secateur.pipeline.options import RunOptions
 from secateur.recovery.callbacks import SeedSteps
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import RecoverResult
@@ -150,7 +150,8 @@ def copy_work(source: Path, out: Path) -> None:
 KILLING = """
 import os, random, signal, sys, threading
 import peft, secateur.cli.main
-from secateur.pipeline.recipe import RunOptions
+from secateur import *
+from secateur.pipeline.options import RunOptions
 from secateur.recovery.callbacks import SeedSteps
 kills, early, arguments = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
 chooser, begin, killed = random.Random(0), SeedSteps.on_step_begin, 0

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from families import family_config, family_model
 from secateur import CutOptions, discover, score
 from secateur.errors import PlanError, ScoreError
-from secateur.planning.options import check_score
+from secateur.planning.plan import check_score
 from secateur.scoring.registry import SCORES, register_score
 from secateur.scoring.saliences import Salience
 from secateur.scoring.scores import scores_from

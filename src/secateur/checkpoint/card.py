@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from secateur.checkpoint.record import PLAN_FILE, RECIPE_FILE, RECORD_FILE, Record, read_record, versions
+from secateur.checkpoint.record import Record, read_record, versions
 from secateur.errors import SecateurError
-from secateur.files import read_json
+from secateur.files import PLAN_FILE, RECIPE_FILE, RECORD_FILE, read_json
 from secateur.models.card import TAG, origin
 from secateur.models.manifest import CARD_FILE, WEIGHTS
 from secateur.models.modeling_per_layer import PER_LAYER

@@ -16,12 +16,8 @@ from torch import nn
 from secateur import __version__
 from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError
-from secateur.files import read_json
+from secateur.files import RECORD_FILE, read_json
 from secateur.models.manifest import check_as_written
-
-PLAN_FILE = "secateur_plan.json"
-RECORD_FILE = "secateur_record.json"
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)

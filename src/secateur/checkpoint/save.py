@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.checkpoint.card import write_card
 from secateur.checkpoint.formats import check_saveable, needs_per_layer
 from secateur.checkpoint.per_layer import as_per_layer, check_same
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record
+from secateur.checkpoint.record import Record
 from secateur.errors import CheckpointError
-from secateur.files import atomic_folder, check_vacant, copy_in, write_json
+from secateur.files import PLAN_FILE, RECORD_FILE, atomic_folder, check_vacant, copy_in, write_json
 from secateur.models.manifest import WEIGHTS, tensors_in, write_manifest
 from secateur.models.silence import quiet
 from secateur.models.trust import runs_remote_code

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint.per_layer import is_per_layer, layer_settings
-from secateur.checkpoint.record import PLAN_FILE, read_record
+from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
+from secateur.files import PLAN_FILE
 from secateur.models.config import load_config, quantization
 from secateur.models.loading import load_on_meta
 from secateur.models.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest

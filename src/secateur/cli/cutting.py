@@ -1,4 +1,7 @@
-"""Commands that say what can be cut, plan a cut, prune, and compare many cuts."""
+"""Commands that say what can be cut, plan a cut, prune, and compare many cuts.
+
+A command imports what it calls when it runs: to help, and to refuse an option, takes neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +34,8 @@ from secateur.cli.options import (
 from secateur.cli.output import Output, check_files, finish, print_written, run_options, show
 from secateur.cli.reading import comma_separated, run_file
 from secateur.cli.training import recipe_with_cut, train_and_show
-from secateur.discovery.coverage import coverage_as_json
-from secateur.discovery.discover import discover
 from secateur.errors import PlanError
-from secateur.evaluation.texts import read_texts
-from secateur.export.serving import serving_note, tensor_parallel_sizes
-from secateur.models.config import load_config
-from secateur.pipeline.run import plan_model, prune_model
-from secateur.pipeline.sweep import SweepOptions, ratios_in, sweep
-from secateur.planning.plan import read_plan
-from secateur.report.tables.discovery import discovery_tables
-from secateur.report.tables.evaluation import sweep_tables
-from secateur.report.tables.plan import plan_tables
+from secateur.pipeline.options import SweepOptions, ratios_in
 
 
 def discover_command(
@@ -58,6 +51,10 @@ def discover_command(
 
     Groups of weight dimensions that shrink together, their units and the slices of each. Reads no weights.
     """
+    from secateur.discovery.coverage import coverage_as_json
+    from secateur.discovery.discover import discover
+    from secateur.report.tables.discovery import discovery_tables
+
     check_files(output.json)
     run_file("--inputs", inputs)
     discovery = discover(model, trust_remote_code=loading.trust_remote_code, **rows)
@@ -80,6 +77,9 @@ def plan_command(
 
     A config.json without weights is enough for the sizes; with weights, the plan says which units stay.
     """
+    from secateur.pipeline.run import plan_model
+    from secateur.report.tables.plan import plan_tables
+
     check_files(output.json, out, run=run.get("folder"))
     recipe = recipe_of(model, cutting, loading)
     planned = plan_model(recipe, sizes_only=bool(sizes_only), run=run_options(run, quiet=output.quiet))
@@ -109,6 +109,12 @@ def prune_command(
     the run beside the weights. With --recover, what is left is trained before the folder is written: on the calibration
     text, unless data=FILE is among the options.
     """
+    from secateur.export.serving import serving_note, tensor_parallel_sizes
+    from secateur.models.config import load_config
+    from secateur.pipeline.run import prune_model
+    from secateur.planning.plan import read_plan
+    from secateur.report.tables.plan import plan_tables
+
     name, folder = model_and_out(model, out, cutting.get("recipe"), "prune")
     check_files(output.json, made=folder, run=run.get("folder"))
     if plan is not None:
@@ -172,6 +178,10 @@ def sweep_command(
     Every cut is made and repaired in memory, and its perplexity measured. What no other cut beats in both size and
     perplexity is marked, and drawn. Points are kept in the run folder (`secateur-sweep`, unless --run names another).
     """
+    from secateur.evaluation.texts import read_texts
+    from secateur.pipeline.sweep import sweep
+    from secateur.report.tables.evaluation import sweep_tables
+
     folder = run.get("folder", Path("secateur-sweep"))
     check_files(output.json, run=folder)
     run_files(cutting)

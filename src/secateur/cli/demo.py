@@ -14,7 +14,8 @@ from secateur.evaluation.profile import profile
 from secateur.files import atomic_folder, check_vacant, write_json
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
-from secateur.pipeline.recipe import PruneRecipe, RunOptions
+from secateur.pipeline.options import RunOptions
+from secateur.pipeline.recipe import PruneRecipe
 from secateur.pipeline.run import Pruned, prune_model
 from secateur.pipeline.run_log import append_entry
 from secateur.planning.plan import Plan

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from secateur.checkpoint.verification import verify
 from secateur.cli.options import (
     MAIN,
     MODEL,
@@ -29,13 +28,9 @@ from secateur.cli.training import train_and_show
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.errors import CheckpointError, PlanError
-from secateur.export.formats import ExportOptions, choose_format, export_model
 from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions, QuantizeOptions
-from secateur.export.push import push
 from secateur.pipeline.recipe import prune_recipe, read_whole_recipe
 from secateur.recovery.options import RecoverOptions
-from secateur.recovery.recipe import RoundOptions, recover_recipe
-from secateur.report.tables.files import export_tables, push_lines, verify_tables
 
 
 def verify_command(
@@ -45,6 +40,9 @@ def verify_command(
 
     Hashes every file, looks at every tensor, and compares the plan, the config and the weights with each other.
     """
+    from secateur.checkpoint.verification import verify
+    from secateur.report.tables.files import verify_tables
+
     check_files(output.json)
     with progress_bars(quiet=output.quiet)(f"verify {folder}"):
         found = verify(folder, trust_remote_code=loading.trust_remote_code)
@@ -97,6 +95,9 @@ def export_command(
     --quantize writes a folder with small weights that vLLM computes with. --int8 writes one that transformers holds in
     less memory, where torchao is installed. --merge-lora writes an ordinary folder with a LoRA adapter merged in.
     """
+    from secateur.export.formats import ExportOptions, choose_format, export_model
+    from secateur.report.tables.files import export_tables
+
     name, out = model_and_out(model, out, formats.get("recipe"), "export")
     if "recipe" in formats:
         recipe = read_whole_recipe(formats["recipe"], "export", ExportRecipe)
@@ -138,6 +139,9 @@ def push_command(
     Every file is compared with its hash, then all are uploaded in one commit. The token is that of `hf auth login` or
     HF_TOKEN. The record, the recipe and the card name the command line and the files of text that were used.
     """
+    from secateur.export.push import push
+    from secateur.report.tables.files import push_lines
+
     check_files(output.json)
     with progress_bars(quiet=output.quiet)(f"push {folder}"):
         pushed = push(folder, name, private=private, trust_remote_code=loading.trust_remote_code)
@@ -191,6 +195,8 @@ def recover_command(
     Writes one ordinary folder; LoRA is merged into the weights. A run that was killed continues with --resume.
     With --rounds N --ratio R, a dense model is pruned and trained N times in turns, until R of it is gone.
     """
+    from secateur.recovery.recipe import RoundOptions, recover_recipe
+
     name, made = model_and_out(pruned, out, how.get("recipe"), "recover")
     check_files(output.json, made=made, run=run.get("folder"))
     changes: dict[str, Any] = {"data": data, "options": training, "loading": changed(loading)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shlex
 import sys
@@ -12,7 +11,7 @@ from contextlib import suppress
 
 from cyclopts import App, CycloptsError
 
-from secateur import __version__, processes
+from secateur import __version__
 from secateur.cli.cutting import discover_command, plan_command, prune_command, sweep_command
 from secateur.cli.folders import export_command, push_command, recover_command, verify_command
 from secateur.cli.measuring import evaluate_command, profile_command
@@ -54,15 +53,11 @@ for _place, (_name, _function) in enumerate(COMMANDS.items()):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 0, 2 for what the user can mend, 1 for a failure of ours, 130 for Ctrl-C."""
     keep_freed_memory()
-    gc.freeze()  # what the imports have made stays: it is not looked through again
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; errors are one line on stderr."""
-    processes.join()
-    if not processes.is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - to the end of this process
     COMMAND.set(shlex.join(["secateur", *arguments]))
     try:
         app(list(arguments), exit_on_error=False, print_error=False)

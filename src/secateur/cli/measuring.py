@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from transformers import PreTrainedTokenizerBase
-
-from secateur.checkpoint.record import read_record
 from secateur.cli.options import MODEL, Fields, Folder, Given, Inputs, Loading, Measured, main
 from secateur.cli.output import check_files, finish, progress_bars
 from secateur.cli.reading import comma_separated, run_file, whole_numbers
 from secateur.errors import ModelError, TaskError
-from secateur.evaluation.contamination import warn_of_overlap
-from secateur.evaluation.evaluate import ModelEvaluation, as_json, evaluate_model, load_inputs, of_same_text
 from secateur.evaluation.options import EvaluationOptions, ProfileOptions
-from secateur.evaluation.profile import profile_models
-from secateur.models.config import check_writes_text, load_config
-from secateur.models.loading import load
-from secateur.models.tokenizer import load_tokenizer
-from secateur.models.weight_files import weight_file_bytes
-from secateur.pipeline.run import prune_as_planned
-from secateur.planning.plan import read_plan
-from secateur.report.tables.evaluation import evaluation_tables
-from secateur.report.tables.profile import profile_tables
-from secateur.vocabulary.tokenizer import cut_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from secateur.evaluation.evaluate import ModelEvaluation
 
 PlanFile = Annotated[Path | None, main("Also each MODEL as this plan prunes it, in memory.")]
 EVALUATION = Fields(
@@ -56,6 +46,18 @@ def evaluate_command(
     Every model stands beside the first one given, window by window and question by question. Without --ppl, --tasks or
     --prompt the text is the half of Python's language reference that calibration does not see.
     """
+    from secateur.checkpoint.record import read_record
+    from secateur.evaluation.contamination import warn_of_overlap
+    from secateur.evaluation.evaluate import as_json, evaluate_model, load_inputs, of_same_text
+    from secateur.models.config import check_writes_text, load_config
+    from secateur.models.loading import load
+    from secateur.models.tokenizer import load_tokenizer
+    from secateur.models.weight_files import weight_file_bytes
+    from secateur.pipeline.run import prune_as_planned
+    from secateur.planning.plan import read_plan
+    from secateur.report.tables.evaluation import evaluation_tables
+    from secateur.vocabulary.tokenizer import cut_tokenizer
+
     _check_named(models, "evaluate")
     check_files(output.json, run=run.get("folder"))
     bars = progress_bars(quiet=output.quiet)
@@ -102,6 +104,10 @@ def profile_command(
     All models take turns in one run, so that a busy machine slows all of them alike. Without weights, a config.json
     gives the sizes.
     """
+    from secateur.evaluation.profile import profile_models
+    from secateur.planning.plan import read_plan
+    from secateur.report.tables.profile import profile_tables
+
     _check_named(models, "profile")
     check_files(output.json, run=run.get("folder"))
     run_file("--inputs", inputs)

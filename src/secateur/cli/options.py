@@ -7,7 +7,11 @@ per field. The first section of a help page has what a common task needs, the se
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -22,9 +26,11 @@ from secateur.cli.reading import comma_separated, count, run_file, two_numbers, 
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import literals
 from secateur.errors import RecipeError
-from secateur.models.loading import LoadOptions
-from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
+from secateur.models.options import LoadOptions
+from secateur.pipeline.options import RunOptions
+from secateur.pipeline.recipe import PruneRecipe, prune_recipe
 from secateur.planning.options import PRESETS, CutOptions
+from secateur.progress import without_collection
 
 MAIN = Group("Options", sort_key=1)
 ADVANCED = Group("Advanced options", sort_key=2)
@@ -115,6 +121,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*positional: Any, **options: Any) -> None:
+        _begin()
         for name, about in spread.items():
             given = options.get(name) or {}
             options[name] = about.kind(**given) if about.build else given
@@ -125,6 +132,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     vars(run)["__signature__"] = signature.replace(parameters=[*parameters.values()])  # what the parser looks at
     return run
+
+
+def _begin() -> None:
+    """Import what every command needs, and meet the other processes, of which the first one alone prints."""
+    with without_collection():
+        importlib.import_module("transformers.modeling_utils")
+        from secateur import processes
+    gc.freeze()  # what the imports have made stays: it is not looked through again
+    processes.join()
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - to the end of this process
 
 
 def _with_default(text: str, each: Any, hint: Any, *, reads: bool) -> str:

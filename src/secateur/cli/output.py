@@ -8,23 +8,22 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich import progress as columns
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from secateur import processes
-from secateur.checkpoint.record import versions
 from secateur.files import check_writable, write_json
-from secateur.pipeline.recipe import RunOptions
-from secateur.pipeline.run import Pruned
-from secateur.pipeline.run_log import append_entry, check_run_folder
+from secateur.pipeline.options import RunOptions
 from secateur.pipeline.tracking import Tracker, check_tracker, track
 from secateur.progress import ProgressBars
-from secateur.recovery.result import RecoverResult
 from secateur.report.formatting import format_bytes
+
+if TYPE_CHECKING:
+    from secateur.pipeline.run import Pruned
+    from secateur.recovery.result import RecoverResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +51,8 @@ def check_files(*files: Path | None, made: Path | None = None, run: Path | None 
 
     Nor can a run log be kept in a run folder `run` that is none.
     """
+    from secateur.pipeline.run_log import check_run_folder
+
     if run is not None:
         check_run_folder(run)
     for file in files:
@@ -66,6 +67,10 @@ def finish(
 
     Tables are made only where they are shown. Last of all, the result is reported to the tracker, if there is one.
     """
+    from secateur import processes
+    from secateur.checkpoint.record import versions
+    from secateur.pipeline.run_log import append_entry
+
     if processes.is_first() and output.json is not None:
         write_json(output.json, result)
     if processes.is_first() and run is not None:
@@ -107,6 +112,7 @@ class _MemoryColumn(columns.ProgressColumn):
 
 def progress_bars(*, quiet: bool) -> ProgressBars:
     """One progress bar on stderr at a time: what is done, how far, what is measured, the time left, the memory held."""
+    from secateur import processes
 
     @contextmanager
     def bars(stage: str) -> Iterator[Callable[..., None] | None]:

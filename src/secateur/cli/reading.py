@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,10 @@ from typing import Any
 import yaml
 
 from secateur.errors import SecateurError
-from secateur.models.inputs import INPUTS
-from secateur.scoring.registry import SCORES
 
-REGISTRIES: dict[str, tuple[Mapping[str, Any], str, str]] = {  # option -> where its file registers, what, and by what
-    "--score-file": (SCORES, "score", "register_score"),
-    "--inputs": (INPUTS, "input", "register_inputs"),
+REGISTRIES = {  # option -> the registry that its file adds to, of what, and by what
+    "--score-file": ("secateur.scoring.registry", "SCORES", "score", "register_score"),
+    "--inputs": ("secateur.models.inputs", "INPUTS", "input", "register_inputs"),
 }
 
 
@@ -79,7 +78,8 @@ def run_file(option: str, file: Path | None) -> None:
     """Run a Python file of the user's, which registers what the option is for. Raises `SecateurError`."""
     if file is None:
         return
-    registered, what, decorator = REGISTRIES[option]
+    module, name, what, decorator = REGISTRIES[option]
+    registered: Mapping[str, Any] = getattr(importlib.import_module(module), name)
     if not file.is_file():
         raise SecateurError(f"{option} {file}: no such file; it is to be a Python file that registers {what}s")
     before = {**registered}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from secateur.cli.options import Given
 from secateur.cli.output import Output, finish, print_written, run_options
@@ -12,11 +13,10 @@ from secateur.data.options import DataOptions
 from secateur.decoding import decode, values_by_field
 from secateur.errors import RecipeError
 from secateur.pipeline.recipe import PruneRecipe
-from secateur.recovery.lora import LoraOptions
-from secateur.recovery.options import RecoverOptions
-from secateur.recovery.recipe import RecoverRecipe, RoundOptions, recover_recipe
-from secateur.recovery.recover import recover
-from secateur.report.tables.evaluation import recovery_tables
+from secateur.recovery.options import LoraOptions, RecoverOptions
+
+if TYPE_CHECKING:
+    from secateur.recovery.recipe import RecoverRecipe
 
 BUDGETS = ("minutes", "tokens", "epochs", "max_steps")
 
@@ -30,6 +30,8 @@ def recipe_with_cut(cut: PruneRecipe, text: str) -> RecoverRecipe:
     >>> recipe.options.minutes, recipe.options.lora.rank, recipe.data.sources, recipe.rounds.count
     (20, 8, ('self',), 1)
     """
+    from secateur.recovery.recipe import RoundOptions, recover_recipe
+
     try:
         given = named_values(text)
         sources, teacher = (decode(str | None, given.pop(name, None), name) for name in ("data", "teacher"))
@@ -56,6 +58,9 @@ def recipe_with_cut(cut: PruneRecipe, text: str) -> RecoverRecipe:
 
 def train_and_show(recipe: RecoverRecipe, out: Path, run: Given, output: Output) -> None:
     """Train as the recipe says; print what it gave and write it as JSON where that was asked for."""
+    from secateur.recovery.recover import recover
+    from secateur.report.tables.evaluation import recovery_tables
+
     trained = recover(recipe, out, run=run_options(run, quiet=output.quiet))
     models, seed = [recipe.model, str(out)], recipe.options.seed
     tables = recovery_tables(trained)

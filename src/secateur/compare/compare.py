@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.compare import HERE, PORT
 from secateur.compare.models import Side, load_sides
 from secateur.errors import PageError, check_installed, one_line
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 from secateur.progress import ProgressBars
 
 logger = logging.getLogger(__name__)
 
-HERE = "127.0.0.1"
-PORT = 7860
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # the reader's own: none is fetched
 

@@ -17,7 +17,8 @@ from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.profile import profile
 from secateur.models.config import check_writes_text, load_config
-from secateur.models.loading import LoadOptions, load
+from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer
 

@@ -13,8 +13,9 @@ import gradio as gr
 from secateur.compare.models import Side
 from secateur.errors import SecateurError
 from secateur.files import write_json
-from secateur.models.loading import LoadOptions
-from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
+from secateur.models.options import LoadOptions
+from secateur.pipeline.options import RunOptions
+from secateur.pipeline.recipe import PruneRecipe, prune_recipe
 from secateur.pipeline.run import plan_model
 from secateur.planning.options import AXES, PRESETS, TOKENS, BudgetName
 from secateur.planning.plan import Plan, plan

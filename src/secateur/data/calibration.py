@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from secateur.data.forms import FORMS
 from secateur.data.options import split_weight
 from secateur.errors import DataError, check_least
-from secateur.models.media import shows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEMO = "demo"
 SELF = "self"
 COLUMN = "text"
 SAMPLES, TOKENS_PER_COLUMN = 128, 8.0
-PRICE_WINDOWS, PRICE_TOKENS = 4, 64  # on which prices are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,27 +151,6 @@ class CalibrationOptions:
         """Those of the windows (int64, samples x length) that are as the text has them."""
         return windows[: self.counts(len(windows))[0]]
 
-    def scored(self, windows: Tensor) -> Tensor:
-        """The windows that scores look at; the last of them are half a window of shuffled tokens, repeated."""
-        windows = self.as_written(windows)[: self.score_samples]
-        as_written = len(windows) - int(len(windows) * (self.copied or 0))
-        half = shuffled(windows[as_written:], self.seed)[:, : windows.shape[1] // 2]
-        return torch.cat([windows[:as_written], half.repeat(1, 3)[:, : windows.shape[1]]])
-
-    def unscored(self, windows: Tensor) -> Tensor:
-        """The first 64 tokens of four windows that scores have not looked at, or else of the last that they have.
-
-        Windows that show images stay whole.
-
-        >>> windows = torch.arange(24).view(24, 1)
-        >>> [CalibrationOptions(score_samples=n, varied=0.25).unscored(windows).flatten().tolist() for n in (3, 18)]
-        [[3, 4, 5, 6], [14, 15, 16, 17]]
-        """
-        windows = self.as_written(windows)
-        after = windows[len(windows) if self.score_samples is None else self.score_samples :]
-        few = after[:PRICE_WINDOWS] if len(after) else windows[-PRICE_WINDOWS:]
-        return few if shows(few) else few[:, :PRICE_TOKENS]
-
     def as_scored(self) -> CalibrationOptions:
         """The same options without what only repairs look at, under which statistics for scores can be saved.
 
@@ -182,13 +159,3 @@ class CalibrationOptions:
         """
         unaffected = self.score_samples is not None and self.score_samples <= self.counts(self.samples)[0]
         return replace(self, held_out=1, varied=0.0 if unaffected else self.varied)
-
-
-def shuffled(windows: Tensor, seed: int) -> Tensor:
-    """The tokens of all windows (int64, samples x length) together, in random order.
-
-    >>> shuffled(torch.arange(6).view(2, 3), seed=0).flatten().sort().values
-    tensor([0, 1, 2, 3, 4, 5])
-    """
-    order = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(seed))
-    return windows.flatten()[order].view_as(windows)

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from secateur.data.calibration import COLUMN, DEMO, CalibrationOptions, shuffled
+from secateur.data.calibration import COLUMN, DEMO, CalibrationOptions
 from secateur.data.documents import holds_documents, read_documents
 from secateur.data.forms import FORMS
 from secateur.data.pairs import shown_windows
 from secateur.data.text import MAX_CHARACTERS, read_calibration
 from secateur.errors import DataError
+from secateur.models.media import shows
 
+PRICE_WINDOWS, PRICE_TOKENS = 4, 64  # on which prices are measured
 OTHER_SEED = 1_000_003  # between the seeds of two forms: the same number draws other places
 Documents = list[NDArray[np.int32]]  # of one source, the token ids of each
 
@@ -122,6 +124,39 @@ def _windows(
             drawn = _in_turns(tokens.of(form), replace(options, samples=before + count, seed=seed))
             parts.append(drawn[before:])
     return torch.cat([*parts, shuffled(windows[counts[0] :], options.seed)])
+
+
+def scored(windows: Tensor, options: CalibrationOptions) -> Tensor:
+    """The windows that scores look at; the last of them are half a window of shuffled tokens, repeated."""
+    windows = options.as_written(windows)[: options.score_samples]
+    as_written = len(windows) - int(len(windows) * (options.copied or 0))
+    half = shuffled(windows[as_written:], options.seed)[:, : windows.shape[1] // 2]
+    return torch.cat([windows[:as_written], half.repeat(1, 3)[:, : windows.shape[1]]])
+
+
+def unscored(windows: Tensor, options: CalibrationOptions) -> Tensor:
+    """The first 64 tokens of four windows that scores have not looked at, or else of the last that they have.
+
+    Windows that show images stay whole.
+
+    >>> windows, varied = torch.arange(24).view(24, 1), {"varied": 0.25}
+    >>> [unscored(windows, CalibrationOptions(score_samples=n, **varied)).flatten().tolist() for n in (3, 18)]
+    [[3, 4, 5, 6], [14, 15, 16, 17]]
+    """
+    windows = options.as_written(windows)
+    after = windows[len(windows) if options.score_samples is None else options.score_samples :]
+    few = after[:PRICE_WINDOWS] if len(after) else windows[-PRICE_WINDOWS:]
+    return few if shows(few) else few[:, :PRICE_TOKENS]
+
+
+def shuffled(windows: Tensor, seed: int) -> Tensor:
+    """The tokens of all windows (int64, samples x length) together, in random order.
+
+    >>> shuffled(torch.arange(6).view(2, 3), seed=0).flatten().sort().values
+    tensor([0, 1, 2, 3, 4, 5])
+    """
+    order = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(seed))
+    return windows.flatten()[order].view_as(windows)
 
 
 def calibration_texts(

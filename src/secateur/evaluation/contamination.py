@@ -17,7 +17,7 @@ from secateur.data.calibration import DEMO, CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.training_data import read_training_data
-from secateur.data.windows import calibration_windows, digest
+from secateur.data.windows import calibration_windows, digest, scored
 from secateur.decoding import build_known
 from secateur.errors import DataError
 from secateur.evaluation.texts import decode, decode_rows
@@ -64,8 +64,8 @@ def _calibration(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) 
     if not all(map(_is_local, options.names)):
         return None
     windows = calibration_windows(tokenizer, options)
-    if record["calibration"] == digest(options.scored(windows)):
-        windows = options.scored(windows)  # nothing was repaired
+    if record["calibration"] == digest(scored(windows, options)):
+        windows = scored(windows, options)  # nothing was repaired
     elif record["calibration"] != digest(windows):
         raise DataError(f"{', '.join(options.names)} gives other tokens")
     pieces = [decode(tokenizer, ids) for ids in options.as_written(windows).tolist()]

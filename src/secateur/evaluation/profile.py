@@ -14,7 +14,8 @@ from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.speed import measure_speed
 from secateur.models.config import load_config, writes_text
 from secateur.models.inputs import are_registered
-from secateur.models.loading import DTYPES, LoadOptions, load
+from secateur.models.loading import DTYPES, load
+from secateur.models.options import LoadOptions
 from secateur.models.weight_files import has_weights
 from secateur.planning.plan import Plan
 from secateur.progress import Progress

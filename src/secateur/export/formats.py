@@ -17,7 +17,7 @@ from secateur.export.quantize import check_llmcompressor, export_quantized
 from secateur.export.source import load_source
 from secateur.files import check_apart, check_vacant
 from secateur.models.config import load_config
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
 from secateur.progress import Progress
 

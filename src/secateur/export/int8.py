@@ -28,9 +28,10 @@ from secateur.export.linear_layers import (
     packed_folder,
 )
 from secateur.export.options import ExportRecipe, Int8Options
-from secateur.files import check_vacant, sort_metadata
+from secateur.files import check_vacant
 from secateur.models.config import check_not_quantized
 from secateur.models.silence import quiet
+from secateur.models.tensor_files import sort_metadata
 from secateur.models.tensors import plain_tensors
 
 SCHEMES = ("weight-only", "dynamic")

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from secateur.checkpoint.card import write_card
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE
 from secateur.discovery.sizes import shapes_of
 from secateur.errors import CheckpointError, ModelError, SecateurError, one_line
 from secateur.evaluation.inference import evaluation_mode, input_device, vocabulary_size
 from secateur.export.options import ExportRecipe
-from secateur.files import atomic_folder, copy_in
+from secateur.files import PLAN_FILE, RECORD_FILE, atomic_folder, copy_in
 from secateur.models.loading import skeleton
 from secateur.models.manifest import write_manifest
 from secateur.models.modeling_per_layer import padded_in

@@ -17,10 +17,11 @@ from secateur.checkpoint.save import save_updated
 from secateur.errors import ExportError, ModelError
 from secateur.export.options import ExportRecipe, MergeOptions
 from secateur.export.source import load_source
-from secateur.files import check_apart, check_vacant, read_json, read_tensors
-from secateur.models.loading import LoadOptions
+from secateur.files import check_apart, check_vacant, read_json
 from secateur.models.manifest import file_digest
+from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
+from secateur.models.tensor_files import read_tensors
 from secateur.models.tensors import check_finite
 from secateur.pipeline.recipe import write_recipe
 from secateur.recovery.lora import ADAPTER_FOLDER, check_peft, load_adapter, merge_lora

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import check_choices
 from secateur.errors import ExportError, unknown
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 GGUF_TYPES: tuple[str, ...] = get_args(GgufType)  # all that the gguf package quantizes without an importance matrix

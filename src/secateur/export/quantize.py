@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.checkpoint.record import RECIPE_FILE
 from secateur.checkpoint.save import SHARD
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
@@ -36,7 +35,7 @@ from secateur.export.linear_layers import (
 )
 from secateur.export.options import ExportRecipe, QuantizeOptions
 from secateur.export.source import Source
-from secateur.files import check_vacant, copy_in
+from secateur.files import RECIPE_FILE, check_vacant, copy_in
 from secateur.models.config import check_positions, per_layer_model_class, register_classes
 from secateur.models.silence import quiet, silence_logger
 from secateur.models.trust import runs_remote_code

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.models.config import check_not_quantized, load_config
-from secateur.models.loading import LoadOptions, load
+from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, text_files
 

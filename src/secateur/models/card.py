@@ -11,7 +11,8 @@ from huggingface_hub import metadata_load
 from secateur.errors import ModelError
 from secateur.models.gguf import metadata
 from secateur.models.manifest import CARD_FILE
-from secateur.models.sources import DEMO, resolve
+from secateur.models.options import DEMO
+from secateur.models.sources import resolve
 from secateur.models.tokenizer import hub_file
 
 TAG = "secateur"  # of the cards that we write

@@ -24,7 +24,8 @@ from secateur.errors import DataError, ModelError
 from secateur.models.classes import AUTO_CLASSES, architecture, auto_class, default_class, objective_of
 from secateur.models.gguf import config_of_gguf
 from secateur.models.modeling_per_layer import PER_LAYER, per_layer_class
-from secateur.models.sources import DEMO, check_unchanged, loader_arguments, resolve
+from secateur.models.options import DEMO
+from secateur.models.sources import check_unchanged, loader_arguments, resolve
 from secateur.models.trust import model_errors
 
 MOST_BLOCKS = 10_000  # layers or experts that a config may name: each costs milliseconds to build, on `meta` too

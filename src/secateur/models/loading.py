@@ -12,8 +12,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -24,6 +23,7 @@ from secateur.errors import ModelError, check_installed, one_line, unknown
 from secateur.models.classes import auto_class
 from secateur.models.config import class_of, per_layer_model_class, quantization, whole_config
 from secateur.models.gguf import forget_gguf
+from secateur.models.options import LoadOptions
 from secateur.models.silence import quiet
 from secateur.models.sources import Source, check_unchanged, loader_arguments, resolve
 from secateur.models.streaming import stream_in_place
@@ -40,21 +40,6 @@ PACKERS = {  # how weights are packed -> the package that reads them, and the ex
     "compressed-tensors": ("compressed_tensors", "quantize"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How to load a model: see `load`."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Dtype of the weights; auto: the checkpoint's own."""
-
-    device: str = "auto"
-    """Device of the weights: auto (the GPU if there is one), cpu, cuda, cuda:N, balanced (over all GPUs) or streamed
-    (layers stay on the CPU and are brought to the GPU one by one; auto does so with a model that it cannot hold)."""
-
-    trust_remote_code: bool = False
-    """Run Python files that come with a model. They can do anything on this machine: read them first."""
 
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

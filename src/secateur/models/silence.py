@@ -1,24 +1,16 @@
 """The messages and progress bars of other libraries, switched off for a while.
 
-`secateur/__init__` imports this module first. Where torchao is installed, transformers imports it, and both then log
-what nobody but their makers can change; the first lines that a command writes to stderr must be its own.
+`secateur/__init__` calls `silence_imports` first. Where torchao is installed, transformers imports it, and both then
+log what nobody but their makers can change; the first lines that a command writes to stderr must be its own.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
-
-from secateur.progress import without_collection
 
 # Logger -> how the messages begin that are left out: extensions that were not built for this machine, and enumerations
 # of torchao that are declared in an old way.
@@ -29,21 +21,14 @@ IMPORT_MESSAGES = {
 }
 
 
-@contextmanager
-def silence_imports() -> Iterator[None]:
-    """Leave out the messages in `IMPORT_MESSAGES`, and no other."""
+def silence_imports() -> None:
+    """Leave out the messages in `IMPORT_MESSAGES`, and no other, whenever their libraries are imported."""
+    for name in IMPORT_MESSAGES:
+        logging.getLogger(name).addFilter(_is_other)
 
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(IMPORT_MESSAGES[record.name])
 
-    loggers = [logging.getLogger(name) for name in IMPORT_MESSAGES]
-    for logger in loggers:
-        logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_other)
+def _is_other(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(IMPORT_MESSAGES[record.name])
 
 
 @contextmanager
@@ -68,6 +53,11 @@ def quiet() -> Iterator[None]:
 
     The switches belong to the process, not to a thread: other threads are silenced for that time, too.
     """
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from tqdm import tqdm
+    from transformers.utils import logging as transformers_logging
+
     levels = [(each, each.get_verbosity()) for each in (transformers_logging, hub_logging)]
     levels = [(each, level) for each, level in levels if level < logging.ERROR]
     bars = transformers_logging.is_progress_bar_enabled()
@@ -94,7 +84,3 @@ def quiet() -> Iterator[None]:
             if bars:
                 transformers_logging.enable_progress_bar()  # the hub's, too
             (enable_progress_bars if hub_bars else disable_progress_bars)()
-
-
-with silence_imports(), without_collection():
-    importlib.import_module("transformers.modeling_utils")

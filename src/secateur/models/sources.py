@@ -20,8 +20,8 @@ from huggingface_hub import constants as hub_constants
 
 from secateur.errors import CheckpointError, ModelError
 from secateur.models.manifest import check_as_written
+from secateur.models.options import DEMO
 
-DEMO = "demo"
 _EXPECTED = (
     "Expected the name of a model on the hub, a folder that holds config.json, a .gguf file, a config.json file, or "
     f"the word {DEMO!r}."

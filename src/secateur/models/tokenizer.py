@@ -9,8 +9,9 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 from transformers.utils.hub import cached_file
 
 from secateur.errors import ModelError
+from secateur.models.options import DEMO
 from secateur.models.silence import quiet
-from secateur.models.sources import DEMO, check_unchanged, hub_options, loader_arguments, resolve
+from secateur.models.sources import check_unchanged, hub_options, loader_arguments, resolve
 from secateur.models.trust import model_errors
 from secateur.models.weight_files import PROCESSOR_FILES, TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 

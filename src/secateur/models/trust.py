@@ -11,8 +11,9 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from secateur.errors import ModelError, UntrustedCodeError, one_line
 from secateur.models.gguf import gguf_reader
 from secateur.models.hub import hub_problem
+from secateur.models.options import DEMO
 from secateur.models.silence import quiet
-from secateur.models.sources import DEMO, Source
+from secateur.models.sources import Source
 
 
 def runs_remote_code(model: torch.nn.Module) -> bool:

@@ -22,9 +22,10 @@ from torch import Tensor
 from secateur import __version__, processes
 from secateur.data.calibration import CalibrationOptions
 from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, SecateurError
-from secateur.files import atomic_folder, make_folder, read_json, read_tensors, write_json, write_tensors
-from secateur.models.loading import LoadOptions
+from secateur.files import atomic_folder, make_folder, read_json, write_json
+from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
+from secateur.models.tensor_files import read_tensors, write_tensors
 from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, plan_from_json

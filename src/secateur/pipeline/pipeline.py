@@ -19,12 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur import processes
 from secateur.checkpoint.formats import check_saveable
-from secateur.checkpoint.record import PLAN_FILE, make_record
+from secateur.checkpoint.record import make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.generated import generate_windows
-from secateur.data.windows import digest
+from secateur.data.pairs import holds_pairs
+from secateur.data.windows import digest, scored, unscored
 from secateur.decoding import build_known
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
@@ -32,6 +33,7 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.errors import DataError, PlanError
 from secateur.evaluation.latency import latency_table
 from secateur.evaluation.memory import weight_bytes
+from secateur.files import PLAN_FILE
 from secateur.models.classes import config_of
 from secateur.models.config import is_custom, load_config
 from secateur.models.loading import load, unplaced_in
@@ -40,12 +42,13 @@ from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
 from secateur.pipeline.cache import Cache, Iteration, StatisticsFolder
+from secateur.pipeline.options import RunOptions
 from secateur.pipeline.reader import WindowReader
-from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
+from secateur.pipeline.recipe import PruneRecipe, write_recipe
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import TOKENS, CutOptions, check_score, settled
-from secateur.planning.plan import Plan, plan, settings_of
+from secateur.planning.options import TOKENS, CutOptions, settled
+from secateur.planning.plan import Plan, check_score, plan, settings_of
 from secateur.planning.selection import columns_fitted, groups_to_cut
 from secateur.progress import Clock, Progress
 from secateur.pruning.closed_form import REPAIRS
@@ -147,7 +150,8 @@ class Pipeline:
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
-        self.calibration = settled(calibration, options, columns=columns_fitted(self.discovery, options))
+        columns, pairs = columns_fitted(self.discovery, options), any(map(holds_pairs, calibration.names))
+        self.calibration = settled(calibration, options, columns=columns, pairs=pairs)
         self.reader = WindowReader(
             self.name,
             self.config,
@@ -269,7 +273,7 @@ class Pipeline:
                     at.options.score,
                     model,
                     at.discovery,
-                    None if windows is None else self.reader.behind_needed(self.calibration.scored(windows)),
+                    None if windows is None else self.reader.behind_needed(scored(windows, self.calibration)),
                     groups=groups,
                     layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
@@ -286,7 +290,8 @@ class Pipeline:
         if at.options.prices == "measured":
             factors = kept_factors(statistics, found)
             if factors is None:
-                model, unseen = self._model_at(at), self.reader.behind_needed(self.calibration.unscored(self.windows()))
+                unseen = self.reader.behind_needed(unscored(self.windows(), self.calibration))
+                model = self._model_at(at)
                 with self._stage("price", at) as progress:
                     factors = measured_factors(model, at.discovery, found, unseen, progress=progress)
                 if self.statistics is not None and first:

@@ -15,14 +15,12 @@ from typing import Any, TypeVar
 import yaml
 
 from secateur import __version__
-from secateur.checkpoint.record import RECIPE_FILE
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import build, check_fields, values_by_field
 from secateur.errors import RecipeError, one_line
-from secateur.files import plain
-from secateur.models.loading import LoadOptions
+from secateur.files import RECIPE_FILE, plain
+from secateur.models.options import LoadOptions
 from secateur.planning.options import CutOptions, automatic, settled, with_preset
-from secateur.progress import ProgressBars
 
 Options = TypeVar("Options")
 
@@ -46,22 +44,6 @@ class PruneRecipe:
     """Dtype and device of the model while it is cut."""
     plan: str | None = None
     """A plan file: which units stay is decided there, and `cut` and `calibration` are those of the plan."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """How a run treats what is there, what it keeps and what it shows; none of it changes the weights."""
-
-    overwrite: bool = False
-    """Replace the output folder if it exists."""
-    resume: bool = False
-    """Continue a killed run from its last finished stage."""
-    folder: Path | None = None
-    """Run folder: keep statistics here, for other plans of the same model and text."""
-    command: str | None = None
-    """The command line, for the record in the folder."""
-    bars: ProgressBars | None = None
-    """What shows progress bars: stage -> context manager of a callback."""
 
 
 def prune_recipe(

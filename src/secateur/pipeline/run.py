@@ -18,8 +18,9 @@ from secateur.models.loading import DTYPES
 from secateur.models.sources import resolve
 from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import Cache, StatisticsFolder, has_begun, run_key, work_folder
+from secateur.pipeline.options import RunOptions
 from secateur.pipeline.pipeline import Pipeline
-from secateur.pipeline.recipe import PruneRecipe, RunOptions
+from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.plan import Plan, read_plan
 from secateur.progress import Clock, ProgressBars, peak_rss
 from secateur.scoring.registry import SCORES

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +27,20 @@ from secateur.errors import (
     PlanError,
     ScoreError,
     SecateurError,
-    check_installed,
     check_known,
 )
 from secateur.evaluation.contamination import warn_of_overlap
 from secateur.evaluation.perplexity import evaluate
 from secateur.files import make_folder, read_json, write_json
 from secateur.models.config import check_not_quantized, check_writes_text, load_config
-from secateur.models.loading import LoadOptions
+from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
 from secateur.pipeline.cache import Cache, StatisticsFolder, recovery_key, run_key
 from secateur.pipeline.frontier import DENSE, Point, Refused, Sweep, draw, frontier
+from secateur.pipeline.options import RunOptions, SweepOptions
 from secateur.pipeline.pipeline import Pipeline
-from secateur.pipeline.recipe import PruneRecipe, RunOptions, prune_recipe
-from secateur.planning.options import check_score
-from secateur.planning.plan import Plan
+from secateur.pipeline.recipe import PruneRecipe, prune_recipe
+from secateur.planning.plan import Plan, check_score
 from secateur.progress import Clock
 from secateur.scoring.registry import SCORES
 
@@ -51,33 +48,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "sweep"  # of the points, within the run folder
 MOST_RATIOS = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepOptions:
-    """Which cuts to compare, and on how much text. Raises `PlanError` or `ScoreError`."""
-
-    ratios: tuple[float, ...]
-    """Shares to remove: A:B:STEP with both ends, or numbers with commas."""
-    scores: tuple[str, ...] = ()
-    """Scores to compare. Default: the preset's."""
-    presets: tuple[str, ...] = ("best",)
-    """Presets to compare."""
-    protocols: tuple[str, ...] = ("served@128",)
-    """Windows in which texts are read, as `evaluate` takes them."""
-    max_tokens: int | None = None
-    """Score only the first so many tokens of each text."""
-    plot: bool | None = None
-    """Draw the frontier. Default: where matplotlib is installed."""
-
-    def __post_init__(self) -> None:
-        for score in self.scores:
-            check_known(ScoreError, "score", score, SCORES)
-        if not self.presets:
-            raise PlanError("presets is empty: name one, for example --presets best")
-        _check_ratios(self.ratios)
-        if self.plot:
-            check_installed(DataError, "matplotlib", extra="plot", what="the picture of a sweep")
 
 
 def sweep(
@@ -96,6 +66,8 @@ def sweep(
     picture; with `resume`, points that an earlier run has done for the very same are not done again. A cut that cannot
     be done is among the `refused`. Raises `SecateurError` for what is wrong with all points.
     """
+    for score in options.scores:
+        check_known(ScoreError, "score", score, SCORES)
     if processes.count() > 1:
         raise PlanError("a sweep runs in one process: start it without accelerate launch")
     if run.folder is None:
@@ -126,36 +98,6 @@ def sweep(
         found = replace(found, pictures=draw(found, run.folder / FOLDER))
     write_json(run.folder / FOLDER / "sweep.json", found.to_json())
     return found
-
-
-def ratios_in(text: str) -> tuple[float, ...]:
-    """Read `first:last:step`, both ends among them, or numbers with commas between.
-
-    Raises `PlanError` for anything else, and for ratios outside (0, 1).
-
-    >>> ratios_in("0.1:0.6:0.1"), ratios_in("0.2,0.5")
-    ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.2, 0.5))
-    """
-    try:
-        if ":" in text:
-            first, last, step = (Decimal(part) for part in text.split(":"))
-            if step <= 0 or not (last - first).is_finite() or (last - first) / step >= MOST_RATIOS:
-                raise ValueError
-            found = [float(first + i * step) for i in range(math.floor((last - first) / step) + 1)]
-        else:
-            found = [float(Decimal(part)) for part in text.split(",")]
-    except (ValueError, InvalidOperation):
-        raise PlanError(f"--ratios {text}: expected first:last:step or numbers, for example 0.1:0.6:0.1") from None
-    _check_ratios(found)
-    return tuple(found)
-
-
-def _check_ratios(ratios: Sequence[float]) -> None:
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise PlanError(f"ratio={ratio:g} is outside (0, 1): it is the share to remove, for example 0.1:0.6:0.1")
-    if not ratios:
-        raise PlanError("there is no ratio: give some, for example --ratios 0.1:0.6:0.1")
 
 
 @dataclass(frozen=True, slots=True)

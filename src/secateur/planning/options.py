@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from secateur.data.calibration import DEMO, CalibrationOptions
-from secateur.data.pairs import holds_pairs
 from secateur.decoding import check_choices
-from secateur.errors import PlanError, ScoreError, check_known, check_least
-from secateur.scoring.registry import SCORES
+from secateur.errors import PlanError, check_known, check_least
 
 AxisName = Literal[
     "attention", "mlp", "query", "head_dim", "experts", "latent", "state", "hidden", "layers", "vocabulary"
@@ -254,20 +252,6 @@ def _check_tokens(options: CutOptions) -> None:
         )
 
 
-def check_score(options: CutOptions) -> None:
-    """Raise an error when the score is unknown, or cannot score such axes.
-
-    Plans that are read are not held to it: which units stay is decided, and the score may be one that its maker has.
-    """
-    check_known(ScoreError, "score", options.score, SCORES)
-    if SCORES[options.score].needs in ("layers", "losses") and options.axes != ("layers",):
-        raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
-    if SCORES[options.score].needs == "experts" and options.axes != ("experts",):
-        raise PlanError(f"score={options.score} compares whole experts: use axes=experts with it")
-    if SCORES[options.score].needs in ("grams", "masks") and options.axes == ("layers",):
-        raise PlanError(f"score={options.score} is not for whole layers: use score=block_influence with axes=layers")
-
-
 # Preset -> the options in which it departs from the defaults. `llm-pruner` is the paper's recipe (arXiv 2305.11627):
 # 25 % of the heads and MLP channels of layers 4 to 30 of 32, by first-order Taylor scores on 10 windows of 64 tokens.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -321,12 +305,14 @@ def with_preset(
     return CutOptions(**{**preset, **cut}), CalibrationOptions(**{**usual, **calibration})
 
 
-def settled(calibration: CalibrationOptions, options: CutOptions, *, columns: int = 0) -> CalibrationOptions:
+def settled(
+    calibration: CalibrationOptions, options: CutOptions, *, columns: int = 0, pairs: bool = False
+) -> CalibrationOptions:
     """The calibration with what depends on the cut: windows, of which some are varied and some copied.
 
     Where there is a repair, `columns` are those of the widest matrix that it fits (`columns_fitted`). Windows of images
-    or sound are as many as they are, and neither varied nor copied. Raises `PlanError` where windows are to be varied
-    and no repair looks at them.
+    or sound with their texts, `pairs`, are as many as they are, and neither varied nor copied. Raises `PlanError` where
+    windows are to be varied and no repair looks at them.
 
     >>> settled(CalibrationOptions(), CutOptions()).varied
     0.375
@@ -334,7 +320,7 @@ def settled(calibration: CalibrationOptions, options: CutOptions, *, columns: in
     Traceback (most recent call last):
     secateur.errors.PlanError: varied=0.5 is for repair, and repair=none does without: leave it out, or use ...
     """
-    if any(map(holds_pairs, calibration.names)):
+    if pairs:
         copied, varied = (0.0 if share is None else share for share in (calibration.copied, calibration.varied))
         calibration, columns = replace(calibration, copied=copied, varied=varied), 0
     calibration = calibration.for_columns(columns if options.repairs else 0)

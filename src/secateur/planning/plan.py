@@ -20,15 +20,16 @@ from secateur.discovery.config_settings import stock_settings, with_settings
 from secateur.discovery.counting import count_macs, count_parameters
 from secateur.discovery.groups import Discovery
 from secateur.discovery.sizes import PrunedSizes
-from secateur.errors import CheckpointError, PlanError
+from secateur.errors import CheckpointError, PlanError, ScoreError, check_known
 from secateur.files import read_json
 from secateur.models.manifest import check_as_written
 from secateur.planning.budget import Sizes, counter
 from secateur.planning.engines import check_engine
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import TOKENS, CutOptions, check_score
+from secateur.planning.options import TOKENS, CutOptions
 from secateur.planning.selection import groups_to_cut, units_to_keep
 from secateur.planning.sizes import SizeSearch, candidate_sizes, format_budget, rounding_cost
+from secateur.scoring.registry import SCORES
 from secateur.scoring.scores import Scores
 from secateur.vocabulary.token_ids import token_id_settings
 
@@ -133,6 +134,20 @@ def read_plan(path: Path) -> Plan:
         return plan_from_json(data)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
+
+
+def check_score(options: CutOptions) -> None:
+    """Raise an error when the score is unknown, or cannot score such axes.
+
+    Plans that are read are not held to it: which units stay is decided, and the score may be one that its maker has.
+    """
+    check_known(ScoreError, "score", options.score, SCORES)
+    if SCORES[options.score].needs in ("layers", "losses") and options.axes != ("layers",):
+        raise PlanError(f"score={options.score} compares whole layers: use axes=layers with it")
+    if SCORES[options.score].needs == "experts" and options.axes != ("experts",):
+        raise PlanError(f"score={options.score} compares whole experts: use axes=experts with it")
+    if SCORES[options.score].needs in ("grams", "masks") and options.axes == ("layers",):
+        raise PlanError(f"score={options.score} is not for whole layers: use score=block_influence with axes=layers")
 
 
 def plan(

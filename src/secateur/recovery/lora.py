@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.errors import TrainingError, check_installed, check_least, one_line
+from secateur.errors import TrainingError, check_installed, one_line
 from secateur.models.modeling_per_layer import pad_in_place, padded_in
 from secateur.models.silence import quiet
+from secateur.recovery.options import LoraOptions
 
 TARGET_MODULES = "all-linear"  # peft's name for every linear layer but the output layer
 ADAPTER_FOLDER = "adapter"  # within a model's folder
-
-
-@dataclass(frozen=True, slots=True)
-class LoraOptions:
-    """Size of a LoRA adapter: W becomes W + alpha / rank * B A, with `rank` rows in A (arXiv 2106.09685).
-
-    >>> LoraOptions(rank=0)
-    Traceback (most recent call last):
-    secateur.errors.TrainingError: rank=0 is too small. Expected at least 1, for example rank=8
-    """
-
-    rank: int = 16
-    """Rank of the adapter."""
-
-    alpha: float = 32.0
-    """Scale of the adapter: its output is multiplied by alpha / rank."""
-
-    dropout: float = 0.0
-    """Dropout on the adapter's input."""
-
-    def __post_init__(self) -> None:
-        check_least(TrainingError, "rank", self.rank, 1, 8)
-        if self.alpha <= 0:
-            raise TrainingError(
-                f"alpha={self.alpha} gives the adapter no weight. Expected more than 0, for example alpha=16"
-            )
-        if not 0 <= self.dropout < 1:
-            raise TrainingError(f"dropout={self.dropout} is no fraction. Expected 0 up to 1, for example dropout=0.05")
 
 
 def check_peft() -> None:

@@ -10,12 +10,39 @@ from secateur.data.options import DataOptions
 from secateur.decoding import check_choices
 from secateur.errors import TrainingError, check_known, check_least
 from secateur.pipeline.tracking import Tracker
-from secateur.recovery.lora import LoraOptions
 
 Method = Literal["auto", "lora", "full", "distill", "lora+distill"]
 Scheduler = Literal["cosine", "linear"]
 EVAL_WINDOW = 128  # tokens per window of held-out text
 WIDTH, WIDTH_POWER = 576, 0.78  # the hidden width at which learning rates were chosen, and how they fall with it
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """Size of a LoRA adapter: W becomes W + alpha / rank * B A, with `rank` rows in A (arXiv 2106.09685).
+
+    >>> LoraOptions(rank=0)
+    Traceback (most recent call last):
+    secateur.errors.TrainingError: rank=0 is too small. Expected at least 1, for example rank=8
+    """
+
+    rank: int = 16
+    """Rank of the adapter."""
+
+    alpha: float = 32.0
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
+
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+
+    def __post_init__(self) -> None:
+        check_least(TrainingError, "rank", self.rank, 1, 8)
+        if self.alpha <= 0:
+            raise TrainingError(
+                f"alpha={self.alpha} gives the adapter no weight. Expected more than 0, for example alpha=16"
+            )
+        if not 0 <= self.dropout < 1:
+            raise TrainingError(f"dropout={self.dropout} is no fraction. Expected 0 up to 1, for example dropout=0.05")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint.record import RECIPE_FILE
 from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.errors import DataError, RecipeError
-from secateur.models.loading import LoadOptions
+from secateur.files import RECIPE_FILE
+from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
 from secateur.pipeline.recipe import load_recipe, read_recipe
 from secateur.planning import options as planning

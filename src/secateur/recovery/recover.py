@@ -8,7 +8,7 @@ from pathlib import Path
 from secateur import processes
 from secateur.errors import TrainingError
 from secateur.pipeline.cache import has_begun, work_folder
-from secateur.pipeline.recipe import RunOptions
+from secateur.pipeline.options import RunOptions
 from secateur.progress import Clock
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import RecoverResult

@@ -18,20 +18,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur import processes
 from secateur.checkpoint.formats import check_saveable
-from secateur.checkpoint.record import PLAN_FILE, make_record, read_record
+from secateur.checkpoint.record import make_record, read_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError, one_line
-from secateur.files import MODEL_MARK, read_json
+from secateur.files import MODEL_MARK, PLAN_FILE, read_json
 from secateur.models.config import is_custom, load_config
 from secateur.models.loading import load, unplaced_in
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
 from secateur.models.weight_files import has_weights
 from secateur.pipeline.cache import has_begun, work_folder
-from secateur.pipeline.recipe import PruneRecipe, RunOptions, write_recipe
+from secateur.pipeline.options import RunOptions
+from secateur.pipeline.recipe import PruneRecipe, write_recipe
 from secateur.pipeline.run import prune_model
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.options import TOKENS, CutOptions

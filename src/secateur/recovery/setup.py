@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import processes
-from secateur.checkpoint.record import PLAN_FILE, read_record
+from secateur.checkpoint.record import read_record
 from secateur.data.calibration import SELF, CalibrationOptions
 from secateur.data.generated import generate_windows
 from secateur.data.overlap import OVERLAP_WORDS, overlap
@@ -26,10 +26,12 @@ from secateur.data.training_data import TrainingData, read_training_data
 from secateur.errors import CheckpointError, DataError, ModelError, TrainingError, check_installed
 from secateur.evaluation.inference import vocabulary_size
 from secateur.evaluation.texts import decode, decode_rows, encode, read_texts
-from secateur.files import check_apart, check_vacant, read_json, read_tensors, write_json, write_tensors
+from secateur.files import PLAN_FILE, check_apart, check_vacant, read_json, write_json
 from secateur.models.config import check_not_quantized, check_positions, check_writes_text, load_config
-from secateur.models.loading import LoadOptions, load
+from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
+from secateur.models.tensor_files import read_tensors, write_tensors
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.cache import recovery_key

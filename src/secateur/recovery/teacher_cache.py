@@ -22,8 +22,8 @@ from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate, length_sorted_batches
 from secateur.errors import CheckpointError, TrainingError
 from secateur.evaluation.inference import LOGITS_BYTES, evaluation_mode, input_device, vocabulary_size
-from secateur.files import read_tensors, write_tensors
 from secateur.models.precision import bfloat16_code, half_products
+from secateur.models.tensor_files import read_tensors, write_tensors
 from secateur.models.tensors import all_finite
 from secateur.progress import Progress
 from secateur.recovery.packing import check_packing

@@ -23,13 +23,15 @@ from secateur.checkpoint.save import save_updated
 from secateur.data.rows import Rows
 from secateur.errors import CheckpointError, TrainingError
 from secateur.files import read_json, write_json
-from secateur.models.loading import LoadOptions, load
+from secateur.models.loading import load
+from secateur.models.options import LoadOptions
 from secateur.models.precision import bfloat16_attention, half_products, matmul_precision
 from secateur.models.sources import resolve
 from secateur.models.streaming import streamed_layers
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import text_files
-from secateur.pipeline.recipe import RunOptions, write_recipe
+from secateur.pipeline.options import RunOptions
+from secateur.pipeline.recipe import write_recipe
 from secateur.progress import Clock, Progress, peak_rss
 from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
 from secateur.recovery.options import RecoverOptions

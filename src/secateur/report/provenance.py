@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from secateur.checkpoint.record import PLAN_FILE, RECORD_FILE, Record, read_record
+from secateur.checkpoint.record import Record, read_record
 from secateur.data.calibration import CalibrationOptions
 from secateur.decoding import build_known
 from secateur.errors import CheckpointError
+from secateur.files import PLAN_FILE, RECORD_FILE
 from secateur.models.manifest import WEIGHTS, read_manifest
 from secateur.report.content import Cell, Section, Table
 from secateur.report.formatting import format_bytes

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.encoder_windows import as_read
 from secateur.data.generated import generate_windows
-from secateur.data.windows import behind, calibration_windows, digest
+from secateur.data.windows import behind, calibration_windows, digest, scored
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError, ScoreError, check_known
-from secateur.files import read_tensors, write_tensors
 from secateur.models.classes import objective
 from secateur.models.config import check_not_quantized, check_positions
+from secateur.models.tensor_files import read_tensors, write_tensors
 from secateur.progress import Progress
 from secateur.scoring.collect_backward import gradient_statistics, mask_statistics
 from secateur.scoring.collect_experts import expert_modules, expert_statistics
@@ -89,7 +89,7 @@ def score(
         elif windows is None and tokenizer is not None:
             windows = as_read(calibration_windows(tokenizer, options), tokenizer, objective(model), seed=options.seed)
         if from_text and windows is not None:
-            windows = behind(torch.tensor(discovery.start_tokens, dtype=torch.int64), options.scored(windows))
+            windows = behind(torch.tensor(discovery.start_tokens, dtype=torch.int64), scored(windows, options))
     chosen = None if groups is None else [group for group in discovery.groups if group.name in groups]
     statistics = statistics_for(name, model, discovery, windows, groups=chosen, progress=progress)
     return scores_from(

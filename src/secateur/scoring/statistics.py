@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.errors import CheckpointError, ScoreError
-from secateur.files import read_tensors, write_tensors
+from secateur.models.tensor_files import read_tensors, write_tensors
 
 METADATA = ("reads", "loss", "tokens", "calibration")  # fields that are no tensors, as in the file
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import CheckpointError
-from secateur.files import read_tensors, write_tensors
+from secateur.models.tensor_files import read_tensors, write_tensors
 from secateur.scoring.passes.forward import rows_per_sample
 
 RESULT, TENSOR = "found", "given"  # first part of a tensor's name in a file: found/WEIGHT/KIND, given/NUMBER
