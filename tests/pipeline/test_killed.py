@@ -26,6 +26,7 @@ CUT = "--calibration in/text.txt --samples 4 --length 16 --resume --quiet"
 LIMITED = """
 import resource, signal, sys
 import secateur.cli.main
+from secateur import *  # before the first limit
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 for limit in sys.argv[1].split(","):

@@ -27,7 +27,7 @@ def test_the_default_options_are_the_best_preset() -> None:
 def test_presets_depart_from_the_default() -> None:
     assert with_preset("fast") == (
         CutOptions(),
-        CalibrationOptions(samples=24, score_samples=8, tokens_per_column=2.0),
+        CalibrationOptions(samples=24, held_out=4, score_samples=8, tokens_per_column=2.0),
     )
     paper, text = with_preset("llm-pruner")
     assert (paper.ratio, paper.of, paper.score, paper.repair) == (0.25, "units", "param_first", "none")

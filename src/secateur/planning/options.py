@@ -256,7 +256,7 @@ def _check_tokens(options: CutOptions) -> None:
 # 25 % of the heads and MLP channels of layers 4 to 30 of 32, by first-order Taylor scores on 10 windows of 64 tokens.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "best": {"cut": {}, "calibration": {}},
-    "fast": {"cut": {}, "calibration": {"samples": 24, "score_samples": 8, "tokens_per_column": 2.0}},
+    "fast": {"cut": {}, "calibration": {"samples": 24, "held_out": 4, "score_samples": 8, "tokens_per_column": 2.0}},
     "llm-pruner": {
         "cut": {
             "ratio": 0.25,
