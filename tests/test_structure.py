@@ -226,6 +226,20 @@ def test_importing_does_nothing_else() -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+def test_help_and_a_mistyped_option_import_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\n"
+        "from secateur.cli.main import COMMANDS, run\n"
+        "asked = [['--version'], ['--help'], ['prun'], ['prune', '--ratoi'], *([n, '--help'] for n in COMMANDS)]\n"
+        "print([run(arguments) for arguments in asked], file=sys.stderr)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys(), 'a slow start'\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    *_, statuses = run.stderr.splitlines()
+    assert statuses == str([0, 0, 2, 2, *[0] * 13])
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_no_source_line_names_a_family(name: str) -> None:
     assert families(MODULES[name].read_text(encoding="utf-8")) == []

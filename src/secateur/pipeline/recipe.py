@@ -1,6 +1,6 @@
-"""Recipes: the options of a run as one YAML file, and how a run treats what is there already.
+"""Recipes: the options of a run as one YAML file.
 
-A recipe holds all that decides the weights; `RunOptions` holds the rest. Every folder that a command writes has the
+A recipe holds all that decides the weights; `RunOptions` (`options.py`) holds the rest. Every folder that a command writes has the
 recipe that makes it again: `secateur prune --recipe OUT/recipe.yaml AGAIN`.
 """
 
