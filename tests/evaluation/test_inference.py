@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,6 +29,7 @@ from secateur.evaluation.inference import (
     random_ids,
     sample_text,
 )
+from secateur.evaluation.memory import cache_bytes_by_layer
 from tiny import tiny_model
 
 
@@ -93,6 +96,41 @@ def test_steps_read_one_token_with_a_cache_and_everything_without(model: LlamaFo
     for _ in range(3):
         next(steps)
     assert stateless.shapes == [(1, 3), (1, 4), (1, 5)]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2], ids=["first", "second"])
+def test_code_that_fails_with_its_cache_reads_everything_again(
+    model: LlamaForCausalLM, fails_at: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, passes = plain_greedy(model, [5, 6, 7], 4), 0
+    usual = model.forward
+
+    def forward(input_ids: Tensor, *, use_cache: bool, **state: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if use_cache and passes == fails_at:
+            raise ValueError("no cache\nhere")
+        return usual(input_ids=input_ids, use_cache=use_cache, **state)
+
+    monkeypatch.setattr(model, "forward", forward)
+    with torch.inference_mode():
+        steps = decode_steps(model, torch.tensor([[5, 6, 7]]))
+        assert [int(next(steps)) for _ in range(4)] == expected
+    assert passes == 5
+    (record,) = caplog.records
+    assert "LlamaForCausalLM fails with its cache (ValueError: no cache here)" in record.getMessage()
+    assert cache_bytes_by_layer(model, seq_len=4) is not None
+    passes = 0
+    assert (cache_bytes_by_layer(model, seq_len=4) is None) == (fails_at == 1)
+
+
+def test_a_failure_that_is_not_of_the_cache_is_raised(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(**_: Any) -> Any:
+        raise ValueError("never")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(ValueError, match="never"):
+        next(decode_steps(model, torch.tensor([[5]])))
 
 
 def test_sample_text_is_the_greedy_continuation_alone(

@@ -5,6 +5,7 @@ Tensor names end in their axes: B batch, T token, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.windows import behind
-from secateur.errors import DataError, ModelError, check_least
+from secateur.errors import DataError, ModelError, check_least, one_line
 from secateur.evaluation.texts import decode, encode
 from secateur.models.config import special_token_ids
 from secateur.models.trust import runs_remote_code
+
+logger = logging.getLogger(__name__)
 
 LOGITS_BYTES = 256 * 2**20  # of one batch; a single row may need more
 BATCH_TOKENS = 8192  # where the vocabulary is small, activations are the limit
@@ -25,6 +28,7 @@ BATCH_TOKENS = 8192  # where the vocabulary is small, activations are the limit
 # What models call the keys and values, or the recurrent state, that they return and take back: transformers from
 # 5.24 on, transformers before that, and the names that remote code and recurrent models use.
 STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+NOT_OF_A_CACHE = (IndexError, torch.OutOfMemoryError)  # a text that is too long, a machine that is too small
 
 
 @contextmanager
@@ -110,7 +114,8 @@ def decode_steps(
 
     `choose` takes logits_BV and returns ids_B1 (None: the most likely). The first pass reads the whole prompt, each
     later one the token just yielded, with the keys and values (or the recurrent state) that the model returned. A model
-    that returns none reads everything again. The caller sets evaluation and inference mode.
+    that returns none reads everything again, and so does one whose code fails with them, of which the log tells. The
+    caller sets evaluation and inference mode.
 
     >>> from transformers.modeling_outputs import CausalLMOutput
     >>> def counting(input_ids, **_):
@@ -119,13 +124,21 @@ def decode_steps(
     >>> int(next(steps)), int(next(steps))
     (6, 7)
     """
-    input_BT, seen_BT, state = prompt_BT, prompt_BT, dict[str, Any]()
+    input_BT, seen_BT, state, cached = prompt_BT, prompt_BT, dict[str, Any](), True
     while True:
-        outputs = model(input_ids=input_BT, use_cache=True, **state)
+        try:
+            outputs = model(input_ids=input_BT, use_cache=cached, **state)
+        except Exception as error:  # whatever the model's own code makes of its cache
+            if not cached or isinstance(error, NOT_OF_A_CACHE):
+                raise
+            outputs, cached = model(input_ids=seen_BT, use_cache=False), False
+            name = type(model).__name__
+            logger.warning("%s fails with its cache (%s): each token reads the whole text again", name, one_line(error))
         logits_BV = outputs.logits[:, -1]
         next_B1 = logits_BV.argmax(dim=-1, keepdim=True) if choose is None else choose(logits_BV)
         # the first name only: newer outputs answer to the older names as well
-        state = next(({name: outputs[name]} for name in STATE_NAMES if name in outputs), {})
+        kept = ({name: outputs[name]} for name in STATE_NAMES if cached and name in outputs)
+        state = next(kept, {})
         del outputs, logits_BV  # the logits of the prompt need not outlive the pass
         yield next_B1
         seen_BT = torch.cat([seen_BT, next_B1], dim=1)

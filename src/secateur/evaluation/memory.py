@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.tracing import run_without_memory
-from secateur.errors import DiscoveryError
 from secateur.evaluation.inference import (
+    NOT_OF_A_CACHE,
     STATE_NAMES,
     decode_steps,
     evaluation_mode,
@@ -52,19 +52,21 @@ def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, 
 
     The model runs once, on `meta` too, and every tensor of what it returned is counted with the elements that it has:
     a window that slides keeps what is in it, and a layer without attention its state. What is not made of layers is
-    one entry, and what returns nothing none. None where the pass on `meta` fails: the code runs with weights alone.
+    one entry, and what returns nothing none. None where the pass fails: on `meta`, or because the code cannot keep any.
     """
     on_meta = not hasattr(model, "_hf_hook") and any(weight.device.type == "meta" for weight in model.parameters())
     with evaluation_mode(model), torch.no_grad():
-        if on_meta:
-            try:
+        try:
+            if on_meta:
                 tokens = special_tokens(model)
                 outputs = run_without_memory(model, sequence=seq_len, start_tokens=tokens, use_cache=True)
-            except DiscoveryError as error:
-                logger.debug("%s", error)
-                return None
-        else:
-            outputs = model(input_ids=random_ids([model], 1, seq_len).to(input_device(model)), use_cache=True)
+            else:
+                outputs = model(input_ids=random_ids([model], 1, seq_len).to(input_device(model)), use_cache=True)
+        except NOT_OF_A_CACHE:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            logger.debug("%s", error)
+            return None
     state = next((outputs[name] for name in STATE_NAMES if name in outputs), None)
     layers = getattr(state, "layers", state)
     entries = list(layers) if isinstance(layers, list | tuple) else [layers]

@@ -1,7 +1,7 @@
 """Recipes: the options of a run as one YAML file.
 
-A recipe holds all that decides the weights; `RunOptions` (`options.py`) holds the rest. Every folder that a command writes has the
-recipe that makes it again: `secateur prune --recipe OUT/recipe.yaml AGAIN`.
+A recipe holds all that decides the weights; `RunOptions` (`options.py`) holds the rest. Every folder that a command
+writes has the recipe that makes it again: `secateur prune --recipe OUT/recipe.yaml AGAIN`.
 """
 
 from __future__ import annotations
