@@ -18,7 +18,7 @@ SHOWN = {  # row of the table -> its name in the picture
     "`--preset best`": "Secateur (best)",
     "`--preset fast`": "Secateur (fast)",
     "`best --shape uniform`": "Secateur (best, uniform)",
-    "LLM-Pruner's recipe, MLP of layers 3-27": "LLM-Pruner, MLP",
+    "LLM-Pruner's recipe, MLP": "LLM-Pruner, MLP",
     "LLM-Pruner's recipe, heads and MLP": "LLM-Pruner, heads and MLP",
     "ShortGPT, whole layers": "ShortGPT",
     "Wanda-sp": "Wanda-sp",

@@ -39,7 +39,7 @@ LABELS = {
     "best, reconstruct": "`best --repair reconstruct`",
     "best, sublayers": "`best --sublayers`",
     "best, two iterations": "`best --iterations 2`",
-    "llm-pruner, MLP": "LLM-Pruner's recipe, MLP of layers 3-27",
+    "llm-pruner, MLP": "LLM-Pruner's recipe, MLP",
     "llm-pruner": "LLM-Pruner's recipe, heads and MLP",
     "wanda-sp": "Wanda-sp",
     "shortgpt": "ShortGPT, whole layers",

@@ -51,9 +51,9 @@ def check_files(*files: Path | None, made: Path | None = None, run: Path | None 
 
     Nor can a run log be kept in a run folder `run` that is none.
     """
-    from secateur.pipeline.run_log import check_run_folder
-
     if run is not None:
+        from secateur.pipeline.run_log import check_run_folder
+
         check_run_folder(run)
     for file in files:
         if file is not None and (made is None or made.absolute() not in file.absolute().parents):
