@@ -152,13 +152,13 @@ class TestAnswers:
     def test_a_model_that_fails_does_not_stop_the_other(self, sides: tuple[Side, ...]) -> None:
         def fail(_: Any, inputs: Any, arguments: dict[str, Any]) -> None:
             if arguments["input_ids"].shape[1] == 1:
-                raise RuntimeError("no more\nmemory")
+                raise torch.OutOfMemoryError("no more\nmemory")
 
         hook = sides[1].model.register_forward_pre_hook(fail, with_kwargs=True)
         a, b = last(answers(sides, PROMPT, Sampling(new_tokens=6)))
         hook.remove()
         assert (a.ended, a.tokens) == ("length", 6)
-        assert (b.ended, b.tokens) == ("failed: RuntimeError: no more memory", 1)
+        assert (b.ended, b.tokens) == ("failed: OutOfMemoryError: no more memory", 1)
 
     def test_nan_logits_are_an_error_that_names_a_remedy(self, sides: tuple[Side, ...]) -> None:
         def spoil(_: Any, __: Any, outputs: Any) -> Any:

@@ -124,13 +124,28 @@ def test_code_that_fails_with_its_cache_reads_everything_again(
     assert (cache_bytes_by_layer(model, seq_len=4) is None) == (fails_at == 1)
 
 
-def test_a_failure_that_is_not_of_the_cache_is_raised(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(**_: Any) -> Any:
-        raise ValueError("never")
+@pytest.mark.parametrize(
+    ("works", "error"), [(0, torch.OutOfMemoryError("all")), (2, ValueError("later"))], ids=["memory", "later"]
+)
+def test_a_failure_that_is_not_of_the_cache_is_raised(
+    model: LlamaForCausalLM, works: int, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, passes = model.forward, 0
+
+    def forward(**arguments: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == works + 1:
+            raise error
+        return usual(**arguments)
 
     monkeypatch.setattr(model, "forward", forward)
-    with pytest.raises(ValueError, match="never"):
-        next(decode_steps(model, torch.tensor([[5]])))
+    with torch.inference_mode():
+        steps = decode_steps(model, torch.tensor([[5]]))
+        for _ in range(works):
+            next(steps)
+        with pytest.raises(type(error), match=str(error)):
+            next(steps)
 
 
 def test_sample_text_is_the_greedy_continuation_alone(

@@ -129,7 +129,8 @@ def decode_steps(
         try:
             outputs = model(input_ids=input_BT, use_cache=cached, **state)
         except Exception as error:  # whatever the model's own code makes of its cache
-            if not cached or isinstance(error, NOT_OF_A_CACHE):
+            has_worked = seen_BT.shape[1] > prompt_BT.shape[1] + 1  # a pass has read what another kept
+            if not cached or has_worked or isinstance(error, NOT_OF_A_CACHE):
                 raise
             outputs, cached = model(input_ids=seen_BT, use_cache=False), False
             name = type(model).__name__
