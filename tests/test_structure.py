@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
+import secateur
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "secateur"
 
@@ -224,6 +226,13 @@ def test_importing_does_nothing_else() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_the_package_has_the_names_that_type_checkers_see() -> None:
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(a.name, node.module) for node in typed.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert seen == {(name, getattr(secateur, name).__module__) for name in secateur.__all__ if name != "SecateurError"}
 
 
 def test_help_and_a_mistyped_option_import_neither_torch_nor_transformers() -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
 
-from secateur.errors import SecateurError, check_versions
+from secateur.errors import SecateurError as SecateurError
+from secateur.errors import check_versions
 
 try:
     check_versions()
@@ -33,63 +34,35 @@ from secateur.progress import without_collection
 silence_imports()
 
 if TYPE_CHECKING:
-    from secateur.checkpoint.save import save
-    from secateur.checkpoint.verification import verify
-    from secateur.data.calibration import CalibrationOptions
-    from secateur.data.options import DataOptions
-    from secateur.discovery.discover import discover
-    from secateur.evaluation.perplexity import evaluate
-    from secateur.evaluation.profile import profile
-    from secateur.export.gguf_file import export_gguf
-    from secateur.models.inputs import register_inputs
-    from secateur.models.loading import load
-    from secateur.models.tokenizer import load_tokenizer
-    from secateur.pipeline.options import RunOptions
-    from secateur.pipeline.recipe import PruneRecipe, load_recipe, prune_recipe
-    from secateur.pipeline.run import plan_model, prune_model
-    from secateur.pipeline.sweep import sweep
-    from secateur.planning.options import CutOptions
-    from secateur.planning.plan import plan
-    from secateur.pruning.prune import prune
-    from secateur.pruning.repair import repair
-    from secateur.recovery.options import RecoverOptions
-    from secateur.recovery.recipe import RecoverRecipe
-    from secateur.recovery.recover import recover
-    from secateur.scoring.registry import register_score
-    from secateur.scoring.scores import score
+    from secateur.checkpoint.save import save as save
+    from secateur.checkpoint.verification import verify as verify
+    from secateur.data.calibration import CalibrationOptions as CalibrationOptions
+    from secateur.data.options import DataOptions as DataOptions
+    from secateur.discovery.discover import discover as discover
+    from secateur.evaluation.perplexity import evaluate as evaluate
+    from secateur.evaluation.profile import profile as profile
+    from secateur.export.gguf_file import export_gguf as export_gguf
+    from secateur.models.inputs import register_inputs as register_inputs
+    from secateur.models.loading import load as load
+    from secateur.models.tokenizer import load_tokenizer as load_tokenizer
+    from secateur.pipeline.options import RunOptions as RunOptions
+    from secateur.pipeline.recipe import PruneRecipe as PruneRecipe
+    from secateur.pipeline.recipe import load_recipe as load_recipe
+    from secateur.pipeline.recipe import prune_recipe as prune_recipe
+    from secateur.pipeline.run import plan_model as plan_model
+    from secateur.pipeline.run import prune_model as prune_model
+    from secateur.pipeline.sweep import sweep as sweep
+    from secateur.planning.options import CutOptions as CutOptions
+    from secateur.planning.plan import plan as plan
+    from secateur.pruning.prune import prune as prune
+    from secateur.pruning.repair import repair as repair
+    from secateur.recovery.options import RecoverOptions as RecoverOptions
+    from secateur.recovery.recipe import RecoverRecipe as RecoverRecipe
+    from secateur.recovery.recover import recover as recover
+    from secateur.scoring.registry import register_score as register_score
+    from secateur.scoring.scores import score as score
 
-__all__ = [
-    "CalibrationOptions",
-    "CutOptions",
-    "DataOptions",
-    "PruneRecipe",
-    "RecoverOptions",
-    "RecoverRecipe",
-    "RunOptions",
-    "SecateurError",
-    "discover",
-    "evaluate",
-    "export_gguf",
-    "load",
-    "load_recipe",
-    "load_tokenizer",
-    "plan",
-    "plan_model",
-    "profile",
-    "prune",
-    "prune_model",
-    "prune_recipe",
-    "recover",
-    "register_inputs",
-    "register_score",
-    "repair",
-    "save",
-    "score",
-    "sweep",
-    "verify",
-]
-
-# Imported when they are asked for, for torch and transformers come with them: the command line needs neither to help.
+# Imported on first use: they bring torch and transformers, which --help does not need.
 _PLACES = {
     "CalibrationOptions": "secateur.data.calibration",
     "CutOptions": "secateur.planning.options",
@@ -119,6 +92,7 @@ _PLACES = {
     "sweep": "secateur.pipeline.sweep",
     "verify": "secateur.checkpoint.verification",
 }
+__all__ = ["SecateurError", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:

@@ -109,7 +109,7 @@ def test_code_that_fails_with_its_cache_reads_everything_again(
         nonlocal passes
         passes += 1
         if use_cache and passes == fails_at:
-            raise ValueError("no cache\nhere")
+            raise ValueError(f"no cache\nin pass {fails_at}")
         return usual(input_ids=input_ids, use_cache=use_cache, **state)
 
     monkeypatch.setattr(model, "forward", forward)
@@ -118,7 +118,7 @@ def test_code_that_fails_with_its_cache_reads_everything_again(
         assert [int(next(steps)) for _ in range(4)] == expected
     assert passes == 5
     (record,) = caplog.records
-    assert "LlamaForCausalLM fails with its cache (ValueError: no cache here)" in record.getMessage()
+    assert f"LlamaForCausalLM fails with its cache (ValueError: no cache in pass {fails_at})" in record.getMessage()
     assert cache_bytes_by_layer(model, seq_len=4) is not None
     passes = 0
     assert (cache_bytes_by_layer(model, seq_len=4) is None) == (fails_at == 1)

@@ -1,6 +1,6 @@
 """Commands that say what can be cut, plan a cut, prune, and compare many cuts.
 
-A command imports what it calls when it runs: to help, and to refuse an option, takes neither torch nor transformers.
+Commands import what they call when they run, so that --help and a mistyped option need neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -135,11 +135,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _begin() -> None:
-    """Import what every command needs, and meet the other processes, of which the first one alone prints."""
-    with without_collection():
-        importlib.import_module("transformers.modeling_utils")
-        from secateur import processes
-    gc.freeze()  # what the imports have made stays: it is not looked through again
+    """Import what every command needs, and join the process group, of which only the first process prints."""
+    if "transformers.modeling_utils" not in sys.modules:
+        with without_collection():
+            importlib.import_module("transformers.modeling_utils")
+        gc.freeze()  # what the imports have made stays: it is not looked through again
+    from secateur import processes
+
     processes.join()
     if not processes.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - to the end of this process

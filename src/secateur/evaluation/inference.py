@@ -5,6 +5,7 @@ Tensor names end in their axes: B batch, T token, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ BATCH_TOKENS = 8192  # where the vocabulary is small, activations are the limit
 # What models call the keys and values, or the recurrent state, that they return and take back: transformers from
 # 5.24 on, transformers before that, and the names that remote code and recurrent models use.
 STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
-NOT_OF_A_CACHE = (IndexError, torch.OutOfMemoryError)  # a text that is too long, a machine that is too small
+NOT_THE_CACHE = (IndexError, torch.OutOfMemoryError)  # a text longer than the table of positions; out of memory
 
 
 @contextmanager
@@ -114,8 +115,8 @@ def decode_steps(
 
     `choose` takes logits_BV and returns ids_B1 (None: the most likely). The first pass reads the whole prompt, each
     later one the token just yielded, with the keys and values (or the recurrent state) that the model returned. A model
-    that returns none reads everything again, and so does one whose code fails with them, of which the log tells. The
-    caller sets evaluation and inference mode.
+    that returns none reads everything again, and so does one whose code fails with them, with one warning. The caller
+    sets evaluation and inference mode.
 
     >>> from transformers.modeling_outputs import CausalLMOutput
     >>> def counting(input_ids, **_):
@@ -130,11 +131,10 @@ def decode_steps(
             outputs = model(input_ids=input_BT, use_cache=cached, **state)
         except Exception as error:  # whatever the model's own code makes of its cache
             has_worked = seen_BT.shape[1] > prompt_BT.shape[1] + 1  # a pass has read what another kept
-            if not cached or has_worked or isinstance(error, NOT_OF_A_CACHE):
+            if not cached or has_worked or isinstance(error, NOT_THE_CACHE):
                 raise
             outputs, cached = model(input_ids=seen_BT, use_cache=False), False
-            name = type(model).__name__
-            logger.warning("%s fails with its cache (%s): each token reads the whole text again", name, one_line(error))
+            _warn(f"{type(model).__name__} fails with its cache ({one_line(error)}): every step reads the whole text")
         logits_BV = outputs.logits[:, -1]
         next_B1 = logits_BV.argmax(dim=-1, keepdim=True) if choose is None else choose(logits_BV)
         # the first name only: newer outputs answer to the older names as well
@@ -144,6 +144,11 @@ def decode_steps(
         yield next_B1
         seen_BT = torch.cat([seen_BT, next_B1], dim=1)
         input_BT = next_B1 if state else seen_BT
+
+
+@functools.cache  # once for each model, however often it is timed
+def _warn(message: str) -> None:
+    logger.warning(message)
 
 
 def sample_text(

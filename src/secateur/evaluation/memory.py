@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.tracing import run_without_memory
 from secateur.evaluation.inference import (
-    NOT_OF_A_CACHE,
+    NOT_THE_CACHE,
     STATE_NAMES,
     decode_steps,
     evaluation_mode,
@@ -62,7 +62,7 @@ def cache_bytes_by_layer(model: PreTrainedModel, *, seq_len: int) -> tuple[int, 
                 outputs = run_without_memory(model, sequence=seq_len, start_tokens=tokens, use_cache=True)
             else:
                 outputs = model(input_ids=random_ids([model], 1, seq_len).to(input_device(model)), use_cache=True)
-        except NOT_OF_A_CACHE:
+        except NOT_THE_CACHE:
             raise
         except Exception as error:  # whatever the model's own code raises
             logger.debug("%s", error)
