@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError
 
 from secateur import __version__
 from secateur.cli.cutting import discover_command, plan_command, prune_command, sweep_command
+from secateur.cli.failures import TRACEBACK, explained
 from secateur.cli.folders import export_command, push_command, recover_command, verify_command
 from secateur.cli.measuring import evaluate_command, profile_command
 from secateur.cli.options import command
@@ -77,7 +78,11 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as left:  # 1: what rich makes of a broken pipe
         return _unread() if left.code == 1 else int(left.code or 0)
     except Exception as error:
-        traceback.print_exc()
+        message = explained(error, next(iter(arguments), ""))
+        if message is None or os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        if message is not None:
+            return _fail(message)
         print(f"secateur: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
