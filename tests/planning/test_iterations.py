@@ -85,7 +85,7 @@ def test_iterations_end_with_a_reconstruction(monkeypatch: pytest.MonkeyPatch) -
         assert dense is model
         seen.append(cut.model.layers[0].mlp.down_proj.weight)
 
-    monkeypatch.setattr("secateur.pipeline.pipeline.reconstruct_in_place", told)
+    monkeypatch.setattr("secateur.pruning.held_out.reconstruct_in_place", told)
     smaller, decided = cut_in_memory(model, discovery, options, WINDOWS, bars)
     assert bars[-1] == "reconstruct"
     assert seen[0] is smaller.model.layers[0].mlp.down_proj.weight

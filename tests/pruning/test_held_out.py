@@ -12,7 +12,8 @@ from torch import Tensor
 
 import secateur.pruning.held_out
 from secateur import prune
-from secateur.pruning.held_out import checked_repair, left_out
+from secateur.pruning.held_out import checked_reconstruction, checked_repair, left_out
+from secateur.pruning.reconstruct import LayerTraining, reconstruct_in_place
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.loss import summed_loss
 
@@ -55,6 +56,30 @@ def test_what_loses_least_is_taken(best: str, monkeypatch: pytest.MonkeyPatch, t
     assert left_out(found) == (best == "cut")  # so a replay of the plan repairs nothing either
     assert repaired.weights.keys() == expected.weights.keys()
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in repaired.weights.items())
+
+
+@pytest.mark.parametrize("factor", [1, -1])
+def test_layers_are_not_trained_where_that_loses_more(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearer to the dense layer, and yet worse: so measured on Gemma-3-270M, whose residuals grow large."""
+    model, discovery, decided = planned("llama", choose="score")
+    smaller = prune(model, decided, discovery=discovery)
+    before = {name: parameter.detach().clone() for name, parameter in smaller.named_parameters()}
+
+    def as_told(dense: Any, pruned: Any, *rest: Any, **options: Any) -> Any:
+        training = LayerTraining(steps=10, batch_tokens=64, learning_rate=1e-3)
+        found = reconstruct_in_place(dense, pruned, *rest, training=training, **options)
+        for parameter in pruned.model.layers[0].parameters():
+            parameter.data = factor * parameter.data
+        return found
+
+    monkeypatch.setattr(secateur.pruning.held_out, "reconstruct_in_place", as_told)
+    first = float(summed_loss(smaller, HELD_OUT)) / HELD_OUT[:, 1:].numel()
+    losses = checked_reconstruction(model, smaller, discovery, WINDOWS, HELD_OUT)
+    last = float(summed_loss(smaller, HELD_OUT)) / HELD_OUT[:, 1:].numel()
+    assert last == pytest.approx(min(first, losses["reconstructed"]), abs=1e-9)
+    same = all(torch.equal(before[name], parameter) for name, parameter in smaller.named_parameters())
+    assert same == (losses["reconstructed"] >= first)
+    assert same == (factor == -1)
 
 
 def test_progress_counts_to_the_end() -> None:

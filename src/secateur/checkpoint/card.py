@@ -150,7 +150,8 @@ def _damage(plan: Plan | None, record: Record | None) -> Iterator[str]:
     if losses or rows:
         yield from ("| nats per token | before | after |", "|---|---|---|")
     if losses:
-        for name, label in (("cut", "cut alone"), ("repaired", "cut and repaired")):
+        labels = {"cut": "cut alone", "repaired": "cut and repaired", "reconstructed": "layers trained as well"}
+        for name, label in labels.items():
             if name in losses:
                 yield f"| {label}, on held-out windows | {_number(losses['before'])} | {_number(losses[name])} |"
     yield from rows

@@ -52,9 +52,8 @@ from secateur.planning.plan import Plan, check_score, plan, settings_of
 from secateur.planning.selection import columns_fitted, groups_to_cut
 from secateur.progress import Clock, Progress
 from secateur.pruning.closed_form import REPAIRS
-from secateur.pruning.held_out import checked_repair, left_out
+from secateur.pruning.held_out import checked_reconstruction, checked_repair, left_out
 from secateur.pruning.prune import check_plan, prune
-from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
 from secateur.pruning.rotation import rotated
 from secateur.scoring.measured import kept_factors, measured_factors, scaled, with_factors
@@ -330,12 +329,9 @@ class Pipeline:
         }
         return replace(found, scored={**found.scored, TOKENS: about})
 
-    def _held_out(self, decided: Plan) -> Tensor | None:
-        """Windows that no repair sees, of texts that are read here; None where they have no more.
-
-        A plan that was compared on them when it was made is not compared again.
-        """
-        if self.reader.start is None or self.calibration.generated or _losses(decided):
+    def _held_out(self) -> Tensor | None:
+        """Windows that no repair sees, of texts that are read here; None where they have no more."""
+        if self.reader.start is None or self.calibration.generated:
             return None
         try:
             return self.reader.held_out()
@@ -363,7 +359,8 @@ class Pipeline:
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             inputs = model, decided, at.discovery, self.reader.as_served(windows)
             with self._stage("repair", at) as progress:
-                if (more := self._held_out(decided)) is None:
+                more = None if _losses(decided) else self._held_out()  # else it was compared when it was made
+                if more is None:
                     found = repair(*inputs, method=at.options.repair, progress=progress)
                 else:
                     room = self._room(model, room)
@@ -404,8 +401,11 @@ class Pipeline:
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
             windows, model = self.reader.behind_needed(self.windows()), self.model
+            inputs = model, smaller, self.discovery, windows, self._held_out()
             with self.clock.stage("reconstruct") as progress, half_products(model):
-                reconstruct_in_place(model, smaller, self.discovery, windows, progress=progress)
+                found = checked_reconstruction(*inputs, progress=progress)
+            losses = {**whole.scored.get(HELD_OUT_LOSS, {}), **found}
+            whole = replace(whole, scored={**whole.scored, HELD_OUT_LOSS: losses} if losses else whole.scored)
         return smaller, whole
 
     def cut(self) -> tuple[PreTrainedModel, Plan]:

@@ -1,4 +1,7 @@
-"""Model, plan and windows -> a repair that helps on windows which no repair has seen, or none."""
+"""Model, plan and windows -> a repair that helps on windows which no repair has seen, or none.
+
+So with the training of layers after it: what is nearer to the dense layers may yet predict worse.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from secateur.discovery.groups import Discovery
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
+from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.loss import outputs_of, predictions, summed_loss
 
@@ -61,6 +65,48 @@ def checked_repair(
             smaller = prune(model, found.plan, discovery=discovery, weights=found.weights, room=where)
             losses[name] = _mean_loss(smaller, held_out, of_dense)
     return tried["cut" if left_out(losses) else "repaired"], losses
+
+
+def checked_reconstruction(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    discovery: Discovery,
+    windows: Tensor,
+    held_out: Tensor | None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train the layers of the pruned model in place, as `reconstruct_in_place` does, unless it then loses more.
+
+    Windows and `held_out` are int64, samples x length. The losses come back, in nats per token of the held-out windows:
+    of the dense model (`before`), and `reconstructed`; where that is not less than before the training, the pruned
+    model is as it was. Without such windows nothing is compared. Raises as `reconstruct_in_place` does.
+
+    >>> from secateur.discovery.discover import discover
+    >>> from secateur.planning.options import CutOptions
+    >>> from secateur.planning.plan import PlannedGroup
+    >>> import torch
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> config = AutoConfig.for_model("opt", hidden_size=12, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    >>> half = PlannedGroup("layers.0.mlp", "mlp", 0, units=24, kept=12, keep=tuple(range(12)))
+    >>> model, windows = AutoModelForCausalLM.from_config(config), torch.arange(80).reshape(4, 20)
+    >>> pruned = prune(model, Plan("opt", CutOptions(ratio=0.2), (half,), {}, {}))
+    >>> list(checked_reconstruction(model, pruned, discover(config), windows[:3], windows[3:]))
+    ['before', 'reconstructed']
+    """
+    before = {
+        name: parameter.data for name, parameter in pruned.named_parameters()
+    }  # training makes tensors of its own
+    of_dense = None if held_out is None else outputs_of(dense, held_out)
+    first = math.inf if held_out is None else _mean_loss(pruned, held_out, of_dense)
+    reconstruct_in_place(dense, pruned, discovery, windows, progress=progress)
+    if held_out is None:
+        return {}
+    last = _mean_loss(pruned, held_out, of_dense)
+    if last >= first:
+        for name, parameter in pruned.named_parameters():
+            parameter.data = before[name]
+    return {"before": _mean_loss(dense, held_out, of_dense), "reconstructed": last}
 
 
 def _mean_loss(model: PreTrainedModel, held_out: Tensor, of_dense: Sequence[Tensor] | None) -> float:

@@ -36,7 +36,7 @@ class LayerTraining:
     steps: int = 150
     batch_tokens: int = 1024
     """Tokens of a step, as whole windows."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     """The highest: it rises over the first tenth of the steps and falls along a cosine."""
     seed: int = 0
     """Of the order of the windows."""
