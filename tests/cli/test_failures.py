@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from class_models import class_tokenizer
 from every_type import tiny_type_model
 from secateur.cli.failures import MODEL_CODE, PACKAGE, TRACEBACK, explained
-from secateur.cli.main import run
+from secateur.cli.main import COMMANDS, run
 from secateur.models.silence import quiet
 from tiny import names, tiny_model
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 PRUNE = "prune tiny out --ratio 0.3 --score l2 --repair none --overwrite --quiet".split()
 
 
@@ -30,12 +32,12 @@ def _allocate(*_: Any, **__: Any) -> None:
     torch.empty(2**50)
 
 
-def test_no_memory_is_left(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("secateur.pipeline.pipeline.prune", _allocate)
     assert run(PRUNE) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("secateur: error: no memory is left (can't allocate memory: you tried to allocate 4503")
-    assert line.endswith("; prune takes less with --preset fast, with --dtype bfloat16")
+    assert line.startswith("secateur: error: out of memory (can't allocate memory: you tried to allocate 4503")
+    assert line.endswith("; prune needs less with --preset fast, with --dtype bfloat16")
     assert "out" not in names(here)
 
     monkeypatch.setenv(TRACEBACK, "1")
@@ -45,15 +47,24 @@ def test_no_memory_is_left(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert trace[-1] == line
 
 
-def test_no_memory_is_left_on_a_gpu() -> None:
+def test_out_of_memory_on_a_gpu() -> None:
     said = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.10 GiB of which 1.20 GiB is free. Process 1 ..."
     )
     assert explained(torch.OutOfMemoryError(said), "recover") == (
-        "no memory is left (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.10 GiB of which 1.20 GiB is "
-        "free); recover takes less with --micro-batch-size 1 --gradient-checkpointing, with --dtype bfloat16, with "
+        "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.10 GiB of which 1.20 GiB is "
+        "free); recover needs less with --micro-batch-size 1 --gradient-checkpointing, with --dtype bfloat16, with "
         "--device cpu"
     )
+
+
+def test_what_needs_less_memory_are_options_of_the_command() -> None:
+    for command in COMMANDS:
+        line = explained(torch.OutOfMemoryError("CUDA out of memory."), command) or ""
+        help_ = (GOLDEN / f"help_{command}.txt").read_text()
+        options = re.findall(r"--[a-z-]+", line)
+        assert all(f"{option} " in help_ for option in options), line
+        assert bool(options) == ("--dtype " in help_)
 
 
 def test_the_code_of_a_model_fails(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +74,7 @@ def test_the_code_of_a_model_fails(here: Path, capsys: pytest.CaptureFixture[str
     Path("text.txt").write_text("a cat and a dog\n" * 60)
     assert run("evaluate assistant --ppl t=text.txt --protocol served@16 --max-tokens 64 --quiet".split()) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("secateur: error: the model's own code fails, in modeling_gemma4_assistant.py, line ")
+    assert line.startswith("secateur: error: the model's own code failed in modeling_gemma4_assistant.py, line ")
     assert "shared_kv_states cannot be None" in line
 
 

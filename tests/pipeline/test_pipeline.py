@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import secateur.pipeline.pipeline
 from recipes import cut_in_memory, recipe
 from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.discover import discover
@@ -106,6 +107,31 @@ def test_every_stage_of_a_run_has_a_bar_and_seconds(place: Path) -> None:
     for stage in ("write", "score", "repair"):
         done, total = bars.stages[stage][-1]
         assert done == total > 0
+
+
+def test_repair_training_and_what_judges_them_read_text_as_the_model_is_served(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the start token, and scores without: layers trained without it harm a model that is used with it."""
+    begin = VOCABULARY - 1
+    read: dict[str, list[Tensor]] = {}
+
+    def noted(name: str, tensors: slice) -> None:
+        function = getattr(secateur.pipeline.pipeline, name)
+
+        def noting(*arguments: Any, **options: Any) -> Any:
+            read[name] = [*arguments[tensors]]
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(f"{STAGES}.{name}", noting)
+
+    monkeypatch.setattr("secateur.pipeline.reader.start_tokens", lambda _: torch.tensor([begin]))
+    noted("statistics_for", slice(3, 4))
+    noted("checked_repair", slice(3, 5))
+    noted("checked_reconstruction", slice(3, 5))
+    prune_model(small(cut={"repair": "reconstruct"}), "here/out")
+    behind = {name: [bool((ids[:, 0] == begin).all()) for ids in windows] for name, windows in read.items()}
+    assert behind == {"statistics_for": [False], "checked_repair": [True] * 2, "checked_reconstruction": [True] * 2}
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("auto", "medium"), ("float32", "highest")])

@@ -400,7 +400,7 @@ class Pipeline:
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
-            windows, model = self.reader.behind_needed(self.windows()), self.model
+            windows, model = self.reader.as_served(self.windows()), self.model
             inputs = model, smaller, self.discovery, windows, self._held_out()
             with self.clock.stage("reconstruct") as progress, half_products(model):
                 found = checked_reconstruction(*inputs, progress=progress)

@@ -94,9 +94,7 @@ def checked_reconstruction(
     >>> list(checked_reconstruction(model, pruned, discover(config), windows[:3], windows[3:]))
     ['before', 'reconstructed']
     """
-    before = {
-        name: parameter.data for name, parameter in pruned.named_parameters()
-    }  # training makes tensors of its own
+    before = {name: parameter.data for name, parameter in pruned.named_parameters()}  # which no training writes to
     of_dense = None if held_out is None else outputs_of(dense, held_out)
     first = math.inf if held_out is None else _mean_loss(pruned, held_out, of_dense)
     reconstruct_in_place(dense, pruned, discovery, windows, progress=progress)
