@@ -149,8 +149,9 @@ def test_products_are_fast_unless_float32_is_asked_for(
             return bar
 
     monkeypatch.setattr("secateur.models.precision._exact_at_medium", lambda: False)
-    prune_model(replace(small(), loading=LoadOptions(dtype=dtype)), "here/out", run=RunOptions(bars=Watching()))
-    assert seen["score"] == seen["price"] == seen["repair"] == {precision}
+    trained = small(cut={"repair": "reconstruct"})
+    prune_model(replace(trained, loading=LoadOptions(dtype=dtype)), "here/out", run=RunOptions(bars=Watching()))
+    assert seen["score"] == seen["price"] == seen["repair"] == seen["reconstruct"] == {precision}
     assert torch.get_float32_matmul_precision() == "highest"
 
 

@@ -111,10 +111,12 @@ class TestPlanModel:
         assert prune(out="here/again", plan=made).plan == made
         assert weights("here/again") == weights("here/first")
 
-    def test_a_text_that_is_used_up(self, place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("repair", ["least-squares", "reconstruct"])
+    def test_a_text_that_is_used_up(self, repair: str, place: Path, caplog: pytest.LogCaptureFixture) -> None:
         (place / "short.txt").write_text("cats " * 40)
         text = CalibrationOptions("here/short.txt", samples=1, length=30, held_out=999, varied=0.0)
-        assert "held_out_loss" not in prune(out="here/first", calibration=text).plan.scored
+        made = prune(out="here/first", calibration=text, cut={"repair": repair})
+        assert "held_out_loss" not in made.plan.scored
         assert [each.getMessage().partition(": ")[0] for each in caplog.records] == [
             "repair is not checked on held-out windows, for no text is left"
         ]

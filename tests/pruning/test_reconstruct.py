@@ -15,10 +15,10 @@ from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
 from secateur.pruning.reconstruct import LayerTraining, reconstruct_in_place
 
-WINDOWS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
+WINDOWS = torch.randint(3, 97, (96, 16), generator=torch.Generator().manual_seed(0))
 HELD_OUT = WINDOWS[7::8]
 MIXTURE = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
-TRAINING = LayerTraining(steps=20, batch_tokens=128, learning_rate=1e-3)
+TRAINING = LayerTraining(steps=60, batch_tokens=128, learning_rate=0.005)
 
 
 def cut_model(
@@ -69,14 +69,15 @@ def test_layers_come_nearer_to_the_dense_ones(family: str) -> None:
     assert all(parameter.grad is None for parameter in cut.parameters())
     # The errors are of the cut model as it now is, on the windows that are left out.
     for (_, told), wanted, given in zip(errors.values(), dense, outputs_of(cut, paths, HELD_OUT), strict=True):
-        assert float((given - wanted).square().sum() / wanted.square().sum()) == pytest.approx(told, rel=1e-3)
+        share_BT = (given - wanted).square().sum(-1) / wanted.square().sum(-1)
+        assert float(share_BT.mean()) == pytest.approx(told, rel=1e-3)
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
     found = []
     for seed in (0, 0, 1):
         model, cut, discovery = cut_model("llama")
-        reconstruct_in_place(model, cut, discovery, WINDOWS, training=LayerTraining(10, 128, 1e-3, seed))
+        reconstruct_in_place(model, cut, discovery, WINDOWS, training=LayerTraining(10, 128, seed=seed))
         found.append(copies(cut))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
@@ -92,7 +93,7 @@ def test_bfloat16_is_trained_in_float32_and_stays_bfloat16() -> None:
 def test_training_that_does_not_help_is_not_kept() -> None:
     model, cut, discovery = cut_model("llama")
     before = copies(cut)
-    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=LayerTraining(5, 128, learning_rate=10.0))
+    errors = reconstruct_in_place(model, cut, discovery, WINDOWS, training=LayerTraining(5, 128, learning_rate=100.0))
     assert all(after == first for first, after in errors.values())
     assert all(torch.equal(before[name], parameter) for name, parameter in cut.named_parameters())
 

@@ -7,6 +7,7 @@ Started as several processes (by `accelerate launch`), all score, each its share
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -237,10 +238,10 @@ class Pipeline:
         return self._rotated
 
     @contextmanager
-    def _stage(self, name: str, at: Position) -> Iterator[Progress | None]:
+    def _stage(self, name: str, at: Position | None = None) -> Iterator[Progress | None]:
         """A stage that reads the model, with the fastest products of the machine unless float32 was asked for."""
-        title = name if self.options.iterations == 1 else f"{name}, iteration {at.number}"
-        exact, model = self.loading.dtype == "float32", self._model_at(at)
+        title = name if at is None or self.options.iterations == 1 else f"{name}, iteration {at.number}"
+        exact, model = self.loading.dtype == "float32", self.model if at is None else self._model_at(at)
         with self.clock.stage(title) as progress, matmul_precision(exact=exact), half_products(model):
             yield progress
 
@@ -329,6 +330,7 @@ class Pipeline:
         }
         return replace(found, scored={**found.scored, TOKENS: about})
 
+    @functools.cached_property
     def _held_out(self) -> Tensor | None:
         """Windows that no repair sees, of texts that are read here; None where they have no more."""
         if self.reader.start is None or self.calibration.generated:
@@ -359,7 +361,7 @@ class Pipeline:
             about = {"calibration": digest(windows), "calibration_options": self.calibration.to_json()}
             inputs = model, decided, at.discovery, self.reader.as_served(windows)
             with self._stage("repair", at) as progress:
-                more = None if _losses(decided) else self._held_out()  # else it was compared when it was made
+                more = None if _losses(decided) else self._held_out  # else it was compared when it was made
                 if more is None:
                     found = repair(*inputs, method=at.options.repair, progress=progress)
                 else:
@@ -400,9 +402,9 @@ class Pipeline:
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
         if REPAIRS[self.options.repair].trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
-            windows, model = self.reader.as_served(self.windows()), self.model
-            inputs = model, smaller, self.discovery, windows, self._held_out()
-            with self.clock.stage("reconstruct") as progress, half_products(model):
+            windows = self.reader.as_served(self.windows())
+            inputs = self.model, smaller, self.discovery, windows, self._held_out
+            with self._stage("reconstruct") as progress:
                 found = checked_reconstruction(*inputs, progress=progress)
             losses = {**whole.scored.get(HELD_OUT_LOSS, {}), **found}
             whole = replace(whole, scored={**whole.scored, HELD_OUT_LOSS: losses} if losses else whole.scored)

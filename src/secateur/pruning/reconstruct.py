@@ -24,20 +24,26 @@ from secateur.errors import PlanError
 from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, replaced_forward
-from secateur.scoring.passes.layers import LayerCall, hidden_in, joined
+from secateur.scoring.passes.layers import LEAST_TOKENS, LayerCall, hidden_in, joined
 
 HELD_OUT = 8  # one window of so many is left out of the training, and judges it
+LEAST_RMS = 1e-3  # of a parameter, for the length of its steps: a bias may be all zeros
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTraining:
-    """How each layer is trained: by AdamW, without weight decay."""
+    """How each layer is trained: by AdamW, without weight decay.
+
+    A parameter's learning rate follows its size, as in Adafactor (arXiv 1804.04235), and the layer's error: where a
+    layer gives almost what the dense one gives, longer steps would do more harm than good.
+    """
 
     steps: int = 150
     batch_tokens: int = 1024
     """Tokens of a step, as whole windows."""
-    learning_rate: float = 1e-3
-    """The highest: it rises over the first tenth of the steps and falls along a cosine."""
+    learning_rate: float = 0.015
+    """The highest, as a share of the root mean square of the parameter and of the root of the layer's error: it rises
+    over the first tenth of the steps and falls along a cosine."""
     seed: int = 0
     """Of the order of the windows."""
 
@@ -61,8 +67,8 @@ def reconstruct_in_place(
 
     Windows are int64, samples x length; all go through the models together, which takes memory for the hidden states
     of one layer. Returns the error of every layer that has been cut, on the windows left out, before and after
-    training: the squared distance to the dense layer's output, as a share of that output's squares. Raises `PlanError`
-    where the two models have other layers, or another hidden width.
+    training: the squared distance of a token's hidden states to the dense layer's, as a share of the squares of those,
+    on average. Raises `PlanError` where the two models have other layers, or another hidden width.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -140,21 +146,19 @@ class _Reconstruction:
                 )
             dense = LayerCall.of(self.dense.get_submodule(path).forward, args, kwargs, self.samples)
             dense_input_BTD = call.hidden_BTD if self.target_BTD is None else self.target_BTD
-            outputs = [hidden_in(dense.run(part, dense_input_BTD[part])) for part in self._batches()]
-            self.target_BTD = torch.cat(outputs)
+            parts = self._batches(LEAST_TOKENS)
+            self.target_BTD = torch.cat([hidden_in(dense.run(part, dense_input_BTD[part])) for part in parts])
             if self.layers[path] and path not in self.errors:
                 self.errors[path] = self._train(self.pruned.get_submodule(path), call, self.target_BTD)
                 if self.progress is not None:
                     self.progress(len(self.errors), sum(self.layers.values()))
-            parts = self._batches()
             return joined([call.run(part, call.hidden_BTD[part]) for part in parts], parts)
 
         return trained
 
-    def _batches(self, of: Tensor | None = None) -> list[Tensor]:
-        """Numbers of windows, as many at a time as one step trains on."""
-        size = max(1, self.training.batch_tokens // self.length)
-        return list((torch.arange(self.samples) if of is None else of).split(size))
+    def _batches(self, tokens: int, of: Tensor | None = None) -> list[Tensor]:
+        """Numbers of windows, of all or of these, that many tokens at a time."""
+        return list((torch.arange(self.samples) if of is None else of).split(max(1, tokens // self.length)))
 
     def _train(self, layer: nn.Module, call: LayerCall, target_BTD: Tensor) -> tuple[float, float]:
         """Train a layer in float32 (or float64) and take its weights back where that does not help; both errors."""
@@ -167,7 +171,7 @@ class _Reconstruction:
             for parameter in own.values():
                 parameter.data = parameter.data.to(exact, copy=True)
                 parameter.requires_grad_(True)
-            self._descend([*own.values()], call, target_BTD.to(exact))
+            self._descend([*own.values()], call, target_BTD.to(exact), math.sqrt(min(1.0, first)))
             for name, parameter in own.items():
                 parameter.data = parameter.data.to(before[name].dtype)
             last = self._error(call, target_BTD)
@@ -182,30 +186,42 @@ class _Reconstruction:
         return first, first
 
     @torch.enable_grad()
-    def _descend(self, parameters: list[nn.Parameter], call: LayerCall, target_BTD: Tensor) -> None:
+    def _descend(self, parameters: list[nn.Parameter], call: LayerCall, target_BTD: Tensor, wrong: float) -> None:
+        """Train on the squared error, where `wrong` is the size of the error beside the target's."""
         training = self.training
-        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
+        highest = [training.learning_rate * wrong * max(LEAST_RMS, _rms(parameter)) for parameter in parameters]
+        groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, highest, strict=True)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
         generator = torch.Generator().manual_seed(training.seed)
-        scale = target_BTD[self.trained_on].square().mean()
+        squares_BT = _squares(target_BTD)
         parts: list[Tensor] = []
         for _ in range(training.steps):
             if not parts:
                 order = torch.randperm(len(self.trained_on), generator=generator)
-                parts = self._batches(self.trained_on[order])
+                parts = self._batches(training.batch_tokens, self.trained_on[order])
             part = parts.pop()
             output_BTD = hidden_in(call.run(part, call.hidden_BTD[part], target_BTD.dtype))
-            loss = (output_BTD - target_BTD[part]).square().mean() / scale
+            loss = ((output_BTD - target_BTD[part]).square().mean(-1) / squares_BT[part]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
 
     def _error(self, call: LayerCall, target_BTD: Tensor) -> float:
-        """On the windows that are left out, relative to the target's squares."""
-        wrong, whole = 0.0, 0.0
-        for part in self._batches(self.held_out):
-            target = target_BTD[part].double()
-            wrong += float((hidden_in(call.run(part, call.hidden_BTD[part])).double() - target).square().sum())
-            whole += float(target.square().sum())
-        return wrong / max(whole, 1e-30)
+        """On the windows that are left out: of each token relative to the target's squares, on average."""
+        squares_BT, total = _squares(target_BTD), 0.0
+        for part in self._batches(LEAST_TOKENS, self.held_out):
+            wrong_BTD = hidden_in(call.run(part, call.hidden_BTD[part])).double() - target_BTD[part].double()
+            total += float((wrong_BTD.square().mean(-1) / squares_BT[part]).sum())
+        return total / squares_BT[self.held_out].numel()
+
+
+def _rms(parameter: Tensor) -> float:
+    return float(parameter.detach().square().mean().sqrt())
+
+
+def _squares(target_BTD: Tensor) -> Tensor:
+    """The mean square of each token's hidden states; of one whose are zero, a little."""
+    squares_BT = target_BTD.to(torch.promote_types(target_BTD.dtype, torch.float32)).square().mean(-1)
+    return squares_BT.clamp(min=1e-6 * float(squares_BT.mean()) + torch.finfo(torch.float32).tiny)
