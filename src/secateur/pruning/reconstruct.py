@@ -41,7 +41,7 @@ class LayerTraining:
     steps: int = 150
     batch_tokens: int = 1024
     """Tokens of a step, as whole windows."""
-    learning_rate: float = 0.015
+    learning_rate: float = 0.03
     """The highest, as a share of the root mean square of the parameter and of the root of the layer's error: it rises
     over the first tenth of the steps and falls along a cosine."""
     seed: int = 0
