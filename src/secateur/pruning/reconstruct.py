@@ -34,16 +34,16 @@ LEAST_RMS = 1e-3  # of a parameter, for the length of its steps: a bias may be a
 class LayerTraining:
     """How each layer is trained: by AdamW, without weight decay.
 
-    A parameter's learning rate follows its size, as in Adafactor (arXiv 1804.04235), and the layer's error: where a
-    layer gives almost what the dense one gives, longer steps would do more harm than good.
+    A parameter's learning rate is relative to its size, as in Adafactor (arXiv 1804.04235), and to the layer's error: a
+    layer that is almost exact already would get worse by longer steps.
     """
 
     steps: int = 150
     batch_tokens: int = 1024
     """Tokens of a step, as whole windows."""
     learning_rate: float = 0.03
-    """The highest, as a share of the root mean square of the parameter and of the root of the layer's error: it rises
-    over the first tenth of the steps and falls along a cosine."""
+    """The highest, as a multiple of the parameter's root mean square times the square root of the layer's error: it
+    rises over the first tenth of the steps and falls along a cosine."""
     seed: int = 0
     """Of the order of the windows."""
 
@@ -157,7 +157,7 @@ class _Reconstruction:
         return trained
 
     def _batches(self, tokens: int, of: Tensor | None = None) -> list[Tensor]:
-        """Numbers of windows, of all or of these, that many tokens at a time."""
+        """Numbers of windows, of all or of these, in batches of so many tokens."""
         return list((torch.arange(self.samples) if of is None else of).split(max(1, tokens // self.length)))
 
     def _train(self, layer: nn.Module, call: LayerCall, target_BTD: Tensor) -> tuple[float, float]:
