@@ -398,7 +398,7 @@ def _settings(config_class: type[PreTrainedConfig], model_type: str, *, tower: b
     for name in settings.keys() & DERIVED.keys():
         settings |= DERIVED[name]
     settings |= _layer_kinds(config_class, accepted)
-    specs = config_class.sub_configs_defaults or {}
+    specs = getattr(config_class, "sub_configs_defaults", None) or {}  # new releases alone have it
     for name, named_class in config_class.sub_configs.items():
         inner: Any = CONFIG_MAPPING[specs[name].model_type] if named_class is AutoConfig else named_class
         settings[name] = _settings(inner, inner.model_type, tower=name.startswith(("vision", "audio", "vq")))

@@ -32,7 +32,9 @@ def test_an_old_transformers_is_named_at_once(as_command: bool, tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, "-P", *command], capture_output=True, text=True, env=environment, timeout=60, check=False
     )
-    said = "Secateur needs transformers 5.0 or newer, and 4.57.1 is installed. Run: pip install -U 'transformers>=5.0'"
+    said = (
+        "Secateur needs transformers 5.14 or newer, and 4.57.1 is installed. Run: pip install -U 'transformers>=5.14'"
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == ("secateur: error: " if as_command else "ImportError: ") + said
     assert ("Traceback" in done.stderr) != as_command

@@ -12,7 +12,7 @@ import importlib.util
 import re
 from collections.abc import Iterable
 
-LEAST = {"torch": (2, 6), "transformers": (5, 0)}  # versions, as pyproject.toml has them
+LEAST = {"torch": (2, 10), "transformers": (5, 14)}  # versions, as pyproject.toml has them
 
 
 class SecateurError(Exception):
@@ -144,13 +144,23 @@ def check_versions() -> None:
     >>> check_versions()
     """
     for package, least in LEAST.items():
-        try:
-            installed = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # its own import says so
-            continue
-        if tuple(map(int, re.findall(r"\d+", installed)[:2])) < least:
-            wanted = ".".join(map(str, least))
-            raise ImportError(
-                f"Secateur needs {package} {wanted} or newer, and {installed} is installed. Run: pip install -U "
-                f"'{package}>={wanted}'"
-            )
+        check_version(ImportError, package, least, what="Secateur")
+
+
+def check_version(error: type[Exception], package: str, least: tuple[int, int], *, what: str) -> None:
+    """Raise an error where an older release of a package is installed than `what` needs.
+
+    >>> check_version(ModelError, "torch", (99, 0), what="it")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    secateur.errors.ModelError: it needs torch 99.0 or newer, and ... is installed. Run: pip install -U 'torch>=99.0'
+    """
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # its own import says so
+        return
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < least:
+        wanted = ".".join(map(str, least))
+        raise error(
+            f"{what} needs {package} {wanted} or newer, and {installed} is installed. Run: pip install -U "
+            f"'{package}>={wanted}'"
+        )

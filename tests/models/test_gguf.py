@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ class TestGguf:
             writer.write_kv_data_to_file()
             writer.close()
             assert load_config(str(tmp_path / "x.gguf")).num_hidden_layers == layers
+
+    def test_an_old_transformers_would_take_other_special_tokens(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "x.gguf").write_bytes(b"GGUF")
+        monkeypatch.setattr(importlib.metadata, "version", lambda _: "5.17.0")
+        with fails("the tokenizer of a GGUF file needs transformers 5.18 or newer, and 5.17.0 is installed"):
+            load_tokenizer(str(tmp_path / "x.gguf"))
 
     def test_a_broken_gguf(self, tmp_path: Path) -> None:
         (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))

@@ -6,6 +6,7 @@ per field. The first section of a help page has what a common task needs, the se
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import importlib
@@ -140,6 +141,7 @@ def _begin() -> None:
         with without_collection():
             importlib.import_module("transformers.modeling_utils")
         gc.freeze()  # what the imports have made stays: it is not looked through again
+        atexit.register(gc.unfreeze)  # else triton reports its types as leaked, in fifty lines
     from secateur import processes
 
     processes.join()

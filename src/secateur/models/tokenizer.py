@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import cached_file
 
-from secateur.errors import ModelError
+from secateur.errors import ModelError, check_version
 from secateur.models.options import DEMO
 from secateur.models.silence import quiet
 from secateur.models.sources import check_unchanged, hub_options, loader_arguments, resolve
@@ -16,6 +16,8 @@ from secateur.models.trust import model_errors
 from secateur.models.weight_files import PROCESSOR_FILES, TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 
 logger = logging.getLogger(__name__)
+
+READS_GGUF = (5, 18)  # the first transformers that takes a GGUF file's special tokens as the file says
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -34,6 +36,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     source = resolve(model)
     if source.kind == "config":
         raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
+    if source.kind == "gguf":
+        check_version(ModelError, "transformers", READS_GGUF, what=f"{model!r}: the tokenizer of a GGUF file")
     location, options = loader_arguments(source)
     check_unchanged(source, lambda name: name == "config.json" or is_tokenizer_file(name))  # the config names a class
     with model_errors(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code):
