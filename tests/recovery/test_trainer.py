@@ -20,7 +20,7 @@ from secateur.recovery.distillation import nll_loss
 def test_the_loss_falls_on_the_rows_and_on_others(place: Path) -> None:
     found = train(method="full", max_steps=20, eval_steps=5, learning_rate=2e-2, data={"validation": 0.1})
     values = [entry["validation"] for entry in found.evaluation]
-    assert found.loss[-1][1] < 0.6 * found.loss[0][1]
+    assert found.loss[-1][1] < 0.7 * found.loss[0][1]
     assert min(values) < 0.75 * values[0]
 
 

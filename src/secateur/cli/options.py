@@ -117,8 +117,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         for about in get_args(parameter.annotation)[1:]
         if isinstance(about, Fields)
     }
-    for name, about in spread.items():
-        parameters[name] = parameters[name].replace(annotation=about.parsed(), default=None)
+    for name, about in spread.items():  # a dictionary by default: from Python 3.12 on the parser lets pydantic check it
+        parameters[name] = parameters[name].replace(annotation=about.parsed(), default={})
 
     @functools.wraps(function)
     def run(*positional: Any, **options: Any) -> None:
