@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from contract import uneven
 from every_type import tiny_type_model
@@ -414,7 +414,8 @@ def test_what_needs_no_registering_is_told(tmp_path: Path) -> None:
         register(str(tmp_path / "stock"))
 
 
-def test_a_folder_needs_the_flag_elsewhere(written: dict[str, Written]) -> None:
+def test_a_folder_needs_the_flag_elsewhere(written: dict[str, Written], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})  # our plug-in for vLLM may be tested in this process, too
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoModelForCausalLM.from_pretrained(written["llama-both"].folder, trust_remote_code=False)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
