@@ -201,7 +201,7 @@ class TestGolden:
 
     def test_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
         text = steady(succeed(capsys, "plan", "tiny", "--preset", "llm-pruner", "--ratio", "0.34"))
-        check_golden("plan", re.sub(r"\d\.\d{4}", "#.####", text))  # Python's own pages, which are scored on, differ
+        check_golden("plan", re.sub(r" +\d\.\d{4,}", " #", text))  # Python's own pages, which are scored on, differ
 
     def test_plan_of_a_config(self, capsys: pytest.CaptureFixture[str]) -> None:
         check_golden("plan_sizes", steady(succeed(capsys, "plan", "sizes/config.json", "--target", "70K")))

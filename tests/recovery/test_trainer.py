@@ -77,7 +77,7 @@ def test_packed_rows_train(place: Path) -> None:
 
 
 def test_it_stops_early_and_says_where_nothing_became_better(place: Path) -> None:
-    given: dict[str, Any] = {"learning_rate": 0.3, "max_steps": 60, "eval_steps": 1, "patience": 2}
+    given: dict[str, Any] = {"learning_rate": 1.0, "max_steps": 60, "eval_steps": 1, "patience": 2}
     found = train(method="full", eval_texts=("reference=held.txt",), data={"loss_on": "answers"}, **given)
     assert found.steps < 60
     scores = [entry["score"] for entry in found.evaluation]
