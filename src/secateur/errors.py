@@ -12,7 +12,7 @@ import importlib.util
 import re
 from collections.abc import Iterable
 
-LEAST = {"torch": (2, 10), "transformers": (5, 14)}  # versions, as pyproject.toml has them
+LEAST = {"torch": (2, 10), "transformers": (5, 14)}  # versions, as in pyproject.toml
 
 
 class SecateurError(Exception):

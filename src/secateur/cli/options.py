@@ -117,7 +117,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         for about in get_args(parameter.annotation)[1:]
         if isinstance(about, Fields)
     }
-    for name, about in spread.items():  # a dictionary by default: from Python 3.12 on the parser lets pydantic check it
+    for name, about in spread.items():  # {}, not None: from Python 3.12 on pydantic validates it
         parameters[name] = parameters[name].replace(annotation=about.parsed(), default={})
 
     @functools.wraps(function)
@@ -141,7 +141,7 @@ def _begin() -> None:
         with without_collection():
             importlib.import_module("transformers.modeling_utils")
         gc.freeze()  # what the imports have made stays: it is not looked through again
-        atexit.register(gc.unfreeze)  # else triton reports its types as leaked, in fifty lines
+        atexit.register(gc.unfreeze)  # else triton reports its types as leaked, line by line
     from secateur import processes
 
     processes.join()

@@ -17,7 +17,7 @@ from secateur.models.weight_files import PROCESSOR_FILES, TEMPLATES, TOKENIZER_F
 
 logger = logging.getLogger(__name__)
 
-READS_GGUF = (5, 18)  # the first transformers that takes a GGUF file's special tokens as the file says
+LEAST_FOR_GGUF = (5, 18)  # transformers before it misreads the special tokens of GGUF files
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -37,7 +37,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     if source.kind == "config":
         raise ModelError(f"{model!r}: a config file has no tokenizer. Name the folder that has one, or {DEMO!r}.")
     if source.kind == "gguf":
-        check_version(ModelError, "transformers", READS_GGUF, what=f"{model!r}: the tokenizer of a GGUF file")
+        check_version(ModelError, "transformers", LEAST_FOR_GGUF, what=f"{model!r}: the tokenizer of a GGUF file")
     location, options = loader_arguments(source)
     check_unchanged(source, lambda name: name == "config.json" or is_tokenizer_file(name))  # the config names a class
     with model_errors(source, "no tokenizer can be loaded", trust_remote_code=trust_remote_code):
