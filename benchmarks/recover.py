@@ -6,7 +6,8 @@ The demo model is cut by each `--ratio` and trained for each `--budget` (tokens=
 each `--row`, on the texts of `--calibration` unless a row names other data. The dense model is trained in the same way,
 with itself as the teacher: what it gains is no repair, but more of the text that all are trained on. Damage is
 ln(perplexity / perplexity of the dense model), in nats per token, and is given against the dense model as it is and
-against the one that was trained alike.
+against the one that was trained alike. `--other-cut "layers trained=--repair reconstruct"` cuts in another way as well;
+what is gone of its damage is counted from the first cut's.
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`). Every result goes into a JSON file as
@@ -66,10 +67,14 @@ def main() -> None:
     console = Console(width=200)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     texts = {name: read_evaluation_text(file) for name, file in options.text}
-    models = {DENSE: options.model} | {f"{ratio:.0%}": str(options.folder / f"cut-{ratio}") for ratio in options.ratio}
-    for ratio, (name, folder) in zip((0.0, *options.ratio), models.items(), strict=True):
-        if name != DENSE and not Path(folder).exists():
-            secateur("prune", options.model, folder, "--ratio", str(ratio), *_given(options.cut), *_texts(options))
+    models = {DENSE: options.model}
+    for ratio, (other, more) in itertools.product(options.ratio, [("", []), *options.other_cut]):
+        name = f"{ratio:.0%}, {other}" if other else f"{ratio:.0%}"
+        models[name] = str(options.folder / f"cut-{'-'.join([str(ratio), *other.split()])}")
+        if not Path(models[name]).exists():
+            given = [*_given(options.cut), *more, *_texts(options)]
+            secateur("prune", options.model, models[name], "--ratio", str(ratio), *given)
+    for name, folder in models.items():
         if name not in results:
             results[name] = {"perplexity": _perplexity(folder, texts, options.tokens)}
             write_json(options.out, results)
@@ -171,17 +176,19 @@ def rows_of(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[s
     table = [["", "removed", "budget", *columns, "tokens", "minutes", "peak memory"]]
     cuts = cuts_in(results)
     for cut in cuts:
-        table.append(["not trained", cut, "", *(f"{value:.3f}" for value in damage(results, cut).values()), "", "", ""])
+        first, cells = damage(results, _first_cut(cut)), []
+        for column, value in damage(results, cut).items():
+            cells.append(_cell(value, [] if cut == _first_cut(cut) else [1 - value / first[column]]))
+        table.append(["not trained", cut, "", *cells, "", "", ""])
     for row, budget, cut in itertools.product(rows, budgets, [DENSE, *cuts]):
         name, alike = (" | ".join((row, each, budget)) for each in (cut, DENSE))
         if name not in results:
             continue
         cells = []
         for column, value in damage(results, name).items():
-            before = damage(results, cut)[column]
-            shares = [value, *([damage(results, name, alike)[column]] if alike in results else [])]
-            said = ", ".join(f"{1 - left / before:.0%}" for left in shares) if cut != DENSE else ""
-            cells.append(f"{value:.3f} ({said})" if said else f"{value:.3f}")
+            before = damage(results, _first_cut(cut))[column]
+            left = [value, *([damage(results, name, alike)[column]] if alike in results else [])]
+            cells.append(_cell(value, [] if cut == DENSE else [1 - each / before for each in left]))
         about = results[name]
         minutes = sum(about["seconds"].values()) / 60
         memory = f"{about['peak_rss_bytes'] / 2**30:.2f} GiB"
@@ -189,6 +196,19 @@ def rows_of(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[s
             [row, "0%" if cut == DENSE else cut, budget, *cells, f"{about['tokens']:,}", f"{minutes:.1f}", memory]
         )
     return table
+
+
+def _cell(value: float, shares: Sequence[float]) -> str:
+    return f"{value:.3f} ({', '.join(f'{share:.0%}' for share in shares)})" if shares else f"{value:.3f}"
+
+
+def _first_cut(name: str) -> str:
+    """The cut of the same ratio without the options of another.
+
+    >>> _first_cut("20%, layers trained")
+    '20%'
+    """
+    return name.partition(", ")[0]
 
 
 def cuts_in(results: Mapping[str, Any]) -> list[str]:
@@ -413,6 +433,7 @@ def _arguments() -> argparse.Namespace:
     add("--row", type=_row, action="append", help="NAME=OPTIONS of `secateur recover` [default: those by default]")
     add("--only", help="train this one now: dense, 20%%, ...")
     add("--cut", action="append", default=[], help="options of `secateur prune`")
+    add("--other-cut", type=_row, action="append", default=[], help="NAME=more options of it, for another cut")
     add("--tokens", type=int, default=10_000, help="of each text that are scored")
     add("--tasks", type=Path, metavar="FOLDER", help="also ask the questions in the files of the folder")
     add("--questions", type=int, default=500, help="of each task")

@@ -196,6 +196,11 @@ def test_what_training_gave_back_is_told_against_both_dense_models() -> None:
     assert lines[4] == "| default | 20% | minutes=20 | 0.336 (51%, 36%) | 1,000 | 1.5 | 2.00 GiB |"
     assert len(lines) == 5
     assert recover.cuts_in({**results, "speed": {}}) == ["20%"]
+    # Another cut's damage is told beside that of the first.
+    other = {"20%, layers": about(18.0), "default | 20%, layers | minutes=20": about(13.0)}
+    lines = recover.block({**results, **other}, ["default"], ["minutes=20"]).splitlines()
+    assert lines[3] == "| not trained | 20%, layers | | 0.588 (15%) | | | |"
+    assert lines[6] == "| default | 20%, layers | minutes=20 | 0.262 (62%, 47%) | 1,000 | 1.5 | 2.00 GiB |"
 
 
 def test_what_the_vocabulary_gave_is_told_in_bits_per_byte() -> None:
