@@ -28,7 +28,7 @@ ZOO_ROWS = --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --see
 ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) $(ZOO_ROWS) --tokens 10000 $(QUALITY)
 TINY = runs/zoo/stories260K
 
-RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --text dialogues=$(DATA)/calib/dailydialog/en_dev_human.txt
+RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --text dialogues=$(DATA)/calib/dailydialog/en_dev_human.txt $(RECOVERY)
 
 LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
 
