@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import secateur.models.loading
 from every_type import tiny_type_model
+from secateur.data.options import DataOptions
 from secateur.discovery.discover import discover
 from secateur.errors import ModelError, PlanError, TrainingError
 from secateur.models.inputs import arguments
@@ -33,7 +34,8 @@ from secateur.pruning.reconstruct import reconstruct_in_place
 from secateur.pruning.repair import repair
 from secateur.pruning.rotation import rotated
 from secateur.recovery.options import RecoverOptions
-from secateur.recovery.training import _load_trainable
+from secateur.recovery.recipe import RecoverRecipe
+from secateur.recovery.recover import recover
 from secateur.scoring.measured import measured_factors
 from secateur.scoring.passes.forward import input_device
 from secateur.scoring.scores import score
@@ -167,8 +169,9 @@ class TestLoading:
             assert found.plan.groups == usual.plan.groups
             expected = load("here/usual", device="cpu").state_dict()
             same(load("here/out", device="cpu").state_dict(), expected)
+            data, training = DataOptions(("in/text.txt",)), RecoverOptions(max_steps=1)
             with pytest.raises(TrainingError, match="its layers are brought to the GPU one by one, and training needs"):
-                _load_trainable("in/tiny", loading, RecoverOptions())
+                recover(RecoverRecipe("in/tiny", data, training, loading=loading), "here/no")
 
 
 def test_layers_are_not_trained() -> None:

@@ -191,7 +191,7 @@ class TestBudget:
     @pytest.mark.usefixtures("steady")
     def test_a_teacher_that_takes_longer_leaves_fewer_steps(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Fewer than the 13 that are planned, of the same rows."""
-        seconds = iter((60, 15))  # of each minute: before the teacher reads, and afterwards
+        seconds = iter((60, 60, 15))  # of each minute: before and after layers, and when the teacher has read
         monkeypatch.setattr("secateur.recovery.training._seconds_left", lambda minutes, began: next(seconds) * minutes)
         found = train(method="distill", minutes=0.02, max_steps=None, patience=None, eval_steps=None)
         assert found.steps == 6

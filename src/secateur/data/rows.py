@@ -159,10 +159,11 @@ def training_order(
     return order_SB.gather(1, lengths_R[order_SB].argsort(dim=1, descending=True, stable=True))
 
 
-def collate(rows: Rows, numbers: Sequence[int], *, pad: int) -> dict[str, Tensor]:
+def collate(rows: Rows, numbers: Sequence[int], *, pad: int, multiple: int = 1) -> dict[str, Tensor]:
     """Pad rows on the right to the longest of them; returns the model's inputs and `labels`, all B x T, int64.
 
-    `labels[t]` is the token that `logits[t]` predict: the next token, or `IGNORED` where it does not count in the loss.
+    T is rounded up to a `multiple`, but is no longer than the longest of all rows. `labels[t]` is the token that
+    `logits[t]` predict: the next token, or `IGNORED` where it does not count in the loss.
     Packed rows have `position_ids` and no mask; from that transformers sees that a row holds several texts.
 
     >>> ids = torch.arange(9, dtype=torch.int32)
@@ -172,7 +173,8 @@ def collate(rows: Rows, numbers: Sequence[int], *, pad: int) -> dict[str, Tensor
     ([[7, 8, 0, 0, 0], [2, 3, 4, 5, 6]], [[-100, -100, -100, -100, -100], [3, -100, 5, -100, -100]])
     """
     slices = [rows.slice_of(number) for number in numbers]
-    width = max(each.stop - each.start for each in slices)
+    longest = max(each.stop - each.start for each in slices)
+    width = max(longest, min(-(-longest // multiple) * multiple, int(rows.lengths_R.max())))
     ids_BT = torch.full((len(slices), width), pad, dtype=torch.int64)
     labels_BT = torch.full_like(ids_BT, IGNORED)
     mask_BT = torch.zeros_like(ids_BT)

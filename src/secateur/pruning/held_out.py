@@ -18,7 +18,7 @@ from secateur.discovery.groups import Discovery
 from secateur.planning.plan import Plan
 from secateur.progress import Progress
 from secateur.pruning.prune import prune
-from secateur.pruning.reconstruct import reconstruct_in_place
+from secateur.pruning.reconstruct import LayerTraining, reconstruct_in_place
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.loss import outputs_of, predictions, summed_loss
 
@@ -74,6 +74,7 @@ def checked_reconstruction(
     windows: Tensor,
     held_out: Tensor | None,
     *,
+    training: LayerTraining | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Train the layers of the pruned model in place, as `reconstruct_in_place` does, unless it then loses more.
@@ -97,7 +98,7 @@ def checked_reconstruction(
     before = {name: parameter.data for name, parameter in pruned.named_parameters()}  # which no training writes to
     of_dense = None if held_out is None else outputs_of(dense, held_out)
     first = math.inf if held_out is None else _mean_loss(pruned, held_out, of_dense)
-    reconstruct_in_place(dense, pruned, discovery, windows, progress=progress)
+    reconstruct_in_place(dense, pruned, discovery, windows, training=training, progress=progress)
     if held_out is None:
         return {}
     last = _mean_loss(pruned, held_out, of_dense)

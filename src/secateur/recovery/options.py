@@ -112,6 +112,10 @@ class RecoverOptions:
     patience: int | None = 3
     """Early stopping: evaluations without improvement before training ends."""
 
+    layers_first: bool | None = None
+    """Train each layer first, to give what the dense model's gives. Default: yes where a cut model is trained beside
+    its dense one, by one process, and for so long that layers take a third of the time at most."""
+
     gradient_checkpointing: bool = False
     """Gradient checkpointing: less memory, more time."""
 

@@ -10,6 +10,7 @@ from secateur.errors import TrainingError
 from secateur.pipeline.cache import has_begun, work_folder
 from secateur.pipeline.options import RunOptions
 from secateur.progress import Clock
+from secateur.recovery.layers_first import check_layers_first
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import RecoverResult
 from secateur.recovery.rounds import recover_in_rounds
@@ -29,6 +30,7 @@ def recover(recipe: RecoverRecipe, out: str | Path, *, run: RunOptions | None = 
     clock = Clock(run.bars)
     recipe = with_method(recipe)
     check_recipe(recipe, out, overwrite=run.overwrite)
+    check_layers_first(recipe.options, rounds=recipe.rounds is not None)
     if recipe.rounds is not None:
         result = recover_in_rounds(recipe, recipe.rounds, out, run, clock)
     else:

@@ -107,6 +107,12 @@ class TrainingSetup:
             group_by_length=self.recipe.data.group_by_length,
         )
 
+    @property
+    def tokens(self) -> float:
+        """The tokens that are trained on, about."""
+        assert self.options.max_steps is not None
+        return self.options.max_steps * self.options.global_batch_size * self.data.tokens_per_row
+
     def rows_read(self) -> tuple[Rows, Tensor]:
         """The rows that any step reads, and their numbers among these by step, as `order_SB`."""
         numbers = self.order_SB.unique()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from secateur import processes
 from secateur.data.rows import IGNORED, Rows, collate
 from secateur.evaluation.inference import evaluation_mode, input_device
-from secateur.models.precision import bfloat16_products, half_products
+from secateur.models.precision import bfloat16_products, half_products, width_multiple
 from secateur.recovery.distillation import distillation_loss, nll_loss
 from secateur.recovery.setup import TrainingSetup, evaluations_of
 from secateur.recovery.teacher_cache import TeacherOutputs, save_teacher_outputs
@@ -61,12 +61,13 @@ def pace_of(
     numbers = setup.order_SB[:TIMED_STEPS].flatten().unique()
     chosen = rows.select(numbers[rows.lengths_R[numbers].argsort(descending=True)])  # as within a step
     some = chosen.select(torch.arange(min(options.micro_batch_size, len(chosen))))
+    multiple = width_multiple(bf16=setup.bf16)
     with bfloat16_products(input_device(model).type, enabled=setup.bf16), half_products(model):
         top_k = 0 if teacher is None else options.top_k
-        _train(model, some, options.micro_batch_size, top_k)  # until memory is there
-        training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size, top_k), chosen)
+        _train(model, some, options.micro_batch_size, top_k, multiple)  # until memory is there
+        training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size, top_k, multiple), chosen)
         with evaluation_mode(model), torch.no_grad():
-            reading = _seconds_per_token(lambda: _loss(model, some, range(len(some)), top_k), some)
+            reading = _seconds_per_token(lambda: _loss(model, some, range(len(some)), top_k, multiple), some)
     teaching = 0.0
     if teacher is not None:
         dense, outputs = teacher(), TeacherOutputs(options.top_k, options.temperature)
@@ -77,17 +78,17 @@ def pace_of(
     return Pace(training, reading, teaching, loading)
 
 
-def _train(model: nn.Module, rows: Rows, micro_batch_size: int, top_k: int) -> None:
+def _train(model: nn.Module, rows: Rows, micro_batch_size: int, top_k: int, multiple: int) -> None:
     for first in range(0, len(rows), micro_batch_size):
-        loss: Any = _loss(model, rows, range(first, min(first + micro_batch_size, len(rows))), top_k)
+        loss: Any = _loss(model, rows, range(first, min(first + micro_batch_size, len(rows))), top_k, multiple)
         loss.backward()
     model.zero_grad()
 
 
-def _loss(model: nn.Module, rows: Rows, numbers: range, top_k: int) -> Tensor:
+def _loss(model: nn.Module, rows: Rows, numbers: range, top_k: int, multiple: int) -> Tensor:
     """The loss beside a teacher that has so many top tokens, all alike; none: that of the labels."""
     device = input_device(model)
-    batch = {name: tensor.to(device) for name, tensor in collate(rows, numbers, pad=0).items()}
+    batch = {name: tensor.to(device) for name, tensor in collate(rows, numbers, pad=0, multiple=multiple).items()}
     labels_BT = batch.pop("labels")
     logits_BTV, count = model(**batch, use_cache=False).logits, int((labels_BT != IGNORED).sum())
     if not top_k:

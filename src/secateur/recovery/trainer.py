@@ -25,7 +25,7 @@ from secateur.errors import TrainingError
 from secateur.evaluation.inference import evaluation_mode
 from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.protocols import Protocol
-from secateur.models.precision import bfloat16_products
+from secateur.models.precision import bfloat16_products, width_multiple
 from secateur.models.silence import quiet
 from secateur.progress import Progress
 from secateur.recovery import checkpoints
@@ -158,7 +158,7 @@ class RecoveryTrainer(Trainer):
             args=arguments,
             train_dataset=order,
             eval_dataset=unused,
-            data_collator=lambda numbers: _batch(inputs.rows, numbers, inputs.teacher, inputs.pad),
+            data_collator=lambda numbers: _batch(inputs.rows, numbers, inputs.teacher, pad=inputs.pad, bf16=bf16),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -241,7 +241,7 @@ class RecoveryTrainer(Trainer):
         rows = inputs.validation
         total, count = 0.0, 0
         for numbers in length_sorted_batches(rows, range(len(rows)), VALIDATION_TOKENS):
-            batch = _batch(rows, numbers, inputs.validation_teacher, inputs.pad)
+            batch = _batch(rows, numbers, inputs.validation_teacher, pad=inputs.pad, bf16=self.bf16)
             count += int((batch["labels"] != IGNORED).sum())
             total += float(self._summed_loss(model, {name: x.to(device) for name, x in batch.items()}))
         return total / max(count, 1)
@@ -291,8 +291,10 @@ def _training_arguments(
     )
 
 
-def _batch(rows: Rows, numbers: Sequence[int], teacher: TeacherCache | None, pad: int) -> dict[str, Tensor]:
-    batch = collate(rows, numbers, pad=pad)
+def _batch(
+    rows: Rows, numbers: Sequence[int], teacher: TeacherCache | None, *, pad: int, bf16: bool
+) -> dict[str, Tensor]:
+    batch = collate(rows, numbers, pad=pad, multiple=width_multiple(bf16=bf16))
     batch["shift_labels"] = batch["labels"]  # this name tells Trainer that labels stand where they are predicted
     return batch if teacher is None else batch | teacher.read(numbers)
 

@@ -24,7 +24,6 @@ from secateur.data.rows import Rows
 from secateur.errors import CheckpointError, TrainingError
 from secateur.files import read_json, write_json
 from secateur.models.loading import load
-from secateur.models.options import LoadOptions
 from secateur.models.precision import bfloat16_attention, half_products, matmul_precision
 from secateur.models.sources import resolve
 from secateur.models.streaming import streamed_layers
@@ -33,8 +32,8 @@ from secateur.models.tokenizer import text_files
 from secateur.pipeline.options import RunOptions
 from secateur.pipeline.recipe import write_recipe
 from secateur.progress import Clock, Progress, peak_rss
+from secateur.recovery.layers_first import layers_in, put_layers, train_layers_first
 from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
-from secateur.recovery.options import RecoverOptions
 from secateur.recovery.result import RecoverResult, write_curves
 from secateur.recovery.setup import TrainingSetup, load_finite
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
@@ -69,7 +68,7 @@ def _train_folder(setup: TrainingSetup, places: Places, run: RunOptions, clock: 
     from secateur.recovery.trainer import TrainingInputs
 
     began = time.monotonic()
-    setup = _timed(setup, places.work, began, clock)
+    setup = _with_layers_trained(setup, places.work, began, clock)
     # Of several trainings each reads other rows first, and a teacher reads all of them once.
     rows, order_SB = setup.rows_read() if places.teacher is None else (setup.data.train, setup.order_SB)
     caches = {}
@@ -89,7 +88,7 @@ def _train_folder(setup: TrainingSetup, places: Places, run: RunOptions, clock: 
         pad=setup.tokenizer.pad_token_id or 0,
     )
     logs = places.logs or places.out.absolute().parent / "runs" / places.out.name
-    trained, parameters, notes = _train(setup, inputs, places.work / CHECKPOINTS_FOLDER, logs, clock)
+    trained, parameters, notes = _train(setup, inputs, places.work, logs, clock)
     result = RecoverResult(
         places.out,
         setup.options.method,
@@ -107,25 +106,29 @@ def _train_folder(setup: TrainingSetup, places: Places, run: RunOptions, clock: 
     )
     if processes.is_first():
         with clock.stage("save"):
-            _save(setup, trained, result, run, places.result_file)
+            _save(setup, trained, result, run, places)
     processes.wait()
     return replace(result, peak_rss_bytes=peak_rss())
 
 
-def _timed(setup: TrainingSetup, work: Path, began: float, clock: Clock) -> TrainingSetup:
-    """The setup with as many steps as there is time for: as an earlier run has found, or as it is found now."""
+def _with_layers_trained(setup: TrainingSetup, work: Path, began: float, clock: Clock) -> TrainingSetup:
+    """Train the layers; the setup with as many steps as are left: as an earlier run has found, or as is found now."""
     from secateur.recovery.time_budget import pace_of
 
     minutes = setup.recipe.options.minutes
     if minutes is None:
+        train_layers_first(setup, work, tokens=setup.tokens, clock=clock)
         return setup
 
     def find() -> dict[str, Any]:
         with clock.stage(TIMING):
             start = time.monotonic()
-            model = _load_trainable(setup.recipe.model, setup.recipe.loading, setup.options)
+            model = _load_trainable(setup, work)
             loading = time.monotonic() - start
             pace = pace_of(setup, model, None if setup.teacher is None else setup.load_teacher, loading=loading)
+            del model
+        tokens = _seconds_left(minutes, began) / (pace.training + pace.teaching)
+        train_layers_first(setup, work, tokens=tokens, clock=clock)
         return {"steps": pace.steps(_seconds_left(minutes, began), setup, taught=False), "pace": asdict(pace)}
 
     known = _kept(work / STEPS_FILE, find)
@@ -186,14 +189,15 @@ def _cache_teacher(
 
 
 def _train(
-    setup: TrainingSetup, inputs: TrainingInputs, folder: Path, logs: Path, clock: Clock
+    setup: TrainingSetup, inputs: TrainingInputs, work: Path, logs: Path, clock: Clock
 ) -> tuple[TrainingResult, int, list[str]]:
     """Load the pruned model and train it; returns the result, the number of trained parameters, and notes."""
     from secateur.recovery.trainer import train
 
     options, notes = setup.options, []
     with clock.stage("load"):
-        model = _load_trainable(setup.recipe.model, setup.recipe.loading, options)
+        model = _load_trainable(setup, work)
+    folder = work / CHECKPOINTS_FOLDER
     if options.has_lora and options.lora.dropout and expert_weights(model):
         notes.append(f"there is no dropout, though {options.lora.dropout:g} was asked for: peft has none for experts")
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -202,14 +206,16 @@ def _train(
     return trained, parameters, notes
 
 
-def _load_trainable(name: str, loading: LoadOptions, options: RecoverOptions) -> torch.nn.Module:
+def _load_trainable(setup: TrainingSetup, work: Path) -> torch.nn.Module:
     """Load the pruned model with an adapter, or with all its weights in float32, ready to be trained."""
-    model = load_finite(name, loading)
+    name, options = setup.recipe.model, setup.options
+    model = load_finite(name, setup.recipe.loading)
     if streamed_layers(model) is not None:
         raise TrainingError(
             f"{name!r}: its layers are brought to the GPU one by one, and training needs all of them there. Expected a "
             "device that holds the weights: --device balanced for several GPUs, or --device cpu"
         )
+    put_layers(model, work)
     torch.manual_seed(options.seed)  # of the adapter's initial values
     if options.has_lora:
         adapted: torch.nn.Module = add_lora(model, options.lora)
@@ -223,7 +229,7 @@ def _load_trainable(name: str, loading: LoadOptions, options: RecoverOptions) ->
 
 
 def _save(
-    setup: TrainingSetup, trained: TrainingResult, result: RecoverResult, run: RunOptions, result_file: str | None
+    setup: TrainingSetup, trained: TrainingResult, result: RecoverResult, run: RunOptions, places: Places
 ) -> None:
     """Put the weights of the best checkpoint into the pruned model, loaded anew, and write the folder."""
     from secateur.recovery.checkpoints import load_weights_in_place
@@ -233,7 +239,8 @@ def _save(
     gc.collect()  # the trained model, which is in reference cycles with its Trainer
     model = load(recipe.model, device="cpu", trust_remote_code=trust)
     source = resolve(recipe.model).path
-    record = _record(setup, result, model, run.command)
+    record = _record(setup, result, model, run.command, layers_in(places.work))
+    put_layers(model, places.work)
     if options.has_lora:
         adapted = add_lora(model, options.lora)
         load_weights_in_place(adapted, trained.checkpoint, alone=True)
@@ -254,15 +261,17 @@ def _save(
     ) as unfinished:
         write_curves(result, unfinished, plot=options.plot)
         write_recipe(unfinished, "recover", recipe)
-        if result_file is not None:
-            write_json(unfinished / result_file, result.to_json())
+        if places.result_file is not None:
+            write_json(unfinished / places.result_file, result.to_json())
         if options.save_adapter:
             adapted = add_lora(load(recipe.model, device="cpu", trust_remote_code=trust), options.lora)
             load_weights_in_place(adapted, trained.checkpoint, alone=True)
             save_adapter(adapted, unfinished / ADAPTER_FOLDER, base=recipe.model)
 
 
-def _record(setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel, command: str | None) -> Record:
+def _record(
+    setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel, command: str | None, layers: object
+) -> Record:
     """Return the record of the pruned folder, with this training in it."""
     recipe = setup.recipe
     before = read_record(resolve(recipe.model).path)
@@ -274,6 +283,7 @@ def _record(setup: TrainingSetup, result: RecoverResult, model: PreTrainedModel,
         "rows": setup.data.train.digest(),
         "teacher": setup.teacher,
         "bf16": setup.bf16,
+        "layers": layers,
         "steps": result.steps,
         "best_step": result.best_step,
         "tokens": result.tokens,

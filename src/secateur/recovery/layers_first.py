@@ -1,0 +1,167 @@
+"""Setup -> the layers of the pruned model, each trained alone to give what the dense one's gives, before the training.
+
+What that repairs, the training of the whole model does not: both together give back more than either for the same time.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur import processes
+from secateur.checkpoint.record import read_record
+from secateur.data.rows import Rows
+from secateur.discovery.discover import discover
+from secateur.errors import PlanError, RecipeError, TrainingError
+from secateur.files import RECIPE_FILE
+from secateur.models.precision import matmul_precision
+from secateur.models.sources import resolve
+from secateur.models.streaming import streamed_layers
+from secateur.models.tensor_files import read_tensors, write_tensors
+from secateur.pipeline.recipe import load_recipe
+from secateur.progress import Clock
+from secateur.pruning.held_out import checked_reconstruction
+from secateur.pruning.reconstruct import LayerTraining
+from secateur.recovery.options import RecoverOptions
+from secateur.recovery.setup import TrainingSetup, load_finite, load_teacher
+
+logger = logging.getLogger(__name__)
+
+LAYERS_FILE = "layers.safetensors"  # in the work folder
+SHARE = 1 / 3  # of the time of a training that layers may take
+COST = 0.8  # of the time of a token that the whole model is trained on, which one takes that layers are trained on
+BATCH_TOKENS = (1024, 512, 256)  # of a step of a layer: the first for which there is time
+PASSES = 2.3  # over the windows, in the steps of a layer
+
+
+def check_layers_first(options: RecoverOptions, *, rounds: bool) -> None:
+    """Raise `TrainingError` where layers are to be trained first and cannot be."""
+    if not options.layers_first:
+        return
+    asked = "layers_first=True"
+    if not options.has_teacher:
+        raise TrainingError(
+            f"{asked}: the layers learn from the dense model, and method={options.method!r} has none. Expected a "
+            "method with a teacher, --method lora+distill"
+        )
+    if options.save_adapter:
+        raise TrainingError(f"{asked} changes the model that an adapter belongs to. Leave out --save-adapter")
+    if rounds:
+        raise TrainingError(f"{asked} is of one cut. In rounds, train the layers in each: cut.repair=reconstruct")
+    if processes.count() > 1:
+        raise TrainingError(
+            f"{asked}: one process trains layers, and there are {processes.count()}. Train them with the cut: "
+            "secateur prune MODEL OUT --repair reconstruct"
+        )
+
+
+def layer_batch_tokens(tokens: float) -> int | None:
+    """The tokens of each step of a layer, before a training on so many tokens; None where there is time for none.
+
+    >>> [layer_batch_tokens(tokens) for tokens in (400_000, 300_000, 100_000, 50_000)]
+    [1024, 512, 256, None]
+    """
+    steps = LayerTraining().steps
+    return next((each for each in BATCH_TOKENS if COST * steps * each <= SHARE * tokens), None)
+
+
+def train_layers_first(setup: TrainingSetup, work: Path, *, tokens: float, clock: Clock) -> None:
+    """Train the layers and keep them in the work folder, if that is asked for or pays before so many tokens.
+
+    What an earlier run has kept stays. Raises `PlanError` where it was asked for and layers do not match.
+    """
+    asked, file = setup.recipe.options.layers_first, work / LAYERS_FILE
+    batch_tokens = layer_batch_tokens(tokens) or (BATCH_TOKENS[-1] if asked else None)
+    if batch_tokens is None or setup.teacher is None or asked is False or file.exists():
+        return
+    if not asked and not _pays(setup):
+        return
+    with clock.stage("layers") as progress, matmul_precision(exact=False):
+        recipe, trust = setup.recipe, setup.recipe.loading.trust_remote_code
+        pruned = load_finite(recipe.model, recipe.loading)
+        if streamed_layers(pruned) is not None:
+            return  # which the training refuses
+        dense = load_teacher(recipe, setup.teacher, bf16=False)
+        count = max(8, int(LayerTraining().steps * batch_tokens / PASSES / recipe.data.max_length))
+        windows = windows_of(setup.data.train, setup.order_SB.flatten(), recipe.data.max_length, count)
+        rows = setup.data.validation
+        held_out = windows_of(rows, torch.arange(len(rows)), recipe.data.max_length, len(rows))
+        before = {name: parameter.data for name, parameter in pruned.named_parameters()}
+        try:
+            losses = checked_reconstruction(
+                dense,
+                pruned,
+                discover(setup.teacher, trust_remote_code=trust),
+                windows,
+                held_out if len(held_out) else None,
+                training=LayerTraining(batch_tokens=batch_tokens, seed=recipe.options.seed),
+                progress=progress,
+            )
+        except PlanError as error:
+            if asked:
+                raise
+            logger.info("layers are not trained first: %s", error)
+            return
+        trained = {
+            name: parameter.data
+            for name, parameter in pruned.named_parameters()
+            if parameter.data.data_ptr() != before[name].data_ptr()
+        }
+        write_tensors(file, trained, {"batch_tokens": batch_tokens, "losses": losses})
+    del dense, pruned, before, trained
+    gc.collect()
+
+
+def _pays(setup: TrainingSetup) -> bool:
+    """Whether layers are trained without being asked for: of a model that was cut, and not trained in any way yet."""
+    if setup.recipe.options.save_adapter or processes.count() > 1:
+        return False
+    path = resolve(setup.recipe.model).path
+    record = read_record(path)
+    if path is None or record is None or record.recovery is not None:
+        return False
+    with suppress(RecipeError):
+        return load_recipe(path / RECIPE_FILE).cut.repair != "reconstruct"
+    return True
+
+
+def windows_of(rows: Rows, numbers: Tensor, length: int, count: int) -> Tensor:
+    """At most so many windows of rows in this order, int64, windows x length.
+
+    Each begins with a row. Others follow in it until it is full, and what is too long is cut off.
+
+    >>> ids = torch.arange(9, dtype=torch.int32)
+    >>> rows = Rows(ids, ids > 0, torch.tensor([0, 2, 7, 9]), torch.zeros(3, dtype=torch.int32))
+    >>> windows_of(rows, torch.tensor([1, 0, 2, 0]), 3, 4).tolist()
+    [[2, 3, 4], [0, 1, 7]]
+    """
+    windows: list[Tensor] = []
+    parts: list[Tensor] = []
+    for number in numbers.tolist():
+        if len(windows) == count:
+            break
+        parts.append(rows.ids_T[rows.slice_of(number)].long())
+        if sum(map(len, parts)) >= length:
+            windows.append(torch.cat(parts)[:length])
+            parts = []
+    return torch.stack(windows) if windows else torch.zeros(0, length, dtype=torch.int64)
+
+
+def put_layers(model: nn.Module, work: Path) -> None:
+    """Give the pruned model the layers that are kept in the work folder, if there are any."""
+    if not (work / LAYERS_FILE).exists():
+        return
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_tensors(work / LAYERS_FILE)[0].items():
+        own = parameters[name]
+        own.data = tensor.to(own.device, own.dtype, copy=True)  # not mapped from the file
+
+
+def layers_in(work: Path) -> object:
+    """What the record says of layers that were trained first; None where none were."""
+    return read_tensors(work / LAYERS_FILE)[1] if (work / LAYERS_FILE).exists() else None
