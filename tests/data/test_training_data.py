@@ -310,6 +310,18 @@ def test_labels_are_the_next_tokens_that_are_learned() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
+@pytest.mark.parametrize(("numbers", "width"), [([0], 4), ([1], 8), ([2], 9), ([0, 2], 9)])
+def test_widths_are_multiples_up_to_the_longest_row(numbers: list[int], width: int) -> None:
+    rows = some_rows([2, 5, 9])
+    plain, wide = collate(rows, numbers, pad=0), collate(rows, numbers, pad=0, multiple=4)
+    assert wide["input_ids"].shape == (len(numbers), width)
+    length = plain["input_ids"].shape[1]
+    for name, tensor in plain.items():
+        assert torch.equal(wide[name][:, :length], tensor)
+    assert not wide["attention_mask"][:, length:].any()
+    assert (wide["labels"][:, length:] == IGNORED).all()
+
+
 class TestForms:
     @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
     def test_a_share_of_the_plain_text_is_in_other_forms(self, share: float, tokenizer: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from trainings import distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
 
+from secateur.data.rows import Rows
 from secateur.models.options import LoadOptions
 from secateur.recovery import setup, trainer
 from secateur.recovery.distillation import nll_loss
@@ -84,3 +85,10 @@ def test_it_stops_early_and_says_where_nothing_became_better(place: Path) -> Non
     assert found.steps == found.evaluation[-1]["step"]
     assert len(scores) - 1 - scores.index(min(scores)) == 2
     assert any("no checkpoint is better than the pruned model was" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("bf16", "width"), [(True, 64), (False, 40)])
+def test_batches_in_bfloat16_have_few_widths(bf16: bool, width: int) -> None:
+    ids_T = torch.zeros(140, dtype=torch.int32)
+    rows = Rows(ids_T, ids_T == 0, torch.tensor([0, 40, 140]), ids_T[:2])
+    assert trainer._batch(rows, [0], None, pad=0, bf16=bf16)["input_ids"].shape == (1, width)
