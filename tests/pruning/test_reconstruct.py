@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from every_type import tiny_type_model
 from families import GROUPED, family_config, family_model
 from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery
@@ -127,3 +128,18 @@ def test_layers_and_hidden_width_are_refused(axis: Any, said: str) -> None:
         reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
     with pytest.raises(PlanError, match=f"repair=reconstruct.*axes={axis}"):
         CutOptions(ratio=0.2, axes=(axis,), repair="reconstruct", scope="local", shape="uniform")
+
+
+@pytest.mark.parametrize("model_type", ["reformer", "xlm", "xmod"])
+def test_layers_that_cannot_be_trained_alone_are_refused(model_type: str) -> None:
+    model = tiny_type_model(model_type)
+    discovery = discover(model)
+    decided = plan(
+        discovery,
+        CutOptions(ratio=0.2, of="units", axes=("mlp",), score="l2"),
+        config=model.config,
+        scores=score(model, discovery=discovery, name="l2"),
+    )
+    cut = prune(model, decided, discovery=discovery)
+    with pytest.raises(PlanError, match=r"(?s)repair=reconstruct .*--repair least-squares"):
+        reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.discovery.groups import Discovery
-from secateur.errors import PlanError
+from secateur.errors import PlanError, one_line
 from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, replaced_forward
@@ -68,7 +68,8 @@ def reconstruct_in_place(
     Windows are int64, samples x length; all go through the models together, which takes memory for the hidden states
     of one layer. Returns the error of every layer that has been cut, on the windows left out, before and after
     training: the squared distance of a token's hidden states to the dense layer's, as a share of the squares of those,
-    on average. Raises `PlanError` where the two models have other layers, or another hidden width.
+    on average. Raises `PlanError` where the two models have other layers or another hidden width, or layers cannot be
+    trained alone.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -94,7 +95,15 @@ def reconstruct_in_place(
         for path in layers:
             layer = pruned.get_submodule(path)
             stack.enter_context(replaced_forward(layer, pass_.forward_of(path, layer.forward)))
-        run()
+        try:
+            run()
+        except (IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            raise PlanError(
+                f"repair=reconstruct trains each layer on some of the windows at a time, which layers of "
+                f"{type(pruned).__name__} do not allow ({one_line(error)}). Use another repair: --repair least-squares"
+            ) from error
     return pass_.errors
 
 

@@ -84,8 +84,9 @@ def train_layers_first(setup: TrainingSetup, work: Path, *, tokens: float, clock
     with clock.stage("layers") as progress, matmul_precision(exact=False):
         recipe, trust = setup.recipe, setup.recipe.loading.trust_remote_code
         pruned = load_finite(recipe.model, recipe.loading)
-        if streamed_layers(pruned) is not None:
-            return  # which the training refuses
+        on_devices = {parameter.device for parameter in pruned.parameters()}
+        if streamed_layers(pruned) is not None or (not asked and len(on_devices) > 1):
+            return  # the training refuses the first
         dense = load_teacher(recipe, setup.teacher, bf16=False)
         count = max(8, int(LayerTraining().steps * batch_tokens / PASSES / recipe.data.max_length))
         windows = windows_of(setup.data.train, setup.order_SB.flatten(), recipe.data.max_length, count)
