@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from trainings import (
+    FLOAT32,
     TEXT,
     counted_steps,
     distance,
     interrupt,
     interrupted_at,
+    options,
     place_fixture,  # noqa: F401 - the fixture `place`
     train,
 )
 
 from recipes import recipe
-from secateur import CalibrationOptions, prune_model
+from secateur import CalibrationOptions, CutOptions, DataOptions, prune_model, recover
 from secateur.checkpoint.record import read_record
 from secateur.data.rows import Rows, row_starts
 from secateur.errors import PlanError, TrainingError
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.options import RunOptions
+from secateur.pruning.reconstruct import LayerTraining
 from secateur.recovery.layers_first import COST, SHARE, layer_batch_tokens, windows_of
+from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from tiny import write_tiny
 
 TAUGHT: dict[str, Any] = {"method": "lora+distill", "data": {"sources": ("text.txt",), "max_length": 16}}
@@ -43,8 +48,14 @@ def layers_of(folder: str | Path) -> Any:
     return record.recovery["layers"]
 
 
+@pytest.fixture(name="brief")
+def brief_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are trained for 20 steps."""
+    monkeypatch.setattr("secateur.recovery.layers_first.LayerTraining", partial(LayerTraining, steps=20))
+
+
 @pytest.fixture(name="cut")
-def cut_fixture(place: Path) -> str:
+def cut_fixture(place: Path, brief: None) -> str:
     """A cut of a dense model, `here/dense`, whose weights are large enough that its loss shows what was cut."""
     write_tiny(place / "dense", initializer_range=0.2)
     text = CalibrationOptions("text.txt", 4, 16)
@@ -61,7 +72,7 @@ def error(folder: str) -> float:
 
 
 @pytest.fixture(name="long")
-def long_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_fixture(brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few steps count as a training that is long enough."""
     monkeypatch.setattr("secateur.recovery.setup.TrainingSetup.tokens", MANY)
 
@@ -114,13 +125,23 @@ def test_not_before_a_short_training(place: Path) -> None:
     assert layers_of("here/out") is None
 
 
+@pytest.mark.usefixtures("long", "place")
+@pytest.mark.parametrize(("rounds", "trained"), [(1, True), (2, False)])
+def test_of_a_model_that_is_cut_first(rounds: int, trained: bool) -> None:
+    cut = RoundOptions(rounds, CutOptions(ratio=0.3), CalibrationOptions("text.txt", 4, 16))
+    data = DataOptions(("text.txt",), max_length=16)
+    recover(RecoverRecipe("dense", data, options(method="lora+distill"), rounds=cut, loading=FLOAT32), "here/out")
+    assert (layers_of("here/out") is not None) == trained
+
+
+@pytest.mark.usefixtures("brief")
 def test_minutes_count_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take half of the time here."""
     seconds = iter((60, 30, 30))  # of each minute: before and after layers, and when the teacher has read
     monkeypatch.setattr("secateur.recovery.time_budget._seconds_per_token", lambda run, rows: (run(), 4e-5)[1])
     monkeypatch.setattr("secateur.recovery.time_budget.LOADS", 0)
     monkeypatch.setattr("secateur.recovery.training._seconds_left", lambda minutes, began: next(seconds) * minutes)
-    given: dict[str, Any] = {"minutes": 0.1, "max_steps": None, "eval_steps": 1000, "patience": None}
+    given: dict[str, Any] = {"minutes": 0.02, "max_steps": None, "eval_steps": 1000, "patience": None}
     half = train(layers_first=True, **{**TAUGHT, **given}).steps
     assert layers_of("here/out") is not None
     seconds = iter((60, 60, 60))
@@ -156,11 +177,22 @@ class TestStopped:
     [
         ({"method": "lora"}, "layers_first=True: the layers learn from the dense model, and method='lora' has none"),
         ({"save_adapter": True}, "layers_first=True changes the model that an adapter belongs to"),
+        ({"method": "full"}, "and method='full' has none. Expected a method with a teacher, --method lora"),
     ],
 )
 def test_refused(changed: dict[str, Any], message: str, place: Path) -> None:
     with pytest.raises(TrainingError, match=message):
         train(**{**TAUGHT, "layers_first": True, **changed})
+
+
+@pytest.mark.usefixtures("place")
+def test_refused_in_rounds_and_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options(method="lora+distill", layers_first=True)
+    with pytest.raises(TrainingError, match="layers_first=True is of one cut, and there are 3 rounds"):
+        recover(RecoverRecipe("dense", DataOptions(("text.txt",)), asked, rounds=RoundOptions()), "here/out")
+    monkeypatch.setattr("secateur.processes.count", lambda: 2)
+    with pytest.raises(TrainingError, match="layers_first=True: one process trains layers, and there are 2"):
+        recover(RecoverRecipe("per-layer", DataOptions(("text.txt",)), asked), "here/out")
 
 
 @given(st.integers(1, 10**7))

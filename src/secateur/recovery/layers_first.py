@@ -39,7 +39,7 @@ BATCH_TOKENS = (1024, 512, 256)  # of a step of a layer: the first for which the
 PASSES = 2.3  # over the windows, in the steps of a layer
 
 
-def check_layers_first(options: RecoverOptions, *, rounds: bool) -> None:
+def check_layers_first(options: RecoverOptions, *, rounds: int) -> None:
     """Raise `TrainingError` where layers are to be trained first and cannot be."""
     if not options.layers_first:
         return
@@ -51,8 +51,10 @@ def check_layers_first(options: RecoverOptions, *, rounds: bool) -> None:
         )
     if options.save_adapter:
         raise TrainingError(f"{asked} changes the model that an adapter belongs to. Leave out --save-adapter")
-    if rounds:
-        raise TrainingError(f"{asked} is of one cut. In rounds, train the layers in each: cut.repair=reconstruct")
+    if rounds > 1:
+        raise TrainingError(
+            f"{asked} is of one cut, and there are {rounds} rounds. Leave it out, or cut once: --rounds 1"
+        )
     if processes.count() > 1:
         raise TrainingError(
             f"{asked}: one process trains layers, and there are {processes.count()}. Train them with the cut: "

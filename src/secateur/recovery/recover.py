@@ -30,7 +30,7 @@ def recover(recipe: RecoverRecipe, out: str | Path, *, run: RunOptions | None = 
     clock = Clock(run.bars)
     recipe = with_method(recipe)
     check_recipe(recipe, out, overwrite=run.overwrite)
-    check_layers_first(recipe.options, rounds=recipe.rounds is not None)
+    check_layers_first(recipe.options, rounds=1 if recipe.rounds is None else recipe.rounds.count)
     if recipe.rounds is not None:
         result = recover_in_rounds(recipe, recipe.rounds, out, run, clock)
     else:

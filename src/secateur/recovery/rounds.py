@@ -175,7 +175,8 @@ def _run_round(shared: _Rounds, cut: _Cut) -> Round:
 def _train_round(shared: _Rounds, cut: _Cut, pruned: Path, trained: Path, clock: Clock) -> None:
     setup, out = shared.setup, shared.out
     seed = setup.options.seed + cut.number - 1  # a training of few steps does not read all rows: read others
-    options = replace(setup.recipe.options, seed=seed, layers_first=False)
+    layers_first = setup.recipe.options.layers_first if shared.options.count == 1 else False
+    options = replace(setup.recipe.options, seed=seed, layers_first=layers_first)
     recipe = replace(setup.recipe, model=str(pruned), rounds=None, options=options)
     with work_folder(trained, training_key(recipe), resume=True) as work:
         places = Places(
