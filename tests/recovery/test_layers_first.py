@@ -81,7 +81,7 @@ def long_fixture(brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_layers_come_close_to_the_dense_ones(method: str, cut: str) -> None:
     train(cut, learning_rate=1e-9, layers_first=True, **{**TAUGHT, "method": method})
     found = layers_of("here/out")
-    assert found["batch_tokens"] == 256
+    assert found["batch_tokens"] == 512
     assert found["losses"].keys() == {"before", "reconstructed"}
     assert error("here/out") < 0.8 * error(cut)
 
