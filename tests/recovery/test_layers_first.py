@@ -108,6 +108,16 @@ class TestByDefault:
         with pytest.raises(PlanError, match="reconstruction needs"):
             train(model, "here/asked", layers_first=True, **TAUGHT)
 
+    def test_not_where_memory_does_not_hold_both_models(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("secateur.recovery.layers_first.checked_reconstruction", full)
+        train(**TAUGHT)
+        assert layers_of("here/out") is None
+        with pytest.raises(torch.OutOfMemoryError):
+            train(out="here/asked", layers_first=True, **TAUGHT)
+
     def test_not_of_a_model_that_was_trained(self, place: Path) -> None:
         train(out="here/first", layers_first=False, **TAUGHT)
         train("here/first", **TAUGHT)
@@ -132,6 +142,11 @@ def test_of_a_model_that_is_cut_first(rounds: int, trained: bool) -> None:
     data = DataOptions(("text.txt",), max_length=16)
     recover(RecoverRecipe("dense", data, options(method="lora+distill"), rounds=cut, loading=FLOAT32), "here/out")
     assert (layers_of("here/out") is not None) == trained
+
+
+def test_of_less_text_than_a_row_may_have(cut: str) -> None:
+    train(cut, max_steps=1, global_batch_size=1, layers_first=True, **{**TAUGHT, "data": {"max_length": 128}})
+    assert layers_of("here/out") is not None
 
 
 @pytest.mark.usefixtures("brief")

@@ -9,6 +9,7 @@ import gc
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,11 @@ from secateur.errors import PlanError, RecipeError, TrainingError
 from secateur.files import RECIPE_FILE
 from secateur.models.precision import matmul_precision
 from secateur.models.sources import resolve
-from secateur.models.streaming import streamed_layers
 from secateur.models.tensor_files import read_tensors, write_tensors
 from secateur.pipeline.recipe import load_recipe
-from secateur.progress import Clock
+from secateur.progress import Clock, Progress
 from secateur.pruning.held_out import checked_reconstruction
-from secateur.pruning.reconstruct import LayerTraining
+from secateur.pruning.reconstruct import HELD_OUT, LayerTraining
 from secateur.recovery.options import RecoverOptions
 from secateur.recovery.setup import TrainingSetup, load_finite, load_teacher
 
@@ -75,7 +75,7 @@ def layer_batch_tokens(tokens: float) -> int | None:
 def train_layers_first(setup: TrainingSetup, work: Path, *, tokens: float, clock: Clock) -> None:
     """Train the layers and keep them in the work folder, if that is asked for or pays before so many tokens.
 
-    What an earlier run has kept stays. Raises `PlanError` where it was asked for and layers do not match.
+    What an earlier run has kept stays. Raises `PlanError` where it was asked for and cannot be done.
     """
     asked, file = setup.recipe.options.layers_first, work / LAYERS_FILE
     batch_tokens = layer_batch_tokens(tokens) or (BATCH_TOKENS[-1] if asked else None)
@@ -84,40 +84,50 @@ def train_layers_first(setup: TrainingSetup, work: Path, *, tokens: float, clock
     if not asked and not _pays(setup):
         return
     with clock.stage("layers") as progress, matmul_precision(exact=False):
-        recipe, trust = setup.recipe, setup.recipe.loading.trust_remote_code
-        pruned = load_finite(recipe.model, recipe.loading)
-        on_devices = {parameter.device for parameter in pruned.parameters()}
-        if streamed_layers(pruned) is not None or (not asked and len(on_devices) > 1):
-            return  # the training refuses the first
-        dense = load_teacher(recipe, setup.teacher, bf16=False)
-        count = max(8, int(LayerTraining().steps * batch_tokens / PASSES / recipe.data.max_length))
-        windows = windows_of(setup.data.train, setup.order_SB.flatten(), recipe.data.max_length, count)
-        rows = setup.data.validation
-        held_out = windows_of(rows, torch.arange(len(rows)), recipe.data.max_length, len(rows))
-        before = {name: parameter.data for name, parameter in pruned.named_parameters()}
         try:
-            losses = checked_reconstruction(
-                dense,
-                pruned,
-                discover(setup.teacher, trust_remote_code=trust),
-                windows,
-                held_out if len(held_out) else None,
-                training=LayerTraining(batch_tokens=batch_tokens, seed=recipe.options.seed),
-                progress=progress,
-            )
-        except PlanError as error:
+            found = _trained(setup, setup.teacher, batch_tokens, progress)
+        except (PlanError, torch.OutOfMemoryError) as error:
             if asked:
                 raise
             logger.info("layers are not trained first: %s", error)
-            return
-        trained = {
-            name: parameter.data
-            for name, parameter in pruned.named_parameters()
-            if parameter.data.data_ptr() != before[name].data_ptr()
-        }
-        write_tensors(file, trained, {"batch_tokens": batch_tokens, "losses": losses})
-    del dense, pruned, before, trained
-    gc.collect()
+        else:
+            write_tensors(file, *found)
+    gc.collect()  # both models
+
+
+def _trained(
+    setup: TrainingSetup, dense_name: str, batch_tokens: int, progress: Progress | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of the layers that were trained, by name, and what the record says of them."""
+    recipe, data = setup.recipe, setup.data
+    pruned = load_finite(recipe.model, recipe.loading)
+    if len(devices := {parameter.device for parameter in pruned.parameters()}) > 1:
+        raise PlanError(
+            f"layers_first=True: the layers lie on {len(devices)} devices, and each is trained with the one before. "
+            "Train on one, or leave them as they are: --no-layers-first"
+        )
+    dense = load_teacher(recipe, dense_name, bf16=False)
+    order = setup.order_SB.flatten()
+    length = min(recipe.data.max_length, int(data.train.lengths_R[order].sum()))
+    count = max(HELD_OUT, int(LayerTraining().steps * batch_tokens / PASSES / length))
+    windows = windows_of(data.train, order, length, count)
+    held_out = windows_of(data.validation, torch.arange(len(data.validation)), length, len(data.validation))
+    before = {name: parameter.data for name, parameter in pruned.named_parameters()}
+    losses = checked_reconstruction(
+        dense,
+        pruned,
+        discover(dense_name, trust_remote_code=recipe.loading.trust_remote_code),
+        windows,
+        held_out if len(held_out) else None,
+        training=LayerTraining(batch_tokens=batch_tokens, seed=recipe.options.seed),
+        progress=progress,
+    )
+    trained = {
+        name: parameter.data
+        for name, parameter in pruned.named_parameters()
+        if parameter.data.data_ptr() != before[name].data_ptr()
+    }
+    return trained, {"batch_tokens": batch_tokens, "losses": losses}
 
 
 def _pays(setup: TrainingSetup) -> bool:
@@ -165,6 +175,6 @@ def put_layers(model: nn.Module, work: Path) -> None:
         own.data = tensor.to(own.device, own.dtype, copy=True)  # not mapped from the file
 
 
-def layers_in(work: Path) -> object:
+def layers_in(work: Path) -> Any:
     """What the record says of layers that were trained first; None where none were."""
     return read_tensors(work / LAYERS_FILE)[1] if (work / LAYERS_FILE).exists() else None
