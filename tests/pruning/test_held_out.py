@@ -66,15 +66,15 @@ def test_layers_are_not_trained_where_that_loses_more(factor: int, monkeypatch: 
     before = {name: parameter.detach().clone() for name, parameter in smaller.named_parameters()}
 
     def as_told(dense: Any, pruned: Any, *rest: Any, **options: Any) -> Any:
-        training = LayerTraining(steps=10, batch_tokens=64, learning_rate=1e-3)
-        found = reconstruct_in_place(dense, pruned, *rest, training=training, **options)
+        found = reconstruct_in_place(dense, pruned, *rest, **options)
         for parameter in pruned.model.layers[0].parameters():
             parameter.data = factor * parameter.data
         return found
 
     monkeypatch.setattr(secateur.pruning.held_out, "reconstruct_in_place", as_told)
     first = float(summed_loss(smaller, HELD_OUT)) / HELD_OUT[:, 1:].numel()
-    losses = checked_reconstruction(model, smaller, discovery, WINDOWS, HELD_OUT)
+    training = LayerTraining(steps=10, batch_tokens=64, learning_rate=1e-3)
+    losses = checked_reconstruction(model, smaller, discovery, WINDOWS, HELD_OUT, training=training)
     last = float(summed_loss(smaller, HELD_OUT)) / HELD_OUT[:, 1:].numel()
     assert last == pytest.approx(min(first, losses["reconstructed"]), abs=1e-9)
     same = all(torch.equal(before[name], parameter) for name, parameter in smaller.named_parameters())
