@@ -87,8 +87,8 @@ def test_it_stops_early_and_says_where_nothing_became_better(place: Path) -> Non
     assert any("no checkpoint is better than the pruned model was" in note for note in found.notes)
 
 
-@pytest.mark.parametrize(("bf16", "width"), [(True, 64), (False, 40)])
-def test_batches_in_bfloat16_have_few_widths(bf16: bool, width: int) -> None:
+@pytest.mark.parametrize(("multiple", "width"), [(64, 64), (1, 40)])
+def test_batches_may_have_few_widths(multiple: int, width: int) -> None:
     ids_T = torch.zeros(140, dtype=torch.int32)
     rows = Rows(ids_T, ids_T == 0, torch.tensor([0, 40, 140]), ids_T[:2])
-    assert trainer._batch(rows, [0], None, pad=0, bf16=bf16)["input_ids"].shape == (1, width)
+    assert trainer._batch(rows, [0], None, pad=0, multiple=multiple)["input_ids"].shape == (1, width)

@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 FEW_ROWS = 32  # with fewer, converting the weights takes longer than multiplying them as they are
 MOST_ENTRIES = 2**24  # of an operand that are in float32 at once
 SIZE = 256  # of the product that is looked at
-BF16_WIDTH = 64  # of batches in bfloat16: so many positions, or a multiple
+BF16_WIDTH = 64  # of batches in bfloat16 on a CPU: so many positions, or a multiple
 EXACT = 1e-5  # of float32's own products: those of TF32 or bfloat16 are off by 1e-3
 
 
@@ -58,16 +58,16 @@ def bfloat16_products(device_type: str, *, enabled: bool) -> Iterator[None]:
         yield
 
 
-def width_multiple(*, bf16: bool) -> int:
+def width_multiple(device_type: str, *, bf16: bool) -> int:
     """What the width of padded batches should be a multiple of.
 
-    oneDNN writes machine code for every shape of a product in bfloat16, which takes 2 ms: with batches of any width,
-    that is a third of a training on a CPU.
+    On a CPU, oneDNN writes machine code for every shape of a product in bfloat16, which takes 2 ms: with batches of any
+    width, that is a third of a training.
 
-    >>> width_multiple(bf16=True), width_multiple(bf16=False)
-    (64, 1)
+    >>> width_multiple("cpu", bf16=True), width_multiple("cpu", bf16=False), width_multiple("cuda", bf16=True)
+    (64, 1, 1)
     """
-    return BF16_WIDTH if bf16 else 1
+    return BF16_WIDTH if bf16 and device_type == "cpu" else 1
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def pace_of(
     numbers = setup.order_SB[:TIMED_STEPS].flatten().unique()
     chosen = rows.select(numbers[rows.lengths_R[numbers].argsort(descending=True)])  # as within a step
     some = chosen.select(torch.arange(min(options.micro_batch_size, len(chosen))))
-    multiple = width_multiple(bf16=setup.bf16)
+    multiple = width_multiple(input_device(model).type, bf16=setup.bf16)
     with bfloat16_products(input_device(model).type, enabled=setup.bf16), half_products(model):
         top_k = 0 if teacher is None else options.top_k
         _train(model, some, options.micro_batch_size, top_k, multiple)  # until memory is there

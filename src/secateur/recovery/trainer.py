@@ -149,6 +149,7 @@ class RecoveryTrainer(Trainer):
         bf16: bool,
     ) -> None:
         self.inputs, self.options, self.bf16 = inputs, options, bf16
+        self.width_multiple = multiple = width_multiple(arguments.device.type, bf16=bf16)
         self._base = _base_model(model)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self._base.forward).parameters
         order: Any = inputs.order_SB.flatten().tolist()  # numbers of rows, which the collator reads from `inputs`
@@ -158,7 +159,9 @@ class RecoveryTrainer(Trainer):
             args=arguments,
             train_dataset=order,
             eval_dataset=unused,
-            data_collator=lambda numbers: _batch(inputs.rows, numbers, inputs.teacher, pad=inputs.pad, bf16=bf16),
+            data_collator=lambda numbers: _batch(
+                inputs.rows, numbers, inputs.teacher, pad=inputs.pad, multiple=multiple
+            ),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -241,7 +244,7 @@ class RecoveryTrainer(Trainer):
         rows = inputs.validation
         total, count = 0.0, 0
         for numbers in length_sorted_batches(rows, range(len(rows)), VALIDATION_TOKENS):
-            batch = _batch(rows, numbers, inputs.validation_teacher, pad=inputs.pad, bf16=self.bf16)
+            batch = _batch(rows, numbers, inputs.validation_teacher, pad=inputs.pad, multiple=self.width_multiple)
             count += int((batch["labels"] != IGNORED).sum())
             total += float(self._summed_loss(model, {name: x.to(device) for name, x in batch.items()}))
         return total / max(count, 1)
@@ -292,9 +295,9 @@ def _training_arguments(
 
 
 def _batch(
-    rows: Rows, numbers: Sequence[int], teacher: TeacherCache | None, *, pad: int, bf16: bool
+    rows: Rows, numbers: Sequence[int], teacher: TeacherCache | None, *, pad: int, multiple: int
 ) -> dict[str, Tensor]:
-    batch = collate(rows, numbers, pad=pad, multiple=width_multiple(bf16=bf16))
+    batch = collate(rows, numbers, pad=pad, multiple=multiple)
     batch["shift_labels"] = batch["labels"]  # this name tells Trainer that labels stand where they are predicted
     return batch if teacher is None else batch | teacher.read(numbers)
 
