@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional
 from trainings import distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
 
 from secateur.data.rows import Rows
 from secateur.models.options import LoadOptions
-from secateur.recovery import setup, trainer
+from secateur.recovery import setup, trainer, training
+from secateur.recovery.adapter_products import fuse_adapters
 from secateur.recovery.distillation import nll_loss
 
 
@@ -54,9 +56,10 @@ def test_in_bfloat16_the_loss_falls_alike_and_reads_the_logits_as_they_are(
     by_products: bool, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[tuple[torch.dtype, bool]] = set()
+    fused = functional.scaled_dot_product_attention
 
     def watched(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        seen.add((logits_BTV.dtype, torch.backends.cuda.flash_sdp_enabled()))
+        seen.add((logits_BTV.dtype, functional.scaled_dot_product_attention is fused))
         return nll_loss(logits_BTV, labels_BT)
 
     expected = train(method="full", max_steps=8)
@@ -66,6 +69,23 @@ def test_in_bfloat16_the_loss_falls_alike_and_reads_the_logits_as_they_are(
     found = train(out="here/rounded", loading=rounded, method="full", max_steps=8)
     assert seen == {(torch.bfloat16, not by_products)}
     assert [loss for _, loss in found.loss] == pytest.approx([loss for _, loss in expected.loss], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_trains_alike_in_one_step_of_autograd(
+    dtype: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the matrix that it belongs to, as it does without."""
+    fused: list[int] = []
+    monkeypatch.setattr(training, "fuse_adapters", lambda model, **how: fused.append(fuse_adapters(model, **how)))
+    loading = LoadOptions(dtype=dtype, device="cpu")
+    found = train(out="here/fused", loading=loading, method="lora", max_steps=8)
+    assert fused
+    assert all(fused)
+    monkeypatch.setattr(training, "fuse_adapters", lambda model, **how: 0)
+    expected = train(out="here/apart", loading=loading, method="lora", max_steps=8)
+    assert [loss for _, loss in found.loss] == pytest.approx([loss for _, loss in expected.loss], rel=0.01)
+    assert distance("here/fused", "here/apart") < (1e-5 if dtype == "float32" else 0.02)
 
 
 def test_packed_rows_train(place: Path) -> None:

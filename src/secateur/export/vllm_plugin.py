@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -26,6 +26,7 @@ from secateur.models.sources import check_unchanged, resolve
 from secateur.models.weight_files import is_model_file
 
 BACKEND = "vllm.model_executor.models.transformers"
+KERNELS = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
 KNOWN = "0.32"  # the version whose backend is extended and tested
 # Class that is served -> the class of the backend that it extends.
 SERVED = {"PerLayerForCausalLM": "TransformersForCausalLM", "PerLayerMoEForCausalLM": "TransformersMoEForCausalLM"}
@@ -80,6 +81,7 @@ def _served(name: str, stock: Any) -> type:
     def patch_config(self: Any) -> None:
         """Before the model is built: in a process that has not read the config itself."""
         register_classes(self.config)
+        _flatten_for_amx()
         stock._patch_config(self)
 
     def replace(self: Any) -> None:
@@ -113,6 +115,24 @@ def _served(name: str, stock: Any) -> type:
         "__doc__": f"A {stock.__name__} of per-layer sizes.",
     }
     return type(name, (stock,), members)
+
+
+def _flatten_for_amx() -> None:
+    """Let the kernel for int8 weights on CPUs with AMX read batches of rows: it takes two dimensions, and gets three.
+
+    vLLM's other kernels take any number. Called again, this changes nothing.
+    """
+    with suppress(ImportError, AttributeError):  # no such kernel in this version
+        kernel: Any = importlib.import_module(KERNELS).CPUInt8ScaledMMLinearKernel
+        taken = kernel._apply_weights_sgl
+        if not hasattr(taken, "flattens"):
+
+            def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+                found: Tensor = taken(self, layer, x.reshape(-1, x.shape[-1]), bias)
+                return found.reshape(*x.shape[:-1], -1)
+
+            apply.flattens = True  # type: ignore[attr-defined]
+            kernel._apply_weights_sgl = apply
 
 
 class _NoAttention:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -81,29 +80,6 @@ def bfloat16_code() -> Iterator[None]:
         raise TrainingError(
             f"the model's code does not run in bfloat16 ({one_line(error)}). Train in float32: --dtype float32"
         ) from error
-
-
-@contextmanager
-def bfloat16_attention(*, by_products: bool) -> Iterator[None]:
-    """While open, attention is taken by matrix products of all positions, in the precision of its inputs.
-
-    On a CPU that multiplies bfloat16 fast, forward and backward take half the time of PyTorch's fused kernel; the
-    probabilities of all pairs of positions are in memory. Otherwise nothing changes.
-
-    >>> with bfloat16_attention(by_products=True):
-    ...     torch.backends.cuda.flash_sdp_enabled()  # of CPUs, too
-    False
-    """
-    if not by_products:
-        yield
-        return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def half_products(model: nn.Module) -> AbstractContextManager[Any]:

@@ -6,11 +6,13 @@ teacher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.rows import IGNORED
@@ -69,74 +71,79 @@ def distillation_loss(
 class _SummedLoss(torch.autograd.Function):
     """The loss and, in closed form, its gradient, of a few positions at a time.
 
-    Autograd would go over the whole vocabulary about ten times, and keep it in float32.
+    Autograd would go over the whole vocabulary about ten times, and keep it in float32. Here each exponential is taken
+    once, for both.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits_NV: Tensor, labels_N: Tensor, teacher: Mapping[str, Tensor], weight: float, temperature: float
     ) -> Tensor:
-        unlabelled_N = labels_N == IGNORED
-        positions_M = torch.nonzero(~unlabelled_N).flatten()
-        labels_M, tokens_MK = labels_N[positions_M], teacher["tokens"].long()
-        # 1. The student's log-probabilities of the top tokens, of all others together, and of the labels.
-        logsumexp_M, plain_M, label_M = (torch.empty_like(teacher["rest"], dtype=torch.float32) for _ in range(3))
-        logq_MK = torch.empty_like(teacher["logp"], dtype=torch.float32)
-        for some in _blocks(logits_NV, positions_M):
-            exact_mV = logits_NV[positions_M[some]].float()
-            label_M[some] = exact_mV.gather(1, labels_M[some, None])[:, 0]
-            plain_M[some] = exact_mV.logsumexp(dim=-1)
-            scaled_mV = exact_mV if temperature == 1.0 else exact_mV.div_(temperature)
-            logsumexp_M[some] = plain_M[some] if temperature == 1.0 else scaled_mV.logsumexp(dim=-1)
-            logq_MK[some] = scaled_mV.gather(1, tokens_MK[some]) - logsumexp_M[some, None]
-        log_top_M = logq_MK.logsumexp(dim=-1)
-        logq_rest_M = torch.log(-torch.expm1(log_top_M.clamp(max=-LEAST_MASS)))
-        # 2. The teacher's; float16 on the disk rounds.
-        rest_M = teacher["rest"].float().clamp(min=0.0)
+        # 1. The teacher's distribution; float16 on the disk rounds.
+        tokens_MK, rest_M = teacher["tokens"].long(), teacher["rest"].float().clamp(min=0.0)
         p_MK = teacher["logp"].float().exp()
         p_MK = p_MK * ((1.0 - rest_M) / p_MK.sum(dim=-1).clamp(min=LEAST_MASS))[:, None]
-        # 3. The divergence, and the likelihood of the labels.
-        divergence = (torch.xlogy(p_MK, p_MK) - p_MK * logq_MK).sum()
-        divergence = divergence + (torch.xlogy(rest_M, rest_M) - rest_M * logq_rest_M).sum()
-        loss = weight * temperature**2 * divergence + (1 - weight) * (plain_M - label_M).sum()
-        # 4. The gradient of the divergence: the student's probabilities, scaled, and what is added at the top tokens.
-        others_M = torch.where(log_top_M < -LEAST_MASS, rest_M / logq_rest_M.exp(), 0.0)
-        q_MK = logq_MK.exp()
-        scale_M = p_MK.sum(dim=-1) - others_M * q_MK.sum(dim=-1)
-        top_MK = others_M[:, None] * q_MK - p_MK
-        ctx.save_for_backward(
-            logits_NV, unlabelled_N, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK
-        )
-        ctx.weight, ctx.temperature = weight, temperature
+        loss = weight * temperature**2 * (torch.xlogy(p_MK, p_MK).sum() + torch.xlogy(rest_M, rest_M).sum())
+        labelled_N = labels_N != IGNORED
+        d_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
+        if d_NV is not None:
+            d_NV[~labelled_N] = 0.0
+        for rows, some in _blocks(logits_NV, labelled_N):
+            labels_m1, tokens_mK, p_mK, rest_m = labels_N[rows, None], tokens_MK[some], p_MK[some], rest_M[some]
+            # 2. The student's probabilities, and what they are divided by to add up to 1.
+            exact_mV = logits_NV[rows].float()
+            label_m1, top_mK = exact_mV.gather(1, labels_m1), exact_mV.gather(1, tokens_mK)
+            largest_m1 = exact_mV.amax(dim=-1, keepdim=True)
+            exact_mV = exact_mV.sub_(largest_m1) if exact_mV.dtype != logits_NV.dtype else exact_mV - largest_m1
+            plain_mV = exact_mV.exp() if temperature != 1.0 else exact_mV.exp_()
+            scaled_mV = plain_mV if temperature == 1.0 else exact_mV.div_(temperature).exp_()
+            plain_m1, scaled_m1 = (each.sum(dim=-1, keepdim=True) for each in (plain_mV, scaled_mV))
+            # 3. The log-probabilities of the top tokens, and of all others together.
+            logq_mK = (top_mK - largest_m1) / temperature - scaled_m1.log()
+            log_top_m = logq_mK.logsumexp(dim=-1)
+            logq_rest_m = torch.log(-torch.expm1(log_top_m.clamp(max=-LEAST_MASS)))
+            loss -= weight * temperature**2 * ((p_mK * logq_mK).sum() + (rest_m * logq_rest_m).sum())
+            loss += (1 - weight) * (plain_m1.log() + largest_m1 - label_m1).sum()
+            if d_NV is None:
+                continue
+            # 4. The gradient: the probabilities, scaled, and what is added at the top tokens and the labels.
+            others_m = torch.where(log_top_m < -LEAST_MASS, rest_m / logq_rest_m.exp(), 0.0)
+            q_mK = logq_mK.exp()
+            of_teacher_m1 = (weight * temperature * (p_mK.sum(dim=-1) - others_m * q_mK.sum(dim=-1)))[:, None]
+            if temperature == 1.0:
+                d_mV = scaled_mV.mul_((of_teacher_m1 + (1 - weight)) / scaled_m1)
+            else:
+                d_mV = scaled_mV.mul_(of_teacher_m1 / scaled_m1).add_(plain_mV.mul_((1 - weight) / plain_m1))
+            d_mV.scatter_add_(1, tokens_mK, weight * temperature * (others_m[:, None] * q_mK - p_mK))
+            d_mV.scatter_add_(1, labels_m1, torch.full_like(label_m1, weight - 1))
+            d_NV[rows] = d_mV
+        ctx.d_NV = d_NV
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NV, unlabelled_N, positions_M, labels_M, tokens_MK, logsumexp_M, plain_M, scale_M, top_MK = (
-            ctx.saved_tensors
-        )
-        of_teacher, of_labels = (w * gradients[0] for w in (ctx.weight * ctx.temperature, 1 - ctx.weight))
-        scale_M, top_MK = of_teacher * scale_M, of_teacher * top_MK
-        if ctx.temperature == 1.0:  # then both are of the same probabilities
-            scale_M = scale_M + of_labels
-        d_NV = torch.empty_like(logits_NV)
-        d_NV[unlabelled_N] = 0.0
-        for some in _blocks(logits_NV, positions_M):
-            exact_mV = logits_NV[positions_M[some]].float()
-            scaled_mV = exact_mV if ctx.temperature == 1.0 else exact_mV / ctx.temperature
-            d_mV = scaled_mV.sub_(logsumexp_M[some, None]).exp_().mul_(scale_M[some, None])
-            if ctx.temperature != 1.0:
-                d_mV += exact_mV.sub_(plain_M[some, None]).exp_().mul_(of_labels)
-            d_mV.scatter_add_(1, tokens_MK[some], top_MK[some])
-            d_mV.scatter_add_(1, labels_M[some, None], -of_labels.expand(len(d_mV), 1))
-            d_NV[positions_M[some]] = d_mV.to(d_NV.dtype)
-        return d_NV, None, None, None, None
+        d_NV, ctx.d_NV = ctx.d_NV, None  # a second pass would find it scaled
+        if d_NV is None:
+            raise RuntimeError("the gradient of the loss has been used: call the loss again")
+        return d_NV.mul_(gradients[0]), None, None, None, None
 
 
-def _blocks(logits_NV: Tensor, positions_M: Tensor) -> list[slice]:
-    """The positions, as many at a time as a processor's cache holds the logits of, or a GPU has work with."""
+def _blocks(logits_NV: Tensor, labelled_N: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Positions that stand together and have a label: where they are in all positions, and in those with a label.
+
+    As many at a time as a processor's cache holds the logits of, or a GPU has work with.
+    """
     rows = max(1, (GPU_LOGITS if logits_NV.is_cuda else CPU_LOGITS) // logits_NV.shape[1])
-    return [slice(first, first + rows) for first in range(0, len(positions_M), rows)]
+    changes = torch.nonzero(labelled_N.diff()).flatten().add_(1).tolist()
+    bounds, done = [0, *changes, len(labelled_N)], 0
+    first_labelled = bool(labelled_N[:1].any())
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+        if first_labelled == (number % 2 == 0):
+            for start in range(first, last, rows):
+                count = min(rows, last - start)
+                yield slice(start, start + count), slice(done, done + count)
+                done += count
 
 
 def check_teacher(

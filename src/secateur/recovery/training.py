@@ -23,8 +23,9 @@ from secateur.checkpoint.save import save_updated
 from secateur.data.rows import Rows
 from secateur.errors import CheckpointError, TrainingError
 from secateur.files import read_json, write_json
+from secateur.models.attention_products import bfloat16_attention
 from secateur.models.loading import load
-from secateur.models.precision import bfloat16_attention, half_products, matmul_precision
+from secateur.models.precision import half_products, matmul_precision
 from secateur.models.sources import resolve
 from secateur.models.streaming import streamed_layers
 from secateur.models.tensors import check_finite
@@ -32,6 +33,7 @@ from secateur.models.tokenizer import text_files
 from secateur.pipeline.options import RunOptions
 from secateur.pipeline.recipe import write_recipe
 from secateur.progress import Clock, Progress, peak_rss
+from secateur.recovery.adapter_products import fuse_adapters
 from secateur.recovery.layers_first import layers_in, put_layers, train_layers_first
 from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
 from secateur.recovery.result import RecoverResult, write_curves
@@ -219,6 +221,8 @@ def _load_trainable(setup: TrainingSetup, work: Path) -> torch.nn.Module:
     torch.manual_seed(options.seed)  # of the adapter's initial values
     if options.has_lora:
         adapted: torch.nn.Module = add_lora(model, options.lora)
+        if model.device.type == "cpu" and not processes.sharded():
+            fuse_adapters(adapted, dtype=torch.bfloat16 if setup.bf16 else None)
         return adapted
     exact = torch.float64 if model.dtype == torch.float64 else torch.float32
     for parameter in model.parameters():
