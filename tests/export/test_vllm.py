@@ -29,6 +29,7 @@ from vllm_environment import ROOT, SETTINGS, WITHOUT, python, server
 pytestmark = pytest.mark.skipif(os.environ.get(WITHOUT) == "1", reason=f"{WITHOUT}=1: without vLLM")
 WAYS = {"backend": False, "plugin": True}
 NEARLY_BEST = 0.2  # of the spread of logits: what rounding activations once more may turn round
+COARSER = {"gemma2": 5}  # times does rounding to bfloat16 turn round more than in llama (unquantized: 0.12 and 0.026)
 DAILY = ("llama", "qwen3_moe")  # types that the slow suite runs
 
 
@@ -119,7 +120,8 @@ def test_quantized_folders_are_served(model_type: str, scheme: str, tmp_path: Pa
             continue
         found = server(plugin=plugin).generate(tmp_path / "folder", PROMPTS, NEW_TOKENS, dtype=dtype)
         assert len({token for row in found for token in row}) >= FEWEST_KINDS
-        assert shortfall(tmp_path / "folder", found) < NEARLY_BEST
+        coarser = COARSER.get(model_type, 1) if dtype == "bfloat16" else 1
+        assert shortfall(tmp_path / "folder", found) < coarser * NEARLY_BEST
 
 
 @pytest.mark.parametrize("model_type", types("mixtral", "qwen3_moe"))

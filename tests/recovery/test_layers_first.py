@@ -36,7 +36,7 @@ from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from tiny import write_tiny
 
 TAUGHT: dict[str, Any] = {"method": "lora+distill", "data": {"sources": ("text.txt",), "max_length": 16}}
-MANY = 200_000  # tokens: a training that is long enough for layers
+MANY = 250_000  # tokens: a training that is long enough for layers
 RESUME = RunOptions(resume=True)
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 LAYERS_FILE = "layers.safetensors"  # in the work folder
 SHARE = 1 / 3  # of the time of a training that layers may take
-COST = 0.8  # of the time of a token that the whole model is trained on, which one takes that layers are trained on
+COST = 1.0  # times that of a token that the whole model is trained on, is that of one that layers are trained on
 BATCH_TOKENS = (1024, 512)  # of a step of a layer: the first for which there is time; fewer gain nothing
 PASSES = 2.3  # over the windows, in the steps of a layer
 
@@ -65,7 +65,7 @@ def check_layers_first(options: RecoverOptions, *, rounds: int) -> None:
 def layer_batch_tokens(tokens: float) -> int | None:
     """The tokens of each step of a layer, before a training on so many tokens; None where there is time for none.
 
-    >>> [layer_batch_tokens(tokens) for tokens in (400_000, 200_000, 100_000)]
+    >>> [layer_batch_tokens(tokens) for tokens in (500_000, 250_000, 100_000)]
     [1024, 512, None]
     """
     steps = LayerTraining().steps
