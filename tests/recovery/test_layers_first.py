@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.options import RunOptions
 from secateur.pruning.reconstruct import LayerTraining
-from secateur.recovery.layers_first import COST, SHARE, layer_batch_tokens, windows_of
+from secateur.recovery.layers_first import COST, JUDGED_TOKENS, SHARE, layer_batch_tokens, windows_for, windows_of
 from secateur.recovery.recipe import RecoverRecipe, RoundOptions
 from tiny import write_tiny
 
@@ -83,6 +84,7 @@ def test_the_layers_come_close_to_the_dense_ones(method: str, cut: str) -> None:
     found = layers_of("here/out")
     assert found["batch_tokens"] == 512
     assert found["losses"].keys() == {"before", "reconstructed"}
+    assert found["taken"]
     assert error("here/out") < 0.8 * error(cut)
 
 
@@ -232,3 +234,27 @@ def test_windows_begin_with_rows(lengths: list[int], length: int, count: int, ra
     for window in windows.tolist():
         at = flat.index(window[0])
         assert flat[at : at + length] == window
+
+
+@pytest.mark.parametrize(("count", "judged"), [(400, "rows"), (40, "validation"), (0, "nothing")])
+def test_layers_are_judged_by_text_that_they_have_not_seen(count: int, judged: str) -> None:
+    """Enough of it: rows that are trained on afterwards, where there are many; each once, though all come twice."""
+    length = 64
+    ids_T = torch.arange(400 * length, dtype=torch.int32)
+    rows = Rows(ids_T, ids_T >= 0, length * torch.arange(401), torch.zeros(400, dtype=torch.int32))
+    order_SB = torch.tensor([*range(count or 1), *range(count or 1)])[:, None]
+    validation = rows.select(torch.arange(399 if judged == "validation" else 400, 400))
+    setup: Any = SimpleNamespace(
+        data=SimpleNamespace(train=rows, validation=validation),
+        order_SB=order_SB,
+        recipe=SimpleNamespace(data=SimpleNamespace(max_length=length)),
+    )
+    windows, held_out = windows_for(setup, 100 * length)
+    if judged == "nothing":
+        assert held_out is None
+    else:
+        assert held_out is not None
+        assert len(held_out) == (JUDGED_TOKENS // length if judged == "rows" else 1)
+        seen = {*windows[:, 0].tolist()}
+        assert len(seen) == len(windows) == min(count, 100)
+        assert not seen & {*held_out[:, 0].tolist()}

@@ -37,6 +37,7 @@ SHARE = 1 / 3  # of the time of a training that layers may take
 COST = 1.0  # times that of a token that the whole model is trained on, is that of one that layers are trained on
 BATCH_TOKENS = (1024, 512)  # of a step of a layer: the first for which there is time; fewer gain nothing
 PASSES = 2.3  # over the windows, in the steps of a layer
+JUDGED_TOKENS = 8192  # not trained on, by whose loss layers are taken: of 1,536 it is off by as much as they gain
 
 
 def check_layers_first(options: RecoverOptions, *, rounds: int) -> None:
@@ -99,7 +100,7 @@ def _trained(
     setup: TrainingSetup, dense_name: str, batch_tokens: int, progress: Progress | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of the layers that were trained, by name, and what the record says of them."""
-    recipe, data = setup.recipe, setup.data
+    recipe = setup.recipe
     pruned = load_finite(recipe.model, recipe.loading)
     if len(devices := {parameter.device for parameter in pruned.parameters()}) > 1:
         raise PlanError(
@@ -107,18 +108,14 @@ def _trained(
             "Train on one, or leave them as they are: --no-layers-first"
         )
     dense = load_teacher(recipe, dense_name, bf16=False)
-    order = setup.order_SB.flatten()
-    length = min(recipe.data.max_length, int(data.train.lengths_R[order].sum()))
-    count = max(HELD_OUT, int(LayerTraining().steps * batch_tokens / PASSES / length))
-    windows = windows_of(data.train, order, length, count)
-    held_out = windows_of(data.validation, torch.arange(len(data.validation)), length, len(data.validation))
+    windows, held_out = windows_for(setup, int(LayerTraining().steps * batch_tokens / PASSES))
     before = {name: parameter.data for name, parameter in pruned.named_parameters()}
     losses = checked_reconstruction(
         dense,
         pruned,
         discover(dense_name, trust_remote_code=recipe.loading.trust_remote_code),
         windows,
-        held_out if len(held_out) else None,
+        held_out,
         training=LayerTraining(batch_tokens=batch_tokens, seed=recipe.options.seed),
         progress=progress,
     )
@@ -127,7 +124,24 @@ def _trained(
         for name, parameter in pruned.named_parameters()
         if parameter.data.data_ptr() != before[name].data_ptr()
     }
-    return trained, {"batch_tokens": batch_tokens, "losses": losses}
+    return trained, {"batch_tokens": batch_tokens, "losses": losses, "taken": bool(trained)}
+
+
+def windows_for(setup: TrainingSetup, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """Windows of about so many tokens to train layers on, and others that judge them.
+
+    Both are of the first rows that the whole model is trained on afterwards, each of another row; of little text the
+    validation rows judge, or nothing does.
+    """
+    train, validation = setup.data.train, setup.data.validation
+    numbers = torch.tensor(list(dict.fromkeys(setup.order_SB.flatten().tolist())))
+    length = min(setup.recipe.data.max_length, int(train.lengths_R[numbers].sum()))
+    count, judging = max(HELD_OUT, tokens // length), max(1, JUDGED_TOKENS // length)
+    windows = windows_of(train, numbers, length, count + judging)
+    if len(windows) >= min(count, judging) + judging:
+        return windows[:-judging], windows[-judging:]
+    held_out = windows_of(validation, torch.arange(len(validation)), length, len(validation))
+    return windows[:count], held_out if len(held_out) else None
 
 
 def _pays(setup: TrainingSetup) -> bool:
