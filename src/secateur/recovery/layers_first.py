@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 LAYERS_FILE = "layers.safetensors"  # in the work folder
 SHARE = 1 / 3  # of the time of a training that layers may take
 COST = 1.0  # times that of a token that the whole model is trained on, is that of one that layers are trained on
-BATCH_TOKENS = (1024, 512)  # of a step of a layer: the first for which there is time; fewer gain nothing
+BATCH_TOKENS = (1024, 512)  # of a step of a layer: the first for which there is time
 PASSES = 2.3  # over the windows, in the steps of a layer
 JUDGED_TOKENS = 8192  # not trained on, by whose loss layers are taken: of 1,536 it is off by as much as they gain
 
