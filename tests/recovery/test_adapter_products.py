@@ -101,13 +101,14 @@ def test_what_peft_computes_otherwise_is_left_to_it(reason: str) -> None:
     assert fuse_adapters(adapter) == 0
 
 
-def test_layers_that_read_the_same_share_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_layers_that_read_the_same_share_its_copy(without_gradients: Any) -> None:
     """A changed tensor is copied anew."""
     model: Any = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))
     model = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=["0", "1"])).base_model.model
     fuse_adapters(model, dtype=torch.bfloat16)
-    x = torch.ones(1, 3)
-    with torch.no_grad():
+    with without_gradients():
+        x = torch.ones(1, 3)
         once = [model[0](x), model[1](x)]
         x.mul_(2)
         twice = model[1](x)

@@ -72,6 +72,8 @@ class _SharedCast:
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype == dtype:
             return x
+        if x.is_inference():  # whether it has changed cannot be told
+            return x.to(dtype)
         if self.cast is None or self.source() is not x or self.version != x._version or self.cast.dtype != dtype:
             self.source, self.version, self.cast = weakref.ref(x), x._version, x.detach().to(dtype)
         return self.cast
