@@ -117,22 +117,21 @@ def _served(name: str, stock: Any) -> type:
     return type(name, (stock,), members)
 
 
+@functools.cache  # once in a process
 def _flatten_for_amx() -> None:
     """Let the kernel for int8 weights on CPUs with AMX read batches of rows: it takes two dimensions, and gets three.
 
-    vLLM's other kernels take any number. Called again, this changes nothing.
+    vLLM's other kernels take any number.
     """
     with suppress(ImportError, AttributeError):  # no such kernel in this version
         kernel: Any = importlib.import_module(KERNELS).CPUInt8ScaledMMLinearKernel
-        taken = kernel._apply_weights_sgl
-        if not hasattr(taken, "flattens"):
+        of_rows = kernel._apply_weights_sgl
 
-            def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-                found: Tensor = taken(self, layer, x.reshape(-1, x.shape[-1]), bias)
-                return found.reshape(*x.shape[:-1], -1)
+        def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            found: Tensor = of_rows(self, layer, x.reshape(-1, x.shape[-1]), bias)
+            return found.reshape(*x.shape[:-1], -1)
 
-            apply.flattens = True  # type: ignore[attr-defined]
-            kernel._apply_weights_sgl = apply
+        kernel._apply_weights_sgl = apply
 
 
 class _NoAttention:
