@@ -73,9 +73,9 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
         )
     }
     if folder != cut:
-        data = [f"--data={text}" for text in options.calibration]
+        more = [*(f"--data={text}" for text in options.calibration), *options.recover.split()]
         steps["training"] = lambda file: _secateur(
-            file, "recover", str(cut), str(folder), "--teacher", options.model, "--minutes", str(options.minutes), *data
+            file, "recover", str(cut), str(folder), "--teacher", options.model, "--minutes", str(options.minutes), *more
         )
     panel = ["--protocol", options.protocol, "--max-tokens", str(options.tokens)]
     panel += [f"--ppl={text}" for text in options.text]
@@ -289,6 +289,7 @@ def _arguments() -> argparse.Namespace:
     add("--row", action="append", choices=[*ROWS], help="may be repeated [default: all]")
     add("--minutes", type=float, default=0, help="of training for the last row [default: none]")
     add("--cut", default="", help="more options of `secateur prune`")
+    add("--recover", default="", help="more options of `secateur recover`")
     add("--tokens", type=int, default=4096, help="of each text")
     add("--protocol", default="served@1024")
     add("--vllm", action="store_true", help="also serve each folder with vLLM")
