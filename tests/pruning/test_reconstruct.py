@@ -19,7 +19,7 @@ from secateur.pruning.reconstruct import LayerTraining, reconstruct_in_place
 WINDOWS = torch.randint(3, 97, (96, 16), generator=torch.Generator().manual_seed(0))
 HELD_OUT = WINDOWS[7::8]
 MIXTURE = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
-TRAINING = LayerTraining(steps=60, batch_tokens=128, learning_rate=0.005)
+TRAINING = LayerTraining(steps=60, batch_tokens=128, learning_rate=0.03)
 
 
 def cut_model(

@@ -77,11 +77,12 @@ def checked_reconstruction(
     training: LayerTraining | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train the layers of the pruned model in place, as `reconstruct_in_place` does, unless it then loses more.
+    """Train the layers of the pruned model in place, as `reconstruct_in_place` does, as long as it then loses less.
 
     Windows and `held_out` are int64, samples x length. The losses come back, in nats per token of the held-out windows:
-    of the dense model (`before`), and `reconstructed`; where that is not less than before the training, the pruned
-    model is as it was. Without such windows nothing is compared. Raises as `reconstruct_in_place` does.
+    of the dense model (`before`), and `reconstructed`; where the first quarter of the layers does not lower it, that is
+    the loss with them, and the pruned model is as it was. Without such windows nothing is compared. Raises as
+    `reconstruct_in_place` does.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -95,17 +96,19 @@ def checked_reconstruction(
     >>> list(checked_reconstruction(model, pruned, discover(config), windows[:3], windows[3:]))
     ['before', 'reconstructed']
     """
-    before = {name: parameter.data for name, parameter in pruned.named_parameters()}  # which no training writes to
-    of_dense = None if held_out is None else outputs_of(dense, held_out)
-    first = math.inf if held_out is None else _mean_loss(pruned, held_out, of_dense)
-    reconstruct_in_place(dense, pruned, discovery, windows, training=training, progress=progress)
     if held_out is None:
+        reconstruct_in_place(dense, pruned, discovery, windows, training=training, progress=progress)
         return {}
-    last = _mean_loss(pruned, held_out, of_dense)
-    if last >= first:
-        for name, parameter in pruned.named_parameters():
-            parameter.data = before[name]
-    return {"before": _mean_loss(dense, held_out, of_dense), "reconstructed": last}
+    of_dense = outputs_of(dense, held_out)
+    losses = [_mean_loss(pruned, held_out, of_dense)]
+
+    def better() -> bool:
+        losses.append(_mean_loss(pruned, held_out, of_dense))
+        return losses[-1] < losses[-2]
+
+    reconstruct_in_place(dense, pruned, discovery, windows, training=training, better=better, progress=progress)
+    kept = min(losses) if len(losses) > 2 else losses[-1]
+    return {"before": _mean_loss(dense, held_out, of_dense), "reconstructed": kept}
 
 
 def _mean_loss(model: PreTrainedModel, held_out: Tensor, of_dense: Sequence[Tensor] | None) -> float:

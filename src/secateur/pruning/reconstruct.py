@@ -2,7 +2,8 @@
 
 Layer after layer, in one forward pass: a layer of the pruned model reads what the trained layers before it give, and
 learns to answer as the dense model's layer does at the same place. Unlike the closed forms of `repair`, this moves
-every weight of a layer. A layer's training is kept only where it lowers the error on windows left out of it.
+every weight of a layer. A layer's training is kept only where it lowers the error on windows left out of it, and a
+quarter of the layers only where whoever asked for them finds the whole model better.
 
 Names of tensors end in their axes: B samples, T tokens, D hidden.
 """
@@ -27,6 +28,7 @@ from secateur.scoring.passes.forward import pass_to_hidden, plain_products, repl
 from secateur.scoring.passes.layers import LEAST_TOKENS, LayerCall, hidden_in, joined
 
 HELD_OUT = 8  # one window of so many is left out of the training, and judges it
+PARTS = 4  # of the layers, after each of which the whole model is judged
 LEAST_RMS = 1e-3  # of a parameter, for the length of its steps: a bias may be all zeros
 
 
@@ -35,15 +37,17 @@ class LayerTraining:
     """How each layer is trained: by AdamW, without weight decay.
 
     A parameter's learning rate is relative to its size, as in Adafactor (arXiv 1804.04235), and to the layer's error: a
-    layer that is almost exact already would get worse by longer steps.
+    layer that is almost exact already would get worse by longer steps. It falls with the square root of the width: the
+    steps of a row's entries agree, so what they change grows with their number, and what the row gives with the square
+    root of it (arXiv 2203.03466).
     """
 
     steps: int = 150
     batch_tokens: int = 1024
     """Tokens of a step, as whole windows."""
-    learning_rate: float = 0.03
-    """The highest, as a multiple of the parameter's root mean square times the square root of the layer's error: it
-    rises over the first tenth of the steps and falls along a cosine."""
+    learning_rate: float = 1.0
+    """The highest, as a multiple of the parameter's root mean square times the square root of the layer's error, over
+    the square root of the parameter's columns: it rises over the first tenth of the steps and falls along a cosine."""
     seed: int = 0
     """Of the order of the windows."""
 
@@ -61,15 +65,17 @@ def reconstruct_in_place(
     windows: Tensor,
     *,
     training: LayerTraining | None = None,
+    better: Callable[[], bool] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Train the layers of the pruned model in place; the dense model, with which it may share weights, stays as it is.
 
     Windows are int64, samples x length; all go through the models together, which takes memory for the hidden states
-    of one layer. Returns the error of every layer that has been cut, on the windows left out, before and after
-    training: the squared distance of a token's hidden states to the dense layer's, as a share of the squares of those,
-    on average. Raises `PlanError` where the two models have other layers or another hidden width, or layers cannot be
-    trained alone.
+    of one layer. `better` is asked after each quarter of the layers whether the pruned model, which it may run, is
+    better than when it was asked before: where not, that quarter is as it was, and the training ends. Returns the error
+    of every layer that has been trained, on the windows left out, before and after training: the squared distance of a
+    token's hidden states to the dense layer's, as a share of the squares of those, on average. Raises `PlanError` where
+    the two models have other layers or another hidden width, or layers cannot be trained alone.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -87,7 +93,7 @@ def reconstruct_in_place(
     """
     check_in_place(pruned, "repair=reconstruct", "--repair least-squares")
     layers = _layers_to_match(dense, pruned, discovery)
-    pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), progress)
+    pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), better, progress)
     with ExitStack() as stack:
         for model in (dense, pruned):
             stack.enter_context(plain_products(model))
@@ -97,6 +103,8 @@ def reconstruct_in_place(
             stack.enter_context(replaced_forward(layer, pass_.forward_of(path, layer.forward)))
         try:
             run()
+        except _NoBetterError:
+            pass
         except (IndexError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise
@@ -120,6 +128,10 @@ def _layers_to_match(dense: PreTrainedModel, pruned: PreTrainedModel, discovery:
     return {path: any(name.startswith(f"{path}.") for name in changed) for path in layers}
 
 
+class _NoBetterError(Exception):
+    """A quarter of the layers, trained, does not make the model better: the pass ends."""
+
+
 class _Reconstruction:
     """A forward pass of the pruned model in which each layer is trained before it is computed."""
 
@@ -130,10 +142,13 @@ class _Reconstruction:
         layers: Mapping[str, bool],
         windows: Tensor,
         training: LayerTraining,
+        better: Callable[[], bool] | None,
         progress: Progress | None,
     ) -> None:
         self.dense, self.pruned, self.layers = dense, pruned, layers
-        self.training, self.progress = training, progress
+        self.training, self.better, self.progress = training, better, progress
+        self.judging = False  # while the whole model runs within the pass
+        self.kept = self._weights()
         self.samples, self.length = windows.shape
         held_B = torch.arange(self.samples) % HELD_OUT == HELD_OUT - 1
         if self.samples > 1 and not held_B.any():
@@ -147,6 +162,8 @@ class _Reconstruction:
         """The forward of a layer of the pruned model: it is trained first."""
 
         def trained(*args: Any, **kwargs: Any) -> Any:
+            if self.judging:
+                return forward(*args, **kwargs)
             call = LayerCall.of(forward, args, kwargs, self.samples)
             if (rows := len(call.hidden_BTD)) != self.samples:
                 raise PlanError(
@@ -161,9 +178,30 @@ class _Reconstruction:
                 self.errors[path] = self._train(self.pruned.get_submodule(path), call, self.target_BTD)
                 if self.progress is not None:
                     self.progress(len(self.errors), sum(self.layers.values()))
+                self._judge(len(self.errors), sum(self.layers.values()))
             return joined([call.run(part, call.hidden_BTD[part]) for part in parts], parts)
 
         return trained
+
+    def _judge(self, done: int, layers: int) -> None:
+        """At the end of a part of the layers, keep it or take it back."""
+        if self.better is None or done * PARTS // layers == (done - 1) * PARTS // layers:
+            return
+        self.judging = True
+        try:
+            better = self.better()
+        finally:
+            self.judging = False
+        if better:
+            self.kept = self._weights()
+            return
+        for name, parameter in self.pruned.named_parameters():
+            parameter.data = self.kept[name]
+        raise _NoBetterError
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Those of the pruned model, which no training writes to."""
+        return {name: parameter.data for name, parameter in self.pruned.named_parameters()}
 
     def _batches(self, tokens: int, of: Tensor | None = None) -> list[Tensor]:
         """Numbers of windows, of all or of these, in batches of so many tokens."""
@@ -198,7 +236,7 @@ class _Reconstruction:
     def _descend(self, parameters: list[nn.Parameter], call: LayerCall, target_BTD: Tensor, wrong: float) -> None:
         """Train on the squared error, where `wrong` is the size of the error beside the target's."""
         training = self.training
-        highest = [training.learning_rate * wrong * max(LEAST_RMS, _rms(parameter)) for parameter in parameters]
+        highest = [training.learning_rate * wrong * _step_size(parameter) for parameter in parameters]
         groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, highest, strict=True)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
@@ -226,8 +264,14 @@ class _Reconstruction:
         return total / squares_BT[self.held_out].numel()
 
 
-def _rms(parameter: Tensor) -> float:
-    return float(parameter.detach().square().mean().sqrt())
+def _step_size(parameter: Tensor) -> float:
+    """The root mean square over the square root of the columns.
+
+    >>> _step_size(torch.full((3, 16), 2.0))
+    0.5
+    """
+    rms = float(parameter.detach().square().mean().sqrt())
+    return max(LEAST_RMS, rms) / math.sqrt(parameter.shape[-1] if parameter.dim() else 1)
 
 
 def _squares(target_BTD: Tensor) -> Tensor:
