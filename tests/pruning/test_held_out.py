@@ -63,12 +63,12 @@ def test_what_loses_least_is_taken(best: str, monkeypatch: pytest.MonkeyPatch, t
     ("measured", "trained", "last"),
     [
         ([5.0, 4.0, 3.5, 3.0], 3, 3.0),
-        ([5.0, 4.0, 4.0], 1, 4.0),
-        ([5.0, 4.0, 3.0, math.inf], 2, 3.0),
-        ([5.0, 5.5], 0, 5.5),
+        ([5.0, 5.1, 4.0, 4.0], 2, 4.0),
+        ([5.0, 4.0, math.inf, 4.5], 1, 4.0),
+        ([5.0, 5.5, 5.2], 0, 5.2),  # twice in a row: the third layer is not trained
     ],
 )
-def test_layers_are_trained_as_long_as_the_model_loses_less(
+def test_layers_are_trained_as_far_as_the_model_loses_less(
     measured: list[float], trained: int, last: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nearer to the dense layer, and yet worse: so measured on Gemma-3-270M, whose residuals grow large."""

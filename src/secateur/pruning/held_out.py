@@ -77,11 +77,11 @@ def checked_reconstruction(
     training: LayerTraining | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train the layers of the pruned model in place, as `reconstruct_in_place` does, as long as it then loses less.
+    """Train the layers of the pruned model in place, as `reconstruct_in_place` does, as far as it then loses less.
 
     Windows and `held_out` are int64, samples x length. The losses come back, in nats per token of the held-out windows:
-    of the dense model (`before`), and `reconstructed`; where the first quarter of the layers does not lower it, that is
-    the loss with them, and the pruned model is as it was. Without such windows nothing is compared. Raises as
+    of the dense model (`before`), and `reconstructed`, the least with trained layers; where that is not less than
+    before the training, the pruned model is as it was. Without such windows nothing is compared. Raises as
     `reconstruct_in_place` does.
 
     >>> from secateur.discovery.discover import discover
@@ -99,16 +99,14 @@ def checked_reconstruction(
     if held_out is None:
         reconstruct_in_place(dense, pruned, discovery, windows, training=training, progress=progress)
         return {}
-    of_dense = outputs_of(dense, held_out)
-    losses = [_mean_loss(pruned, held_out, of_dense)]
+    of_dense, losses = outputs_of(dense, held_out), []
 
-    def better() -> bool:
+    def judge() -> float:
         losses.append(_mean_loss(pruned, held_out, of_dense))
-        return losses[-1] < losses[-2]
+        return losses[-1]
 
-    reconstruct_in_place(dense, pruned, discovery, windows, training=training, better=better, progress=progress)
-    kept = min(losses) if len(losses) > 2 else losses[-1]
-    return {"before": _mean_loss(dense, held_out, of_dense), "reconstructed": kept}
+    reconstruct_in_place(dense, pruned, discovery, windows, training=training, judge=judge, progress=progress)
+    return {"before": _mean_loss(dense, held_out, of_dense), "reconstructed": min(losses[1:], default=losses[0])}
 
 
 def _mean_loss(model: PreTrainedModel, held_out: Tensor, of_dense: Sequence[Tensor] | None) -> float:

@@ -2,8 +2,8 @@
 
 Layer after layer, in one forward pass: a layer of the pruned model reads what the trained layers before it give, and
 learns to answer as the dense model's layer does at the same place. Unlike the closed forms of `repair`, this moves
-every weight of a layer. A layer's training is kept only where it lowers the error on windows left out of it, and a
-quarter of the layers only where whoever asked for them finds the whole model better.
+every weight of a layer. A layer's training is kept only where it lowers the error on windows left out of it, and of the
+layers as many quarters, from the first on, as the whole model is best with.
 
 Names of tensors end in their axes: B samples, T tokens, D hidden.
 """
@@ -29,6 +29,7 @@ from secateur.scoring.passes.layers import LEAST_TOKENS, LayerCall, hidden_in, j
 
 HELD_OUT = 8  # one window of so many is left out of the training, and judges it
 PARTS = 4  # of the layers, after each of which the whole model is judged
+PATIENCE = 2  # parts in a row that make it no better, after which no more layers are trained
 LEAST_RMS = 1e-3  # of a parameter, for the length of its steps: a bias may be all zeros
 
 
@@ -65,17 +66,18 @@ def reconstruct_in_place(
     windows: Tensor,
     *,
     training: LayerTraining | None = None,
-    better: Callable[[], bool] | None = None,
+    judge: Callable[[], float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Train the layers of the pruned model in place; the dense model, with which it may share weights, stays as it is.
 
     Windows are int64, samples x length; all go through the models together, which takes memory for the hidden states
-    of one layer. `better` is asked after each quarter of the layers whether the pruned model, which it may run, is
-    better than when it was asked before: where not, that quarter is as it was, and the training ends. Returns the error
-    of every layer that has been trained, on the windows left out, before and after training: the squared distance of a
-    token's hidden states to the dense layer's, as a share of the squares of those, on average. Raises `PlanError` where
-    the two models have other layers or another hidden width, or layers cannot be trained alone.
+    of one layer. `judge` gives the loss of the pruned model, which it may run: before the training and after each
+    quarter of the layers. The model is left as it was at the least loss, and after two quarters in a row that do not
+    lower it no more layers are trained. Returns the error of every layer that has been trained, on the windows left
+    out, before and after training: the squared distance of a token's hidden states to the dense layer's, as a share of
+    the squares of those, on average. Raises `PlanError` where the two models have other layers or another hidden width,
+    or layers cannot be trained alone.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -93,7 +95,7 @@ def reconstruct_in_place(
     """
     check_in_place(pruned, "repair=reconstruct", "--repair least-squares")
     layers = _layers_to_match(dense, pruned, discovery)
-    pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), better, progress)
+    pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), judge, progress)
     with ExitStack() as stack:
         for model in (dense, pruned):
             stack.enter_context(plain_products(model))
@@ -104,7 +106,7 @@ def reconstruct_in_place(
         try:
             run()
         except _NoBetterError:
-            pass
+            pass_.put_best()
         except (IndexError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise
@@ -112,6 +114,8 @@ def reconstruct_in_place(
                 f"repair=reconstruct trains each layer on some of the windows at a time, which layers of "
                 f"{type(pruned).__name__} do not allow ({one_line(error)}). Use another repair: --repair least-squares"
             ) from error
+        else:
+            pass_.put_best()
     return pass_.errors
 
 
@@ -129,7 +133,7 @@ def _layers_to_match(dense: PreTrainedModel, pruned: PreTrainedModel, discovery:
 
 
 class _NoBetterError(Exception):
-    """A quarter of the layers, trained, does not make the model better: the pass ends."""
+    """Layers that are trained no longer make the model better: the pass ends."""
 
 
 class _Reconstruction:
@@ -142,13 +146,15 @@ class _Reconstruction:
         layers: Mapping[str, bool],
         windows: Tensor,
         training: LayerTraining,
-        better: Callable[[], bool] | None,
+        judge: Callable[[], float] | None,
         progress: Progress | None,
     ) -> None:
         self.dense, self.pruned, self.layers = dense, pruned, layers
-        self.training, self.better, self.progress = training, better, progress
+        self.training, self.judge, self.progress = training, judge, progress
         self.judging = False  # while the whole model runs within the pass
-        self.kept = self._weights()
+        self.least = math.inf if judge is None else judge()
+        self.best = self._weights()  # which no training writes to
+        self.no_better = 0  # parts in a row
         self.samples, self.length = windows.shape
         held_B = torch.arange(self.samples) % HELD_OUT == HELD_OUT - 1
         if self.samples > 1 and not held_B.any():
@@ -184,23 +190,27 @@ class _Reconstruction:
         return trained
 
     def _judge(self, done: int, layers: int) -> None:
-        """At the end of a part of the layers, keep it or take it back."""
-        if self.better is None or done * PARTS // layers == (done - 1) * PARTS // layers:
+        """Judge the whole model, where a part of the layers is done."""
+        if self.judge is None or done * PARTS // layers == (done - 1) * PARTS // layers:
             return
         self.judging = True
         try:
-            better = self.better()
+            loss = self.judge()
         finally:
             self.judging = False
-        if better:
-            self.kept = self._weights()
-            return
-        for name, parameter in self.pruned.named_parameters():
-            parameter.data = self.kept[name]
-        raise _NoBetterError
+        self.no_better += 1
+        if loss < self.least:
+            self.least, self.best, self.no_better = loss, self._weights(), 0
+        if self.no_better == PATIENCE:
+            raise _NoBetterError
+
+    def put_best(self) -> None:
+        """Give the pruned model the weights that it was best with."""
+        if self.judge is not None:
+            for name, parameter in self.pruned.named_parameters():
+                parameter.data = self.best[name]
 
     def _weights(self) -> dict[str, Tensor]:
-        """Those of the pruned model, which no training writes to."""
         return {name: parameter.data for name, parameter in self.pruned.named_parameters()}
 
     def _batches(self, tokens: int, of: Tensor | None = None) -> list[Tensor]:
