@@ -182,9 +182,10 @@ class _Reconstruction:
             self.target_BTD = torch.cat([hidden_in(dense.run(part, dense_input_BTD[part])) for part in parts])
             if self.layers[path] and path not in self.errors:
                 self.errors[path] = self._train(self.pruned.get_submodule(path), call, self.target_BTD)
+                done, layers = len(self.errors), sum(self.layers.values())
                 if self.progress is not None:
-                    self.progress(len(self.errors), sum(self.layers.values()))
-                self._judge(len(self.errors), sum(self.layers.values()))
+                    self.progress(done, layers)
+                self._judge(done, layers)
             return joined([call.run(part, call.hidden_BTD[part]) for part in parts], parts)
 
         return trained
