@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -130,8 +132,7 @@ def test_layers_and_hidden_width_are_refused(axis: Any, said: str) -> None:
         CutOptions(ratio=0.2, axes=(axis,), repair="reconstruct", scope="local", shape="uniform")
 
 
-@pytest.mark.parametrize("model_type", ["reformer", "xlm", "xmod"])
-def test_layers_that_cannot_be_trained_alone_are_refused(model_type: str) -> None:
+def cut_type(model_type: str) -> tuple[PreTrainedModel, PreTrainedModel, Discovery]:
     model = tiny_type_model(model_type)
     discovery = discover(model)
     decided = plan(
@@ -140,6 +141,31 @@ def test_layers_that_cannot_be_trained_alone_are_refused(model_type: str) -> Non
         config=model.config,
         scores=score(model, discovery=discovery, name="l2"),
     )
-    cut = prune(model, decided, discovery=discovery)
+    return model, prune(model, decided, discovery=discovery), discovery
+
+
+@pytest.mark.parametrize("model_type", ["llama", "recurrent_gemma", "qwen3_next"])
+def test_a_model_that_is_judged_on_the_way_is_trained_the_same(model_type: str) -> None:
+    """It runs as a whole within its own pass, some types with states that they keep in their modules."""
+    model, *_ = cut_type(model_type)
+    trained = []
+    for judged in (False, True):
+        _, cut, discovery = cut_type(model_type)
+        losses = itertools.count(0, -1)
+
+        def judge(cut: PreTrainedModel = cut, losses: Iterator[int] = losses) -> float:
+            cut(input_ids=WINDOWS[:3, :9], use_cache=False)
+            return float(next(losses))
+
+        training = LayerTraining(steps=3, batch_tokens=64)
+        reconstruct_in_place(model, cut, discovery, WINDOWS[:8], training=training, judge=judge if judged else None)
+        trained.append(copies(cut))
+    assert next(losses) < -1  # it was judged
+    assert all(torch.equal(trained[0][name], weight) for name, weight in trained[1].items())
+
+
+@pytest.mark.parametrize("model_type", ["reformer", "xlm", "xmod"])
+def test_layers_that_cannot_be_trained_alone_are_refused(model_type: str) -> None:
+    model, cut, discovery = cut_type(model_type)
     with pytest.raises(PlanError, match=r"(?s)repair=reconstruct .*--repair least-squares"):
         reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
