@@ -121,6 +121,22 @@ class TestPlanModel:
             "repair is not checked on held-out windows, for no text is left"
         ]
 
+    @pytest.mark.parametrize(("words", "judging"), [(400, 32), (20, 2)])
+    def test_more_windows_judge_layers_where_there_are(
+        self, words: int, judging: int, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held_out: list[int] = []
+
+        def noted(*inputs: Any, **_: Any) -> dict[str, float]:
+            held_out.append(len(inputs[4]))
+            return {}
+
+        monkeypatch.setattr("secateur.pipeline.pipeline.checked_reconstruction", noted)
+        (place / "text.txt").write_text("cats " * words)
+        text = CalibrationOptions("here/text.txt", samples=1, length=30, held_out=2, varied=0.0)
+        prune(out="here/first", calibration=text, cut={"repair": "reconstruct"})
+        assert held_out == [judging]
+
     def test_the_model_writes_the_text_of_a_plan(self, place: Path) -> None:
         options = CalibrationOptions("self", samples=3, length=20)
         planned, made = plan_model(small(calibration=options)), prune(calibration=options).plan

@@ -85,7 +85,7 @@ def test_nothing_is_put_before_a_window_with_an_image(pictures: Path, tmp_path: 
     windows = reader.windows()
     assert torch.equal(reader.as_served(windows), windows)
     assert torch.equal(reader.behind_needed(windows), windows)
-    assert shows(reader.held_out())
+    assert shows(reader.held_out(1))
 
 
 def test_repair_makes_up_for_what_is_lost_on_images(pictures: Path, tmp_path: Path) -> None:

@@ -70,6 +70,19 @@ def test_wide_matrices_take_more_windows() -> None:
     assert settled(again, CutOptions(), columns=8960) == again
 
 
+def test_small_models_take_more_windows_where_nobody_says_how_many() -> None:
+    def windows(preset: str, cut: dict[str, Any], parameters: int, **calibration: Any) -> int:
+        options, text = with_preset(preset, cut, calibration)
+        return settled(text, options, columns=64, parameters=parameters).samples
+
+    sizes = (0, 260_000, 12_500_000, 25_000_000, 50_000_000, 10**9)
+    assert [windows("best", {}, size) for size in sizes] == [128, 512, 512, 256, 128, 128]
+    assert windows("best", {"repair": "none", "choose": "score"}, 260_000) == 128  # nothing is fitted
+    assert windows("fast", {}, 260_000) == 24
+    assert windows("best", {}, 260_000, samples=128) == 128  # as it was asked
+    assert windows("best", {}, 260_000, text="self") == 64
+
+
 def test_rows_that_make_a_unit_together_are_no_columns() -> None:
     """The first matrix of this MLP has two rows for each of its 40 channels."""
     sizes = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 1}

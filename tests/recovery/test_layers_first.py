@@ -84,7 +84,7 @@ def test_the_layers_come_close_to_the_dense_ones(method: str, cut: str) -> None:
     found = layers_of("here/out")
     assert found["batch_tokens"] == 512
     assert found["losses"].keys() == {"before", "reconstructed"}
-    assert found["taken"]
+    assert found["taken"] in (1, 2, 3)  # of three layers
     assert error("here/out") < 0.8 * error(cut)
 
 

@@ -18,6 +18,7 @@ DEMO = "demo"
 SELF = "self"
 COLUMN = "text"
 SAMPLES, TOKENS_PER_COLUMN = 128, 8.0
+MOST_SAMPLES, SMALL = 512, 50_000_000  # of a model with fewer parameters as many windows as cost it no more than these
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class CalibrationOptions:
     more. FILE@2 gives a source twice the windows of another. For models that read
     images or hear sound, a folder or Parquet file of these with their texts."""
     samples: int = SAMPLES
-    """Number of calibration windows."""
+    """Number of calibration windows. Where it is not given, a cut of a model of less than 50 million parameters takes up
+    to 512."""
     length: int = 256
     """Tokens per window."""
     tokens_per_column: float | None = None
@@ -47,7 +49,8 @@ class CalibrationOptions:
     chat: bool = False
     """Put every document into the tokenizer's chat template."""
     held_out: int = 8
-    """Number of windows besides `samples`, which no repair sees: one that raises the loss there is left out."""
+    """Number of windows besides `samples`, which no repair sees: one that raises the loss there is left out. Where
+    layers are trained (repair=reconstruct) at least 32, if the text has as many."""
     score_samples: int | None = 64
     """Number of windows that scores look at, the first ones; repairs look at all. None: scores look at all, too."""
     varied: float | None = None
@@ -128,14 +131,19 @@ class CalibrationOptions:
         """As plain data, of which `build_known` makes the options again."""
         return {**asdict(self), "text": list(self.text)}
 
-    def for_columns(self, columns: int) -> CalibrationOptions:
-        """The same with as many windows as a matrix of so many columns takes.
+    def for_model(self, *, columns: int, parameters: int = 0) -> CalibrationOptions:
+        """The same with as many windows as a matrix of so many columns takes, or a small model can afford.
 
-        >>> [CalibrationOptions(samples=samples).for_columns(8960).samples for samples in (64, 128)]
+        >>> [CalibrationOptions(samples=samples).for_model(columns=8960).samples for samples in (64, 128)]
         [64, 280]
+        >>> [CalibrationOptions().for_model(columns=64, parameters=10**power).samples for power in (6, 8)]
+        [512, 128]
         """
         tokens = (self.tokens_per_column or 0.0) * columns
-        return replace(self, samples=max(self.samples, math.ceil(tokens / self.length)))
+        samples = max(self.samples, math.ceil(tokens / self.length))
+        if self.tokens_per_column == TOKENS_PER_COLUMN and columns and parameters:  # the default
+            samples = max(samples, min(MOST_SAMPLES, SAMPLES * SMALL // parameters))
+        return replace(self, samples=samples)
 
     def counts(self, windows: int) -> list[int]:
         """Of so many windows, how many are as the text has them, in each of `FORMS`, and in random order.

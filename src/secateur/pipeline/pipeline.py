@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -69,6 +69,7 @@ from secateur.vocabulary.tokenizer import cut_tokenizer
 logger = logging.getLogger(__name__)
 
 CACHE_LAYERS_FROM = 2**30  # bytes of weights: of larger models each scored layer is kept, for a run that resumes
+JUDGE_LAYERS = 32  # held-out windows, for trained layers: of 8 the loss is off by as much as these gain
 HELD_OUT_LOSS = "held_out_loss"  # in what a plan was scored with
 IN_MEMORY = 0.25  # of the free memory: a model that takes more is pruned into a file
 
@@ -150,8 +151,13 @@ class Pipeline:
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
-        columns, pairs = columns_fitted(self.discovery, options), any(map(holds_pairs, calibration.names))
-        self.calibration = settled(calibration, options, columns=columns, pairs=pairs)
+        self.calibration = settled(
+            calibration,
+            options,
+            columns=columns_fitted(self.discovery, options),
+            parameters=count_parameters(self.discovery, {}, embeddings=False),
+            pairs=any(map(holds_pairs, calibration.names)),
+        )
         self.reader = WindowReader(
             self.name,
             self.config,
@@ -335,8 +341,12 @@ class Pipeline:
         """Windows that no repair sees, of texts that are read here; None where they have no more."""
         if self.reader.start is None or self.calibration.generated:
             return None
+        count, judging = self.calibration.held_out, JUDGE_LAYERS if REPAIRS[self.options.repair].trains_layers else 0
+        if judging > count:
+            with suppress(DataError):
+                return self.reader.held_out(judging)
         try:
-            return self.reader.held_out()
+            return self.reader.held_out(count)
         except DataError as error:
             logger.warning("repair is not checked on held-out windows, for no text is left: %s", error)
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,10 +59,11 @@ class WindowReader:
             self._tokens = CalibrationTokens(reads, self.calibration)
         return self._as_read(calibration_windows(reads, self.calibration, tokens=self._tokens))
 
-    def held_out(self) -> Tensor:
-        """More windows. Raises `DataError` where the texts have no more."""
+    def held_out(self, count: int) -> Tensor:
+        """So many more windows. Raises `DataError` where the texts have fewer."""
         tokens, self._tokens = self._tokens, None
-        return self._as_read(held_out_windows(self._reads(), self.calibration, start=self.start, tokens=tokens))
+        options = replace(self.calibration, held_out=count)
+        return self._as_read(held_out_windows(self._reads(), options, start=self.start, tokens=tokens))
 
     def as_served(self, windows: Tensor) -> Tensor:
         """The windows behind what goes before a text, if this has begun."""

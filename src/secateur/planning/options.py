@@ -306,13 +306,13 @@ def with_preset(
 
 
 def settled(
-    calibration: CalibrationOptions, options: CutOptions, *, columns: int = 0, pairs: bool = False
+    calibration: CalibrationOptions, options: CutOptions, *, columns: int = 0, parameters: int = 0, pairs: bool = False
 ) -> CalibrationOptions:
     """The calibration with what depends on the cut: windows, of which some are varied and some copied.
 
-    Where there is a repair, `columns` are those of the widest matrix that it fits (`columns_fitted`). Windows of images
-    or sound with their texts, `pairs`, are as many as they are, and neither varied nor copied. Raises `PlanError` where
-    windows are to be varied and no repair looks at them.
+    Where there is a repair, `columns` are those of the widest matrix that it fits (`columns_fitted`), and `parameters`
+    those of the model without embeddings. Windows of images or sound with their texts, `pairs`, are as many as they
+    are, and neither varied nor copied. Raises `PlanError` where windows are to be varied and no repair looks at them.
 
     >>> settled(CalibrationOptions(), CutOptions()).varied
     0.375
@@ -323,7 +323,7 @@ def settled(
     if pairs:
         copied, varied = (0.0 if share is None else share for share in (calibration.copied, calibration.varied))
         calibration, columns = replace(calibration, copied=copied, varied=varied), 0
-    calibration = calibration.for_columns(columns if options.repairs else 0)
+    calibration = calibration.for_model(columns=columns if options.repairs else 0, parameters=parameters)
     if calibration.copied is None:
         calibration = replace(calibration, copied=COPIED if options.score == "fisher" else 0.0)
     if calibration.varied is None:

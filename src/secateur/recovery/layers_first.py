@@ -110,10 +110,11 @@ def _trained(
     dense = load_teacher(recipe, dense_name, bf16=False)
     windows, held_out = windows_for(setup, int(LayerTraining().steps * batch_tokens / PASSES))
     before = {name: parameter.data for name, parameter in pruned.named_parameters()}
+    discovery = discover(dense_name, trust_remote_code=recipe.loading.trust_remote_code)
     losses = checked_reconstruction(
         dense,
         pruned,
-        discover(dense_name, trust_remote_code=recipe.loading.trust_remote_code),
+        discovery,
         windows,
         held_out,
         training=LayerTraining(batch_tokens=batch_tokens, seed=recipe.options.seed),
@@ -124,7 +125,8 @@ def _trained(
         for name, parameter in pruned.named_parameters()
         if parameter.data.data_ptr() != before[name].data_ptr()
     }
-    return trained, {"batch_tokens": batch_tokens, "losses": losses, "taken": bool(trained)}
+    taken = sum(any(name.startswith(f"{path}.") for name in trained) for path in discovery.layer_paths)
+    return trained, {"batch_tokens": batch_tokens, "losses": losses, "taken": taken}
 
 
 def windows_for(setup: TrainingSetup, tokens: int) -> tuple[Tensor, Tensor | None]:
