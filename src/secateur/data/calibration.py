@@ -35,8 +35,8 @@ class CalibrationOptions:
     more. FILE@2 gives a source twice the windows of another. For models that read
     images or hear sound, a folder or Parquet file of these with their texts."""
     samples: int = SAMPLES
-    """Number of calibration windows. Where it is not given, a cut of a model of less than 50 million parameters takes up
-    to 512."""
+    """Number of calibration windows. Where it is not given, a cut of a model of less than 50 million parameters takes
+    up to 512."""
     length: int = 256
     """Tokens per window."""
     tokens_per_column: float | None = None
