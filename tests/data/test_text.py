@@ -131,6 +131,14 @@ class TestRows:
             with pytest.raises(DataError, match=match):
                 function(file)
 
+    def test_a_folder_without_text(self, tmp_path: Path) -> None:
+        write(tmp_path, "rows.jsonl", '{"text": "a"}')
+        write(tmp_path, ".hidden", "a")
+        write(tmp_path, "empty.py", " \n")
+        write(tmp_path, "picture.png", b"\x89PNG\xff")
+        with pytest.raises(DataError, match=r"there is no text file in this folder.*one by one"):
+            read_calibration(tmp_path)
+
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"x\.txt': no such file\. Expected a text file"):
             read_rows(tmp_path / "x.txt")
@@ -181,6 +189,18 @@ class TestCalibrationText:
     def test_documents_are_kept_apart(self, tmp_path: Path) -> None:
         file = write(tmp_path, "x.jsonl", '{"text": "a"}\n{"text": "b"}\n')
         assert read_calibration(file) == ["a", "b"]
+
+    def test_a_folder_is_a_document_of_each_text_file(self, tmp_path: Path) -> None:
+        folder = tmp_path / "sources"
+        (folder / "package" / ".cache").mkdir(parents=True)
+        written = {f"package/{number}.py": f"x = {number}" for number in range(9)} | {"README": "Read."}
+        for name, text in (written | {"package/.cache/a.py": "hidden", "rows.json": "{}"}).items():
+            write(folder, name, text)
+        documents = read_calibration(folder)
+        assert sorted(documents) == sorted(written.values())
+        assert documents == read_calibration(str(folder))
+        assert [*documents] != sorted(documents)  # the first, as many as are read, are of all parts
+        assert len(read_calibration(folder, characters=12)) == 3
 
     @pytest.mark.parametrize("name", ["./x", "/no/x", "~/no-such-x", "x.txt", "x.jsonl", "a/b/c", "x.RAW", "a\\x"])
     def test_a_missing_file_is_not_taken_for_a_data_set(self, name: str) -> None:

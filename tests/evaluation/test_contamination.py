@@ -61,6 +61,10 @@ def test_weights_of_sources_are_no_part_of_their_names(rows: Path, caplog: pytes
     assert len(warnings(recovered(f"{rows}@2", "demo"), caplog)) == 1
 
 
+def test_a_folder_is_read_again(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert f"from {rows.parent}, share" in warnings(recovered(str(rows.parent)), caplog)[0]
+
+
 def test_every_training_before_counts(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(warnings(recovered("demo", before=recovered(str(rows))), caplog)) == 1
 

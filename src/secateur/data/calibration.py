@@ -31,9 +31,9 @@ class CalibrationOptions:
     """
 
     text: Sequence[str] = (DEMO,)
-    """Files, names of data sets, demo (Python's language reference) or self (text that the model generates), one or
-    more. FILE@2 gives a source twice the windows of another. For models that read
-    images or hear sound, a folder or Parquet file of these with their texts."""
+    """Files, folders of text files, names of data sets, demo (Python's language reference) or self (text that the model
+    generates), one or more. FILE@2 gives a source twice the windows of another. For models that read images or hear
+    sound, a folder or Parquet file of these with their texts."""
     samples: int = SAMPLES
     """Number of calibration windows. Where it is not given, a cut of a model of less than 50 million parameters takes
     up to 512."""

@@ -1,7 +1,8 @@
-"""Files and data sets -> rows with named fields, each with the place where it stands.
+"""Files, folders and data sets -> rows with named fields, each with the place where it stands.
 
-Files are UTF-8. A `.jsonl`, `.json` or `.parquet` file holds rows; any other file is plain text. They lie here, or in a
-data set on the hub: `hf://datasets/OWNER/NAME/FILE`. Every other name is that of a data set on the hub.
+Files are UTF-8. A `.jsonl`, `.json` or `.parquet` file holds rows; any other file is plain text, and in a folder a row.
+They lie here, or in a data set on the hub: `hf://datasets/OWNER/NAME/FILE`. Every other name is that of a data set on
+the hub.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from secateur.models.hub import hub_problem
 from secateur.models.silence import quiet
 from secateur.models.sources import hub_options
 
+ROWS = (".jsonl", ".json", ".parquet")  # the endings of files that hold rows
 HUB = "hf://"
 HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 # Names of the fields in Alpaca's, Dolly's and other data sets; the first that a row has is read.
@@ -34,11 +37,14 @@ ANSWER_FIELDS = ("output", "response", "completion", "answer")
 def read_documents(name_or_path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a `.jsonl`, `.json` or `.parquet` file or of a data set, each with the place where it stands.
 
-    A data set is named `name` or `name:config`, and its split `train` is streamed. Raises `DataError` for a file that
-    is missing or damaged, a data set that cannot be read, a package that is missing, and a row that is no object.
+    A data set is named `name` or `name:config`, and its split `train` is streamed. Of a folder each text file is a row,
+    its `text`. Raises `DataError` for a file that is missing or damaged, a folder without text files, a data set that
+    cannot be read, a package that is missing, and a row that is no object.
     """
     if is_data_set(name_or_path):
         rows = _data_set_rows(str(name_or_path))
+    elif _is_folder(name_or_path):
+        rows = _folder_rows(_expanded(name_or_path))
     else:
         path = existing_file(name_or_path)
         rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
@@ -56,7 +62,7 @@ def holds_documents(name_or_path: str | Path) -> bool:
     >>> holds_documents("rows.jsonl"), holds_documents("book.txt"), holds_documents("organisation/set")
     (True, False, True)
     """
-    return is_data_set(name_or_path) or Path(name_or_path).suffix.lower() in (".jsonl", ".json", ".parquet")
+    return is_data_set(name_or_path) or Path(name_or_path).suffix.lower() in ROWS or _is_folder(name_or_path)
 
 
 def first_field(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -98,7 +104,15 @@ def is_data_set(name_or_path: str | Path) -> bool:
     ):
         return False
     is_path = path.exists() or path.is_absolute() or name_or_path.startswith((".", "~"))
-    return not is_path and path.suffix.lower() not in (".jsonl", ".json", ".parquet", ".txt", ".raw", ".md", ".text")
+    return not is_path and path.suffix.lower() not in (*ROWS, ".txt", ".raw", ".md", ".text")
+
+
+def _is_folder(name_or_path: str | Path) -> bool:
+    return _expanded(name_or_path).is_dir()
+
+
+def _expanded(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
 def existing_file(path: str | Path) -> Path:
@@ -108,7 +122,7 @@ def existing_file(path: str | Path) -> Path:
     """
     if str(path).startswith(HUB):
         return _downloaded(str(path))
-    expanded = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    expanded = _expanded(path)
     if not expanded.exists():
         raise DataError(f"{str(path)!r}: no such file. Expected a text file, .jsonl, .json or .parquet, or {DEMO!r}.")
     if not expanded.is_file():
@@ -126,6 +140,30 @@ def decoded(path: Path) -> str:
         ) from error
     except OSError as error:
         raise DataError(f"{str(path)!r}: the file cannot be read ({error.strerror}).") from error
+
+
+def _folder_rows(folder: Path) -> Iterator[tuple[str, object]]:
+    """The text files of a folder and of those in it, in random order, so that the first are of all its parts.
+
+    What is hidden, empty, not UTF-8 or holds rows itself is left out.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() not in ROWS and path.is_file())
+    files = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    random.Random(0).shuffle(files)
+    empty = True
+    for path in files:
+        try:
+            text = decoded(path)
+        except DataError:
+            continue
+        if text.strip() and "\0" not in text:
+            empty = False
+            yield str(path), {"text": text}
+    if empty:
+        raise DataError(
+            f"{str(folder)!r}: there is no text file in this folder. Expected files in UTF-8 that are not hidden; "
+            f"files of rows ({', '.join(ROWS)}) are named one by one."
+        )
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:

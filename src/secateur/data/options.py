@@ -23,8 +23,8 @@ class DataOptions:
     """
 
     sources: tuple[str, ...]
-    """Files (.json, .jsonl, .parquet or plain text), names of data sets, `demo`, or `self`: what the dense model
-    writes. FILE@2 gives a source weight 2."""
+    """Files (.json, .jsonl, .parquet or plain text), folders of text files, names of data sets, `demo`, or `self`: what
+    the dense model writes. FILE@2 gives a source weight 2."""
 
     template: Template = "auto"
     """Prompt template. auto: the tokenizer's chat template; Alpaca's for instructions where it has none."""

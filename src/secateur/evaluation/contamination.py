@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.calibration import DEMO, CalibrationOptions
 from secateur.data.options import DataOptions
 from secateur.data.overlap import OVERLAP_WORDS, overlap
+from secateur.data.pairs import holds_pairs
 from secateur.data.training_data import read_training_data
 from secateur.data.windows import calibration_windows, digest, scored
 from secateur.decoding import build_known
@@ -87,4 +88,5 @@ def _training(tokenizer: PreTrainedTokenizerBase, recovery: Mapping[str, Any]) -
 
 def _is_local(text: str) -> bool:
     """Whether a text can be read without a network."""
-    return text == DEMO or Path(text).expanduser().is_file()
+    path = Path(text).expanduser()
+    return text == DEMO or path.is_file() or (path.is_dir() and not holds_pairs(text))

@@ -234,5 +234,5 @@ def _stamp(name: str | Path) -> list[Any]:
     path = Path(name).resolve()
     if not path.exists():
         return [str(name)]
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
