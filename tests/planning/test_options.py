@@ -80,7 +80,10 @@ def test_small_models_take_more_windows_where_nobody_says_how_many() -> None:
     assert windows("best", {"repair": "none", "choose": "score"}, 260_000) == 128  # nothing is fitted
     assert windows("fast", {}, 260_000) == 24
     assert windows("best", {}, 260_000, samples=128) == 128  # as it was asked
+    assert windows("best", {}, 260_000, samples=64, tokens_per_column=8) == 64
     assert windows("best", {}, 260_000, text="self") == 64
+    again = settled(*with_preset("best")[::-1], columns=64, parameters=260_000)
+    assert settled(again, CutOptions(), columns=64, parameters=260_000) == again
 
 
 def test_rows_that_make_a_unit_together_are_no_columns() -> None:

@@ -141,7 +141,8 @@ class CalibrationOptions:
         """
         tokens = (self.tokens_per_column or 0.0) * columns
         samples = max(self.samples, math.ceil(tokens / self.length))
-        if self.tokens_per_column == TOKENS_PER_COLUMN and columns and parameters:  # the default
+        usual = (self.samples, self.tokens_per_column) == (SAMPLES, TOKENS_PER_COLUMN)
+        if usual and columns and parameters:
             samples = max(samples, min(MOST_SAMPLES, SAMPLES * SMALL // parameters))
         return replace(self, samples=samples)
 
