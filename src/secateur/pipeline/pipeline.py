@@ -151,13 +151,9 @@ class Pipeline:
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
         self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
-        self.calibration = settled(
-            calibration,
-            options,
-            columns=columns_fitted(self.discovery, options),
-            parameters=count_parameters(self.discovery, {}, embeddings=False),
-            pairs=any(map(holds_pairs, calibration.names)),
-        )
+        columns, pairs = columns_fitted(self.discovery, options), any(map(holds_pairs, calibration.names))
+        size = count_parameters(self.discovery, {}, embeddings=False)
+        self.calibration = settled(calibration, options, columns=columns, parameters=size, pairs=pairs)
         self.reader = WindowReader(
             self.name,
             self.config,
