@@ -198,6 +198,24 @@ class TestRunKey:
     def test_what_scores_depend_on_changes_it(self, change: dict[str, Any]) -> None:
         assert self.key(**change) != self.key()
 
+    def test_so_does_what_is_read_of_a_folder_of_text(self) -> None:
+        folder = Path("here/sources")
+        (folder / "package").mkdir(parents=True)
+        (folder / "package" / "a.py").write_text("one")
+        calibration = replace(CALIBRATION, text=(str(folder),))
+        before = self.key(calibration=calibration)
+        (folder / ".cache").write_text("hidden")
+        assert self.key(calibration=calibration) == before
+        (folder / "package" / "a.py").write_text("another")
+        assert self.key(calibration=calibration) != before
+
+    def test_what_lies_below_the_model_does_not(self) -> None:
+        folder = shutil.copytree("in/tiny", "here/tiny")
+        before = self.key(model=folder)
+        (Path(folder) / "cut").mkdir()
+        (Path(folder) / "cut" / "README.md").write_text("made of it")
+        assert self.key(model=folder) == before
+
     def test_columns_and_templates_of_one_file_differ(self) -> None:
         rows = replace(CALIBRATION, text="in/rows.jsonl")
         keys = {self.key(calibration=each) for each in (rows, replace(rows, column="body"), replace(rows, chat=True))}

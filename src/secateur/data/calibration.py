@@ -18,7 +18,8 @@ DEMO = "demo"
 SELF = "self"
 COLUMN = "text"
 SAMPLES, TOKENS_PER_COLUMN = 128, 8.0
-MOST_SAMPLES, SMALL = 512, 50_000_000  # of a model with fewer parameters as many windows as cost it no more than these
+MOST_SAMPLES = 512  # of a small model
+SMALL = 50_000_000  # parameters: a model with fewer takes more windows, which cost as much as SAMPLES of one with these
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,13 +142,18 @@ def decoded(path: Path) -> str:
         raise DataError(f"{str(path)!r}: the file cannot be read ({error.strerror}).") from error
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, sorted, but for what is hidden."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def _folder_rows(folder: Path) -> Iterator[tuple[str, object]]:
     """The text files of a folder and of those in it, in random order, so that the first are of all its parts.
 
     What is hidden, empty, not UTF-8 or holds rows itself is left out.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() not in ROWS and path.is_file())
-    files = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = [path for path in visible_files(folder) if path.suffix.lower() not in ROWS]
     random.Random(0).shuffle(files)
     empty = True
     for path in files:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from secateur import __version__, processes
 from secateur.data.calibration import CalibrationOptions
+from secateur.data.documents import visible_files
 from secateur.errors import CheckpointError, DiskError, PlanError, ScoreError, SecateurError
-from secateur.files import atomic_folder, make_folder, read_json, write_json
+from secateur.files import MODEL_MARK, atomic_folder, make_folder, read_json, write_json
 from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tensor_files import read_tensors, write_tensors
@@ -230,9 +231,18 @@ def _hash(about: Any) -> str:
 
 
 def _stamp(name: str | Path) -> list[Any]:
-    """What tells one state of a file or folder from another without reading it; a name that is no path is itself."""
+    """What tells one state of a file or folder from another without reading it; a name that is no path is itself.
+
+    Of a model's folder its own files count, since what is made of it may lie below; of a folder of data all that are
+    read, which are not hidden.
+    """
     path = Path(name).resolve()
     if not path.exists():
         return [str(name)]
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if not path.is_dir():
+        files = [path]
+    elif (path / MODEL_MARK).is_file():
+        files = sorted(path.iterdir())
+    else:
+        files = visible_files(path)
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
