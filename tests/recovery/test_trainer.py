@@ -107,6 +107,14 @@ def test_it_stops_early_and_says_where_nothing_became_better(place: Path) -> Non
     assert any("no checkpoint is better than the pruned model was" in note for note in found.notes)
 
 
+def test_unless_asked_to_it_goes_on_to_the_last_step(place: Path) -> None:
+    given: dict[str, Any] = {"learning_rate": 1.0, "max_steps": 8, "eval_steps": 1}
+    found = train(method="full", eval_texts=("reference=held.txt",), data={"loss_on": "answers"}, **given)
+    scores = [entry["score"] for entry in found.evaluation]
+    assert len(scores) - 1 - scores.index(min(scores)) > 3  # nothing became better for long
+    assert found.steps == found.evaluation[-1]["step"] == 8
+
+
 @pytest.mark.parametrize(("multiple", "width"), [(64, 64), (1, 40)])
 def test_batches_may_have_few_widths(multiple: int, width: int) -> None:
     ids_T = torch.zeros(140, dtype=torch.int32)

@@ -109,8 +109,9 @@ class RecoverOptions:
     eval_tokens: int = 4096
     """Tokens evaluated of each held-out text."""
 
-    patience: int | None = 3
-    """Early stopping: evaluations without improvement before training ends."""
+    patience: int | None = None
+    """Early stopping: evaluations without improvement before training ends. Default: it goes on to its last step, since
+    the loss falls most when the learning rate does; the best checkpoint is kept in any case."""
 
     layers_first: bool | None = None
     """Train each layer first, to give what the dense model's gives. Default: yes where a cut model is trained beside
