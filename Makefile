@@ -20,9 +20,10 @@ MIX = --calibration $(DATA)/calib/c4_first1000.jsonl@2 --calibration $(DATA)/ins
 
 TEXTS = --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw --text PTB=$(DATA)/lm/ptb/ptb.test.txt
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
-MODULES = _pydecimal inspect tarfile difflib subprocess ipaddress turtle doctest
+# Python's library, without the modules that are measured.
+CODE = runs/code
 KINDS = --calibration $(DATA)/calib/c4_first1000.jsonl --calibration $(DATA)/instruct/dolly_3k.json \
-	$(MODULES:%=--calibration $(STDLIB)/%.py@0.125) --calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
+	--calibration $(CODE)@2 --calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
 OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
 ZOO_ROWS = --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --seeded best
 ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) $(ZOO_ROWS) --tokens 10000 $(QUALITY)
@@ -106,7 +107,8 @@ bench-experts: $(STAMP)  ## Measure what fewer experts cost, beside REAP's score
 
 bench-scale: $(STAMP)  ## Measure a cut of a larger model, MODEL=FOLDER with DATA=FOLDER, beside LLM-Pruner's recipe; resumes
 	$(if $(and $(DATA),$(MODEL)),,$(error bench-scale: give a model and the folder of the texts, for example make bench-scale MODEL=qwen DATA=data))
-	@mkdir -p runs
+	@mkdir -p $(CODE)
+	@cp -p $(filter-out %/argparse.py %/typing.py,$(wildcard $(STDLIB)/*.py)) $(CODE)
 	$(BIN)/python benchmarks/scale.py $(MODEL) $(KINDS) --cut="--column input" --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw $(OTHER_TEXTS) --text code=$(STDLIB)/argparse.py --write $(SCALE)
 
 bench-recover: $(STAMP)  ## Measure what 20 minutes of training give back, beside a dense model trained alike, with DATA=FOLDER; resumes
