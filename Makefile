@@ -82,7 +82,7 @@ bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain l
 bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=FOLDER; writes README's and docs' table and picture; resumes
 	$(if $(DATA),,$(error bench-quality: give the folder of the texts, for example make bench-quality DATA=data))
 	@mkdir -p runs
-	$(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) --out runs/quality.json --write $(QUALITY)
+	$(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) --rows "best;best, uniform;fast;llm-pruner, MLP;llm-pruner;wanda-sp;shortgpt" --out runs/quality.json --write $(QUALITY)
 	$(BIN)/python benchmarks/quality_plot.py
 
 bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained here, STORIES=FOLDER and MODELS="NAME...", with DATA=FOLDER; resumes
@@ -98,7 +98,7 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 bench-vocabulary: $(STAMP)  ## Measure what cutting the vocabulary gives beside layers alone, with DATA=FOLDER; resumes
 	$(if $(DATA),,$(error bench-vocabulary: give the folder of the texts, for example make bench-vocabulary DATA=data))
 	@mkdir -p runs
-	$(BIN)/python benchmarks/vocabulary.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --write $(VOCABULARY)
+	$(BIN)/python benchmarks/vocabulary.py $(filter-out --column input,$(MIX)) --cut="--column input --preset fast" --tokens 4096 $(TEXTS) $(OTHER_TEXTS) --write $(VOCABULARY)
 
 bench-experts: $(STAMP)  ## Measure what fewer experts cost, beside REAP's score, on a small mixture trained here, with DATA=FOLDER; resumes
 	$(if $(DATA),,$(error bench-experts: give the folder of the texts, for example make bench-experts DATA=data))
@@ -131,7 +131,7 @@ bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and b
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs
 	test -d runs/gguf || $(BIN)/secateur prune demo runs/gguf --choose score --repair none --samples 12
-	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --out runs/llama_cpp_speed.json
+	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --cpu-time --out runs/llama_cpp_speed.json
 
 architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pruning; writes docs/architectures.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'
@@ -166,4 +166,4 @@ $(STAMP): pyproject.toml | $(BIN)/python
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Secateur needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "with Debian's Python: apt-get install python3-venv" >&2; exit 1; }

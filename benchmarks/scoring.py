@@ -365,7 +365,8 @@ def part_c(console: Console, parent: Path | None = None) -> dict[str, Any]:
         dense.mkdir()
         write_7b(dense)
         command = [str(Path(sys.executable).with_name("secateur")), "prune", str(dense), str(out)]
-        command += ["--score", "param_first", "--samples", "10", "--length", "128", "--json", str(numbers)]
+        command += ["--score", "param_first", "--repair", "none", "--samples", "10", "--length", "128"]
+        command += ["--json", str(numbers)]
         wall, peak = watched([*command, "--of", "parameters", "--target", "5.42B"])
         told = json.loads(numbers.read_text())
         load = (

@@ -114,8 +114,8 @@ def make_folders(folder: Path, preset: str, schemes: Sequence[str], samples: int
         for scheme in schemes:
             folders[f"{name}, {scheme}"] = out = folder / f"{name}-{scheme}"
             if not out.exists():
-                options = QuantizeOptions(scheme, CalibrationOptions(samples=samples))  # type: ignore[arg-type]
-                export_model(str(folders[name]), out, options)
+                text = CalibrationOptions() if scheme == "fp8" else CalibrationOptions(samples=samples)
+                export_model(str(folders[name]), out, QuantizeOptions(scheme, text))  # type: ignore[arg-type]
     return folders
 
 

@@ -11,7 +11,7 @@ import transformers
 import yaml
 
 from quality_plot import SHOWN, points_of
-from secateur import CutOptions, __all__
+from secateur import CalibrationOptions, CutOptions, __all__
 from secateur.checkpoint.record import Record
 from secateur.decoding import values_by_field
 from secateur.files import PLAN_FILE, RECIPE_FILE, RECORD_FILE
@@ -19,6 +19,7 @@ from secateur.models.manifest import CARD_FILE, MANIFEST_FILE, Entry
 from secateur.models.weight_files import TOKENIZER_FILES
 from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.plan import Plan, PlannedGroup
+from secateur.recovery.result import CURVES_FILE
 from secateur.scoring.registry import SCORES
 
 ROOT = Path(__file__).parent.parent
@@ -70,9 +71,11 @@ def test_python_blocks_are_found_with_their_place() -> None:
 
 def test_the_page_on_the_format_has_every_file_and_key() -> None:
     page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-    keys = {f.name for kind in (Plan, CutOptions, PlannedGroup, Record, Entry) for f in fields(kind)}
+    keys = {
+        f.name for kind in (Plan, CutOptions, CalibrationOptions, PlannedGroup, Record, Entry) for f in fields(kind)
+    }
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
-    files = (*TOKENIZER_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE, RECIPE_FILE, CARD_FILE)
+    files = (*TOKENIZER_FILES, PLAN_FILE, RECORD_FILE, MANIFEST_FILE, RECIPE_FILE, CARD_FILE, CURVES_FILE)
     assert sorted(name for name in files if f"`{name}`" not in page) == []
 
 
