@@ -81,7 +81,13 @@ def evaluate_json(models: Mapping[str, float | None], **options: Any) -> dict[st
                 "model": model,
                 "perplexity": [perplexity_json(ppl, **options), perplexity_json(ppl and ppl * 2, "ptb", **options)],
                 "tasks": tasks,
-                "tasks_mean": {"value": 0.6 - i / 50, "stderr": 0.02, "difference": -i / 50, "p": 0.04},
+                "tasks_mean": {
+                    "value": 0.6 - i / 50,
+                    "stderr": 0.02,
+                    "difference": -i / 50,
+                    "p": 0.04,
+                    "tasks": [*tasks],
+                },
                 "samples": [{"prompt": "A saw cuts", "text": f" wood, says {model}.\n\nAnd more."}],
                 "weight_bytes": 427584 - 50_000 * i,
                 "file_bytes": 430656 - 50_000 * i,
@@ -90,7 +96,7 @@ def evaluate_json(models: Mapping[str, float | None], **options: Any) -> dict[st
     return {"results": rows}
 
 
-def profile_json(models: Mapping[str, float]) -> dict[str, Any]:
+def profile_json(models: Mapping[str, float], seq_len: int = 64) -> dict[str, Any]:
     """What `profile --json` writes: model -> its share of the dense model's size."""
     rows = []
     for i, (model, share) in enumerate(models.items()):
@@ -98,7 +104,8 @@ def profile_json(models: Mapping[str, float]) -> dict[str, Any]:
             "model": model,
             "parameters": round(106896 * share),
             "non_embedding_parameters": round(78096 * share),
-            "macs": round(8445696 * share),
+            "seq_len": seq_len,
+            "macs": round(8445696 * share * seq_len / 64),
             "weight_bytes": round(427584 * share),
             "peak_bytes": round(645247 * share),
             "prefill_seconds": 0.007 * share,
@@ -146,7 +153,7 @@ def recover_json(out: str, steps: int = 12) -> dict[str, Any]:
 def sweep_json() -> dict[str, Any]:
     """What `sweep --json` writes."""
     rows: list[dict[str, Any]] = [
-        {"score": score, "ratio": ratio, "label": f"{score} {ratio}"}
+        {"score": score, "ratio": ratio, "label": score}
         | {"parameters": round(106896 * (1 - ratio)), "non_embedding_parameters": 1, "macs": 1}
         | {"perplexity": [perplexity_json(25 * (1 + ratio) ** power)]}
         for power, score in ((4, "fisher"), (9, "l2"))

@@ -88,3 +88,11 @@ def test_one_process_is_in_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.share_of(WINDOWS) is WINDOWS
     with pytest.raises(ScoreError, match="0 calibration samples"):
         processes.share_of(WINDOWS[:0])
+
+
+def test_nccl_is_given_copies_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
+    monkeypatch.setattr(Tensor, "cuda", Tensor.clone)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, src: tensor.fill_(7) if src == 0 else None)
+    assert processes.from_first(torch.zeros(2)).tolist() == [7, 7]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def largest(number: int) -> int:
 def from_first(tensor: Tensor) -> Tensor:
     """Broadcast: the first process's tensor, in place of those of the others, which have the same shape."""
     if count() > 1:
-        distributed.broadcast(tensor, src=0)
+        _on_its_backend(tensor, lambda each: distributed.broadcast(each, src=0))
     return tensor
 
 
@@ -107,9 +108,14 @@ def wait() -> None:
 
 
 def _reduce(tensor: Tensor, operation: Any) -> None:
-    if distributed.get_backend() == "nccl" and not tensor.is_cuda:  # nccl reduces on GPUs alone
+    _on_its_backend(tensor, lambda each: distributed.all_reduce(each, operation))
+
+
+def _on_its_backend(tensor: Tensor, change: Callable[[Tensor], Any]) -> None:
+    """Change a tensor in place, for nccl on a GPU: it knows no others."""
+    if distributed.get_backend() == "nccl" and not tensor.is_cuda:
         on_gpu = tensor.cuda()
-        distributed.all_reduce(on_gpu, operation)
+        change(on_gpu)
         tensor.copy_(on_gpu)
     else:
-        distributed.all_reduce(tensor, operation)
+        change(tensor)

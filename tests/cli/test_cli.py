@@ -102,6 +102,8 @@ def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "half.json").write_text("{")
     (folder / "typo.yaml").write_text("cut: {ratoi: 0.2}\n")
     (folder / "text.yaml").write_text("cut: {ratio: much}\n")
+    (folder / "planned.yaml").write_text("model: tiny\nplan: plan.json\n")
+    (folder / "packed.yaml").write_text("command: export\nmodel: tiny\nint8: {dynamic: true}\n")
     (folder / "other.yaml").write_text("command: recover\nmodel: tiny\n")
     (folder / "modelless.yaml").write_text("cut: {ratio: 0.2}\n")
     return folder
@@ -816,6 +818,14 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         r"--recover minutes=many: minutes: 'many' is no float",
         ("prune", "tiny", "out", "--recover", "minutes=many"),
     ),
+    "prune --recover, no YAML": (
+        r"--recover minutes=2,data=\*\.txt: data=\*\.txt is no value as YAML has it; in quotes it is one",
+        ("prune", "tiny", "out", "--recover", "minutes=2,data=*.txt"),
+    ),
+    "prune --recover, endless": (
+        r"--recover tokens=inf: inf is no number",
+        ("prune", "tiny", "out", "--recover", "tokens=inf"),
+    ),
     "prune --recover, a plan": (
         r"--recover: a plan that was made before is cut alone; then run secateur recover",
         ("prune", "tiny", "out", "--plan", "plan.json", "--recover", "minutes=2"),
@@ -865,6 +875,26 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "wrong type": (r"text\.yaml: cut: ratio: 'much' is no float", (*PRUNE, "--recipe", "text.yaml")),
     "another command's": (r"other\.yaml: this is a recipe of another command", (*PRUNE, "--recipe", "other.yaml")),
     "no model": (r"modelless\.yaml: no model", ("prune", "out", "--recipe", "modelless.yaml")),
+    "recipe of a plan, and ratio": (
+        r"planned\.yaml prunes what plan\.json says, which says all about the cut: leave out --ratio",
+        ("prune", "out", "--recipe", "planned.yaml", "--ratio", "0.5"),
+    ),
+    "recipe of a plan, to be planned": (
+        r"planned\.yaml prunes what plan\.json says, so nothing is left to plan",
+        ("plan", "tiny", "--recipe", "planned.yaml"),
+    ),
+    "export recipe and MODEL": (
+        r"--recipe packed\.yaml says all about the export: leave out MODEL and all options but OUT",
+        ("export", "tiny", "out", "--recipe", "packed.yaml"),
+    ),
+    "export recipe and options": (
+        r"--recipe packed\.yaml says all about the export: leave out MODEL and all options but OUT",
+        ("export", "out", "--recipe", "packed.yaml", "--int8"),
+    ),
+    "fp8 and text": (
+        "quantize=fp8 looks at no text, and calibration options were given: .* --quantize w8a8",
+        ("export", "tiny", "out", "--quantize", "fp8", "--samples", "4"),
+    ),
     "recipe and plan": ("leave out --recipe", (*PRUNE, "--plan", "plan.json", "--recipe", "typo.yaml")),
     "merge nothing": ("'tiny' is no folder with an adapter_config.json", ("export", "tiny", "out", "--merge-lora")),
     "merge and pack": (

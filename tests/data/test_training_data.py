@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -234,6 +234,32 @@ class TestSplit:
         assert not train & validation
         assert read(tokenizer, named, validation=0.1).validation.digest() == found.validation.digest()
         assert read(tokenizer, named, validation=0.1, seed=1).validation.digest() != found.validation.digest()
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_each_source_has_a_row_to_train_on(self, seed: int, tokenizer: Any, tmp_path: Path) -> None:
+        first, *others = (write(tmp_path, [{**ALPACA, "output": name}], f"{name}.json") for name in "abc")
+        found = read(tokenizer, f"{first}@2", *others, validation=0.9, seed=seed)
+        assert found.train.sources_R.tolist() == [0, 1, 2]
+        assert len(found.validation) == 0
+
+    def test_written_rows_stand_behind_the_start_tokens(self, tokenizer: Any) -> None:
+        written = torch.arange(10, 22).reshape(2, 6)
+        without = read_training_data(tokenizer, DataOptions(("self",), validation=0.0), written_RT=written).train
+        assert without.ids_T.tolist() == written.flatten().tolist()
+        assert without.loss_mask_T.tolist() == ([False] + [True] * 5) * 2
+        begin = 99
+
+        class Beginning:
+            bos_token_id = begin
+
+            def __call__(self, text: str) -> dict[str, list[int]]:
+                return {"input_ids": [begin, *map(ord, text)]}
+
+        rows = read_training_data(
+            cast(Any, Beginning()), DataOptions(("self",), validation=0.0), written_RT=written
+        ).train
+        assert rows.ids_T.tolist() == [begin, 10, 11, 12, 13, 14, begin, 16, 17, 18, 19, 20]
+        assert rows.loss_mask_T.tolist() == ([False] + [True] * 5) * 2
 
     def test_one_row_is_to_train_on(self, tokenizer: Any, tmp_path: Path) -> None:
         found = read(tokenizer, write(tmp_path, [ALPACA]), validation=0.5)

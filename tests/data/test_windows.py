@@ -200,15 +200,43 @@ class TestWindows:
 
     def test_held_out_windows_are_at_other_places(self, tmp_path: Path) -> None:
         text = tmp_path / "text.txt"
-        text.write_text("abcdefgh")
-        options = CalibrationOptions(str(text), samples=4, length=3, held_out=2)
+        alphabet = "abcdefghijklmnopqrstuvwxyz"
+        text.write_text(alphabet)
+        options = CalibrationOptions(str(text), samples=2, length=3, held_out=2)
         rows = [*calibration_windows(LETTERS, options), *held_out_windows(LETTERS, options)]
         spelled = [spell(row.tolist()) for row in rows]
-        assert [row.startswith("`") for row in spelled] == [False] * 4 + [True] * 2  # the start token
-        assert len({row.removeprefix("`")[:2] for row in spelled}) == 6
-        assert all(len(row) == 3 and row.removeprefix("`") in "abcdefgh" for row in spelled)
-        with pytest.raises(DataError, match=r"but 7 samples need as many"):
-            held_out_windows(LETTERS, replace(options, held_out=3))
+        assert [row.startswith("`") for row in spelled] == [False] * 2 + [True] * 2  # the start token
+        assert all(len(row) == 3 and row.removeprefix("`") in alphabet for row in spelled)
+        assert not set("".join(spelled[:2])) & set("".join(spelled[2:]))
+        with pytest.raises(DataError, match=r"but 27 samples need as many"):
+            held_out_windows(LETTERS, replace(options, held_out=25))
+        text.write_text("abcdefgh")
+        with pytest.raises(DataError, match=r"8 tokens hold 2 windows of 4, and 2 more would hold some of the same"):
+            held_out_windows(LETTERS, replace(options, length=4))
+
+    @given(
+        st.lists(st.integers(3, 40), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 4), st.integers(0, 9)
+    )
+    def test_held_out_windows_share_no_token_with_the_others(
+        self, tmp_path_factory: pytest.TempPathFactory, sizes: list[int], samples: int, held_out: int, seed: int
+    ) -> None:
+        file = tmp_path_factory.mktemp("texts") / "rows.jsonl"
+        file.write_text("".join(f'{{"text": "{"a" * size}"}}\n' for size in sizes))
+
+        def tokenizer(texts: list[str] | str, **_: Any) -> CharacterIds:  # 100 i + place in document i
+            if isinstance(texts, str):
+                return CharacterIds(input_ids=[])
+            return CharacterIds(input_ids=[[100 * i + j for j in range(len(each))] for i, each in enumerate(texts)])
+
+        reader = cast(PreTrainedTokenizerBase, tokenizer)
+        options = CalibrationOptions(str(file), samples=samples, length=3, held_out=held_out, seed=seed)
+        try:
+            seen, others = calibration_windows(reader, options), held_out_windows(reader, options)
+        except DataError:
+            return
+        assert (len(seen), len(others)) == (samples, held_out)
+        assert not set(seen.flatten().tolist()) & set(others.flatten().tolist())
+        assert len({tuple(row) for row in others.tolist()}) == held_out
 
     @pytest.mark.parametrize(
         ("behind", "bos", "expected"), [([7, 8], 8, [7, 8]), ([7, 8], 7, []), ([8], None, []), ([], 8, [])]
@@ -226,7 +254,7 @@ class TestWindows:
 
     def test_other_start_tokens_take_the_place_of_the_tokenizers(self, tmp_path: Path) -> None:
         text = tmp_path / "text.txt"
-        text.write_text("abcdefgh")
+        text.write_text("abcdefghijklmnopqrstuvwxyz")
         options = CalibrationOptions(str(text), samples=1, length=4, held_out=2)
         own, other = (
             held_out_windows(LETTERS, options),

@@ -109,8 +109,8 @@ QUANTIZED = itertools.product(("llama", "qwen2", "gemma2", "starcoder2"), EXACT)
 def test_quantized_folders_are_served(model_type: str, scheme: str, tmp_path: Path) -> None:
     """Layers of different sizes with small weights: what vLLM says next is what transformers holds for the best."""
     write(model_type, tmp_path / "cut", widths=(96, 160, 64))
-    text = ["--samples", "8", "--length", "32", "--quiet"]
-    assert run(["export", str(tmp_path / "cut"), str(tmp_path / "folder"), "--quantize", scheme, *text]) == 0
+    text = ["--samples", "8", "--length", "32"] if scheme != "fp8" else []
+    assert run(["export", str(tmp_path / "cut"), str(tmp_path / "folder"), "--quantize", scheme, *text, "--quiet"]) == 0
     of_amx = scheme == "w8a8" and AMX
     dtype = "bfloat16" if scheme == "w4a16" or of_amx else "float32"  # its kernel for CPUs takes no other
     for plugin in WAYS.values():

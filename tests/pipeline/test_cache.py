@@ -190,6 +190,8 @@ class TestRunKey:
             {"cut": {"reduce": "max"}},
             {"cut": {"axes": ("mlp",)}},
             {"cut": {"layers": (0, 1)}},
+            {"cut": {"prices": "estimated"}},
+            {"cut": {"within": "model"}},
             *({"calibration": replace(CALIBRATION, **other)} for other in OTHER_TEXTS),
             {"loading": LoadOptions(dtype="float64")},
         ],
@@ -223,7 +225,7 @@ class TestRunKey:
 
     @pytest.mark.parametrize(
         "change",
-        [{"ratio": 0.4}, {"target": 50_000}, {"scope": "local"}, {"shape": "uniform"}, {"iterations": 2}],
+        [{"ratio": 0.4}, {"target": 50_000}, {"shape": "uniform"}, {"iterations": 2}],
     )
     def test_budgets_do_not_change_it(self, change: dict[str, Any]) -> None:
         assert self.key(cut=change) == self.key()

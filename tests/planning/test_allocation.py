@@ -152,12 +152,22 @@ def test_scores_below_zero_have_no_price(discovery: Discovery) -> None:
 
 def test_a_budget_of_time_is_met_by_the_table(discovery: Discovery) -> None:
     table = LatencyTable(
-        "a machine", 64, 1.0, {"mlp": ((200, 0.15), (400, 0.1), (800, 0.0)), "attention": ((1, 0.04), (3, 0.0))}
+        *("a machine", 64, 1.0),
+        {"mlp": ((0.25, 0.15 / 800), (0.5, 0.1 / 800), (1.0, 0.0)), "attention": ((1 / 3, 0.04 / 3), (1.0, 0.0))},
     )
     decided = plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0), latency=table)
     assert table.seconds(discovery, decided.sizes.sizes) == pytest.approx(0.7, abs=0.005)
     with pytest.raises(PlanError, match="needs a latency table"):
         plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0))
+
+
+@pytest.mark.parametrize("given", [{"ratio": 0.6}, {"ratio": 0.6, "of": "units"}, {"ratio": 0.6, "shape": "per-layer"}])
+def test_the_share_that_stays_is_of_every_scope(given: dict[str, Any], discovery: Discovery) -> None:
+    options = CutOptions(**{"score": "l2", "scope": "local", "axes": ("mlp",), "min_keep": 0.5, **given})
+    sizes = kept(plan(discovery, options, scores=drawn(discovery, 0)))
+    assert all(sizes[group.name] >= group.units / 2 for group in discovery.groups if group.kind == "mlp")
+    fewer = kept(plan(discovery, replace(options, min_keep=0.0), scores=drawn(discovery, 0)))
+    assert any(fewer[group.name] < group.units / 2 for group in discovery.groups if group.kind == "mlp")
 
 
 def test_every_budget_that_the_options_offer_has_a_counter() -> None:

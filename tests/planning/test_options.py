@@ -128,6 +128,11 @@ def test_a_ratio_outside_is_refused(ratio: float) -> None:
             "scope=local and shape=per-layer",
         ),
         ({"ratio": 0.2, "shape": "per-layer", "axes": ("hidden",), "schedule": (1, 2)}, "axes inside layers"),
+        ({"ratio": 0.2, "of": "latency", "axes": ("layers",)}, "of=latency times cuts within layers.*of=non-embedding"),
+        (
+            {"ratio": 0.2, "of": "parameters", "axes": ("mlp", "vocabulary"), "repair": "reconstruct"},
+            "repair=reconstruct fits every layer to the dense model's, which axes=mlp,vocabulary changes",
+        ),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

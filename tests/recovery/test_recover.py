@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from recipes import recipe
 from secateur import CalibrationOptions, RecoverOptions, prune_model
 from secateur.checkpoint.record import Record, read_record
+from secateur.checkpoint.verification import verify
 from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import encode, read_evaluation_text
@@ -194,6 +195,7 @@ class TestOutput:
     def test_a_model_that_was_never_cut_is_trained_and_again(self, place: Path) -> None:
         train("dense", max_steps=1, method="full")
         assert not (place / "out" / "secateur_plan.json").exists()
+        assert verify(place / "out").problems == ()
         record = read_record(place / "out")
         assert record is not None
         assert record.model == "dense"

@@ -11,7 +11,7 @@ from trainings import distance, place_fixture, train  # noqa: F401 - the fixture
 from secateur import DataOptions, RecoverRecipe, recover
 from secateur.errors import DataError, RecipeError
 from secateur.planning.options import CutOptions
-from secateur.recovery.options import LoraOptions
+from secateur.recovery.options import LoraOptions, RecoverOptions
 from secateur.recovery.recipe import RoundOptions, recover_recipe
 
 FILE = """
@@ -32,6 +32,15 @@ def test_single_options_go_before_a_file_and_a_file_before_its_preset(tmp_path: 
     assert found.options.lora == LoraOptions(4, 16.0, 0.0)
     assert found.rounds == RoundOptions(2, CutOptions(ratio=0.5))
     assert recover_recipe("other", file=tmp_path / "recipe.yaml").model == "other"
+
+
+def test_one_budget_replaces_another(tmp_path: Path) -> None:
+    text = "model: small\ndata: {sources: [a.json]}\noptions: {minutes: 20, epochs: 3}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = recover_recipe(file=tmp_path / "recipe.yaml", options={"tokens": 100_000}).options
+    assert (found.minutes, found.tokens, found.epochs) == (None, 100_000, RecoverOptions().epochs)
+    assert recover_recipe(file=tmp_path / "recipe.yaml", options={"epochs": 2.0}).options.minutes is None
+    assert recover_recipe(file=tmp_path / "recipe.yaml", options={"seed": 1}).options.minutes == 20
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch.nn import functional
 from trainings import distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
 
 from secateur.data.rows import Rows
+from secateur.errors import TrainingError
 from secateur.models.options import LoadOptions
 from secateur.recovery import setup, trainer, training
 from secateur.recovery.adapter_products import fuse_adapters
@@ -25,6 +26,24 @@ def test_the_loss_falls_on_the_rows_and_on_others(place: Path) -> None:
     values = [entry["validation"] for entry in found.evaluation]
     assert found.loss[-1][1] < 0.7 * found.loss[0][1]
     assert min(values) < 0.75 * values[0]
+
+
+def test_gpus_that_are_seen_get_no_copies_of_the_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = trainer._training_arguments
+
+    def seeing_two(*given: Any, **others: Any) -> Any:
+        arguments = make(*given, **others)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr(trainer, "_training_arguments", seeing_two)
+    assert train(method="full", max_steps=1).steps == 1
+
+
+def test_another_gpu_than_the_first_is_refused() -> None:
+    training.check_trains_on(torch.device("cuda"))
+    with pytest.raises(TrainingError, match=r"cuda:1: a training runs on the first GPU .* CUDA_VISIBLE_DEVICES=1"):
+        training.check_trains_on(torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize(

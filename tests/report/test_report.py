@@ -10,11 +10,17 @@ from typing import Any
 
 import html5lib
 import pytest
+import torch
 
-from runs import ENTRIES, evaluate_json, plan_json, profile_json, recover_json, write_run
+from runs import CALIBRATION, ENTRIES, evaluate_json, plan_json, profile_json, recover_json, sweep_json, write_run
 from secateur.cli.main import run
+from secateur.decoding import build_known
 from secateur.pipeline.run_log import append_entry
+from secateur.report.content import Figure, Table
+from secateur.report.cuts import _made_from
+from secateur.report.entries import Cut
 from secateur.report.page import Report, write_report
+from secateur.scoring.scores import Scores
 
 SECTIONS = ["models", "quality", "speed", "frontier", "units", "scores", "recovery", "samples", "provenance"]
 
@@ -153,6 +159,51 @@ class TestNumbers:
         result = result | {"evaluation": [{"step": 0, "validation": None, "perplexity": {"t": None}}]}
         append_entry(tmp_path / "run", "c", "recover", result, seed=0, models=["a", "b"])
         assert page_of(tmp_path / "run")[2].to_json()["charts"] == 4 - 1
+
+    def test_costs_of_other_lengths_are_not_compared(self, tmp_path: Path) -> None:
+        for name, share in (("small", 0.2), ("smaller", 0.4)):
+            append_entry(tmp_path, "c", "prune", plan_json(share, name), seed=0, models=["tiny", name])
+        append_entry(
+            tmp_path, "c", "profile", profile_json({"tiny": 1, "small": 0.8}, 512), seed=0, models=["tiny", "small"]
+        )
+        (section,) = (each for each in page_of(tmp_path)[2].sections if each.id == "models")
+        (table,) = (block for block in section.blocks if isinstance(block, Table))
+        macs = table.columns.index("MACs")
+        assert [row[macs].note for row in table.rows] == ["", "\N{MINUS SIGN}20.0 %", ""]
+        assert all(row[macs].text for row in table.rows)
+
+    def test_a_mean_and_its_p_are_of_the_same_tasks(self, tmp_path: Path) -> None:
+        plan = plan_json(0.2, "small")
+        append_entry(tmp_path, "c", "prune", plan, seed=0, models=["tiny", "small"])
+        for chosen in (["boolq"], ["hellaswag"]):
+            result = evaluate_json({"tiny": 9.0, "small": 12.0})
+            for i, row in enumerate(result["results"]):
+                row["tasks"] = {task: row["tasks"][task] for task in chosen}
+                row["tasks"]["wikitext"] = {"metric": "word_perplexity", "value": 25.3, "stderr": None, "documents": 62}
+                row["tasks_mean"] = {"value": 0.7 - i / 10, "p": 0.04 + i / 100, "tasks": chosen}
+            append_entry(tmp_path, "c", "evaluate", result, seed=0, models=["tiny", "small"])
+        _, text, report = page_of(tmp_path)
+        (accuracy,) = (figure for figure in report.key_figures if figure.name == "Accuracy")
+        assert accuracy.change == "\N{MINUS SIGN}10.0 points"
+        assert "hellaswag, p = 0.05" in accuracy.detail
+        assert "2530" not in text
+        assert "25.3" in text
+
+    def test_presets_of_one_score_are_lines_of_their_own(self, tmp_path: Path) -> None:
+        result = sweep_json()
+        for row in result["rows"]:
+            row["score"], row["label"] = "fisher", {"fisher": "best", "l2": "fast"}[row["label"]]
+        append_entry(tmp_path, "c", "sweep", result, seed=0, models=["tiny"])
+        (section,) = (each for each in page_of(tmp_path)[2].sections if each.id == "frontier")
+        (figure,) = section.blocks
+        assert isinstance(figure, Figure)
+        assert {row[0].text for row in figure.numbers.rows} == {"best", "fast"}
+
+    def test_scores_of_another_model_belong_to_no_cut(self) -> None:
+        cut = build_known(Cut, plan_json(0.2))
+        group = cut.groups[0]
+        fitting, other = (Scores("fisher", "sum", {group.name: torch.rand(n)}, CALIBRATION) for n in (group.units, 999))
+        assert [_made_from(cut, scores) for scores in (fitting, other)] == [True, False]
 
     def test_a_long_training_is_thinned(self, tmp_path: Path) -> None:
         append_entry(tmp_path / "run", "c", "recover", recover_json("b", 30_000), seed=0, models=["a", "b"])

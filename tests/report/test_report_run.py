@@ -46,6 +46,18 @@ class TestModels:
             add(Path("run"), "evaluate", evaluate_json({name: 9.0}), name)
         assert [model.role for model in load_run(Path("run")).models] == ["dense", "pruned"]
 
+    def test_a_folder_beside_us_is_one_model_with_and_without_a_slash(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "small").mkdir()
+        add(Path("run"), "prune", plan_json(0.2, "small"), "tiny", "small")
+        add(Path("run"), "evaluate", evaluate_json({"tiny": 9.0, "small/": 12.0}), "tiny", "small/")
+        assert [(model.name, model.role) for model in load_run(Path("run")).models] == [
+            ("tiny", "dense"),
+            ("small", "pruned"),
+        ]
+
     def test_a_plan_evaluated_in_memory_has_its_model_as_parent(self, tmp_path: Path) -> None:
         add(tmp_path, "evaluate", evaluate_json({"tiny": 9.0, "tiny + p.json": 12.0}), "tiny")
         assert [(model.role, model.parent) for model in load_run(tmp_path).models] == [

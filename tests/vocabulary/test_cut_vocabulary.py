@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from secateur.planning.plan import read_plan
 from secateur.pruning.prune import cut_vocabulary
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.setup import load_teacher
+from secateur.vocabulary.token_ids import token_id_settings
 from tiny import tiny_model, write_tiny
 
 KEEP = [0, *range(3, 290, 2)]
@@ -106,7 +108,7 @@ def test_a_budget_of_time_weighs_tokens_against_channels(
     def of_a_machine(model: object, discovery: object, groups: list[Group], **others: object) -> LatencyTable:
         """What half of each group saves of a second."""
         sizes = {group.kind: group.units for group in groups}
-        return LatencyTable("cpu", 8, 1.0, {kind: ((n // 2, saves[kind]), (n, 0.0)) for kind, n in sizes.items()})
+        return LatencyTable("cpu", 8, 1.0, {kind: ((0.5, saves[kind] / n), (1.0, 0.0)) for kind, n in sizes.items()})
 
     monkeypatch.setattr("secateur.pipeline.pipeline.latency_table", of_a_machine)
     out = tmp_path / "out"
@@ -183,3 +185,18 @@ def test_two_vocabularies_are_evaluated_by_bytes(
 def test_what_a_vocabulary_is_not_cut_with(options: dict[str, object], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         CutOptions(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"bad_words_ids": [[5, 7], [2]]}, {"bad_words_ids": [[1]]}),
+        ({"bad_words_ids": [[7]]}, {"bad_words_ids": None}),
+        ({"sequence_bias": [[[5, 7], -1.0], [[5], 2.0]]}, {"sequence_bias": [[[2], 2.0]]}),
+        ({"forced_decoder_ids": [[1, 5], [2, 7]]}, {"forced_decoder_ids": [[1, 2]]}),
+        ({"suppress_tokens": [2, 7], "eos_token_id": 7}, {"suppress_tokens": [1], "eos_token_id": None}),
+        ({"suppress_tokens": [], "bad_words_ids": []}, {}),
+    ],
+)
+def test_a_sequence_that_loses_a_token_is_left_out(settings: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert token_id_settings(settings, [0, 2, 5]) == changed

@@ -6,7 +6,8 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -140,6 +141,33 @@ def test_counts_follow_the_parts() -> None:
             assert number not in place or part not in place or place[number] < place[part]
     scores_V = ranking.scores(2.0)[torch.tensor(ranking.order)]
     assert (scores_V.diff() > 0).all()
+
+
+def test_a_part_that_has_gone_counts_by_its_own_parts() -> None:
+    """In a vocabulary of Unigram a part may go before the token made of it."""
+    tokens = {0: "a", 1: "b", 2: "c", 3: "d", 4: "ab", 5: "abc", 6: "abcd"}
+    pieces = Pieces(tokens, {4: (0, 1), 5: (4, 2), 6: (5, 3)}, frozenset({0, 1, 2, 3}), closed=False)
+    ranking = rank_tokens(pieces, torch.tensor([1.0, 1, 1, 1, 30, 0, 10]).double())
+    assert ranking.order == (5, 6, 4)
+    total = 44
+    # "abcd" becomes "ab", "c", "d" where "abc" has gone: two tokens more for each of ten uses, and then "ab" has 40.
+    assert (ranking.growth_V[torch.tensor(ranking.order)] * total).tolist() == [0, 20, 40]
+
+
+def test_a_long_text_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, asked = "ab cde f " * 40, list[int]()
+
+    def letters(texts: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(sum(map(len, texts)))
+        return SimpleNamespace(input_ids=[[max(0, ord(each) - 96) for each in text] for text in texts])
+
+    whole = token_counts(cast(Any, letters), [text], 8)
+    monkeypatch.setattr("secateur.vocabulary.ranking.PIECE", 50)
+    assert torch.equal(token_counts(cast(Any, letters), [text], 8), whole)
+    assert asked[0] == len(text)
+    assert max(asked[1:]) <= 100
+    monkeypatch.setattr("secateur.vocabulary.ranking.COUNTED", 100)
+    assert token_counts(cast(Any, letters), [text], 8).sum() < 200
 
 
 def test_tokens_that_the_text_lacks_go_by_zipfs_law() -> None:

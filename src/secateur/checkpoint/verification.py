@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from secateur.checkpoint.per_layer import is_per_layer, layer_settings
 from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError, SecateurError, UntrustedCodeError
@@ -16,7 +18,7 @@ from secateur.models.loading import load_on_meta
 from secateur.models.manifest import MANIFEST_FILE, WEIGHTS, Entry, changes, files_in, read_manifest
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.models.weight_files import is_read
-from secateur.planning.plan import read_plan
+from secateur.planning.plan import Plan, read_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verified:
     if not problems:
         try:
             if quantization(load_config(str(folder), trust_remote_code=trust_remote_code)) is None:
-                problems += _disagreements(folder, trust_remote_code=trust_remote_code)
+                planned = PLAN_FILE in manifest  # not where a dense model was trained, or merged with an adapter
+                problems += _disagreements(folder, planned=planned, trust_remote_code=trust_remote_code)
                 built = True
         except UntrustedCodeError:
             pass  # the files are as they were written: no more can be checked before any of them runs
@@ -101,14 +104,21 @@ def _files(folder: Path, manifest: Mapping[str, Entry]) -> Iterator[VerifiedFile
         yield VerifiedFile(MANIFEST_FILE, 0, None, "lists no weights")
 
 
-def _disagreements(folder: Path, *, trust_remote_code: bool) -> Iterator[str]:
-    """Where the plan, the config, the record and the tensors disagree."""
+def _disagreements(folder: Path, *, planned: bool, trust_remote_code: bool) -> Iterator[str]:
+    """Where the plan, if there is one, the config, the record and the tensors disagree."""
     model, leftover = load_on_meta(str(folder), trust_remote_code=trust_remote_code)
     for name in leftover:
         yield f"config.json describes a model without {name}, which lies in the weights"
     read_record(folder)
-    plan = read_plan(folder / PLAN_FILE)
     config = load_config(str(folder), trust_remote_code=trust_remote_code).to_dict()
+    if planned:
+        yield from _off_plan(read_plan(folder / PLAN_FILE), config, model)
+    if is_per_layer(model):
+        yield from _other_layers(config.get("per_layer_config"), layer_settings(model))
+
+
+def _off_plan(plan: Plan, config: Mapping[str, Any], model: PreTrainedModel) -> Iterator[str]:
+    """What config and weights have that is not as the plan says."""
     for name, value in (plan.settings or {}).items():
         written: Any = config
         for key in name.split("."):
@@ -117,8 +127,6 @@ def _disagreements(folder: Path, *, trust_remote_code: bool) -> Iterator[str]:
             yield f"{PLAN_FILE} says {name}={value!r:.60}, config.json {written!r:.60}"
     if plan.settings is None and PER_LAYER not in config:
         yield f"{PLAN_FILE} says that no stock config holds the cut ({plan.refusal}), config.json is one"
-    if is_per_layer(model):
-        yield from _other_layers(config.get("per_layer_config"), layer_settings(model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if plan.parameters.get("pruned", parameters) != parameters:
         yield f"{PLAN_FILE} says {plan.parameters['pruned']} parameters, the weights have {parameters}"

@@ -5,6 +5,7 @@ Commands import what they call when they run, so that --help and a mistyped opti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -82,6 +83,10 @@ def plan_command(
 
     check_files(output.json, out, run=run.get("folder"))
     recipe = recipe_of(model, cutting, loading)
+    if recipe.plan is not None:
+        raise PlanError(
+            f"{cutting['recipe']} prunes what {recipe.plan} says, so nothing is left to plan: read that file, or prune"
+        )
     planned = plan_model(recipe, sizes_only=bool(sizes_only), run=run_options(run, quiet=output.quiet))
     result, folder, seed = planned.to_json(), run.get("folder"), recipe.calibration.seed
     finish(result, Output(quiet=True, json=out))
@@ -118,8 +123,10 @@ def prune_command(
     name, folder = model_and_out(model, out, cutting.get("recipe"), "prune")
     check_files(output.json, made=folder, run=run.get("folder"))
     if plan is not None:
-        _check_alone(plan, cutting)
+        _check_alone(f"--plan {plan}", cutting)
     recipe, given = recipe_of(name, cutting, loading), None if plan is None else read_plan(plan)
+    if recipe.plan is not None:
+        _check_alone(f"{cutting['recipe']} prunes what {recipe.plan} says, which", cutting, beside=("recipe",))
     if recover is not None:
         if plan is not None or recipe.plan is not None:
             raise PlanError("--recover: a plan that was made before is cut alone; then run secateur recover")
@@ -141,12 +148,12 @@ def prune_command(
         print_written(pruned, resume=run.get("resume", False))
 
 
-def _check_alone(plan: Path, cutting: Given) -> None:
+def _check_alone(plan: str, cutting: Given, *, beside: Sequence[str] = ()) -> None:
     """Raise `PlanError` for options of the cut beside a plan, which would be ignored."""
-    given: list[str] = [name for name in ("preset", "recipe") if name in cutting]
+    given: list[str] = [name for name in ("preset", "recipe") if name in cutting and name not in beside]
     given += [f"{part}.{name}" for part in ("cut", "calibration") for name in cutting.get(part, ())]
     if given:
-        raise PlanError(f"--plan {plan} says all about the cut: leave out {CUTTING.option(given[0])}")
+        raise PlanError(f"{plan} says all about the cut: leave out {CUTTING.option(given[0])}")
 
 
 SWEEP = Fields(

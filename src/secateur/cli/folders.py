@@ -27,7 +27,7 @@ from secateur.cli.reading import count
 from secateur.cli.training import train_and_show
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
-from secateur.errors import CheckpointError, PlanError
+from secateur.errors import CheckpointError, ExportError, PlanError
 from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions, QuantizeOptions
 from secateur.pipeline.recipe import prune_recipe, read_whole_recipe
 from secateur.recovery.options import RecoverOptions
@@ -74,7 +74,8 @@ FORMATS = Fields(
     "packing.dynamic merge_lora merging.adapter recipe",
     names={"quantizing.calibration.text": "--calibration"},
     omit=" ".join(
-        f"quantizing.calibration.{name}" for name in ("held_out", "score_samples", "varied", "copied", "start_tokens")
+        f"quantizing.calibration.{name}"
+        for name in ("tokens_per_column", "held_out", "score_samples", "varied", "copied", "start_tokens")
     ),
 )
 
@@ -100,6 +101,11 @@ def export_command(
 
     name, out = model_and_out(model, out, formats.get("recipe"), "export")
     if "recipe" in formats:
+        if name is not None or formats.keys() != {"recipe"} or changed(loading):
+            raise ExportError(
+                f"--recipe {formats['recipe']} says all about the export: leave out MODEL and all options but OUT: "
+                f"secateur export --recipe {formats['recipe']} OUT"
+            )
         recipe = read_whole_recipe(formats["recipe"], "export", ExportRecipe)
         name, loading = recipe.model, recipe.loading
         options: ExportOptions = recipe.int8 or recipe.quantize or recipe.merge or MergeOptions()

@@ -87,6 +87,7 @@ def evaluate_command(
             files = weight_file_bytes(name) if label == name else None
             seen = of_same_text(inputs, first, reader)
             results.append(evaluate_model(label, each, reader, seen, bars=bars, file_bytes=files))
+        del model, each, variants  # before the next one is loaded
     finish(as_json(results), output, evaluation_tables(results), run=run.get("folder"), kind="evaluate", models=models)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,10 @@ def count(text: str) -> int:
     number, factor = text.strip().upper(), 1
     if number and number[-1] in factors:
         number, factor = number[:-1], factors[number[-1]]
-    return round(float(number) * factor)
+    value = float(number) * factor
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return round(value)
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -70,7 +74,10 @@ def named_values(text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not (name and equals and value):
             raise ValueError(part)
-        values[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        try:
+            values[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{part} is no value as YAML has it; in quotes it is one: {name}='{value}'") from error
     return values
 
 

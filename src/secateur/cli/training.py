@@ -13,12 +13,10 @@ from secateur.data.options import DataOptions
 from secateur.decoding import decode, values_by_field
 from secateur.errors import RecipeError
 from secateur.pipeline.recipe import PruneRecipe
-from secateur.recovery.options import LoraOptions, RecoverOptions
+from secateur.recovery.options import BUDGETS, LoraOptions, RecoverOptions
 
 if TYPE_CHECKING:
     from secateur.recovery.recipe import RecoverRecipe
-
-BUDGETS = ("minutes", "tokens", "epochs", "max_steps")
 
 
 def recipe_with_cut(cut: PruneRecipe, text: str) -> RecoverRecipe:

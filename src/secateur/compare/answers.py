@@ -146,7 +146,7 @@ def _choice(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tens
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
         warpers += [TopKLogitsWarper(int(sampling.top_k))] if sampling.top_k > 0 else []
         warpers += [TopPLogitsWarper(float(sampling.top_p))] if sampling.top_p < 1 else []
-    generator = torch.Generator(device).manual_seed(int(sampling.seed))
+    generator = torch.Generator(device).manual_seed(int(sampling.seed or 0))  # None where the page's field is empty
 
     def choose(logits_BV: Tensor) -> Tensor:
         logits_BV = logits_BV.float()

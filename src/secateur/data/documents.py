@@ -7,7 +7,6 @@ the hub.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -173,17 +172,16 @@ def _folder_rows(folder: Path) -> Iterator[tuple[str, object]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     """What a `.json` or `.jsonl` file holds, one after the other, each with the place where it stands."""
-    text = decoded(path)
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json" and not _is_object(next(filter(str.strip, _lines(path)), "")):
         try:
-            whole = json.loads(text)
+            whole = json.loads(decoded(path))
         except ValueError:
             pass  # one object a line, as in .jsonl
         else:
             items = whole if isinstance(whole, list) else [whole]
             yield from ((f"{str(path)!r}, item {i}", item) for i, item in enumerate(items, start=1))
             return
-    for number, line in enumerate(io.StringIO(text), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         where = f"{str(path)!r}, line {number}"
         if not line.strip():
             continue
@@ -192,6 +190,24 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
         except ValueError as error:
             raise DataError(f'{where}: not JSON ({error}). Expected one object a line: {{"text": "..."}}.') from error
         yield where, item
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, one in memory at a time. Raises as `decoded` does."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
+    except (UnicodeDecodeError, OSError):
+        decoded(path)  # says what is wrong
+        raise
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a whole object of JSON."""
+    try:
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:

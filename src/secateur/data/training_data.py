@@ -69,7 +69,7 @@ def read_training_data(
     """
     dropped: Counter[str] = Counter()
     by_source = [
-        _written(written_RT)
+        _written(written_RT, start_tokens(tokenizer).tolist())
         if name == SELF and written_RT is not None
         else _read_source(name, tokenizer, options, dropped)
         for name in options.source_names
@@ -91,9 +91,10 @@ def read_training_data(
     )
 
 
-def _written(written_RT: Tensor) -> list[tuple[list[int], list[bool]]]:
-    """Rows that the dense model wrote, which count whole."""
-    return [(ids, [False, *[True] * (len(ids) - 1)]) for ids in written_RT.tolist()]
+def _written(written_RT: Tensor, start: list[int]) -> list[tuple[list[int], list[bool]]]:
+    """Rows that the dense model wrote, which count whole, behind the tokens that a text begins with."""
+    rows, before = written_RT.shape[1], max(1, len(start))
+    return [((start + ids)[:rows], [False] * before + [True] * (rows - before)) for ids in written_RT.tolist()]
 
 
 def _read_source(
@@ -203,4 +204,13 @@ def _split(rows: Rows, options: DataOptions) -> tuple[Rows, Rows]:
     if options.validation > 0:
         count = min(max(1, round(options.validation * len(rows))), MOST_VALIDATION, len(rows) - 1)
     order_R = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
-    return rows.select(order_R[count:].sort().values), rows.select(order_R[:count].sort().values)
+    left, held = Counter(rows.sources_R.tolist()), list[int]()
+    for row in order_R.tolist():
+        if len(held) == count:
+            break
+        if left[source := int(rows.sources_R[row])] > 1:  # each source keeps a row to train on
+            left[source] -= 1
+            held.append(row)
+    validates_R = torch.zeros(len(rows), dtype=torch.bool)
+    validates_R[held] = True
+    return rows.select(torch.nonzero(~validates_R).flatten()), rows.select(torch.nonzero(validates_R).flatten())

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,8 +101,8 @@ def held_out_windows(
 ) -> Tensor:
     """`options.held_out` more windows, in the same forms, each behind the start tokens: as the model is served.
 
-    `start` takes the place of the tokenizer's start tokens, `tokens` are those of the texts. Raises `DataError` where
-    the texts have no other places, and as `calibration_windows` does.
+    They share no token with the others of their form. `start` takes the place of the tokenizer's start tokens, `tokens`
+    are those of the texts. Raises `DataError` where the texts have no other places, and as `calibration_windows` does.
     """
     if isinstance(tokenizer, ProcessorMixin):
         return shown_windows(tokenizer, options, skipped=options.samples, count=options.held_out)
@@ -116,13 +116,12 @@ def _windows(
 ) -> Tensor:
     """So many windows as written, of each form and in random order, after those that are skipped."""
     unordered, before = counts[-1], skipped[0] + skipped[-1]
-    windows = _in_turns(tokens.of(None), replace(options, samples=before + counts[0] + unordered))[before:]
+    windows = _in_turns(tokens.of(None), replace(options, samples=before + counts[0] + unordered), before)
     parts = [windows[: counts[0]]]
     for number, (form, count) in enumerate(zip(FORMS, counts[1:-1], strict=True), start=1):
         if count:
             seed, before = options.seed + number * OTHER_SEED, skipped[number]
-            drawn = _in_turns(tokens.of(form), replace(options, samples=before + count, seed=seed))
-            parts.append(drawn[before:])
+            parts.append(_in_turns(tokens.of(form), replace(options, samples=before + count, seed=seed), before))
     return torch.cat([*parts, shuffled(windows[counts[0] :], options.seed)])
 
 
@@ -180,8 +179,11 @@ def _has(name: str, column: str) -> bool:
     )
 
 
-def _in_turns(sources: Sequence[Documents], options: CalibrationOptions) -> Tensor:
-    """Windows of each source by its weight, as evenly as can be: more samples begin with the same ones."""
+def _in_turns(sources: Sequence[Documents], options: CalibrationOptions, before: int) -> Tensor:
+    """Windows of each source by its weight, as evenly as can be: more samples begin with the same ones.
+
+    Those after the first `before`, of which they hold no token.
+    """
     weights = [weight for _, weight in options.sources]
     owed, turns = [0.0] * len(weights), list[int]()
     for _ in range(options.samples):
@@ -192,8 +194,9 @@ def _in_turns(sources: Sequence[Documents], options: CalibrationOptions) -> Tens
     for number, documents in enumerate(sources):
         places = [place for place, turn in enumerate(turns) if turn == number]
         if places:
-            windows[places] = _drawn(documents, replace(options, samples=len(places)))
-    return windows
+            earlier = sum(place < before for place in places)
+            windows[places] = _drawn(documents, replace(options, samples=len(places)), earlier)
+    return windows[before:]
 
 
 def sample_windows(
@@ -216,7 +219,7 @@ def sample_windows(
     return _drawn(_tokenize(documents, tokenizer), options)
 
 
-def _drawn(documents: Documents, options: CalibrationOptions) -> Tensor:
+def _drawn(documents: Documents, options: CalibrationOptions, earlier: int = 0) -> Tensor:
     usable = [ids for ids in documents if len(ids) >= options.length]
     if not usable:
         longest = max(map(len, documents), default=0)
@@ -225,14 +228,17 @@ def _drawn(documents: Documents, options: CalibrationOptions) -> Tensor:
             f"{what} {longest} tokens, but one window needs {options.length}. Expected a longer text, or a shorter "
             f"window: CalibrationOptions(length={max(longest, 2)}, samples=1)."
         )
-    places = _drawn_places([len(ids) for ids in usable], options)
+    places = _drawn_places([len(ids) for ids in usable], options, earlier)
     windows = [usable[document][start : start + options.length] for document, start in places]
     return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
-def _drawn_places(sizes: Sequence[int], options: CalibrationOptions) -> list[tuple[int, int]]:
-    """Document and start of each window, in the order drawn; `sizes` are the documents' numbers of tokens."""
-    left = [size - options.length + 1 for size in sizes]  # places of each document that were not drawn
+def _drawn_places(sizes: Sequence[int], options: CalibrationOptions, earlier: int) -> list[tuple[int, int]]:
+    """Document and start of each window, in the order drawn; `sizes` are the documents' numbers of tokens.
+
+    Windows after the first `earlier` hold none of their tokens.
+    """
+    left = [size - options.length + 1 for size in sizes]  # places of each document that can still be drawn
     if sum(left) < options.samples:
         raise DataError(
             f"tiny calibration text: {sum(sizes)} tokens hold {sum(left)} different windows of {options.length}, "
@@ -242,15 +248,40 @@ def _drawn_places(sizes: Sequence[int], options: CalibrationOptions) -> list[tup
     chooser = random.Random(options.seed)
     drawn: dict[tuple[int, int], None] = {}
     waiting: set[int] = set()  # documents that gave no window in this turn
+    taken: dict[int, NDArray[np.bool_]] = {}  # document -> its places whose windows hold a token of the first ones
     while len(drawn) < options.samples:
+        if len(drawn) == earlier > 0 and not taken:
+            taken = _overlapping(sizes, drawn, options.length)
+            left = [int((~taken[number]).sum()) if number in taken else places for number, places in enumerate(left)]
+            waiting &= {document for document, places in enumerate(left) if places}
         waiting = waiting or {document for document, places in enumerate(left) if places}
+        if not waiting:
+            raise DataError(
+                f"tiny calibration text: {sum(sizes)} tokens hold {len(drawn)} windows of {options.length}, and "
+                f"{options.samples - len(drawn)} more would hold some of the same tokens. Expected a longer text, or "
+                f"fewer: CalibrationOptions(samples={max(1, earlier // 2)})."
+            )
         document = chooser.randrange(len(sizes))
         start = chooser.randrange(sizes[document] - options.length + 1)
-        if document in waiting and (document, start) not in drawn:
+        overlaps = document in taken and taken[document][start]
+        if document in waiting and not overlaps and (document, start) not in drawn:
             drawn[document, start] = None
             left[document] -= 1
             waiting.remove(document)
     return list(drawn)
+
+
+def _overlapping(sizes: Sequence[int], drawn: Iterable[tuple[int, int]], length: int) -> dict[int, NDArray[np.bool_]]:
+    """Which places of each document that windows were drawn of hold a token of one.
+
+    >>> {number: places.nonzero()[0].tolist() for number, places in _overlapping([9, 9], [(1, 3)], 2).items()}
+    {1: [2, 3, 4]}
+    """
+    taken: dict[int, NDArray[np.bool_]] = {}
+    for document, start in drawn:
+        places = taken.setdefault(document, np.zeros(sizes[document] - length + 1, dtype=bool))
+        places[max(0, start - length + 1) : start + length] = True
+    return taken
 
 
 def digest(tokens: Tensor) -> str:

@@ -46,15 +46,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def position_errors(model: PreTrainedModel, length: int, *, flag: str) -> Iterator[None]:
-    """Turn the IndexError of a model that reads `length` tokens but has fewer positions into a DataError naming `flag`.
+    """Turn the error of a model that reads `length` tokens but has fewer positions into a DataError naming `flag`.
 
-    Models with a table of positions fail; those that compute them (rotary, ALiBi) read on, and worse.
+    Models with a table of positions fail, on a CPU with an IndexError, on a GPU with an assertion there; those that
+    compute them (rotary, ALiBi) read on, and worse.
     """
     try:
         yield
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
         positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is None or length <= positions:
+        asserted = isinstance(error, IndexError) or "device-side assert" in str(error)
+        if not asserted or positions is None or length <= positions:
             raise
         raise DataError(
             f"the model has {positions} positions, but reads {length} tokens at once. {flag} takes at most {positions}."

@@ -1,4 +1,4 @@
-"""Model -> its latency table: each kind of group is cut to a few sizes in all layers, and timed beside the dense model.
+"""Model -> its latency table: each kind of group is cut to a few shares in all layers and timed beside the dense model.
 
 A table is measured once for a model, a machine and a length, and lies in the user's cache folder.
 """
@@ -72,36 +72,38 @@ def _measure(
     progress: Progress | None,
 ) -> LatencyTable:
     options = ProfileOptions(seq_lens=(seq_len,), new_tokens=1, repeats=9)
-    work = [(kind, units) for kind, members in kinds.items() for units in _timed_sizes(members[0])]
+    work = [(kind, kept) for kind, members in kinds.items() for kept in _timed_shares(members[0])]
     dense_seconds: list[float] = []
-    saved: dict[str, list[tuple[int, float]]] = {}  # kind -> units, and the share of the time that one group saves
-    for done, (kind, units) in enumerate(work, start=1):
-        cut = prune(model, _plan(discovery, kinds[kind], units), discovery=discovery)
+    saved: dict[str, list[tuple[float, float]]] = {}  # kind -> share kept, and that of the time saved for each unit
+    for done, (kind, kept) in enumerate(work, start=1):
+        cut = prune(model, _plan(discovery, kinds[kind], kept), discovery=discovery)
         [speeds] = measure_speed({"dense": model, "cut": cut}, options)
         dense_seconds.append(speeds["dense"].prefill_seconds)
         share = 1 - speeds["cut"].prefill_seconds / speeds["dense"].prefill_seconds
-        saved.setdefault(kind, []).append((units, share / len(kinds[kind])))
+        saved.setdefault(kind, []).append((kept, share / sum(group.units for group in kinds[kind])))
         if progress is not None:
             progress(done, len(work))
     whole = median_high(dense_seconds)
-    savings = {
-        kind: (*((units, share * whole) for units, share in points), (kinds[kind][0].units, 0.0))
-        for kind, points in saved.items()
+    per_unit = {
+        kind: (*((kept, share * whole) for kept, share in points), (1.0, 0.0)) for kind, points in saved.items()
     }
-    return LatencyTable(_device(model), seq_len, whole, savings)
+    return LatencyTable(_device(model), seq_len, whole, per_unit)
 
 
-def _timed_sizes(group: Group) -> list[int]:
-    """The sizes to time, ascending; of few units, all."""
+def _timed_shares(group: Group) -> list[float]:
+    """The shares to time, ascending; of few units, those of all sizes."""
     if group.units <= len(TIMED_SHARES) + 1:
-        return [*range(group.least, group.units)]
-    return sorted({max(group.least, round(group.units * share)) for share in TIMED_SHARES})
+        return [size / group.units for size in range(group.least, group.units)]
+    return sorted({max(group.least / group.units, share) for share in TIMED_SHARES})
 
 
-def _plan(discovery: Discovery, members: Sequence[Group], units: int) -> Plan:
-    """A plan that keeps the first `units` units of each group."""
+def _plan(discovery: Discovery, members: Sequence[Group], share: float) -> Plan:
+    """A plan that keeps this share of the units of each group, the first ones."""
+    sizes = {group.name: max(group.least, round(group.units * share)) for group in members}
     groups = tuple(
-        PlannedGroup(group.name, group.kind, group.layer, group.units, units, tuple(range(units))) for group in members
+        PlannedGroup(group.name, group.kind, group.layer, group.units, size, tuple(range(size)))
+        for group in members
+        for size in [sizes[group.name]]
     )
     return Plan(discovery.model, CutOptions(ratio=0.0), groups, {}, {})
 

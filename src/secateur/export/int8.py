@@ -31,6 +31,7 @@ from secateur.export.options import ExportRecipe, Int8Options
 from secateur.files import check_vacant
 from secateur.models.config import check_not_quantized
 from secateur.models.silence import quiet
+from secateur.models.streaming import streamed_layers
 from secateur.models.tensor_files import sort_metadata
 from secateur.models.tensors import plain_tensors
 
@@ -130,7 +131,7 @@ def _check_loads(folder: Path, packed: PreTrainedModel) -> None:
     options: dict[str, Any] = {"attn_implementation": packed.config._attn_implementation}
     if getattr(packed.config, "_experts_implementation", None) is not None:
         options["experts_implementation"] = packed.config._experts_implementation
-    if packed.device.type != "cpu":
+    if packed.device.type != "cpu" and streamed_layers(packed) is None:
         options["device_map"] = {"": packed.device}
     try:
         loaded = loaded_again(folder, packed, **options)
@@ -146,4 +147,4 @@ def _check_loads(folder: Path, packed: PreTrainedModel) -> None:
 
 def _same(tensor: Tensor, other: Tensor) -> bool:
     pairs = zip(plain_tensors(tensor), plain_tensors(other), strict=True)
-    return all(torch.equal(one, two) for one, two in pairs)
+    return all(torch.equal(one.cpu(), two.cpu()) for one, two in pairs)  # layers of a streamed model are on the CPU

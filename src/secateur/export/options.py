@@ -68,8 +68,13 @@ class QuantizeOptions:
     """The text that GPTQ looks at."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown scheme."""
+        """Refuse an unknown scheme, and text for one that looks at none."""
         check_choices(self, ExportError)
+        if self.quantize == "fp8" and self.calibration != CalibrationOptions():
+            raise ExportError(
+                "quantize=fp8 looks at no text, and calibration options were given: leave them out, or round by GPTQ: "
+                "--quantize w8a8"
+            )
 
 
 @dataclass(frozen=True, slots=True)

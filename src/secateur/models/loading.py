@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 import os
 from collections.abc import Sequence
@@ -208,6 +209,8 @@ def _streams_to(
     stored = config.dtype if source.kind != "gguf" else None
     kind = next((each for each in (dtype, stored) if isinstance(each, torch.dtype)), torch.float32)
     shapes = skeleton(config, trust_remote_code=trust_remote_code).parameters()
+    gc.collect()
+    torch.cuda.empty_cache()  # what torch has kept of models that are gone is free, and does not look so
     weights, room = kind.itemsize * sum(weight.numel() for weight in shapes), torch.cuda.mem_get_info(gpu)[0]
     if weights < WEIGHTS_SHARE * room:
         return None

@@ -169,10 +169,11 @@ def work_folder(out: Path, key: str, *, resume: bool) -> Iterator[Path]:
 
 
 def run_key(recipe: PruneRecipe) -> str:
-    """What scores depend on, as a hash: a run may only resume from scores made for the same."""
+    """What scores and their prices depend on, as a hash: a run may only resume from those made for the same."""
     cut = recipe.cut
     about = _about(recipe.model, recipe.calibration, recipe.loading)
-    return _hash([about, cut.score, cut.reduce, cut.axes, cut.layers])
+    of_units = [cut.score, cut.reduce, cut.prices, cut.axes, cut.layers, cut.within]
+    return _hash([about, of_units, [(name, _stamp(name)) for name in cut.keep_text]])
 
 
 def recovery_key(paths: Sequence[str], about: Any) -> str:

@@ -39,6 +39,7 @@ from secateur.models.classes import config_of
 from secateur.models.config import is_custom, load_config
 from secateur.models.loading import load, unplaced_in
 from secateur.models.precision import half_products, matmul_precision
+from secateur.models.streaming import check_in_place
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer, text_files
 from secateur.models.trust import runs_remote_code
@@ -174,6 +175,8 @@ class Pipeline:
                 options = self.loading
                 self._model = load(self.name, dtype=options.dtype, device=options.device, trust_remote_code=self.trust)
                 check_finite(self._model)
+                if REPAIRS[self.options.repair].trains_layers:
+                    check_in_place(self._model, "repair=reconstruct", "--repair least-squares")
         return self._model
 
     @property
@@ -257,7 +260,8 @@ class Pipeline:
 
     def scores(self, at: Position) -> Scores:
         """5. One score per unit: from the cache, from kept statistics, or from a pass over the model."""
-        found = self.cache.load_scores(at.number)
+        own = SCORES[at.options.score].own  # its code may change
+        found = None if own else self.cache.load_scores(at.number)
         if found is not None:
             return found
         groups = [group for group in at.groups if group.kind != TOKENS]
@@ -299,7 +303,8 @@ class Pipeline:
                 if self.statistics is not None and first:
                     self.statistics.save(with_factors(statistics, found, factors))
             found = scaled(found, factors)
-        self.cache.save_scores(at.number, found)
+        if not own:
+            self.cache.save_scores(at.number, found)
         return found
 
     def sizes(self, at: Position) -> Plan:
@@ -368,10 +373,10 @@ class Pipeline:
             inputs = model, decided, at.discovery, self.reader.as_served(windows)
             with self._stage("repair", at) as progress:
                 more = None if _losses(decided) else self._held_out  # else it was compared when it was made
+                room = self._room(model, room)
                 if more is None:
-                    found = repair(*inputs, method=at.options.repair, progress=progress)
+                    found = repair(*inputs, method=at.options.repair, room=room, progress=progress)
                 else:
-                    room = self._room(model, room)
                     found, about[HELD_OUT_LOSS] = checked_repair(*inputs, more, room=room, progress=progress)
             found = replace(found, plan=replace(found.plan, scored={**found.plan.scored, **about}))
             self.cache.save_repair(decided, found)

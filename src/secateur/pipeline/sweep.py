@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ from secateur.scoring.registry import SCORES
 logger = logging.getLogger(__name__)
 
 FOLDER = "sweep"  # of the points, within the run folder
-MOST_RATIOS = 100
 
 
 def sweep(
@@ -80,7 +79,7 @@ def sweep(
     check_not_quantized(config, name=model)
     check_writes_text(config, name=model, doing="sweep")
     asked, refused = _cuts(model, options, cut or {}, calibration or {}, loading)
-    measuring = _Measuring(model, options, texts, loading, run)
+    measuring = _Measuring(model, options, texts, loading, run, start_tokens=(calibration or {}).get("start_tokens"))
     rows = [measuring.dense()]
     for each in asked:
         try:
@@ -134,12 +133,20 @@ class _Measuring:
     """The dense model, loaded when the first point needs it, and what each point is measured with."""
 
     def __init__(
-        self, name: str, options: SweepOptions, texts: Mapping[str, str], loading: LoadOptions, run: RunOptions
+        self,
+        name: str,
+        options: SweepOptions,
+        texts: Mapping[str, str],
+        loading: LoadOptions,
+        run: RunOptions,
+        *,
+        start_tokens: Sequence[int] | None,
     ) -> None:
         self.name, self.options, self.texts, self.loading, self.run = name, options, texts, loading, run
         assert run.folder is not None
         self.folder, self.resumed, self.bars = run.folder / FOLDER, 0, Clock(run.bars).bars
-        self.whole = Pipeline(PruneRecipe(name, loading=loading), clock=Clock(run.bars))
+        calibration = CalibrationOptions(start_tokens=None if start_tokens is None else tuple(start_tokens))
+        self.whole = Pipeline(PruneRecipe(name, calibration=calibration, loading=loading), clock=Clock(run.bars))
         self._warned: set[CalibrationOptions] = set()
 
     def dense(self) -> Point:

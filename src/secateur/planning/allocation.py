@@ -43,10 +43,13 @@ class SizeRules:
         return [*by_size.values()]
 
     def fewest(self, members: Sequence[Group]) -> int:
-        """The fewest units that groups of one size may keep; where all may go, `min_keep` does not hold them."""
-        least = max(group.least for group in members)
-        units = members[0].units
-        return min(max(least, math.ceil(self.min_keep * units)), units) if least else 0
+        """The fewest units that groups of one size may keep."""
+        return max(fewest_units(group, self.min_keep) for group in members)
+
+
+def fewest_units(group: Group, min_keep: float) -> int:
+    """The fewest units that a group may keep: this share of them; where all may go, it does not hold them."""
+    return min(max(group.least, math.ceil(min_keep * group.units)), group.units) if group.least else 0
 
 
 @dataclass(frozen=True, slots=True)

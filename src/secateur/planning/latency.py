@@ -13,26 +13,27 @@ from secateur.discovery.groups import Discovery
 class LatencyTable:
     """Seconds of one forward pass, whole and by what groups of a kind save in it when they keep fewer units.
 
-    >>> table = LatencyTable("cpu", 64, 1.0, {"mlp": ((2, 0.3), (8, 0.0))})
-    >>> table.saved("mlp", 5), table.saved("mlp", 8), table.saved("mlp", 1)
-    (0.15, 0.0, 0.35)
+    >>> table = LatencyTable("cpu", 64, 1.0, {"mlp": ((0.25, 0.0375), (1.0, 0.0))})
+    >>> [round(table.saved("mlp", kept, units=8), 6) for kept in (5, 8, 1)]
+    [0.15, 0.0, 0.35]
     """
 
     device: str
     seq_len: int
     dense_seconds: float
-    # Kind -> units kept, ascending to all, and the seconds that one group of the kind then saves.
-    savings: Mapping[str, tuple[tuple[int, float], ...]]
+    # Kind -> share of the units kept, ascending to 1, and the seconds that a group then saves, for each of its units.
+    saved_per_unit: Mapping[str, tuple[tuple[float, float], ...]]
 
-    def saved(self, kind: str, kept: int) -> float:
-        """Seconds that one group saves; between and beyond the sizes measured, on a straight line."""
-        points = self.savings[kind]
-        for (low, first), (high, last) in pairwise(points):
-            if kept <= high:
-                return first + (last - first) * (kept - low) / (high - low)
+    def saved(self, kind: str, kept: int, *, units: int) -> float:
+        """Seconds that a group of so many units saves; between and beyond the shares measured, on a straight line."""
+        share = kept / units
+        for (low, first), (high, last) in pairwise(self.saved_per_unit[kind]):
+            if share <= high:
+                return units * (first + (last - first) * (share - low) / (high - low))
         return 0.0
 
     def seconds(self, discovery: Discovery, kept: Mapping[str, int]) -> float:
         """Seconds of one forward pass of a model of which the groups named keep so many units."""
-        kinds = {group.name: group.kind for group in discovery.groups}
-        return self.dense_seconds - sum(self.saved(kinds[name], units) for name, units in kept.items())
+        groups = {group.name: group for group in discovery.groups}
+        saved = (self.saved(groups[name].kind, size, units=groups[name].units) for name, size in kept.items())
+        return self.dense_seconds - sum(saved)

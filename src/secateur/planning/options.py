@@ -198,10 +198,15 @@ def _check_together(options: CutOptions) -> None:
         raise PlanError(f"axes={','.join(options.axes)}: hidden and layers are cut alone, for example axes=hidden")
     if options.scope != "local" and options.of == "units":
         raise PlanError("of=units takes the same share from every group: use scope=local, or another budget")
-    if options.repair == "reconstruct" and alone:
+    if options.of == "latency" and options.axes == ("layers",):
+        raise PlanError(
+            "of=latency times cuts within layers, and axes=layers takes whole ones, which save as large a share of the "
+            "time as of the parameters: use of=non-embedding"
+        )
+    if options.repair == "reconstruct" and (alone or TOKENS in options.axes):
         raise PlanError(
             f"repair=reconstruct fits every layer to the dense model's, which axes={','.join(options.axes)} changes: "
-            "use repair=none"
+            f"use repair={automatic(options)['repair']}"
         )
     if options.sublayers and (options.scope == "local" or options.shape != "per-layer"):
         raise PlanError("sublayers=True lets single layers lose one: use shape=per-layer and scope=global with it")

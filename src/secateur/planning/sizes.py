@@ -18,7 +18,7 @@ import torch
 
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
-from secateur.planning.allocation import SizeRules, greedy_by_score
+from secateur.planning.allocation import SizeRules, fewest_units, greedy_by_score
 from secateur.planning.budget import Budget, Sizes, counter
 from secateur.planning.engines import usual_multiple
 from secateur.planning.latency import LatencyTable
@@ -62,8 +62,12 @@ class SizeSearch:
 
     @cached_property
     def least(self) -> int:
-        """The count when every group keeps the fewest units it may."""
+        """The count when every group keeps the fewest units that the model needs."""
         return self.count({group.name: group.least for group in self.groups})
+
+    def fewest(self, group: Group) -> int:
+        """The fewest units that a group may keep: what the model needs, and the share that always stays."""
+        return fewest_units(group, self.options.min_keep)
 
     @cached_property
     def budget(self) -> Budget:
@@ -97,9 +101,9 @@ class SizeSearch:
         return self._weights.get(group.layer or 0, 1.0)
 
     def without(self, group: Group, share: float) -> int:
-        """Units that a group keeps when it gives a share of them, rounded down; never fewer than the model needs."""
+        """Units that a group keeps when it gives a share of them, rounded down; never fewer than must stay."""
         exact = group.units * (share * self.weight(group))
-        return max(group.least, group.units - math.floor(exact + 1e-9))
+        return max(self.fewest(group), group.units - math.floor(exact + 1e-9))
 
     def multiple_of(self, group: Group) -> int:
         """What the sizes of a group are multiples of: as asked for, and as the kernels that read them need."""
@@ -124,7 +128,8 @@ class SizeSearch:
         if multiple > group.units:
             raise PlanError(f"round_to={multiple} is more than the {group.units} units of {group.name}")
         if multiple > 1 and (kept < group.units or most < group.units):
-            fewest, largest = math.ceil(group.least / multiple) if kept >= group.least else 1, group.units // multiple
+            least = self.fewest(group) if kept >= self.fewest(group) else group.least
+            fewest, largest = math.ceil(least / multiple) if kept >= least else 1, group.units // multiple
             if fewest > largest:
                 return most
             kept = min(max(round(kept / multiple), fewest, 1), largest) * multiple
@@ -235,7 +240,7 @@ def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
     usual = math.floor(steps * share + 1e-9)
     extremes, met = [], False  # nothing of the wide groups removed, or all that can be
     for step in sorted(range(steps), key=lambda step: (abs(step - usual), step)):
-        most, least = by_step[step], by_step[step] | {group.name: group.least for group in wide}
+        most, least = by_step[step], by_step[step] | {group.name: search.fewest(group) for group in wide}
         extremes += [most, least]
         if budget.count(least) <= budget.target <= budget.count(most):
             met = True
@@ -252,6 +257,8 @@ def _share_of_units(search: SizeSearch) -> Sizes:
         kept = group.units - removed_units(group.units, (options.ratio or 0) * search.weight(group))
         if options.schedule is not None:  # a layer may be given more than all of its units
             kept = max(group.least, kept)
+        if kept >= group.least:  # else it is refused
+            kept = max(search.fewest(group), kept)
         sizes[group.name] = search.rounded(group, kept)
     return sizes
 

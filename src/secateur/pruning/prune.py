@@ -217,9 +217,9 @@ def _from_config(
         pruned: PreTrainedModel = type(model).from_pretrained(
             None, config=config, state_dict=state, dtype=model.dtype, **options
         )
-    if streamed_layers(model) is None:
-        pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
+    if streamed_layers(model) is None:  # what is left to move are buffers
+        pruned.to(device=model.device)  # type: ignore[call-arg]  # transformers wraps `to`
     pruned.tie_weights()
     if hasattr(model, "generation_config"):  # custom code may not generate by itself
         pruned.generation_config = copy.deepcopy(model.generation_config)

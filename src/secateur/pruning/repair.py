@@ -139,17 +139,27 @@ def _with_experts(
         new = {name: parameter for name, parameter in smaller.named_parameters() if name in better}
         keep = {group.name: group.keep or () for group in found.plan.groups if group.kind != "layer"}
         dims = {weight.name: weight.dims for weight in discovery.weights if weight.name in new}
-        fitted = {name: _as_large_as_dense(new[name].detach(), dims[name], keep) for name in new}
+        fitted = {name: _as_large_as_dense(new[name].detach(), dims[name], keep, room) for name in new}
     return Repaired(found.plan, {**found.weights, **fitted})
 
 
-def _as_large_as_dense(weight: Tensor, dims: Sequence[Expression], keep: Mapping[str, Sequence[int]]) -> Tensor:
-    """A cut weight where its entries were in the dense one, which is zero elsewhere."""
+def _as_large_as_dense(
+    weight: Tensor, dims: Sequence[Expression], keep: Mapping[str, Sequence[int]], room: Path | None
+) -> Tensor:
+    """A cut weight where its entries were in the dense one, which is zero elsewhere; in a file in the room."""
     for dim, expression in enumerate(dims):
-        shape = [expression.size if other == dim else size for other, size in enumerate(weight.shape)]
-        kept = torch.tensor(kept_along(expression, keep), device=weight.device, dtype=torch.long)
-        weight = weight.new_zeros(shape).index_copy_(dim, kept, weight)
+        if len(kept := kept_along(expression, keep)) < expression.size:
+            shape = [expression.size if other == dim else size for other, size in enumerate(weight.shape)]
+            at = torch.tensor(kept, device=weight.device, dtype=torch.long)
+            weight = new_tensor(shape, weight, room).zero_().index_copy_(dim, at, weight)
     return weight
+
+
+def new_tensor(shape: Sequence[int], like: Tensor, room: Path | None) -> Tensor:
+    """An empty tensor with the dtype and device of another; in a file in the room, if it is on the CPU."""
+    if room is None or like.device.type != "cpu":
+        return like.new_empty(shape)
+    return empty_in_file(room, shape, like.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,9 +286,7 @@ class _RepairPass:
 
     def _copied(self, weight: Tensor) -> Tensor:
         """A weight to be changed; in a file in the room, where there is one."""
-        if self.room is None or weight.device.type != "cpu":
-            return weight.clone()
-        return empty_in_file(self.room, weight.shape, weight.dtype).copy_(weight)
+        return new_tensor(weight.shape, weight, self.room).copy_(weight)
 
     def _forward_in_parts(
         self, path: str, forward: Callable[..., Any], parts: tuple[Tensor, ...]

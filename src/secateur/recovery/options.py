@@ -15,6 +15,7 @@ Method = Literal["auto", "lora", "full", "distill", "lora+distill"]
 Scheduler = Literal["cosine", "linear"]
 EVAL_WINDOW = 128  # tokens per window of held-out text
 WIDTH, WIDTH_POWER = 576, 0.78  # the hidden width at which learning rates were chosen, and how they fall with it
+BUDGETS = ("minutes", "tokens", "epochs", "max_steps")  # of which one says when a training ends
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from secateur.models.sources import resolve
 from secateur.pipeline.recipe import load_recipe, read_recipe
 from secateur.planning import options as planning
 from secateur.planning.options import CutOptions
-from secateur.recovery.options import RecoverOptions, with_preset
+from secateur.recovery.options import BUDGETS, RecoverOptions, with_preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,9 @@ def recover_recipe(
     """
     raw = {} if file is None else read_recipe(file, "recover", RecoverRecipe)
     sections = {name: _merged(raw, changes, name) for name in ("data", "options", "loading")}
+    if set(BUDGETS) & set(given := changes.get("options") or {}):  # one budget replaces another
+        unset = {name for name in BUDGETS if name not in given}
+        sections["options"] = {name: value for name, value in sections["options"].items() if name not in unset}
     sections["options"]["lora"] = _merged(raw.get("options") or {}, changes.get("options") or {}, "lora")
     model = model if model is not None else raw.get("model")
     if model is None:

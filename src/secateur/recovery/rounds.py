@@ -87,7 +87,7 @@ def recover_in_rounds(
     if not has_weights(recipe.model):
         raise ModelError(f"{recipe.model!r} has a config and no weights to cut and train; name a folder with weights")
     with clock.stage("discover"):
-        dense = discover(recipe.model, trust_remote_code=trust)
+        dense = discover(recipe.model, start_tokens=rounds.calibration.start_tokens, trust_remote_code=trust)
     whole, cuts = _plan_rounds(rounds, dense, config, trust_remote_code=trust)
     taught = replace(recipe, teacher=recipe.teacher or recipe.model)
     key = training_key(taught, rounds.calibration.names, asdict(whole))

@@ -51,31 +51,43 @@ class Pace:
 
 
 def pace_of(
-    setup: TrainingSetup, model: nn.Module, teacher: Callable[[], PreTrainedModel] | None, *, loading: float
+    setup: TrainingSetup, student: Callable[[], nn.Module], teacher: Callable[[], PreTrainedModel] | None
 ) -> Pace:
     """Time the student with its gradients, the student alone, and what the teacher reads and saves.
 
-    On the rows of the first steps; the weights do not change.
+    On the rows of the first steps; the weights do not change. The two are loaded one after the other, as a training
+    has them in memory.
     """
-    rows, options = setup.data.train, setup.options
+    rows = setup.data.train
     numbers = setup.order_SB[:TIMED_STEPS].flatten().unique()
     chosen = rows.select(numbers[rows.lengths_R[numbers].argsort(descending=True)])  # as within a step
-    some = chosen.select(torch.arange(min(options.micro_batch_size, len(chosen))))
-    multiple = width_multiple(input_device(model).type, bf16=setup.bf16)
-    with bfloat16_products(input_device(model).type, enabled=setup.bf16), half_products(model):
-        top_k = 0 if teacher is None else options.top_k
-        _train(model, some, options.micro_batch_size, top_k, multiple)  # until memory is there
-        training = _seconds_per_token(lambda: _train(model, chosen, options.micro_batch_size, top_k, multiple), chosen)
-        with evaluation_mode(model), torch.no_grad():
-            reading = _seconds_per_token(lambda: _loss(model, some, range(len(some)), top_k, multiple), some)
+    top_k = 0 if teacher is None else setup.options.top_k
+    training, reading, loading = _student_pace(setup, student, chosen, top_k)
     teaching = 0.0
     if teacher is not None:
-        dense, outputs = teacher(), TeacherOutputs(options.top_k, options.temperature)
+        dense, outputs = teacher(), TeacherOutputs(top_k, setup.options.temperature)
         with TemporaryDirectory() as folder:
             teaching = _seconds_per_token(
                 lambda: save_teacher_outputs(lambda: dense, chosen, Path(folder), outputs), chosen
             )
     return Pace(training, reading, teaching, loading)
+
+
+def _student_pace(
+    setup: TrainingSetup, student: Callable[[], nn.Module], rows: Rows, top_k: int
+) -> tuple[float, float, float]:
+    """Seconds per token of training and of reading, and seconds to load the student, which is gone afterwards."""
+    start = time.monotonic()
+    model, batch = student(), setup.options.micro_batch_size
+    loading = time.monotonic() - start
+    some = rows.select(torch.arange(min(batch, len(rows))))
+    multiple = width_multiple(input_device(model).type, bf16=setup.bf16)
+    with bfloat16_products(input_device(model).type, enabled=setup.bf16), half_products(model):
+        _train(model, some, batch, top_k, multiple)  # until memory is there
+        training = _seconds_per_token(lambda: _train(model, rows, batch, top_k, multiple), rows)
+        with evaluation_mode(model), torch.no_grad():
+            reading = _seconds_per_token(lambda: _loss(model, some, range(len(some)), top_k, multiple), some)
+    return training, reading, loading
 
 
 def _train(model: nn.Module, rows: Rows, micro_batch_size: int, top_k: int, multiple: int) -> None:

@@ -124,11 +124,8 @@ def _with_layers_trained(setup: TrainingSetup, work: Path, began: float, clock: 
 
     def find() -> dict[str, Any]:
         with clock.stage(TIMING):
-            start = time.monotonic()
-            model = _load_trainable(setup, work)
-            loading = time.monotonic() - start
-            pace = pace_of(setup, model, None if setup.teacher is None else setup.load_teacher, loading=loading)
-            del model
+            teacher = None if setup.teacher is None else setup.load_teacher
+            pace = pace_of(setup, lambda: _load_trainable(setup, work), teacher)
         tokens = _seconds_left(minutes, began) / (pace.training + pace.teaching)
         train_layers_first(setup, work, tokens=tokens, clock=clock)
         return {"steps": pace.steps(_seconds_left(minutes, began), setup, taught=False), "pace": asdict(pace)}
@@ -208,6 +205,18 @@ def _train(
     return trained, parameters, notes
 
 
+def check_trains_on(device: torch.device) -> None:
+    """Raise `TrainingError` for another GPU than the first, to which Trainer would bring the model.
+
+    >>> check_trains_on(torch.device("cuda:0"))
+    """
+    if device.type == "cuda" and device.index and processes.count() == 1:
+        raise TrainingError(
+            f"device {device}: a training runs on the first GPU that is seen. Expected --device cuda, and "
+            f"CUDA_VISIBLE_DEVICES={device.index} before the command"
+        )
+
+
 def _load_trainable(setup: TrainingSetup, work: Path) -> torch.nn.Module:
     """Load the pruned model with an adapter, or with all its weights in float32, ready to be trained."""
     name, options = setup.recipe.model, setup.options
@@ -217,6 +226,7 @@ def _load_trainable(setup: TrainingSetup, work: Path) -> torch.nn.Module:
             f"{name!r}: its layers are brought to the GPU one by one, and training needs all of them there. Expected a "
             "device that holds the weights: --device balanced for several GPUs, or --device cpu"
         )
+    check_trains_on(model.device)
     put_layers(model, work)
     torch.manual_seed(options.seed)  # of the adapter's initial values
     if options.has_lora:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from secateur.discovery.descriptions import KIND_DESCRIPTIONS
@@ -98,8 +99,11 @@ def _kind_and_layer(name: str) -> tuple[str, int | None]:
 
 
 def _made_from(cut: Cut, scores: Scores) -> bool:
+    """Whether a cut was decided by these scores, as far as what is known of both tells: of models of one size."""
     names = ("score", "reduce", "calibration")
-    return [cut.scored.get(name) for name in names] == [getattr(scores, name) for name in names]
+    units = scores.units
+    fit = all(len(units[group.name]) == group.units for group in cut.groups if group.name in units)
+    return fit and [cut.scored.get(name) for name in names] == [getattr(scores, name) for name in names]
 
 
 def scores_section(run: Run) -> Section | None:
@@ -116,8 +120,11 @@ def scores_section(run: Run) -> Section | None:
                 by_kind[kept[name].kind if name in kept else _kind_and_layer(name)[0]][name] = units.double()
         for kind, found in by_kind.items():
             blocks.append(_histogram(kind, found, kept))
-            by_layer = {_kind_and_layer(name)[1]: units for name, units in found.items()}
-            layers = sorted((layer, units) for layer, units in by_layer.items() if layer is not None)
+            by_layer: dict[int, list[Tensor]] = defaultdict(list)
+            for name, units in found.items():
+                if (layer := _kind_and_layer(name)[1]) is not None:
+                    by_layer[layer].append(units)
+            layers = sorted((layer, torch.cat(each)) for layer, each in by_layer.items())
             if len(layers) > 2:
                 blocks.append(_by_layer(kind, layers))
     return Section("scores", "Scores", tuple(blocks)) if blocks else None

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from secateur.evaluation.task_results import HEADLINES
 from secateur.planning.plan import PlannedGroup
+
+BY_LENGTH = ("macs", "peak_bytes", "kv_cache_bytes", "prefill_seconds")  # costs of a pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,12 @@ class Accuracy:
     against: Difference | None = None  # of a task; a mean has the two fields below instead
     difference: float | None = None
     p: float | None = None
+    tasks: tuple[str, ...] = ()  # of a mean: of which
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of right answers, and no other metric of a task."""
+        return self.metric in ("", *HEADLINES)
 
     @property
     def paired(self) -> Difference:
@@ -90,6 +99,7 @@ class GridCell:
 class Cost:
     """Size and speed of a model; None where nothing is known."""
 
+    seq_len: int | None = None  # tokens of a pass, whose MACs, cache, memory and time these are
     parameters: int | None = None
     non_embedding_parameters: int | None = None
     macs: int | None = None
@@ -101,6 +111,10 @@ class Cost:
     decode_tokens_per_second: float | None = None
     macs_by_operator: Mapping[str, int] = field(default_factory=dict)
     grid: tuple[GridCell, ...] = ()
+
+    def compares(self, other: Cost, field: str) -> bool:
+        """Whether a field is of passes of one length in both, if it depends on it."""
+        return field not in BY_LENGTH or self.seq_len == other.seq_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +164,13 @@ class SweepPoint:
     ratio: float
     parameters: int
     score: str | None = None
+    label: str | None = None  # score or preset, whichever differ in the sweep
     perplexity: tuple[Perplexity, ...] = ()
+
+    @property
+    def line(self) -> str | None:
+        """The line of its chart."""
+        return self.label or self.score
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,13 +54,16 @@ def _size(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
 
 
 def _accuracy(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
-    both = [task for task in dense.tasks if task in result.tasks]
+    both = [task for task in dense.tasks if task in result.tasks and dense.tasks[task].is_share]
+    means, p = (dense.tasks_mean, result.tasks_mean), ""
     if both:
         before, after = (fmean(model.tasks[task].value for task in both) for model in (dense, result))
-        same = dense.tasks.keys() == result.tasks.keys()
-        p = format_p_value(result.tasks_mean.p) if same and result.tasks_mean is not None else ""
+        if means[0] is not None and means[1] is not None and means[0].tasks == means[1].tasks:
+            before, after, both = means[0].value, means[1].value, [*means[0].tasks]
+            p = format_p_value(means[1].p)
         points = format_signed(after - before, f"{100 * abs(after - before):.1f}") + " points"
-        detail = f"{_arrow(format_accuracy, before, after)}, mean of {len(both)} tasks" + (f", {p}" if p else "")
+        of = both[0] if len(both) == 1 else f"mean of {len(both)} tasks"
+        detail = f"{_arrow(format_accuracy, before, after)}, {of}" + (f", {p}" if p else "")
         yield KeyFigure("Accuracy", points, detail, after >= before)
 
 
@@ -94,9 +97,9 @@ def _regained(run: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
 
 def _speed(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
     before, after = dense.cost, result.cost
-    if before.prefill_seconds and after.prefill_seconds:
+    if before.prefill_seconds and after.prefill_seconds and before.compares(after, "prefill_seconds"):
         detail = f"{_arrow(format_seconds, before.prefill_seconds, after.prefill_seconds)} for a prompt"
-        if before.macs and after.macs:
+        if before.macs and after.macs and before.compares(after, "macs"):
             detail += f", {after.macs / before.macs:.2f} of the MACs"
         yield _speed_up("Prefill speed", before.prefill_seconds / after.prefill_seconds, detail)
     slow, fast = before.decode_tokens_per_second, after.decode_tokens_per_second
@@ -111,6 +114,6 @@ def _speed_up(name: str, times: float, detail: str) -> KeyFigure:
 def _memory(_: Run, dense: Model, result: Model) -> Iterator[KeyFigure]:
     for name, field in (("Peak memory", "peak_bytes"), ("Weights", "weight_bytes")):
         before, after = getattr(dense.cost, field), getattr(result.cost, field)
-        if before and after:
+        if before and after and dense.cost.compares(result.cost, field):
             yield KeyFigure(name, format_change(before, after), _arrow(format_bytes, before, after), after <= before)
             return

@@ -20,7 +20,7 @@ from secateur.report.formatting import (
     format_seconds,
     format_signed,
 )
-from secateur.report.run import Run
+from secateur.report.run import Run, model_key
 
 _COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("Parameters", "parameters", format_count),
@@ -43,7 +43,9 @@ def models_section(run: Run) -> Section | None:
         base = run.baseline(model)
         cells = [Cell(model.label, ": ".join(word for word in (model.role, model.name) if word != model.label))]
         for _, field, text in columns:
-            value, before = getattr(model.cost, field), getattr(base.cost, field) if base else None
+            value, before = getattr(model.cost, field), None
+            if base is not None and model.cost.compares(base.cost, field):
+                before = getattr(base.cost, field)
             cells.append(Cell("" if value is None else text(value), format_change(before, value)))
         if any(cell.text for cell in cells[1:]):
             rows.append(tuple(cells))
@@ -85,21 +87,30 @@ def _task_figure(run: Run) -> Figure:
     rows = []
     every = [(model, f"{task} ({row.metric})", row) for model in run.models for task, row in model.tasks.items()]
     for model in run.models:
-        if model.tasks_mean is not None and len(model.tasks) > 1:
-            every.append((model, f"mean of {len(model.tasks)} tasks", model.tasks_mean))
+        if model.tasks_mean is not None and len(model.tasks_mean.tasks) > 1:
+            every.append((model, f"mean of {len(model.tasks_mean.tasks)} tasks", model.tasks_mean))
     for task in dict.fromkeys(name for _, name, _ in every):
         for model, _, row in (each for each in every if each[1] == task):
+            text, scale = (format_accuracy, 100) if row.is_share else ("{:.4g}".format, 1)
             ends = interval(row.value, row.stderr or None) or (None, None)
-            right = format_accuracy(row.value)
-            groups.setdefault(task, []).append(Bar(model.label, row.value, right, model.color, *ends))
-            difference = optional(row.paired.difference, lambda d: format_signed(d, f"{100 * abs(d):.1f}"))
+            if row.is_share:
+                groups.setdefault(task, []).append(Bar(model.label, row.value, text(row.value), model.color, *ends))
+            difference = optional(row.paired.difference, _signed(scale))
             paired = Cell(difference.text, format_p_value(row.paired.p))
-            error = optional(row.stderr, lambda error: f"{100 * error:.1f}")
+            error = optional(row.stderr, _scaled(scale))
             documents = optional(row.documents, lambda count: f"{count:,}")
-            rows.append((Cell(task), Cell(model.label), Cell(right), error, paired, documents))
+            rows.append((Cell(task), Cell(model.label), Cell(text(row.value)), error, paired, documents))
     columns = ("Task", "Model", "Right", "Standard error", "Paired difference, points", "Documents")
     table = Table("Zero-shot tasks", columns, tuple(rows), text_columns=(0, 1))
     return Figure("Zero-shot tasks, with 95 % intervals; higher is better", bar_chart(groups), table)
+
+
+def _scaled(scale: int) -> Callable[[float], str]:
+    return lambda value: f"{scale * value:.1f}"
+
+
+def _signed(scale: int) -> Callable[[float], str]:
+    return lambda value: format_signed(value, f"{scale * abs(value):.1f}")
 
 
 def samples_section(run: Run) -> Section | None:
@@ -118,17 +129,21 @@ MOST_STEPS = 60  # rows of a table of steps
 def frontier_section(run: Run) -> Section | None:
     """Perplexity against parameters: of sweeps, and of the run's models where they have three sizes."""
     curves: dict[str, dict[str, dict[int, float]]] = {}  # test -> line -> parameters -> perplexity
+    several = len({model_key(sweep.model) for sweep in run.sweeps}) > 1
     for sweep in run.sweeps:
-        for score in dict.fromkeys(row.score for row in sweep.rows if row.ratio and row.score):
+        for line in dict.fromkeys(row.line for row in sweep.rows if row.ratio and row.line):
+            name = f"{sweep.model}, {line}" if several else line
             for row in sweep.rows:
-                for measured in row.perplexity if row.score == score or not row.ratio else ():
+                for measured in row.perplexity if row.line == line or not row.ratio else ():
                     if measured.ppl is not None:
-                        curves.setdefault(measured.test, {}).setdefault(score, {})[row.parameters] = measured.ppl
+                        curves.setdefault(measured.test, {}).setdefault(name, {})[row.parameters] = measured.ppl
     for model in run.models if len(run.cuts) > 1 else ():
+        base = run.baseline(model) or model
         for test, measured in model.perplexity.items():
             if model.cost.parameters and measured.ppl is not None and model.role in ("dense", "pruned"):
-                line = curves.setdefault(test, {}).setdefault("models of this run", {})
-                line[model.cost.parameters] = measured.ppl
+                several_dense = sum(each.role == "dense" for each in run.models) > 1
+                name = f"models made from {base.label}" if several_dense else "models of this run"
+                curves.setdefault(test, {}).setdefault(name, {})[model.cost.parameters] = measured.ppl
     figures = []
     for test, lines in curves.items():
         shown = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 2}

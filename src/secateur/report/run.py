@@ -15,12 +15,14 @@ from typing import Any
 
 from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError, ScoreError
+from secateur.models.options import DEMO
 from secateur.pipeline.run_log import LogEntry, load_entries
 from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training
 from secateur.scoring.scores import Scores, load_scores
 
 ROLES = ("dense", "pruned", "recovered", "exported", "measured")
 ROWS = tuple[Mapping[str, Any], ...]  # of a result with a row for each model
+PLAN_TOKENS = 64  # of the pass whose MACs a plan has
 LONGEST_LABEL = 26  # characters; the table of models has the whole name
 
 
@@ -127,7 +129,7 @@ def model_key(name: str) -> str:
     (True, 'demo')
     """
     try:
-        if os.sep in name and Path(name).exists():
+        if name and name != DEMO and Path(name).exists():
             return str(Path(name).resolve())
     except (OSError, ValueError):  # not the name of a file
         pass
@@ -155,7 +157,7 @@ class _Reader:
                 self.trainings.append(training)
                 parent = self._named(entry.models[0] if entry.models else training.out)
                 cost = parent.cost if parent.role == "pruned" else Cost()  # training changes no size
-                sizes = Cost(cost.parameters, cost.non_embedding_parameters, cost.macs)
+                sizes = Cost(cost.seq_len, cost.parameters, cost.non_embedding_parameters, cost.macs)
                 self._write(training.out, parent, "recovered", sizes)
             case "export" if len(entry.models) > 1:
                 self._write(entry.models[-1], self._named(entry.models[0]), "exported", Cost())
@@ -196,7 +198,9 @@ class _Reader:
     def _add_cut(self, cut: Cut) -> None:
         self.cuts.append(cut)
         sizes = {
-            side: Cost(cut.parameters.get(side), cut.parameters.get(f"{side}_non_embedding"), macs=cut.macs.get(side))
+            side: Cost(
+                PLAN_TOKENS, cut.parameters.get(side), cut.parameters.get(f"{side}_non_embedding"), cut.macs.get(side)
+            )
             for side in ("dense", "pruned")
         }
         dense = self._named(cut.model)

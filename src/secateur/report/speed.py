@@ -20,7 +20,9 @@ def _speed_ups(run: Run) -> Iterator[Table]:
     rows = []
     for model in run.models:
         before, after = getattr(run.baseline(model), "cost", None), model.cost
-        if before and before.macs and after.macs and before.prefill_seconds and after.prefill_seconds:
+        if before is None or not before.compares(after, "macs"):
+            continue
+        if before.macs and after.macs and before.prefill_seconds and after.prefill_seconds:
             slow, fast = before.decode_tokens_per_second, after.decode_tokens_per_second
             speed_ups = [before.macs / after.macs, before.prefill_seconds / after.prefill_seconds]
             speed_ups += [fast / slow] if slow and fast else []

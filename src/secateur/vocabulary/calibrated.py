@@ -37,13 +37,13 @@ def rank_by_text(
     texts = [
         [text] if isinstance(text, str) else text for text in calibration_texts(tokenizer, options, characters=COUNTED)
     ]
-    longest = max(sum(map(len, documents)) for documents in texts)
-    for documents, (_, weight) in zip(texts, options.sources, strict=True):
+    lengths = [min(sum(map(len, documents)), COUNTED) for documents in texts]
+    for documents, length, (_, weight) in zip(texts, lengths, options.sources, strict=True):
         found_V = token_counts(tokenizer, documents, size)
         seen_V += found_V
         for form in FORMS.values():
             found_V += VARIED * token_counts(tokenizer, map(form, documents), size)
-        counts_V += found_V * (weight * longest / max(sum(map(len, documents)), 1))
+        counts_V += found_V * (weight * max(lengths) / max(length, 1))
     protected_V = torch.zeros(size, dtype=torch.float64)
     for name in keep:
         text = read_calibration(name, characters=COUNTED)

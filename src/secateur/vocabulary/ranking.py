@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from secateur.errors import PlanError
 from secateur.vocabulary.pieces import Pieces
 
 COUNTED = 50_000_000  # characters of all texts together, at most
-BATCH = 256  # texts encoded at once
+BATCH, PIECE = 256, 1_000_000  # texts encoded at once, and characters of a longer one
 NATS = 6.0  # that a token costs by which a text grows; measured in docs/research.md
 ZIPF_OFFSET = 1000  # of the Zipf-Mandelbrot law: the token of rank r has a share of 1 / (r + ZIPF_OFFSET)
 
@@ -79,13 +79,34 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], size:
     [2.0, 2.0, 1.0, 0.0]
     """
     counts_V = torch.zeros(size, dtype=torch.float64)
-    left, waiting = COUNTED, iter(texts)
-    while left > 0 and (batch := [*itertools.islice(waiting, BATCH)]):
+    left, waiting = COUNTED, itertools.chain.from_iterable(map(_pieces_of_text, texts))
+    while left > 0 and (batch := [*_batch(waiting)]):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
         ids = torch.tensor([*itertools.chain.from_iterable(encoded)], dtype=torch.int64)
         counts_V += torch.bincount(ids[ids < size], minlength=size)
         left -= sum(map(len, batch))
     return counts_V
+
+
+def _batch(texts: Iterator[str]) -> Iterator[str]:
+    """The next texts, as many as are encoded at once."""
+    characters = 0
+    for text in itertools.islice(texts, BATCH):
+        yield text
+        characters += len(text)
+        if characters >= PIECE:
+            return
+
+
+def _pieces_of_text(text: str) -> Iterator[str]:
+    """A long text in pieces that end where a word does, if one does."""
+    first = 0
+    while len(text) - first > PIECE:
+        end = first + PIECE
+        end = next((at for at in range(end, end - PIECE // 10, -1) if text[at].isspace()), end)
+        yield text[first:end]
+        first = end
+    yield text[first:]
 
 
 def rank_tokens(
@@ -126,8 +147,17 @@ def rank_tokens(
             growth_V[number] = 0.0
             order.append(number)
 
+    of, gone = {**pieces.parts}, set[int]()
+
+    def remaining(number: int) -> tuple[int, ...]:
+        """What a token is made of, by those that stay: another may have gone before the token made of it."""
+        if not gone.isdisjoint(of[number]):
+            of_each = (remaining(part) if part in gone else (part,) for part in of[number])
+            of[number] = tuple(itertools.chain.from_iterable(of_each))
+        return of[number]
+
     def price(number: int) -> float:
-        return uses[number] * max(len(pieces.parts[number]) - 1, 1)
+        return uses[number] * max(len(remaining(number)) - 1, 1)
 
     waiting = [(price(n), -n) for n in pieces.parts if n not in needed and not above[n]]
     heapq.heapify(waiting)
@@ -139,7 +169,8 @@ def rank_tokens(
             continue
         order.append(number)
         growth_V[number] = found / total
-        for part in pieces.parts[number]:
+        gone.add(number)
+        for part in remaining(number):
             uses[part] += uses[number]
         for part in {*pieces.parts[number]} if pieces.closed else ():
             above[part] -= 1

@@ -12,14 +12,35 @@ NAMES = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "sequ
 def token_id_settings(settings: Mapping[str, Any], keep: Sequence[int], *, size: int | None = None) -> dict[str, Any]:
     """Dotted name -> new value, of every setting that names tokens and changes; `keep` are the ids that stay.
 
-    A token that has gone is left out of a list; a setting of one token alone becomes None. Ids that a vocabulary of
+    A token that has gone is left out of a list; a setting of one token alone becomes None, and a sequence that holds it
+    is left out whole: without the token it would be another. Ids that a vocabulary of
     `size` tokens does not have name none of them, and stay.
 
     >>> token_id_settings({"eos_token_id": [2, 7], "pad_token_id": 3, "text_config": {"bos_token_id": 0}}, [0, 2, 7])
     {'eos_token_id': [1, 2], 'pad_token_id': None}
     """
     new = {before: after for after, before in enumerate(keep)}
-    return {name: changed for name, value in _named(settings) if (changed := _renumbered(value, new, size)) != value}
+    return {name: changed for name, value in _named(settings) if (changed := _changed(name, value, new, size)) != value}
+
+
+def _changed(name: str, value: Any, new: Mapping[int, int], size: int | None) -> Any:
+    """The new value of a setting. A sequence of tokens of which one has gone would be another: it is left out whole."""
+    if not value or not isinstance(value, list) or not all(isinstance(item, list) for item in value):
+        return _renumbered(value, new, size)
+    if name.endswith("forced_decoder_ids"):  # places and tokens
+        pairs = [[place, _renumbered(token, new, size)] for place, token in value]
+        return [pair for pair in pairs if pair[1] is not None]
+    if name.endswith("sequence_bias"):
+        pairs = [[_sequence(tokens, new, size), bias] for tokens, bias in value]
+        return [pair for pair in pairs if pair[0] is not None] or None
+    if name.endswith("_words_ids"):
+        return [tokens for each in value if (tokens := _sequence(each, new, size)) is not None] or None
+    return _renumbered(value, new, size)
+
+
+def _sequence(tokens: list[int], new: Mapping[int, int], size: int | None) -> list[int] | None:
+    found = _renumbered(tokens, new, size)
+    return found if len(found) == len(tokens) else None
 
 
 def _named(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,7 +31,7 @@ def plan_tables(planned: Plan) -> Iterator[RenderableType]:
             table.add_row(kind, *_uneven(groups))
             continue
         for (units, kept), layers in sizes.items():
-            where = "the model" if layers == [-1] else format_ranges(layers)
+            where = "the model" if {*layers} == {-1} else format_ranges(sorted({*layers}))
             table.add_row(kind, where, str(units), str(kept))
     yield from titled(f"{planned.model}: what the cut leaves", table)
     if len(by_kind := planned.scored.get("by_kind", {})) > 1:
@@ -105,7 +105,14 @@ def _sizes(planned: Plan) -> dict[str, tuple[str, Callable[[int], str], int, int
 
 def _uneven(groups: Sequence[PlannedGroup]) -> tuple[str, str, str]:
     """Groups of many sizes in one row, with a bar for the share that each layer keeps."""
-    shares = {group.layer: group.kept / group.units for group in groups if group.layer is not None}
+    by_layer: dict[int, list[PlannedGroup]] = {}
+    for group in groups:
+        if group.layer is not None:
+            by_layer.setdefault(group.layer, []).append(group)
+    shares = {
+        layer: sum(group.kept for group in mine) / sum(group.units for group in mine)
+        for layer, mine in by_layer.items()
+    }
     last = max((layer for layer in shares), default=0)
     bars = "".join(BARS[round(shares.get(layer, 1.0) * (len(BARS) - 1))] for layer in range(last + 1))
     units = sorted({group.units for group in groups})

@@ -314,7 +314,8 @@ def fitting_batches(model: PreTrainedModel, windows: Tensor, layers: Sequence[st
     """The windows in batches whose activations fit into the memory (bytes); at least one window for each process."""
     of_each = max(1, sum(activation_bytes(model, windows, layers).values()) // len(windows))
     at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
-    return list(windows.tensor_split(max(1, len(windows) // at_once)))
+    parts = min(-(-len(windows) // at_once), len(windows) // processes.count())
+    return list(windows.tensor_split(max(1, parts)))
 
 
 def activation_bytes(model: PreTrainedModel, windows: Tensor, layers: Sequence[str]) -> Counter[str]:
