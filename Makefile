@@ -107,7 +107,7 @@ bench-experts: $(STAMP)  ## Measure what fewer experts cost, beside REAP's score
 
 bench-scale: $(STAMP)  ## Measure a cut of a larger model, MODEL=FOLDER with DATA=FOLDER, beside LLM-Pruner's recipe; resumes
 	$(if $(and $(DATA),$(MODEL)),,$(error bench-scale: give a model and the folder of the texts, for example make bench-scale MODEL=qwen DATA=data))
-	@mkdir -p $(CODE)
+	@rm -rf $(CODE) && mkdir -p $(CODE)
 	@cp -p $(filter-out %/argparse.py %/typing.py,$(wildcard $(STDLIB)/*.py)) $(CODE)
 	$(BIN)/python benchmarks/scale.py $(MODEL) $(KINDS) --cut="--column input" --text WT2=$(DATA)/lm/wikitext-2-raw/wiki.test.raw $(OTHER_TEXTS) --text code=$(STDLIB)/argparse.py --write $(SCALE)
 

@@ -121,7 +121,7 @@ class TestPlanModel:
             "repair is not checked on held-out windows, for no text is left"
         ]
 
-    @pytest.mark.parametrize(("words", "judging"), [(400, 32), (20, 2)])
+    @pytest.mark.parametrize(("words", "judging"), [(400, 32), (30, 2)])
     def test_more_windows_judge_layers_where_there_are(
         self, words: int, judging: int, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

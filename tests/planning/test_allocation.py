@@ -161,13 +161,17 @@ def test_a_budget_of_time_is_met_by_the_table(discovery: Discovery) -> None:
         plan(discovery, CutOptions(ratio=0.3, of="latency", **GLOBAL), scores=drawn(discovery, 0))
 
 
-@pytest.mark.parametrize("given", [{"ratio": 0.6}, {"ratio": 0.6, "of": "units"}, {"ratio": 0.6, "shape": "per-layer"}])
-def test_the_share_that_stays_is_of_every_scope(given: dict[str, Any], discovery: Discovery) -> None:
-    options = CutOptions(**{"score": "l2", "scope": "local", "axes": ("mlp",), "min_keep": 0.5, **given})
-    sizes = kept(plan(discovery, options, scores=drawn(discovery, 0)))
-    assert all(sizes[group.name] >= group.units / 2 for group in discovery.groups if group.kind == "mlp")
-    fewer = kept(plan(discovery, replace(options, min_keep=0.0), scores=drawn(discovery, 0)))
-    assert any(fewer[group.name] < group.units / 2 for group in discovery.groups if group.kind == "mlp")
+@pytest.mark.parametrize("round_to", [None, 16])
+def test_the_share_that_stays_is_of_every_scope(round_to: int | None, discovery: Discovery) -> None:
+    options = CutOptions(ratio=0.6, of="units", score="l2", axes=("mlp",), min_keep=0.5, round_to=round_to)
+    mlps = [group for group in discovery.groups if group.kind == "mlp"]
+    sizes, fewer = (
+        kept(plan(discovery, each, scores=drawn(discovery, 0))) for each in (options, replace(options, min_keep=0.0))
+    )
+    assert all(sizes[group.name] >= group.units / 2 > fewer[group.name] for group in mlps)
+    assert all(sizes[group.name] % (round_to or 1) == 0 for group in mlps)
+    with pytest.raises(PlanError, match=r"cutting mlp down to the fewest units leaves .*: at most ratio=0\."):
+        plan(discovery, replace(options, of="parameters"), scores=drawn(discovery, 0))
 
 
 def test_every_budget_that_the_options_offer_has_a_counter() -> None:

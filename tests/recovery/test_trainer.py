@@ -41,9 +41,9 @@ def test_gpus_that_are_seen_get_no_copies_of_the_model(place: Path, monkeypatch:
 
 
 def test_another_gpu_than_the_first_is_refused() -> None:
-    training.check_trains_on(torch.device("cuda"))
+    setup.check_trains_on(torch.device("cuda"))
     with pytest.raises(TrainingError, match=r"cuda:1: a training runs on the first GPU .* CUDA_VISIBLE_DEVICES=1"):
-        training.check_trains_on(torch.device("cuda:1"))
+        setup.check_trains_on(torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,9 @@ def evaluate_command(
         first = first or tokenizer
         variants = {name: (model, tokenizer)}
         if planned is not None:
-            keep, smaller = planned.kept_tokens, prune_as_planned(model, planned, tokenizer, bars=bars)
-            variants[f"{name} + {plan}"] = smaller, tokenizer if keep is None else cut_tokenizer(tokenizer, keep)
+            keep = planned.kept_tokens
+            reader = tokenizer if keep is None else cut_tokenizer(tokenizer, keep)
+            variants[f"{name} + {plan}"] = prune_as_planned(model, planned, tokenizer, bars=bars), reader
         for label, (each, reader) in variants.items():
             files = weight_file_bytes(name) if label == name else None
             seen = of_same_text(inputs, first, reader)

@@ -259,7 +259,7 @@ def _drawn_places(sizes: Sequence[int], options: CalibrationOptions, earlier: in
             raise DataError(
                 f"tiny calibration text: {sum(sizes)} tokens hold {len(drawn)} windows of {options.length}, and "
                 f"{options.samples - len(drawn)} more would hold some of the same tokens. Expected a longer text, or "
-                f"fewer: CalibrationOptions(samples={max(1, earlier // 2)})."
+                "fewer or shorter windows: CalibrationOptions(samples=16, length=64)."
             )
         document = chooser.randrange(len(sizes))
         start = chooser.randrange(sizes[document] - options.length + 1)

@@ -175,8 +175,6 @@ class Pipeline:
                 options = self.loading
                 self._model = load(self.name, dtype=options.dtype, device=options.device, trust_remote_code=self.trust)
                 check_finite(self._model)
-                if REPAIRS[self.options.repair].trains_layers:
-                    check_in_place(self._model, "repair=reconstruct", "--repair least-squares")
         return self._model
 
     @property
@@ -281,7 +279,7 @@ class Pipeline:
                     at.discovery,
                     None if windows is None else self.reader.behind_needed(scored(windows, self.calibration)),
                     groups=groups,
-                    layer_cache=self.cache.layers(at.number) if in_parts else None,
+                    layer_cache=self.cache.layers(at.number) if in_parts and not own else None,
                     progress=progress,
                 )
             statistics = new if statistics is None else statistics.joined(new)
@@ -401,6 +399,8 @@ class Pipeline:
 
     def decide(self) -> Decision:
         """Everything up to the last plan; of several processes, all take part."""
+        if REPAIRS[self.options.repair].trains_layers:
+            check_in_place(self.model, "repair=reconstruct", "--repair least-squares")
         at, before = self._resumed()
         while at.number < self.iterations:
             smaller, before = self._step(at, self.plan(at), before)
@@ -437,7 +437,8 @@ class Pipeline:
 
     def _resumed(self) -> tuple[Position, Plan | None]:
         """Where to start: behind the last iteration that the cache has."""
-        kept = self.cache.load_iteration(self.options) if self.iterations > 1 else None
+        in_turns = self.iterations > 1 and not SCORES[self.options.score].own  # whose code may change
+        kept = self.cache.load_iteration(self.options) if in_turns else None
         if kept is None:
             return self.start(), None
         smaller = prune(self.model, kept.plan, discovery=self.discovery)

@@ -200,7 +200,10 @@ class _Measuring:
         texts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.texts.items()}
         cut = None if recipe is None else [asdict(recipe.cut), asdict(recipe.calibration)]
         about = [cut, asdict(self.loading), texts, list(self.options.protocols), self.options.max_tokens]
-        files = [str(resolve(self.name).path or self.name), *(() if recipe is None else recipe.calibration.names)]
+        files = [
+            str(resolve(self.name).path or self.name),
+            *(() if recipe is None else (*recipe.calibration.names, *recipe.cut.keep_text)),
+        ]
         return self.folder / f"point-{recovery_key(files, about)[:16]}.json"
 
     def _load_point(self, path: Path, *, own: bool) -> Point | None:

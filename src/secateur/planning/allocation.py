@@ -49,7 +49,7 @@ class SizeRules:
 
 def fewest_units(group: Group, min_keep: float) -> int:
     """The fewest units that a group may keep: this share of them; where all may go, it does not hold them."""
-    return min(max(group.least, math.ceil(min_keep * group.units)), group.units) if group.least else 0
+    return min(max(group.least, math.ceil(min_keep * group.units - 1e-9)), group.units) if group.least else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class LatencyTable:
     def saved(self, kind: str, kept: int, *, units: int) -> float:
         """Seconds that a group of so many units saves; between and beyond the shares measured, on a straight line."""
         share = kept / units
-        for (low, first), (high, last) in pairwise(self.saved_per_unit[kind]):
+        for (low, first), (high, last) in pairwise(self.saved_per_unit.get(kind, ())):  # none where nothing may go
             if share <= high:
                 return units * (first + (last - first) * (share - low) / (high - low))
         return 0.0

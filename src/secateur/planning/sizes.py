@@ -72,7 +72,8 @@ class SizeSearch:
     @cached_property
     def budget(self) -> Budget:
         """What may be left. Raises `PlanError` where the groups cannot give so much, or the target is above all."""
-        options, dense, least = self.options, self.dense, self.least
+        options, dense = self.options, self.dense
+        least = self.count({group.name: self.fewest(group) for group in self.groups})
         target = options.target if options.target is not None else round(dense * (1 - (options.ratio or 0)))
         if target > dense:
             raise PlanError(f"target={target:,} is more than the dense model's {dense:,} ({options.of})")
@@ -240,7 +241,8 @@ def candidate_sizes(search: SizeSearch) -> Iterator[Sizes]:
     usual = math.floor(steps * share + 1e-9)
     extremes, met = [], False  # nothing of the wide groups removed, or all that can be
     for step in sorted(range(steps), key=lambda step: (abs(step - usual), step)):
-        most, least = by_step[step], by_step[step] | {group.name: search.fewest(group) for group in wide}
+        fewest = {group.name: search.rounded(group, search.fewest(group)) for group in wide}
+        most, least = by_step[step], by_step[step] | fewest
         extremes += [most, least]
         if budget.count(least) <= budget.target <= budget.count(most):
             met = True

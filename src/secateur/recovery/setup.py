@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ def check_recipe(recipe: RecoverRecipe, out: Path, *, overwrite: bool) -> None:
     options = recipe.options
     check_vacant(out, overwrite=overwrite)
     check_apart(resolve(recipe.model).path, out)
+    with suppress(RuntimeError):  # auto, balanced or streamed
+        check_trains_on(torch.device(recipe.loading.device))
     if options.has_lora:
         check_peft()
     elif options.save_adapter:
@@ -151,6 +154,18 @@ def check_recipe(recipe: RecoverRecipe, out: Path, *, overwrite: bool) -> None:
             "Expected a number of tokens: --tokens 400k"
         )
     _check_environment(options.track)
+
+
+def check_trains_on(device: torch.device) -> None:
+    """Raise `TrainingError` for another GPU than the first, to which Trainer would bring the model.
+
+    >>> check_trains_on(torch.device("cuda:0"))
+    """
+    if device.type == "cuda" and device.index and processes.count() == 1:
+        raise TrainingError(
+            f"device {device}: a training runs on the first GPU that is seen. Expected --device cuda, and "
+            f"CUDA_VISIBLE_DEVICES={device.index} before the command"
+        )
 
 
 def prepare(recipe: RecoverRecipe, work: Path, clock: Clock) -> TrainingSetup:

@@ -205,18 +205,6 @@ def _train(
     return trained, parameters, notes
 
 
-def check_trains_on(device: torch.device) -> None:
-    """Raise `TrainingError` for another GPU than the first, to which Trainer would bring the model.
-
-    >>> check_trains_on(torch.device("cuda:0"))
-    """
-    if device.type == "cuda" and device.index and processes.count() == 1:
-        raise TrainingError(
-            f"device {device}: a training runs on the first GPU that is seen. Expected --device cuda, and "
-            f"CUDA_VISIBLE_DEVICES={device.index} before the command"
-        )
-
-
 def _load_trainable(setup: TrainingSetup, work: Path) -> torch.nn.Module:
     """Load the pruned model with an adapter, or with all its weights in float32, ready to be trained."""
     name, options = setup.recipe.model, setup.options
@@ -226,7 +214,6 @@ def _load_trainable(setup: TrainingSetup, work: Path) -> torch.nn.Module:
             f"{name!r}: its layers are brought to the GPU one by one, and training needs all of them there. Expected a "
             "device that holds the weights: --device balanced for several GPUs, or --device cpu"
         )
-    check_trains_on(model.device)
     put_layers(model, work)
     torch.manual_seed(options.seed)  # of the adapter's initial values
     if options.has_lora:

@@ -8,7 +8,7 @@ from typing import Any
 from secateur.evaluation.significance import interval
 from secateur.report.charts import Bar, bar_chart, line_chart
 from secateur.report.content import Cell, Figure, Section, Table, optional
-from secateur.report.entries import Training
+from secateur.report.entries import Accuracy, Training
 from secateur.report.formatting import (
     format_accuracy,
     format_bytes,
@@ -91,26 +91,28 @@ def _task_figure(run: Run) -> Figure:
             every.append((model, f"mean of {len(model.tasks_mean.tasks)} tasks", model.tasks_mean))
     for task in dict.fromkeys(name for _, name, _ in every):
         for model, _, row in (each for each in every if each[1] == task):
-            text, scale = (format_accuracy, 100) if row.is_share else ("{:.4g}".format, 1)
+            text, points = (format_accuracy if row.is_share else "{:.4g}".format), _points(row)
             ends = interval(row.value, row.stderr or None) or (None, None)
             if row.is_share:
                 groups.setdefault(task, []).append(Bar(model.label, row.value, text(row.value), model.color, *ends))
-            difference = optional(row.paired.difference, _signed(scale))
-            paired = Cell(difference.text, format_p_value(row.paired.p))
-            error = optional(row.stderr, _scaled(scale))
+            difference = _paired(row.paired.difference, points)
+            paired = Cell(difference, format_p_value(row.paired.p))
+            error = optional(row.stderr, points)
             documents = optional(row.documents, lambda count: f"{count:,}")
             rows.append((Cell(task), Cell(model.label), Cell(text(row.value)), error, paired, documents))
-    columns = ("Task", "Model", "Right", "Standard error", "Paired difference, points", "Documents")
+    columns = ("Task", "Model", "Right", "Standard error", "Paired difference", "Documents")
     table = Table("Zero-shot tasks", columns, tuple(rows), text_columns=(0, 1))
-    return Figure("Zero-shot tasks, with 95 % intervals; higher is better", bar_chart(groups), table)
+    title = "Zero-shot tasks, with 95 % intervals; higher is better; in per cent, differences in points"
+    return Figure(title, bar_chart(groups) if groups else None, table)
 
 
-def _scaled(scale: int) -> Callable[[float], str]:
-    return lambda value: f"{scale * value:.1f}"
+def _points(row: Accuracy) -> Callable[[float], str]:
+    """How errors and differences of a task are written: in points of a share, other metrics as they are."""
+    return (lambda value: f"{100 * value:.1f}") if row.is_share else "{:.4g}".format
 
 
-def _signed(scale: int) -> Callable[[float], str]:
-    return lambda value: format_signed(value, f"{scale * abs(value):.1f}")
+def _paired(difference: float | None, points: Callable[[float], str]) -> str:
+    return "" if difference is None else format_signed(difference, points(abs(difference)))
 
 
 def samples_section(run: Run) -> Section | None:

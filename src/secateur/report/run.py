@@ -17,7 +17,7 @@ from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError, ScoreError
 from secateur.models.options import DEMO
 from secateur.pipeline.run_log import LogEntry, load_entries
-from secateur.report.entries import Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training
+from secateur.report.entries import BY_LENGTH, Accuracy, Cost, Cut, Evaluated, Perplexity, Sweep, Training
 from secateur.scoring.scores import Scores, load_scores
 
 ROLES = ("dense", "pruned", "recovered", "exported", "measured")
@@ -223,7 +223,10 @@ class _Reader:
 
 
 def _updated(cost: Cost, newer: Cost) -> Cost:
-    """A cost with all that a newer one knows."""
+    """A cost with all that a newer one knows; of passes of another length the older one's are left out."""
+    if newer.seq_len not in (None, cost.seq_len):
+        of_other_passes: dict[str, Any] = dict.fromkeys(BY_LENGTH)
+        cost = replace(cost, **of_other_passes)
     return replace(cost, **{f.name: getattr(newer, f.name) for f in fields(Cost) if getattr(newer, f.name)})
 
 

@@ -64,7 +64,8 @@ def _operators(run: Run) -> Iterator[Table]:
     for name in dict.fromkeys(name for model in models for name in model.cost.macs_by_operator):
         cells = [Cell(name)]
         for model in models:
-            before = None if model is models[0] else models[0].cost.macs_by_operator.get(name)
+            comparable = model is not models[0] and model.cost.compares(models[0].cost, "macs")
+            before = models[0].cost.macs_by_operator.get(name) if comparable else None
             macs = model.cost.macs_by_operator.get(name)
             cells.append(Cell("" if macs is None else format_macs(macs), format_change(before, macs)))
         rows.append(tuple(cells))

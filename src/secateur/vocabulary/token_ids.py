@@ -29,7 +29,7 @@ def _changed(name: str, value: Any, new: Mapping[int, int], size: int | None) ->
         return _renumbered(value, new, size)
     if name.endswith("forced_decoder_ids"):  # places and tokens
         pairs = [[place, _renumbered(token, new, size)] for place, token in value]
-        return [pair for pair in pairs if pair[1] is not None]
+        return [pair for pair, before in zip(pairs, value, strict=True) if pair[1] is not None or before[1] is None]
     if name.endswith("sequence_bias"):
         pairs = [[_sequence(tokens, new, size), bias] for tokens, bias in value]
         return [pair for pair in pairs if pair[0] is not None] or None
