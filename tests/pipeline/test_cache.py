@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from secateur.pipeline.cache import Cache, Iteration, has_begun, run_key, work_f
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.pruning.repair import Repaired
+from secateur.scoring import registry
 from secateur.scoring.scores import Scores
 from small_runs import CALIBRATION, OTHER_TEXT, emptied, small, top, write_inputs
 from tiny import write_tiny
@@ -210,6 +212,21 @@ class TestRunKey:
         assert self.key(calibration=calibration) == before
         (folder / "package" / "a.py").write_text("another")
         assert self.key(calibration=calibration) != before
+
+    def test_so_does_the_code_of_a_score_of_ones_own(self) -> None:
+        file, keys = Path("here/mine.py"), list[str]()
+        for power in (1, 1, 2):
+            text = f"""from secateur import register_score
+@register_score("mine")
+def mine(evidence):
+    return evidence.weight.abs() ** {power}
+"""
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+            run_path(str(file))
+            keys.append(self.key(cut={"score": "mine"}))
+        registry.SCORES.pop("mine")
+        assert keys[0] == keys[1] != keys[2]
 
     def test_what_lies_below_the_model_does_not(self) -> None:
         folder = shutil.copytree("in/tiny", "here/tiny")

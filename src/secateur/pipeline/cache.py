@@ -173,7 +173,17 @@ def run_key(recipe: PruneRecipe) -> str:
     cut = recipe.cut
     about = _about(recipe.model, recipe.calibration, recipe.loading)
     of_units = [cut.score, cut.reduce, cut.prices, cut.axes, cut.layers, cut.within]
-    return _hash([about, of_units, [(name, _stamp(name)) for name in cut.keep_text]])
+    return _hash([about, of_units, _code(cut.score), [(name, _stamp(name)) for name in cut.keep_text]])
+
+
+def _code(score: str) -> Any:
+    """The state of the code of a score of the user's own: its file, or where there is none the code itself."""
+    if score not in SCORES or not SCORES[score].own:
+        return None
+    code: Any = getattr(SCORES[score].salience, "__code__", None)
+    if code is None:  # an object that is called
+        return None
+    return _stamp(code.co_filename) if Path(code.co_filename).is_file() else [code.co_code.hex(), repr(code.co_consts)]
 
 
 def recovery_key(paths: Sequence[str], about: Any) -> str:

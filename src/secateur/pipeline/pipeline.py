@@ -258,8 +258,7 @@ class Pipeline:
 
     def scores(self, at: Position) -> Scores:
         """5. One score per unit: from the cache, from kept statistics, or from a pass over the model."""
-        own = SCORES[at.options.score].own  # its code may change
-        found = None if own else self.cache.load_scores(at.number)
+        found = self.cache.load_scores(at.number)
         if found is not None:
             return found
         groups = [group for group in at.groups if group.kind != TOKENS]
@@ -279,7 +278,7 @@ class Pipeline:
                     at.discovery,
                     None if windows is None else self.reader.behind_needed(scored(windows, self.calibration)),
                     groups=groups,
-                    layer_cache=self.cache.layers(at.number) if in_parts and not own else None,
+                    layer_cache=self.cache.layers(at.number) if in_parts else None,
                     progress=progress,
                 )
             statistics = new if statistics is None else statistics.joined(new)
@@ -301,8 +300,7 @@ class Pipeline:
                 if self.statistics is not None and first:
                     self.statistics.save(with_factors(statistics, found, factors))
             found = scaled(found, factors)
-        if not own:
-            self.cache.save_scores(at.number, found)
+        self.cache.save_scores(at.number, found)
         return found
 
     def sizes(self, at: Position) -> Plan:
@@ -437,8 +435,7 @@ class Pipeline:
 
     def _resumed(self) -> tuple[Position, Plan | None]:
         """Where to start: behind the last iteration that the cache has."""
-        in_turns = self.iterations > 1 and not SCORES[self.options.score].own  # whose code may change
-        kept = self.cache.load_iteration(self.options) if in_turns else None
+        kept = self.cache.load_iteration(self.options) if self.iterations > 1 else None
         if kept is None:
             return self.start(), None
         smaller = prune(self.model, kept.plan, discovery=self.discovery)

@@ -109,6 +109,17 @@ def _pieces_of_text(text: str) -> Iterator[str]:
     yield text[first:]
 
 
+def _uses(pieces: Pieces, counts_V: Tensor, unseen: float) -> list[float]:
+    """The counts with those of the prior, of which tokens that do not occur have `unseen` in all."""
+    zipf = {number: 1 / (number + ZIPF_OFFSET) for number in pieces.parts}
+    not_seen = sum(share for number, share in zipf.items() if counts_V[number] == 0)
+    scale = unseen / not_seen if not_seen else 0.0
+    uses: list[float] = counts_V.tolist()
+    for number, share in zipf.items():
+        uses[number] += scale * share
+    return uses
+
+
 def rank_tokens(
     pieces: Pieces, counts_V: Tensor, *, unseen: float = 0.0, protected: Sequence[int] = ()
 ) -> TokenRanking:
@@ -128,25 +139,15 @@ def rank_tokens(
             f"axes=vocabulary: the tokenizer has token {max(pieces.tokens)}, and the model a vocabulary of {size}. "
             "They do not belong together: cut other axes"
         )
-    total = max(float(counts_V.sum()), 1.0)
-    zipf = {number: 1 / (number + ZIPF_OFFSET) for number in pieces.parts}
-    not_seen = sum(share for number, share in zipf.items() if counts_V[number] == 0)
-    scale = unseen / not_seen if not_seen else 0.0
-    uses: list[float] = counts_V.tolist()
-    for number, share in zipf.items():
-        uses[number] += scale * share
+    total, uses = max(float(counts_V.sum()), 1.0), _uses(pieces, counts_V, unseen)
     needed = pieces.needed | {*protected}
     above = dict.fromkeys(range(size), 0)  # kept tokens that are made of this one
     for parts in pieces.parts.values():
         for part in {*parts} if pieces.closed else ():
             above[part] += 1
     growth_V = torch.full((size,), float("inf"), dtype=torch.float64)
-    order: list[int] = []
-    for number in range(size):  # rows without a token
-        if number not in pieces.tokens:
-            growth_V[number] = 0.0
-            order.append(number)
-
+    order = [number for number in range(size) if number not in pieces.tokens]  # rows without a token
+    growth_V[torch.tensor(order, dtype=torch.int64)] = 0.0
     of, gone = {**pieces.parts}, set[int]()
 
     def remaining(number: int) -> tuple[int, ...]:
