@@ -100,11 +100,10 @@ def _timed_shares(group: Group) -> list[float]:
 
 def _plan(discovery: Discovery, members: Sequence[Group], share: float) -> Plan:
     """A plan that keeps this share of the units of each group, the first ones."""
-    sizes = {group.name: max(group.least, round(group.units * share)) for group in members}
+    sizes = [max(group.least, round(group.units * share)) for group in members]
     groups = tuple(
         PlannedGroup(group.name, group.kind, group.layer, group.units, size, tuple(range(size)))
-        for group in members
-        for size in [sizes[group.name]]
+        for group, size in zip(members, sizes, strict=True)
     )
     return Plan(discovery.model, CutOptions(ratio=0.0), groups, {}, {})
 

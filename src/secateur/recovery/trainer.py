@@ -125,9 +125,7 @@ def train(
     with quiet(), patch_environment(**environment):
         arguments = _training_arguments(model, inputs, options, folder, bf16, resumed=checkpoint is not None)
         _shard_on_cpus(arguments)
-        arguments._n_gpu = min(
-            1, arguments.n_gpu
-        )  # of those that are seen; else Trainer copies the model to all of them
+        arguments._n_gpu = min(1, arguments.n_gpu)  # of those seen; Trainer would copy the model to all of them
         trainer = RecoveryTrainer(model, inputs, options, arguments, callbacks, bf16=bf16)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
