@@ -128,7 +128,7 @@ def _llama_cpp(file: Path, folder: Path, options: argparse.Namespace) -> Any:
 
 def _vllm(folder: Path, options: argparse.Namespace) -> Any:
     """How many times as fast as the dense model a folder is served, in bfloat16, compiled as vLLM does it."""
-    dense, own = measure({"dense": Path(options.model), "cut": folder}, 3, eager=False, dtype="bfloat16").values()
+    dense, own = measure({"dense": Path(options.model), "cut": folder}, 9, eager=False, dtype="bfloat16").values()
     return {name: dense[f"{name} 1"] / own[f"{name} 1"] for name in ("prefill", "decode")}
 
 

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,9 @@ from secateur.models.config import load_config
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
 from tiny import write_tiny
+
+settings.register_profile("tests", deadline=None, derandomize=True)  # no clock, and the same examples in every run
+settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:

@@ -19,7 +19,15 @@ from safetensors import SafetensorError
 
 import secateur.files
 from secateur.errors import CheckpointError
-from secateur.files import atomic_folder, check_apart, check_vacant, check_writable, read_json, write_json
+from secateur.files import (
+    atomic_folder,
+    check_apart,
+    check_file_vacant,
+    check_vacant,
+    check_writable,
+    read_json,
+    write_json,
+)
 from secateur.models.tensor_files import read_tensors, write_tensors
 from tiny import names
 
@@ -233,6 +241,11 @@ class TestWriteJson:
         finally:
             os.close(reader)
         assert names(tmp_path) == ["pipe"]
+
+    def test_a_pipe_is_not_replaced_by_a_file(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(CheckpointError, match="pipe is no ordinary file, so it is not replaced; name another"):
+            check_file_vacant(tmp_path / "pipe", overwrite=True)
 
     def test_beneath_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "x").touch()

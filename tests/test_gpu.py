@@ -1,4 +1,4 @@
-"""What is computed on a GPU is what the CPU computes. Without one the CPU takes its place, on the same code paths."""
+"""What is computed on a GPU is what the CPU computes. Without one, the CPU takes its place on paths of their own."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tiny import write_tiny
 DEVICE = os.environ.get("SECATEUR_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 
 pytestmark = pytest.mark.gpu
+on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="compares a GPU with the CPU, and there is none")
 CALIBRATION = CalibrationOptions(samples=12, length=32)
 CUT = CutOptions(ratio=0.2, axes=("mlp",))
 
@@ -39,6 +40,7 @@ def pruned(dense: Path, out: Path, device: str) -> Any:
     return prune_model(recipe, out).plan
 
 
+@on_a_gpu
 @pytest.mark.parametrize("name", ["fisher", "param_mix", "wanda", "obs", "fluctuation"])
 def test_scores(name: str, dense: Path) -> None:
     windows = calibration_windows(load_tokenizer(str(dense)), CALIBRATION)
@@ -50,6 +52,7 @@ def test_scores(name: str, dense: Path) -> None:
         assert torch.allclose(on_device[group].cpu().float(), units.float(), rtol=1e-2, atol=1e-4 * float(units.max()))
 
 
+@on_a_gpu
 def test_repair(dense: Path, tmp_path: Path) -> None:
     decided = pruned(dense, tmp_path / "out", "cpu")
     windows = calibration_windows(load_tokenizer(str(dense)), CALIBRATION)
@@ -86,6 +89,7 @@ def test_layers_are_streamed(dense: Path) -> None:
         )
 
 
+@on_a_gpu
 def test_a_whole_cut(dense: Path, tmp_path: Path) -> None:
     plans = [pruned(dense, tmp_path / f"out-{n}", device) for n, device in enumerate(("cpu", DEVICE))]
     sizes = [{group.name: group.kept for group in plan.groups} for plan in plans]

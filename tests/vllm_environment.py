@@ -39,14 +39,25 @@ SETTINGS = {
 
 
 def python() -> Path:
-    """The interpreter of the environment, which is made or updated first. Raises where that fails."""
+    """The interpreter of the environment, which is made or updated first. Raises where that fails, once and again."""
+    if failed := _failure():
+        raise RuntimeError(failed)
+    return FOLDER / "bin" / "python"
+
+
+@functools.cache
+def _failure() -> str | None:
+    """Why the environment cannot be made, which is tried once; None where it is there."""
     wanted = json.dumps({"wheel": WHEEL, "project": (ROOT / "pyproject.toml").read_text(encoding="utf-8")})
     with (ROOT / ".venv-vllm.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
         if not STAMP.is_file() or STAMP.read_text(encoding="utf-8") != wanted:
-            _make()
+            try:
+                _make()
+            except RuntimeError as error:
+                return str(error)
             STAMP.write_text(wanted, encoding="utf-8")
-    return FOLDER / "bin" / "python"
+    return None
 
 
 def _make() -> None:

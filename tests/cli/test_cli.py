@@ -35,12 +35,22 @@ from secateur.files import write_json
 from secateur.pipeline.run import plan_model
 from secateur.pipeline.run_log import load_entries
 from secateur.planning.options import CutOptions
+from secateur.scoring.registry import SCORES
 from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export push report demo compare".split())
 IN_ROUNDS = "recover tiny out --data alpaca.json".split()
 RECOVER = "recover tiny out --data alpaca.json --max-length 128 --max-steps 4 --eval-steps 4 --seed 1".split()
+OWN_SCORE = """
+from secateur import register_score
+
+@register_score("mine")
+def mine(evidence):  # the first channels are worth most
+    import torch
+    order = torch.arange(evidence.weight.shape[0], 0, -1.0)
+    return order[:, None].expand_as(evidence.weight)
+"""
 CHEAP = ("--score", "l2", "--repair", "none")
 PRUNE_AND_TRAIN = (
     *"prune tiny out --ratio 0.3 --iterations 2 --calibration text.txt --samples 4 --length 16 --recover".split(),
@@ -80,6 +90,7 @@ def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_questions(folder / "questions")
     (folder / "text.txt").write_text(TEXT)
     (folder / "empty.txt").touch()
+    (folder / "fails.py").write_text("1 / 0")
     (folder / "short.txt").write_text("a cat")
     (folder / "rows.jsonl").write_text(json.dumps({"body": TEXT}))
     rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(2, 18)]
@@ -98,6 +109,8 @@ def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder / "damaged.json", {**decided, "groups": [{**decided["groups"][0], "keep": ["a"]}]})
     write_json(folder / "groupless.json", {**decided, "groups": 3})
     write_json(folder / "odd.json", {**decided, "options": {**decided["options"], "colour": "green"}})
+    odd = {**decided["scored"], "calibration_options": {"samples": "many"}}
+    write_json(folder / "oddtext.json", {**decided, "scored": odd})
     write_json(folder / "list.json", [])
     (folder / "half.json").write_text("{")
     (folder / "typo.yaml").write_text("cut: {ratoi: 0.2}\n")
@@ -357,6 +370,20 @@ class TestJson:
         self.check_plan(data)
         assert json.loads(Path("p.json").read_text()) == data
         assert all(len(group["keep"]) == group["kept"] for group in data["groups"])
+
+    def test_plan_by_a_score_of_ones_own(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("mine.py").write_text(OWN_SCORE)
+        given = ("--axes", "mlp", "--repair", "none", "--choose", "score", "--score", "mine")
+        try:
+            data = written(capsys, "plan", "tiny", *given, "--score-file", "mine.py")
+        finally:
+            SCORES.pop("mine", None)
+        assert data["options"]["score"] == data["scored"]["score"] == "mine"
+        assert all(group["keep"] == [*range(group["kept"])] for group in data["groups"])
+
+    def test_plan_for_a_program(self, capsys: pytest.CaptureFixture[str]) -> None:
+        options = written(capsys, "plan", "tiny", "--sizes-only", "--for", "sglang")["options"]
+        assert (options["engine"], options["shape"]) == ("sglang", "uniform")
 
     def test_plan_of_sizes(self, capsys: pytest.CaptureFixture[str]) -> None:
         data = written(capsys, "plan", "tiny", "--sizes-only")
@@ -666,12 +693,22 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         r"format\.json: the plan has format 99, this version reads 2",
         (*PRUNE, "--plan", "format.json"),
     ),
+    "score file, none": (r"--score-file no\.py: no such file", (*PRUNE, "--score-file", "no.py")),
+    "score file that fails": (r"--score-file fails\.py: ZeroDivisionError", (*PRUNE, "--score-file", "fails.py")),
+    "score file without one": (
+        r"--score-file empty\.txt: it registers no score; decorate a function with",
+        (*PRUNE, "--score-file", "empty.txt"),
+    ),
     "plan with more keys": (r"the plan is damaged \('colour' is unknown", (*PRUNE, "--plan", "unknown.json")),
     "damaged plan": (
         r"damaged\.json: the plan is damaged \(groups: keep: 'a' is no int\): plan again",
         (*PRUNE, "--plan", "damaged.json"),
     ),
     "plan without groups": (r"the plan is damaged \(groups: 3 is no list\)", (*PRUNE, "--plan", "groupless.json")),
+    "plan with an odd text": (
+        r"the plan is damaged \(calibration_options: samples: 'many' is no int\)",
+        (*PRUNE, "--plan", "oddtext.json"),
+    ),
     "plan with odd options": ("the plan is damaged .*colour", (*PRUNE, "--plan", "odd.json")),
     "evaluate a plan of sizes": ("how many units stay, not which", ("evaluate", "tiny", "--plan", "undecided.json")),
     # where to write
@@ -716,11 +753,6 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "export nothing": ("'./no-such': no such file", ("export", "./no-such", "out", "--int8", "--dynamic")),
     # evaluation
     "ppl malformed": ("--ppl text.txt: expected NAME=FILE, for example", ("evaluate", "tiny", "--ppl", "text.txt")),
-    "ppl without a name": ("--ppl =text.txt: expected NAME=FILE", ("evaluate", "tiny", "--ppl", "=text.txt")),
-    "ppl twice": (
-        "cats is the name of another text",
-        ("evaluate", "tiny", "--ppl", "cats=text.txt", "--ppl", "cats=short.txt"),
-    ),
     "no ppl file": (r"'no\.txt': no such file", ("evaluate", "tiny", "--ppl", "cats=no.txt")),
     "text too short": (
         r"cats: \d+ tokens are fewer than one window of 9999",
@@ -865,6 +897,10 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "rounds, none": ("iterations=0 is too small. Expected at least 1", (*IN_ROUNDS, "--rounds", "0", "--ratio", "0.3")),
     "rounds, no recipe": (r"no\.yaml: no recipe can be read", (*IN_ROUNDS, "--prune-recipe", "no.yaml")),
+    "rounds, recipe of a plan": (
+        r"planned\.yaml prunes what plan\.json says, which cannot be cut in rounds",
+        (*IN_ROUNDS, "--prune-recipe", "planned.yaml"),
+    ),
     "rounds, adapter": ("--save-adapter: in rounds", (*IN_ROUNDS, "--ratio", "0.3", "--save-adapter")),
     # recipes
     "no recipe": (r"no\.yaml: no recipe can be read", (*PRUNE, "--recipe", "no.yaml")),
@@ -913,7 +949,8 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     if arguments[:2] == ("prune", "tiny") and case not in READS_WEIGHTS:
         monkeypatch.setattr("secateur.pipeline.pipeline.load", lambda *_, **__: pytest.fail("weights were read"))
     if arguments[2:] == ("./no-such",):
-        monkeypatch.setattr("secateur.models.loading.load", lambda *_, **__: pytest.fail("weights were read"))
+        for place in ("models.loading", "evaluation.profile"):
+            monkeypatch.setattr(f"secateur.{place}.load", lambda *_, **__: pytest.fail("weights were read"))
     refuse(capsys, match, *arguments)
 
 

@@ -34,7 +34,7 @@ def model() -> PreTrainedModel:
 class TestGeneratedWindows:
     OPTIONS = CalibrationOptions("self", samples=3, length=20)
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(st.integers(1, 5), st.integers(2, 12), st.integers(0, 2**31))
     def test_the_shape_is_what_was_asked_and_a_seed_gives_the_same(
         self, model: PreTrainedModel, samples: int, length: int, seed: int

@@ -212,6 +212,13 @@ class TestErrors:
         with pytest.raises(DataError, match=reason):
             calibration_windows(processor_of(llava), options_of(folder, samples=1, held_out=1))
 
+    def test_a_row_without_an_image(self, llava: Path, tmp_path: Path) -> None:
+        pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+        rows = [{"image": None, "text": "a"}, {"image": {"bytes": b"", "path": "a.png"}, "text": "a"}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        with pytest.raises(DataError, match=r"row 1: neither 'image' nor 'audio' among \['image', 'text'\]"):
+            calibration_windows(processor_of(llava), options_of(tmp_path / "rows.parquet"))
+
     def test_a_model_of_text(self, tiny: Path, pictures: Path) -> None:
         with pytest.raises(DataError, match=r"pictures' has images or sound, and .* no processor that reads them"):
             reader_of(str(tiny), options_of(pictures), load_tokenizer(str(tiny)))

@@ -116,6 +116,8 @@ class TestRows:
                 '[{"text": "a"}, {"body": "b"}]',
                 r"x\.json', item 2: no column 'text' among \['body'\]",
             ),
+            ("x.jsonl", "[" * 100_000, "line 1: not JSON"),
+            ("x.json", "[" * 100_000, "line 1: not JSON"),
             ("x.json", "7", r"item 1: a JSON int is no row"),
             ("x.txt", b"ok\xff", r"x\.txt': byte 2 is not UTF-8\. Expected text in UTF-8"),
             ("x.txt", "", r"x\.txt': there is no text in it"),
@@ -180,11 +182,11 @@ class TestParquet:
 
 class TestCalibrationText:
     def test_demo(self) -> None:
-        assert read_calibration("demo") == demo_texts()[0]
+        assert read_calibration("demo") == [demo_texts()[0]]
 
     def test_plain_text_stays_as_it_is(self, tmp_path: Path) -> None:
         file = write(tmp_path, "x.txt", "\ufeff a \n\n b\n")
-        assert read_calibration(file) == " a \n\n b\n"
+        assert read_calibration(file) == [" a \n\n b\n"]
 
     def test_documents_are_kept_apart(self, tmp_path: Path) -> None:
         file = write(tmp_path, "x.jsonl", '{"text": "a"}\n{"text": "b"}\n')
@@ -303,7 +305,7 @@ class TestChat:
         assert read_calibration(file, column=column, chat=tokenizer) == [expected]
 
     def test_a_plain_text_is_one_message(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-        assert read_calibration(write(tmp_path, "x.txt", "a\nb"), chat=tokenizer) == "<user>a\nb"
+        assert read_calibration(write(tmp_path, "x.txt", "a\nb"), chat=tokenizer) == ["<user>a\nb"]
 
     def test_messages_of_parquet(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
         pyarrow = pytest.importorskip("pyarrow")

@@ -26,7 +26,6 @@ from secateur.data.windows import (
     calibration_windows,
     digest,
     held_out_windows,
-    sample_windows,
     scored,
     start_tokens,
 )
@@ -51,6 +50,14 @@ def character_ids(texts: str | list[str], **_: Any) -> CharacterIds:
 def held_out_without_start(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> torch.Tensor:
     assert start_tokens(tokenizer).numel() == 0
     return held_out_windows(tokenizer, options)
+
+
+def sample_windows(
+    text_or_documents: str | list[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> torch.Tensor:
+    """The windows of documents that are in no file; a text is one."""
+    documents = [text_or_documents] if isinstance(text_or_documents, str) else text_or_documents
+    return secateur.data.windows._drawn(secateur.data.windows._tokenize(documents, tokenizer), options)
 
 
 CHARACTERS = cast(PreTrainedTokenizerBase, character_ids)

@@ -32,7 +32,7 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 SIZES = st.sampled_from([2, 3, 4, 6, 8, 8, 9, 12, 12, 16, 16, 18, 20, 24, 24, 30, 32, 32])
 SMALL = range(2, 7)  # sizes of the variables inside an expression; one that stands alone has any size
 
-many = settings(max_examples=80, deadline=None)
+many = settings(max_examples=80)
 
 
 # --- what the properties are about ------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_another_text_is_no_reason(rows: Path, caplog: pytest.LogCaptureFixture)
         {"sources": ["no-such.txt"]},
         {"sources": []},
         {"max_length": 50},
-        {"colour": 1},
+        {"max_length": "many"},
     ],
     ids=str,
 )
@@ -96,6 +96,11 @@ def test_nothing_is_said_of_what_cannot_be_read_again(
 ) -> None:
     recovery = recovered(str(rows))
     assert warnings({**recovery, "data": {**recovery["data"], **change}}, caplog) == []
+
+
+def test_what_a_later_version_says_besides_is_passed_over(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recovery = recovered(str(rows))
+    assert len(warnings({**recovery, "data": {**recovery["data"], "colour": 1}}, caplog)) == 1
 
 
 def test_nothing_is_said_of_a_record_of_another_form(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,6 +148,7 @@ class TestCalibration:
             {"text": "organisation/name"},
             {"text": "self"},
             {"length": 500},
+            {"samples": "many"},
         ],
         ids=str,
     )

@@ -17,10 +17,10 @@ from secateur.evaluation.options import EvaluationOptions, ProfileOptions
         ({"protocols": ("gtpq@9",)}, r"protocol='gtpq@9' is unknown"),
         ({"max_tokens": 0}, r"max_tokens=0 is too small. Expected at least 1, for example max_tokens=40000"),
         ({"tasks": ("boolq",), "limit": 0}, r"limit=0 is too small. Expected at least 1, for example limit=200"),
-        ({"tasks": ("boolq",), "batch_size": 0}, r"batch_size=0 is too small. Expected at least 1"),
+        ({"batch_size": 0}, r"batch_size=0 is too small. Expected at least 1"),
         ({"new_tokens": 0}, r"new_tokens=0 is too small. Expected at least 1"),
         ({"tasks_data": "questions"}, r"tasks_data=questions is about tasks, and none is named"),
-        ({"batch_size": 8}, r"batch_size=8 is about tasks"),
+        ({"limit": 8}, r"limit=8 is about tasks"),
     ],
     ids=str,
 )

@@ -90,7 +90,7 @@ def test_the_tail_is_dropped_and_the_first_token_of_a_window_is_unscored() -> No
     assert result.nll == pytest.approx(-(3 * math.log(3 / 4) + math.log(1 / 4)) / 4, rel=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 40), st.integers(2, 12), st.integers(1, 9))
 def test_counts_of_windows_tokens_and_progress(length: int, seq_len: int, batch_size: int) -> None:
     if length < seq_len:

@@ -42,7 +42,7 @@ def test_encode_reads_a_long_text_in_one_call_and_in_silence(
     assert caplog.messages == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 def test_all_tokens_together_are_the_whole_text(text: str) -> None:
     encoded = encode_text(tiny_tokenizer(), text)

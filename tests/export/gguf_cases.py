@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from secateur import CutOptions, discover, export_gguf
 from secateur.data.text import demo_texts
 from secateur.export.check import NEW_TOKENS, PROMPTS
 from secateur.export.gguf_file import GgufResult
-from secateur.export.llama_cpp import is_installed
 from secateur.export.options import GgufOptions
 from secateur.models.silence import quiet
 from secateur.planning.plan import Plan, PlannedGroup
@@ -87,7 +87,9 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }
 EXACT = 2e-3  # of the spread of logits: llama.cpp looks GELU up in a table of 16 bits, all else is nearer
 
-needs_llama_cpp = pytest.mark.skipif(not is_installed(), reason="runs files in llama.cpp: pip install 'secateur[gguf]'")
+needs_llama_cpp = pytest.mark.skipif(
+    find_spec("llama_cpp_py_sync") is None, reason="runs files in llama.cpp: pip install 'secateur[gguf]'"
+)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,27 @@ from secateur.cli.main import run
 from secateur.errors import CheckpointError, ExportError, ModelError, SecateurError
 from secateur.export.formats import ExportOptions, choose_format, export_model
 from secateur.export.gguf_file import GgufResult
+from secateur.export.llama_cpp import _library, is_installed
 from secateur.export.options import GgufOptions, Int8Options, MergeOptions, QuantizeOptions
 from secateur.models.silence import quiet
 from tiny import names, tiny_model
 
 GGUF, INT8, MERGE = GgufOptions(check=False), Int8Options(), MergeOptions()
+
+
+def test_whether_llama_cpp_can_run_files_here() -> None:
+    """Tests ask for the package, so an answer that is wrong is no reason to leave them out."""
+    assert is_installed() == (find_spec("llama_cpp_py_sync") is not None)
+
+
+@needs_llama_cpp
+def test_a_library_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("wrong ELF class")
+
+    monkeypatch.setattr("llama_cpp_py_sync._cffi_bindings.get_lib", fail)
+    with pytest.raises(ExportError, match=r"llama.cpp is installed, but its library does not load \(.*wrong ELF class"):
+        _library.__wrapped__()
 
 
 def test_the_format_is_the_one_that_was_asked_for() -> None:

@@ -36,7 +36,8 @@ from secateur.planning.plan import Plan
 from stranger import NEW_TOKENS, stranger
 from tiny import names, tiny_model, tiny_tokenizer, write_tiny
 
-pytest.importorskip("torchao", reason="the extra int8 is not installed")
+if importlib.util.find_spec("torchao") is None:  # a package of its own that is missing is a failure
+    pytest.skip("the extra int8 is not installed", allow_module_level=True)
 
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 CLOSE = {"weight-only": 0.09, "dynamic": 0.12}  # of the logits' norm; all weights of these models are large and random
@@ -274,6 +275,12 @@ class TestRefused:
             model = tiny_type_model("youtu").float()
         with pytest.raises(CheckpointError, match="YoutuForCausalLM: transformers cannot load it with int8 weights"):
             export_int8(model, tmp_path / "out")
+        assert names(tmp_path) == []
+
+    def test_values_that_are_not_read_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("secateur.export.int8._same", lambda *_: False)
+        with pytest.raises(CheckpointError, match=r"cannot load it with int8 weights; .* would have other values"):
+            export_int8(tiny_model(), tmp_path / "out")
         assert names(tmp_path) == []
 
     def test_a_folder_that_exists(self, tmp_path: Path) -> None:

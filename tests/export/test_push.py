@@ -146,6 +146,16 @@ def test_what_the_hub_refuses(
         push(folder, name)
 
 
+def test_a_network_that_breaks_off(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(*_: Any, **__: Any) -> None:
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", break_off)
+    with pytest.raises(ExportError, match=r"the upload has failed; .*reset by peer.* uploads what is missing"):
+        push(folder, "me/model")
+
+
 def test_without_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"HF_HUB_OFFLINE is set, so nothing is uploaded\. Unset it"):
         push(folder, "me/model")

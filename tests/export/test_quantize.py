@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from stranger import stranger
 from tiny import names, write_tiny
 from vllm_cases import write
 
-pytest.importorskip("llmcompressor", reason="the extra quantize is not installed")
+if find_spec("llmcompressor") is None:  # a package of its own that is missing is a failure
+    pytest.skip("the extra quantize is not installed", allow_module_level=True)
 
 SCHEMES: tuple[Any, ...] = ("w8a8", "w4a16", "fp8")
 TEXT = CalibrationOptions(samples=8, length=32)
@@ -130,6 +132,15 @@ def test_what_cannot_be_quantized(cut: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ModelError, match=r"compressed_tensors\. Run: pip install 'secateur\[quantize\]'"):
         load(str(tmp_path / "once"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_computes_something_else_is_not_written(
+    cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.export.quantize.CLOSE", -1.0)
+    with pytest.raises(ModelError, match="gives other logits than the model in memory"):
+        export_model(str(cut), tmp_path / "out", QuantizeOptions("fp8"))
+    assert names(tmp_path) == []
 
 
 def test_code_that_llmcompressor_cannot_run_leaves_nothing(

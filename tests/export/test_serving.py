@@ -118,9 +118,17 @@ def uniform_folder(out: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_layers_of_different_sizes_generate_in_every_way_and_compile_as_one_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "compiling",
+    [
+        "skip",
+        pytest.param("compile", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="it calls g++")),
+    ],
+)
+def test_layers_of_different_sizes_generate_in_every_way_and_compile_as_one_graph(
+    compiling: str, tmp_path: Path
+) -> None:
     folders = [str(per_layer_folder(family, tmp_path / family)) for family in FAMILIES]
-    compiling = "skip" if shutil.which("g++") is None else "compile"  # on the CPU it calls a C++ compiler
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", WAYS, compiling, *folders]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -47,7 +47,7 @@ def compare(tensors: list[Tensor], **options: Any) -> None:
         assert (one.float() - other).norm() < 0.02 * other.norm() + 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from([1, 7, 12]),
     st.sampled_from([1, 2, 4]),

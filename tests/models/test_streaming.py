@@ -37,7 +37,7 @@ from secateur.recovery.options import RecoverOptions
 from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.recover import recover
 from secateur.scoring.measured import measured_factors
-from secateur.scoring.passes.forward import input_device
+from secateur.scoring.passes.forward import embedding_device
 from secateur.scoring.scores import score
 from small_runs import emptied, small, write_inputs
 from tiny import tiny_model
@@ -134,7 +134,7 @@ def test_one_layer_is_there_at_a_time() -> None:
         )
     apart(**arguments(apart, windows(apart)))
     assert there == [1] * len(layers)
-    assert input_device(apart).type == "cpu"
+    assert embedding_device(apart).type == "cpu"
 
 
 class TestLoading:

@@ -182,7 +182,7 @@ def test_a_recipe_that_cannot_be_is_refused_at_once(
     monkeypatch.setattr(f"{STAGES}.statistics_for", never("scored"))
     for cut, match in (
         ({"axes": ("layers",), "score": "fisher"}, "score=fisher is not for whole layers"),
-        ({"iterations": 2, "of": "latency"}, "latency"),
+        ({"iterations": 2, "of": "latency"}, "several iterations with a budget of latency are not supported"),
     ):
         with pytest.raises(PlanError, match=match):
             Pipeline(recipe("tiny", cut=cut), model=model, discovery=discovery)

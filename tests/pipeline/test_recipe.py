@@ -192,6 +192,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("text", "match"),
         [
+            ("a: " + "[" * 5_000, r"r\.yaml: no recipe can be read; "),
             ("a: [", r"r\.yaml: no recipe can be read; "),
             ("- demo", r"r\.yaml: expected keys with values, for example `model: demo`; found list"),
             ("", r"r\.yaml: expected keys with values, .* found NoneType"),

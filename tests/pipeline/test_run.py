@@ -216,7 +216,7 @@ class TestLargeModels:
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("secateur.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
-        monkeypatch.setattr(f"{STAGES}.load", never)
+        monkeypatch.setattr(f"{STAGES}.load", never("weights were read"))
         with pytest.raises(
             DiskError, match=r"here/out needs 0\.\d MB, and 0\.0 MB are free on its disk. Free some, or"
         ):

@@ -108,6 +108,20 @@ class TestErrors:
         with pytest.raises(DataError, match=r"line 1: the sound cannot be read \("):
             self.read(whisper, folder)
 
+    def test_what_python_alone_cannot_read(
+        self, whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("secateur.data.sound.importlib.util.find_spec", lambda _: None)
+        sound = write_sounds(tmp_path / "sounds", count=1) / "0.wav"
+        sound.write_bytes(sound.read_bytes()[:-1])  # half a sample
+        with pytest.raises(DataError, match=r"the sound cannot be read \(.*; pip install 'secateur\[sound\]'"):
+            self.read(whisper, sound.parent)
+        with wave.open(str(sound), "wb") as file:
+            file.setparams((1, 3, RATE, 0, "NONE", ""))
+            file.writeframes(bytes(3 * RATE))
+        with pytest.raises(DataError, match=r"cannot be read \(.*24 bits, where 16 are read; pip install"):
+            self.read(whisper, sound.parent)
+
 
 def test_a_wave_file_is_read_alike_without_the_package(tmp_path: Path) -> None:
     folder = write_sounds(tmp_path / "sounds", count=1)

@@ -207,6 +207,12 @@ def test_pictures(small: str, tmp_path: Path) -> None:
     assert svg.read_text() == first
 
 
+def test_several_processes_are_refused(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.processes.count", lambda: 2)
+    with pytest.raises(PlanError, match="a sweep runs in one process: start it without accelerate launch"):
+        run(small, tmp_path, options())
+
+
 def test_without_matplotlib(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))

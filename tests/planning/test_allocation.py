@@ -51,7 +51,7 @@ def kept(decided: Plan) -> dict[str, int]:
 
 
 @given(st.floats(0.05, 0.8), st.sampled_from(["parameters", "non-embedding", "macs", "memory"]), st.integers(0, 99))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_budget_is_met_within_half_a_percent(ratio: float, of: Any, seed: int) -> None:
     discovery = discover_once()
     decided = plan(discovery, CutOptions(ratio=ratio, of=of, **GLOBAL), scores=drawn(discovery, seed))
@@ -67,7 +67,7 @@ def test_the_budget_is_met_within_half_a_percent(ratio: float, of: Any, seed: in
 
 
 @given(st.integers(0, 99))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_no_unit_that_stays_is_cheaper_than_one_that_goes(seed: int) -> None:
     discovery = discover_once()
     scores = drawn(discovery, seed)

@@ -160,6 +160,10 @@ def test_scores_and_reductions_are_checked() -> None:
         ({"choose": "dice"}, "choose='dice'"),
         ({"min_keep": 1.0}, "min_keep=1 is outside"),
         ({"scope": "global", "of": "units"}, "use scope=local"),
+        (
+            {"engine": "vllm", "axes": ("head_dim",)},
+            "engine=vllm runs values as wide as keys, which axes=",
+        ),
     ],
 )
 def test_refusals(given: dict[str, Any], said: str) -> None:

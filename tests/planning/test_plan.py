@@ -83,7 +83,9 @@ def paper(**cut: Any) -> tuple[str, str]:
 
 
 def test_the_papers_sizes_of_a_7b_model() -> None:
-    """LLM-Pruner, table of sizes: 20 % and 50 %, block and channel."""
+    """LLM-Pruner, table of sizes: the whole model, 20 % and 50 %, block and channel."""
+    whole = plan(seven_billion(), with_preset("llm-pruner")[0])
+    assert (f"{whole.parameters['dense'] / 1e9:.2f}", f"{whole.macs['dense'] / 1e9:.2f}") == ("6.74", "424.02")
     assert paper() == ("5.42", "339.60")
     assert paper(ratio=0.6, of="units", layers=(3, 31)) == ("3.35", "206.59")
     assert paper(ratio=0.2, of="units", axes=("hidden",)) == ("5.39", "339.36")
@@ -301,6 +303,22 @@ def test_a_hidden_width_that_the_config_refuses_names_the_nearest(discovery: Dis
     assert decided.refusal is not None
     assert "hidden 87 of 120" in decided.refusal
     assert "nearest widths that it accepts are 84 and 90; --round-to 6" in decided.refusal
+
+
+def test_memory_is_counted_in_the_dtype_that_is_named(discovery: Discovery) -> None:
+    target = plan(discovery, CutOptions(ratio=0.2, of="parameters")).parameters["pruned"]
+    parameters = plan(discovery, CutOptions(ratio=None, target=target, of="parameters")).groups
+    sizes: dict[Any, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+    for dtype, size in sizes.items():
+        options = CutOptions(ratio=None, target=size * target, of="memory", memory_dtype=dtype)
+        assert plan(discovery, options).groups == parameters
+
+
+def test_more_layers_than_there_are_in_the_range(discovery: Discovery) -> None:
+    options = CutOptions(ratio=0.75, of="units", axes=("layers",), layers=(0, 2), score="block_influence")
+    scores = Scores("block_influence", "sum", {"layers": torch.arange(4.0)})
+    with pytest.raises(PlanError, match=r"layers=0:2 holds 2 layers, fewer than the 3 to drop"):
+        plan(discovery, options, scores=scores)
 
 
 def test_scores_must_fit(discovery: Discovery) -> None:

@@ -43,7 +43,7 @@ def kept(discovery: Discovery, planned: Plan, kind: str) -> list[int]:
     st.sampled_from([{"scope": "local"}, {"shape": "uniform"}, {}, {"of": "units"}, {"round_to": 8}]),
     st.integers(0, 3),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_layer_divides(sizes: tuple[int, int, int], gpus: int, options: dict[str, Any], seed: int) -> None:
     discovery = discovered(*sizes)
     generator = torch.Generator().manual_seed(seed)

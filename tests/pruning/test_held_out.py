@@ -13,7 +13,7 @@ from torch import Tensor
 
 import secateur.pruning.held_out
 from secateur import prune
-from secateur.pruning.held_out import checked_reconstruction, checked_repair, left_out
+from secateur.pruning.held_out import checked_reconstruction, checked_repair, repair_rejected
 from secateur.pruning.reconstruct import LayerTraining
 from secateur.pruning.repair import Repaired, repair
 from secateur.scoring.passes.loss import summed_loss
@@ -54,7 +54,7 @@ def test_what_loses_least_is_taken(best: str, monkeypatch: pytest.MonkeyPatch, t
     else:
         expected = repair(model, decided, discovery, WINDOWS)
     assert repaired.plan == expected.plan
-    assert left_out(found) == (best == "cut")  # so a replay of the plan repairs nothing either
+    assert repair_rejected(found) == (best == "cut")  # so a replay of the plan repairs nothing either
     assert repaired.weights.keys() == expected.weights.keys()
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in repaired.weights.items())
 

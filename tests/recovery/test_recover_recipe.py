@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ def test_single_options_go_before_a_file_and_a_file_before_its_preset(tmp_path: 
     assert found.options.lora == LoraOptions(4, 16.0, 0.0)
     assert found.rounds == RoundOptions(2, CutOptions(ratio=0.5))
     assert recover_recipe("other", file=tmp_path / "recipe.yaml").model == "other"
+
+
+def test_single_options_of_rounds_go_before_those_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    for_rounds = "rounds: {count: 3, cut: {target: 100000000, of: parameters, axes: [mlp]}, calibration: {samples: 7}}"
+    file.write_text(f"model: small\ndata: {{sources: [a.json]}}\n{for_rounds}\n")
+    whole = recover_recipe(file=file).rounds
+    assert whole is not None
+    assert (whole.count, whole.cut.target, whole.cut.axes, whole.calibration.samples) == (3, 100_000_000, ("mlp",), 7)
+    cut = replace(whole.cut, target=None, ratio=0.6)
+    assert recover_recipe(file=file, rounds={"count": 5}).rounds == replace(whole, count=5)
+    assert recover_recipe(file=file, rounds={"cut": {"ratio": 0.6}}).rounds == replace(whole, cut=cut)
+    alone = recover_recipe("small", data={"sources": ("a.json",)}, rounds={"cut": {"ratio": 0.6}}).rounds
+    assert alone == RoundOptions(1, CutOptions(ratio=0.6))
 
 
 def test_one_budget_replaces_another(tmp_path: Path) -> None:

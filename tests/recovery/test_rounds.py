@@ -271,7 +271,12 @@ def test_two_processes_do_as_one_does(place: Path) -> None:
         ({"rounds": 0}, PlanError, r"iterations=0 is too small. Expected at least 1"),
         ({"cut": {"ratio": 0.99}}, PlanError, r"round 2 of 2: target=\S+ leaves .* at most ratio="),
         ({"cut": {"ratio": 0.001}}, PlanError, "round 1 of 2: .* removes no unit"),
-        ({"cut": {"ratio": 0.3, "of": "latency"}}, PlanError, "latency"),
+        ({"cut": {"ratio": 0.3, "of": "latency"}}, PlanError, "several iterations with a budget of latency are not"),
+        (
+            {"cut": {"axes": ("mlp", "vocabulary"), "of": "parameters"}},
+            PlanError,
+            "a vocabulary is not cut and trained",
+        ),
         ({"model": "dense/config.json"}, ModelError, "has a config and no weights to cut and train"),
         ({"out": "dense", "run": RunOptions(overwrite=True)}, CheckpointError, "holds the MODEL itself"),
         ({"save_adapter": True}, TrainingError, "--save-adapter: in rounds"),

@@ -86,6 +86,12 @@ class TestRefused:
             train(method="full", learning_rate=1e30, max_steps=20, eval_steps=50, data={"validation": 0.0})
         assert names(place) == []
 
+    def test_a_validation_loss_that_becomes_nan(self, place: Path) -> None:
+        said = r"the loss on validation rows is (nan|inf) after step 1\. .* smaller"
+        with pytest.raises(TrainingError, match=said):
+            train(method="full", learning_rate=3e38, max_steps=1, eval_steps=1, data={"validation": 0.2})
+        assert names(place) == []
+
     def test_a_loss_that_becomes_nan_leaves_the_best_checkpoint_before(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

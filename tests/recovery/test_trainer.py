@@ -40,6 +40,20 @@ def test_gpus_that_are_seen_get_no_copies_of_the_model(place: Path, monkeypatch:
     assert train(method="full", max_steps=1).steps == 1
 
 
+def test_options_reach_the_optimizer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, made = trainer._training_arguments, list[Any]()
+
+    def noting(*given: Any, **others: Any) -> Any:
+        made.append(make(*given, **others))
+        return made[-1]
+
+    monkeypatch.setattr(trainer, "_training_arguments", noting)
+    train(method="full", max_steps=4, warmup_steps=1, weight_decay=0.25, lr_scheduler="linear", learning_rate=3e-4)
+    (arguments,) = made
+    assert (arguments.weight_decay, arguments.warmup_steps, arguments.learning_rate) == (0.25, 1, 3e-4)
+    assert arguments.lr_scheduler_type == "linear"
+
+
 def test_another_gpu_than_the_first_is_refused() -> None:
     setup.check_trains_on(torch.device("cuda"))
     with pytest.raises(TrainingError, match=r"cuda:1: a training runs on the first GPU .* CUDA_VISIBLE_DEVICES=1"):

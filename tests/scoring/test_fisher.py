@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from families import GROUPED, family_config, family_model
 from secateur import discover, score
-from secateur.scoring.passes.probe import activation_bytes, fitting_batches
+from secateur.scoring.passes.probe import activation_bytes_by_layer, fitting_batches
 from secateur.scoring.scores import statistics_for
 
 WINDOWS = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def test_parts_are_as_many_as_fit() -> None:
     layers = [f"model.layers.{i}" for i in range(3)]
     assert len(fitting_batches(model, WINDOWS, layers, 2**30)) == 1
     assert [len(part) for part in fitting_batches(model, WINDOWS, layers, 1)] == [1] * 5
-    whole = sum(activation_bytes(model, WINDOWS, layers).values())
+    whole = sum(activation_bytes_by_layer(model, WINDOWS, layers).values())
     assert [len(part) for part in fitting_batches(model, WINDOWS, layers, whole * 4 // 5)] == [3, 2]
 
 

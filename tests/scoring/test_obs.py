@@ -32,7 +32,7 @@ def problem(seed: int, rows: int = 5, columns: int = 8, tokens: int = 40) -> tup
 
 
 @given(st.integers(0, 10**6), st.sets(st.integers(0, 7), min_size=1, max_size=7))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_least_squares_is_the_normal_equations_solution(seed: int, kept: set[int]) -> None:
     w, x = problem(seed)
     at = torch.tensor(sorted(kept))
@@ -48,7 +48,7 @@ def test_removing_nothing_changes_nothing(damping: float) -> None:
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_a_units_cost_is_the_error_that_least_squares_leaves(seed: int) -> None:
     w, x = problem(seed)
     unit_of = torch.tensor([0, 0, 1, -1, 2, 2, 2, 3])
@@ -61,7 +61,7 @@ def test_a_units_cost_is_the_error_that_least_squares_leaves(seed: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 10.0]))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_damping_counts_the_changes_of_the_others_alone(seed: int, damping: float) -> None:
     w, x = problem(seed)
     gram, unit_of = x.t() @ x, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
@@ -81,7 +81,7 @@ def test_damping_counts_the_changes_of_the_others_alone(seed: int, damping: floa
 
 @pytest.mark.parametrize("unit_of", [range(8), (3, -1, 0, 1, -1, 4, 2, -1), (-1, 0, 1, 0, 2, -1, 1, 3)])
 @given(seed=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_greedy_costs_add_up_to_the_error_of_all_removed_units(unit_of: Sequence[int], seed: int) -> None:
     """Columns of no unit (-1) stay, and make up for the others."""
     w, x = problem(seed)

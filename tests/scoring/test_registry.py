@@ -94,5 +94,7 @@ def test_unknown_names_get_a_suggestion(model: PreTrainedModel) -> None:
 def test_scores_of_other_kinds_of_groups_are_refused() -> None:
     with pytest.raises(PlanError, match="block_influence compares whole layers: use axes=layers"):
         check_score(CutOptions(ratio=0.2, score="block_influence", scope="local", shape="uniform"))
+    with pytest.raises(PlanError, match="reap compares whole experts: use axes=experts"):
+        check_score(CutOptions(ratio=0.2, score="reap"))
     with pytest.raises(PlanError, match="obs is not for whole layers: use score=block_influence"):
         check_score(CutOptions(ratio=0.2, score="obs", axes=("layers",)))

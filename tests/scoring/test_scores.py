@@ -66,7 +66,7 @@ def test_gradients_that_are_all_zero_are_an_error(model: PreTrainedModel, name: 
 
 
 def test_gradient_scores_need_text(model: PreTrainedModel) -> None:
-    with pytest.raises(ScoreError, match="score param_second needs calibration text: give a tokenizer, or windows"):
+    with pytest.raises(ScoreError, match="score fisher needs calibration text: give a tokenizer, or windows"):
         score(model)
 
 

@@ -148,7 +148,7 @@ def test_random_scores_follow_the_seed_and_not_the_model(model: PreTrainedModel,
     assert (one.calibration, one.seed) == (None, 1)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(unit=st.integers(0, 83), factor=st.floats(1.5, 1e3))
 def test_a_larger_unit_scores_higher(model: PreTrainedModel, discovery: Discovery, unit: int, factor: float) -> None:
     """Scaling one MLP channel of every axis up raises its norm score and no other."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from secateur.cli.main import run
 from secateur.data.options import DataOptions
 from secateur.discovery.groups import Group
 from secateur.errors import PlanError
-from secateur.export.llama_cpp import is_installed
 from secateur.files import write_json
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions
@@ -151,7 +151,9 @@ def test_training_learns_from_the_dense_model(folders: tuple[Path, Path, Path], 
         torch.testing.assert_close(teacher(ids).logits, expected)
 
 
-@pytest.mark.skipif(not is_installed(), reason="runs files in llama.cpp: pip install 'secateur[gguf]'")
+@pytest.mark.skipif(
+    find_spec("llama_cpp_py_sync") is None, reason="runs files in llama.cpp: pip install 'secateur[gguf]'"
+)
 def test_llama_cpp_reads_and_writes_the_tokens_that_stay(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """`export` compares texts, greedy tokens and logits with torch's, and fails where they differ."""
     result = tmp_path / "result.json"

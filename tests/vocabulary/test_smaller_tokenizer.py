@@ -96,7 +96,7 @@ SAME = {kind: (whole := make(0), *cut(whole, 0, 0.8)) for kind, make in TOKENIZE
 
 @pytest.mark.parametrize("kind", SAME)
 @given(text=st.text(max_size=40))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_any_text_is_given_back(kind: str, text: str) -> None:
     check(*SAME[kind], text)
 
@@ -200,6 +200,26 @@ def test_tokens_that_are_protected_stay() -> None:
     some = whole(words(0)[0], add_special_tokens=False).input_ids
     ranking = rank_tokens(pieces_of(whole), counts_V, protected=some)
     assert {*some} <= {*ranking.kept(ranking.least)}
+
+
+def test_tokens_of_a_text_to_keep_stay(tmp_path: Path) -> None:
+    whole = TOKENIZERS["byte_level"](0)
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    (about, *_, rare) = words(0)
+    first.write_text(" ".join([about] * 50))
+    second.write_text(f"{rare} {rare}")
+    used = {*whole(second.read_text(), add_special_tokens=False).input_ids}
+    options = CalibrationOptions((str(first),))
+    without, with_it = (rank_by_text(whole, len(whole), options, keep=keep) for keep in ((), (str(second),)))
+    assert used <= {*with_it.kept(with_it.least)}
+    assert not used <= {*without.kept(without.least)}
+
+
+def test_what_a_vocabulary_is_not_counted_by() -> None:
+    with pytest.raises(PlanError, match="axes=vocabulary counts tokens in a text, and calibration=self is too little"):
+        rank_by_text(TOKENIZERS["byte_level"](0), 9, CalibrationOptions("self", varied=0.0))
+    with pytest.raises(PlanError, match="object is no fast tokenizer, and only a"):
+        pieces_of(object())  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_of_words_is_refused() -> None:

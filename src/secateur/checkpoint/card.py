@@ -20,8 +20,6 @@ from secateur.models.manifest import CARD_FILE, WEIGHTS
 from secateur.models.modeling_per_layer import PER_LAYER
 from secateur.planning.plan import Plan, read_plan
 
-PACKED_BY = {"torchao": "torchao", "compressed-tensors": "compressed-tensors"}  # quant_method -> package that reads it
-
 
 def write_card(folder: Path, model: str | None) -> None:
     """Write the card of a folder, from its other files; `model` is the MODEL argument that it was made from.
@@ -190,7 +188,7 @@ def _loading(config: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "A stock folder: every program that loads the dense model loads this one."
     if packed is not None:
-        yield f"The weights are packed; reading them needs the package {PACKED_BY.get(packed, packed)}."
+        yield f"The weights are packed; reading them needs the package {packed}."
 
 
 def _limits(plan: Plan | None, record: Record | None, about: Mapping[str, Any]) -> Iterator[str]:

@@ -201,7 +201,7 @@ def recover_command(
     Writes one ordinary folder; LoRA is merged into the weights. A run that was killed continues with --resume.
     With --rounds N --ratio R, a dense model is pruned and trained N times in turns, until R of it is gone.
     """
-    from secateur.recovery.recipe import RoundOptions, recover_recipe
+    from secateur.recovery.recipe import recover_recipe
 
     name, made = model_and_out(pruned, out, how.get("recipe"), "recover")
     check_files(output.json, made=made, run=run.get("folder"))
@@ -209,11 +209,16 @@ def recover_command(
     if "seed" in training:
         changes["data"] = {**data, "seed": training["seed"]}
     changes |= {option: how[option] for option in ("eval_texts", "teacher") if option in how}
-    if "ratio" in how or "prune_recipe" in how:
-        cut = {"ratio": how["ratio"]} if "ratio" in how else {}
-        prune = prune_recipe(name or "demo", file=how.get("prune_recipe"), cut=cut)
-        changes["rounds"] = RoundOptions(how.get("rounds", 1), prune.cut, prune.calibration)
-    elif "rounds" in how:
-        raise PlanError("rounds: say how much is to go in all, for example --rounds 3 --ratio 0.5")
+    cut = {"ratio": how["ratio"]} if "ratio" in how else {}
+    rounds: dict[str, Any] = {"cut": cut} if cut else {}
+    if "prune_recipe" in how:
+        prune = prune_recipe(name or "demo", file=how["prune_recipe"], cut=cut)
+        if prune.plan is not None:
+            raise PlanError(f"{how['prune_recipe']} prunes what {prune.plan} says, which cannot be cut in rounds")
+        rounds = {"cut": prune.cut, "calibration": prune.calibration}
+    if "rounds" in how:
+        rounds["count"] = how["rounds"]
+    if rounds:
+        changes["rounds"] = rounds
     recipe = recover_recipe(name, preset=how.get("preset"), file=how.get("recipe"), **changes)
     train_and_show(recipe, made, run, output)

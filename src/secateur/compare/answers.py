@@ -19,7 +19,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from secateur.compare.models import Side
 from secateur.errors import DataError, one_line
-from secateur.evaluation.inference import decode_steps, input_device, vocabulary_size
+from secateur.evaluation.inference import decode_steps, end_tokens, input_device, vocabulary_size
 from secateur.evaluation.texts import decode
 
 LONGEST_PROMPT = 1_000_000  # characters; to tokenize more takes long, and no model reads it
@@ -115,8 +115,7 @@ def answers(sides: Sequence[Side], prompt: str, sampling: Sampling) -> Iterator[
 def _write(side: Side, ids_BT: Tensor, sampling: Sampling) -> Iterator[Answer]:
     """One model's answer, a token at a time."""
     steps = decode_steps(side.model, ids_BT, _choice(sampling, ids_BT.device))
-    end = getattr(getattr(side.model, "generation_config", None), "eos_token_id", None)
-    ends = {side.tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
+    ends = end_tokens(side.model, side.tokenizer)
     answer = Answer(prompt_tokens=ids_BT.shape[1])
     written: list[int] = []
     while answer.ended is None:

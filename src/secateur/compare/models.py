@@ -16,7 +16,7 @@ from secateur.evaluation.costs import Profile, model_costs
 from secateur.evaluation.memory import weight_bytes
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.profile import profile
-from secateur.models.config import check_writes_text, load_config
+from secateur.models.config import check_writes_text, load_config, max_positions
 from secateur.models.loading import load
 from secateur.models.options import LoadOptions
 from secateur.models.tensors import check_finite
@@ -47,7 +47,7 @@ class Side:
     @property
     def positions(self) -> int | None:
         """The longest text that the model reads, in tokens; None where its config names no limit."""
-        return _positions(self.model)
+        return max_positions(self.model.config)
 
 
 def load_sides(models: Sequence[str], *, loading: LoadOptions | None = None) -> tuple[Side, ...]:
@@ -76,7 +76,7 @@ def load_sides(models: Sequence[str], *, loading: LoadOptions | None = None) -> 
 
 def _costs(models: dict[str, PreTrainedModel], discoveries: Sequence[Discovery]) -> list[Profile]:
     """Profiles of both models; counted and not measured where their weights do not fit into memory together."""
-    longest = min([PROMPT_TOKENS + 1, *(limit for model in models.values() if (limit := _positions(model)))])
+    longest = min([PROMPT_TOKENS + 1, *(limit for model in models.values() if (limit := max_positions(model.config)))])
     options = ProfileOptions(seq_lens=(max(1, longest - 1),), new_tokens=1, repeats=1)
     weights = sum(weight_bytes(model) for model in models.values() if model.device.type == "cpu")
     free = psutil.virtual_memory().available
@@ -90,8 +90,3 @@ def _costs(models: dict[str, PreTrainedModel], discoveries: Sequence[Discovery])
     )
     pairs = zip(models, models.values(), discoveries, strict=True)
     return [model_costs(model, discovery, name=name, options=options) for name, model, discovery in pairs]
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None

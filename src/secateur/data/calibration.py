@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from secateur.data.forms import FORMS
 from secateur.data.options import split_weight
+from secateur.decoding import build_known, decode
 from secateur.errors import DataError, check_least
 
 if TYPE_CHECKING:
@@ -169,3 +170,20 @@ class CalibrationOptions:
         """
         unaffected = self.score_samples is not None and self.score_samples <= self.counts(self.samples)[0]
         return replace(self, held_out=1, varied=0.0 if unaffected else self.varied)
+
+
+def recorded_options(about: Mapping[str, Any]) -> CalibrationOptions | None:
+    """The options of the text, of what a plan or a record says of it; None where it names none. Raises `ValueError`.
+
+    >>> recorded_options({"calibration_options": CalibrationOptions(samples=3).to_json()}).samples
+    3
+    >>> recorded_options({"calibration_options": {"samples": "many"}})
+    Traceback (most recent call last):
+    ValueError: calibration_options: samples: 'many' is no int
+    """
+    name = "calibration_options"
+    given = decode(Mapping[str, Any] | None, about.get(name), name)
+    try:
+        return build_known(CalibrationOptions, given, name) if given else None
+    except DataError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -175,7 +175,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     if path.suffix.lower() == ".json" and not _is_object(next(filter(str.strip, _lines(path)), "")):
         try:
             whole = json.loads(decoded(path))
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # one object a line, as in .jsonl
         else:
             items = whole if isinstance(whole, list) else [whole]
@@ -187,7 +187,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
             continue
         try:
             item = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f'{where}: not JSON ({error}). Expected one object a line: {{"text": "..."}}.') from error
         yield where, item
 
@@ -206,7 +206,7 @@ def _is_object(line: str) -> bool:
     """Whether a line is a whole object of JSON."""
     try:
         return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -80,7 +80,13 @@ def _sound_of(pair: Pair, rate: int) -> Tensor:
             samples = torch.from_numpy(given).mean(1)
         else:
             samples, found = _from_wave(pair)
-    except (OSError, RuntimeError, wave.Error, EOFError) as error:  # missing, or of no format that is read here
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        wave.Error,
+        EOFError,
+    ) as error:  # missing, or of no format that is read here
         more = "" if importlib.util.find_spec("soundfile") else "; pip install 'secateur[sound]' reads more than WAV"
         raise DataError(f"{pair.where}: the sound cannot be read ({one_line(error)}{more}).") from error
     if found != rate:

@@ -53,8 +53,7 @@ def read_examples(source: str, tokenizer: PreTrainedTokenizerBase, options: Data
                 f"{source!r}: column={options.column!r} names a field of rows, and this is one text. Leave it out, or "
                 "give a .jsonl, .json or .parquet file."
             )
-        text = read_calibration(source)
-        assert isinstance(text, str)
+        (text,) = read_calibration(source)
         yield Example(text, ((0, len(text)),), repr(source), is_document=True)
         return
     for number, (where, row) in enumerate(read_documents(source)):

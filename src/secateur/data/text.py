@@ -90,11 +90,11 @@ def read_calibration(
     column: str = COLUMN,
     chat: PreTrainedTokenizerBase | None = None,
     characters: int = MAX_CHARACTERS,
-) -> str | list[str]:
-    """Read what calibration windows are taken from: one text, or documents that no window crosses.
+) -> list[str]:
+    """Read what calibration windows are taken from: documents that no window crosses.
 
-    `demo` is the calibration half of `demo_texts`. A plain text file is one text; a file of documents, or a data set on
-    the hub (its split `train`), is a list of them, read up to so many characters. A document's text is its field
+    `demo` is the calibration half of `demo_texts`. A plain text file is one document; a file of documents, or a data
+    set on the hub (its split `train`), has many, read up to so many characters. A document's text is its field
     `column`: a string, or utterances (a list of strings), which newlines join. Where there is no `text`, an
     instruction, its input and the answer are one text, with a blank line between them.
 
@@ -103,8 +103,8 @@ def read_calibration(
     `messages` is read rather than `text` where there is such a field and no other `column` is named. Raises `DataError`
     as `read_rows` does, for a data set or column that is not there, and for a tokenizer without a template.
 
-    >>> isinstance(read_calibration("demo"), str)
-    True
+    >>> len(read_calibration("demo"))
+    1
     """
     if name_or_path == SELF:
         raise DataError(f"{SELF!r} is no text to read: the model generates it, by generate_windows(model, options).")
@@ -124,7 +124,7 @@ def read_calibration(
             f"{str(name_or_path)!r}: column={column!r} names a field of documents, and this is one text. Leave it out, "
             "or give a .jsonl, .json or .parquet file."
         )
-    return text if chat is None else in_template(text, repr(str(name_or_path)), chat)
+    return [text if chat is None else in_template(text, repr(str(name_or_path)), chat)]
 
 
 def _check_not_empty(name: str | Path, texts: Sequence[str]) -> None:

@@ -40,12 +40,11 @@ class CalibrationTokens:
         """The documents of each source, as they are or in one of `FORMS`."""
         if form not in self._found:
             change = FORMS[form] if form is not None else str
-            texts = [[text] if isinstance(text, str) else text for text in self._texts]
-            self._found[form] = [_tokenize([*map(change, text)], self.tokenizer) for text in texts]
+            self._found[form] = [_tokenize([*map(change, text)], self.tokenizer) for text in self._texts]
         return self._found[form]
 
     @functools.cached_property
-    def _texts(self) -> list[str | list[str]]:
+    def _texts(self) -> list[list[str]]:
         return calibration_texts(self.tokenizer, self.options)
 
 
@@ -61,7 +60,11 @@ def calibration_windows(
 
     The sources take turns by their weights. First come the windows that are as the texts have them, then those of each
     of `FORMS`, then those whose tokens are in random order. `tokens` are those of the texts, where they are known.
-    Raises `DataError` as `read_calibration` and `sample_windows` do.
+
+    In one text every place is equally likely. Of documents, first a document that is long enough is drawn and then a
+    place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
+    window is drawn twice, and only the first `MAX_CHARACTERS` of a text are looked at. Raises `DataError` as
+    `read_calibration` does, and where the text has fewer places than windows.
     """
     if isinstance(tokenizer, ProcessorMixin):
         return shown_windows(tokenizer, options, skipped=0, count=options.samples)
@@ -160,7 +163,7 @@ def shuffled(windows: Tensor, seed: int) -> Tensor:
 
 def calibration_texts(
     tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, *, characters: int = MAX_CHARACTERS
-) -> list[str | list[str]]:
+) -> list[list[str]]:
     """The texts; of several, a column is for those that have it. Of documents, so many characters are read."""
     chat, names, column = tokenizer if options.chat else None, options.names, options.column
     having = [name for name in names if len(names) > 1 and _has(name, column)] or names
@@ -197,26 +200,6 @@ def _in_turns(sources: Sequence[Documents], options: CalibrationOptions, before:
             earlier = sum(place < before for place in places)
             windows[places] = _drawn(documents, replace(options, samples=len(places)), earlier)
     return windows[before:]
-
-
-def sample_windows(
-    text_or_documents: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
-) -> Tensor:
-    """Take `options.samples` random windows of `options.length` tokens; returns int64 ids, samples x length.
-
-    In one text every place is equally likely. Of documents, first a document that is long enough is drawn and then a
-    place in it, and no document is drawn again before all were, as LLM-Pruner does (`get_c4`, `get_bookcorpus`). No
-    window is drawn twice, no special tokens are added, and only the first `MAX_CHARACTERS` are looked at. Raises
-    `DataError` when the text has fewer places than samples.
-
-    >>> from types import SimpleNamespace
-    >>> def letters(texts, **_):
-    ...     return SimpleNamespace(input_ids=[[ord(letter) - ord("a") for letter in text] for text in texts])
-    >>> sample_windows("abcdef", letters, CalibrationOptions(samples=3, length=4)).tolist()
-    [[1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3]]
-    """
-    documents = [text_or_documents] if isinstance(text_or_documents, str) else text_or_documents
-    return _drawn(_tokenize(documents, tokenizer), options)
 
 
 def _drawn(documents: Documents, options: CalibrationOptions, earlier: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from secateur.discovery.algebra import size_after
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
 from secateur.models.classes import objective
-from secateur.models.inputs import arguments
+from secateur.models.inputs import arguments, hidden_in, hidden_read
 from secateur.models.modeling_per_layer import Skipped, skip_in_place
 from secateur.models.silence import quiet
 
@@ -71,7 +71,7 @@ def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, path
     calls: dict[str, tuple[Tensor, Any]] = {}  # module -> what it reads and returns
 
     def note(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        calls[path] = kwargs.get("hidden_states", args[0] if args else None), output
+        calls[path] = hidden_read(args, kwargs), output
 
     embedding: Any = dense.get_input_embeddings()
     ids = (torch.arange(2 * TOKENS, device=dense.device) % embedding.weight.shape[0]).view(2, TOKENS)
@@ -82,7 +82,7 @@ def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, path
     for path in wanted:
         read, output = calls.get(path, (None, None))
         outputs = len(output) if isinstance(output, tuple) else 0
-        returned = output[0] if isinstance(output, tuple) and output else output
+        returned = hidden_in(output)
         if not isinstance(read, Tensor) or not isinstance(returned, Tensor) or returned.shape != read.shape:
             raise PlanError(f"{path} does not return hidden states of the shape that it reads, so it cannot be removed")
         sublayer = model.get_submodule(path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.calibration import DEMO, CalibrationOptions
+from secateur.data.calibration import DEMO, recorded_options
 from secateur.data.options import DataOptions
 from secateur.data.overlap import OVERLAP_WORDS, overlap
 from secateur.data.pairs import holds_pairs
@@ -44,7 +44,13 @@ def warn_of_overlap(
     for read, part in readers:
         try:
             seen = read(tokenizer, part)
-        except (DataError, KeyError, TypeError) as error:  # a file that has changed, a record of another form
+        except (
+            DataError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:  # a changed file, another's record
             logger.debug("%s: what it was made with cannot be read again: %s", name, error)
             continue
         if seen is None:
@@ -58,11 +64,8 @@ def warn_of_overlap(
 
 
 def _calibration(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> Seen | None:
-    about = record.get("calibration_options")
-    if about is None:
-        return None
-    options = build_known(CalibrationOptions, about)
-    if not all(map(_is_local, options.names)):
+    options = recorded_options(record)
+    if options is None or not all(map(_is_local, options.names)):
         return None
     windows = calibration_windows(tokenizer, options)
     if record["calibration"] == digest(scored(windows, options)):
@@ -74,8 +77,7 @@ def _calibration(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) 
 
 
 def _training(tokenizer: PreTrainedTokenizerBase, recovery: Mapping[str, Any]) -> Seen | None:
-    about = recovery["data"]
-    options = DataOptions(**{**about, "sources": tuple(about["sources"])})
+    options = build_known(DataOptions, recovery["data"])
     sources = options.source_names
     if not all(map(_is_local, sources)):
         return None

@@ -92,6 +92,7 @@ def evaluate_model(
                 inputs.texts,
                 protocols=options.protocols,
                 max_tokens=options.max_tokens,
+                batch_size=options.batch_size,
                 progress=progress,
             )
     tasks: dict[str, TaskResult] = {}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.data.windows import behind
 from secateur.errors import DataError, ModelError, check_least, one_line
 from secateur.evaluation.texts import decode, encode
-from secateur.models.config import special_token_ids
+from secateur.models.config import max_positions, special_token_ids
 from secateur.models.trust import runs_remote_code
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def position_errors(model: PreTrainedModel, length: int, *, flag: str) -> Iterat
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = max_positions(model.config)
         asserted = isinstance(error, IndexError) or "device-side assert" in str(error)
         if not asserted or positions is None or length <= positions:
             raise
@@ -153,6 +153,12 @@ def _warn(message: str) -> None:
     logger.warning(message)
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
+    """The tokens that end a text: the model's and the tokenizer's."""
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
+
+
 def sample_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, new_tokens: int = 48
 ) -> str:
@@ -166,8 +172,7 @@ def sample_text(
     prompt_T = encode(tokenizer, prompt)
     if not len(prompt_T):
         raise DataError(f"prompt={prompt!r} has no tokens. prompt='Once upon a time' has some.")
-    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(end if isinstance(end, list | tuple) else [end])}
+    ends = end_tokens(model, tokenizer)
     written: list[int] = []
     with evaluation_mode(model), torch.inference_mode():
         steps = decode_steps(model, prompt_T[None].to(input_device(model)))

@@ -40,7 +40,7 @@ class EvaluationOptions:
     """Only the first so many questions of each task."""
 
     batch_size: int | None = None
-    """Answers of a task scored at once; by default as many as fit in memory."""
+    """Windows of a text, and answers of a task, read at once; by default as many as fit in memory."""
 
     prompts: tuple[str, ...] = ()
     """Prompts to continue, greedily."""
@@ -51,7 +51,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         for protocol in self.protocols:
             read_protocol(protocol)
-        for name in ("tasks_data", "limit", "batch_size"):
+        for name in ("tasks_data", "limit"):
             value = getattr(self, name)
             if value is not None and not self.tasks:
                 raise TaskError(f"{name}={value} is about tasks, and none is named. Expected --tasks zero-shot")

@@ -89,12 +89,13 @@ def evaluate(
     *,
     protocols: Sequence[str | Protocol] = ("served@128",),
     max_tokens: int | None = None,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Perplexity]:
     """Perplexity of every text (name -> text) by every protocol, on the first `max_tokens` tokens of each.
 
-    Each text is tokenized once. `progress` counts windows over all texts and protocols. Raises as `perplexity` does,
-    before any text is read by the model where a text is too short.
+    Each text is tokenized once. `batch_size` windows are read at once, as in `perplexity`; `progress` counts those of
+    all texts and protocols. Raises as `perplexity` does, before the model reads any text where one is too short.
     """
     unique = list(dict.fromkeys(read_protocol(each) if isinstance(each, str) else each for each in protocols))
     encoded = {name: encode_text(tokenizer, text, max_tokens=max_tokens) for name, text in texts.items()}
@@ -107,7 +108,9 @@ def evaluate(
             if progress is not None:
                 progress(before + done, sum(counts))
 
-        results.append(perplexity(model, encoded[name], data=name, protocol=protocol, progress=count_all))
+        text = encoded[name]
+        result = perplexity(model, text, data=name, protocol=protocol, batch_size=batch_size, progress=count_all)
+        results.append(result)
     return results
 
 

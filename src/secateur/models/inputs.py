@@ -9,7 +9,7 @@ Axes: B samples, T tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -274,3 +274,13 @@ def _numbers(
             yield {name: (batch, 16 * sequence, bins)}
             yield {name: (batch, bins, 8 * sequence)}
             yield {name: (batch, 800 * sequence)}
+
+
+def hidden_read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The hidden states among a layer's arguments; None where they have another name."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def hidden_in(output: Any) -> Any:
+    """The hidden states in what a layer gives."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output

@@ -208,9 +208,8 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     _ATEN.baddbmm.default: _product_and_sum,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _all_in_float32,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _all_in_float32,
+    _ATEN._grouped_mm.default: _grouped_product,
 }
-if hasattr(_ATEN, "_grouped_mm"):  # torch 2.8
-    _TAKEN[_ATEN._grouped_mm.default] = _grouped_product
 
 
 @functools.cache

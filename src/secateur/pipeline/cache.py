@@ -186,7 +186,7 @@ def _code(score: str) -> Any:
     return _stamp(code.co_filename) if Path(code.co_filename).is_file() else [code.co_code.hex(), repr(code.co_consts)]
 
 
-def recovery_key(paths: Sequence[str], about: Any) -> str:
+def state_key(paths: Sequence[str], about: Any) -> str:
     """What a training depends on, as a hash: the state of the files and folders named, and plain data."""
     return _hash([[_stamp(path) for path in paths], about, __version__, torch.__version__])
 

@@ -23,11 +23,10 @@ from secateur.checkpoint.formats import check_saveable
 from secateur.checkpoint.record import make_record
 from secateur.checkpoint.save import save_updated
 from secateur.checkpoint.tensor_accounting import account_for_tensors
-from secateur.data.calibration import CalibrationOptions
+from secateur.data.calibration import recorded_options
 from secateur.data.generated import generate_windows
 from secateur.data.pairs import holds_pairs
 from secateur.data.windows import digest, scored, unscored
-from secateur.decoding import build_known
 from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery, Group
@@ -54,7 +53,7 @@ from secateur.planning.plan import Plan, check_score, plan, settings_of
 from secateur.planning.selection import columns_fitted, groups_to_cut
 from secateur.progress import Clock, Progress
 from secateur.pruning.closed_form import REPAIRS
-from secateur.pruning.held_out import checked_reconstruction, checked_repair, left_out
+from secateur.pruning.held_out import checked_reconstruction, checked_repair, repair_rejected
 from secateur.pruning.prune import check_plan, prune
 from secateur.pruning.repair import repair
 from secateur.pruning.rotation import rotated
@@ -131,8 +130,8 @@ class Pipeline:
             config_of(model) if model is not None else load_config(self.name, trust_remote_code=self.trust)
         )
         options, calibration = recipe.cut, recipe.calibration
-        if given is not None and given.scored.get("calibration_options"):
-            calibration = build_known(CalibrationOptions, given.scored["calibration_options"])
+        if given is not None:
+            calibration = recorded_options(given.scored) or calibration
         # 1. Discovery: which weight dimensions shrink together. Needs no weights.
         if discovery is None:
             with self.clock.stage("discover"):
@@ -350,7 +349,7 @@ class Pipeline:
 
     def repair(self, at: Position, decided: Plan, room: Path | None = None) -> tuple[Plan, Mapping[str, Tensor]]:
         """7. Weights that make up for what goes; the choice within groups may change, so the plan comes back, too."""
-        if not at.options.repairs or left_out(_losses(decided)):
+        if not at.options.repairs or repair_rejected(_losses(decided)):
             return decided, {}
         if decided.kept_tokens is not None:  # repair reads the text as the dense model does
             rest = decided.without_vocabulary()

@@ -54,7 +54,6 @@ def prune_recipe(
     cut: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     loading: Mapping[str, Any] | None = None,
-    plan: str | None = None,
 ) -> PruneRecipe:
     """A recipe from a preset, a recipe file over it, and single options over both. Raises `SecateurError`.
 
@@ -67,21 +66,34 @@ def prune_recipe(
         check_fields(CalibrationOptions, calibration or {}, "calibration")
         check_fields(LoadOptions, loading or {}, "loading")
     raw: dict[str, Any] = {} if file is None else read_recipe(file, "prune", PruneRecipe)
-    base = {name: dict(raw.get(name) or {}) for name in ("cut", "calibration", "loading")}
-    if cut and preset is None and base["cut"].keys() == {each.name for each in fields(CutOptions)}:
-        base["cut"], base["calibration"] = _as_given(base["cut"], base["calibration"])
-    if cut and cut.keys() & {"ratio", "target"}:  # one budget replaces another
-        base["cut"] = {key: value for key, value in base["cut"].items() if key not in ("ratio", "target")}
     model = model if model is not None else raw.get("model")
     if model is None:
         raise RecipeError(f"{file or 'the recipe'}: no model. Expected one, for example `model: demo`")
-    preset = preset or raw.get("preset") or "best"
-    options, text = with_preset(preset, base["cut"] | dict(cut or {}), base["calibration"] | dict(calibration or {}))
-    plan = plan if plan is not None else raw.get("plan")
-    if plan is not None and file is not None:
-        plan = str(Path(file).parent / plan)
-    load_options = LoadOptions(**base["loading"] | dict(loading or {}))
+    options, text = cut_options(raw, cut, calibration, preset=preset)
+    plan = None if file is None or raw.get("plan") is None else str(Path(file).parent / raw["plan"])
+    load_options = LoadOptions(**dict(raw.get("loading") or {}) | dict(loading or {}))
     return PruneRecipe(model, cut=options, calibration=text, loading=load_options, plan=plan)
+
+
+def cut_options(
+    raw: Mapping[str, Any],
+    cut: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+) -> tuple[CutOptions, CalibrationOptions]:
+    """The options of a recipe, as read, with single ones over those of its sections `cut` and `calibration`.
+
+    >>> cut_options({"preset": "fast", "cut": {"target": 1e8, "of": "parameters"}}, {"ratio": 0.3})[0].target is None
+    True
+    """
+    base, text = (dict(raw.get(name) or {}) for name in ("cut", "calibration"))
+    if cut and preset is None and base.keys() == {each.name for each in fields(CutOptions)}:
+        base, text = _as_given(base, text)
+    if cut and cut.keys() & {"ratio", "target"}:  # one budget replaces another
+        base = {key: value for key, value in base.items() if key not in ("ratio", "target")}
+    preset = preset or raw.get("preset") or "best"
+    return with_preset(preset, base | dict(cut or {}), text | dict(calibration or {}))
 
 
 def _as_given(cut: Mapping[str, Any], calibration: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,7 +158,7 @@ def _errors_of_recipes() -> Iterator[None]:
 def _read_yaml(file: str | Path, command: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"{file}: no recipe can be read; {one_line(error)}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: expected keys with values, for example `model: demo`; found {type(data).__name__}")

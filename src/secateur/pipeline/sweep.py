@@ -35,7 +35,7 @@ from secateur.files import make_folder, read_json, write_json
 from secateur.models.config import check_not_quantized, check_writes_text, load_config
 from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
-from secateur.pipeline.cache import Cache, StatisticsFolder, recovery_key, run_key
+from secateur.pipeline.cache import Cache, StatisticsFolder, run_key, state_key
 from secateur.pipeline.frontier import DENSE, Point, Refused, Sweep, draw, frontier
 from secateur.pipeline.options import RunOptions, SweepOptions
 from secateur.pipeline.pipeline import Pipeline
@@ -204,7 +204,7 @@ class _Measuring:
             str(resolve(self.name).path or self.name),
             *(() if recipe is None else (*recipe.calibration.names, *recipe.cut.keep_text)),
         ]
-        return self.folder / f"point-{recovery_key(files, about)[:16]}.json"
+        return self.folder / f"point-{state_key(files, about)[:16]}.json"
 
     def _load_point(self, path: Path, *, own: bool) -> Point | None:
         """A point that an earlier run has done, if it can be read; the user's own scores may have changed since."""

@@ -19,7 +19,7 @@ from secateur.errors import TrackingError, one_line
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 PROJECT = "secateur"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
 NAMES = ("data", "protocol", "preset", "score", "ratio", "batch", "seq_len")  # by which items are told apart
-LEFT_OUT = ("options", "groups", "calibration_options", "settings")  # no measurements
+NOT_TRACKED = ("options", "groups", "calibration_options", "settings")  # no measurements
 
 
 def check_tracker(tracker: Tracker | None) -> None:
@@ -68,7 +68,7 @@ def numbers_in(result: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """
     if isinstance(result, Mapping):
         for key, value in result.items():
-            if key not in (*LEFT_OUT, *NAMES):
+            if key not in (*NOT_TRACKED, *NAMES):
                 yield from numbers_in(value, f"{name}/{key}" if name else str(key))
     elif isinstance(result, Sequence) and not isinstance(result, str):
         for item in result:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from secateur.data.calibration import recorded_options
 from secateur.decoding import build
 from secateur.discovery.config_settings import stock_settings, with_settings
 from secateur.discovery.counting import count_macs, count_parameters
@@ -114,7 +115,9 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
     if data.get("format") != FORMAT:
         raise PlanError(f"the plan has format {data.get('format')!r}, this version reads {FORMAT}: plan again")
     try:
-        return build(Plan, {name: value for name, value in data.items() if name != "format"})
+        plan = build(Plan, {name: value for name, value in data.items() if name != "format"})
+        recorded_options(plan.scored)
+        return plan
     except ValueError as error:
         raise PlanError(f"the plan is damaged ({error}): plan again") from error
 
@@ -326,7 +329,7 @@ def _provenance(search: SizeSearch, draft: Plan) -> dict[str, Any]:
         "calibration_options": None if scores.options is None else scores.options.to_json(),
         "loss": scores.loss,
         "by_kind": _by_kind(search, scores, draft),
-        **rounding_cost(search, draft.sizes.sizes),
+        **rounding_cost(search, scores, draft.sizes.sizes),
     }
 
 

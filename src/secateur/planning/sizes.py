@@ -9,12 +9,10 @@ the scope `global`, `allocation` decides instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from secateur.discovery.groups import Discovery, Group
 from secateur.errors import PlanError
@@ -284,10 +282,10 @@ def _settle_widths(search: SizeSearch, wide: Sequence[Group], settled: Sizes) ->
     return search.budget.bisect(sizes_at, math.ceil((widest - 1) / min(lightest, 1.0)))
 
 
-def rounding_cost(search: SizeSearch, kept: Mapping[str, int]) -> dict[str, Any]:
+def rounding_cost(search: SizeSearch, scores: Scores, kept: Mapping[str, int]) -> dict[str, Any]:
     """What widths that are multiples cost, beside any widths: as the share of all scores that goes.
 
-    Needs scores. Empty where widths are not rounded.
+    Empty where widths are not rounded.
     """
     any_widths = replace(search, options=replace(search.options, round_to=1))
     layers = [group for group in search.groups if group.kind != TOKENS]  # a few tokens more are no loss
@@ -296,17 +294,15 @@ def rounding_cost(search: SizeSearch, kept: Mapping[str, int]) -> dict[str, Any]
     if not rounded:
         return {}
     best = next(candidate_sizes(any_widths), {})
-    lost = {"planned": _removed_scores(search, kept), "any_widths": _removed_scores(search, best)}
+    lost = {"planned": _removed_scores(layers, scores, kept), "any_widths": _removed_scores(layers, scores, best)}
     return {"rounding": {"multiple": max(rounded), **lost}}
 
 
-def _removed_scores(search: SizeSearch, kept: Mapping[str, int]) -> float:
+def _removed_scores(groups: Iterable[Group], scores: Scores, kept: Mapping[str, int]) -> float:
     """The share of the sum of all scores that goes when the lowest units of every group do."""
     whole = gone = 0.0
-    for group in search.groups:
-        if group.kind == TOKENS:
-            continue
-        scores_U = search.scores.units[group.name].double().abs() if search.scores is not None else torch.zeros(0)
+    for group in groups:
+        scores_U = scores.units[group.name].double().abs()
         whole += float(scores_U.sum())
         gone += float(scores_U.sort().values[: group.units - kept.get(group.name, group.units)].sum())
     return gone / max(whole, 1e-30)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from secateur.scoring.obs import DAMPING, TOKENS_AT_ONCE, add_gram, least_squares, output_error
 
-DAMPINGS = (DAMPING, 0.1, 1.0, 10.0)  # tried in this order, while the error of tokens that are left out falls
-LEFT_OUT = 4  # one window of so many is left out of the fits that are compared
+DAMPINGS = (DAMPING, 0.1, 1.0, 10.0)  # tried in this order, while the error of held-out tokens falls
+HELD_OUT = 4  # one window of so many is held out of the fits that are compared
 OUTPUTS_TRIED = 256  # of a matrix, by which dampings are compared
 
 
@@ -29,7 +29,7 @@ class MatrixInputs:
     """X'X."""
     mean_C: Tensor
     tokens: int
-    left_out: MatrixInputs | None = None
+    held_out: MatrixInputs | None = None
     """The part of them by which fits to the others are compared; None where tokens are too few."""
 
     @property
@@ -90,44 +90,44 @@ class Repair:
 
 
 class InputSums:
-    """The statistics of inputs that come in parts, those of one window of `LEFT_OUT` apart.
+    """The statistics of inputs that come in parts, those of one window of `HELD_OUT` apart.
 
     >>> sums = InputSums(8)
     >>> sums.add(torch.arange(12.0)[:, None], first=0, count=6)
     >>> sums.add(torch.arange(12.0, 16.0)[:, None], first=6, count=2)
     >>> inputs = sums.inputs()
-    >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
+    >>> inputs.tokens, inputs.mean_C.item(), inputs.held_out.tokens, inputs.held_out.mean_C.item()
     (16, 7.5, 4, 10.5)
     """
 
     def __init__(self, windows: int) -> None:
-        self._finer = -(-LEFT_OUT // windows)  # of fewer windows, a part of each is left out
-        self._sums: dict[bool, MatrixInputs] = {}  # left out -> so far
+        self._finer = -(-HELD_OUT // windows)  # of fewer windows, a part of each is held out
+        self._sums: dict[bool, MatrixInputs] = {}  # held out -> so far
 
     def add(self, x_NC: Tensor, *, first: int, count: int) -> None:
         """Inputs of any float dtype, N x C: of so many windows from `first` on, one after the other."""
         rows_N = torch.arange(len(x_NC), device=x_NC.device)
         part_N = self._finer * first + rows_N * self._finer * count // max(1, len(x_NC))
-        left_out_N = part_N % LEFT_OUT == LEFT_OUT - 1
-        for left_out in (True, False):
-            self._add(left_out, x_NC, rows_N[left_out_N == left_out])
+        held_out_N = part_N % HELD_OUT == HELD_OUT - 1
+        for held_out in (True, False):
+            self._add(held_out, x_NC, rows_N[held_out_N == held_out])
 
     def inputs(self) -> MatrixInputs:
         """The statistics of all that was added, which is one token at least; nothing can be added any more."""
-        left_out, rest = self._sums.pop(True, None), self._sums.pop(False, None)
-        if left_out is None or rest is None:
-            found = left_out or rest
+        held_out, rest = self._sums.pop(True, None), self._sums.pop(False, None)
+        if held_out is None or rest is None:
+            found = held_out or rest
             assert found is not None
             return found
-        tokens = rest.tokens + left_out.tokens
-        mean_C = (left_out.mean_C * left_out.tokens + rest.mean_C * rest.tokens) / tokens
-        return MatrixInputs(rest.gram_CC.add_(left_out.gram_CC), mean_C, tokens, left_out=left_out)
+        tokens = rest.tokens + held_out.tokens
+        mean_C = (held_out.mean_C * held_out.tokens + rest.mean_C * rest.tokens) / tokens
+        return MatrixInputs(rest.gram_CC.add_(held_out.gram_CC), mean_C, tokens, held_out=held_out)
 
-    def _add(self, left_out: bool, x_NC: Tensor, rows_N: Tensor) -> None:
+    def _add(self, held_out: bool, x_NC: Tensor, rows_N: Tensor) -> None:
         """Add some rows, a few at a time: all in float64 would be the largest tensor of a repair."""
         if not len(rows_N):
             return
-        before = self._sums.get(left_out)
+        before = self._sums.get(held_out)
         if before is None:
             empty_CC = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1], dtype=torch.float64)
             before = MatrixInputs(empty_CC, empty_CC.new_zeros(len(empty_CC)), 0)
@@ -136,14 +136,14 @@ class InputSums:
             add_gram(before.gram_CC, x_NC[some])
             sum_C += x_NC[some].double().sum(0)
         tokens = before.tokens + len(rows_N)
-        self._sums[left_out] = MatrixInputs(before.gram_CC, sum_C / tokens, tokens)
+        self._sums[held_out] = MatrixInputs(before.gram_CC, sum_C / tokens, tokens)
 
 
-def inputs_of(x_NC: Tensor, windows: int = LEFT_OUT) -> MatrixInputs:
+def inputs_of(x_NC: Tensor, windows: int = HELD_OUT) -> MatrixInputs:
     """The statistics of inputs, N x C, of any float dtype: of so many windows, one after the other.
 
     >>> inputs = inputs_of(torch.arange(16.0)[:, None], windows=8)
-    >>> inputs.tokens, inputs.mean_C.item(), inputs.left_out.tokens, inputs.left_out.mean_C.item()
+    >>> inputs.tokens, inputs.mean_C.item(), inputs.held_out.tokens, inputs.held_out.mean_C.item()
     (16, 7.5, 4, 10.5)
     """
     sums = InputSums(windows)
@@ -162,7 +162,7 @@ def damping_for(matrix: CutMatrix) -> float:
     >>> [damping_for(CutMatrix(ones, each, torch.arange(12), has_bias=False)) for each in (independent, alike)]
     [1.0, 0.01]
     """
-    part = matrix.inputs.left_out
+    part = matrix.inputs.held_out
     if part is None:
         return DAMPING
     kept_K = matrix.kept_K

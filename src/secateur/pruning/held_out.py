@@ -64,7 +64,7 @@ def checked_repair(
             where = None if room is None else Path(folder)
             smaller = prune(model, found.plan, discovery=discovery, weights=found.weights, room=where)
             losses[name] = _mean_loss(smaller, held_out, of_dense)
-    return tried["cut" if left_out(losses) else "repaired"], losses
+    return tried["cut" if repair_rejected(losses) else "repaired"], losses
 
 
 def checked_reconstruction(
@@ -115,10 +115,10 @@ def _mean_loss(model: PreTrainedModel, held_out: Tensor, of_dense: Sequence[Tens
     return float(total) / predictions(model, held_out)
 
 
-def left_out(losses: Mapping[str, float] | None) -> bool:
+def repair_rejected(losses: Mapping[str, float] | None) -> bool:
     """Whether the repair lost no less than the cut alone, by the losses of `checked_repair`.
 
-    >>> left_out({"before": 1.0, "cut": 2.0, "repaired": 2.5}), left_out({"before": 1.0, "cut": 2.0, "repaired": 1.5})
-    (True, False)
+    >>> [repair_rejected({"before": 1.0, "cut": 2.0, "repaired": repaired}) for repaired in (2.5, 1.5)]
+    [True, False]
     """
     return losses is not None and losses["cut"] <= losses["repaired"]

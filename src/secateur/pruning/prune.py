@@ -178,12 +178,17 @@ def _sliced(tensor: Tensor, indices: Mapping[int, Tensor], room: Path | None) ->
     for dim, kept in before:
         tensor = tensor.index_select(dim, kept)
     shape = [len(indices.get(dim, range(size))) for dim, size in enumerate(tensor.shape)]
-    if tensor.device.type != "cpu":
-        room = None
-    return torch.index_select(tensor, *last, out=None if room is None else empty_in_file(room, shape, tensor.dtype))
+    return torch.index_select(tensor, *last, out=new_tensor(shape, tensor, room))
 
 
-def empty_in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def new_tensor(shape: Sequence[int], like: Tensor, room: Path | None) -> Tensor:
+    """An empty tensor with the dtype and device of another; in a file in the room, if it is on the CPU."""
+    if room is None or like.device.type != "cpu":
+        return like.new_empty(shape)
+    return _empty_in_file(room, shape, like.dtype)
+
+
+def _empty_in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An empty tensor in a file without a name: its pages can leave the memory, and the file ends with the tensor."""
     size = max(1, math.prod(shape) * dtype.itemsize)
     try:

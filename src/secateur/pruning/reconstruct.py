@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError, one_line
+from secateur.models.inputs import hidden_in
 from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, replaced_forward
-from secateur.scoring.passes.layers import LEAST_TOKENS, LayerCall, hidden_in, joined
+from secateur.scoring.passes.layers import LEAST_TOKENS, LayerCall, joined
 
 HELD_OUT = 8  # one window of so many is left out of the training, and judges it
 PARTS = 4  # of the layers, after each of which the whole model is judged

@@ -49,7 +49,7 @@ from secateur.pruning.closed_form import (
 )
 from secateur.pruning.experts import fit_experts_in_place
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
-from secateur.pruning.prune import empty_in_file, prune
+from secateur.pruning.prune import new_tensor, prune
 from secateur.scoring.collect_experts import expert_modules
 from secateur.scoring.obs import removal_costs
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows, replaced_forward
@@ -153,13 +153,6 @@ def _as_large_as_dense(
             at = torch.tensor(kept, device=weight.device, dtype=torch.long)
             weight = new_tensor(shape, weight, room).zero_().index_copy_(dim, at, weight)
     return weight
-
-
-def new_tensor(shape: Sequence[int], like: Tensor, room: Path | None) -> Tensor:
-    """An empty tensor with the dtype and device of another; in a file in the room, if it is on the CPU."""
-    if room is None or like.device.type != "cpu":
-        return like.new_empty(shape)
-    return empty_in_file(room, shape, like.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +351,7 @@ class _RepairPass:
         cut = CutMatrix(matrix.columns_RC.double().clone(), inputs, self._kept(matrix), matrix.bias is not None)
         columns = cut.dense_RC.shape[1]
         if self.method.fits_columns and len(cut.kept_K) < columns:
-            damping, inputs = damping_for(cut), replace(inputs, left_out=None)  # which is as large as all
+            damping, inputs = damping_for(cut), replace(inputs, held_out=None)  # which is as large as all
             cut = replace(cut, damping=damping, inputs=inputs)
         # 2. Which columns stay, where that is decided here, and their fit.
         for group in self.unit_of[matrix.weight].keys() & self.chosen:

@@ -27,7 +27,7 @@ from secateur.models.inputs import arguments, predicted
 from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
 from secateur.scoring.obs import add_gram
-from secateur.scoring.passes.forward import input_device, probe_windows
+from secateur.scoring.passes.forward import embedding_device, probe_windows
 from secateur.scoring.passes.products import stream_inputs
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def rotated(
     if not values:
         return result
     grams = _grams(model, values, windows, discovery, progress)
-    ids_BT = probe_windows(windows).to(input_device(model))
+    ids_BT = probe_windows(windows).to(embedding_device(model))
     wanted = predicted(model(**arguments(model, ids_BT)))
     families: dict[str, list[_Values]] = defaultdict(list)
     for each in values:

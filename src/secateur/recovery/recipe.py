@@ -10,12 +10,11 @@ from typing import Any
 
 from secateur.data.calibration import DEMO, SELF, CalibrationOptions
 from secateur.data.options import DataOptions
-from secateur.errors import DataError, RecipeError
+from secateur.errors import DataError, PlanError, RecipeError
 from secateur.files import RECIPE_FILE
 from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
-from secateur.pipeline.recipe import load_recipe, read_recipe
-from secateur.planning import options as planning
+from secateur.pipeline.recipe import cut_options, load_recipe, read_recipe
 from secateur.planning.options import CutOptions
 from secateur.recovery.options import BUDGETS, RecoverOptions, with_preset
 
@@ -63,8 +62,8 @@ def recover_recipe(
 ) -> RecoverRecipe:
     """A recipe from a preset, a recipe file over it, and single options over both. Raises `SecateurError`.
 
-    `changes` are fields of `RecoverRecipe`; of `data`, `options` and `loading` a mapping changes single options. Where
-    no data is named, the model is trained on the texts that its cut looked at.
+    `changes` are fields of `RecoverRecipe`; of `data`, `options`, `rounds` and `loading` a mapping changes single
+    options. Where no data is named, the model is trained on the texts that its cut looked at.
 
     >>> recipe = recover_recipe("small", preset="llm-pruner", data={"sources": ("alpaca.json",)}, options={"epochs": 1})
     >>> recipe.options.epochs, recipe.options.learning_rate
@@ -79,15 +78,26 @@ def recover_recipe(
     model = model if model is not None else raw.get("model")
     if model is None:
         raise RecipeError(f"{file or 'the recipe'}: no model. Expected one, for example `model: small`")
-    chosen: dict[str, Any] = {name: changes.get(name, raw.get(name)) for name in ("eval_texts", "teacher", "rounds")}
-    if isinstance(rounds := chosen["rounds"], Mapping):  # of the file
-        cut, calibration = planning.with_preset("best", rounds.get("cut"), rounds.get("calibration"))
-        chosen["rounds"] = RoundOptions(**{**rounds, "cut": cut, "calibration": calibration})
+    chosen: dict[str, Any] = {name: changes.get(name, raw.get(name)) for name in ("eval_texts", "teacher")}
+    chosen["rounds"] = _rounds(raw.get("rounds"), changes.get("rounds"))
     if not sections["data"].get("sources"):
         sections["data"]["sources"] = _texts_of_the_cut(model, chosen["rounds"])
     options, data = with_preset(preset or raw.get("preset") or "default", sections["options"], sections["data"])
     chosen["eval_texts"] = chosen["eval_texts"] or ()
     return RecoverRecipe(model, data, options, **chosen, loading=LoadOptions(**sections["loading"]))
+
+
+def _rounds(of_file: Mapping[str, Any] | None, given: RoundOptions | Mapping[str, Any] | None) -> RoundOptions | None:
+    """The rounds of a recipe file with single options over them; what no file says is cut at once, in one round."""
+    if isinstance(given, RoundOptions) or (of_file is None and given is None):
+        return given
+    base, given = of_file or {"count": 1}, given or {}
+    if of_file is None and "cut" not in given:
+        raise PlanError("rounds: say how much is to go in all, for example --rounds 3 --ratio 0.5")
+    if isinstance(given.get("cut"), CutOptions):  # of a recipe of `prune`, which says all
+        return RoundOptions(**{**base, **given})
+    cut, calibration = cut_options(base, given.get("cut"), given.get("calibration"))
+    return RoundOptions(**{**base, **given, "cut": cut, "calibration": calibration})
 
 
 def _texts_of_the_cut(model: str, rounds: RoundOptions | None) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from secateur.models.sources import resolve
 from secateur.models.tensor_files import read_tensors, write_tensors
 from secateur.models.tensors import check_finite
 from secateur.models.tokenizer import load_tokenizer
-from secateur.pipeline.cache import recovery_key
+from secateur.pipeline.cache import state_key
 from secateur.pipeline.tracking import Tracker, check_tracker
 from secateur.planning.plan import read_plan
 from secateur.progress import Clock
@@ -124,7 +124,7 @@ def training_key(recipe: RecoverRecipe, texts: Sequence[str] = (), cut: Any = No
     """What a training depends on, as a hash; in rounds, the calibration texts and the whole cut as well."""
     held_out = [text.partition("=")[2] for text in recipe.eval_texts]
     paths = [recipe.model, *recipe.data.source_names, _dense_model(recipe), *held_out, *texts]
-    return recovery_key([path for path in paths if path is not None], [asdict(recipe), cut])
+    return state_key([path for path in paths if path is not None], [asdict(recipe), cut])
 
 
 def with_method(recipe: RecoverRecipe) -> RecoverRecipe:

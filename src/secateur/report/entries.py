@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from secateur.data.calibration import recorded_options
 from secateur.evaluation.task_results import HEADLINES
 from secateur.planning.plan import PlannedGroup
 
@@ -130,6 +131,7 @@ class Cut:
     out: str | None = None  # the folder that was written; None of a plan
 
     def __post_init__(self) -> None:
+        recorded_options(self.scored)
         for group in self.groups:
             if not 0 <= group.kept <= group.units or not group.units:
                 raise ValueError(f"{group.name} keeps {group.kept} of {group.units} units")

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.checkpoint.record import Record, read_record
-from secateur.data.calibration import CalibrationOptions
-from secateur.decoding import build_known
+from secateur.data.calibration import recorded_options
 from secateur.errors import CheckpointError
 from secateur.files import PLAN_FILE, RECORD_FILE
 from secateur.models.manifest import WEIGHTS, read_manifest
@@ -36,11 +35,10 @@ def _hashes(run: Run) -> Iterator[str | Table]:
     """Calibration tokens as plans name them, dense weights as records do, and the files of the folders."""
     inputs: dict[tuple[str, str], None] = {}
     for cut in run.cuts:
-        about = cut.scored.get("calibration_options")
-        if isinstance(digest := cut.scored.get("calibration"), str) and isinstance(about, dict):
-            windows = f"{about.get('samples')} windows of {about.get('length')} tokens, seed {about.get('seed')}"
-            texts = ", ".join(build_known(CalibrationOptions, about).text)
-            inputs[f"calibration tokens: {texts}, {windows}", digest] = None
+        options = recorded_options(cut.scored)
+        if isinstance(digest := cut.scored.get("calibration"), str) and options is not None:
+            windows = f"{options.samples} windows of {options.length} tokens, seed {options.seed}"
+            inputs[f"calibration tokens: {', '.join(options.text)}, {windows}", digest] = None
     folders: list[str | Table] = []
     for model in run.models:
         if model.role in ("pruned", "recovered") and " + " not in model.name:

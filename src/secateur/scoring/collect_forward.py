@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from secateur import processes
 from secateur.errors import ScoreError
+from secateur.models.inputs import hidden_read
 from secateur.progress import Progress
 from secateur.scoring.obs import add_gram, removal_costs, unit_costs
 from secateur.scoring.passes.loss import outputs_of, predictions, summed_loss
@@ -231,7 +232,7 @@ def layer_loss_statistics(
     """
 
     def input_as_output(_: object, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
-        before = args[0] if args else kwargs.get("hidden_states")
+        before = hidden_read(args, kwargs)
         return (before, *output[1:]) if isinstance(output, tuple) else before
 
     of_dense = outputs_of(model, processes.share_of(windows))

@@ -26,7 +26,7 @@ def unit_scores(
     statistics: Statistics,
     *,
     groups: Sequence[Group] | None = None,
-    name: str = "param_second",
+    name: str,
     reduce: str = "sum",
     seed: int = 0,
 ) -> dict[str, Tensor]:

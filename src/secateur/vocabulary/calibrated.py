@@ -15,7 +15,7 @@ from secateur.errors import PlanError
 from secateur.vocabulary.pieces import pieces_of
 from secateur.vocabulary.ranking import COUNTED, TokenRanking, rank_tokens, token_counts
 
-VARIED = 0.125  # weight of the text in each other form: lower case, spaced punctuation
+FORM_WEIGHT = 0.125  # weight of the text in each other form: lower case, spaced punctuation
 
 
 def rank_by_text(
@@ -34,20 +34,17 @@ def rank_by_text(
         )
     counts_V = torch.zeros(size, dtype=torch.float64)
     seen_V = torch.zeros_like(counts_V)  # how often, as the texts are written
-    texts = [
-        [text] if isinstance(text, str) else text for text in calibration_texts(tokenizer, options, characters=COUNTED)
-    ]
+    texts = calibration_texts(tokenizer, options, characters=COUNTED)
     lengths = [min(sum(map(len, documents)), COUNTED) for documents in texts]
     for documents, length, (_, weight) in zip(texts, lengths, options.sources, strict=True):
         found_V = token_counts(tokenizer, documents, size)
         seen_V += found_V
         for form in FORMS.values():
-            found_V += VARIED * token_counts(tokenizer, map(form, documents), size)
+            found_V += FORM_WEIGHT * token_counts(tokenizer, map(form, documents), size)
         counts_V += found_V * (weight * max(lengths) / max(length, 1))
     protected_V = torch.zeros(size, dtype=torch.float64)
     for name in keep:
-        text = read_calibration(name, characters=COUNTED)
-        protected_V += token_counts(tokenizer, [text] if isinstance(text, str) else text, size)
+        protected_V += token_counts(tokenizer, read_calibration(name, characters=COUNTED), size)
     # Good and Turing: tokens that do not occur have in all what those have that occur once.
     unseen = float(counts_V[seen_V == 1].sum())
     return rank_tokens(pieces, counts_V, unseen=unseen, protected=protected_V.nonzero().flatten().tolist())

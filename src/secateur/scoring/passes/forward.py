@@ -28,7 +28,7 @@ LOGITS_BYTES = 2**25  # float32 logits that are held at once
 EAGER = "eager"  # transformers' name for code that computes experts one after the other
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
+def embedding_device(model: PreTrainedModel) -> torch.device:
     """The device of the input embeddings, where token ids go in."""
     return next(model.get_input_embeddings().parameters()).device
 
@@ -165,6 +165,6 @@ def split_output_head(model: PreTrainedModel, ids_BT: Tensor) -> OutputHead | No
 
 def pass_to_hidden(model: PreTrainedModel, windows_BT: Tensor) -> Callable[[], Any]:
     """A forward pass over the windows, to be run; without the output head, where the model can be split before it."""
-    ids_BT = windows_BT.to(input_device(model))
+    ids_BT = windows_BT.to(embedding_device(model))
     head = split_output_head(model, probe_windows(ids_BT))
     return partial(model, **arguments(model, ids_BT)) if head is None else partial(head.hidden, ids_BT)

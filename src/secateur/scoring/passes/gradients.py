@@ -24,7 +24,7 @@ from secateur.models.inputs import arguments, predicted
 from secateur.models.streaming import streamed_layers
 from secateur.progress import Progress
 from secateur.scoring.passes.capture import Capture, GradientVisitor, PassContext, PassProgress
-from secateur.scoring.passes.forward import input_device, replaced_forward
+from secateur.scoring.passes.forward import embedding_device, replaced_forward
 from secateur.scoring.passes.loss import loss_of, predictions
 from secateur.scoring.passes.mask_gradients import MaskGradients, MaskVisit
 from secateur.scoring.passes.probe import Layout, probe
@@ -198,7 +198,7 @@ class _GradientPass:
 
     def _forward_and_backward(self, layout: Layout) -> float:
         """Run all samples through the model and back; returns their part of the mean loss."""
-        ids_BT, head = self.windows.to(input_device(self.model)), layout.head
+        ids_BT, head = self.windows.to(embedding_device(self.model)), layout.head
         if layout.whole_model:  # sample by sample
             return sum(self._whole_model(first, ids_BT[first : first + 1]) for first in range(self.samples))
         if head is None:

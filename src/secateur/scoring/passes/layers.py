@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from secateur.models.inputs import arguments, predicted
-from secateur.scoring.passes.forward import input_device, probe_windows, replaced_forward, rows_per_sample
-from secateur.scoring.passes.probe import activation_budget, activation_bytes, independent_modules
+from secateur.models.inputs import arguments, hidden_read, predicted
+from secateur.scoring.passes.forward import embedding_device, probe_windows, replaced_forward, rows_per_sample
+from secateur.scoring.passes.probe import activation_budget, activation_bytes_by_layer, independent_modules
 
 LEAST_TOKENS = 2048  # that a layer runs on at once
 WITHOUT_GRAPH = 0.5  # of the activations that a graph keeps, what a layer holds at once where there is none
@@ -29,7 +29,7 @@ class LayerOutputs:
     """What each layer of a model gives for some windows (int64, samples x length), and the model's predictions."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[str], windows: Tensor) -> None:
-        self.model, self.windows = model, windows.to(input_device(model))
+        self.model, self.windows = model, windows.to(embedding_device(model))
         self.layers = [model.get_submodule(path) for path in layers]
         self.outputs: dict[int, Any] = {}  # of a layer that is called twice, nothing
         with self._recorded():
@@ -110,12 +110,12 @@ def layers_in_parts(model: PreTrainedModel, windows: Tensor, layers: Sequence[st
     {}
     """
     samples, length = windows.shape
-    of_each = WITHOUT_GRAPH * max(activation_bytes(model, windows, layers).values(), default=0) / samples
+    of_each = WITHOUT_GRAPH * max(activation_bytes_by_layer(model, windows, layers).values(), default=0) / samples
     at_once = max(int(activation_budget(model) // max(1, of_each)), LEAST_TOKENS // length, 1)
     if at_once >= samples or hand_on_more(model, layers, windows):
         return {}
     parts = torch.arange(samples).tensor_split(math.ceil(samples / at_once))
-    independent, _ = independent_modules(model, probe_windows(windows).to(input_device(model)), layers)
+    independent, _ = independent_modules(model, probe_windows(windows).to(embedding_device(model)), layers)
     return {path: parts for path in layers if path in independent}
 
 
@@ -136,7 +136,7 @@ class LayerCall:
     def of(cls, forward: Callable[..., Any], args: Any, kwargs: Any, samples: int) -> LayerCall:
         """A call of this function with these arguments, for so many samples."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        hidden = args[0] if args else kwargs.get("hidden_states")
+        hidden = hidden_read(args, kwargs)
         at = next((i for i, leaf in enumerate(leaves) if leaf is hidden), None)
         rows_of = {i: rows_per_sample(leaf, samples) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         return cls(forward, leaves, spec, {i: rows for i, rows in rows_of.items() if rows is not None}, at)
@@ -160,12 +160,6 @@ class LayerCall:
             leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return self.forward(*args, **kwargs)
-
-
-def hidden_in(output: Any) -> Tensor:
-    """The hidden states in what a layer gives."""
-    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return hidden
 
 
 def joined(outputs: Sequence[Any], parts: Sequence[Tensor]) -> Any:

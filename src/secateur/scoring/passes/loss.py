@@ -27,7 +27,7 @@ from secateur.data.rows import IGNORED
 from secateur.errors import ScoreError
 from secateur.models.classes import is_encoder_decoder, objective
 from secateur.models.inputs import arguments, masked_tokens, next_tokens, predicted
-from secateur.scoring.passes.forward import input_device
+from secateur.scoring.passes.forward import embedding_device
 
 LOSS_ROWS = 64  # rows of logits that are made probabilities at once
 
@@ -108,7 +108,7 @@ def outputs_of(model: PreTrainedModel, windows_BT: Tensor) -> list[Tensor] | Non
     """What a model gives for each window, with which another can be compared; None where the windows have labels."""
     if labels_of(model, windows_BT) is not None:
         return None
-    return [_run(model, ids_T[None]) for ids_T in windows_BT.to(input_device(model))]
+    return [_run(model, ids_T[None]) for ids_T in windows_BT.to(embedding_device(model))]
 
 
 def _run(model: PreTrainedModel, windows_BT: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def summed_loss(model: PreTrainedModel, windows_BT: Tensor, dense: Sequence[Tens
     Where windows have no labels: how far the predictions are from those of the dense model, which `outputs_of` gives.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for number, ids_T in enumerate(windows_BT.to(input_device(model))):
+    for number, ids_T in enumerate(windows_BT.to(embedding_device(model))):
         output, labels_BP = _run(model, ids_T[None]), labels_of(model, ids_T[None])
         if labels_BP is not None:
             rows_NV, labels_N = output[0], labels_BP[0].to(output.device)

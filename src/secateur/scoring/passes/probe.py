@@ -35,7 +35,7 @@ from secateur.scoring.passes.forward import (
     PROBE_SAMPLES,
     PROBE_TOKENS,
     OutputHead,
-    input_device,
+    embedding_device,
     probe_windows,
     rows_per_sample,
 )
@@ -77,7 +77,7 @@ def probe(
     With `second_order`, the squared gradient of each sample is needed. Of the layers, the last ones whose activations
     fit into `memory` bytes are held, the others recomputed. The parameters must require gradients as in the real pass.
     """
-    ids_BT = probe_windows(windows, probe_tokens(model)).to(input_device(model))
+    ids_BT = probe_windows(windows, probe_tokens(model)).to(embedding_device(model))
     given = [each for each in arguments(model, ids_BT).values() if isinstance(each, Tensor)]
     products = _ProductModules(parameters, len(ids_BT), text_lengths(given))
     head, activations = OutputHead.of(model), ActivationMemory(layers if memory else (), windows, text_lengths(given))
@@ -312,15 +312,15 @@ class ActivationMemory:
 
 def fitting_batches(model: PreTrainedModel, windows: Tensor, layers: Sequence[str], memory: int) -> list[Tensor]:
     """The windows in batches whose activations fit into the memory (bytes); at least one window for each process."""
-    of_each = max(1, sum(activation_bytes(model, windows, layers).values()) // len(windows))
+    of_each = max(1, sum(activation_bytes_by_layer(model, windows, layers).values()) // len(windows))
     at_once = -processes.largest(-max(1, int(memory // of_each))) * processes.count()
     parts = min(-(-len(windows) // at_once), len(windows) // processes.count())
     return list(windows.tensor_split(max(1, parts)))
 
 
-def activation_bytes(model: PreTrainedModel, windows: Tensor, layers: Sequence[str]) -> Counter[str]:
+def activation_bytes_by_layer(model: PreTrainedModel, windows: Tensor, layers: Sequence[str]) -> Counter[str]:
     """Bytes of activations of each layer over all windows (int64, samples x length)."""
-    inputs = arguments(model, probe_windows(windows, probe_tokens(model)).to(input_device(model)))
+    inputs = arguments(model, probe_windows(windows, probe_tokens(model)).to(embedding_device(model)))
     activations = ActivationMemory(layers, windows, text_lengths([x for x in inputs.values() if isinstance(x, Tensor)]))
     with torch.enable_grad(), activations.recording(model):
         model(**inputs)

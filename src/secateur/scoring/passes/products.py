@@ -21,10 +21,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from secateur.models.inputs import arguments
+from secateur.models.inputs import arguments, hidden_in, hidden_read
 from secateur.models.streaming import moves
 from secateur.progress import Progress
-from secateur.scoring.passes.forward import input_device, plain_products, probe_windows, split_output_head
+from secateur.scoring.passes.forward import embedding_device, plain_products, probe_windows, split_output_head
 
 
 class Operands(NamedTuple):
@@ -176,15 +176,14 @@ def stream_inputs(
     `wanted` names the weights (by default, all of two or more dimensions), `layers` the modules that are visited.
     """
     weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and (wanted is None or n in wanted)}
-    ids_BT = windows.to(input_device(model))
+    ids_BT = windows.to(embedding_device(model))
 
     def observe(product: WeightProduct) -> None:
         for index, x_NC in product.parts:
             visit(product.weight, product.dim, index, x_NC)
 
     def hook(path: str, done: int, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        before = args[0] if args else kwargs.get("hidden_states")
-        after = output[0] if isinstance(output, (tuple, list)) else output
+        before, after = hidden_read(args, kwargs), hidden_in(output)
         if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape and visit_layer:
             visit_layer(path, before, after)
         if progress is not None:
@@ -210,5 +209,5 @@ def input_dims(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
     dims: dict[str, int] = {}
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
     with torch.no_grad(), plain_products(model), WeightProducts(weights, lambda p: dims.update({p.weight: p.dim})):
-        model(**arguments(model, ids.to(input_device(model))))
+        model(**arguments(model, ids.to(embedding_device(model))))
     return dims
