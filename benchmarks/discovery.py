@@ -53,11 +53,12 @@ SIXTY_FOUR_EXPERTS: dict[str, Any] = {
 MOST_SECONDS, MOST_GIB = 180.0, 4.0
 
 PREPARE = """
-import json, resource, sys, time, warnings
+import json, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
 from secateur.models.config import load_config
 from secateur.models.loading import skeleton
+from secateur.progress import peak_rss
 model = skeleton(load_config(sys.argv[1]))
 start = time.perf_counter()
 """
@@ -72,7 +73,7 @@ PARTS = {
 }
 REPORT = """
 seconds = time.perf_counter() - start
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, result]))
+print(json.dumps([seconds, peak_rss() / 2**30, result]))
 """
 
 

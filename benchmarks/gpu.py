@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ import torch
 from quality_table import ROOT, TableError, between_marks
 from scoring import write_7b
 from secateur.files import atomic_file, write_json
-from tables import markdown, show
+from tables import markdown, processor, show
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 GIB = 2**30
@@ -199,7 +198,7 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     index = torch.device(options.device).index or 0
-    of_device = torch.cuda.get_device_name(index) if options.device.startswith("cuda") else _processor()
+    of_device = torch.cuda.get_device_name(index) if options.device.startswith("cuda") else processor()
     return {
         "name": of_device,
         "torch": torch.__version__.partition("+")[0],
@@ -207,14 +206,6 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "shape": [options.layers, options.width],
     }
-
-
-def _processor() -> str:
-    """The name of this machine's processor, and how many cores this process may use."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or 'CPU'}, {cores} cores"
 
 
 def _slug(name: str) -> str:

@@ -7,8 +7,8 @@ user would call it: the cut, the training (`--minutes`, of the row that is named
 the dense model, prefill and decoding beside the dense model in transformers, with `--vllm` in vLLM (in `.venv-vllm`),
 with `--gguf TYPE` in llama.cpp, and with `--tasks FOLDER` LLM-Pruner's seven tasks from files in the folder.
 Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
-comes (`--out`), and the same command goes on after a stop; `--write` puts the table into docs/benchmarks.md, a short
-one into README.md, and draws docs/scale.svg.
+comes (`--out`; that of the docs' table is in the repository), and the same command goes on after a stop; `--write` puts
+the table into docs/benchmarks.md, a short one into README.md, and draws docs/scale.svg.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from quality_table import write_benchmark
 from secateur.files import write_json
 from serving import measure
-from tables import markdown, secateur, show
+from tables import markdown, processor, secateur, show
 
 ROWS = {  # name -> as the table has it, and what `secateur prune` is told besides the ratio and the text
     "llm-pruner": ("LLM-Pruner's recipe", ["--preset", "llm-pruner"]),
@@ -39,6 +40,7 @@ DENSE, TRAINED = "dense", ", then trained"
 ENGINES = {"transformers": "speed", "vLLM": "vLLM", "llama.cpp": "llama.cpp"}  # by head of the table
 MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
 PICTURE = Path(__file__).parent.parent / "docs" / "scale.svg"
+RESULTS = Path(__file__).parent / "results" / "scale.json"
 
 
 def main() -> None:
@@ -46,6 +48,7 @@ def main() -> None:
     options = _arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for ratio in [] if options.table else options.ratio:
         for row in options.row:
             _measure(f"{ratio:.0%} | {ROWS[row][0]}", ratio, row, results, options)
@@ -80,14 +83,16 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
     panel = ["--protocol", options.protocol, "--max-tokens", str(options.tokens)]
     panel += [f"--ppl={text}" for text in options.text]
     if DENSE not in results:
-        results[DENSE] = {"losses": _losses(_secateur(options.folder / "step.json", "evaluate", options.model, *panel))}
+        losses = _losses(_secateur(options.folder / "step.json", "evaluate", options.model, *panel))
+        results[DENSE] = {"losses": losses, "on": f"{processor()}, {datetime.now(UTC):%Y-%m-%d}"}
         write_json(options.out, results)
     steps["losses"] = lambda file: _losses(_secateur(file, "evaluate", str(folder), *panel))
-    steps["speed"] = lambda file: _secateur(file, "profile", options.model, str(folder), "--repeats", "3")
-    if options.vllm:
-        steps["vLLM"] = lambda _: _vllm(folder, options)
-    if options.gguf:
-        steps["llama.cpp"] = lambda file: _llama_cpp(file, folder, options)
+    if folder == cut:  # training changes no shape, and so no speed
+        steps["speed"] = lambda file: _secateur(file, "profile", options.model, str(folder), "--repeats", "3")
+        if options.vllm:
+            steps["vLLM"] = lambda _: _vllm(folder, options)
+        if options.gguf:
+            steps["llama.cpp"] = lambda file: _llama_cpp(file, folder, options)
     if options.tasks:
         steps["tasks"] = lambda file: _tasks(file, str(folder), options)
         if "tasks" not in results[DENSE]:
@@ -101,7 +106,7 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
             given = step(options.folder / "step.json")
             found[name] = given if name in ("losses", "vLLM", "tasks") else _short(name, given)
             found[name]["minutes"] = (time.perf_counter() - start) / 60
-            found[name]["cores"] = _cores()
+            found[name]["on"] = f"{processor()}, {datetime.now(UTC):%Y-%m-%d}"
             write_json(options.out, results)
     if not options.keep and key.endswith(TRAINED):
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +133,8 @@ def _llama_cpp(file: Path, folder: Path, options: argparse.Namespace) -> Any:
 
 def _vllm(folder: Path, options: argparse.Namespace) -> Any:
     """How many times as fast as the dense model a folder is served, in bfloat16, compiled as vLLM does it."""
-    dense, own = measure({"dense": Path(options.model), "cut": folder}, 9, eager=False, dtype="bfloat16").values()
+    folders = {"dense": Path(options.model), "cut": folder}
+    dense, own = measure(folders, 9, eager=False, dtype="bfloat16", batches=[1]).values()
     return {name: dense[f"{name} 1"] / own[f"{name} 1"] for name in ("prefill", "decode")}
 
 
@@ -167,14 +173,16 @@ def _short(name: str, given: Any) -> dict[str, Any]:
 
 
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
-    """The head, the dense model's losses, and a row for each cut.
+    """The head, the dense model's losses, and a row for each cut; damage with its share of the recipe's in brackets.
 
     >>> cut = {"minutes": 2.0, "peak_rss_bytes": 2**30, "parameters": {"dense": 4e9, "pruned": 3e9}}
     >>> results = {"dense": {"losses": {"WT2": 3.0}}, "20% | `fast`": {"cut": cut, "losses": {"WT2": 3.25}}}
+    >>> results["20% | LLM-Pruner's recipe"] = {"cut": cut, "losses": {"WT2": 3.5}}
     >>> for row in rows_of(results)[1:]:
     ...     print(" ".join(filter(None, row)))
     dense 4.00 B 3.000
-    20% `fast` 3.00 B +0.250 2 1.0
+    20% `fast` 3.00 B +0.250 (0.50) 2 1.0
+    20% LLM-Pruner's recipe 3.00 B +0.500 2 1.0
     """
     dense = results.get(DENSE, {}).get("losses", {})
     head = ["removed", "", "parameters", "bytes", *dense, "tasks", *ENGINES, "minutes", "GiB"]
@@ -193,7 +201,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
             [
                 *(removed, row, f"{parameters['pruned'] / 1e9:.2f} B"),
                 f"{found['speed']['bytes']:.2f}" if "speed" in found else "",
-                *(f"{found['losses'][text] - loss:+.3f}" for text, loss in dense.items()),
+                *(_damage(results, key, text) for text in dense),
                 _accuracy(found),
                 *(_faster(found.get(step, {})) for step in ENGINES.values()),
                 f"{sum(found[step]['minutes'] for step in ('cut', 'training') if step in found):.0f}",
@@ -213,7 +221,7 @@ def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """
     head, *rows = rows_of(results)
     rows = [row for row in rows if row[0]]
-    needed = [row for row in rows if not row[1].endswith(TRAINED)]  # a training changes no shape, and so no speed
+    needed = [row for row in rows if not row[1].endswith(TRAINED)]
     columns = [at for at in range(4, len(head) - 2) if all(row[at] for row in needed)]
     removed = [*dict.fromkeys(row[0] for row in rows)]
     short = [[f"{', '.join(removed)} removed", *(head[at] for at in columns)]]
@@ -221,6 +229,16 @@ def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
         mine = [row for row in rows if row[1] == name]
         short.append([name, *(" / ".join(row[at] for row in mine if row[at]) for at in columns)])
     return short
+
+
+def _damage(results: Mapping[str, Any], key: str, text: str) -> str:
+    """In nats per token; in brackets the share of what the recipe of LLM-Pruner loses at the same ratio."""
+    of_dense = results[DENSE]["losses"][text]
+    damage = results[key]["losses"][text] - of_dense
+    recipe = f"{key.partition(' | ')[0]} | {ROWS['llm-pruner'][0]}"
+    if key == recipe or "losses" not in results.get(recipe, {}):
+        return f"{damage:+.3f}"
+    return f"{damage:+.3f} ({damage / (results[recipe]['losses'][text] - of_dense):.2f})"
 
 
 def _accuracy(found: Mapping[str, Any]) -> str:
@@ -300,7 +318,7 @@ def _arguments() -> argparse.Namespace:
     add("--write", action="store_true", help="the table of docs/benchmarks.md")
     add("--table", action="store_true", help="measure nothing: the table of what is there")
     add("--folder", type=Path, default=Path("runs/scale"))
-    add("--out", type=Path, default=Path("runs/scale.json"))
+    add("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.ratio, options.row = options.ratio or [0.2, 0.35], options.row or [*ROWS]
     return options

@@ -63,9 +63,9 @@ def serve(folder: str, options: dict[str, Any]) -> None:
         engine.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - start
 
-    for _ in sys.stdin:
+    for line in sys.stdin:
         found: dict[str, float] = {}
-        for batch in BATCHES:
+        for batch in json.loads(line)["batches"]:
             found[f"prefill {batch}"] = seconds(batch, PROMPT, 1)
             found[f"decode {batch}"] = (seconds(batch, SHORT, NEW_TOKENS) - seconds(batch, SHORT, 1)) / (NEW_TOKENS - 1)
         sys.stdout.write(f"{ANSWER}{json.dumps(found)}\n")
@@ -150,7 +150,9 @@ def costs_of(folder: Path, tokens: int) -> dict[str, float]:
     return {"bytes": size, "nll": result.nll, "inner": inner, "packed bytes": packed, "other weights": others}
 
 
-def measure(folders: dict[str, Path], rounds: int, *, eager: bool, dtype: str = DTYPE) -> dict[str, dict[str, float]]:
+def measure(
+    folders: dict[str, Path], rounds: int, *, eager: bool, dtype: str = DTYPE, batches: Sequence[int] = BATCHES
+) -> dict[str, dict[str, float]]:
     """Median seconds by folder and what was done; the first round warms up."""
     sys.path.insert(0, str(ROOT / "tests"))
     from line_process import ask
@@ -166,7 +168,7 @@ def measure(folders: dict[str, Path], rounds: int, *, eager: bool, dtype: str = 
         found: dict[str, list[dict[str, float]]] = {name: [] for name in served}
         for number in range(rounds + 1):
             for name, each in served.items():
-                answer = ask(each.process, {}, log=each.log)
+                answer = ask(each.process, {"batches": [*batches]}, log=each.log)
                 if number:
                     found[name].append(answer)
     finally:

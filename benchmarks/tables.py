@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -36,3 +39,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
         "".join(["|", *(f" {cell} |" if cell else " |" for cell in row)])
         for row in (head, ["---"] * len(head), *others)
     )
+
+
+def processor() -> str:
+    """The name of this machine's processor, and how many cores this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {cores} cores"

@@ -69,6 +69,12 @@ class TestRecord:
         with pytest.raises(CheckpointError, match=rf"^[^\n]*{tmp_path.name}: {RECORD_FILE} {match}[^\n]*$"):
             read_record(tmp_path)
 
+    def test_options_of_another_type(self, tmp_path: Path) -> None:
+        data = make_record(nn.Linear(2, 2), name="x").to_json()
+        (tmp_path / RECORD_FILE).write_text(json.dumps({**data, "calibration_options": {"samples": "many"}}))
+        with pytest.raises(CheckpointError, match=r"is damaged \(calibration_options: samples: 'many' is no int\)"):
+            read_record(tmp_path)
+
     def test_no_record(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").touch()
         assert read_record(tmp_path) is None

@@ -94,6 +94,8 @@ def served(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         if found := re.match(r"open (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)", line):
             page = Served(process, found[1], connections, errors)
             yield page
+            process.kill()
+            process.communicate()
             asked = connections.read_text().splitlines() if connections.exists() else []
             assert [line for line in asked if "127.0.0.1" not in line and "localhost" not in line] == []
             requests = {urlsplit(url).netloc for url in page.requests if not url.startswith(("data:", "blob:"))}
@@ -101,8 +103,6 @@ def served(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
             break
     else:
         pytest.fail(errors.read_text())
-    process.kill()
-    process.communicate()
 
 
 @pytest.fixture(scope="module")

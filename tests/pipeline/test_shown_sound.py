@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import wave
 from pathlib import Path
@@ -111,7 +112,11 @@ class TestErrors:
     def test_what_python_alone_cannot_read(
         self, whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("secateur.data.sound.importlib.util.find_spec", lambda _: None)
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            "secateur.data.sound.importlib.util.find_spec",
+            lambda name, *package: None if name == "soundfile" else find(name, *package),
+        )
         sound = write_sounds(tmp_path / "sounds", count=1) / "0.wav"
         sound.write_bytes(sound.read_bytes()[:-1])  # half a sample
         with pytest.raises(DataError, match=r"the sound cannot be read \(.*; pip install 'secateur\[sound\]'"):

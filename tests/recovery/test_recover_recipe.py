@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from trainings import distance, place_fixture, train  # noqa: F401 - the fixture `place`
 
-from secateur import DataOptions, RecoverRecipe, recover
+from secateur import CalibrationOptions, DataOptions, RecoverRecipe, recover
 from secateur.errors import DataError, RecipeError
 from secateur.planning.options import CutOptions
 from secateur.recovery.options import LoraOptions, RecoverOptions
@@ -45,8 +46,18 @@ def test_single_options_of_rounds_go_before_those_of_a_file(tmp_path: Path) -> N
     cut = replace(whole.cut, target=None, ratio=0.6)
     assert recover_recipe(file=file, rounds={"count": 5}).rounds == replace(whole, count=5)
     assert recover_recipe(file=file, rounds={"cut": {"ratio": 0.6}}).rounds == replace(whole, cut=cut)
+    given: dict[str, Any] = {"cut": CutOptions(ratio=0.6), "calibration": {"samples": 8}}
+    for_cut, other = replace(whole.calibration, samples=8), CalibrationOptions(samples=9)
+    assert recover_recipe(file=file, rounds=given).rounds == RoundOptions(3, given["cut"], for_cut)
+    given = {"cut": {"ratio": 0.6}, "calibration": other}
+    assert recover_recipe(file=file, rounds=given).rounds == RoundOptions(3, cut, other)
     alone = recover_recipe("small", data={"sources": ("a.json",)}, rounds={"cut": {"ratio": 0.6}}).rounds
     assert alone == RoundOptions(1, CutOptions(ratio=0.6))
+
+
+def test_empty_rounds_of_a_file_are_the_usual_ones(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: small\ndata: {sources: [a.json]}\nrounds: {}\n")
+    assert recover_recipe(file=tmp_path / "recipe.yaml").rounds == RoundOptions()
 
 
 def test_one_budget_replaces_another(tmp_path: Path) -> None:

@@ -192,12 +192,13 @@ def test_two_processes_that_were_killed_go_on_and_train_as_one_does(
 
 # Prints the largest memory of its process.
 PEAK = """
-import resource, sys
+import sys
 import secateur.cli.main
 from secateur import processes
+from secateur.progress import peak_rss
 code = secateur.cli.main.run(sys.argv[1:])
 with open(f"peak-{processes.count()}-{processes.rank()}", "w") as file:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=file)
+    print(peak_rss() // 1024, file=file)
 sys.exit(code)
 """
 

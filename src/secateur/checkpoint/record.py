@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from secateur import __version__
+from secateur.data.calibration import recorded_options
 from secateur.decoding import build_known, decode
 from secateur.errors import CheckpointError
 from secateur.files import RECORD_FILE, read_json
@@ -100,6 +101,7 @@ def read_record(folder: Path | None) -> Record | None:
         raise CheckpointError(f"{folder}: {error}") from error
     try:
         record: Record = decode(Record, data, section=build_known)
+        recorded_options(data)
         return record
     except ValueError as error:
         raise CheckpointError(

@@ -167,7 +167,7 @@ class Recovery:
     eval_texts: tuple[str, ...] = ()
     """Held-out text NAME=FILE that picks the best checkpoint; may be repeated."""
     rounds: int | None = None
-    """Prune a dense model and train it in so many rounds; with --ratio or --prune-recipe."""
+    """Prune a dense model and train it in so many rounds; with --ratio, --prune-recipe, or a --recipe with rounds."""
     ratio: float | None = None
     """Share of the non-embedding parameters that all rounds together remove."""
     prune_recipe: Path | None = None
@@ -214,7 +214,10 @@ def recover_command(
     if "prune_recipe" in how:
         prune = prune_recipe(name or "demo", file=how["prune_recipe"], cut=cut)
         if prune.plan is not None:
-            raise PlanError(f"{how['prune_recipe']} prunes what {prune.plan} says, which cannot be cut in rounds")
+            raise PlanError(
+                f"{how['prune_recipe']} prunes what {prune.plan} says, which cannot be cut in rounds. Expected a "
+                "recipe without a plan, or for example --rounds 3 --ratio 0.5"
+            )
         rounds = {"cut": prune.cut, "calibration": prune.calibration}
     if "rounds" in how:
         rounds["count"] = how["rounds"]

@@ -1,7 +1,7 @@
 r"""Files, data sets and the demo -> text.
 
 `read_rows` gives a file's rows as the perplexity protocol wants them, `read_calibration` what calibration windows are
-taken from: one text, or documents that no window crosses.
+taken from: documents that no window crosses.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def skip_sublayers_in_place(model: PreTrainedModel, dense: PreTrainedModel, path
         dense(**arguments(dense, ids))
     for path in wanted:
         read, output = calls.get(path, (None, None))
-        outputs = len(output) if isinstance(output, tuple) else 0
+        outputs = len(output) if isinstance(output, (tuple, list)) else 0
         returned = hidden_in(output)
         if not isinstance(read, Tensor) or not isinstance(returned, Tensor) or returned.shape != read.shape:
             raise PlanError(f"{path} does not return hidden states of the shape that it reads, so it cannot be removed")

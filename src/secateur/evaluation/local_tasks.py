@@ -68,8 +68,8 @@ def read_rows(source: Source, paths: Sequence[Path]) -> list[Row]:
             labels = [int(line) for line in _lines(paths[1])]
             questions = [{**question, "label": label} for question, label in zip(questions, labels, strict=True)]
         rows = [source.row(question) for question in questions]
-    # unpacking; JSON and UTF-8 (both are ValueErrors); fields that a question lacks
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, IndexError, TypeError) as error:
+    # unpacking; JSON and UTF-8 (both are ValueErrors); lists in lists without end; fields that a question lacks
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
         raise TaskError(f"{paths[0]} cannot be read ({one_line(error)}). Expected a copy of the public file") from error
     if not rows:
         raise TaskError(f"{paths[0]}: it has no questions. Expected a copy of the public file")

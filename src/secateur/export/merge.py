@@ -23,10 +23,10 @@ from secateur.models.options import LoadOptions
 from secateur.models.sources import resolve
 from secateur.models.tensor_files import read_tensors
 from secateur.models.tensors import check_finite
+from secateur.models.weight_files import ADAPTER_FILE
 from secateur.pipeline.recipe import write_recipe
 from secateur.recovery.lora import ADAPTER_FOLDER, check_peft, load_adapter, merge_lora
 
-SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KIND = "LORA"  # of adapter, as peft names it; others add something else than a product of two matrices to a weight
 
@@ -127,12 +127,12 @@ def _merge(
 
 def _read_settings(folder: Path, *, argument: str) -> Mapping[str, Any]:
     """An adapter's settings, as peft writes them. Raises `ExportError` for a folder without a LoRA adapter."""
-    file = folder / SETTINGS_FILE
+    file = folder / ADAPTER_FILE
     if not file.is_file():
-        inside = folder / ADAPTER_FOLDER / SETTINGS_FILE
+        inside = folder / ADAPTER_FOLDER / ADAPTER_FILE
         hint = f" There is one in {inside.parent}, which is merged into {folder} already." if inside.is_file() else ""
         raise ExportError(
-            f"{argument!r} is no folder with an {SETTINGS_FILE}.{hint} Expected the folder of an adapter, as peft "
+            f"{argument!r} is no folder with an {ADAPTER_FILE}.{hint} Expected the folder of an adapter, as peft "
             "writes it, or a model with one beside it: secateur export MODEL OUT --adapter FOLDER"
         )
     settings = read_json(file)
@@ -147,7 +147,7 @@ def _base_of(folder: Path, settings: Mapping[str, Any]) -> str:
     base = settings.get("base_model_name_or_path")
     remedy = f"Name it: secateur export MODEL OUT --adapter {folder}"
     if not isinstance(base, str) or not base:
-        raise ExportError(f"{folder / SETTINGS_FILE} does not name the model that the adapter belongs to. {remedy}")
+        raise ExportError(f"{folder / ADAPTER_FILE} does not name the model that the adapter belongs to. {remedy}")
     try:
         resolve(base)
     except ModelError as error:

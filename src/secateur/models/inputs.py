@@ -278,7 +278,7 @@ def _numbers(
 
 def hidden_read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The hidden states among a layer's arguments; None where they have another name."""
-    return args[0] if args else kwargs.get("hidden_states")
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(args), None)
 
 
 def hidden_in(output: Any) -> Any:

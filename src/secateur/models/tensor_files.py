@@ -40,7 +40,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
             return {name: file.get_tensor(name) for name in sorted(file.keys())}, about
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read; {one_line(error)}") from error
 
 

@@ -91,13 +91,13 @@ def _rounds(of_file: Mapping[str, Any] | None, given: RoundOptions | Mapping[str
     """The rounds of a recipe file with single options over them; what no file says is cut at once, in one round."""
     if isinstance(given, RoundOptions) or (of_file is None and given is None):
         return given
-    base, given = of_file or {"count": 1}, given or {}
+    base, given = {"count": 1} if of_file is None else of_file, given or {}
     if of_file is None and "cut" not in given:
         raise PlanError("rounds: say how much is to go in all, for example --rounds 3 --ratio 0.5")
-    if isinstance(given.get("cut"), CutOptions):  # of a recipe of `prune`, which says all
-        return RoundOptions(**{**base, **given})
-    cut, calibration = cut_options(base, given.get("cut"), given.get("calibration"))
-    return RoundOptions(**{**base, **given, "cut": cut, "calibration": calibration})
+    kinds = {"cut": CutOptions, "calibration": CalibrationOptions}
+    whole = {name: given[name] for name, kind in kinds.items() if isinstance(given.get(name), kind)}  # which say all
+    cut, calibration = cut_options(base, *(None if name in whole else given.get(name) for name in kinds))
+    return RoundOptions(**{**base, **given, "cut": cut, "calibration": calibration, **whole})
 
 
 def _texts_of_the_cut(model: str, rounds: RoundOptions | None) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ def score(
 ) -> Scores:
     """Score every unit of the groups named; weights of no such group take no time or memory.
 
-    By default, all groups are scored of which the score says something (scores of inputs say nothing of a vocabulary).
+    By default, all groups are scored of which the score says something: scores of inputs say nothing of a vocabulary,
+    and `fisher` nothing of whole layers.
 
     Gradient scores need calibration tokens: `windows` (int64, samples x length), a tokenizer to take them from the
     calibration text, or `CalibrationOptions("self")` to let the model write them. Raises `ScoreError` for unknown names
