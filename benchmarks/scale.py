@@ -88,7 +88,7 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
         write_json(options.out, results)
     steps["losses"] = lambda file: _losses(_secateur(file, "evaluate", str(folder), *panel))
     if folder == cut:  # training changes no shape, and so no speed
-        steps["speed"] = lambda file: _secateur(file, "profile", options.model, str(folder), "--repeats", "3")
+        steps["speed"] = lambda file: _secateur(file, "profile", options.model, str(folder), "--repeats", "9")
         if options.vllm:
             steps["vLLM"] = lambda _: _vllm(folder, options)
         if options.gguf:
@@ -208,7 +208,8 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
                 f"{peak / 2**30:.1f}",
             ]
         )
-    return rows
+    columns = [at for at in range(len(head)) if at < 2 or any(row[at] for row in rows[1:])]  # what has been measured
+    return [[row[at] for at in columns] for row in rows]
 
 
 def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -222,7 +223,8 @@ def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
     head, *rows = rows_of(results)
     rows = [row for row in rows if row[0]]
     needed = [row for row in rows if not row[1].endswith(TRAINED)]
-    columns = [at for at in range(4, len(head) - 2) if all(row[at] for row in needed)]
+    left_out = ("removed", "", "parameters", "bytes", "minutes", "GiB")
+    columns = [at for at, name in enumerate(head) if name not in left_out and all(row[at] for row in needed)]
     removed = [*dict.fromkeys(row[0] for row in rows)]
     short = [[f"{', '.join(removed)} removed", *(head[at] for at in columns)]]
     for name in dict.fromkeys(row[1] for row in rows):
