@@ -13,6 +13,7 @@ import pytest
 import gpu
 import quality
 import recover
+import scale
 import vocabulary
 import zoo
 from quality_table import (
@@ -30,6 +31,7 @@ from quality_table import (
     table,
     write_tables,
 )
+from tables import markdown
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("WT2@128", "WT2@1024")
@@ -234,3 +236,11 @@ def test_a_device_has_one_table(tmp_path: Path) -> None:
     page.write_text("# Another page\n")
     with pytest.raises(TableError, match=r"expected <!-- gpu:end --> once"):
         gpu.write(results, root=tmp_path)
+
+
+def test_the_tables_of_the_larger_model_are_of_the_file_in_the_repository() -> None:
+    results = json.loads(scale.RESULTS.read_text())
+    of_pages = {"docs/benchmarks.md": scale.block(results), "README.md": markdown(scale.short_rows(results))}
+    for page, made in of_pages.items():
+        text = (ROOT / page).read_text()
+        assert between_marks(text, made, marks=scale.MARKS) == text, page
