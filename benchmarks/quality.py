@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -50,6 +49,7 @@ from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.options import CutOptions, with_preset
 from secateur.planning.plan import Plan
 from secateur.progress import peak_rss
+from tables import cores
 
 PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
 MAX_TOKENS = 40_000  # by default
@@ -122,7 +122,7 @@ def measure(name: str, ratio: float, seed: int, arguments: argparse.Namespace) -
         model = load(arguments.model, dtype=arguments.dtype)
     found: dict[str, Any] = {"row": name, "ratio": ratio, "seed": seed, **settings(arguments)}
     found["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
-    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found["cores"] = cores()
     found["versions"] = {
         "Secateur": __version__,
         "torch": torch.__version__.partition("+")[0],

@@ -7,15 +7,15 @@ user would call it: the cut, the training (`--minutes`, of the row that is named
 the dense model, prefill and decoding beside the dense model in transformers, with `--vllm` in vLLM (in `.venv-vllm`),
 with `--gguf TYPE` in llama.cpp, and with `--tasks FOLDER` LLM-Pruner's seven tasks from files in the folder.
 Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
-comes (`--out`; that of the docs' table is in the repository), and the same command goes on after a stop; `--write` puts
-the table into docs/benchmarks.md, a short one into README.md, and draws docs/scale.svg.
+comes (`--out`), and the same command goes on after a stop; `--write` copies the results into benchmarks/results, puts
+the table into docs/benchmarks.md, a short one into README.md, and draws docs/scale.svg. To go on from the results that
+are in the repository, name them as `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +28,7 @@ from typing import Any
 from quality_table import write_benchmark
 from secateur.files import write_json
 from serving import measure
-from tables import markdown, processor, secateur, show
+from tables import cores, markdown, processor, secateur, show
 
 ROWS = {  # name -> as the table has it, and what `secateur prune` is told besides the ratio and the text
     "llm-pruner": ("LLM-Pruner's recipe", ["--preset", "llm-pruner"]),
@@ -48,7 +48,6 @@ def main() -> None:
     options = _arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for ratio in [] if options.table else options.ratio:
         for row in options.row:
             _measure(f"{ratio:.0%} | {ROWS[row][0]}", ratio, row, results, options)
@@ -57,6 +56,7 @@ def main() -> None:
             _measure(f"{ratio:.0%} | {ROWS[last][0]}{TRAINED}", ratio, last, results, options)
     show(f"{options.name or options.model}: damage in nats per token", rows_of(results))
     if options.write:
+        write_json(RESULTS, results)
         write_benchmark(block(results), MARKS)
         write_benchmark(markdown(short_rows(results)), MARKS, page="README.md")
         draw(results, options.name or options.model, PICTURE)
@@ -112,10 +112,6 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _secateur(file: Path, command: str, *arguments: str) -> Any:
     """Run a command and read what it wrote as JSON."""
     more = ["--overwrite"] if command in ("prune", "recover") else []
@@ -125,7 +121,7 @@ def _secateur(file: Path, command: str, *arguments: str) -> Any:
 
 def _llama_cpp(file: Path, folder: Path, options: argparse.Namespace) -> Any:
     program = Path(__file__).with_name("llama_cpp_speed.py")
-    kind = ["--types", options.gguf, "--threads", str(_cores()), "--rounds", "3"]
+    kind = ["--types", options.gguf, "--threads", str(cores()), "--rounds", "3"]
     command = [sys.executable, str(program), str(folder), "--dense", options.model, *kind, "--out", str(file)]
     subprocess.run(command, check=True)
     return json.loads(file.read_text())
@@ -320,7 +316,7 @@ def _arguments() -> argparse.Namespace:
     add("--write", action="store_true", help="the table of docs/benchmarks.md")
     add("--table", action="store_true", help="measure nothing: the table of what is there")
     add("--folder", type=Path, default=Path("runs/scale"))
-    add("--out", type=Path, default=RESULTS)
+    add("--out", type=Path, default=Path("runs/scale.json"))
     options = parser.parse_args()
     options.ratio, options.row = options.ratio or [0.2, 0.35], options.row or [*ROWS]
     return options

@@ -156,9 +156,10 @@ def measure(
     """Median seconds by folder and what was done; the first round warms up."""
     sys.path.insert(0, str(ROOT / "tests"))
     from line_process import ask
+    from tables import cores
     from vllm_environment import SETTINGS, python
 
-    settings = {**SETTINGS, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    settings = {**SETTINGS, "OMP_NUM_THREADS": str(cores())}
     served: dict[str, Served] = {}
     for name, folder in folders.items():
         options = {"dtype": dtype, "enforce_eager": eager}
