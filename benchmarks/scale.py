@@ -5,7 +5,8 @@
 MODEL is a folder, so that its weights stay on the disk. Every step is a process of its own, a command of Secateur as a
 user would call it: the cut, the training (`--minutes`, of the row that is named last), the loss on every text beside
 the dense model, prefill and decoding beside the dense model in transformers, with `--vllm` in vLLM (in `.venv-vllm`),
-with `--gguf TYPE` in llama.cpp, and with `--tasks FOLDER` LLM-Pruner's seven tasks from files in the folder.
+with `--gguf TYPE` in llama.cpp, with `--tasks FOLDER` LLM-Pruner's seven tasks from files in the folder, and with
+`--problems FILE` the functions that a model writes for HumanEval's, which are run.
 Damage is ln(perplexity / perplexity of the dense model), in nats per token. Every result goes into a JSON file as it
 comes (`--out`), and the same command goes on after a stop; `--write` copies the results into benchmarks/results, puts
 the table into docs/benchmarks.md, a short one into README.md, and draws docs/scale.svg. To go on from the results that
@@ -37,7 +38,8 @@ ROWS = {  # name -> as the table has it, and what `secateur prune` is told besid
     "best": ("`best`", ["--preset", "best"]),
 }
 DENSE, TRAINED = "dense", ", then trained"
-ENGINES = {"transformers": "speed", "vLLM": "vLLM", "llama.cpp": "llama.cpp"}  # by head of the table
+QUESTIONS = {"tasks": "tasks", "HumanEval": "code tasks"}
+ENGINES = {"transformers": "speed", "vLLM": "vLLM", "llama.cpp": "llama.cpp"}  # both by head of the table
 MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
 PICTURE = Path(__file__).parent.parent / "docs" / "scale.svg"
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -93,10 +95,12 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
             steps["vLLM"] = lambda _: _vllm(folder, options)
         if options.gguf:
             steps["llama.cpp"] = lambda file: _llama_cpp(file, folder, options)
-    if options.tasks:
-        steps["tasks"] = lambda file: _tasks(file, str(folder), options)
-        if "tasks" not in results[DENSE]:
-            results[DENSE]["tasks"] = _tasks(options.folder / "step.json", options.model, options)
+    asked = {"tasks": _tasks} if options.tasks else {}
+    asked |= {"code tasks": _code_tasks} if options.problems else {}
+    for name, ask in asked.items():
+        steps[name] = lambda file, ask=ask: ask(file, str(folder), options)
+        if name not in results[DENSE]:
+            results[DENSE][name] = ask(options.folder / "step.json", options.model, options)
             write_json(options.out, results)
     made = {"cut": cut, "training": folder}
     for name, step in steps.items():
@@ -104,7 +108,7 @@ def _measure(key: str, ratio: float, row: str, results: dict[str, Any], options:
         if missing:
             start = time.perf_counter()
             given = step(options.folder / "step.json")
-            found[name] = given if name in ("losses", "vLLM", "tasks") else _short(name, given)
+            found[name] = _short(name, given) if name in ("cut", "training", "speed", "llama.cpp") else given
             found[name]["minutes"] = (time.perf_counter() - start) / 60
             found[name]["on"] = f"{processor()}, {datetime.now(UTC):%Y-%m-%d}"
             write_json(options.out, results)
@@ -141,6 +145,15 @@ def _tasks(file: Path, model: str, options: argparse.Namespace) -> Any:
     return {"value": mean["value"], "stderr": mean["stderr"]}
 
 
+def _code_tasks(file: Path, model: str, options: argparse.Namespace) -> Any:
+    """The share of HumanEval's problems that a model solves at once, and its standard error."""
+    program = Path(__file__).with_name("code_tasks.py")
+    command = [sys.executable, str(program), model, "--problems", str(options.problems), "--out", str(file)]
+    subprocess.run(command, check=True)
+    found = json.loads(file.read_text())
+    return {name: found[name] for name in ("value", "stderr", "problems")}
+
+
 def _losses(evaluated: Any) -> dict[str, Any]:
     return {each["data"]: each["nll"] for each in evaluated["results"][0]["perplexity"]}
 
@@ -149,7 +162,7 @@ def _short(name: str, given: Any) -> dict[str, Any]:
     """What the table needs of a command's result, as ratios to the dense model where both were measured."""
     match name:
         case "cut":
-            return {key: given[key] for key in ("parameters", "peak_rss_bytes")}
+            return {key: given[key] for key in ("parameters", "peak_rss_bytes", "seconds")}  # by stage
         case "training":
             return {key: given.get(key) for key in ("tokens", "peak_rss_bytes")}
         case "speed":
@@ -181,7 +194,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     20% LLM-Pruner's recipe 3.00 B +0.500 2 1.0
     """
     dense = results.get(DENSE, {}).get("losses", {})
-    head = ["removed", "", "parameters", "bytes", *dense, "tasks", *ENGINES, "minutes", "GiB"]
+    head = ["removed", "", "parameters", "bytes", *dense, *QUESTIONS, *ENGINES, "minutes", "GiB"]
     rows = [head]
     for key, found in sorted(results.items(), key=lambda each: each[0].partition(" | ")[0]):
         if key == DENSE or not {"cut", "losses"} <= found.keys():
@@ -190,39 +203,46 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
         parameters = found["cut"]["parameters"]
         if len(rows) == 1:
             losses = [f"{loss:.3f}" for loss in dense.values()]
-            size, tasks = f"{parameters['dense'] / 1e9:.2f} B", _accuracy(results[DENSE])
-            rows.append(["", DENSE, size, "", *losses, tasks, *[""] * len(ENGINES), "", ""])
-        peak = max(found[step]["peak_rss_bytes"] for step in ("cut", "training") if step in found)
+            answered = [_accuracy(results[DENSE].get(step)) for step in QUESTIONS.values()]
+            size = f"{parameters['dense'] / 1e9:.2f} B"
+            rows.append(["", DENSE, size, "", *losses, *answered, *[""] * len(ENGINES), "", ""])
+        found = {**_speeds(results.get(key.removesuffix(TRAINED), {})), **found}
+        stages = [found[step] for step in ("cut", "training") if step in found]
         rows.append(
             [
                 *(removed, row, f"{parameters['pruned'] / 1e9:.2f} B"),
                 f"{found['speed']['bytes']:.2f}" if "speed" in found else "",
                 *(_damage(results, key, text) for text in dense),
-                _accuracy(found),
+                *(_accuracy(found.get(step)) for step in QUESTIONS.values()),
                 *(_faster(found.get(step, {})) for step in ENGINES.values()),
-                f"{sum(found[step]['minutes'] for step in ('cut', 'training') if step in found):.0f}",
-                f"{peak / 2**30:.1f}",
+                " + ".join(f"{stage['minutes']:.0f}" for stage in stages),
+                ", ".join(f"{stage['peak_rss_bytes'] / 2**30:.1f}" for stage in stages),
             ]
         )
     columns = [at for at in range(len(head)) if at < 2 or any(row[at] for row in rows[1:])]  # what has been measured
     return [[row[at] for at in columns] for row in rows]
 
 
+def _speeds(cut: Mapping[str, Any]) -> dict[str, Any]:
+    """What training does not change: the shapes, and with them bytes and speed."""
+    return {step: cut[step] for step in ENGINES.values() if step in cut}
+
+
 def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The same table with a line for each row, and a cell for all ratios.
+    """The same table with a line for the dense model and one for each row, and a cell for all ratios.
 
     >>> cut = {"minutes": 2.0, "peak_rss_bytes": 2**30, "parameters": {"dense": 4e9, "pruned": 3e9}}
     >>> rows = {f"{share} | `fast`": {"cut": cut, "losses": {"WT2": 3.25}} for share in ("20%", "35%")}
     >>> short_rows({"dense": {"losses": {"WT2": 3.0}}, **rows})
-    [['20%, 35% removed', 'WT2'], ['`fast`', '+0.250 / +0.250']]
+    [['20%, 35% removed', 'WT2'], ['dense', '3.000'], ['`fast`', '+0.250 / +0.250']]
     """
     head, *rows = rows_of(results)
-    rows = [row for row in rows if row[0]]
-    needed = [row for row in rows if not row[1].endswith(TRAINED)]
+    dense, rows = rows[:1], rows[1:]
     left_out = ("removed", "", "parameters", "bytes", "minutes", "GiB")
-    columns = [at for at, name in enumerate(head) if name not in left_out and all(row[at] for row in needed)]
+    columns = [at for at, name in enumerate(head) if name not in left_out and all(row[at] for row in rows)]
     removed = [*dict.fromkeys(row[0] for row in rows)]
     short = [[f"{', '.join(removed)} removed", *(head[at] for at in columns)]]
+    short += [[DENSE, *(row[at] for at in columns)] for row in dense]
     for name in dict.fromkeys(row[1] for row in rows):
         mine = [row for row in rows if row[1] == name]
         short.append([name, *(" / ".join(row[at] for row in mine if row[at]) for at in columns)])
@@ -239,9 +259,9 @@ def _damage(results: Mapping[str, Any], key: str, text: str) -> str:
     return f"{damage:+.3f} ({damage / (results[recipe]['losses'][text] - of_dense):.2f})"
 
 
-def _accuracy(found: Mapping[str, Any]) -> str:
+def _accuracy(found: Mapping[str, float] | None) -> str:
     """In per cent, with the standard error."""
-    return f"{100 * found['tasks']['value']:.1f} ± {100 * found['tasks']['stderr']:.1f}" if "tasks" in found else ""
+    return f"{100 * found['value']:.1f} ± {100 * found['stderr']:.1f}" if found else ""
 
 
 def _faster(speed: Mapping[str, float]) -> str:
@@ -310,6 +330,7 @@ def _arguments() -> argparse.Namespace:
     add("--protocol", default="served@1024")
     add("--vllm", action="store_true", help="also serve each folder with vLLM")
     add("--tasks", type=Path, metavar="FOLDER", help="also ask the questions in the files of the folder")
+    add("--problems", type=Path, metavar="FILE", help="also HumanEval's problems: runs what the models write")
     add("--questions", type=int, default=100, help="of each task")
     add("--gguf", help="also run llama.cpp on files of this type, for example q8_0")
     add("--keep", action="store_true", help="keep the folders of trained models, too")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import gzip
 import json
 import sys
 from functools import partial
@@ -10,10 +12,12 @@ from typing import Any
 
 import pytest
 
+import code_tasks
 import gpu
 import quality
 import recover
 import scale
+import tables
 import vocabulary
 import zoo
 from quality_table import (
@@ -244,3 +248,32 @@ def test_the_tables_of_the_larger_model_are_of_the_file_in_the_repository() -> N
     for page, made in of_pages.items():
         text = (ROOT / page).read_text()
         assert between_marks(text, made, marks=scale.MARKS) == text, page
+
+
+@pytest.mark.parametrize("module", [code_tasks, scale, tables], ids=lambda module: module.__name__)
+def test_examples_of_the_docstrings(module: Any) -> None:
+    tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert (tried.failed, tried.attempted > 0) == (0, True)
+
+
+def test_a_function_that_never_ends_or_takes_all_memory_does_not_pass() -> None:
+    problem = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1"}
+    assert not code_tasks.passes(problem, "    while True:\n        pass", seconds=1)
+    assert not code_tasks.passes(problem, "    return len(bytes(2 ** 33)) and 1")
+    assert not code_tasks.passes(problem, "    return ]")
+    assert code_tasks.passes(problem, "    return 1\n")
+
+
+def test_problems_are_written_in_batches_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [{"task_id": str(at), "prompt": f"def f{at}():\n", "entry_point": f"f{at}"} for at in range(3)]
+    problems = [{**each, "test": "def check(f):\n    assert f() is None"} for each in problems]
+    file, out = tmp_path / "problems.jsonl.gz", tmp_path / "out.json"
+    file.write_bytes(gzip.compress("\n".join(map(json.dumps, problems)).encode()))
+    monkeypatch.setattr(sys, "argv", ["code_tasks", "demo", "--problems", str(file), "--out", str(out), "--batch", "2",
+                                      "--new-tokens", "4", "--limit", "3"])  # fmt: skip
+    monkeypatch.setattr(code_tasks, "function_of", lambda text: f"    pass  # {text!r}")
+    code_tasks.main()
+    found = json.loads(out.read_text())
+    assert (found["value"], found["stderr"], found["problems"]) == (1.0, 0.0, 3)
+    assert [each["task_id"] for each in found["answers"]] == ["0", "1", "2"]
+    assert all(len(each["completion"]) > len("    pass  # ''") for each in found["answers"])
