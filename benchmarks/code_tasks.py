@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -53,11 +53,12 @@ def main() -> None:
         options.batch,
         options.new_tokens,
     )
+    results = [passes(problem, text) for problem, text in zip(problems, written, strict=True)]
     answers = [
-        {"task_id": problem["task_id"], "completion": text, "passed": passes(problem, text)}
-        for problem, text in zip(problems, written, strict=True)
+        {"task_id": problem["task_id"], "completion": text, "passed": result}
+        for problem, text, result in zip(problems, written, results, strict=True)
     ]
-    passed = sum(answer["passed"] for answer in answers) / len(answers)
+    passed = sum(results) / len(results)
     write_json(
         options.out,
         {
@@ -102,7 +103,7 @@ def completions(
                 pad_token_id=tokenizer.pad_token_id,
             )
         for at, text in zip(chosen, tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True), strict=True):
-            found[at] = function_of(cast(str, text))
+            found[at] = function_of(text)
     return [*found.values()]
 
 
