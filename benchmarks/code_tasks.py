@@ -45,6 +45,9 @@ def main() -> None:
     options = parser.parse_args()
     start = time.perf_counter()
     problems = read_problems(options.problems)[: options.limit]
+    solution = problems[0].get("canonical_solution")
+    if solution is not None and not passes(problems[0], solution):
+        raise SystemExit(f"{options.problems}: even the solution of the first problem does not pass on this machine")
     model = load(options.model, dtype="auto")
     written = completions(
         model,

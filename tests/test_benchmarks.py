@@ -264,6 +264,16 @@ def test_a_function_that_never_ends_or_takes_all_memory_does_not_pass() -> None:
     assert code_tasks.passes(problem, "    return 1\n")
 
 
+def test_a_machine_on_which_no_solution_passes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1"}
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({**problem, "canonical_solution": "    return 2"}))
+    monkeypatch.setattr(sys, "argv", ["code_tasks", "demo", "--problems", str(file), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="even the solution of the first problem does not pass"):
+        code_tasks.main()
+
+
+@pytest.mark.demo_model
 def test_problems_are_written_in_batches_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [{"task_id": str(at), "prompt": f"def f{at}():\n", "entry_point": f"f{at}"} for at in range(3)]
     problems = [{**each, "test": "def check(f):\n    assert f() is None"} for each in problems]
