@@ -114,7 +114,7 @@ bench-scale: $(STAMP)  ## Measure a cut of a larger model, MODEL=FOLDER with DAT
 bench-recover: $(STAMP)  ## Measure what 20 minutes of training give back, beside a dense model trained alike, with DATA=FOLDER; resumes
 	$(if $(DATA),,$(error bench-recover: give the folder of the texts, for example make bench-recover DATA=data))
 	@mkdir -p runs
-	$(RECOVER) --budget minutes=20 --write
+	$(RECOVER) --budget minutes=20 --write $(or $(TABLE),recover)
 
 bench-recover-curve: $(STAMP)  ## The same by tokens, drawn: hours
 	$(if $(DATA),,$(error bench-recover-curve: give the folder of the texts, for example make bench-recover-curve DATA=data))

@@ -11,7 +11,7 @@ what is gone of its damage is counted from the first cut's.
 
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`). Every result goes into a JSON file as
-it comes (`--out`), and the same command goes on after a stop. `--write` puts the table into docs/benchmarks.md;
+it comes (`--out`), and the same command goes on after a stop. `--write recover` puts the table into docs/benchmarks.md;
 `--picture FILE` draws damage against tokens, and puts the table of that curve there. `--tasks FOLDER` asks the dense
 model, the cuts and the last training of each LLM-Pruner's seven tasks, from files in the folder.
 
@@ -56,8 +56,8 @@ from tables import markdown, secateur, show
 
 LENGTHS = (128, 1024)
 DENSE = "dense"
-MARKS = ("<!-- recover:begin -->", "<!-- recover:end -->")
-CURVE_MARKS = ("<!-- recover-curve:begin -->", "<!-- recover-curve:end -->")
+CURVE = "recover-curve"
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -89,9 +89,10 @@ def main() -> None:
         write_json(options.out, results)
     rows = [name for name, _ in options.row]
     if options.write:
-        write_benchmark(block(results, rows, options.budget), MARKS)
+        write_benchmark(block(results, rows, options.budget), marks(options.write))
+        write_json(RESULTS / f"{options.write}.json", measured(results))
     if options.picture:
-        write_benchmark(markdown(rows_of(results, rows, options.budget)), CURVE_MARKS)
+        write_benchmark(markdown(rows_of(results, rows, options.budget)), marks(CURVE))
         _draw(results, options, options.picture)
     if options.speed_steps:
         results["speed"] = _speed(models[list(models)[-1]], options)
@@ -219,6 +220,25 @@ def cuts_in(results: Mapping[str, Any]) -> list[str]:
 def _show(results: Mapping[str, Any], options: argparse.Namespace) -> None:
     title = "Damage in nats per token; the share of it that is gone, against the dense model and one alike"
     show(title, rows_of(results, [name for name, _ in options.row], options.budget))
+
+
+def marks(table: str) -> tuple[str, str]:
+    """What a table of docs/benchmarks.md lies between."""
+    return f"<!-- {table}:begin -->", f"<!-- {table}:end -->"
+
+
+def measured(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table is made of, without the names of files.
+
+    >>> measured({"20%": {"perplexity": {"WT2@128": 20.0}, "command": ["secateur", "recover"]}})
+    {'20%': {'perplexity': {'WT2@128': 20.0}}}
+    """
+    names = ("perplexity", "tokens", "seconds", "peak_rss_bytes")
+    return {
+        run: about if run == "tasks" else {name: about[name] for name in names if name in about}
+        for run, about in results.items()
+        if run != "speed"
+    }
 
 
 def block(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[str]) -> str:
@@ -437,7 +457,7 @@ def _arguments() -> argparse.Namespace:
     add("--tokens", type=int, default=10_000, help="of each text that are scored")
     add("--tasks", type=Path, metavar="FOLDER", help="also ask the questions in the files of the folder")
     add("--questions", type=int, default=500, help="of each task")
-    add("--write", action="store_true", help="the table of docs/benchmarks.md")
+    add("--write", metavar="NAME", help="the table NAME of docs/benchmarks.md, and benchmarks/results/NAME.json")
     add("--picture", type=Path, help="draw damage against tokens, as SVG, and write the table of the curve")
     add("--speed-steps", type=int, default=0, help="steps by which the speed is measured")
     add("--turns", type=int, default=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import gzip
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -248,6 +249,59 @@ def test_the_tables_of_the_larger_model_are_of_the_file_in_the_repository() -> N
     for page, made in of_pages.items():
         text = (ROOT / page).read_text()
         assert between_marks(text, made, marks=scale.MARKS) == text, page
+
+
+CUTS = ("20%", "50%")
+GAIN = re.compile(r"\((-?\d+)%(?:, (-?\d+)%)?\)")
+
+
+def gains(table: str, row: str) -> list[str]:
+    """The least and the most that a row says is gone of the damage, in %, beside each of the dense models."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    begin, end = recover.marks(table)
+    lines = page[page.index(begin) : page.index(end)].splitlines()
+    (line,) = (line for line in lines if line.startswith(f"| default | {row} |"))
+    beside = zip(*[[int(each) for each in cell if each] for cell in GAIN.findall(line)], strict=True)
+    return [f"{min(each)} to {max(each)}" for each in beside]
+
+
+def test_what_readme_says_of_training_is_in_the_tables() -> None:
+    readme = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", " ".join((ROOT / "README.md").read_text().split()))
+    (half, half_alike), (fifth, fifth_alike) = (gains(recover.CURVE, f"{cut} | tokens=400k") for cut in ("50%", "20%"))
+    assert f"{half} % of the damage at 50 %, {fifth} at 20 %, on 400,000 tokens" in readme
+    assert f"beside a dense model trained alike {half_alike}, {fifth_alike}" in readme
+    (half, half_alike), (fifth, fifth_alike) = (gains("recover", f"{cut} | minutes=20") for cut in ("50%", "20%"))
+    assert f"{half} and {fifth} in 20 minutes, layers first ({half_alike}, {fifth_alike})" in readme
+    (gemma,) = gains("recover-gemma", "20% | minutes=20")
+    assert f"Gemma: {gemma} at 20 %" in readme
+
+
+def test_the_tables_of_training_are_of_the_files_in_the_repository() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    files = sorted(recover.RESULTS.glob("recover*.json"))
+    assert files != []
+    for file in files:
+        made = recover.block(json.loads(file.read_text()), ["default"], ["minutes=20"])
+        assert between_marks(page, made, marks=recover.marks(file.stem)) == page, file.name
+
+
+def test_what_readme_says_of_other_models_is_in_the_table() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+
+    def ratios(model: str, removed: str, column: int) -> list[float]:
+        rows = [line.split("|") for line in lines if line.startswith(f"| {model} | {removed} |")]
+        return [float(row[column]) for row in rows]
+
+    of_best, of_fast = -3, -2
+    (fifth, half), (fast_fifth, fast_half) = (
+        [f"{min(found):.2f} to {max(found):.2f}" for found in (ratios("gemma.gguf", cut, column) for cut in CUTS)]
+        for column in (of_best, of_fast)
+    )
+    assert f"Gemma-3-270M `best` has {fifth} of the best peer's damage at 20 % and {half} at 50 %" in readme
+    assert f"`fast` {fast_fifth} and {fast_half};" in readme
+    worst = [max(each for cut in CUTS for each in ratios("stories260K", cut, column)) for column in (of_best, of_fast)]
+    assert "stories260K, the worst of the zoo, at most {:.2f} and {:.2f}".format(*worst) in readme
 
 
 @pytest.mark.parametrize("module", [code_tasks, scale, tables], ids=lambda module: module.__name__)
