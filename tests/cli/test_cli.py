@@ -128,6 +128,7 @@ def place(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in shelf.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("secateur.data.calibration.MOST_SAMPLES", 0)  # as many windows as for a large model
     monkeypatch.setenv("COLUMNS", "80")  # the width of the parser's help
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)

@@ -140,7 +140,7 @@ def test_not_before_a_short_training(place: Path) -> None:
 @pytest.mark.usefixtures("long", "place")
 @pytest.mark.parametrize(("rounds", "trained"), [(1, True), (2, False)])
 def test_of_a_model_that_is_cut_first(rounds: int, trained: bool) -> None:
-    cut = RoundOptions(rounds, CutOptions(ratio=0.3), CalibrationOptions("text.txt", 4, 16))
+    cut = RoundOptions(rounds, CutOptions(ratio=0.3, repair="none"), CalibrationOptions("text.txt", 4, 16))
     data = DataOptions(("text.txt",), max_length=16)
     recover(RecoverRecipe("dense", data, options(method="lora+distill"), rounds=cut, loading=FLOAT32), "here/out")
     assert (layers_of("here/out") is not None) == trained
@@ -158,7 +158,7 @@ def test_minutes_count_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("secateur.recovery.time_budget._seconds_per_token", lambda run, rows: (run(), 4e-5)[1])
     monkeypatch.setattr("secateur.recovery.time_budget.LOADS", 0)
     monkeypatch.setattr("secateur.recovery.training._seconds_left", lambda minutes, began: next(seconds) * minutes)
-    given: dict[str, Any] = {"minutes": 0.02, "max_steps": None, "eval_steps": 1000, "patience": None}
+    given: dict[str, Any] = {"minutes": 0.005, "max_steps": None, "eval_steps": 1000, "patience": None}
     half = train(layers_first=True, **{**TAUGHT, **given}).steps
     assert layers_of("here/out") is not None
     seconds = iter((60, 60, 60))
