@@ -239,6 +239,22 @@ def test_heads_that_the_config_refuses_are_left_whole() -> None:
     )
 
 
+@pytest.mark.parametrize("shared", [1, 2, 3])
+@pytest.mark.parametrize("of", ["non-embedding", "units"])
+def test_experts_that_share_a_setting_stay_in_proportion(of: Any, shared: int) -> None:
+    """Stacked experts have a width that is a multiple of 8; the shared one, which needs none, has so many times it."""
+    config = tiny_config("deepseek_v3")
+    config.update({"moe_intermediate_size": 80, "n_shared_experts": shared, "num_hidden_layers": 2})
+    found = discover(config)
+    for ratio in (0.13, 0.2, 0.37, 0.5):
+        decided = plan(found, CutOptions(ratio=ratio, of=of, scope="local", shape="uniform"), config=config)
+        assert decided.settings is not None, decided.refusal
+        widths = {group.kind: group.kept for group in decided.groups}
+        assert (
+            widths["shared_mlp"] == shared * widths["expert_mlp"] == shared * decided.settings["moe_intermediate_size"]
+        )
+
+
 def test_a_plan_survives_json(discovery: Discovery, scores: Scores, tmp_path: Path) -> None:
     decided = plan(
         discovery, CutOptions(ratio=0.3, layers=(1, 3), scope="local", shape="uniform"), config=CONFIG, scores=scores

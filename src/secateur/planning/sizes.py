@@ -25,6 +25,7 @@ from secateur.scoring.scores import Scores
 
 WIDE_KINDS = ("mlp", "expert_mlp", "shared_mlp", "latent", "hidden")  # wide, however few units they have
 MANY_UNITS = 64  # a group of so many units is wide, whatever its kind
+EXPERT_KINDS = ("expert_mlp", "shared_mlp")  # of which many configs have one width: all experts share a setting
 SPLIT_KINDS = ("attention", "query", "mlp", "expert_mlp", "shared_mlp")  # what engines split over GPUs
 
 
@@ -101,8 +102,23 @@ class SizeSearch:
 
     def without(self, group: Group, share: float) -> int:
         """Units that a group keeps when it gives a share of them, rounded down; never fewer than must stay."""
-        exact = group.units * (share * self.weight(group))
-        return max(self.fewest(group), group.units - math.floor(exact + 1e-9))
+        times = self.times(group)
+        exact = group.units // times * (share * self.weight(group))
+        return max(self.fewest(group), group.units - times * math.floor(exact + 1e-9))
+
+    @cached_property
+    def _experts(self) -> list[Group]:
+        return [group for group in self.groups if group.kind in EXPERT_KINDS]
+
+    def times(self, group: Group) -> int:
+        """How many times the width of one expert a group of experts has, where they are to stay in proportion; else 1.
+
+        A config may say one width and how many times an expert that every token passes has it.
+        """
+        if self.options.shape != "uniform" or group.kind not in EXPERT_KINDS:
+            return 1
+        width = min(each.units for each in self._experts)
+        return 1 if group.units % width else group.units // width
 
     def multiple_of(self, group: Group) -> int:
         """What the sizes of a group are multiples of: as asked for, and as the kernels that read them need."""
@@ -110,7 +126,11 @@ class SizeSearch:
         if not is_wide(group) or group.kind == "head_dim":  # the code around sees heads of the dense size
             return split
         asked = self.options.round_to
-        return math.lcm(usual_multiple(group, self.options) if asked is None else asked, group.multiple, split)
+        usual = usual_multiple(group, self.options) if asked is None else asked
+        if self.options.shape == "uniform" and group.kind in EXPERT_KINDS:
+            needed = math.lcm(*(each.multiple for each in self._experts))
+            return self.times(group) * math.lcm(usual, needed, split)
+        return math.lcm(usual, group.multiple, split)
 
     def most(self, group: Group) -> int:
         """The most units that a group may keep: all, unless they cannot be split over the GPUs."""
@@ -254,7 +274,8 @@ def _share_of_units(search: SizeSearch) -> Sizes:
     """The same share of the units of every group."""
     options, sizes = search.options, {}
     for group in search.groups:
-        kept = group.units - removed_units(group.units, (options.ratio or 0) * search.weight(group))
+        times = search.times(group)
+        kept = group.units - times * removed_units(group.units // times, (options.ratio or 0) * search.weight(group))
         if options.schedule is not None:  # a layer may be given more than all of its units
             kept = max(group.least, kept)
         if kept >= group.least:  # else it is refused

@@ -131,9 +131,10 @@ def _missed(planned: Plan) -> Iterator[str]:
         _, _, dense, pruned = sizes[of]
         removed = 1 - pruned / dense
         if abs(removed - ratio) > NEAR:
+            shape = "" if planned.options.shape == "per-layer" else ", or --shape per-layer,"
             yield (
                 f"the nearest that whole units allow: {removed:.2%} of {of}, for the {ratio:.2%} asked for. "
-                "More axes or layers, or --shape per-layer, may come nearer"
+                f"More axes or layers{shape} may come nearer"
             )
 
 
