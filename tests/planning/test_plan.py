@@ -239,6 +239,15 @@ def test_heads_that_the_config_refuses_are_left_whole() -> None:
     )
 
 
+def test_mlps_as_wide_as_experts_stay_so() -> None:
+    config = tiny_config("jamba")
+    config.update({"intermediate_size": 80})
+    decided = plan(discover(config), CutOptions(ratio=0.13, scope="local", shape="uniform"), config=config)
+    assert {group.kind for group in decided.groups} >= {"mlp", "expert_mlp"}
+    assert decided.settings is not None, decided.refusal
+    assert decided.settings["intermediate_size"] % 8 == 0
+
+
 @pytest.mark.parametrize("shared", [1, 2, 3])
 @pytest.mark.parametrize("of", ["non-embedding", "units"])
 def test_experts_that_share_a_setting_stay_in_proportion(of: Any, shared: int) -> None:

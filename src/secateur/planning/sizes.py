@@ -107,17 +107,18 @@ class SizeSearch:
         return max(self.fewest(group), group.units - times * math.floor(exact + 1e-9))
 
     @cached_property
-    def _experts(self) -> list[Group]:
-        return [group for group in self.groups if group.kind in EXPERT_KINDS]
+    def _experts(self) -> dict[str, Group]:
+        """The groups whose widths a config may say by one setting: those of experts, and MLPs as wide as one."""
+        experts = [group for group in self.groups if group.kind in EXPERT_KINDS]
+        width = min((group.units for group in experts), default=None)
+        alike = [group for group in self.groups if group.kind == "mlp" and group.units == width]
+        return {group.name: group for group in (*experts, *alike)} if self.options.shape == "uniform" else {}
 
     def times(self, group: Group) -> int:
-        """How many times the width of one expert a group of experts has, where they are to stay in proportion; else 1.
-
-        A config may say one width and how many times an expert that every token passes has it.
-        """
-        if self.options.shape != "uniform" or group.kind not in EXPERT_KINDS:
+        """How many times the width of one expert a group has, if the config may say that one alone; else 1."""
+        if group.name not in self._experts:
             return 1
-        width = min(each.units for each in self._experts)
+        width = min(each.units for each in self._experts.values())
         return 1 if group.units % width else group.units // width
 
     def multiple_of(self, group: Group) -> int:
@@ -127,8 +128,8 @@ class SizeSearch:
             return split
         asked = self.options.round_to
         usual = usual_multiple(group, self.options) if asked is None else asked
-        if self.options.shape == "uniform" and group.kind in EXPERT_KINDS:
-            needed = math.lcm(*(each.multiple for each in self._experts))
+        if group.name in self._experts:
+            needed = math.lcm(*(each.multiple for each in self._experts.values()))
             return self.times(group) * math.lcm(usual, needed, split)
         return math.lcm(usual, group.multiple, split)
 
