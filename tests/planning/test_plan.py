@@ -248,6 +248,16 @@ def test_mlps_as_wide_as_experts_stay_so() -> None:
     assert decided.settings["intermediate_size"] % 8 == 0
 
 
+def test_widths_that_no_multiple_of_8_divides_are_cut_in_proportion() -> None:
+    config = tiny_config("deepseek_v3")
+    config.update({"moe_intermediate_size": 12, "n_shared_experts": 2, "num_hidden_layers": 2})
+    found = discover(config)
+    wider = [replace(group, multiple=math.gcd(8, group.units)) for group in found.groups if "shared" in group.kind]
+    narrow = [group for group in found.groups if group.kind == "expert_mlp"]
+    search = SizeSearch(found, {"mlp": [*narrow, *wider]}, CutOptions(ratio=0.3, scope="local", shape="uniform"))
+    assert [search.multiple_of(group) for group in (narrow[0], wider[0])] == [4, 8]
+
+
 @pytest.mark.parametrize("shared", [1, 2, 3])
 @pytest.mark.parametrize("of", ["non-embedding", "units"])
 def test_experts_that_share_a_setting_stay_in_proportion(of: Any, shared: int) -> None:

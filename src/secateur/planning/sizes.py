@@ -129,8 +129,9 @@ class SizeSearch:
         asked = self.options.round_to
         usual = usual_multiple(group, self.options) if asked is None else asked
         if group.name in self._experts:
-            needed = math.lcm(*(each.multiple for each in self._experts.values()))
-            return self.times(group) * math.lcm(usual, needed, split)
+            times = {name: self.times(each) for name, each in self._experts.items()}
+            needed = (each.multiple // math.gcd(each.multiple, times[name]) for name, each in self._experts.items())
+            return times[group.name] * math.lcm(usual, split, *needed)
         return math.lcm(usual, group.multiple, split)
 
     def most(self, group: Group) -> int:
