@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from families import DISTINCT, family_config
 from secateur import discover
@@ -44,6 +45,30 @@ def cut_of(discovery: Discovery, kind: str, kept: int) -> PrunedSizes:
 def test_settings_are_found(family: str, kind: str, kept: int, settings: dict[str, int]) -> None:
     config, discovery = family_config(family), found_in(family)
     assert stock_settings(config, discovery, cut_of(discovery, kind, kept)) == settings
+
+
+def test_kinds_that_the_first_layer_lacks_are_found_together() -> None:
+    """Three settings of experts, in a model whose first layers are without."""
+    sizes = {
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 4,
+        "intermediate_size": 84,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    }
+    widths = {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 36}
+    heads = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+    config = AutoConfig.for_model("qwen2_moe", vocab_size=97, **sizes, **widths, **heads)
+    discovery = discover(config)
+    kept = {"mlp": 60, "expert": 3, "expert_mlp": 20, "shared_mlp": 24}
+    assert not {"expert", "expert_mlp", "shared_mlp"} & {group.kind for group in discovery.groups if group.layer == 0}
+    cut = PrunedSizes({group.name: kept[group.kind] for group in discovery.groups if group.kind in kept})
+    assert stock_settings(config, discovery, cut) == {
+        "intermediate_size": 60,
+        "num_experts": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 24,
+    }
 
 
 def test_a_setting_that_is_unset_can_be_set() -> None:

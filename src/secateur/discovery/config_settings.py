@@ -63,7 +63,7 @@ def stock_settings(
     by_layer = pruned.dropped_layers or any(
         isinstance(value, list) for _, value in _changes_by_value(config, discovery, pruned)[1]
     )
-    shallow = config if by_layer else _shallow(config, discovery, trust_remote_code=trust_remote_code)
+    shallow = config if by_layer else _shallow(config, discovery, pruned, trust_remote_code=trust_remote_code)
     for changes, twin in twins(shallow, discovery, pruned, refusals, trust_remote_code=trust_remote_code):
         if any(wanted.get(name) != shape for name, shape in shapes_of(twin).items()):
             continue
@@ -76,17 +76,28 @@ def stock_settings(
     raise PlanError(f"{type(config).__name__} cannot describe the cut ({wanted_sizes}): {because}")
 
 
-def _shallow(config: PreTrainedConfig, discovery: Discovery, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config with one layer, for a faster search; as it is, where no setting leaves the first layer alone."""
-    layers = discovery.depth
-    wanted = shapes_after(discovery, PrunedSizes(dropped_layers=frozenset(range(1, layers))))
+def _shallow(
+    config: PreTrainedConfig, discovery: Discovery, pruned: PrunedSizes, *, trust_remote_code: bool
+) -> PreTrainedConfig:
+    """The config with the first layers alone that hold something of every kind that is cut, for a faster search.
+
+    As it is, where no setting leaves these.
+    """
+    first: dict[tuple[str, str], int] = {}  # kind and family -> the first layer that holds them
+    for group in discovery.groups:
+        if group.name in pruned.sizes and group.layer is not None:
+            first.setdefault((group.kind, group.family), group.layer)
+    layers, kept = discovery.depth, 1 + max(first.values(), default=0)
+    if kept >= layers:
+        return config
+    wanted = shapes_after(discovery, PrunedSizes(dropped_layers=frozenset(range(kept, layers))))
     settings = dict(_settings(config.to_dict()))
-    lists = {name: value[:1] for name, value in settings.items() if isinstance(value, list) and len(value) == layers}
+    lists = {name: value[:kept] for name, value in settings.items() if isinstance(value, list) and len(value) == layers}
     for name, value in settings.items():
-        if value == layers and layers > 1:
-            twin = _build(config, {name: 1, **lists}, [], trust_remote_code=trust_remote_code)
+        if value == layers:
+            twin = _build(config, {name: kept, **lists}, [], trust_remote_code=trust_remote_code)
             if twin is not None and shapes_of(twin) == wanted:
-                return with_settings(config, {name: 1, **lists})
+                return with_settings(config, {name: kept, **lists})
     return config
 
 
