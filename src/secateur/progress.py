@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import psutil
 
 Progress = Callable[..., None]  # progress(done, total), or with a note on what was measured: (done, total, note)
 ProgressBars = Callable[[str], AbstractContextManager[Progress | None]]  # name of a stage -> its bar, while it is open
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # which PyTorch reads when it makes its first tensor
 MALLOPT = {-3: 2**27, -1: 2**28}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, bytes
 
 
@@ -69,11 +71,13 @@ def peak_rss() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what a tensor frees for the next one.
+    """Have the C library keep what a tensor frees for the next one, and PyTorch lay large tensors on large pages.
 
     Pages fresh from the system cost more than most operators that write to them: a cast of logits takes a twentieth of
-    the time in memory that was used before. Nothing where the C library has no such setting.
+    the time in memory that was used before, and a tensor of 320 MB is filled in half the time on pages of 2 MB. Nothing
+    where the system has no such setting, or PyTorch has made a tensor before.
     """
+    os.environ.setdefault(LARGE_PAGES, "1")
     with suppress(AttributeError, OSError, TypeError):
         for parameter, size in MALLOPT.items():
             ctypes.CDLL(None).mallopt(parameter, size)

@@ -15,7 +15,8 @@ from secateur.scoring.obs import (
     STRIP,
     TOKENS_AT_ONCE,
     add_gram,
-    gram,
+    fill_above,
+    gram_dtype,
     least_squares,
     output_error,
     removal_costs,
@@ -135,14 +136,18 @@ def test_damping_makes_a_singular_gram_matrix_invertible() -> None:
 @pytest.mark.parametrize("columns", [1, 5, STRIP, STRIP + 1, 3 * STRIP - 7])
 def test_a_gram_matrix_in_strips(columns: int) -> None:
     x = torch.randn(40, columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    assert torch.allclose(gram(x), x.t() @ x, rtol=1e-12, atol=1e-9)
+    total = torch.zeros(columns, columns, dtype=x.dtype)
+    add_gram(total, x)
+    fill_above(total)
+    assert torch.allclose(total, x.t() @ x, rtol=1e-12, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sums_over_blocks_of_tokens(dtype: torch.dtype) -> None:
     x = torch.randn(TOKENS_AT_ONCE + 9, 5, generator=torch.Generator().manual_seed(3)).to(dtype)
-    total, exact = torch.ones(5, 5, dtype=torch.float64), torch.zeros(5, 5, dtype=torch.float64)
-    add_gram(total, x)
-    add_gram(exact, x, dtype=torch.float64)
-    assert torch.allclose(total, 1 + x.double().t() @ x.double(), rtol=1e-5, atol=1e-3)
+    total, exact = torch.ones(5, 5, dtype=gram_dtype(x)), torch.zeros(5, 5, dtype=torch.float64)
+    for each in (total, exact):
+        add_gram(each, x)
+        fill_above(each)
+    assert torch.allclose(total.double(), 1 + x.double().t() @ x.double(), rtol=1e-5, atol=1e-3)
     assert torch.allclose(exact, x.double().t() @ x.double(), rtol=1e-12, atol=1e-9)

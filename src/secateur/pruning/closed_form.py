@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.scoring.obs import DAMPING, TOKENS_AT_ONCE, add_gram, least_squares, output_error
+from secateur.scoring.obs import (
+    DAMPING,
+    TOKENS_AT_ONCE,
+    NormalEquations,
+    add_gram,
+    fill_above,
+    gram_dtype,
+    least_squares,
+    output_error,
+)
 
 DAMPINGS = (DAMPING, 0.1, 1.0, 10.0)  # tried in this order, while the error of held-out tokens falls
 HELD_OUT = 4  # one window of so many is held out of the fits that are compared
@@ -23,11 +32,12 @@ OUTPUTS_TRIED = 256  # of a matrix, by which dampings are compared
 
 @dataclass(frozen=True, slots=True)
 class MatrixInputs:
-    """What a matrix reads, over all tokens: float64."""
+    """What a matrix reads, over all tokens."""
 
     gram_CC: Tensor
-    """X'X."""
+    """X'X: float32, or float64 where the inputs are."""
     mean_C: Tensor
+    """float64."""
     tokens: int
     held_out: MatrixInputs | None = None
     """The part of them by which fits to the others are compared; None where tokens are too few."""
@@ -114,6 +124,8 @@ class InputSums:
 
     def inputs(self) -> MatrixInputs:
         """The statistics of all that was added, which is one token at least; nothing can be added any more."""
+        for each in self._sums.values():
+            fill_above(each.gram_CC)
         held_out, rest = self._sums.pop(True, None), self._sums.pop(False, None)
         if held_out is None or rest is None:
             found = held_out or rest
@@ -124,17 +136,17 @@ class InputSums:
         return MatrixInputs(rest.gram_CC.add_(held_out.gram_CC), mean_C, tokens, held_out=held_out)
 
     def _add(self, held_out: bool, x_NC: Tensor, rows_N: Tensor) -> None:
-        """Add some rows, a few at a time: all in float64 would be the largest tensor of a repair."""
+        """Add some rows, a few at a time: a copy of all would be the largest tensor of a repair."""
         if not len(rows_N):
             return
         before = self._sums.get(held_out)
         if before is None:
-            empty_CC = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1], dtype=torch.float64)
-            before = MatrixInputs(empty_CC, empty_CC.new_zeros(len(empty_CC)), 0)
+            empty_CC = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1], dtype=gram_dtype(x_NC))
+            before = MatrixInputs(empty_CC, empty_CC.new_zeros(len(empty_CC), dtype=torch.float64), 0)
         sum_C = before.mean_C * before.tokens
         for some in rows_N.split(TOKENS_AT_ONCE):
             add_gram(before.gram_CC, x_NC[some])
-            sum_C += x_NC[some].double().sum(0)
+            sum_C += x_NC[some].sum(0, dtype=torch.float64)
         tokens = before.tokens + len(rows_N)
         self._sums[held_out] = MatrixInputs(before.gram_CC, sum_C / tokens, tokens)
 
@@ -172,9 +184,9 @@ def damping_for(matrix: CutMatrix) -> float:
     some = slice(None, None, max(1, len(matrix.dense_RC) // OUTPUTS_TRIED))
     dense_RC, left_RC = matrix.dense_RC[some].float(), matrix.left_RC[some].float()
     best, least = math.inf, output_error(left_RC - dense_RC, unseen_CC)
-    before = math.inf
+    equations, before = NormalEquations(dense_RC, seen_CC, kept_K, torch.float32), math.inf
     for damping in DAMPINGS:
-        left_RC[:, kept_K] = least_squares(dense_RC, seen_CC, kept_K, damping=damping, dtype=torch.float32).float()
+        left_RC[:, kept_K] = dense_RC[:, kept_K] + equations.change_RK(damping)
         error = output_error(left_RC - dense_RC, unseen_CC)
         if error < least:
             best, least = damping, error

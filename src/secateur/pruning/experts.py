@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from secateur.progress import Progress
 from secateur.scoring.collect_experts import Routed, expert_output, routed
-from secateur.scoring.obs import add_gram
+from secateur.scoring.obs import add_gram, fill_above, gram_dtype
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products
 from secateur.scoring.passes.products import WeightProduct, WeightProducts
 
@@ -182,8 +182,10 @@ def _fitted(
         for expert, each in tokens.items():
             seen_M = seen_N[each.rows_M]
             reads_MC, error_MD = each.reads_MC[seen_M], error_ND[each.rows_M[seen_M]]
-            gram_CC = fitted[expert].new_zeros(reads_MC.shape[1], reads_MC.shape[1])
+            gram_CC = reads_MC.new_zeros(reads_MC.shape[1], reads_MC.shape[1], dtype=gram_dtype(reads_MC))
             add_gram(gram_CC, reads_MC)
+            fill_above(gram_CC)
+            gram_CC = gram_CC.double()
             gram_CC.diagonal().add_(damping * gram_CC.diagonal().mean().clamp_min(1e-12))
             wanted_CD = (reads_MC.to(error_MD.dtype).t() @ error_MD).double()
             change_CD = torch.cholesky_solve(wanted_CD, torch.linalg.cholesky(gram_CC))

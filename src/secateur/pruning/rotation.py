@@ -26,7 +26,7 @@ from secateur.discovery.padding import INPUT_DIM, PADDED_KIND
 from secateur.models.inputs import arguments, predicted
 from secateur.models.streaming import check_in_place
 from secateur.progress import Progress
-from secateur.scoring.obs import add_gram
+from secateur.scoring.obs import add_gram, fill_above
 from secateur.scoring.passes.forward import embedding_device, probe_windows
 from secateur.scoring.passes.products import stream_inputs
 
@@ -190,6 +190,8 @@ def _grams(
     modules = dict(model.named_modules())
     layers = [path for path in discovery.layer_paths if path in modules]
     stream_inputs(model, windows, visit, wanted=by_weight, layers=layers, progress=progress)
+    for total_DD in grams.values():
+        fill_above(total_DD)
     return {at: total_DD / windows.numel() for at, total_DD in grams.items()}
 
 

@@ -22,7 +22,7 @@ from secateur import processes
 from secateur.errors import ScoreError
 from secateur.models.inputs import hidden_read
 from secateur.progress import Progress
-from secateur.scoring.obs import add_gram, removal_costs, unit_costs
+from secateur.scoring.obs import add_gram, fill_above, removal_costs, unit_costs
 from secateur.scoring.passes.loss import outputs_of, predictions, summed_loss
 from secateur.scoring.passes.products import stream_inputs
 from secateur.scoring.passes.weight_gradients import row_blocks
@@ -170,7 +170,7 @@ class FeatureMoments:
         self.mean_MC[index] += change_C * (n / (before + n))
         self.deviations_MC[index] += variance_C.double() * n + change_C.square() * (before * n / (before + n))
         if len(self.gram_MCC):
-            add_gram(self.gram_MCC[index], x_NC, dtype=torch.float64)
+            add_gram(self.gram_MCC[index], x_NC)
 
     def add_up_processes(self) -> None:
         """Make them those of the tokens of all processes."""
@@ -205,6 +205,7 @@ class FeatureMoments:
             tokens = float(self.tokens_M1[i])
             if not tokens:
                 continue  # an expert that no token was routed to
+            fill_above(gram_CC)
             matrix = weight[i] if weight.dim() > 2 else weight
             w_RC = matrix if dim - (weight.dim() - matrix.dim()) == 1 else matrix.t()
             if greedy:

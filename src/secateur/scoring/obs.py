@@ -5,10 +5,10 @@ matrix W reads features x with the Gram matrix H = sum of x x'. To leave out the
 the outputs costs tr(W_S ((H^-1)_SS)^-1 W_S'), when all other columns change by -W_S ((H^-1)_SS)^-1 (H^-1)_S. A damping
 d on the diagonal of H holds these changes back; that of W_S itself is none, so its d tr(W_S W_S') is not counted.
 
-All in float64, but for the products of a Gram matrix: repairs solve a well-damped system, for which float32 is exact
-enough at half the cost. Scores divide by entries of an inverse, which with fewer tokens than columns would show
-float32's rounding. Axes: N tokens, R rows (outputs), C columns (inputs), S the columns of one unit, K the columns that
-are kept, U units.
+All in float64, but for the Gram matrix of a repair, which solves a well-damped system: float32 is exact enough for it,
+at half the memory and a fraction of the time. Scores divide by entries of an inverse, which with fewer tokens than
+columns would show float32's rounding. Axes: N tokens, R rows (outputs), C columns (inputs), S the columns of one unit,
+K the columns that are kept, U units.
 """
 
 from __future__ import annotations
@@ -26,30 +26,39 @@ TOKENS_AT_ONCE = 2048  # multiplied before they are added to the float64 sum
 STRIP = 256  # columns of a Gram matrix that are computed at once
 
 
-def add_gram(total_CC: Tensor, x_NC: Tensor, *, dtype: torch.dtype = torch.float32) -> None:
-    """Add X'X to `total_CC` (float64) in place; products are taken in `dtype`, or in float64 where x is.
+def add_gram(total_CC: Tensor, x_NC: Tensor) -> None:
+    """Add X'X to `total_CC` in place, on and below the diagonal alone (`fill_above` does the rest), in its dtype.
 
-    Where x is bfloat16, its products are exact in float32, and processors with such units take them twice as fast.
+    Where x is bfloat16 and the total float32, products are exact, and processors with such units take them twice as
+    fast.
 
-    >>> total_CC = torch.zeros(2, 2, dtype=torch.float64)
+    >>> total_CC = torch.zeros(2, 2)
     >>> add_gram(total_CC, torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    >>> fill_above(total_CC)
     >>> total_CC.tolist()
     [[1.0, 2.0], [2.0, 5.0]]
     """
-    dtype = torch.float64 if x_NC.dtype == torch.float64 else dtype
+    columns = x_NC.shape[1]
     with matmul_precision(exact=x_NC.dtype != torch.bfloat16):
-        for first in range(0, len(x_NC), TOKENS_AT_ONCE):
-            total_CC += gram(x_NC[first : first + TOKENS_AT_ONCE].to(dtype))
+        for part_NC in x_NC.split(TOKENS_AT_ONCE):
+            part_NC = part_NC.to(total_CC.dtype)
+            for first in range(0, columns, STRIP):
+                strip = slice(first, first + STRIP)
+                total_CC[first:, strip].addmm_(part_NC[:, first:].t(), part_NC[:, strip])
 
 
-def gram(x_NC: Tensor) -> Tensor:
-    """X'X in the dtype of x. Only strips on and below the diagonal are computed, then mirrored."""
-    gram_CC = x_NC.new_empty(x_NC.shape[1], x_NC.shape[1])
-    for first in range(0, x_NC.shape[1], STRIP):
-        below = x_NC[:, first:].t() @ x_NC[:, first : first + STRIP]
-        gram_CC[first:, first : first + STRIP] = below
-        gram_CC[first : first + STRIP, first:] = below.t()
-    return gram_CC
+def fill_above(total_CC: Tensor) -> None:
+    """Copy what is below the diagonal to above it, in place."""
+    for first in range(0, len(total_CC), STRIP):
+        strip = slice(first, first + STRIP)
+        square = total_CC[strip, strip]
+        square.copy_(square.tril() + square.tril(-1).t())
+        total_CC[strip, first + STRIP :] = total_CC[first + STRIP :, strip].t()
+
+
+def gram_dtype(x_NC: Tensor) -> torch.dtype:
+    """In which to add up a Gram matrix that a well-damped system is solved with: float64 where x is, else float32."""
+    return torch.promote_types(x_NC.dtype, torch.float32)
 
 
 def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float = DAMPING) -> Tensor:
@@ -62,7 +71,7 @@ def unit_costs(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, *, damping: float
     [9.0, 16.0]
     """
     w_RC, inverse_CC, columns = _of_units(w_RC, gram_CC, unit_of, damping)
-    not_counted_U = _ridge(gram_CC, damping) * _squares(w_RC, columns)
+    not_counted_U = _ridge(gram_CC.diagonal().mean(), damping) * _squares(w_RC, columns)
     return _costs(w_RC, inverse_CC, columns, _single_columns(columns)) - not_counted_U
 
 
@@ -81,7 +90,7 @@ def removal_costs(
     ([0, 2], True)
     """
     w_RC, inverse_CC, columns = _of_units(w_RC, gram_CC, unit_of, damping)
-    not_counted_U = _ridge(gram_CC, damping) * _squares(w_RC, columns)
+    not_counted_U = _ridge(gram_CC.diagonal().mean(), damping) * _squares(w_RC, columns)
     n_removed = max(0, len(columns) - keep)
     # Units without columns go first and cost nothing.
     order = [unit for unit, own in enumerate(columns) if not len(own)][:n_removed]
@@ -122,18 +131,30 @@ def least_squares(
     >>> least_squares(w, x.t() @ x, torch.tensor([0]), damping=0.0)
     tensor([[2.]], dtype=torch.float64)
     """
-    w_RC, gram_CC = w_RC.to(dtype), gram_CC.to(dtype)
-    ridge = float(_ridge(gram_CC, damping))
-    gone_C = torch.ones(len(gram_CC), dtype=torch.bool, device=gram_CC.device)
-    gone_C[kept] = False
-    inner_KK = gram_CC[kept][:, kept]
-    inner_KK.diagonal().add_(ridge)
-    lost_KR = gram_CC[kept][:, gone_C] @ w_RC[:, gone_C].t()  # what those that stay take over: change = lost / inner
-    if ridge:
-        change_KR: Tensor = torch.cholesky_solve(lost_KR, torch.linalg.cholesky(inner_KK))
-    else:
-        change_KR = torch.linalg.solve(inner_KK, lost_KR)
-    return w_RC[:, kept] + change_KR.t()
+    return w_RC[:, kept].to(dtype) + NormalEquations(w_RC, gram_CC, kept, dtype).change_RK(damping)
+
+
+class NormalEquations:
+    """What the columns that stay take over of those that go, by `least_squares` with one damping or several."""
+
+    def __init__(self, w_RC: Tensor, gram_CC: Tensor, kept: Tensor, dtype: torch.dtype) -> None:
+        gone_C = torch.ones(len(gram_CC), dtype=torch.bool, device=gram_CC.device)
+        gone_C[kept] = False
+        self.mean_square = gram_CC.diagonal().mean().to(dtype)
+        rows_KC = gram_CC[kept]
+        self.inner_KK = rows_KC[:, kept].to(dtype)
+        self.diagonal_K = self.inner_KK.diagonal().clone()
+        self.lost_KR = rows_KC[:, gone_C].to(dtype) @ w_RC[:, gone_C].to(dtype).t()  # change = lost / inner
+
+    def change_RK(self, damping: float) -> Tensor:
+        """What is added to the columns that stay."""
+        ridge = float(_ridge(self.mean_square, damping))
+        self.inner_KK.diagonal().copy_(self.diagonal_K + ridge)
+        if not ridge:
+            change_KR: Tensor = torch.linalg.solve(self.inner_KK, self.lost_KR)
+        else:
+            change_KR = torch.cholesky_solve(self.lost_KR, torch.linalg.cholesky(self.inner_KK))
+        return change_KR.t()
 
 
 def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
@@ -142,9 +163,9 @@ def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
     return float(((change_RC @ gram_CC) * change_RC).sum())
 
 
-def _ridge(gram_CC: Tensor, damping: float) -> Tensor:
-    """What a damping adds to the diagonal."""
-    return damping * gram_CC.diagonal().mean().clamp_min(1e-12)
+def _ridge(mean_square: Tensor, damping: float) -> Tensor:
+    """What a damping adds to the diagonal of a Gram matrix, whose entries have this mean."""
+    return damping * mean_square.clamp_min(1e-12)
 
 
 def _of_units(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, damping: float) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -152,7 +173,7 @@ def _of_units(w_RC: Tensor, gram_CC: Tensor, unit_of: Tensor, damping: float) ->
     order_C = unit_of.argsort(stable=True)  # columns of no unit come first
     n_others, at_C = int((unit_of < 0).sum()), order_C.to(w_RC.device)
     ordered_CC = gram_CC[at_C][:, at_C].double()
-    ordered_CC.diagonal().add_(_ridge(gram_CC, damping))
+    ordered_CC.diagonal().add_(_ridge(gram_CC.diagonal().mean(), damping))
     lower_CC = torch.linalg.cholesky(ordered_CC)
     del ordered_CC  # as large as the Gram matrix
     inverse_CC = torch.cholesky_inverse(lower_CC[n_others:, n_others:])  # what the others make up for is in it
