@@ -51,7 +51,7 @@ from secateur.pruning.experts import fit_experts_in_place
 from secateur.pruning.norms import narrowed, norms_over, scaled_weight
 from secateur.pruning.prune import new_tensor, prune
 from secateur.scoring.collect_experts import expert_modules
-from secateur.scoring.obs import removal_costs
+from secateur.scoring.obs import gram_dtype, removal_costs
 from secateur.scoring.passes.forward import pass_to_hidden, plain_products, probe_windows, replaced_forward
 from secateur.scoring.passes.layers import LayerCall, joined, layers_in_parts
 from secateur.scoring.passes.products import WeightProduct, WeightProducts, input_dims
@@ -338,7 +338,8 @@ class _RepairPass:
         kind = without_numbers(matrix.weight)
         if any(without_numbers(weight) != kind for weight, _ in self.sums):
             raise _Collected
-        if at not in self.sums and self.sums and (len(self.sums) + 1) * 2 * 8 * inputs.shape[1] ** 2 > SUMS_AT_ONCE:
+        held = 2 * gram_dtype(inputs).itemsize * inputs.shape[1] ** 2
+        if at not in self.sums and self.sums and (len(self.sums) + 1) * held > SUMS_AT_ONCE:
             return  # another time
         self.matrices[at] = matrix
         self.sums.setdefault(at, InputSums(self.windows)).add(inputs, first=first, count=count)
