@@ -47,21 +47,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--read", type=Path, metavar="FILE", help="results of another model, whose answers to read")
     options = parser.parse_args()
-    start = time.perf_counter()
     problems = read_problems(options.problems)[: options.limit]
-    if options.read is not None:
-        written = {each["task_id"]: each["completion"] for each in json.loads(options.read.read_text())["answers"]}
-        answers = [(each["prompt"], written[each["task_id"]].rstrip()) for each in problems]
-        loss, share = loss_on(load(options.model, dtype="auto"), load_tokenizer(options.model), answers, options.batch)
-        write_json(options.out, {"loss": loss, "same": share, "problems": len(answers)})
-        print(f"{options.model}: {loss:.3f} nats per token of {len(answers)} answers, {share:.1%} written alike")
-        return
+    if options.read is None:
+        _write_answers(options, problems)
+    else:
+        _read_answers(options, problems)
+
+
+def _write_answers(options: argparse.Namespace, problems: Sequence[dict[str, str]]) -> None:
+    start = time.perf_counter()
     solution = problems[0].get("canonical_solution")
     if solution is not None and not passes(problems[0], solution):
         raise SystemExit(f"{options.problems}: even the solution of the first problem does not pass on this machine")
-    model = load(options.model, dtype="auto")
     written = completions(
-        model,
+        load(options.model, dtype="auto"),
         load_tokenizer(options.model),
         [problem["prompt"] for problem in problems],
         options.batch,
@@ -84,6 +83,14 @@ def main() -> None:
         },
     )
     print(f"{options.model}: {passed:.1%} of {len(answers)} passed")
+
+
+def _read_answers(options: argparse.Namespace, problems: Sequence[dict[str, str]]) -> None:
+    written = {each["task_id"]: each["completion"] for each in json.loads(options.read.read_text())["answers"]}
+    answers = [(each["prompt"], written[each["task_id"]].rstrip()) for each in problems]
+    loss, share = loss_on(load(options.model, dtype="auto"), load_tokenizer(options.model), answers, options.batch)
+    write_json(options.out, {"loss": loss, "same": share, "problems": len(answers)})
+    print(f"{options.model}: {loss:.3f} nats per token of {len(answers)} answers, {share:.1%} written alike")
 
 
 def read_problems(file: Path) -> list[dict[str, str]]:

@@ -38,6 +38,7 @@ from secateur.data.generated import generate_windows
 from secateur.data.windows import behind
 from secateur.discovery.config_settings import _shallow, stock_settings
 from secateur.discovery.groups import Discovery
+from secateur.discovery.sizes import PrunedSizes
 from secateur.errors import DataError, DiscoveryError, ModelError, PlanError
 from secateur.models.config import load_config
 from secateur.models.loading import load, skeleton
@@ -360,7 +361,8 @@ class TestTrusted:
         assert "widths that it accepts are 32 and 36" in refusal
 
     def test_the_settings_are_searched_on_one_layer(self, model: PreTrainedModel, discovery: Discovery) -> None:
-        assert _shallow(model.config, discovery, trust_remote_code=True).num_layers == 1
+        widths = PrunedSizes({group.name: group.units - 1 for group in discovery.groups if group.kind == "mlp"})
+        assert _shallow(model.config, discovery, widths, trust_remote_code=True).num_layers == 1
 
     @pytest.mark.slow
     def test_a_saved_folder_needs_neither_us_nor_the_original(self, tmp_path: Path) -> None:
