@@ -1,11 +1,11 @@
-"""MBPP's functions -> problems to choose by, in HumanEval's format, and text to calibrate on: of no problem both.
+"""MBPP's functions -> problems to choose by, in HumanEval's format, and text to calibrate on; no function is in both.
 
     python benchmarks/mbpp.py sanitized-mbpp.json --text FILE.jsonl [--column input] --problems FILE.jsonl.gz
 
 The file is google-research's (`mbpp/sanitized-mbpp.json`, arXiv 2108.07732): an array of objects with `prompt`, `code`,
 `test_list` and `test_imports`. Each becomes a function as a programmer writes it: its head, its description and first
 test as the docstring, its body. What has more than one function is left out. Of the others, in random order, the first
-are the problems, which `code_tasks.py` asks, and the rest the text, four functions a document.
+are the problems, which `code_tasks.py` asks, and the rest are the text, four functions a document.
 """
 
 from __future__ import annotations

@@ -369,3 +369,26 @@ def test_the_loss_on_what_another_model_wrote(tmp_path: Path, monkeypatch: pytes
     found = json.loads(out.read_text())
     assert found["loss"] == pytest.approx(both, rel=1e-3)
     assert found["same"] > 0.8
+
+
+def test_what_is_said_of_functions_comes_from_their_files() -> None:
+    """README's and the research log's figures of calibration on functions."""
+    root = Path(__file__).parents[1]
+    found = {file.stem: json.loads(file.read_text()) for file in (root / "benchmarks/results/functions").glob("*.json")}
+    log, readme = ((root / name).read_text() for name in ("docs/research.md", "README.md"))
+    rows = {
+        "dense": "dense",
+        "llm-pruner": "LLM-Pruner's recipe",
+        "best": "`best`",
+        "best-trained": "`best`, then trained on this text for 20 minutes",
+        "fast-functions": "`fast`, two sevenths of the text the other 289 functions of MBPP",
+        "best-functions": "`best`, the same text",
+    }
+    for name, row in rows.items():
+        read = found[f"{name}-read"]
+        assert f"| {row} | {read['loss']:.3f} | {read['same']:.1%} |".replace("%", " %") in log
+    for name in ("fast-functions", "best-functions"):
+        asked = found[f"{name}-humaneval"]
+        assert f"| {100 * asked['value']:.1f} ± {100 * asked['stderr']:.1f} |" in log
+    assert f"{100 * found['dense-answers']['value']:.1f} % of them rightly" in log
+    assert f"[{100 * found['best-functions-humaneval']['value']:.0f} with" in readme

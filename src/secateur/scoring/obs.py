@@ -22,7 +22,7 @@ from secateur.models.precision import matmul_precision
 
 DAMPING = 0.01  # of the mean of a Gram matrix's diagonal, added to it, as GPTQ does (arXiv 2210.17323)
 UNITS_AT_ONCE = 1 / 64  # of the units that are left, removed between two updates
-TOKENS_AT_ONCE = 2048  # multiplied before they are added to the float64 sum
+TOKENS_AT_ONCE = 2048  # that are converted to the dtype of the sum
 STRIP = 256  # columns of a Gram matrix that are computed at once
 
 
@@ -164,7 +164,7 @@ def output_error(change_RC: Tensor, gram_CC: Tensor) -> float:
 
 
 def _ridge(mean_square: Tensor, damping: float) -> Tensor:
-    """What a damping adds to the diagonal of a Gram matrix, whose entries have this mean."""
+    """What a damping adds to the diagonal of a Gram matrix, whose diagonal has this mean."""
     return damping * mean_square.clamp_min(1e-12)
 
 
