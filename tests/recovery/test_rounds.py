@@ -39,6 +39,7 @@ from secateur import (
 from secateur.checkpoint.record import read_record
 from secateur.errors import CheckpointError, ModelError, PlanError, TrainingError
 from secateur.files import plain
+from secateur.models.options import LoadOptions
 from secateur.pipeline.options import RunOptions
 from secateur.planning.plan import read_plan
 from secateur.recovery import teacher_cache
@@ -59,12 +60,13 @@ def in_rounds(
     cut: dict[str, Any] | None = None,
     model: str = "dense",
     run: RunOptions | None = None,
+    loading: LoadOptions = FLOAT32,
     **given: Any,
 ) -> RecoverResult:
     """Two rounds of four steps, with an evaluation after every second, unless other options are given."""
     whole = recipe(model, cut={"ratio": 0.3} if cut is None else cut).cut
     in_turn = RoundOptions(rounds, whole, CALIBRATION)
-    return recover(RecoverRecipe(model, DATA, options(**given), rounds=in_turn, loading=FLOAT32), out, run=run)
+    return recover(RecoverRecipe(model, DATA, options(**given), rounds=in_turn, loading=loading), out, run=run)
 
 
 class Whole:
@@ -245,15 +247,16 @@ class TestResume:
 @pytest.mark.slow
 def test_two_processes_do_as_one_does(place: Path) -> None:
     arguments = "recover dense here/out --data rows.json --method distill --max-length 128 --max-steps 4"
-    # A low rate: where training differs by rounding, the second round must not find another unit cheaper.
-    arguments += " --global-batch-size 8 --eval-steps 2 --learning-rate 1e-5 --dtype float32 --device cpu"
+    # float64 and a low rate: processes sum in another order, and no rounding may make another unit the cheaper one.
+    arguments += " --global-batch-size 8 --eval-steps 2 --learning-rate 1e-5 --dtype float64 --device cpu"
     arguments += " --rounds 2 --ratio 0.3 --json here.json"
     arguments += " --prune-recipe prune.yaml"
     write_prune_recipe()
     done = launch("-m", "secateur", *arguments.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote here/out") == 1
-    alone = in_rounds("here/alone", method="distill", learning_rate=1e-5)
+    float64 = LoadOptions(dtype="float64", device="cpu")
+    alone = in_rounds("here/alone", method="distill", learning_rate=1e-5, loading=float64)
     data = json.loads(Path("here.json").read_text())
     assert [loss for _, loss in data["loss"]] == pytest.approx([loss for _, loss in alone.loss], rel=1e-3)
     first, second = (weights(place / name) for name in ("out", "alone"))
