@@ -87,13 +87,12 @@ bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=
 
 bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained here, STORIES=FOLDER and MODELS="NAME...", with DATA=FOLDER; resumes
 	$(if $(and $(DATA),$(STORIES)),,$(error bench-zoo: give the folders of the texts and of stories260K, for example make bench-zoo DATA=data STORIES=stories260K MODELS=gemma.gguf))
-	@test -f runs/quality.json || { echo "bench-zoo: needs runs/quality.json, which make bench-quality writes" >&2; exit 1; }
 	$(BIN)/python benchmarks/zoo_models.py --text $(DATA)/calib/c4_first1000.jsonl --out runs/zoo
 	$(BIN)/python benchmarks/stories.py $(STORIES) --text $(DATA)/calib/tinystories_train_head_2MiB.txt --out $(TINY)
 	$(BIN)/python benchmarks/quality.py --calibration $(TINY)/calibration.json --text stories=$(TINY)/test.txt $(ZOO_ROWS) --tokens 20000 --model $(TINY) --protocols llm-pruner@128,served@512 --out $(TINY).json
 	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
 	for model in gpt_neox starcoder2; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
-	$(BIN)/python benchmarks/zoo.py runs/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) stories260K gpt_neox starcoder2)) --write
+	$(BIN)/python benchmarks/zoo.py benchmarks/results/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) stories260K gpt_neox starcoder2)) --write
 
 bench-vocabulary: $(STAMP)  ## Measure what cutting the vocabulary gives beside layers alone, with DATA=FOLDER; resumes
 	$(if $(DATA),,$(error bench-vocabulary: give the folder of the texts, for example make bench-vocabulary DATA=data))

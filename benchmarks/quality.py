@@ -7,8 +7,9 @@ damage on every text under each protocol: ln(perplexity cut / perplexity dense),
 must not come from the evaluation's corpora. Results go to a JSON file as they come (`--out`); the same command goes on
 after a stop and measures what is missing. Each row is a process of its own, so that its peak memory is its own. Rows
 that look at the same statistics share a file of them, and each counts the seconds that it took to make. When all rows
-are there, `--write` puts the tables into README.md and docs/benchmarks.md (see quality_table.py); `--table` writes them
-from the JSON file alone. `--rows` names other rows than those of README's table, such as the ablations.
+are there, `--write` puts the tables into README.md and docs/benchmarks.md, and the results into benchmarks/results (see
+quality_table.py); `--table` writes them from the JSON file alone. `--rows` names other rows than those of README's
+table, such as the ablations.
 
 Peers, as we implement them on our groups:
 magnitude   Torch-Pruning's script for language models: W^2 over the whole group, the same share of every layer
@@ -255,7 +256,7 @@ def main() -> None:
             print(table(results, wanted(arguments), costs=True))
         if arguments.table or arguments.write:
             for path in write_tables(results, wanted(arguments)):
-                print(f"wrote the table of {path}")
+                print(f"wrote {path}")
     except (TableError, OSError, ValueError) as error:
         sys.exit(f"quality.py: {error}")
 

@@ -1,7 +1,8 @@
 """The results of quality.py -> the tables of README.md and docs/benchmarks.md, between two marks in each page.
 
 A page is written only when every row that its table is to have has been measured with every seed, and all with the same
-settings, so that what has been measured before is never replaced by less.
+settings, so that what has been measured before is never replaced by less. The results are kept beside the tables, in
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from secateur.files import atomic_file
+from secateur.files import atomic_file, write_json
 from tables import markdown
 
 ROOT = Path(__file__).parent.parent
+RESULTS = "benchmarks/results/quality.json"
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 Key = tuple[str, float, int]  # row, ratio, seed
 DENSE: Key = ("dense", 0.0, 0)
@@ -129,77 +131,21 @@ def in_words(keys: Sequence[Key], most: int = 6) -> str:
     return "; ".join([*named, *([f"and {len(keys) - most} more"] if len(keys) > most else [])])
 
 
-def conditions(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
-    """When and with what the rows were measured, as a sentence."""
-    mine = [result for result in results if key_of(result) in {DENSE, *wanted}]
-    dates = sorted({str(result["date"]) for result in mine})
-    versions = {name: sorted({result["versions"][name] for result in mine}) for name in mine[0]["versions"]}
-    cores = sorted({int(result["cores"]) for result in mine})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    with_what = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
-    return f"Measured {when}; {with_what}; {' or '.join(map(str, cores))} cores, {mine[0]['dtype']}."
+def blocks(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> dict[str, str]:
+    """Page -> the table between its marks: README.md has some of the rows, docs/benchmarks.md all and what they cost.
 
-
-def readme_block(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
-    """What README.md says between the marks."""
+    Raises `TableError` as `table` does, and where a row of README.md is not wanted at one of the ratios.
+    """
     rows = [key for key in wanted if key[0] in README_ROWS]
     rows.sort(key=lambda key: (key[1], README_ROWS.index(key[0]), key[2]))
     absent = [(row, ratio, 0) for row in README_ROWS for ratio in sorted({key[1] for key in wanted})]
     absent = [key for key in absent if key[:2] not in {(row, ratio) for row, ratio, _ in rows}]
     if absent:
         raise TableError(f"the README's table has rows that were not asked for: {in_words(absent)}")
-    body = table(results, rows, costs=False)
-    return "\n".join(
-        [
-            f"**Damage without training** (`{_command(results)}`): the rise of the loss in",
-            f"nats per token on the first {_tokens(results)} tokens of each text, of the same model, calibrated on "
-            f"`{_of_dense(results)['calibration']}`;",
-            f"the peers are our implementations of their methods. {_seeds(rows)}",
-            f"{conditions(results, rows)} All rows: [benchmarks](docs/benchmarks.md).",
-            "",
-            body,
-        ]
-    )
-
-
-def benchmarks_block(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> str:
-    """What docs/benchmarks.md says between the marks."""
-    body = table(results, wanted, costs=True)
-    dense = ", ".join(f"{nll:.3f} ({text})" for text, nll in _of_dense(results)["nll"].items())
-    return "\n".join(
-        [
-            f"`{_command(results)}` measures on SmolLM2-135M-Instruct: damage is the rise of the loss in nats",
-            "per token, in windows of 128 and 1024 tokens of WikiText-2's and PTB's test text, without any training.",
-            f"Calibration is on `{_of_dense(results)['calibration']}` for every row; the table is of the first "
-            f"{_tokens(results)} tokens of each text.",
-            f"The dense model has {dense}. {_seeds(wanted)}",
-            f"{conditions(results, wanted)} Seconds and memory are of the cut, evaluation left out; statistics that",
-            "rows share count in each.",
-            "",
-            body,
-        ]
-    )
-
-
-def _of_dense(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return next(result for result in results if key_of(result) == DENSE)
-
-
-def _tokens(results: Sequence[Mapping[str, Any]]) -> str:
-    return f"{_of_dense(results)['tokens']:,}"
-
-
-def _command(results: Sequence[Mapping[str, Any]]) -> str:
-    tokens = _of_dense(results)["tokens"]
-    return "make bench-quality DATA=FOLDER" + ("" if tokens == 40_000 else f' QUALITY="--tokens {tokens}"')
-
-
-def _seeds(wanted: Sequence[Key]) -> str:
-    seeds = sorted({seed for _, _, seed in wanted})
-    if len(seeds) == 1:
-        return f"One seed ({seeds[0]})."
-    named = ", ".join(map(str, seeds))
-    return f"Where there are several seeds of the calibration windows ({named}), the mean and half the range."
+    return {
+        "README.md": table(results, rows, costs=False),
+        "docs/benchmarks.md": table(results, wanted, costs=True),
+    }
 
 
 def between_marks(page: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
@@ -226,19 +172,19 @@ def write_benchmark(block: str, marks: tuple[str, str], *, page: str = "docs/ben
 
 
 def write_tables(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *, root: Path = ROOT) -> list[Path]:
-    """Write both tables, or neither; returns the pages.
+    """Write both tables and the results that they are of, or nothing; returns the files.
 
     Raises `TableError` when a measurement is missing, rows were measured with different settings, or a page lacks its
     marks.
     """
-    pages = {root / "README.md": readme_block, root / "docs" / "benchmarks.md": benchmarks_block}
     made = {}
-    for path, block in pages.items():
+    for page, block in blocks(results, wanted).items():
         try:
-            made[path] = between_marks(path.read_text(encoding="utf-8"), block(results, wanted))
+            made[root / page] = between_marks((root / page).read_text(encoding="utf-8"), block)
         except TableError as error:
-            raise TableError(f"{path.name}: {error}") from error
+            raise TableError(f"{page}: {error}") from error
     for path, text in made.items():
         with atomic_file(path, overwrite=True) as file:
             file.write_text(text, encoding="utf-8")
-    return [*made]
+    write_json(root / RESULTS, results)
+    return [*made, root / RESULTS]

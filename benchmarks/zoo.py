@@ -1,10 +1,10 @@
 """Results of quality.py on several models -> one table: our presets beside the best peer, the worst case last.
 
-    python benchmarks/zoo.py runs/zoo-*.json [--write]
+    python benchmarks/zoo.py benchmarks/results/quality.json runs/zoo/*.json [--write]
 
 For every model, ratio and column, the damage of `best` (the mean of its seeds) and of `fast`, that of the peer which
 loses least there, and the ratios, which have no meaning where a peer hardly loses anything. `--write` puts the table
-into docs/benchmarks.md.
+into docs/benchmarks.md, and the results into benchmarks/results/zoo.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from statistics import mean
 from typing import Any
 
 from quality_table import DENSE, TableError, key_of, label_of, write_benchmark
+from secateur.files import write_json
 from tables import markdown
 
 BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
+RESULTS = Path(__file__).parent / "results" / "zoo"  # those of the demo are quality.py's
 OURS = ("best", "fast")
 PEERS = ("llm-pruner", "llm-pruner, MLP", "wanda-sp", "shortgpt")
 NOTHING = 0.02  # nats: a damage below it is none
@@ -77,10 +79,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
     arguments = parser.parse_args()
     try:
-        made = table(line for file in arguments.files for line in lines_of(json.loads(file.read_text())))
+        results = {file: json.loads(file.read_text()) for file in arguments.files}
+        made = table(line for found in results.values() for line in lines_of(found))
         print(made)
         if arguments.write:
             write_benchmark(made, (BEGIN, END))
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            for file in (file for file in results if file.stem != "quality"):
+                write_json(RESULTS / file.name, results[file])
     except (TableError, OSError, ValueError) as error:
         sys.exit(f"zoo.py: {error}")
 

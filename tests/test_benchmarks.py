@@ -17,6 +17,8 @@ import code_tasks
 import gpu
 import mbpp
 import quality
+import quality_plot
+import quality_table
 import recover
 import scale
 import tables
@@ -30,10 +32,10 @@ from quality_table import (
     README_ROWS,
     Key,
     TableError,
-    benchmarks_block,
     between_marks,
+    blocks,
+    key_of,
     label_of,
-    readme_block,
     table,
     write_tables,
 )
@@ -71,6 +73,7 @@ RESULTS = [result(*DENSE), *(result(*key, 0.4 + 0.01 * key[2], 0.575) for key in
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "docs").mkdir()
+    (tmp_path / quality_table.RESULTS).parent.mkdir(parents=True)
     for path in ("README.md", "docs/benchmarks.md"):
         (tmp_path / path).write_text(f"# A page\n\n{BEGIN}\nwhat was\n{END}\n\nMore.\n")
     return tmp_path
@@ -90,27 +93,23 @@ def test_a_row_of_one_seed_and_one_of_three() -> None:
     ]
 
 
-def test_both_pages_are_written_and_nothing_else_of_them_changes(root: Path) -> None:
-    assert [path.name for path in write_tables(RESULTS, WANTED, root=root)] == ["README.md", "benchmarks.md"]
-    for path, block in (("README.md", readme_block), ("docs/benchmarks.md", benchmarks_block)):
-        text = (root / path).read_text()
-        assert text == f"# A page\n\n{BEGIN}\n{block(RESULTS, WANTED)}\n{END}\n\nMore.\n"
-        assert "first 10,000 tokens" in text
-        assert "`c4.jsonl`" in text
-        assert "(0, 1, 2)" in text
-        assert "Measured 2026-01-02; Secateur 0.1.0, torch 2.13.0; 2 cores, float32." in text
-        assert 'QUALITY="--tokens 10000"' in text
+def test_both_pages_and_the_results_are_written_and_nothing_else_changes(root: Path) -> None:
+    pages = blocks(RESULTS, WANTED)
+    assert write_tables(RESULTS, WANTED, root=root) == [root / path for path in (*pages, quality_table.RESULTS)]
+    for path, block in pages.items():
+        assert (root / path).read_text() == f"# A page\n\n{BEGIN}\n{block}\n{END}\n\nMore.\n"
     assert len([line for line in (root / "README.md").read_text().splitlines() if line.startswith("|")]) == 2 + 12
-    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == ["README.md", "benchmarks.md"]
+    assert json.loads((root / quality_table.RESULTS).read_text()) == RESULTS
 
 
 @pytest.mark.parametrize("gone", [DENSE, ("fast", 0.5, 0), ("best", 0.2, 2)])
 def test_a_table_is_not_replaced_by_less(gone: Key, root: Path) -> None:
     partial = [each for each in RESULTS if (each["row"], each["ratio"], each["seed"]) != gone]
     before = {path: path.read_text() for path in root.rglob("*.md")}
-    with pytest.raises(TableError, match=rf"README.md: 1 of \d+ measurements are missing: {gone[0]}"):
+    with pytest.raises(TableError, match=rf"1 of \d+ measurements are missing: {gone[0]}"):
         write_tables(partial, WANTED, root=root)
     assert {path: path.read_text() for path in root.rglob("*.md")} == before
+    assert not [*(root / quality_table.RESULTS).parent.iterdir()]
 
 
 def test_rows_measured_otherwise_go_into_no_table(root: Path) -> None:
@@ -155,12 +154,23 @@ def test_odd_marks_are_refused(page: str) -> None:
         between_marks(page, "new")
 
 
-def test_our_pages_have_the_marks_around_a_table() -> None:
-    for path in ("README.md", "docs/benchmarks.md"):
-        text = (ROOT / path).read_text(encoding="utf-8")
-        inside = text[text.index(BEGIN) : text.index(END)]
-        assert "| 20.0% | `--preset best` (three seeds) |" in inside
-        assert BEGIN in between_marks(text, "new")
+def test_the_tables_of_quality_are_of_the_file_in_the_repository() -> None:
+    results = json.loads((ROOT / quality_table.RESULTS).read_text())
+    made = blocks(results, [key for key in map(key_of, results) if key != DENSE])
+    for page, block in made.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert between_marks(text, block) == text, page
+    picture = quality_plot.points_of((ROOT / "docs/benchmarks.md").read_text())
+    assert set(quality_plot.SHOWN) <= set(picture)
+
+
+def test_the_table_of_several_models_is_of_the_files_in_the_repository() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    files = [ROOT / quality_table.RESULTS, *sorted(zoo.RESULTS.glob("*.json"))]
+    for file in files:
+        made = zoo.table(zoo.lines_of(json.loads(file.read_text()))).splitlines()[2:-1]
+        assert made
+        assert [line for line in made if line not in page] == [], file.name
 
 
 def test_every_row_has_a_label() -> None:
@@ -178,14 +188,14 @@ def test_the_command_writes_from_the_file_alone(
     line = ["quality.py", "--table", "--out", "r.json", "--rows", ";".join(README_ROWS), "--seeded", "best"]
     monkeypatch.setattr(sys, "argv", line)
     (root / "r.json").write_text(json.dumps(RESULTS[:-1]))
-    with pytest.raises(SystemExit, match=r"README.md: 1 of 17 measurements are missing: wanda-sp at 50% \(seed 0\)"):
+    with pytest.raises(SystemExit, match=r"1 of 17 measurements are missing: wanda-sp at 50% \(seed 0\)"):
         quality.main()
     assert "what was" in (root / "README.md").read_text()
     (root / "r.json").write_text(json.dumps(RESULTS))
     quality.main()
-    assert f"wrote the table of {root / 'README.md'}" in capsys.readouterr().out
-    assert readme_block(RESULTS, WANTED) in (root / "README.md").read_text()
-    assert benchmarks_block(RESULTS, WANTED) in (root / "docs" / "benchmarks.md").read_text()
+    assert f"wrote {root / 'README.md'}" in capsys.readouterr().out
+    for page, block in blocks(RESULTS, WANTED).items():
+        assert block in (root / page).read_text()
 
 
 def test_what_training_gave_back_is_told_against_both_dense_models() -> None:
