@@ -796,12 +796,14 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "profile another plan": ("the plan cuts layers.3", ("profile", "tiny", "--plan", "deep.json", "--sizes-only")),
     "sweep letters": ("--ratios a:b: expected first:last:step", ("sweep", "tiny", "--ratios", "a:b")),
     "sweep unknown": ("score='l3' is unknown", ("sweep", "tiny", "--ratios", "0.2", "--scores", "l3")),
+    "sweep of nothing": ("--ratios is missing: name the shares .*--ratios 0.1:0.6:0.1", ("sweep", "tiny")),
     "sweep in a file": (
         "plan.json is a file, and --run needs a folder for the run.s log",
         ("sweep", "tiny", "--ratios", "0.2", "--run", "plan.json"),
     ),
     "profile nothing": ("seq_lens=0 is too small. Expected at least 1", ("profile", "tiny", "--seq-len", "0")),
     # comparing
+    "compare one": ('Command "compare" parameter B requires an argument', ("compare", "--port", "0", "tiny")),
     "compare with nothing": ("'./no-such': no such file", ("compare", "--port", "0", "tiny", "./no-such")),
     "compare, shard missing": ("shardless.*is missing", ("compare", "--port", "0", "tiny", "shardless")),
     "compare, NaN": ("values are NaN or Inf", ("compare", "--port", "0", "nan", "tiny")),

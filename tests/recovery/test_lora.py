@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from contract import uneven
 from every_type import tiny_type_model
 from recipes import recipe
 from secateur import CalibrationOptions, DataOptions, load, prune, prune_model, recover, verify
+from secateur.errors import TrainingError
 from secateur.export.merge import merge_adapter
 from secateur.models.modeling_per_layer import padded_in
 from secateur.models.silence import quiet
@@ -108,6 +110,20 @@ def test_every_linear_layer_but_the_last_has_an_adapter() -> None:
     found = {name.split(".lora_")[0].split(".", 4)[-1] for name, p in adapted.named_parameters() if p.requires_grad}
     seven = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj"
     assert found == {f"{i}.{name}" for i in range(3) for name in [*seven.split(), "mlp.down_proj"]}
+
+
+def test_a_model_that_takes_no_adapter_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model = prune(model, uneven(model, ("attention", "head_dim")))
+    before = {name: weight.shape for name, weight in model.named_parameters()}
+
+    def refuse(model: nn.Module, config: object) -> None:
+        raise ValueError("no layer\nof this model is known")
+
+    monkeypatch.setattr(peft, "get_peft_model", refuse)
+    with pytest.raises(TrainingError, match=r"takes no LoRA \(.*no layer of this model is known\)\. Train all weights"):
+        add_lora(model, LoraOptions(rank=2))
+    assert {name: weight.shape for name, weight in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize("model_type", ["zamba", "recurrent_gemma"])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 from trainings import distance, place_fixture, train, weights  # noqa: F401 - the fixture `place`
+from transformers import LlamaForCausalLM
 
 from secateur.data.rows import Rows
 from secateur.errors import TrainingError
@@ -19,6 +20,7 @@ from secateur.models.options import LoadOptions
 from secateur.recovery import setup, trainer, training
 from secateur.recovery.adapter_products import fuse_adapters
 from secateur.recovery.distillation import nll_loss
+from tiny import names
 
 
 def test_the_loss_falls_on_the_rows_and_on_others(place: Path) -> None:
@@ -82,6 +84,13 @@ def test_micro_batches_and_gradient_checkpointing_do_not_change_the_weights(plac
     parts: dict[str, Any] = {"micro_batch_size": 2, "gradient_checkpointing": True}
     train(out="here/other", model="hidden", method="distill", **parts)
     assert distance("here/one", "here/other") < 2e-5
+
+
+def test_a_model_without_gradient_checkpointing_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(TrainingError, match=r"LlamaForCausalLM has no gradient .*leave out --gradient-checkpointing"):
+        train(gradient_checkpointing=True)
+    assert names(place) == []
 
 
 @pytest.mark.parametrize("by_products", [True, False])
