@@ -19,7 +19,7 @@ import psutil
 Progress = Callable[..., None]  # progress(done, total), or with a note on what was measured: (done, total, note)
 ProgressBars = Callable[[str], AbstractContextManager[Progress | None]]  # name of a stage -> its bar, while it is open
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # which PyTorch reads when it makes its first tensor
-MALLOPT = {-3: 2**27, -1: 2**28}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class Clock:
@@ -78,9 +78,21 @@ def keep_freed_memory() -> None:
     where the system has no such setting, or PyTorch has made a tensor before.
     """
     os.environ.setdefault(LARGE_PAGES, "1")
+    _mallopt(M_MMAP_THRESHOLD, 2**27)
+    _mallopt(M_TRIM_THRESHOLD, 2**28)
+
+
+def free_at_once(size: int) -> None:
+    """Have tensors of so many bytes and more go back to the system when they are freed; the heap keeps no holes then.
+
+    Nothing where the C library is not glibc.
+    """
+    _mallopt(M_MMAP_THRESHOLD, size)
+
+
+def _mallopt(parameter: int, value: int) -> None:
     with suppress(AttributeError, OSError, TypeError):
-        for parameter, size in MALLOPT.items():
-            ctypes.CDLL(None).mallopt(parameter, size)
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def return_freed_memory() -> None:

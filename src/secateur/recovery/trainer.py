@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.protocols import Protocol
 from secateur.models.precision import bfloat16_products, width_multiple
 from secateur.models.silence import quiet
-from secateur.progress import Progress
+from secateur.progress import Progress, free_at_once
 from secateur.recovery import checkpoints
 from secateur.recovery.callbacks import (
     PERPLEXITY,
@@ -47,7 +46,6 @@ from secateur.recovery.packing import check_packing
 from secateur.recovery.teacher_cache import TeacherCache
 
 VALIDATION_TOKENS = 1024  # of a batch of validation rows
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 GATHERED_BYTES = 2**20  # and more are what layers are gathered into
 
 
@@ -261,9 +259,7 @@ def _shard_on_cpus(arguments: TrainingArguments) -> None:
         return
     state: Any = arguments.distributed_state
     state.distributed_type = DistributedType.MULTI_GPU
-    # Weights that were gathered for a layer go back to the system at once, and not to the heap, where they leave holes.
-    with suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GATHERED_BYTES)
+    free_at_once(GATHERED_BYTES)
 
 
 def _training_arguments(
