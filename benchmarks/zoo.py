@@ -85,8 +85,9 @@ def main() -> None:
         if arguments.write:
             write_benchmark(made, (BEGIN, END))
             RESULTS.mkdir(parents=True, exist_ok=True)
-            for file in (file for file in results if file.stem != "quality"):
-                write_json(RESULTS / file.name, results[file])
+            for file, found in results.items():
+                if RESULTS.parent not in file.resolve().parents:  # it lies there already
+                    write_json(RESULTS / file.name, found)
     except (TableError, OSError, ValueError) as error:
         sys.exit(f"zoo.py: {error}")
 

@@ -160,6 +160,10 @@ def test_the_tables_of_quality_are_of_the_file_in_the_repository() -> None:
     for page, block in made.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         assert between_marks(text, block) == text, page
+        assert "{tokens:,} tokens of each text".format(**results[0]) in " ".join(text.split())
+    dense = [f"{nll:.3f}" for nll in results[0]["nll"].values()]
+    told = f"The dense model has {', '.join(dense[:-1])} and {dense[-1]}."
+    assert told in " ".join((ROOT / "docs/benchmarks.md").read_text().split())
     picture = quality_plot.points_of((ROOT / "docs/benchmarks.md").read_text())
     assert set(quality_plot.SHOWN) <= set(picture)
 
@@ -171,6 +175,27 @@ def test_the_table_of_several_models_is_of_the_files_in_the_repository() -> None
         made = zoo.table(zoo.lines_of(json.loads(file.read_text()))).splitlines()[2:-1]
         assert made
         assert [line for line in made if line not in page] == [], file.name
+    gemma = json.loads((zoo.RESULTS / "gemma.gguf.json").read_text())
+    for ratio in (0.2, 0.5):
+        rows = table(gemma, [("best", ratio, seed) for seed in range(3)], costs=False).splitlines()[-1]
+        assert ", ".join(cell.strip() for cell in rows.split("|")[3:-1]) in " ".join(page.split())
+
+
+def test_the_zoo_keeps_the_results_that_its_table_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"dense": 0.0, "best": 0.3, "fast": 0.4, "wanda-sp": 0.5}
+    results = [result(row, 0.0 if row == "dense" else 0.2, 0, damage, damage) for row, damage in rows.items()]
+    files = [tmp_path / "results" / "quality.json", tmp_path / "runs" / "other.json"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps(results))
+    written: list[str] = []
+    monkeypatch.setattr(zoo, "RESULTS", tmp_path / "results" / "zoo")
+    monkeypatch.setattr(zoo, "write_benchmark", lambda made, marks: written.append(made))
+    monkeypatch.setattr(sys, "argv", ["zoo.py", *map(str, files), "--write"])
+    zoo.main()
+    assert written == [zoo.table(2 * zoo.lines_of(results))]
+    assert json.loads((tmp_path / "results" / "zoo" / "other.json").read_text()) == results
+    assert [path.name for path in (tmp_path / "results" / "zoo").iterdir()] == ["other.json"]
 
 
 def test_every_row_has_a_label() -> None:
