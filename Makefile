@@ -73,11 +73,11 @@ docs: $(STAMP)  ## Build the site of the documentation into site/
 	$(MKDOCS)
 
 bench: $(STAMP)  ## Measure discovery; with DATA=FOLDER, compare with LLM-Pruner too (benchmarks/llm_pruner.py --help)
-	$(BIN)/python benchmarks/discovery.py
-	$(if $(DATA),$(BIN)/python benchmarks/llm_pruner.py --data $(DATA),@echo "for the comparison with LLM-Pruner: make bench DATA=FOLDER")
+	$(BIN)/python benchmarks/discovery.py --write
+	$(if $(DATA),$(BIN)/python benchmarks/llm_pruner.py --data $(DATA) --write,@echo "for the comparison with LLM-Pruner: make bench DATA=FOLDER")
 
 bench-scoring: $(STAMP)  ## Measure memory and time of scoring, beside a plain loop
-	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/scoring.py --write
 
 bench-quality: $(STAMP)  ## Measure what cuts cost, beside the peers, with DATA=FOLDER; writes README's and docs' table and picture; resumes
 	$(if $(DATA),,$(error bench-quality: give the folder of the texts, for example make bench-quality DATA=data))
@@ -118,7 +118,7 @@ bench-recover: $(STAMP)  ## Measure what 20 minutes of training give back, besid
 bench-recover-curve: $(STAMP)  ## The same by tokens, drawn: hours
 	$(if $(DATA),,$(error bench-recover-curve: give the folder of the texts, for example make bench-recover-curve DATA=data))
 	@mkdir -p runs
-	$(RECOVER) $(addprefix --budget tokens=,25k 50k 100k 200k 400k 800k) --picture docs/recovery.svg
+	$(RECOVER) $(addprefix --budget tokens=,25k 50k 100k 200k 400k 800k) --write recover-curve --picture docs/recovery.svg
 
 bench-gpu: $(STAMP)  ## Run the tests for GPUs, and measure time and memory on one; GPU="--device cpu --layers 2" tries it without; resumes
 	@mkdir -p runs
@@ -130,7 +130,7 @@ bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and b
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs
 	test -d runs/gguf || $(BIN)/secateur prune demo runs/gguf --choose score --repair none --samples 12
-	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --cpu-time --out runs/llama_cpp_speed.json
+	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --cpu-time --write
 
 architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pruning; writes docs/architectures.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'

@@ -1,24 +1,25 @@
 """How long discovery takes on models of which only the config exists.
 
-    python benchmarks/discovery.py [CONFIG]
+    python benchmarks/discovery.py [--config CONFIG] [--write]
 
 First its parts, on a 7B model or CONFIG, with the recorded graph beside `torch.export`; then the whole on a 70B-shaped
 model and on one with 64 experts in each layer, at a quarter, half and all of their depth, to see that it grows with the
 number of layers. Each runs in a process of its own, so that the memory is its own. Fails when the 70B takes more than
-MOST_SECONDS or MOST_GIB.
+MOST_SECONDS or MOST_GIB. `--write` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from tables import about, keep, markdown, show, told
 
 SEVEN_BILLION: dict[str, Any] = {
     "model_type": "llama",
@@ -62,6 +63,7 @@ from secateur.progress import peak_rss
 model = skeleton(load_config(sys.argv[1]))
 start = time.perf_counter()
 """
+WHOLE = "discovery, whole"
 PARTS = {
     "recorded graph": "from secateur.discovery.tracing import trace\nresult = len(trace(model).nodes)",
     "torch.export, decomposed": (
@@ -69,7 +71,7 @@ PARTS = {
         "exported = torch.export.export(model, (), {'input_ids': ids, 'use_cache': False}, strict=False)\n"
         "result = len(exported.run_decompositions().graph.nodes)"
     ),
-    "discovery, whole": "from secateur import discover\nresult = len(discover(model).groups)",
+    WHOLE: "from secateur import discover\nresult = len(discover(model).groups)",
 }
 REPORT = """
 seconds = time.perf_counter() - start
@@ -86,44 +88,52 @@ def measure(code: str, config: Path) -> tuple[float, float, int]:
 
 
 def main() -> int:
-    """Time everything and print two tables."""
-    parts = Table("", "seconds", "peak memory, GiB", "nodes or groups")
-    depths = Table("discovery, whole", "layers", "parameters", "seconds", "ms per layer", "peak memory, GiB", "groups")
-    failed = False
+    """Time everything, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="of the model whose parts are timed [default: LLaMA-7B's]")
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
+    options = parser.parse_args()
+    results: dict[str, Any] = {"about": about(), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "config.json"
-        if len(sys.argv) <= 1:
-            config.write_text(json.dumps(SEVEN_BILLION))
-        for name, code in PARTS.items():
-            seconds, memory, result = measure(code, config)
-            parts.add_row(name, f"{seconds:.2f}", f"{memory:.2f}", str(result))
-        for name, whole in (("70B shape", SEVENTY_BILLION), ("64 experts", SIXTY_FOUR_EXPERTS)):
-            for layers in (
-                whole["num_hidden_layers"] // 4,
-                whole["num_hidden_layers"] // 2,
-                whole["num_hidden_layers"],
-            ):
-                shape = Path(folder) / "shape.json"
+
+        def row(of: str, work: str, config: Path, layers: int | None = None) -> dict[str, Any]:
+            seconds, memory, _ = measure(PARTS[work], config)
+            found = {"model": of, "work": work, "layers": layers, "seconds": seconds, "gib": memory}
+            results["rows"].append(found)
+            return found
+
+        shape = Path(folder) / "config.json"
+        shape.write_text(json.dumps(SEVEN_BILLION))
+        for work in PARTS:
+            row(options.config.name if options.config else "LLaMA-7B", work, options.config or shape)
+        for name, whole in (("a 70B shape", SEVENTY_BILLION), ("64 experts in each layer", SIXTY_FOUR_EXPERTS)):
+            for part in (4, 2, 1):
+                layers = whole["num_hidden_layers"] // part
                 shape.write_text(json.dumps({**whole, "num_hidden_layers": layers}))
-                seconds, memory, groups = measure(PARTS["discovery, whole"], shape)
-                billions = measure("result = sum(p.numel() for p in model.parameters())", shape)[2] / 1e9
-                depths.add_row(
-                    name,
-                    str(layers),
-                    f"{billions:.1f} B",
-                    f"{seconds:.2f}",
-                    f"{1000 * seconds / layers:.0f}",
-                    f"{memory:.2f}",
-                    str(groups),
-                )
-                failed |= whole is SEVENTY_BILLION and (seconds > MOST_SECONDS or memory > MOST_GIB)
-    console = Console()
-    console.print(parts)
-    console.print(depths)
-    console.print(
-        f"limits for the 70B shape: {MOST_SECONDS:.0f} s and {MOST_GIB:.0f} GiB, {'missed' if failed else 'kept'}"
-    )
+                last = row(name, WHOLE, shape, layers)
+            if whole is SEVENTY_BILLION:
+                failed = last["seconds"] > MOST_SECONDS or last["gib"] > MOST_GIB
+    show("discovery", rows_of(results))
+    said = "missed" if failed else "kept"
+    print(f"limits for the 70B shape: {MOST_SECONDS:.0f} s and {MOST_GIB:.0f} GiB, {said}")
+    if options.write:
+        keep("discovery", results, block(results))
     return int(failed)
+
+
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head and a row for each measurement."""
+    rows = [["model", "layers", "", "seconds", "ms per layer", "peak memory, GiB"]]
+    for each in results["rows"]:
+        layers, seconds = each["layers"], each["seconds"]
+        cells = [str(layers or ""), each["work"], f"{seconds:.2f}", f"{1000 * seconds / layers:.0f}" if layers else ""]
+        rows.append([each["model"], *cells, f"{each['gib']:.2f}"])
+    return rows
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    return f"{markdown(rows_of(results))}\n\n{told(results['about'])}."
 
 
 if __name__ == "__main__":

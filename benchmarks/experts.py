@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quality_table import write_benchmark
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.windows import calibration_windows
 from secateur.discovery.discover import discover
@@ -46,9 +45,8 @@ from secateur.pruning.repair import repair
 from secateur.scoring.collect_experts import expert_modules, routed
 from secateur.scoring.passes.forward import pass_to_hidden
 from secateur.scoring.scores import scores_from, statistics_for
-from tables import markdown, show
+from tables import about, keep, markdown, show
 
-MARKS = ("<!-- experts:begin -->", "<!-- experts:end -->")
 LOCAL = CutOptions(ratio=0.5, of="units", axes=("experts",), score="reap", choose="score", repair="none", min_keep=0.0)
 GLOBAL = replace(LOCAL, of="non-embedding", score="fisher", scope="global", shape="per-layer", min_keep=0.05)
 MERGED = "merged (M-SMoE)"
@@ -87,7 +85,7 @@ def main() -> None:
                     write_json(options.out, results)
     show("Damage in nats per token", rows_of(results))
     if options.write:
-        write_benchmark(block(results), MARKS)
+        keep("experts", results, block(results))
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, seed: int, options: argparse.Namespace) -> Tensor:
@@ -119,7 +117,7 @@ def _measured(
         with quiet():
             smaller = prune(model, repaired.plan, discovery=discovery, weights=repaired.weights)
         kept = [group.kept for group in decided.groups]
-    return {"kept": kept, "seconds": time.perf_counter() - start, "losses": losses(smaller)}
+    return {"kept": kept, "seconds": time.perf_counter() - start, "losses": losses(smaller), "about": about()}
 
 
 def _share_of_experts(model: PreTrainedModel) -> float:

@@ -28,12 +28,10 @@ from typing import Any
 
 import torch
 
-from quality_table import ROOT, TableError, between_marks
 from scoring import write_7b
 from secateur.files import atomic_file, write_json
-from tables import markdown, processor, show
+from tables import PAGE, ROOT, TableError, keep, markdown, marks, processor, show
 
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 GIB = 2**30
 HEAD = ["model", "step", "seconds", "of them", "memory of the device, GiB", "of the process, GiB"]
 
@@ -178,20 +176,20 @@ def block(results: Mapping[str, Any]) -> str:
 
 
 def write(results: Mapping[str, Any], *, root: Path = ROOT) -> None:
-    """Put the table into docs/benchmarks.md, in place of that of the same device.
+    """Put the table into docs/benchmarks.md, in place of that of the same device, and keep what it is of.
 
     Raises `TableError` for a page without the marks.
     """
-    slug = _slug(results["about"]["name"])
-    begin, end = f"<!-- gpu {slug}:begin -->", f"<!-- gpu {slug}:end -->"
-    page = root / "docs" / "benchmarks.md"
+    name = f"gpu-{_slug(results['about']['name'])}"
+    (begin, end), (_, last) = marks(name), marks("gpu")
+    page = root / PAGE
     text = page.read_text(encoding="utf-8")
     if begin not in text:
-        if text.count(END) != 1:
-            raise TableError(f"expected {END} once in {page}")
-        text = text.replace(END, f"{begin}\n{end}\n\n{END}")
-    with atomic_file(page, overwrite=True) as file:
-        file.write_text(between_marks(text, block(results), marks=(begin, end)), encoding="utf-8")
+        if text.count(last) != 1:
+            raise TableError(f"expected {last} once in {page}")
+        with atomic_file(page, overwrite=True) as file:
+            file.write_text(text.replace(last, f"{begin}\n{end}\n\n{last}"), encoding="utf-8")
+    keep(name, results, block(results), root=root)
 
 
 def _about(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -20,15 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quality_table import write_benchmark
 from secateur.models.loading import DTYPES, load
 from secateur.models.precision import half_products
-from tables import markdown, show
+from tables import about, keep, markdown, show, told
 
 SHAPES = ((32, 576, 1536), (512, 576, 1536), (32, 1536, 8960), (512, 1536, 8960))  # rows, inputs, outputs
 LENGTHS = (256, 1024)
 HEADS, HEAD_DIM = 9, 64
-MARKS = ("<!-- half:begin -->", "<!-- half:end -->")
 
 
 def main() -> None:
@@ -40,21 +38,35 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
     options = parser.parse_args()
     dtype, turns = DTYPES[options.dtype], options.turns
-    rows = [["", "PyTorch", "ours", "float32", "PyTorch / ours"]]
+    rows: dict[str, list[float]] = {}
     for size in SHAPES:
-        rows.append([f"{size[0]} rows, {size[1]} to {size[2]}", *_times(partial(_linear, size), dtype, turns)])
+        rows[f"{size[0]} rows, {size[1]} to {size[2]}"] = _times(partial(_linear, size), dtype, turns)
     for length in LENGTHS:
-        rows.append([f"attention, {length} tokens", *_times(partial(_attention, length), dtype, turns)])
+        rows[f"attention, {length} tokens"] = _times(partial(_attention, length), dtype, turns)
     model = load("demo", device="cpu")
     ids_BT = torch.arange(options.tokens)[None]
-    rows.append(["forward pass of the demo model", *_times(partial(_forward, model, ids_BT), dtype, turns)])
-    show(f"{options.dtype} on {torch.get_num_threads()} threads, milliseconds", rows)
+    rows["forward pass of the demo model"] = _times(partial(_forward, model, ids_BT), dtype, turns)
+    results = {"about": about(), "dtype": options.dtype, "threads": torch.get_num_threads(), "milliseconds": rows}
+    show(f"{options.dtype} on {torch.get_num_threads()} threads, milliseconds", rows_of(results))
     if options.write:
-        write_benchmark(markdown(rows), MARKS)
+        keep("half", results, block(results))
 
 
-def _times(work: Callable[[torch.dtype], Callable[[], Any]], dtype: torch.dtype, turns: int) -> list[str]:
-    """What PyTorch takes, what ours takes, what float32 takes, and the ratio of the first two."""
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head and a row for each product."""
+    rows = [["", "PyTorch", "ours", "float32", "PyTorch / ours"]]
+    for name, (theirs, ours, full) in results["milliseconds"].items():
+        rows.append([name, *(f"{each:.1f}" for each in (theirs, ours, full)), f"{theirs / ours:.1f}"])
+    return rows
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    return f"{markdown(rows_of(results))}\n\n{told(results['about'])}; {results['dtype']}."
+
+
+def _times(work: Callable[[torch.dtype], Callable[[], Any]], dtype: torch.dtype, turns: int) -> list[float]:
+    """Milliseconds that PyTorch takes, ours takes, and float32 takes."""
     weights = nn.Linear(1, 1, dtype=dtype)  # of the dtype that is asked about
     found = []
     for to, changed in ((dtype, False), (dtype, True), (torch.float32, False)):
@@ -65,7 +77,7 @@ def _times(work: Callable[[torch.dtype], Callable[[], Any]], dtype: torch.dtype,
                 run()
                 best = min(best, time.perf_counter() - begin)
         found.append(1000 * best)
-    return [*(f"{each:.1f}" for each in found), f"{found[0] / found[1]:.1f}"]
+    return found
 
 
 def _linear(size: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -1,24 +1,24 @@
 """Dense, pruned, and pruned with int8 weights: perplexity, bytes and speed of the demo model, in one table.
 
-    python benchmarks/int8.py [--preset fast] [--ratio 0.2] [--text NAME=FILE]... [--tokens 4096] [--folder FOLDER]
+    python benchmarks/int8.py [--preset fast] [--ratio 0.2] [--text NAME=FILE]... [--tokens 4096] [--write]
 
 Without a text it is the half of Python's language reference that calibration does not see. Speeds are of one prompt,
-all models in turns; the process uses as many threads as torch takes (OMP_NUM_THREADS).
+all models in turns; the process uses as many threads as torch takes (OMP_NUM_THREADS), and speeds are given relative
+to the pruned model's. `--write` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from secateur.data.text import demo_texts
-from secateur.evaluation.costs import Profile
-from secateur.evaluation.perplexity import Perplexity, evaluate
+from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.profile import profile
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
@@ -31,31 +31,29 @@ from secateur.models.weight_files import weight_file_bytes
 from secateur.pipeline.recipe import prune_recipe
 from secateur.pipeline.run import prune_model
 from secateur.report.formatting import format_bytes
+from tables import about, keep, markdown, show, told
 
 SEQ_LENS = (128, 1024)
 
 
-def table(
-    rows: list[Profile], perplexity: dict[str, list[Perplexity]], files: dict[str, int | None], dense: str
-) -> Table:
-    """A row for every model: what its weights take, how fast it is, and how well it predicts every text."""
-    shown = Table()
-    texts = [f"{p.data}@{p.seq_len}" for p in perplexity[dense]]
-    for column in ("", "weights", "files", "peak memory", "prefill", "decode", *texts):
-        shown.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        size = files[row.model]
-        assert row.speed is not None
-        shown.add_row(
-            row.model,
-            format_bytes(row.weight_bytes),
-            "" if size is None else format_bytes(size),
-            format_bytes(row.speed.peak_bytes),
-            f"{row.speed.prefill_seconds * 1000:.1f} ms",
-            f"{row.speed.decode_tokens_per_second:.1f} tokens/s",
-            *(f"{p.ppl:.2f}" for p in perplexity[row.model]),
-        )
-    return shown
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head and a row for every model: its bytes, how well it predicts the text, and how fast it is."""
+    first, beside = next(iter(results["rows"].values())), results["rows"]["pruned"]
+    table = [["", "weights", "files", *first["ppl"], "prefill", "decode"]]
+    for name, row in results["rows"].items():
+        cells = []
+        for text, value in row["ppl"].items():
+            more = f" ({100 * (value / beside['ppl'][text] - 1):+.1f} %)" if "int8" in name else ""
+            cells.append(f"{value:.2f}{more}")
+        speeds = [beside["prefill_seconds"] / row["prefill_seconds"], row["decode_rate"] / beside["decode_rate"]]
+        sizes = [format_bytes(row["weights"]), "" if row["files"] is None else format_bytes(row["files"])]
+        table.append([name, *sizes, *cells, *(f"{speed:.2f}" for speed in speeds)])
+    return table
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    return f"{markdown(rows_of(results))}\n\n{told(results['about'])}, {results['threads']} threads."
 
 
 def main() -> None:
@@ -66,10 +64,10 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--folder", type=Path, help="where the folders go; by default they are removed in the end")
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
     options = parser.parse_args()
     texts = {name: read_evaluation_text(file) for name, _, file in (text.partition("=") for text in options.text)}
     texts = texts or {"python reference": demo_texts()[1]}
-    console = Console(width=200)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,18 +88,21 @@ def main() -> None:
             )
             folders[f"pruned, int8 {scheme}"] = str(out)
         models = {name: load(path, device="cpu") for name, path in folders.items()}
-        perplexity = {}
-        for name, model in models.items():
-            perplexity[name] = evaluate(
-                model, tokenizer, texts, protocols=[Protocol(n) for n in SEQ_LENS], max_tokens=options.tokens
-            )
-            console.print(name, *(f"{p.data}@{p.seq_len} {p.ppl:.3f}" for p in perplexity[name]))
-        rows = profile(models)
-        files = {name: weight_file_bytes(path) for name, path in folders.items()}
-        console.print(
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.preset}, {options.ratio}"
-        )
-        console.print(table(rows, perplexity, files, "dense"))
+        results: dict[str, Any] = {"about": about(), "threads": torch.get_num_threads(), "rows": {}}
+        for costs in profile(models):
+            name, protocols = costs.model, [Protocol(n) for n in SEQ_LENS]
+            found = evaluate(models[name], tokenizer, texts, protocols=protocols, max_tokens=options.tokens)
+            assert costs.speed is not None
+            results["rows"][name] = {
+                "weights": costs.weight_bytes,
+                "files": weight_file_bytes(folders[name]),
+                "ppl": {f"{each.data}@{each.seq_len}": each.ppl for each in found},
+                "prefill_seconds": costs.speed.prefill_seconds,
+                "decode_rate": costs.speed.decode_tokens_per_second,
+            }
+    show(f"{options.preset}, {options.ratio:.0%} removed", rows_of(results))
+    if options.write:
+        keep("int8", results, block(results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast llama.cpp runs a dense model and a pruned one, from GGUF files of the same types.
 
     secateur prune demo runs/cut --choose score --repair none --samples 12
-    python benchmarks/llama_cpp_speed.py runs/cut --out runs/llama_cpp.json
+    python benchmarks/llama_cpp_speed.py runs/cut --write
 
 All files are loaded at once and take turns in every round, so that a busy machine slows them alike. What is printed are
 medians over the rounds, and ratios of medians. A prompt is read in one batch, then tokens are written one by one. Needs
@@ -15,19 +15,18 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from llama_cpp_py_sync import Llama
-from rich.console import Console
-from rich.table import Table
 
 from secateur import export_gguf, load, load_tokenizer
 from secateur.export.gguf_file import GgufResult
 from secateur.export.options import GgufOptions, GgufType
 from secateur.files import write_json
+from tables import about, keep, markdown, show, told
 
 
 def write_files(model: str, types: list[str], folder: Path, label: str) -> dict[str, GgufResult]:
@@ -70,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompt's tokens (0)")
     parser.add_argument("--out", type=Path, help="write the numbers here, too, as JSON")
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time adds up the time of all threads; use it with --threads 1")
@@ -118,34 +118,37 @@ def main() -> None:
                     "rounds": speeds[dtype, label],
                 }
             )
-    show(rows)
+    settings = {name: value if not isinstance(value, Path) else str(value) for name, value in vars(options).items()}
+    results = json.loads(json.dumps({"about": about(), "options": settings, "results": rows}))
+    show("llama.cpp", rows_of(results))
     if options.out:
-        settings = {name: value if not isinstance(value, Path) else str(value) for name, value in vars(options).items()}
-        write_json(options.out, json.loads(json.dumps({"options": settings, "results": rows})))
+        write_json(options.out, results)
+    if options.write:
+        keep("llama-cpp", results, block(results))
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """A row for every file, beside the dense one of its type."""
-    table = Table()
-    for column in ("type", "model", "architecture", "parameters", "MiB", "prompt tokens/s", "new tokens/s"):
-        table.add_column(column, justify="left" if column in ("type", "model", "architecture") else "right")
-    dense = {row["type"]: row for row in rows if row["model"] == "dense"}
-    for row in rows:
-        beside = dense[row["type"]]
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head and a row for every file, beside the dense one of its type."""
+    table = [["type", "model", "architecture", "parameters", "MiB", "prompt tokens/s", "new tokens/s"]]
+    dense = {row["type"]: row for row in results["results"] if row["model"] == "dense"}
+    for row in results["results"]:
 
-        def cell(name: str, text: str, row: dict[str, Any] = row, beside: dict[str, Any] = beside) -> str:
+        def cell(name: str, text: str, row: dict[str, Any] = row, beside: dict[str, Any] = dense[row["type"]]) -> str:
             return text if row is beside else f"{text} ({row[name] / beside[name]:.2f} x)"
 
-        table.add_row(
-            row["type"],
-            row["model"],
-            row["architecture"],
+        sizes = [
             cell("parameters", f"{row['parameters'] / 1e6:.1f} M"),
             cell("bytes", f"{row['bytes'] / 2**20:.1f}"),
             cell("prompt_tokens_per_second", f"{row['prompt_tokens_per_second']:.1f}"),
             cell("new_tokens_per_second", f"{row['new_tokens_per_second']:.1f}"),
-        )
-    Console(width=160).print(table)
+        ]
+        table.append([row["type"], row["model"], row["architecture"], *sizes])
+    return table
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    return f"{markdown(rows_of(results))}\n\n{told(results['about'])}; {results['options']['threads']} thread(s)."
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secateur
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.planning.options import with_preset
+from tables import about, keep, markdown, show, told
 
 SEQ_LENS = (128, 1024)
 BLOCK: Mapping[str, Any] = {"layers": (6, 24), "ratio": 0.3335, "of": "units"}  # 1 of 3 KV heads, 513 of 1536 channels
@@ -71,9 +70,10 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(f"{cut} {score} seed {seed}: {ours[-1]} ({seconds:.0f} s)", file=sys.stderr, flush=True)
         rows.append({"cut": cut, "score": score, "seeds": list(seeds), "theirs": theirs, "ours": ours})
-    show(rows)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"rows": rows, "max_tokens": arguments.max_tokens}, indent=2) + "\n")
+    results = json.loads(json.dumps({"about": about(), "rows": rows, "max_tokens": arguments.max_tokens}))
+    show("Perplexity: ours (seeds) / LLM-Pruner's = ratio of means", rows_of(results))
+    if arguments.write:
+        keep("llm-pruner", results, block(results))
 
 
 def parsed() -> argparse.Namespace:
@@ -87,7 +87,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="rows whose name holds one of these words")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
     arguments = parser.parse_args()
     for name, file in (("wikitext", "wiki.test.raw"), ("ptb", "ptb.test.txt"), ("calibration", "fiction.txt")):
         if getattr(arguments, name) is None and arguments.data is not None:
@@ -123,16 +123,14 @@ def measured(
     return [round(by_name[column], 2) for column in COLUMNS]
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Ours (mean, and the spread over seeds) beside theirs, and the ratio."""
-    table = Table(title="Perplexity: ours (seeds) / LLM-Pruner's = ratio of means", title_justify="left")
-    table.add_column("cut")
-    table.add_column("score")
-    for column in COLUMNS:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(row["cut"], row["score"], *cells(row))
-    Console(width=200).print(table)
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head and a row for each score: ours (mean, and the range over seeds) beside theirs, and the ratio."""
+    return [["cut", "score", *COLUMNS], *([row["cut"], row["score"], *cells(row)] for row in results["rows"])]
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    return f"{markdown(rows_of(results))}\n\n{told(results['about'])}."
 
 
 def cells(row: Mapping[str, Any]) -> Iterator[str]:

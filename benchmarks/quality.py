@@ -34,7 +34,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quality_table import DENSE, README_ROWS, SETTINGS, Key, TableError, missing, table, write_tables
+from quality_table import DENSE, README_ROWS, SETTINGS, Key, missing, table, write_tables
 from secateur import __version__
 from secateur.data.calibration import COLUMN
 from secateur.evaluation.perplexity import evaluate
@@ -50,7 +50,7 @@ from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.options import CutOptions, with_preset
 from secateur.planning.plan import Plan
 from secateur.progress import peak_rss
-from tables import cores
+from tables import TableError, cores
 
 PROTOCOLS = ("llm-pruner@128", "llm-pruner@1024")
 MAX_TOKENS = 40_000  # by default

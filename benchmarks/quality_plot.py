@@ -1,18 +1,20 @@
-"""The table of quality in docs/benchmarks.md -> docs/quality.svg: damage against the parameters that are left.
+"""The results of quality.py -> docs/quality.svg: damage against the parameters that are left.
 
 python benchmarks/quality_plot.py
 """
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
-from quality_table import BEGIN, END
+from quality_table import DENSE, QUALITY, key_of, label_of
+from tables import ROOT, result_file
 
-ROOT = Path(__file__).parent.parent
-PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.svg"
+PICTURE = ROOT / "docs" / "quality.svg"
 MOST = 6.5  # nats: rows above it (magnitude) are off the scale
 SHOWN = {  # row of the table -> its name in the picture
     "`--preset best`": "Secateur (best)",
@@ -26,22 +28,20 @@ SHOWN = {  # row of the table -> its name in the picture
 Points = dict[str, dict[float, float]]  # row -> share removed -> damage
 
 
-def points_of(page: str) -> Points:
-    r"""Mean damage over the four columns, by row and share of the parameters removed.
+def points_of(results: Sequence[Mapping[str, Any]]) -> Points:
+    """Mean damage over the columns and seeds, by row and share of the parameters removed.
 
-    >>> row = "| 20.0% | `--preset best` (three seeds) | 0.3 ± 0.1 | 0.5 | 0.1 | 0.3 | 375 |"
-    >>> points_of(f"{BEGIN}\n| removed | | WT2@128 | WT2@1024 | PTB@128 | PTB@1024 | seconds |\n{row}\n{END}")
+    >>> dense = {"row": "dense", "ratio": 0, "seed": 0, "nll": {"WT2": 4.0, "PTB": 5.0}}
+    >>> points_of([dense, {**dense, "row": "best", "ratio": 0.2, "nll": {"WT2": 4.5, "PTB": 5.1}}])
     {'`--preset best`': {0.2: 0.3}}
     """
-    block = page[page.index(BEGIN) : page.index(END)]
-    points: Points = {}
-    for line in block.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if re.fullmatch(r"[\d.]+%", cells[0]):
-            damage = [float(cell.split(" ±")[0]) for cell in cells[2:6]]
-            name = re.sub(r" \(\w+ seeds\)$", "", cells[1])
-            points.setdefault(name, {})[float(cells[0][:-1]) / 100] = round(sum(damage) / len(damage), 4)
-    return points
+    (dense,) = (each["nll"] for each in results if key_of(each) == DENSE)
+    found: dict[str, dict[float, list[float]]] = {}
+    for each in results:
+        if key_of(each) != DENSE:
+            damages = [each["nll"][column] - loss for column, loss in dense.items()]
+            found.setdefault(label_of(each["row"]), {}).setdefault(each["ratio"], []).append(mean(damages))
+    return {row: {ratio: round(mean(seeds), 4) for ratio, seeds in by.items()} for row, by in found.items()}
 
 
 def draw(points: Mapping[str, Mapping[float, float]], names: Sequence[str], out: Path) -> None:
@@ -75,8 +75,8 @@ def draw(points: Mapping[str, Mapping[float, float]], names: Sequence[str], out:
 
 
 def main() -> None:
-    """Read the page, write the picture."""
-    points = points_of(PAGE.read_text(encoding="utf-8"))
+    """Read the results, write the picture."""
+    points = points_of(json.loads(result_file(QUALITY).read_text(encoding="utf-8")))
     draw(points, [name for name in SHOWN if name in points], PICTURE)
     print(f"wrote {PICTURE}")
 

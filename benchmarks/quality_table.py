@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.files import atomic_file, write_json
-from tables import markdown
+from tables import ROOT, TableError, between_marks, markdown, result_file
 
-ROOT = Path(__file__).parent.parent
-RESULTS = "benchmarks/results/quality.json"
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+QUALITY = "quality"  # of the marks, and of the file of results
 Key = tuple[str, float, int]  # row, ratio, seed
 DENSE: Key = ("dense", 0.0, 0)
 SETTINGS = (
@@ -49,10 +47,6 @@ LABELS = {
 }
 README_ROWS = ("best", "best, uniform", "fast", "llm-pruner, MLP", "llm-pruner", "wanda-sp")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
-class TableError(Exception):
-    """Why a table cannot be written."""
 
 
 def key_of(result: Mapping[str, Any]) -> Key:
@@ -148,29 +142,6 @@ def blocks(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key]) -> dict[
     }
 
 
-def between_marks(page: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
-    r"""A page with what lies between its marks replaced.
-
-    Raises `TableError` unless it has each mark once, in order.
-
-    >>> between_marks(f"a\n{BEGIN}\nold\n{END}\nb", "new")
-    'a\n<!-- quality:begin -->\nnew\n<!-- quality:end -->\nb'
-    """
-    begin, end = marks
-    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise TableError(f"expected {begin} once, and {end} once after it")
-    before, after = page[: page.index(begin)], page[page.index(end) + len(end) :]
-    return f"{before}{begin}\n{block}\n{end}{after}"
-
-
-def write_benchmark(block: str, marks: tuple[str, str], *, page: str = "docs/benchmarks.md", root: Path = ROOT) -> None:
-    """Put a table between its marks in a page. Raises `TableError` as `between_marks` does."""
-    path = root / page
-    text = between_marks(path.read_text(encoding="utf-8"), block, marks=marks)
-    with atomic_file(path, overwrite=True) as file:
-        file.write_text(text, encoding="utf-8")
-
-
 def write_tables(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *, root: Path = ROOT) -> list[Path]:
     """Write both tables and the results that they are of, or nothing; returns the files.
 
@@ -180,11 +151,11 @@ def write_tables(results: Sequence[Mapping[str, Any]], wanted: Sequence[Key], *,
     made = {}
     for page, block in blocks(results, wanted).items():
         try:
-            made[root / page] = between_marks((root / page).read_text(encoding="utf-8"), block)
+            made[root / page] = between_marks((root / page).read_text(encoding="utf-8"), block, QUALITY)
         except TableError as error:
             raise TableError(f"{page}: {error}") from error
     for path, text in made.items():
         with atomic_file(path, overwrite=True) as file:
             file.write_text(text, encoding="utf-8")
-    write_json(root / RESULTS, results)
-    return [*made, root / RESULTS]
+    write_json(file := result_file(QUALITY, root=root), results)
+    return [*made, file]

@@ -1,4 +1,4 @@
-"""What training gives back of what a cut cost, by tokens; beside a dense model that was trained alike; and how fast.
+"""What training gives back of what a cut cost, by tokens; beside a dense model that was trained alike.
 
     python benchmarks/recover.py --calibration FILE --text NAME=FILE [--budget minutes=20] [--row "NAME=--OPTION X"]
 
@@ -12,12 +12,8 @@ what is gone of its damage is counted from the first cut's.
 Each is a process of its own, `secateur recover` as a user would call it, so that its peak memory is its own. The best
 checkpoint is picked by a text that is none of those reported (`--development`). Every result goes into a JSON file as
 it comes (`--out`), and the same command goes on after a stop. `--write recover` puts the table into docs/benchmarks.md;
-`--picture FILE` draws damage against tokens, and puts the table of that curve there. `--tasks FOLDER` asks the dense
-model, the cuts and the last training of each LLM-Pruner's seven tasks, from files in the folder.
-
-Speed (`--speed-steps`) is that of steps without evaluations: ours, ours with a teacher, and a loop of peft and PyTorch
-alone that reads the very same batches, in turns in one process. CPU seconds are compared, since a busy machine
-stretches the clock.
+`--picture FILE` draws damage against tokens. `--tasks FOLDER` asks the dense model, the cuts and the last training of
+each LLM-Pruner's seven tasks, from files in the folder.
 """
 
 from __future__ import annotations
@@ -27,44 +23,26 @@ import itertools
 import json
 import math
 import shlex
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from quality_table import write_benchmark
-from secateur.data.options import DataOptions
-from secateur.data.rows import collate, training_order
-from secateur.data.training_data import read_training_data
 from secateur.evaluation.perplexity import evaluate
 from secateur.evaluation.protocols import Protocol
 from secateur.evaluation.texts import read_evaluation_text
 from secateur.files import write_json
 from secateur.models.loading import load
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recovery.lora import add_lora
-from secateur.recovery.options import LoraOptions, RecoverOptions
-from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
-from secateur.recovery.trainer import TrainingInputs, train
-from tables import markdown, secateur, show
+from tables import about, keep, markdown, secateur, show
 
 LENGTHS = (128, 1024)
 DENSE = "dense"
-CURVE = "recover-curve"
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     """Cut, train, measure; print tables."""
     options = _arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=200)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     texts = {name: read_evaluation_text(file) for name, file in options.text}
     models = {DENSE: options.model}
@@ -82,22 +60,15 @@ def main() -> None:
         if run not in results and options.only in (None, run.split(" | ")[1]):
             results[run] = _trained(command, options, texts)
             write_json(options.out, results)
-            _show(results, options)
-    _show(results, options)
+            _show(results)
+    _show(results)
     if options.tasks and "tasks" not in results:
         results["tasks"] = _answered(models, options)
         write_json(options.out, results)
-    rows = [name for name, _ in options.row]
     if options.write:
-        write_benchmark(block(results, rows, options.budget), marks(options.write))
-        write_json(RESULTS / f"{options.write}.json", measured(results))
+        keep(options.write, measured(results), block(results))
     if options.picture:
-        write_benchmark(markdown(rows_of(results, rows, options.budget)), marks(CURVE))
-        _draw(results, options, options.picture)
-    if options.speed_steps:
-        results["speed"] = _speed(models[list(models)[-1]], options)
-        write_json(options.out, results)
-        console.print(_speed_table(results["speed"]))
+        _draw(results, options.picture)
 
 
 def _runs(models: Mapping[str, str], options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
@@ -124,8 +95,8 @@ def _trained(command: list[str], options: argparse.Namespace, texts: Mapping[str
     secateur(*command, *development, "--json", str(file), "--overwrite", "--resume", "--quiet")
     found: dict[str, Any] = json.loads(file.read_text())
     kept = ("method", "steps", "best_step", "tokens", "rows", "seconds", "peak_rss_bytes", "evaluation", "notes")
-    about = {name: found[name] for name in kept} | {"command": ["secateur", *command, *development]}
-    return about | {"perplexity": _perplexity(found["out"], texts, options.tokens)}
+    trained = {name: found[name] for name in kept} | {"command": ["secateur", *command, *development], "about": about()}
+    return trained | {"perplexity": _perplexity(found["out"], texts, options.tokens)}
 
 
 def _perplexity(folder: str, texts: Mapping[str, str], tokens: int) -> dict[str, float]:
@@ -167,7 +138,7 @@ def damage(results: Mapping[str, Any], name: str, reference: str = DENSE) -> dic
     return {column: math.log(found[column] / other[column]) for column in other}
 
 
-def rows_of(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[str]) -> list[list[str]]:
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     """The table: its head, and a row for each model that was measured.
 
     A cell has the damage of a text, and after a training the share of the cut's damage that is gone, against the dense
@@ -181,7 +152,7 @@ def rows_of(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[s
         for column, value in damage(results, cut).items():
             cells.append(_cell(value, [] if cut == _first_cut(cut) else [1 - value / first[column]]))
         table.append(["not trained", cut, "", *cells, "", "", ""])
-    for row, budget, cut in itertools.product(rows, budgets, [DENSE, *cuts]):
+    for row, budget, cut in itertools.product(*trainings_in(results), [DENSE, *cuts]):
         name, alike = (" | ".join((row, each, budget)) for each in (cut, DENSE))
         if name not in results:
             continue
@@ -190,11 +161,11 @@ def rows_of(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[s
             before = damage(results, _first_cut(cut))[column]
             left = [value, *([damage(results, name, alike)[column]] if alike in results else [])]
             cells.append(_cell(value, [] if cut == DENSE else [1 - each / before for each in left]))
-        about = results[name]
-        minutes = sum(about["seconds"].values()) / 60
-        memory = f"{about['peak_rss_bytes'] / 2**30:.2f} GiB"
+        trained = results[name]
+        minutes = sum(trained["seconds"].values()) / 60
+        memory = f"{trained['peak_rss_bytes'] / 2**30:.2f} GiB"
         table.append(
-            [row, "0%" if cut == DENSE else cut, budget, *cells, f"{about['tokens']:,}", f"{minutes:.1f}", memory]
+            [row, "0%" if cut == DENSE else cut, budget, *cells, f"{trained['tokens']:,}", f"{minutes:.1f}", memory]
         )
     return table
 
@@ -214,17 +185,22 @@ def _first_cut(name: str) -> str:
 
 def cuts_in(results: Mapping[str, Any]) -> list[str]:
     """The names of the pruned models."""
-    return [name for name in results if "|" not in name and name not in (DENSE, "speed", "tasks")]
+    return [name for name in results if "|" not in name and name not in (DENSE, "tasks")]
 
 
-def _show(results: Mapping[str, Any], options: argparse.Namespace) -> None:
+def trainings_in(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The ways of training, and how long.
+
+    >>> trainings_in({"dense": {}, "default | 20% | minutes=20": {}, "default | dense | minutes=20": {}})
+    (['default'], ['minutes=20'])
+    """
+    named = [name.split(" | ") for name in results if "|" in name]
+    return list(dict.fromkeys(row for row, _, _ in named)), list(dict.fromkeys(budget for *_, budget in named))
+
+
+def _show(results: Mapping[str, Any]) -> None:
     title = "Damage in nats per token; the share of it that is gone, against the dense model and one alike"
-    show(title, rows_of(results, [name for name, _ in options.row], options.budget))
-
-
-def marks(table: str) -> tuple[str, str]:
-    """What a table of docs/benchmarks.md lies between."""
-    return f"<!-- {table}:begin -->", f"<!-- {table}:end -->"
+    show(title, rows_of(results))
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,17 +209,16 @@ def measured(results: Mapping[str, Any]) -> dict[str, Any]:
     >>> measured({"20%": {"perplexity": {"WT2@128": 20.0}, "command": ["secateur", "recover"]}})
     {'20%': {'perplexity': {'WT2@128': 20.0}}}
     """
-    names = ("perplexity", "tokens", "seconds", "peak_rss_bytes")
+    names = ("perplexity", "tokens", "seconds", "peak_rss_bytes", "about")
     return {
-        run: about if run == "tasks" else {name: about[name] for name in names if name in about}
-        for run, about in results.items()
-        if run != "speed"
+        run: found if run == "tasks" else {name: found[name] for name in names if name in found}
+        for run, found in results.items()
     }
 
 
-def block(results: Mapping[str, Any], rows: Sequence[str], budgets: Sequence[str]) -> str:
+def block(results: Mapping[str, Any]) -> str:
     """The table of docs/benchmarks.md."""
-    table = markdown(rows_of(results, rows, budgets))
+    table = markdown(rows_of(results))
     return f"{table}\n\n{tasks_block(results['tasks'])}" if "tasks" in results else table
 
 
@@ -267,18 +242,18 @@ def tasks_block(tasks: Mapping[str, Any]) -> str:
     return markdown(rows)
 
 
-def _draw(results: Mapping[str, Any], options: argparse.Namespace, out: Path) -> None:
+def _draw(results: Mapping[str, Any], out: Path) -> None:
     """Mean damage over all columns against tokens: a line for each ratio, and one against the dense model alike."""
     import matplotlib as mpl
     from matplotlib import pyplot as plt
 
     mpl.rcParams |= {"svg.hashsalt": "secateur", "svg.fonttype": "none", "font.family": "sans-serif"}
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    row = options.row[0][0]
+    (row, *_), budgets = trainings_in(results)
     for number, cut in enumerate(cuts_in(results)):
         for reference, style, label in ((DENSE, "-", "the dense model"), (None, "--", "the dense model trained alike")):
             points = {0: _mean(damage(results, cut))}
-            for budget in options.budget:
+            for budget in budgets:
                 name, alike = (" | ".join((row, each, budget)) for each in (cut, DENSE))
                 if name in results and alike in results:
                     points[results[name]["tokens"]] = _mean(damage(results, name, reference or alike))
@@ -302,133 +277,6 @@ def _draw(results: Mapping[str, Any], options: argparse.Namespace, out: Path) ->
 
 def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
-
-
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
-def _speed(pruned: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each step, on the clock and of the CPU, of three loops that take turns."""
-    tokenizer = load_tokenizer(pruned)
-    data = DataOptions(tuple(arguments.calibration), validation=0.0)
-    rows = read_training_data(tokenizer, data).train
-    options = replace(
-        RecoverOptions(),
-        max_steps=arguments.speed_steps,
-        global_batch_size=min(RecoverOptions().global_batch_size, len(rows)),
-        warmup_steps=0,
-        eval_steps=arguments.speed_steps + 1,
-    )
-    order = training_order(rows, steps=arguments.speed_steps, batch_size=options.global_batch_size, seed=0)
-    used = rows.select(order.flatten().unique())
-    renumbered = torch.searchsorted(order.flatten().unique(), order)
-    pad = tokenizer.pad_token_id or 0
-    found: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": [], "ours with a teacher": []}
-    with TemporaryDirectory() as folder:
-        teacher = Path(folder) / "teacher"
-        begin = time.process_time()
-        outputs = TeacherOutputs(options.top_k)
-        save_teacher_outputs(lambda: load(arguments.model, device="cpu"), used, teacher, outputs)
-        reading = time.process_time() - begin
-        inputs = TrainingInputs(used, renumbered, used.select(torch.zeros(0, dtype=torch.int64)), {}, pad=pad)
-        taught = replace(inputs, teacher=TeacherCache(teacher, used))
-        loops: dict[str, Callable[[Path], list[tuple[float, float]]]] = {
-            "bare": lambda _: _bare(pruned, inputs, options),
-            "ours": lambda work: _ours(pruned, inputs, options, work),
-            "ours with a teacher": lambda work: _ours(pruned, taught, options, work),
-        }
-        for turn in range(arguments.turns):
-            for name, loop in loops.items():
-                found[name] += loop(Path(folder) / f"{name}-{turn}")
-    tokens = int(used.lengths_R[renumbered].sum())
-    steps = len(inputs.order_SB)
-    return {
-        "tokens": tokens,
-        "teacher_cpu_seconds": reading,
-        # The first step of a loop warms up; of the others the least is what the work takes.
-        "loops": {
-            name: {
-                kind: sum(
-                    min(times[turn * steps + step][i] for turn in range(arguments.turns)) for step in range(steps)
-                )
-                for i, kind in enumerate(("seconds", "cpu_seconds"))
-            }
-            for name, times in found.items()
-        },
-    }
-
-
-def _adapted(pruned: str) -> Any:
-    torch.manual_seed(0)
-    return add_lora(load(pruned, device="cpu"), LoraOptions())
-
-
-def _ours(pruned: str, inputs: TrainingInputs, options: RecoverOptions, folder: Path) -> list[tuple[float, float]]:
-    """What `recover` runs: wall and CPU seconds of every step."""
-    model = _adapted(pruned)
-    started: list[tuple[float, float]] = []  # when the first rows reach the model
-    moments: list[tuple[float, float]] = []  # when each step ends
-
-    def progress(done: int, total: int, line: str = "") -> None:
-        moments.append(_now())
-
-    model.register_forward_pre_hook(lambda *_: started.append(_now()) if not started else None)
-    train(model, inputs, options, folder, progress=progress)
-    return _between([*started, *moments[: len(inputs.order_SB)]])
-
-
-def _bare(pruned: str, inputs: TrainingInputs, options: RecoverOptions) -> list[tuple[float, float]]:
-    """The loop that one would write with peft and PyTorch: the same rows in the same micro-batches, and no more."""
-    model = _adapted(pruned)
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.rate(), weight_decay=0.0)
-    moments = [_now()]
-    rows = inputs.rows
-    for step in inputs.order_SB:
-        labels_in_step = sum(int(rows.loss_mask_T[rows.slice_of(int(row))].sum()) for row in step)
-        for numbers in step.split(options.micro_batch_size):
-            batch = collate(rows, numbers.tolist(), pad=inputs.pad)
-            # A model shifts its labels itself.
-            labels = torch.cat([torch.full((len(numbers), 1), -100), batch.pop("labels")[:, :-1]], dim=1)
-            loss = model(**batch, labels=labels, num_items_in_batch=torch.tensor(labels_in_step), use_cache=False).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        moments.append(_now())
-    return _between(moments)
-
-
-def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def _between(moments: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(moments)]
-
-
-def _speed_table(speed: dict[str, Any]) -> Table:
-    table = Table(title=f"Steps over {speed['tokens']:,} tokens, without evaluations")
-    for column in ("", "seconds", "CPU seconds", "tokens per CPU second", "throughput, bare = 1", "cost, ours = 1"):
-        table.add_column(column, justify="right" if column else "left")
-    loops = dict(speed["loops"])
-    both = loops["ours with a teacher"]
-    loops["the same, with the teacher's reading"] = {
-        "seconds": 0.0,  # not timed in turns with the others
-        "cpu_seconds": both["cpu_seconds"] + speed["teacher_cpu_seconds"],
-    }
-    for name, about in loops.items():
-        cpu = about["cpu_seconds"]
-        table.add_row(
-            name,
-            f"{about['seconds']:.1f}" if about["seconds"] else "",
-            f"{cpu:.1f}",
-            f"{speed['tokens'] / cpu:,.0f}",
-            f"{loops['bare']['cpu_seconds'] / cpu:.2f}",
-            f"{cpu / loops['ours']['cpu_seconds']:.2f}",
-        )
-    return table
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -458,9 +306,7 @@ def _arguments() -> argparse.Namespace:
     add("--tasks", type=Path, metavar="FOLDER", help="also ask the questions in the files of the folder")
     add("--questions", type=int, default=500, help="of each task")
     add("--write", metavar="NAME", help="the table NAME of docs/benchmarks.md, and benchmarks/results/NAME.json")
-    add("--picture", type=Path, help="draw damage against tokens, as SVG, and write the table of the curve")
-    add("--speed-steps", type=int, default=0, help="steps by which the speed is measured")
-    add("--turns", type=int, default=2)
+    add("--picture", type=Path, help="draw damage against tokens, as SVG")
     add("--folder", type=Path, default=Path("runs/recover"))
     add("--out", type=Path, default=Path("runs/recover.json"))
     options = parser.parse_args()

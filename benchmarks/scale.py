@@ -26,10 +26,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quality_table import write_benchmark
 from secateur.files import write_json
 from serving import measure
-from tables import cores, markdown, processor, secateur, show
+from tables import ROOT, cores, keep, markdown, processor, secateur, show, write_table
 
 ROWS = {  # name -> as the table has it, and what `secateur prune` is told besides the ratio and the text
     "llm-pruner": ("LLM-Pruner's recipe", ["--preset", "llm-pruner"]),
@@ -40,9 +39,7 @@ ROWS = {  # name -> as the table has it, and what `secateur prune` is told besid
 DENSE, TRAINED = "dense", ", then trained"
 QUESTIONS = {"tasks": "tasks", "HumanEval": "code tasks"}
 ENGINES = {"transformers": "speed", "vLLM": "vLLM", "llama.cpp": "llama.cpp"}  # both by head of the table
-MARKS = ("<!-- scale:begin -->", "<!-- scale:end -->")
-PICTURE = Path(__file__).parent.parent / "docs" / "scale.svg"
-RESULTS = Path(__file__).parent / "results" / "scale.json"
+PICTURE = ROOT / "docs" / "scale.svg"
 
 
 def main() -> None:
@@ -58,9 +55,8 @@ def main() -> None:
             _measure(f"{ratio:.0%} | {ROWS[last][0]}{TRAINED}", ratio, last, results, options)
     show(f"{options.name or options.model}: damage in nats per token", rows_of(results))
     if options.write:
-        write_json(RESULTS, results)
-        write_benchmark(block(results), MARKS)
-        write_benchmark(markdown(short_rows(results)), MARKS, page="README.md")
+        keep("scale", results, block(results))
+        write_table("scale", markdown(short_rows(results)), page="README.md")
         draw(results, options.name or options.model, PICTURE)
 
 

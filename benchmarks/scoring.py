@@ -1,6 +1,6 @@
 """Memory and time of scores by gradients, beside a plain loop, and of a model of a billion weights.
 
-    python benchmarks/scoring.py [--part a,b,c] [--json FILE] [--folder FOLDER]
+    python benchmarks/scoring.py [--part a,b,c] [--folder FOLDER] [--write]
 
 (a) The demo model: all four Taylor scores of heads and MLP channels, the axes that LLM-Pruner cuts, against a loop that
 stores gradients and their squares as LLM-Pruner does: that they are the same, and at what memory and CPU time. (b) A
@@ -9,7 +9,8 @@ made on the disk (13.5 GB, and as much again for what comes of it), pruned to 5.
 removed; the rate of scoring beside that of the fastest matrix product on this machine.
 
 Every measurement is a process of its own; memory is its anonymous memory (RssAnon), sampled; in (a) what is above that
-held when the weights were in place, and the least CPU time of three runs. Limits that are not met are marked.
+held when the weights were in place, and the least CPU time of three runs. Limits that are not met are marked. `--write`
+puts the table of all parts into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -46,6 +46,7 @@ from secateur.models.silence import quiet
 from secateur.models.tokenizer import load_tokenizer
 from secateur.scoring.scores import statistics_for
 from secateur.scoring.statistics import load_statistics, save_statistics
+from tables import about, keep, markdown, show, told
 
 SAMPLES, LENGTH = 10, 64  # LLM-Pruner's defaults
 RUNS = 3  # of part (a), of which the least CPU time counts
@@ -194,7 +195,7 @@ def run(kind: str, second_order: bool) -> dict[str, Any]:
     return usage
 
 
-# --- what is shown --------------------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------------------------
 
 
 def compared(ours: Any, plain: Any) -> float:
@@ -207,73 +208,22 @@ def compared(ours: Any, plain: Any) -> float:
     return worst
 
 
-def part_a(console: Console) -> dict[str, Any]:
+def part_a() -> dict[str, Any]:
     """Our pass against the plain loop."""
     found: dict[str, Any] = {}
-    table = Table(
-        "", "plain loop", "ours", "ours / plain", "asked", title=f"(a) demo model, {SAMPLES} x {LENGTH} tokens, float32"
-    )
     for name, second_order in (("param_first", False), ("param_mix", True)):
-        plain, ours = [
-            min(runs, key=lambda usage: usage["cpu_s"])
-            for runs in zip(
-                *[(run("plain", second_order), run("ours", second_order)) for _ in range(RUNS)], strict=True
-            )
-        ]
-        asked = (0.5, 1 / 3) if second_order else (None, None)
+        runs = [(run("plain", second_order), run("ours", second_order)) for _ in range(RUNS)]
+        plain, ours = (min(each, key=lambda usage: usage["cpu_s"]) for each in zip(*runs, strict=True))
         worst = compared(ours.pop("sums"), plain.pop("sums"))
         found[name] = {"plain": plain, "ours": ours, "relative difference": worst}
-        for what, key, scale, unit, limit in (
-            ("memory above the weights", "above", GIB, "GiB", asked[0]),
-            ("CPU time", "cpu_s", 1, "s", asked[1]),
-        ):
-            ratio = ours[key] / plain[key]
-            said = "" if limit is None else f"<= {limit:.2f}" + ("" if ratio <= limit else "  NOT MET")
-            table.add_row(
-                f"{name}: {what}",
-                f"{plain[key] / scale:.2f} {unit}",
-                f"{ours[key] / scale:.2f} {unit}",
-                f"{ratio:.2f}",
-                said,
-            )
-        table.add_row(
-            f"{name}: largest relative difference",
-            "",
-            f"{worst:.1e}",
-            "",
-            "<= 1e-4" + ("" if worst <= 1e-4 else "  NOT MET"),
-        )
-    console.print(table)
     return found
 
 
-def part_b(console: Console) -> dict[str, Any]:
+def part_b() -> dict[str, Any]:
     """1.1 billion weights in memory."""
-    found = {}
-    table = Table(
-        "",
-        "weights",
-        "peak",
-        "limit",
-        "wall",
-        "CPU",
-        title=f"(b) 1.1 B random weights, {SAMPLES} x 128 tokens, bfloat16",
-    )
-    for name, second_order in (("param_first", False), ("param_mix", True)):
-        usage = run("billion", second_order)
+    found = {name: run("billion", second_order) for name, second_order in (("param_first", False), ("param_mix", True))}
+    for usage in found.values():
         usage.pop("sums")
-        limit = 1.25 * usage["weights"] + 0.7 * GIB
-        said = f"{limit / GIB:.2f} GiB" + ("" if usage["peak"] <= limit else "  NOT MET")
-        table.add_row(
-            name,
-            f"{usage['weights'] / GIB:.2f} GiB",
-            f"{usage['peak'] / GIB:.2f} GiB",
-            said,
-            f"{usage['wall_s']:.0f} s",
-            f"{usage['cpu_s']:.0f} s",
-        )
-        found[name] = usage
-    console.print(table)
     return found
 
 
@@ -357,7 +307,7 @@ def watched(command: list[str]) -> tuple[float, int]:
     return time.perf_counter() - start, peak
 
 
-def part_c(console: Console, parent: Path | None = None) -> dict[str, Any]:
+def part_c(parent: Path | None = None) -> dict[str, Any]:
     """Prune a checkpoint that no process here could hold as the older tools do."""
     rate = matmul_rate()
     with tempfile.TemporaryDirectory(dir=parent) as name:
@@ -382,18 +332,6 @@ def part_c(console: Console, parent: Path | None = None) -> dict[str, Any]:
     # weights are not scored. What is computed again is not counted, nor is attention.
     operations = (6 * weights + 4 * head) * TOKENS_7B
     share = operations / told["seconds"]["score"] / rate
-    table = Table("", "measured", "asked", title="(c) LLaMA-7B's shape on the disk, 10 x 128 tokens, bfloat16")
-    rows = (
-        ("wall, the whole command", f"{wall / 60:.1f} min", "< 25 min", wall < 25 * 60),
-        ("of it scoring", f"{told['seconds']['score'] / 60:.1f} min", "", True),
-        ("peak of anonymous memory", f"{peak / GIB:.2f} GiB", "< 8 GiB", peak < 8 * GIB),
-        ("parameters of the folder, loaded", f"{parameters / 1e9:.3f} B", "5.42 B", round(parameters / 1e9, 2) == 5.42),
-        ("fastest matrix product", f"{rate / 1e9:.0f} GFLOP/s", "", True),
-        ("rate of scoring, of that", f"{share:.0%}", ">= 40 %", share >= 0.4),
-    )
-    for what, measured_, asked, met in rows:
-        table.add_row(what, measured_, asked + ("" if met else "  NOT MET"))
-    console.print(table)
     return {
         "wall_s": wall,
         "seconds": told["seconds"],
@@ -404,30 +342,79 @@ def part_c(console: Console, parent: Path | None = None) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Console], dict[str, Any]]] = {"a": part_a, "b": part_b, "c": part_c}
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head and the rows of the parts that were measured.
+
+    >>> usage = {"peak": 3 * GIB, "weights": 2 * GIB}
+    >>> rows_of({"b": {"param_first": usage}})[1]
+    ['1.1 B weights in memory, `param_first`: peak', '', '3.00 GiB', '', 'at most 3.20 GiB']
+    """
+    rows = [["", "plain loop", "ours", "ratio", "asked"]]
+    for name, found in results.get("a", {}).items():
+        plain, ours = found["plain"], found["ours"]
+        most = dict.fromkeys(("above", "cpu_s")) if name == "param_first" else {"above": 0.5, "cpu_s": 1 / 3}
+        for what, key, scale, unit in (
+            ("memory above the weights", "above", GIB, "GiB"),
+            ("CPU time", "cpu_s", 1, "s"),
+        ):
+            ratio = ours[key] / plain[key]
+            cells = [f"{each[key] / scale:.2f} {unit}" for each in (plain, ours)]
+            limit = most[key]
+            asked = "" if limit is None else _asked(f"at most {limit:.2f}", ratio <= limit)
+            rows.append([f"demo model, `{name}`: {what}", *cells, f"{ratio:.2f}", asked])
+        worst = found["relative difference"]
+        asked = _asked("at most 1e-4", worst <= 1e-4)
+        rows.append([f"demo model, `{name}`: largest relative difference", "", f"{worst:.1e}", "", asked])
+    for name, usage in results.get("b", {}).items():
+        limit = 1.25 * usage["weights"] + 0.7 * GIB
+        asked = _asked(f"at most {limit / GIB:.2f} GiB", usage["peak"] <= limit)
+        rows.append([f"1.1 B weights in memory, `{name}`: peak", "", f"{usage['peak'] / GIB:.2f} GiB", "", asked])
+    if found := results.get("c"):
+        wall, peak, parameters = found["wall_s"] / 60, found["peak"] / GIB, found["parameters"] / 1e9
+        for what, value, asked in (
+            ("the whole command", f"{wall:.1f} minutes", _asked("under 25", wall < 25)),
+            ("of it scoring", f"{found['seconds']['score'] / 60:.1f} minutes", ""),
+            ("peak of anonymous memory", f"{peak:.2f} GiB", _asked("under 8", peak < 8)),
+            ("parameters of the folder, loaded", f"{parameters:.3f} B", _asked("5.42", round(parameters, 2) == 5.42)),
+            ("fastest matrix product here", f"{found['matmul_rate'] / 1e9:.0f} GFLOP/s", ""),
+            ("rate of scoring, of that", f"{found['share']:.0%}", _asked("at least 40%", found["share"] >= 0.4)),
+        ):
+            rows.append([f"LLaMA-7B's shape on the disk: {what}", "", value, "", asked])
+    return rows
+
+
+def _asked(limit: str, met: bool) -> str:
+    return limit if met else f"{limit}, MISSED"
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    return f"{markdown(rows_of(results))}\n\n{told(results['about'])}."
 
 
 def main() -> None:
     """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default=",".join(PARTS), help="which, separated by commas")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument("--part", default="a,b,c", help="which, separated by commas")
     parser.add_argument(
         "--folder", type=Path, help="where part (c) finds 27 GB of disk; by default, where temporary files go"
     )
+    parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md; needs all parts")
     parser.add_argument("--work", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--second-order", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.work[0], options.second_order, Path(options.work[1]))
         return
-    console = Console()
-    found = {
-        part: part_c(console, options.folder) if part == "c" else PARTS[part](console)
-        for part in options.part.split(",")
-    }
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    parts: dict[str, Callable[[], dict[str, Any]]] = {"a": part_a, "b": part_b, "c": partial(part_c, options.folder)}
+    asked = [*parts] if options.write else options.part.split(",")
+    results = {"about": about(), **{part: parts[part]() for part in asked}}
+    show("scoring", rows_of(results))
+    if options.write:
+        keep("scoring", results, block(results))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -31,7 +31,6 @@ PROMPT, SHORT, NEW_TOKENS = 512, 16, 33
 BATCHES = (1, 8)
 BACKEND = "dense, by the backend"
 COLUMNS = ("prefill, promised", "prefill 1", "prefill 8", "decode, promised", "decode 1", "decode 8")
-BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 DTYPE, ITEM_BYTES = "float32", 4  # in which vLLM computes these folders
 
 
@@ -220,6 +219,13 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return markdown(rows)
 
 
+def block(results: Mapping[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    from tables import told
+
+    return f"{table(results['rows'])}\n\n{told(results['about'])}."
+
+
 def main() -> None:
     """Make what is missing, measure, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -237,8 +243,8 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve, json.loads(arguments.options))
         return
-    from quality_table import write_benchmark
     from secateur.files import write_json
+    from tables import about, keep
 
     schemes = [scheme for scheme in arguments.schemes.split(",") if scheme]
     folders = make_folders(arguments.folder, arguments.preset, schemes, arguments.samples)
@@ -248,12 +254,11 @@ def main() -> None:
     folders = {"dense": folders["dense"], BACKEND: folders["dense"], **folders}
     costs = {name: costs["dense" if name == BACKEND else name] for name in folders}
     timed = {name: folder for name, folder in folders.items() if not name.endswith("w4a16")}
-    results = faster(costs, measure(timed, arguments.rounds, eager=arguments.eager))
+    results = {"about": about(), "rows": faster(costs, measure(timed, arguments.rounds, eager=arguments.eager))}
     write_json(arguments.folder / "results.json", results)
-    made = table(results)
-    print(made)
+    print(block(results))
     if arguments.write:
-        write_benchmark(made, (BEGIN, END))
+        keep("serving", results, block(results))
 
 
 if __name__ == "__main__":

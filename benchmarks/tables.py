@@ -1,4 +1,7 @@
-"""What benchmarks of several commands share: a command as a user calls it, and a table for the screen and the docs."""
+"""What benchmarks share: a command as a user calls it, tables for the screen and the docs, and the files they are of.
+
+A table of docs/benchmarks.md stands between two marks of its name, and is made from `benchmarks/results/NAME.json`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,23 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from secateur.files import atomic_file, write_json
+
+ROOT = Path(__file__).parent.parent
+PAGE = "docs/benchmarks.md"
+
+
+class TableError(Exception):
+    """Why a table cannot be written."""
 
 
 def secateur(*arguments: str) -> None:
@@ -39,6 +54,60 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
         "".join(["|", *(f" {cell} |" if cell else " |" for cell in row)])
         for row in (head, ["---"] * len(head), *others)
     )
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What a table lies between."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def between_marks(page: str, made: str, name: str) -> str:
+    r"""A page with what lies between the marks of a table replaced.
+
+    Raises `TableError` unless it has each mark once, in order.
+
+    >>> between_marks("a\n<!-- t:begin -->\nold\n<!-- t:end -->\nb", "new", "t")
+    'a\n<!-- t:begin -->\nnew\n<!-- t:end -->\nb'
+    """
+    begin, end = marks(name)
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise TableError(f"expected {begin} once, and {end} once after it")
+    before, after = page[: page.index(begin)], page[page.index(end) + len(end) :]
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
+def write_table(name: str, made: str, *, page: str = PAGE, root: Path = ROOT) -> None:
+    """Put a table between its marks in a page. Raises `TableError` as `between_marks` does."""
+    path = root / page
+    text = between_marks(path.read_text(encoding="utf-8"), made, name)
+    with atomic_file(path, overwrite=True) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def result_file(name: str, *, root: Path = ROOT) -> Path:
+    """Where the results are kept that a table is of."""
+    return root / "benchmarks" / "results" / f"{name}.json"
+
+
+def keep(name: str, results: Any, made: str, *, root: Path = ROOT) -> None:
+    """Write a table, and the results that it is of. Raises `TableError` as `between_marks` does, and writes nothing."""
+    write_table(name, made, root=root)
+    write_json(result_file(name, root=root), results)
+
+
+def about() -> dict[str, Any]:
+    """When and where something is measured: day, processor, cores, versions."""
+    versions = {name: version(name).partition("+")[0] for name in ("secateur", "torch", "transformers")}
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "processor": processor(), "versions": versions}
+
+
+def told(of: Mapping[str, Any]) -> str:
+    """The same as a line of a page.
+
+    >>> told({"date": "2026-01-02", "processor": "CPU, 2 cores", "versions": {"torch": "2.13.0"}})
+    '2026-01-02; CPU, 2 cores; torch 2.13.0'
+    """
+    return "; ".join([of["date"], of["processor"], *(f"{name} {number}" for name, number in of["versions"].items())])
 
 
 def cores() -> int:

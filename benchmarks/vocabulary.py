@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.files import write_json
-from tables import markdown, secateur, show
+from tables import about, keep, markdown, secateur, show
 
 AXES = ("attention,mlp", "attention,mlp,vocabulary")
-MARKS = ("<!-- vocabulary:begin -->", "<!-- vocabulary:end -->")
 
 
 def main() -> None:
@@ -35,9 +34,7 @@ def main() -> None:
             write_json(options.out, results)
     show("Bits per byte of each text, and what was added to those of the dense model", rows_of(results))
     if options.write:
-        from quality_table import write_benchmark
-
-        write_benchmark(block(results), MARKS)
+        keep("vocabulary", results, block(results))
 
 
 def _measured(axes: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -49,10 +46,10 @@ def _measured(axes: str, options: argparse.Namespace) -> dict[str, Any]:
     texts = [f"--ppl={text}" for text in options.text]
     panel = ["--protocol", options.protocol, "--max-tokens", str(options.tokens)]
     secateur("evaluate", options.model, str(out), *texts, *panel, "--json", str(file), "--quiet")
-    about = json.loads(cut.read_text())
-    kept = {group["kind"]: 0 for group in about["groups"]}
+    cut_to = json.loads(cut.read_text())
+    kept = {group["kind"]: 0 for group in cut_to["groups"]}
     units = dict(kept)
-    for group in about["groups"]:
+    for group in cut_to["groups"]:
         kept[group["kind"]] += group["kept"]
         units[group["kind"]] += group["units"]
     dense, pruned = (
@@ -60,13 +57,13 @@ def _measured(axes: str, options: argparse.Namespace) -> dict[str, Any]:
         for result in json.loads(file.read_text())["results"]
     )
     return {
-        "parameters": about["parameters"],
+        "parameters": cut_to["parameters"],
         "kept": {kind: [kept[kind], units[kind]] for kind in kept},
-        "seconds": about["seconds"],
-        "peak_rss_bytes": about["peak_rss_bytes"],
+        "seconds": cut_to["seconds"],
+        "peak_rss_bytes": cut_to["peak_rss_bytes"],
         "dense": dense,
         "pruned": pruned,
-        "command": ["secateur", "prune", options.model, "OUT", *budget, *given],
+        "about": about(),
     }
 
 

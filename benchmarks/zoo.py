@@ -17,11 +17,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quality_table import DENSE, TableError, key_of, label_of, write_benchmark
+from quality_table import DENSE, key_of, label_of
 from secateur.files import write_json
-from tables import markdown
+from tables import TableError, markdown, write_table
 
-BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
 RESULTS = Path(__file__).parent / "results" / "zoo"  # those of the demo are quality.py's
 OURS = ("best", "fast")
 PEERS = ("llm-pruner", "llm-pruner, MLP", "wanda-sp", "shortgpt")
@@ -83,7 +82,7 @@ def main() -> None:
         made = table(line for found in results.values() for line in lines_of(found))
         print(made)
         if arguments.write:
-            write_benchmark(made, (BEGIN, END))
+            write_table("zoo", made)
             RESULTS.mkdir(parents=True, exist_ok=True)
             for file, found in results.items():
                 if RESULTS.parent not in file.resolve().parents:  # it lies there already

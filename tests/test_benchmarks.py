@@ -14,35 +14,30 @@ from typing import Any
 import pytest
 
 import code_tasks
+import discovery
+import experts
 import gpu
+import half_precision
+import int8
+import llama_cpp_speed
+import llm_pruner
 import mbpp
 import quality
 import quality_plot
-import quality_table
 import recover
+import recover_speed
 import scale
+import scoring
+import serving
 import tables
 import vocabulary
 import zoo
-from quality_table import (
-    BEGIN,
-    DENSE,
-    END,
-    LABELS,
-    README_ROWS,
-    Key,
-    TableError,
-    between_marks,
-    blocks,
-    key_of,
-    label_of,
-    table,
-    write_tables,
-)
+from quality_table import DENSE, LABELS, QUALITY, README_ROWS, Key, blocks, key_of, label_of, table, write_tables
 from secateur import load, load_tokenizer
-from tables import markdown
+from tables import PAGE, TableError, between_marks, markdown, marks, result_file
 
 ROOT = Path(__file__).parent.parent
+BEGIN, END = marks(QUALITY)
 TEXTS = ("WT2@128", "WT2@1024")
 OTHER = {
     "model": "demo",
@@ -73,7 +68,7 @@ RESULTS = [result(*DENSE), *(result(*key, 0.4 + 0.01 * key[2], 0.575) for key in
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "docs").mkdir()
-    (tmp_path / quality_table.RESULTS).parent.mkdir(parents=True)
+    result_file(QUALITY, root=tmp_path).parent.mkdir(parents=True)
     for path in ("README.md", "docs/benchmarks.md"):
         (tmp_path / path).write_text(f"# A page\n\n{BEGIN}\nwhat was\n{END}\n\nMore.\n")
     return tmp_path
@@ -95,11 +90,12 @@ def test_a_row_of_one_seed_and_one_of_three() -> None:
 
 def test_both_pages_and_the_results_are_written_and_nothing_else_changes(root: Path) -> None:
     pages = blocks(RESULTS, WANTED)
-    assert write_tables(RESULTS, WANTED, root=root) == [root / path for path in (*pages, quality_table.RESULTS)]
+    kept = result_file(QUALITY, root=root)
+    assert write_tables(RESULTS, WANTED, root=root) == [*(root / path for path in pages), kept]
     for path, block in pages.items():
         assert (root / path).read_text() == f"# A page\n\n{BEGIN}\n{block}\n{END}\n\nMore.\n"
     assert len([line for line in (root / "README.md").read_text().splitlines() if line.startswith("|")]) == 2 + 12
-    assert json.loads((root / quality_table.RESULTS).read_text()) == RESULTS
+    assert json.loads(result_file(QUALITY, root=root).read_text()) == RESULTS
 
 
 @pytest.mark.parametrize("gone", [DENSE, ("fast", 0.5, 0), ("best", 0.2, 2)])
@@ -109,7 +105,7 @@ def test_a_table_is_not_replaced_by_less(gone: Key, root: Path) -> None:
     with pytest.raises(TableError, match=rf"1 of \d+ measurements are missing: {gone[0]}"):
         write_tables(partial, WANTED, root=root)
     assert {path: path.read_text() for path in root.rglob("*.md")} == before
-    assert not [*(root / quality_table.RESULTS).parent.iterdir()]
+    assert not [*result_file(QUALITY, root=root).parent.iterdir()]
 
 
 def test_rows_measured_otherwise_go_into_no_table(root: Path) -> None:
@@ -151,30 +147,26 @@ def test_the_zoo_names_the_best_peer_and_the_worst_case() -> None:
 @pytest.mark.parametrize("page", [END + BEGIN, BEGIN, f"{BEGIN}{BEGIN}{END}"])
 def test_odd_marks_are_refused(page: str) -> None:
     with pytest.raises(TableError, match="once after it"):
-        between_marks(page, "new")
+        between_marks(page, "new", QUALITY)
 
 
 def test_the_tables_of_quality_are_of_the_file_in_the_repository() -> None:
-    results = json.loads((ROOT / quality_table.RESULTS).read_text())
+    results = json.loads(result_file(QUALITY).read_text())
     made = blocks(results, [key for key in map(key_of, results) if key != DENSE])
     for page, block in made.items():
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert between_marks(text, block) == text, page
+        assert between_marks(text, block, QUALITY) == text, page
         assert "{tokens:,} tokens of each text".format(**results[0]) in " ".join(text.split())
     dense = [f"{nll:.3f}" for nll in results[0]["nll"].values()]
     told = f"The dense model has {', '.join(dense[:-1])} and {dense[-1]}."
     assert told in " ".join((ROOT / "docs/benchmarks.md").read_text().split())
-    picture = quality_plot.points_of((ROOT / "docs/benchmarks.md").read_text())
-    assert set(quality_plot.SHOWN) <= set(picture)
 
 
 def test_the_table_of_several_models_is_of_the_files_in_the_repository() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
-    files = [ROOT / quality_table.RESULTS, *sorted(zoo.RESULTS.glob("*.json"))]
-    for file in files:
-        made = zoo.table(zoo.lines_of(json.loads(file.read_text()))).splitlines()[2:-1]
-        assert made
-        assert [line for line in made if line not in page] == [], file.name
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    kept = sorted(zoo.RESULTS.glob("*.json"), key=lambda file: page.index(f"| {file.stem} |"))
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in (result_file(QUALITY), *kept)]
+    assert between_marks(page, zoo.table(line for each in results for line in zoo.lines_of(each)), "zoo") == page
     gemma = json.loads((zoo.RESULTS / "gemma.gguf.json").read_text())
     for ratio in (0.2, 0.5):
         rows = table(gemma, [("best", ratio, seed) for seed in range(3)], costs=False).splitlines()[-1]
@@ -190,7 +182,7 @@ def test_the_zoo_keeps_the_results_that_its_table_is_of(tmp_path: Path, monkeypa
         file.write_text(json.dumps(results))
     written: list[str] = []
     monkeypatch.setattr(zoo, "RESULTS", tmp_path / "results" / "zoo")
-    monkeypatch.setattr(zoo, "write_benchmark", lambda made, marks: written.append(made))
+    monkeypatch.setattr(zoo, "write_table", lambda _, made: written.append(made))
     monkeypatch.setattr(sys, "argv", ["zoo.py", *map(str, files), "--write"])
     zoo.main()
     assert written == [zoo.table(2 * zoo.lines_of(results))]
@@ -234,15 +226,14 @@ def test_what_training_gave_back_is_told_against_both_dense_models() -> None:
         "default | 20% | minutes=20": about(14.0),
         "default | dense | minutes=20": about(9.0),
     }
-    lines = recover.block(results, ["default"], ["minutes=20", "tokens=25k"]).splitlines()
+    lines = recover.block(results).splitlines()
     assert lines[2] == "| not trained | 20% | | 0.693 | | | |"
     assert lines[3] == "| default | 0% | minutes=20 | -0.105 | 1,000 | 1.5 | 2.00 GiB |"
     assert lines[4] == "| default | 20% | minutes=20 | 0.336 (51%, 36%) | 1,000 | 1.5 | 2.00 GiB |"
     assert len(lines) == 5
-    assert recover.cuts_in({**results, "speed": {}}) == ["20%"]
     # Another cut's damage is told beside that of the first.
     other = {"20%, layers": about(18.0), "default | 20%, layers | minutes=20": about(13.0)}
-    lines = recover.block({**results, **other}, ["default"], ["minutes=20"]).splitlines()
+    lines = recover.block({**results, **other}).splitlines()
     assert lines[3] == "| not trained | 20%, layers | | 0.588 (15%) | | | |"
     assert lines[6] == "| default | 20%, layers | minutes=20 | 0.262 (62%, 47%) | 1,000 | 1.5 | 2.00 GiB |"
 
@@ -262,7 +253,9 @@ def test_what_the_vocabulary_gave_is_told_in_bits_per_byte() -> None:
 def test_a_device_has_one_table(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "benchmarks.md"
     page.parent.mkdir()
-    page.write_text(f"# A page\n\n{gpu.BEGIN}\n{gpu.END}\n\nMore.\n")
+    result_file("gpu", root=tmp_path).parent.mkdir(parents=True)
+    begin, end = marks("gpu")
+    page.write_text(f"# A page\n\n{begin}\n{end}\n\nMore.\n")
     step = {"seconds": 12.3, "device_bytes": 2**31, "process_bytes": 2**30, "told": "score 5"}
     about = {"name": "GPU H1", "torch": "2.13.0", "transformers": "5.24.0", "date": "2026-01-02"}
     results = {"about": about, "steps": {"tests": {"seconds": 9, "result": "8 passed"}, "demo | `prune`": step}}
@@ -280,12 +273,38 @@ def test_a_device_has_one_table(tmp_path: Path) -> None:
         gpu.write(results, root=tmp_path)
 
 
-def test_the_tables_of_the_larger_model_are_of_the_file_in_the_repository() -> None:
-    results = json.loads(scale.RESULTS.read_text())
-    of_pages = {"docs/benchmarks.md": scale.block(results), "README.md": markdown(scale.short_rows(results))}
-    for page, made in of_pages.items():
-        text = (ROOT / page).read_text()
-        assert between_marks(text, made, marks=scale.MARKS) == text, page
+TABLES = {
+    "discovery": discovery.block,
+    "experts": experts.block,
+    "half": half_precision.block,
+    "int8": int8.block,
+    "llama-cpp": llama_cpp_speed.block,
+    "llm-pruner": llm_pruner.block,
+    "recover-gemma": recover.block,
+    "recover-speed": recover_speed.block,
+    "scale": scale.block,
+    "scoring": scoring.block,
+    "serving": serving.block,
+    "vocabulary": vocabulary.block,
+}
+WITHOUT_FILE = {"gpu", "recover", "recover-curve"}  # no GPU was at hand; measured before results were kept
+OTHERS = {QUALITY, "zoo"}  # held to their files above
+MARK = re.compile("<!-- (.*?):begin -->")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_of_the_file_in_the_repository(name: str) -> None:
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    made = TABLES[name](json.loads(result_file(name).read_text(encoding="utf-8")))
+    assert between_marks(page, made, name) == page
+
+
+def test_every_table_between_marks_is_held_to_its_file() -> None:
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in (PAGE, "README.md"))
+    assert set(MARK.findall(page)) == {*TABLES, *WITHOUT_FILE, *OTHERS}
+    results = json.loads(result_file("scale").read_text())
+    assert between_marks(readme, markdown(scale.short_rows(results)), "scale") == readme
+    assert set(MARK.findall(readme)) == {QUALITY, "scale"}
 
 
 CUTS = ("20%", "50%")
@@ -295,7 +314,7 @@ GAIN = re.compile(r"\((-?\d+)%(?:, (-?\d+)%)?\)")
 def gains(table: str, row: str) -> list[str]:
     """The least and the most that a row says is gone of the damage, in %, beside each of the dense models."""
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    begin, end = recover.marks(table)
+    begin, end = marks(table)
     lines = page[page.index(begin) : page.index(end)].splitlines()
     (line,) = (line for line in lines if line.startswith(f"| default | {row} |"))
     beside = zip(*[[int(each) for each in cell if each] for cell in GAIN.findall(line)], strict=True)
@@ -304,22 +323,14 @@ def gains(table: str, row: str) -> list[str]:
 
 def test_what_readme_says_of_training_is_in_the_tables() -> None:
     readme = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", " ".join((ROOT / "README.md").read_text().split()))
-    (half, half_alike), (fifth, fifth_alike) = (gains(recover.CURVE, f"{cut} | tokens=400k") for cut in ("50%", "20%"))
+    curve = "recover-curve"
+    (half, half_alike), (fifth, fifth_alike) = (gains(curve, f"{cut} | tokens=400k") for cut in ("50%", "20%"))
     assert f"{half} % of the damage at 50 %, {fifth} at 20 %, on 400,000 tokens" in readme
     assert f"beside a dense model trained alike {half_alike}, {fifth_alike}" in readme
     (half, half_alike), (fifth, fifth_alike) = (gains("recover", f"{cut} | minutes=20") for cut in ("50%", "20%"))
     assert f"{half} and {fifth} in 20 minutes, layers first ({half_alike}, {fifth_alike})" in readme
     (gemma,) = gains("recover-gemma", "20% | minutes=20")
     assert f"Gemma: {gemma} at 20 %" in readme
-
-
-def test_the_tables_of_training_are_of_the_files_in_the_repository() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
-    files = sorted(recover.RESULTS.glob("recover*.json"))
-    assert files != []
-    for file in files:
-        made = recover.block(json.loads(file.read_text()), ["default"], ["minutes=20"])
-        assert between_marks(page, made, marks=recover.marks(file.stem)) == page, file.name
 
 
 def test_what_readme_says_of_other_models_is_in_the_table() -> None:
@@ -341,7 +352,10 @@ def test_what_readme_says_of_other_models_is_in_the_table() -> None:
     assert "stories260K, the worst of the zoo, at most {:.2f} and {:.2f}".format(*worst) in readme
 
 
-@pytest.mark.parametrize("module", [code_tasks, mbpp, scale, tables], ids=lambda module: module.__name__)
+EXAMPLES = (code_tasks, experts, mbpp, quality_plot, recover, scale, scoring, serving, tables)
+
+
+@pytest.mark.parametrize("module", EXAMPLES, ids=lambda module: module.__name__)
 def test_examples_of_the_docstrings(module: Any) -> None:
     tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert (tried.failed, tried.attempted > 0) == (0, True)

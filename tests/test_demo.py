@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,36 @@ class TestSmall:
         assert names(tmp_path) == []
 
 
+# --- README's three commands ------------------------------------------------------------------------------------------
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def shown_in_readme(command: str) -> list[str]:
+    """The lines that README shows below a command."""
+    lines = README[README.index(f"    $ {command}") :].splitlines()[1:]
+    return [line.strip() for line in takewhile(lambda line: line.startswith("    "), lines)]
+
+
+def as_written(text: str) -> str:
+    """A text without the lines of tables, its spaces one each."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.demo_model
+@pytest.mark.parametrize("command", ["discover demo", "plan demo --ratio 0.2 --shape uniform --sizes-only"])
+def test_a_command_prints_what_the_readme_shows(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(command.split()) == 0
+    printed = as_written(capsys.readouterr().out)
+    wanted = shown_in_readme(f"secateur {command}")
+    assert len(wanted) >= 2
+    missing = [line for line in wanted for part in line.split(" ...") if as_written(part) not in printed]
+    assert missing == []
+
+
 @pytest.mark.slow
 @pytest.mark.demo_model
 def test_for_real(tmp_path: Path) -> None:
@@ -182,6 +213,12 @@ def test_for_real(tmp_path: Path) -> None:
     summary = read(tmp_path / "run" / "summary.json")
     for before, after in zip(summary["perplexity"]["dense"], summary["perplexity"]["pruned"], strict=True):
         assert before["ppl"] < after["ppl"] < 10 * before["ppl"]
+    weights, perplexity = shown_in_readme("secateur demo  ")
+    assert as_written(weights) in as_written(done.stdout)
+    found = [summary["perplexity"][name][-1]["ppl"] for name in ("dense", "pruned")]
+    name, *told = perplexity.rsplit(maxsplit=3)
+    assert name == "perplexity, python reference @1024"
+    assert [float(each) for each in told] == pytest.approx([*found, found[1] / found[0]], rel=0.01)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("secateur: error: run exists; name another folder")

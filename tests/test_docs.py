@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import transformers
 import yaml
 
 from quality_plot import SHOWN, points_of
+from quality_table import QUALITY
 from secateur import CalibrationOptions, CutOptions, __all__
 from secateur.checkpoint.record import Record
 from secateur.decoding import values_by_field
@@ -21,6 +23,7 @@ from secateur.pipeline.recipe import PruneRecipe
 from secateur.planning.plan import Plan, PlannedGroup
 from secateur.recovery.result import CURVES_FILE
 from secateur.scoring.registry import SCORES
+from tables import result_file
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -104,7 +107,7 @@ def test_every_path_that_the_design_names_exists() -> None:
 
 
 def test_the_picture_of_quality_shows_the_rows_of_the_table() -> None:
-    points = points_of((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    points = points_of(json.loads(result_file(QUALITY).read_text(encoding="utf-8")))
     assert [name for name in SHOWN if name not in points] == []
     picture = (ROOT / "docs" / "quality.svg").read_text(encoding="utf-8")
     assert [label for label in SHOWN.values() if f">{label}<" not in picture] == []
