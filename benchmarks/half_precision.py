@@ -53,7 +53,11 @@ def main() -> None:
 
 
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
-    """The head and a row for each product."""
+    """The head and a row for each product.
+
+    >>> rows_of({"milliseconds": {"attention, 256 tokens": [132.1, 24.8, 22.8]}})[1]
+    ['attention, 256 tokens', '132.1', '24.8', '22.8', '5.3']
+    """
     rows = [["", "PyTorch", "ours", "float32", "PyTorch / ours"]]
     for name, (theirs, ours, full) in results["milliseconds"].items():
         rows.append([name, *(f"{each:.1f}" for each in (theirs, ours, full)), f"{theirs / ours:.1f}"])

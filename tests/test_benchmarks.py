@@ -250,6 +250,44 @@ def test_what_the_vocabulary_gave_is_told_in_bits_per_byte() -> None:
     assert lines[2] == "| demo | 30% | mlp,vocabulary | 94.2 M | 20,000 | 1.250 (+0.250) |"
 
 
+def test_what_is_said_of_the_vocabulary_is_in_the_results() -> None:
+    found = json.loads(result_file("vocabulary").read_text(encoding="utf-8"))
+    added = {
+        cut: {text: bits - about["dense"][text] for text, bits in about["pruned"].items()}
+        for cut, about in found.items()
+    }
+    alone, both = (added[f"SmolLM2-135M | 30% | {axes}"] for axes in vocabulary.AXES)
+    less = [
+        f"{100 * (1 - both[text] / alone[text]):.0f} % less on {of}"
+        for text, of in (("WT2", "WikiText-2"), ("PTB", "PTB"), ("novel", "the novel"))
+    ]
+    page, readme = (" ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in (PAGE, "README.md"))
+    assert f"the cut costs {less[0]}, {less[1]} and {less[2]} than one of layers alone" in page
+    half = added["Gemma-3-270M | 50% | attention,mlp,vocabulary"].values()
+    told = f"[{min(half):.2f} to {max(half):.2f}](docs/benchmarks.md#vocabulary) bits per byte"
+    assert f"half of Gemma-3-270M goes for {told}" in readme
+
+
+def test_what_other_pages_say_is_in_the_results() -> None:
+    """What the guides say of llama.cpp, int8 and discovery."""
+    engine, packed, found = (json.loads(result_file(name).read_text()) for name in ("llama-cpp", "int8", "discovery"))
+    export, serving, internals = (
+        " ".join((ROOT / f"docs/{n}.md").read_text().split()) for n in ("export", "serving", "internals")
+    )
+    dense, pruned = (row for row in engine["results"] if row["type"] == "f16")
+    read, wrote, size = (
+        pruned[k] / dense[k] for k in ("prompt_tokens_per_second", "new_tokens_per_second", "parameters")
+    )
+    assert f"{read:.2f} x for prompts and {wrote:.2f} x for new tokens with {size:.2f} of the parameters" in export
+    cut, small = packed["rows"]["pruned"], packed["rows"]["pruned, int8 weight-only"]
+    more = max(100 * (small["ppl"][text] / ppl - 1) for text, ppl in cut["ppl"].items())
+    speeds = cut["prefill_seconds"] / small["prefill_seconds"], small["decode_rate"] / cut["decode_rate"]
+    told = "{:.2f} of the bytes, at most {:.1f} % more perplexity, and {:.2f} and {:.2f} of the speed of prefill and"
+    assert told.format(small["weights"] / cut["weights"], more, *speeds) in serving
+    recorded, exported = (each["seconds"] for each in found["rows"][:2])
+    assert f"LLaMA-7B in {recorded:.1f} s (`torch.export` with decompositions: {exported:.1f} s;" in internals
+
+
 def test_a_device_has_one_table(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "benchmarks.md"
     page.parent.mkdir()
@@ -276,7 +314,6 @@ def test_a_device_has_one_table(tmp_path: Path) -> None:
 TABLES = {
     "discovery": discovery.block,
     "experts": experts.block,
-    "half": half_precision.block,
     "int8": int8.block,
     "llama-cpp": llama_cpp_speed.block,
     "llm-pruner": llm_pruner.block,
@@ -284,10 +321,10 @@ TABLES = {
     "recover-speed": recover_speed.block,
     "scale": scale.block,
     "scoring": scoring.block,
-    "serving": serving.block,
     "vocabulary": vocabulary.block,
 }
-WITHOUT_FILE = {"gpu", "recover", "recover-curve"}  # no GPU was at hand; measured before results were kept
+# No GPU was at hand, and no CPU without products of bfloat16; the others were measured before results were kept.
+WITHOUT_FILE = {"gpu", "half", "recover", "recover-curve", "serving"}
 OTHERS = {QUALITY, "zoo"}  # held to their files above
 MARK = re.compile("<!-- (.*?):begin -->")
 
@@ -352,7 +389,7 @@ def test_what_readme_says_of_other_models_is_in_the_table() -> None:
     assert "stories260K, the worst of the zoo, at most {:.2f} and {:.2f}".format(*worst) in readme
 
 
-EXAMPLES = (code_tasks, experts, mbpp, quality_plot, recover, scale, scoring, serving, tables)
+EXAMPLES = (code_tasks, experts, half_precision, mbpp, quality_plot, recover, scale, scoring, serving, tables)
 
 
 @pytest.mark.parametrize("module", EXAMPLES, ids=lambda module: module.__name__)

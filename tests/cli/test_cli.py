@@ -40,7 +40,6 @@ from tiny import names, write_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMANDS = tuple("discover plan prune recover evaluate profile sweep verify export push report demo compare".split())
-IN_ROUNDS = "recover tiny out --data alpaca.json".split()
 RECOVER = "recover tiny out --data alpaca.json --max-length 128 --max-steps 4 --eval-steps 4 --seed 1".split()
 OWN_SCORE = """
 from secateur import register_score
@@ -894,17 +893,6 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
         'Invalid value "magic" for --method',
         ("recover", "tiny", "out", "--data", "alpaca.json", "--method", "magic"),
     ),
-    "rounds, how much": (
-        "say how much is to go in all, for example --rounds 3 --ratio 0.5",
-        (*IN_ROUNDS, "--rounds", "3"),
-    ),
-    "rounds, none": ("iterations=0 is too small. Expected at least 1", (*IN_ROUNDS, "--rounds", "0", "--ratio", "0.3")),
-    "rounds, no recipe": (r"no\.yaml: no recipe can be read", (*IN_ROUNDS, "--prune-recipe", "no.yaml")),
-    "rounds, recipe of a plan": (
-        r"planned\.yaml prunes what plan\.json says, which cannot be cut in rounds",
-        (*IN_ROUNDS, "--prune-recipe", "planned.yaml"),
-    ),
-    "rounds, adapter": ("--save-adapter: in rounds", (*IN_ROUNDS, "--ratio", "0.3", "--save-adapter")),
     # recipes
     "no recipe": (r"no\.yaml: no recipe can be read", (*PRUNE, "--recipe", "no.yaml")),
     "unknown key": (

@@ -150,17 +150,6 @@ class TestPlanModel:
 
 
 class TestPlansAndSizes:
-    def test_sizes_that_are_given(self, place: Path) -> None:
-        """The scores choose the units, and groups that are not named stay whole."""
-        sizes = {"layers.0.mlp": 40, "layers.1.attention": 2}
-        seen: list[Plan] = []
-        made = prune_model(small(cut=CHEAP), "here/out", fixed_sizes=sizes, announce=seen.append)
-        assert {group.name: group.kept for group in made.plan.groups if group.kept < group.units} == sizes
-        assert made.plan.decided
-        assert [[group.kept for group in plan.groups] for plan in seen] == [[group.kept for group in made.plan.groups]]
-        loaded = load("here/out", dtype="float32")
-        assert sum(weight.numel() for weight in loaded.parameters()) == made.plan.parameters["pruned"]
-
     def test_a_plan_is_announced_as_soon_as_its_sizes_are_known(self, whole: Pruned, place: Path) -> None:
         seen: list[Plan] = []
         prune_model(small(cut={**CHEAP, "scope": "local"}), "here/out", announce=seen.append)

@@ -33,7 +33,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.pipeline.options import RunOptions
 from secateur.pruning.reconstruct import LayerTraining
 from secateur.recovery.layers_first import COST, JUDGED_TOKENS, SHARE, layer_batch_tokens, windows_for, windows_of
-from secateur.recovery.recipe import RecoverRecipe, RoundOptions
+from secateur.recovery.recipe import RecoverRecipe
 from tiny import write_tiny
 
 TAUGHT: dict[str, Any] = {"method": "lora+distill", "data": {"sources": ("text.txt",), "max_length": 16}}
@@ -138,12 +138,12 @@ def test_not_before_a_short_training(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("long", "place")
-@pytest.mark.parametrize(("rounds", "trained"), [(1, True), (2, False)])
-def test_of_a_model_that_is_cut_first(rounds: int, trained: bool) -> None:
-    cut = RoundOptions(rounds, CutOptions(ratio=0.3, repair="none"), CalibrationOptions("text.txt", 4, 16))
+def test_of_a_model_that_is_cut_first() -> None:
+    first = {"cut": CutOptions(ratio=0.3, repair="none"), "calibration": CalibrationOptions("text.txt", 4, 16)}
     data = DataOptions(("text.txt",), max_length=16)
-    recover(RecoverRecipe("dense", data, options(method="lora+distill"), rounds=cut, loading=FLOAT32), "here/out")
-    assert (layers_of("here/out") is not None) == trained
+    how: dict[str, Any] = {**first, "loading": FLOAT32}
+    recover(RecoverRecipe("dense", data, options(method="lora+distill"), **how), "here/out")
+    assert layers_of("here/out") is not None
 
 
 def test_of_less_text_than_a_row_may_have(cut: str) -> None:
@@ -203,10 +203,8 @@ def test_refused(changed: dict[str, Any], message: str, place: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_refused_in_rounds_and_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = options(method="lora+distill", layers_first=True)
-    with pytest.raises(TrainingError, match="layers_first=True is of one cut, and there are 3 rounds"):
-        recover(RecoverRecipe("dense", DataOptions(("text.txt",)), asked, rounds=RoundOptions()), "here/out")
     monkeypatch.setattr("secateur.processes.count", lambda: 2)
     with pytest.raises(TrainingError, match="layers_first=True: one process trains layers, and there are 2"):
         recover(RecoverRecipe("per-layer", DataOptions(("text.txt",)), asked), "here/out")

@@ -11,10 +11,10 @@ import yaml
 from trainings import distance, place_fixture, train  # noqa: F401 - the fixture `place`
 
 from secateur import CalibrationOptions, DataOptions, RecoverRecipe, recover
-from secateur.errors import DataError, RecipeError
+from secateur.errors import DataError, PlanError, RecipeError
 from secateur.planning.options import CutOptions
 from secateur.recovery.options import LoraOptions, RecoverOptions
-from secateur.recovery.recipe import RoundOptions, recover_recipe
+from secateur.recovery.recipe import recover_recipe
 
 FILE = """
 command: recover
@@ -22,7 +22,7 @@ model: small
 preset: llm-pruner
 data: {sources: [alpaca.json@2], samples: 100}
 options: {learning_rate: 2e-4, lora: {rank: 4}}
-rounds: {count: 2, cut: {ratio: 0.5}}
+cut: {ratio: 0.5}
 """
 
 
@@ -32,32 +32,29 @@ def test_single_options_go_before_a_file_and_a_file_before_its_preset(tmp_path: 
     assert (found.model, found.data) == ("small", DataOptions(("alpaca.json@2",), "alpaca", "answers", samples=100))
     assert (found.options.epochs, found.options.learning_rate, found.options.warmup_steps) == (1.0, 2e-4, 100)
     assert found.options.lora == LoraOptions(4, 16.0, 0.0)
-    assert found.rounds == RoundOptions(2, CutOptions(ratio=0.5))
+    assert (found.cut, found.calibration) == (CutOptions(ratio=0.5), CalibrationOptions())
     assert recover_recipe("other", file=tmp_path / "recipe.yaml").model == "other"
 
 
-def test_single_options_of_rounds_go_before_those_of_a_file(tmp_path: Path) -> None:
+def test_single_options_of_the_cut_go_before_those_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    for_rounds = "rounds: {count: 3, cut: {target: 100000000, of: parameters, axes: [mlp]}, calibration: {samples: 7}}"
-    file.write_text(f"model: small\ndata: {{sources: [a.json]}}\n{for_rounds}\n")
-    whole = recover_recipe(file=file).rounds
-    assert whole is not None
-    assert (whole.count, whole.cut.target, whole.cut.axes, whole.calibration.samples) == (3, 100_000_000, ("mlp",), 7)
-    cut = replace(whole.cut, target=None, ratio=0.6)
-    assert recover_recipe(file=file, rounds={"count": 5}).rounds == replace(whole, count=5)
-    assert recover_recipe(file=file, rounds={"cut": {"ratio": 0.6}}).rounds == replace(whole, cut=cut)
-    given: dict[str, Any] = {"cut": CutOptions(ratio=0.6), "calibration": {"samples": 8}}
-    for_cut, other = replace(whole.calibration, samples=8), CalibrationOptions(samples=9)
-    assert recover_recipe(file=file, rounds=given).rounds == RoundOptions(3, given["cut"], for_cut)
-    given = {"cut": {"ratio": 0.6}, "calibration": other}
-    assert recover_recipe(file=file, rounds=given).rounds == RoundOptions(3, cut, other)
-    alone = recover_recipe("small", data={"sources": ("a.json",)}, rounds={"cut": {"ratio": 0.6}}).rounds
-    assert alone == RoundOptions(1, CutOptions(ratio=0.6))
-
-
-def test_empty_rounds_of_a_file_are_the_usual_ones(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: small\ndata: {sources: [a.json]}\nrounds: {}\n")
-    assert recover_recipe(file=tmp_path / "recipe.yaml").rounds == RoundOptions()
+    first = "cut: {target: 100000000, of: parameters, axes: [mlp]}\ncalibration: {samples: 7}"
+    file.write_text(f"model: small\ndata: {{sources: [a.json]}}\n{first}\n")
+    of_file = recover_recipe(file=file)
+    cut, text = of_file.cut, of_file.calibration
+    assert cut is not None
+    assert text is not None
+    assert (cut.target, cut.axes, text.samples) == (100_000_000, ("mlp",), 7)
+    changed = recover_recipe(file=file, cut={"ratio": 0.6}, calibration={"length": 32})
+    assert (changed.cut, changed.calibration) == (replace(cut, target=None, ratio=0.6), replace(text, length=32))
+    whole: dict[str, Any] = {"cut": CutOptions(ratio=0.4), "calibration": CalibrationOptions(samples=9)}
+    changed = recover_recipe(file=file, **whole)
+    assert (changed.cut, changed.calibration) == (whole["cut"], whole["calibration"])
+    alone = recover_recipe("small", cut={"ratio": 0.6})
+    assert (alone.cut, alone.calibration) == (CutOptions(ratio=0.6), CalibrationOptions())
+    assert alone.data.sources == CalibrationOptions().text  # what is cut by is trained on
+    with pytest.raises(PlanError, match="calibration is of a cut, and there is none"):
+        recover_recipe("small", calibration={"samples": 8})
 
 
 def test_one_budget_replaces_another(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from secateur.cli.reading import count
 from secateur.cli.training import train_and_show
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.options import DataOptions
-from secateur.errors import CheckpointError, ExportError, PlanError
+from secateur.errors import CheckpointError, ExportError
 from secateur.export.options import ExportRecipe, GgufOptions, Int8Options, MergeOptions, QuantizeOptions
-from secateur.pipeline.recipe import prune_recipe, read_whole_recipe
+from secateur.pipeline.recipe import read_whole_recipe
 from secateur.recovery.options import RecoverOptions
 
 
@@ -166,12 +166,6 @@ class Recovery:
     """Teacher for distillation. Default: the dense model that the folder's record names."""
     eval_texts: tuple[str, ...] = ()
     """Held-out text NAME=FILE that picks the best checkpoint; may be repeated."""
-    rounds: int | None = None
-    """Prune a dense model and train it in so many rounds; with --ratio, --prune-recipe, or a --recipe with rounds."""
-    ratio: float | None = None
-    """Share of the non-embedding parameters that all rounds together remove."""
-    prune_recipe: Path | None = None
-    """How to prune in rounds: a recipe of `prune`."""
 
 
 DATA = Fields(DataOptions, main="sources samples", names={"sources": "--data"}, omit="seed")
@@ -198,8 +192,8 @@ def recover_command(
 ) -> None:
     """Train a pruned model, with the dense one as its teacher.
 
-    Writes one ordinary folder; LoRA is merged into the weights. A run that was killed continues with --resume.
-    With --rounds N --ratio R, a dense model is pruned and trained N times in turns, until R of it is gone.
+    Writes one ordinary folder; LoRA is merged into the weights. A run that was killed continues with --resume. A dense
+    model is cut and trained by one command with `secateur prune MODEL OUT --recover minutes=20`.
     """
     from secateur.recovery.recipe import recover_recipe
 
@@ -209,19 +203,5 @@ def recover_command(
     if "seed" in training:
         changes["data"] = {**data, "seed": training["seed"]}
     changes |= {option: how[option] for option in ("eval_texts", "teacher") if option in how}
-    cut = {"ratio": how["ratio"]} if "ratio" in how else {}
-    rounds: dict[str, Any] = {"cut": cut} if cut else {}
-    if "prune_recipe" in how:
-        prune = prune_recipe(name or "demo", file=how["prune_recipe"], cut=cut)
-        if prune.plan is not None:
-            raise PlanError(
-                f"{how['prune_recipe']} prunes what {prune.plan} says, which cannot be cut in rounds. Expected a "
-                "recipe without a plan, or for example --rounds 3 --ratio 0.5"
-            )
-        rounds = {"cut": prune.cut, "calibration": prune.calibration}
-    if "rounds" in how:
-        rounds["count"] = how["rounds"]
-    if rounds:
-        changes["rounds"] = rounds
     recipe = recover_recipe(name, preset=how.get("preset"), file=how.get("recipe"), **changes)
     train_and_show(recipe, made, run, output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from secateur.cli.options import Given
 from secateur.cli.output import Output, finish, print_written, run_options
@@ -25,10 +25,10 @@ def recipe_with_cut(cut: PruneRecipe, text: str) -> RecoverRecipe:
     Raises `RecipeError` for what is no such option, and what the options raise.
 
     >>> recipe = recipe_with_cut(PruneRecipe("demo"), "minutes=20, data=self, rank=8")
-    >>> recipe.options.minutes, recipe.options.lora.rank, recipe.data.sources, recipe.rounds.count
-    (20, 8, ('self',), 1)
+    >>> recipe.options.minutes, recipe.options.lora.rank, recipe.data.sources, recipe.cut.ratio
+    (20, 8, ('self',), 0.2)
     """
-    from secateur.recovery.recipe import RoundOptions, recover_recipe
+    from secateur.recovery.recipe import recover_recipe
 
     try:
         given = named_values(text)
@@ -50,8 +50,8 @@ def recipe_with_cut(cut: PruneRecipe, text: str) -> RecoverRecipe:
         )
     data = parts[DataOptions] | ({} if sources is None else {"sources": (sources,)})
     options = parts[RecoverOptions] | {"lora": parts[LoraOptions]}
-    rounds, loading = RoundOptions(1, cut.cut, cut.calibration), asdict(cut.loading)
-    return recover_recipe(cut.model, data=data, options=options, teacher=teacher, rounds=rounds, loading=loading)
+    how: dict[str, Any] = {"cut": cut.cut, "calibration": cut.calibration, "loading": asdict(cut.loading)}
+    return recover_recipe(cut.model, data=data, options=options, teacher=teacher, **how)
 
 
 def train_and_show(recipe: RecoverRecipe, out: Path, run: Given, output: Output) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,14 +82,45 @@ def _state(path: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _parse(parser: type, path: str, _: tuple[int, ...]) -> Any:
-    """What the parser makes of a file, from an ordinary array: slices of a memory map take three times as long."""
+    """What the parser makes of a file, from an ordinary array: slices of a memory map take three times as long.
+
+    Arrays of strings, which vocabularies are, are split here: the parser makes five arrays of each string.
+    """
 
     class OfArray(parser):  # type: ignore[misc]  # gguf has no types
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value.view(np.ndarray) if isinstance(value, np.memmap) else value)
 
+        def _get_field_parts(self, start: int, kind: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            inner = int(self._get(start, np.uint32)[0]) if kind == GGUFValueType.ARRAY else None
+            if inner != GGUFValueType.STRING or self.byte_order != "I":  # of this machine's byte order
+                found: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(start, kind)
+                return found
+            count = self._get(start + 4, np.uint64)
+            strings, size = _strings(memoryview(self.data), start + 12, int(count[0]))
+            parts = [self._get(start, np.uint32), count, *strings]
+            kinds = [GGUFValueType.ARRAY, *([GGUFValueType.STRING] if strings else [])]
+            return 12 + size, parts, [*range(2, len(parts))], kinds
+
+    from gguf import GGUFValueType
+
     with without_collection():
         return OfArray(path)
+
+
+def _strings(data: memoryview, start: int, count: int) -> tuple[list[memoryview], int]:
+    r"""So many strings of bytes, each behind its length of 8 bytes, and how many bytes all take.
+
+    >>> strings, size = _strings(memoryview(b"..\\2" + bytes(7) + b"ab" + bytes(8)), 2, 2)
+    >>> [each.tobytes() for each in strings], size
+    ([b'ab', b''], 18)
+    """
+    length, strings, at = struct.Struct("=Q"), [], start
+    for _ in range(count):
+        (size,) = length.unpack_from(data, at)
+        at += 8 + size
+        strings.append(data[at - size : at])
+    return strings, at - start
 
 
 def metadata(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

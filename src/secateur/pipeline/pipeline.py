@@ -1,8 +1,8 @@
 """The pipeline: one model on its way through the stages, from discovery to the folder.
 
-Every command that cuts walks along it: `plan` stops after stage 6, `prune` goes on to the end, `sweep` and rounds of
-cutting and training come back with other options. A stage that an earlier run has finished is read from the cache.
-Started as several processes (by `accelerate launch`), all score, each its share of the windows, and the first prunes.
+Every command that cuts walks along it: `plan` stops after stage 6, `prune` goes on to the end, and `sweep` comes back
+with other options. A stage that an earlier run has finished is read from the cache. Started as several processes (by
+`accelerate launch`), all score, each its share of the windows, and the first prunes.
 """
 
 from __future__ import annotations
@@ -115,7 +115,6 @@ class Pipeline:
         tokenizer: PreTrainedTokenizerBase | None = None,
         discovery: Discovery | None = None,
         windows: Tensor | None = None,
-        fixed_sizes: Mapping[str, int] | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.name, self.loading = recipe.model, recipe.loading
@@ -150,7 +149,7 @@ class Pipeline:
             check_score(options)
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
-        self.given, self.options, self.fixed_sizes = given, options, fixed_sizes
+        self.given, self.options = given, options
         columns, pairs = columns_fitted(self.discovery, options), any(map(holds_pairs, calibration.names))
         size = count_parameters(self.discovery, {}, embeddings=False)
         self.calibration = settled(calibration, options, columns=columns, parameters=size, pairs=pairs)
@@ -216,7 +215,7 @@ class Pipeline:
 
     def _position(self, number: int, discovery: Discovery, model: PreTrainedModel | None) -> Position:
         if self.given is not None or self.options.iterations == 1:
-            return Position(number, self.options, discovery, self.fixed_sizes, model)
+            return Position(number, self.options, discovery, None, model)
         options = options_of_iteration(self.options, self.discovery, number)
         return Position(number, options, discovery, sizes_after_iteration(self.options, self.discovery, number), model)
 

@@ -66,15 +66,13 @@ def prune_model(
     out: str | Path,
     *,
     plan: Plan | None = None,
-    fixed_sizes: Mapping[str, int] | None = None,
     run: RunOptions | None = None,
     announce: Callable[[Plan], None] | None = None,
 ) -> Pruned:
     """Discover, score, plan, repair, prune and save; a model's name alone stands for the default recipe.
 
-    `plan` is a plan made before, in place of the recipe's options; `fixed_sizes` gives the units of each group that
-    stay. `announce` is called with the plan as soon as its sizes are known. What can be refused is refused before the
-    first weight is read. Raises `SecateurError`.
+    `plan` is a plan made before, in place of the recipe's options. `announce` is called with the plan as soon as its
+    sizes are known. What can be refused is refused before the first weight is read. Raises `SecateurError`.
     """
     processes.join()
     recipe, run, out = _as_recipe(recipe), run or RunOptions(), Path(out)
@@ -86,7 +84,7 @@ def prune_model(
         raise ModelError(f"{recipe.model!r} has a config and no weights to cut; {instead}")
     check_not_quantized(config, name=recipe.model)
     given = plan if plan is not None else read_plan(Path(recipe.plan)) if recipe.plan is not None else None
-    pipeline = Pipeline(recipe, given=given, fixed_sizes=fixed_sizes, clock=Clock(run.bars))
+    pipeline = Pipeline(recipe, given=given, clock=Clock(run.bars))
     if run.folder is not None:
         pipeline.statistics = StatisticsFolder(run.folder, recipe.model, pipeline.calibration, recipe.loading)
     sizes = pipeline.sizes(pipeline.start())

@@ -1,4 +1,4 @@
 """A pruned folder and training data come in; the same model, trained, goes out as one ordinary folder.
 
-`rounds` cuts and trains a dense model several times. Read `recover` first.
+`cut_and_train` cuts a dense model before. Read `recover` first.
 """

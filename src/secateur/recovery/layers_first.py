@@ -40,7 +40,7 @@ PASSES = 2.3  # over the windows, in the steps of a layer
 JUDGED_TOKENS = 8192  # not trained on, by whose loss layers are taken: of 1,536 it is off by as much as they gain
 
 
-def check_layers_first(options: RecoverOptions, *, rounds: int) -> None:
+def check_layers_first(options: RecoverOptions) -> None:
     """Raise `TrainingError` where layers are to be trained first and cannot be."""
     if not options.layers_first:
         return
@@ -52,10 +52,6 @@ def check_layers_first(options: RecoverOptions, *, rounds: int) -> None:
         )
     if options.save_adapter:
         raise TrainingError(f"{asked} changes the model that an adapter belongs to. Leave out --save-adapter")
-    if rounds > 1:
-        raise TrainingError(
-            f"{asked} is of one cut, and there are {rounds} rounds. Leave it out, or cut once: --rounds 1"
-        )
     if processes.count() > 1:
         raise TrainingError(
             f"{asked}: one process trains layers, and there are {processes.count()}. Train them with the cut: "

@@ -20,18 +20,6 @@ from secateur.recovery.options import BUDGETS, RecoverOptions, with_preset
 
 
 @dataclass(frozen=True, slots=True)
-class RoundOptions:
-    """How a dense model is cut in rounds, each followed by a training."""
-
-    count: int = 3
-    """Number of rounds; each removes the same part of what the whole cut removes, then trains."""
-    cut: CutOptions = field(default_factory=CutOptions)
-    """The whole cut, of all rounds together."""
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    """The text that scores and repair look at."""
-
-
-@dataclass(frozen=True, slots=True)
 class RecoverRecipe:
     """All that decides what `recover` makes.
 
@@ -40,7 +28,7 @@ class RecoverRecipe:
     """
 
     model: str
-    """Pruned folder, or any model; a dense model where it is cut in rounds."""
+    """Pruned folder, or any model; a dense one where it is cut first."""
     data: DataOptions
     """What to train on."""
     options: RecoverOptions = field(default_factory=RecoverOptions)
@@ -50,9 +38,11 @@ class RecoverRecipe:
     """Held-out texts, each NAME=FILE: the checkpoint with the lowest perplexity on them is kept. Without texts, the
     validation loss decides."""
     teacher: str | None = None
-    """Teacher for distillation. Default: the dense model that the folder's record names, or that is cut in rounds."""
-    rounds: RoundOptions | None = None
-    """Cut the model and train it, in rounds. Default: train it as it is."""
+    """Teacher for distillation. Default: the dense model that the folder's record names, or that is cut first."""
+    cut: CutOptions | None = None
+    """Cut the model, then train it. Default: train it as it is."""
+    calibration: CalibrationOptions | None = None
+    """The text that scores and repair of the cut look at."""
     loading: LoadOptions = field(default_factory=LoadOptions)
     """Dtype and device of the models."""
 
@@ -62,8 +52,8 @@ def recover_recipe(
 ) -> RecoverRecipe:
     """A recipe from a preset, a recipe file over it, and single options over both. Raises `SecateurError`.
 
-    `changes` are fields of `RecoverRecipe`; of `data`, `options`, `rounds` and `loading` a mapping changes single
-    options. Where no data is named, the model is trained on the texts that its cut looked at.
+    `changes` are fields of `RecoverRecipe`; of `data`, `options`, `cut`, `calibration` and `loading` a mapping changes
+    single options. Where no data is named, the model is trained on the texts that its cut looked at.
 
     >>> recipe = recover_recipe("small", preset="llm-pruner", data={"sources": ("alpaca.json",)}, options={"epochs": 1})
     >>> recipe.options.epochs, recipe.options.learning_rate
@@ -79,31 +69,31 @@ def recover_recipe(
     if model is None:
         raise RecipeError(f"{file or 'the recipe'}: no model. Expected one, for example `model: small`")
     chosen: dict[str, Any] = {name: changes.get(name, raw.get(name)) for name in ("eval_texts", "teacher")}
-    chosen["rounds"] = _rounds(raw.get("rounds"), changes.get("rounds"))
+    chosen |= _cut_first(raw, changes)
     if not sections["data"].get("sources"):
-        sections["data"]["sources"] = _texts_of_the_cut(model, chosen["rounds"])
+        sections["data"]["sources"] = _texts_of_the_cut(model, chosen.get("calibration"))
     options, data = with_preset(preset or raw.get("preset") or "default", sections["options"], sections["data"])
     chosen["eval_texts"] = chosen["eval_texts"] or ()
     return RecoverRecipe(model, data, options, **chosen, loading=LoadOptions(**sections["loading"]))
 
 
-def _rounds(of_file: Mapping[str, Any] | None, given: RoundOptions | Mapping[str, Any] | None) -> RoundOptions | None:
-    """The rounds of a recipe file with single options over them; what no file says is cut at once, in one round."""
-    if isinstance(given, RoundOptions) or (of_file is None and given is None):
-        return given
-    base, given = {"count": 1} if of_file is None else of_file, given or {}
-    if of_file is None and "cut" not in given:
-        raise PlanError("rounds: say how much is to go in all, for example --rounds 3 --ratio 0.5")
-    kinds = {"cut": CutOptions, "calibration": CalibrationOptions}
-    whole = {name: given[name] for name, kind in kinds.items() if isinstance(given.get(name), kind)}  # which say all
-    cut, calibration = cut_options(base, *(None if name in whole else given.get(name) for name in kinds))
-    return RoundOptions(**{**base, **given, "cut": cut, "calibration": calibration, **whole})
+def _cut_first(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The cut and its text, where there is one: those of a recipe file with single options over them."""
+    given = {name: changes.get(name) for name in ("cut", "calibration")}
+    of_file = {name: raw[name] for name in given if raw.get(name) is not None}
+    if given["cut"] is None and "cut" not in of_file:
+        if of_file or given["calibration"] is not None:
+            raise PlanError("calibration is of a cut, and there is none. Expected one beside it, for example cut: {}")
+        return {}
+    whole = {name: each for name, each in given.items() if isinstance(each, CutOptions | CalibrationOptions)}
+    cut, calibration = cut_options(of_file, *(None if name in whole else given[name] for name in given))
+    return {"cut": cut, "calibration": calibration, **whole}
 
 
-def _texts_of_the_cut(model: str, rounds: RoundOptions | None) -> tuple[str, ...]:
+def _texts_of_the_cut(model: str, calibration: CalibrationOptions | None) -> tuple[str, ...]:
     """The texts that the cut looked at, with their weights: what is trained on unless other data is named."""
-    if rounds is not None:
-        return tuple(rounds.calibration.text)
+    if calibration is not None:
+        return tuple(calibration.text)
     file = (resolve(model).path or Path(model)) / RECIPE_FILE
     with suppress(RecipeError):
         return tuple(load_recipe(file).calibration.text)

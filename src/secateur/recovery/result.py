@@ -32,7 +32,6 @@ class RecoverResult:
     notes: tuple[str, ...] = ()  # what was done differently than asked, and why
     resumed: bool = False
     diverged: str | None = None  # what became NaN or Inf; the weights are those of the best checkpoint before
-    rounds: tuple[Mapping[str, Any], ...] = ()  # of cutting and training: the result of each
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `secateur recover --json` writes it."""

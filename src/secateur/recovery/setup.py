@@ -121,7 +121,7 @@ class TrainingSetup:
 
 
 def training_key(recipe: RecoverRecipe, texts: Sequence[str] = (), cut: Any = None) -> str:
-    """What a training depends on, as a hash; in rounds, the calibration texts and the whole cut as well."""
+    """What a training depends on, as a hash; of a model that is cut first, the cut and its texts as well."""
     held_out = [text.partition("=")[2] for text in recipe.eval_texts]
     paths = [recipe.model, *recipe.data.source_names, _dense_model(recipe), *held_out, *texts]
     return state_key([path for path in paths if path is not None], [asdict(recipe), cut])
@@ -131,7 +131,7 @@ def with_method(recipe: RecoverRecipe) -> RecoverRecipe:
     """The recipe with its method chosen, where that is left open: by whether a dense model is known."""
     if recipe.options.method != "auto":
         return recipe
-    known = recipe.rounds is not None or _dense_model(recipe) is not None
+    known = recipe.cut is not None or _dense_model(recipe) is not None
     return replace(recipe, options=replace(recipe.options, method="lora+distill" if known else "lora"))
 
 

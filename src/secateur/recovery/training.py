@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import gc
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ from secateur.progress import Clock, Progress, peak_rss
 from secateur.recovery.adapter_products import fuse_adapters
 from secateur.recovery.layers_first import layers_in, put_layers, train_layers_first
 from secateur.recovery.lora import ADAPTER_FOLDER, add_lora, expert_weights, merge_lora, save_adapter
+from secateur.recovery.recipe import RecoverRecipe
 from secateur.recovery.result import RecoverResult, write_curves
 from secateur.recovery.setup import TrainingSetup, load_finite
 from secateur.recovery.teacher_cache import TeacherCache, TeacherOutputs, save_teacher_outputs
@@ -49,36 +49,28 @@ TIMING = "time a step"
 TEACHER_FOLDER = "teacher"
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where a training writes."""
-
-    out: Path  # the folder that it makes
-    work: Path  # what is finished, until the folder is there
-    teacher: Path | None = None  # a teacher's outputs, where they are kept beyond this training
-    logs: Path | None = None  # trackers; by default beside the folder
-    result_file: str | None = None  # the result, within the folder
-
-
-def train_folder(setup: TrainingSetup, places: Places, *, run: RunOptions, clock: Clock) -> RecoverResult:
-    """Train as set up and write the folder."""
+def train_folder(
+    setup: TrainingSetup, out: Path, work: Path, *, made_by: RecoverRecipe, run: RunOptions, clock: Clock
+) -> RecoverResult:
+    """Train as set up and write the folder, with the recipe that makes it again; `work` has what is finished."""
     with matmul_precision(exact=True), bfloat16_attention(by_products=setup.attends_by_products):
-        return _train_folder(setup, places, run, clock)
+        return _train_folder(setup, out, work, made_by, run, clock)
 
 
-def _train_folder(setup: TrainingSetup, places: Places, run: RunOptions, clock: Clock) -> RecoverResult:
+def _train_folder(
+    setup: TrainingSetup, out: Path, work: Path, made_by: RecoverRecipe, run: RunOptions, clock: Clock
+) -> RecoverResult:
     from secateur.recovery.trainer import TrainingInputs
 
     began = time.monotonic()
-    setup = _with_layers_trained(setup, places.work, began, clock)
-    # Of several trainings each reads other rows first, and a teacher reads all of them once.
-    rows, order_SB = setup.rows_read() if places.teacher is None else (setup.data.train, setup.order_SB)
+    setup = _with_layers_trained(setup, work, began, clock)
+    rows, order_SB = setup.rows_read()
     caches = {}
     if setup.teacher is not None:
         with clock.stage("teacher") as progress:
-            caches = _cache_teacher(setup, rows, places.teacher or places.work / TEACHER_FOLDER, progress)
+            caches = _cache_teacher(setup, rows, work / TEACHER_FOLDER, progress)
             gc.collect()  # the teacher
-        setup = _shortened(setup, places.work, began)
+        setup = _shortened(setup, work, began)
         order_SB = order_SB[: setup.options.max_steps]
     inputs = TrainingInputs(
         rows,
@@ -89,10 +81,10 @@ def _train_folder(setup: TrainingSetup, places: Places, run: RunOptions, clock: 
         caches.get("validation"),
         pad=setup.tokenizer.pad_token_id or 0,
     )
-    logs = places.logs or places.out.absolute().parent / "runs" / places.out.name
-    trained, parameters, notes = _train(setup, inputs, places.work, logs, clock)
+    logs = out.absolute().parent / "runs" / out.name  # of trackers
+    trained, parameters, notes = _train(setup, inputs, work, logs, clock)
     result = RecoverResult(
-        places.out,
+        out,
         setup.options.method,
         trained.steps,
         trained.best_step,
@@ -108,7 +100,7 @@ def _train_folder(setup: TrainingSetup, places: Places, run: RunOptions, clock: 
     )
     if processes.is_first():
         with clock.stage("save"):
-            _save(setup, trained, result, run, places)
+            _save(setup, trained, result, work, made_by, run)
     processes.wait()
     return replace(result, peak_rss_bytes=peak_rss())
 
@@ -177,11 +169,7 @@ def _cache_teacher(
     """Run the teacher on rows whose outputs are not in the folder yet; returns a cache for each part of the data."""
     teacher = functools.cache(setup.load_teacher)  # loaded once, if at all
     outputs = TeacherOutputs(setup.options.top_k, setup.options.temperature)
-    rows_folder = folder / f"train-{rows.digest()[:12]}"
-    if processes.is_first():  # in an earlier round other rows were read
-        for other in {*folder.glob("train-*")} - {rows_folder}:
-            shutil.rmtree(other, ignore_errors=True)
-    parts = {"train": (rows, rows_folder), "validation": (setup.data.validation, folder / "validation")}
+    parts = {"train": (rows, folder / "train"), "validation": (setup.data.validation, folder / "validation")}
     for part, part_folder in parts.values():
         save_teacher_outputs(teacher, part, part_folder, outputs, progress=progress)
     return {name: TeacherCache(part_folder, part) for name, (part, part_folder) in parts.items()}
@@ -230,7 +218,12 @@ def _load_trainable(setup: TrainingSetup, work: Path) -> torch.nn.Module:
 
 
 def _save(
-    setup: TrainingSetup, trained: TrainingResult, result: RecoverResult, run: RunOptions, places: Places
+    setup: TrainingSetup,
+    trained: TrainingResult,
+    result: RecoverResult,
+    work: Path,
+    made_by: RecoverRecipe,
+    run: RunOptions,
 ) -> None:
     """Put the weights of the best checkpoint into the pruned model, loaded anew, and write the folder."""
     from secateur.recovery.checkpoints import load_weights_in_place
@@ -240,8 +233,8 @@ def _save(
     gc.collect()  # the trained model, which is in reference cycles with its Trainer
     model = load(recipe.model, device="cpu", trust_remote_code=trust)
     source = resolve(recipe.model).path
-    record = _record(setup, result, model, run.command, layers_in(places.work))
-    put_layers(model, places.work)
+    record = _record(setup, result, model, run.command, layers_in(work))
+    put_layers(model, work)
     if options.has_lora:
         adapted = add_lora(model, options.lora)
         load_weights_in_place(adapted, trained.checkpoint, alone=True)
@@ -261,9 +254,7 @@ def _save(
         overwrite=run.overwrite,
     ) as unfinished:
         write_curves(result, unfinished, plot=options.plot)
-        write_recipe(unfinished, "recover", recipe)
-        if places.result_file is not None:
-            write_json(unfinished / places.result_file, result.to_json())
+        write_recipe(unfinished, "recover", made_by)
         if options.save_adapter:
             adapted = add_lora(load(recipe.model, device="cpu", trust_remote_code=trust), options.lora)
             load_weights_in_place(adapted, trained.checkpoint, alone=True)

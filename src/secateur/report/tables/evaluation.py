@@ -145,9 +145,7 @@ def recovery_tables(result: RecoverResult) -> Iterator[RenderableType]:
     """Validation loss and perplexity before the training, at its best and at its end; rows left out; notes."""
     measured = result.evaluation
     best = next((entry for entry in reversed(measured) if entry["step"] == result.best_step), None)
-    if len(result.rounds) > 1:
-        yield from _round_tables(result)
-    elif best is not None:
+    if best is not None:
         last = f"last, step {measured[-1]['step']}"
         table = make_table(("", "before", f"best, step {result.best_step}", last))
         shown = (measured[0], best, measured[-1])
@@ -160,18 +158,3 @@ def recovery_tables(result: RecoverResult) -> Iterator[RenderableType]:
     for why, count in result.dropped.items():
         yield f"dropped: {count:,} rows {why}"
     yield from result.notes
-
-
-def _round_tables(result: RecoverResult) -> Iterator[RenderableType]:
-    """The size of every round, with its measurements after the cut and after the training."""
-    texts = [] if result.rounds[-1]["best"] is None else [*result.rounds[-1]["best"]["perplexity"]]
-    columns = ("round", "parameters", "steps", "validation, nats", *(f"perplexity, {name}" for name in texts))
-    table = make_table(columns)
-    for each in result.rounds:
-        pairs, both = [], [each["before"], each["best"]]
-        if None not in both:
-            validation = [entry["validation"] for entry in both]
-            pairs.append("" if None in validation else "{:.3f} -> {:.3f}".format(*validation))
-            pairs += ["{:.2f} -> {:.2f}".format(*(entry["perplexity"][name] for entry in both)) for name in texts]
-        table.add_row(str(each["round"]), format_count(each["parameters"]), str(each["steps"]), *pairs)
-    yield from titled(f"{result.method}, after the cut -> after the training", table)
