@@ -109,9 +109,9 @@ def _parse(parser: type, path: str, _: tuple[int, ...]) -> Any:
 
 
 def _strings(data: memoryview, start: int, count: int) -> tuple[list[memoryview], int]:
-    r"""So many strings of bytes, each behind its length of 8 bytes, and how many bytes all take.
+    """So many strings of bytes, each behind its length of 8 bytes, and how many bytes all take.
 
-    >>> strings, size = _strings(memoryview(b"..\\2" + bytes(7) + b"ab" + bytes(8)), 2, 2)
+    >>> strings, size = _strings(memoryview(b".." + bytes([2, *bytes(7)]) + b"ab" + bytes(8)), 2, 2)
     >>> [each.tobytes() for each in strings], size
     ([b'ab', b''], 18)
     """
