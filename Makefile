@@ -125,7 +125,7 @@ bench-gpu: $(STAMP)  ## Run the tests for GPUs, and measure time and memory on o
 	$(BIN)/python benchmarks/gpu.py --write $(GPU)
 
 bench-serving: $(STAMP)  ## Measure vLLM's speed, dense, pruned, quantized and both; writes docs' table
-	$(BIN)/python benchmarks/serving.py --write
+	$(BIN)/python benchmarks/serving.py --write $(SERVING)
 
 bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	@mkdir -p runs

@@ -6,10 +6,11 @@ Makes the folders that are missing: the demo model, dense, pruned uniform and pe
 quantized. Damage is the rise of the loss on the demo's text by transformers, in float32. Then vLLM serves all of them
 (on a CPU, in `.venv-vllm`), each in a process of its own, taking turns; the dense model also by its backend for any
 model of transformers, by which it serves per-layer folders. What is measured is the time to read a prompt of 512
-tokens, and that of one more token after a prompt of 16, for 1 and 8 requests at once, in float32. What is printed are
-medians over the rounds, as ratios to the dense model, beside what the weights promise: reading prompts multiplies with
-all but the embeddings, and writing a token reads all bytes in memory once. int4 is not timed: its kernel for CPUs takes
-bfloat16 alone. `--write` puts the table into docs/benchmarks.md.
+tokens, and that of one more token after a prompt of 16, for 1 and 8 requests at once. What is printed are medians over
+the rounds, as ratios to the dense model, beside what the weights promise: reading prompts multiplies with all but the
+embeddings, and writing a token reads all bytes in memory once. int4 is timed with `--dtype bfloat16` alone, since its
+kernel for CPUs takes nothing else; on processors with AMX that of int8 does so, too. `--write` puts the table into
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PROMPT, SHORT, NEW_TOKENS = 512, 16, 33
 BATCHES = (1, 8)
 BACKEND = "dense, by the backend"
 COLUMNS = ("prefill, promised", "prefill 1", "prefill 8", "decode, promised", "decode 1", "decode 8")
-DTYPE, ITEM_BYTES = "float32", 4  # in which vLLM computes these folders
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of the dtypes in which vLLM computes these folders
 
 
 # --- in the environment of vLLM --------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def costs_of(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def measure(
-    folders: dict[str, Path], rounds: int, *, eager: bool, dtype: str = DTYPE, batches: Sequence[int] = BATCHES
+    folders: dict[str, Path], rounds: int, *, eager: bool, dtype: str = "float32", batches: Sequence[int] = BATCHES
 ) -> dict[str, dict[str, float]]:
     """Median seconds by folder and what was done; the first round warms up."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -178,11 +179,13 @@ def measure(
     return {name: {key: median(one[key] for one in all_) for key in all_[0]} for name, all_ in found.items()}
 
 
-def faster(costs: dict[str, dict[str, float]], seconds: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def faster(
+    costs: dict[str, dict[str, float]], seconds: dict[str, dict[str, float]], item_bytes: int
+) -> dict[str, dict[str, float]]:
     """How many times as fast as the dense model each is, and should be by its weights, with all that was measured."""
 
     def read(name: str) -> float:
-        return costs[name]["packed bytes"] + ITEM_BYTES * costs[name]["other weights"]
+        return costs[name]["packed bytes"] + item_bytes * costs[name]["other weights"]
 
     return {
         name: {
@@ -223,7 +226,7 @@ def block(results: Mapping[str, Any]) -> str:
     """The table of docs/benchmarks.md."""
     from tables import told
 
-    return f"{table(results['rows'])}\n\n{told(results['about'])}."
+    return f"{table(results['rows'])}\n\n{told(results['about'])}; {results['dtype']}."
 
 
 def main() -> None:
@@ -235,6 +238,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="windows that GPTQ looks at")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--dtype", choices=[*ITEM_BYTES], default="float32", help="bfloat16 on a processor with AMX")
     parser.add_argument("--options", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=Path("runs/serving"))
     parser.add_argument("--write", action="store_true", help="the table of docs/benchmarks.md")
@@ -253,8 +257,10 @@ def main() -> None:
         costs[name]["inner"] = costs[name if "uniform" in name else name.partition(",")[0]]["inner"]
     folders = {"dense": folders["dense"], BACKEND: folders["dense"], **folders}
     costs = {name: costs["dense" if name == BACKEND else name] for name in folders}
-    timed = {name: folder for name, folder in folders.items() if not name.endswith("w4a16")}
-    results = {"about": about(), "rows": faster(costs, measure(timed, arguments.rounds, eager=arguments.eager))}
+    dtype = arguments.dtype
+    timed = {name: each for name, each in folders.items() if dtype == "bfloat16" or not name.endswith("w4a16")}
+    seconds = measure(timed, arguments.rounds, eager=arguments.eager, dtype=dtype)
+    results = {"about": about(), "dtype": dtype, "rows": faster(costs, seconds, ITEM_BYTES[dtype])}
     write_json(arguments.folder / "results.json", results)
     print(block(results))
     if arguments.write:

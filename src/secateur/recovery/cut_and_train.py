@@ -7,7 +7,7 @@ killed run goes on where it was.
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -38,7 +38,7 @@ def cut_and_train(
 ) -> RecoverResult:
     """Cut a dense model, train what is left, and write one ordinary folder. Raises `SecateurError`.
 
-    What can be refused is refused, and the data are read, before the first weight is.
+    What can be refused is refused, and the data are read (or written, by the dense model), before anything is cut.
     """
     if recipe.options.save_adapter:
         raise TrainingError(
@@ -52,7 +52,7 @@ def cut_and_train(
     with clock.stage("discover"):
         _check_cut(recipe, cut, calibration, config)
     taught = replace(recipe, teacher=recipe.teacher or recipe.model)
-    with work_folder(out, training_key(taught, calibration.names, asdict(cut)), resume=run.resume) as work:
+    with work_folder(out, training_key(taught), resume=run.resume) as work:
         resumed = has_begun(work)
         processes.wait()
         setup = prepare(taught, work, clock)

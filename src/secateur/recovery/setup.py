@@ -6,11 +6,10 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,11 +119,12 @@ class TrainingSetup:
         return self.data.train.select(numbers), torch.searchsorted(numbers, self.order_SB)
 
 
-def training_key(recipe: RecoverRecipe, texts: Sequence[str] = (), cut: Any = None) -> str:
+def training_key(recipe: RecoverRecipe) -> str:
     """What a training depends on, as a hash; of a model that is cut first, the cut and its texts as well."""
+    texts = () if recipe.calibration is None else recipe.calibration.names
     held_out = [text.partition("=")[2] for text in recipe.eval_texts]
     paths = [recipe.model, *recipe.data.source_names, _dense_model(recipe), *held_out, *texts]
-    return state_key([path for path in paths if path is not None], [asdict(recipe), cut])
+    return state_key([path for path in paths if path is not None], asdict(recipe))
 
 
 def with_method(recipe: RecoverRecipe) -> RecoverRecipe:
