@@ -51,7 +51,7 @@ test: $(STAMP)  ## Run the fast tests and the docstring examples
 slow: $(STAMP)  ## Run the slow tests, the README's and docs' examples among them
 	$(PYTEST) -m slow
 
-long: $(STAMP)  ## Hold the thirteen largest model types to the contract: six minutes
+long: $(STAMP)  ## Hold the thirteen largest model types to the contract, and count every type's cache: ten minutes
 	$(PYTEST) -m long
 
 vllm: $(STAMP)  ## Serve every model type with vLLM, which is installed into .venv-vllm; two types are in `make slow`

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from every_type import tiny_config
+from every_type import TYPES as EVERY_TYPE
+from every_type import tiny_config, tiny_type_model
 from families import family_config, family_model
+from known import BUILT
 from secateur.evaluation.memory import LiveBytes, activation_bytes, cache_bytes_by_layer, weight_bytes
 from secateur.models.loading import skeleton
 from secateur.models.silence import quiet
 from tiny import tiny_model
 
+ROOT = Path(__file__).parents[2]
 TOKENS = 9
 # learned positions; a window that slides; latent attention; a state space; states beside attention; one KV head;
 # linear attention beside full
@@ -41,6 +46,22 @@ def test_the_cache_of_a_config_is_that_of_its_model(model_type: str) -> None:
     assert all(on_meta)
     if model_type in ("gpt2", "gemma2", "deepseek_v3", "gpt_bigcode"):
         assert on_meta == tuple(layer.keys.nbytes + layer.values.nbytes for layer in outputs.past_key_values.layers)
+
+
+@pytest.mark.long
+def test_the_cache_of_every_config_is_that_of_its_model() -> None:
+    """But where a model does not run without weights, or does not run on token ids alone (docs/efficiency.md)."""
+    found = {}
+    for model_type in BUILT:
+        with quiet():
+            model = tiny_type_model(model_type, dtype=torch.float32)
+            on_meta = cache_bytes_by_layer(skeleton(model.config).float(), seq_len=TOKENS)
+            found[model_type] = (on_meta, cache_bytes_by_layer(model, seq_len=TOKENS))
+    same = [name for name, (on_meta, real) in found.items() if on_meta == real is not None]
+    assert f"models of {len(same)} of the {len(EVERY_TYPE)} types" in (ROOT / "docs" / "efficiency.md").read_text()
+    other = {name: counts for name, counts in found.items() if name not in same}
+    assert [name for name, counts in other.items() if counts != (None, None)] == ["inkling2_loop_text"]
+    assert other["inkling2_loop_text"][0] is None
 
 
 def test_a_window_that_slides_keeps_what_is_in_it() -> None:
