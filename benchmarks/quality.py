@@ -101,6 +101,9 @@ def rows(ratio: float) -> dict[str, Row]:
         "wanda-sp": Row("", replace(local, score="wanda")),
         "shortgpt": Row("whole layers", CutOptions(ratio=ratio, score="block_influence", axes=("layers",))),
     }
+    for preset in ("best", "fast"):
+        whole_end = Row("nothing goes in the last sixteenth", replace(best, layers=(0.0, 0.9375)), preset=preset)
+        found[f"{preset}, last layers whole"] = whole_end
     for multiple in (32, 64, 128):
         about = "widths that kernels and quantised formats read"
         for preset in ("best", "fast"):

@@ -36,6 +36,8 @@ LABELS = {
     "best, longer windows": "`best --samples 128 --length 512`",
     "best, in order": "`best --varied 0`",
     "best, score chooses": "`best`, units by score (no choice while repairing)",
+    "best, last layers whole": "`best`, nothing cut in the last sixteenth",
+    "fast, last layers whole": "`fast`, nothing cut in the last sixteenth",
     "best, reconstruct": "`best --repair reconstruct`",
     "best, sublayers": "`best --sublayers`",
     "best, two iterations": "`best --iterations 2`",
