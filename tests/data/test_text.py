@@ -21,7 +21,7 @@ from transformers import (
 from letters import LETTERS, letter_tokenizer, spell
 from secateur.data.calibration import CalibrationOptions
 from secateur.data.overlap import overlap
-from secateur.data.text import demo_texts, lines_of, read_calibration, read_rows
+from secateur.data.text import demo_texts, plain_rows, read_calibration, read_rows
 from secateur.data.windows import calibration_windows
 from secateur.errors import DataError
 
@@ -66,26 +66,30 @@ class TestRows:
         ("text", "rows"),
         [
             (" \n = Title = \n \n A line . \n \n", ["", " = Title = \n", "", " A line . \n", ""]),
-            (" one line \n another\n", ["one line", "another"]),
-            (" one line \n another", ["one line", "another"]),
-            ("a\n\nb", ["a\n", "", "b"]),
-            ("a\r\n\r\nb\r\n", ["a\n", "", "b\n"]),
-            ("\ufeffa\nb\n", ["a", "b"]),
-            ("a\u2028b\x0cc\n", ["a\u2028b\x0cc"]),
+            (" \n = Title = \n\n A line . \n", ["", " = Title = \n", "", " A line . \n"]),
+            (" one line \n another \n", ["one line", "another"]),
+            (" one line \n another ", ["one line", "another"]),
+            (" one line \r\n another \r\n", ["one line", "another"]),
+            (" one line \n another\n", [" one line \n another\n"]),
+            (" one line \nanother \n", [" one line \nanother \n"]),
+            ("a\n\nb", ["a\n\nb"]),
+            ("a\r\n\r\nb\r\n", ["a\n\nb\n"]),
+            ("\ufeffa\nb\n", ["a\nb\n"]),
+            ("a\u2028b\x0cc\n", ["a\u2028b\x0cc\n"]),
+            (" a\u2028b\x0cc \n", ["a\u2028b\x0cc"]),
         ],
     )
     def test_plain_text(self, text: str, rows: list[str], tmp_path: Path) -> None:
         for name in ("x.txt", "x.raw", "x.md", "x"):
             assert read_rows(write(tmp_path, name, text)) == rows
 
-    @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1)))
-    def test_joined_rows_of_prose_are_the_lines(self, lines: list[str]) -> None:
-        text = "".join(f"{line}\n" for line in ["x", "", *lines])
-        rows = lines_of(text)
-        assert len(rows) == len(lines) + 2
-        assert all(
-            row == f"{line}\n" or (row == "" and not line.strip()) for row, line in zip(rows[2:], lines, strict=True)
-        )
+    @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))), st.booleans())
+    def test_only_spaced_lines_are_rows(self, lines: list[str], blank: bool) -> None:
+        spaced = [f" x{line} \n" for line in lines]
+        text = "".join(spaced if not blank else [" \n", *spaced])
+        assert plain_rows(text) == (["", *spaced] if blank else [line.strip() for line in spaced])
+        for prose in (f"x\n{text}", f"{text} x\n", f"x{text}"):
+            assert plain_rows(prose) == [prose]
 
     def test_documents(self, tmp_path: Path) -> None:
         texts = ["a\nb\n", " c ", "ö"]

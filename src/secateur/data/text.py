@@ -57,31 +57,33 @@ def read_rows(path: str | Path) -> list[str]:
     """Read a file's rows, ready to be joined with a blank line as the perplexity protocol does.
 
     `.jsonl`, `.json` (one array, or one object a line) and `.parquet`: the `text` of each row, as it is. Any other
-    file: its lines, see `lines_of`. Raises `DataError` for a file that is missing, not UTF-8, empty or without such
-    texts, naming the line, and for Parquet without the packages that read it.
+    file: itself, or the lines of a data set, see `plain_rows`. Raises `DataError` for a file that is missing, not
+    UTF-8, empty or without such texts, naming the line, and for Parquet without the packages that read it.
     """
     path = existing_file(path)
     if holds_documents(path):
         rows = [text_of(row, where, COLUMN) for where, row in read_documents(path)]
     else:
-        rows = lines_of(decoded(path))
+        rows = plain_rows(decoded(path))
     _check_not_empty(path, rows)
     return rows
 
 
-def lines_of(text: str) -> list[str]:
-    r"""The rows of a plain text.
+def plain_rows(text: str) -> list[str]:
+    r"""The rows of a plain text: itself, as it is, unless it has the form of WikiText's or PTB's files.
 
-    With a blank line (nothing or white space), it is prose laid out in lines, such as WikiText's raw files: every line
-    keeps its newline, and a blank one is `""`. Without, as in PTB's files, every line is stripped.
+    In these every line that is not blank begins and ends with a space, and is a row. With blank lines, as in WikiText's
+    raw files, it keeps its newline, and a blank line is `""`; without, as in PTB's, it is stripped.
 
-    >>> lines_of(" \n = Title = \n \n A line . \n"), lines_of(" a b \n c \n")
+    >>> plain_rows(" \n = Title = \n \n A line . \n"), plain_rows(" a b \n c \n")
     (['', ' = Title = \n', '', ' A line . \n'], ['a b', 'c'])
+    >>> plain_rows("A line\nof prose.\n")
+    ['A line\nof prose.\n']
     """
-    lines = list(io.StringIO(text))  # splits at \n alone, where str.splitlines knows ten other characters
-    if any(not line.strip() for line in lines):
-        return [line if line.strip() else "" for line in lines]
-    return [line.strip() for line in lines]
+    lines = [line if line.strip() else "" for line in io.StringIO(text)]  # str.splitlines would split at ten others
+    if not all(line.startswith(" ") and line.removesuffix("\n").endswith(" ") for line in lines if line):
+        return [text]
+    return lines if "" in lines else [line.strip() for line in lines]
 
 
 def read_calibration(
