@@ -47,6 +47,10 @@ class TestSkeleton:
 
 
 class TestLoad:
+    def test_layers_run_their_own_code(self, plain_folder: Path) -> None:
+        """None that is fetched from the hub, as transformers does on a GPU by default since 5.25."""
+        assert not load(str(plain_folder), device="cpu").use_kernels
+
     @pytest.mark.parametrize("kind", ["plain_folder", "sharded_folder"])
     def test_the_same_model_comes_back(
         self, kind: str, plain_model: PreTrainedModel, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]

@@ -129,6 +129,7 @@ def loaded_again(folder: Path, model: PreTrainedModel, **options: Any) -> PreTra
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
             trust_remote_code=runs_remote_code(model),
+            use_kernels=False,  # they refuse the meta device
             **options,
         )
     report = loaded[1]

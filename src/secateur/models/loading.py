@@ -157,6 +157,7 @@ def _loaded(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, from which we make a better error
+            use_kernels=False,  # no code from the hub: what is traced, scored and measured is the model's own
             **location_options,
             **options,
         )

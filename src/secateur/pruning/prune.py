@@ -220,7 +220,7 @@ def _from_config(
     state = {**weights, **{other: weights[name] for other, name in tied.items() if name in weights}}
     with quiet():
         pruned: PreTrainedModel = type(model).from_pretrained(
-            None, config=config, state_dict=state, dtype=model.dtype, **options
+            None, config=config, state_dict=state, dtype=model.dtype, use_kernels=False, **options
         )
     pruned.load_state_dict(state, assign=True)  # the very tensors, each in its own dtype
     if streamed_layers(model) is None:  # what is left to move are buffers
