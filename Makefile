@@ -26,7 +26,7 @@ KINDS = --calibration $(DATA)/calib/c4_first1000.jsonl --calibration $(DATA)/ins
 	--calibration $(CODE)@2 --calibration $(DATA)/calib/fiction/pride_and_prejudice_1342-0.txt
 OTHER_TEXTS = --text novel=$(DATA)/calib/fiction/sherlock_holmes_1661.txt
 ZOO_ROWS = --rows "best;fast;llm-pruner;llm-pruner, MLP;wanda-sp;shortgpt" --seeded best
-ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) $(ZOO_ROWS) --tokens 10000 $(QUALITY)
+ZOO = $(BIN)/python benchmarks/quality.py $(MIX) $(TEXTS) $(OTHER_TEXTS) $(ZOO_ROWS) --tokens 10000
 TINY = runs/zoo/stories260K
 
 RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --text dialogues=$(DATA)/calib/dailydialog/en_dev_human.txt $(RECOVERY)
@@ -90,7 +90,7 @@ bench-zoo: $(STAMP)  ## The same, after bench-quality, on two models trained her
 	$(BIN)/python benchmarks/zoo_models.py --text $(DATA)/calib/c4_first1000.jsonl --out runs/zoo
 	$(BIN)/python benchmarks/stories.py $(STORIES) --text $(DATA)/calib/tinystories_train_head_2MiB.txt --out $(TINY)
 	$(BIN)/python benchmarks/quality.py --calibration $(TINY)/calibration.json --text stories=$(TINY)/test.txt $(ZOO_ROWS) --tokens 20000 --model $(TINY) --protocols llm-pruner@128,served@512 --out $(TINY).json
-	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json || exit 1; done
+	for model in $(MODELS); do $(ZOO) --model $$model --protocols served@1024 --out runs/zoo/$$(basename $$model).json $(QUALITY) || exit 1; done
 	for model in gpt_neox starcoder2; do $(ZOO) --model runs/zoo/$$model --protocols llm-pruner@128,llm-pruner@256 --out runs/zoo/$$model.json || exit 1; done
 	$(BIN)/python benchmarks/zoo.py benchmarks/results/quality.json $(addprefix runs/zoo/,$(addsuffix .json,$(notdir $(MODELS)) stories260K gpt_neox starcoder2)) --write
 

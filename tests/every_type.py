@@ -245,6 +245,10 @@ EXCEPTIONS: dict[str, Exception_] = {
         "it repeats whole blocks of layers in the middle",
     ),
     "inkling2_text": Exception_({"n_layers_per_attn_res_block": 2}, "a block of layers shorter than the model"),
+    "kolibri1_1": Exception_(
+        {"head_dim": 16, "index_num_heads": 2, "index_pool_size": 4, "index_compression": 2},
+        "it rounds keys and values in blocks of 16; its indexer has the query heads of one key head at most",
+    ),
     "lfm2": Exception_({"layer_types": ["conv", FULL, "conv"]}, "its default has attention only"),
     "lfm2_moe": Exception_({"layer_types": ["conv", FULL, "conv"]}, "its default names no kinds of layer"),
     "longcat_flash": Exception_({"head_dim": 8}, "its rotary embedding takes its size from head_dim"),
