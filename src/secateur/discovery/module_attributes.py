@@ -119,8 +119,7 @@ def _trials(search: _Search) -> Iterator[tuple[Attribute, ...]]:
         attributes = _changed_attributes(search, {**settled, **values})
         yield attributes + (_own_configs(search, settings) if own_config else ())
     # Code that writes into its config, and reads it in `forward`: every number of units in a copy of what it has now.
-    written = _copied_configs(search)
-    if written:
+    for written in filter(None, (_copied_configs(search), _copied_configs(search, derived=True))):
         yield _changed_attributes(search, {**settled, **undecided}) + written
         yield _changed_attributes(search, settled) + written
     # Last, for sizes that no config gives: whatever has the size of something that the cut changes.
@@ -245,11 +244,15 @@ def _own_configs(search: _Search, settings: Mapping[str, Mapping[str, Any]]) -> 
     return tuple(attributes)
 
 
-def _copied_configs(search: _Search) -> tuple[Attribute, ...]:
-    """For every module that keeps a config, a copy of it in which numbers of units are those after the cut."""
+def _copied_configs(search: _Search, *, derived: bool = False) -> tuple[Attribute, ...]:
+    """For every module that keeps a config, a copy of it in which numbers of units are those after the cut.
+
+    With `derived`, so are those of all that the cut changes, such as the heads that share the units.
+    """
     kept: dict[str, dict[int, int]] = defaultdict(dict)
     for part in parts_of(search.discovery, search.pruned):
-        sizes = {search.discovery.group(name).units: after for name, after in part.sizes.items()}
+        sizes = dict(sizes_before_and_after(search.discovery, part)) if derived else {}
+        sizes |= {search.discovery.group(name).units: after for name, after in part.sizes.items()}
         for path in modules_around(search.discovery, part):
             kept[path].update(sizes)
     attributes = []
