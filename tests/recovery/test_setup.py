@@ -274,7 +274,7 @@ def _data(rows: int, *, length: int = 8) -> TrainingData:
 class TestNotes:
     def test_fewer_rows_than_a_step_takes(self, place: Path) -> None:
         data = {"samples": 12, "validation": 0.0}
-        found = train(method="full", global_batch_size=64, data=data, max_steps=2)
+        found = train(method="full", global_batch_size=64, micro_batch_size=4, data=data, max_steps=2)
         assert any("a step takes 12 of the 12 rows" in note for note in found.notes)
         assert found.evaluation == ()
         assert found.best_step == 2

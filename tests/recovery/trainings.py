@@ -68,7 +68,14 @@ def place_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def options(**given: Any) -> RecoverOptions:
     """Four steps of 8 rows, with an evaluation after every second, unless other options are given."""
-    short = {"method": "lora", "max_steps": 4, "global_batch_size": 8, "learning_rate": 3e-3, "eval_steps": 2}
+    short = {
+        "method": "lora",
+        "max_steps": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "learning_rate": 3e-3,
+        "eval_steps": 2,
+    }
     return RecoverOptions(**{**short, **given})
 
 
