@@ -198,7 +198,7 @@ def test_the_documentation_lists_what_is_tested() -> None:
 @pytest.mark.demo_model
 @pytest.mark.parametrize("axes", [(), ("--axes", "attention,mlp,vocabulary", "--of", "parameters")])
 def test_the_demo_is_served(axes: tuple[str, ...], tmp_path: Path) -> None:
-    """The commands as a user types them; tokens of its vocabulary may have gone."""
+    """The commands as a user types them, `vllm serve` where tokens of the vocabulary have gone."""
     folder = tmp_path / "demo"
     quick = ["--choose", "score", "--repair", "none", "--prices", "estimated", "--samples", "4"]
     assert run(["prune", "demo", str(folder), *axes, *quick]) == 0
@@ -206,10 +206,16 @@ def test_the_demo_is_served(axes: tuple[str, ...], tmp_path: Path) -> None:
     expected = reference(folder)
     for plugin in WAYS.values():
         assert server(plugin=plugin).generate(folder, PROMPTS, NEW_TOKENS) == expected
+    if axes:
+        check_answers(folder, tmp_path / "log")
+
+
+def check_answers(folder: Path, log: Path) -> None:
+    """`vllm serve` completes a text and answers a chat as the folder does in transformers."""
     prompt, environment = "The capital of France is", {**os.environ, **SETTINGS}
     command = [str(python().with_name("vllm")), "serve", str(folder), "--dtype", "float32", "--max-model-len", "256"]
     command.append("--enforce-eager")  # nothing is compiled, which takes a minute
-    with serving(command, tmp_path / "log", environment) as port:
+    with serving(command, log, environment) as port:
         settings = {"model": str(folder), "max_tokens": 8, "temperature": 0}
         completion = ask(port, "/v1/completions", prompt=prompt, **settings)
         chat = [{"role": "user", "content": "What is the capital of France?"}]
