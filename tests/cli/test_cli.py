@@ -394,7 +394,7 @@ class TestJson:
         data = written(capsys, "prune", "tiny", "out")
         self.check_plan(data)
         assert data["out"] == "out"
-        assert {"discover", "load", "score", "price", "repair", "cut", "save"} == data["seconds"].keys()
+        assert {"discover", "load", "score", "price", "repair", "cut", "reconstruct", "save"} == data["seconds"].keys()
         assert all(seconds >= 0 for seconds in data["seconds"].values())
         assert is_whole(data["peak_rss_bytes"])
         assert data["peak_rss_bytes"] > 10**7

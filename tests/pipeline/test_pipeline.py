@@ -17,13 +17,16 @@ from recipes import cut_in_memory, recipe
 from secateur.data.calibration import CalibrationOptions
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
-from secateur.errors import PlanError
+from secateur.errors import DataError, PlanError
+from secateur.files import PLAN_FILE, RECIPE_FILE
 from secateur.models.options import LoadOptions
 from secateur.pipeline.options import RunOptions
 from secateur.pipeline.pipeline import Pipeline
+from secateur.pipeline.recipe import load_recipe
 from secateur.pipeline.run import prune_model
 from secateur.planning.options import CutOptions
-from small_runs import STAGES, emptied, never, small, write_inputs
+from secateur.planning.plan import read_plan
+from small_runs import STAGES, emptied, never, raiser, small, weights, write_inputs
 from tiny import VOCABULARY, tiny_model
 
 
@@ -156,16 +159,23 @@ def test_products_are_fast_unless_float32_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("preset", "cut", "samples", "varied"),
+    ("preset", "cut", "samples", "varied", "repair"),
     [
-        ("best", {}, 512, 0.375),  # of so small a model
-        ("best", {"choose": "score", "repair": "none"}, 128, 0.0),
-        ("fast", {}, 24, 0.375),
-        ("llm-pruner", {"layers": (0, 2)}, 10, 0.0),
+        ("best", {}, 512, 0.375, "reconstruct"),  # of so small a model
+        ("best", {"repair": "least-squares"}, 512, 0.375, "least-squares"),
+        ("best", {"choose": "score", "repair": "none"}, 128, 0.0, "none"),
+        ("fast", {}, 24, 0.375, "least-squares"),
+        ("llm-pruner", {"layers": (0, 2)}, 10, 0.0, "none"),
     ],
 )
-def test_the_calibration_is_the_presets(
-    preset: str, cut: dict[str, Any], samples: int, varied: float, model: PreTrainedModel, discovery: Discovery
+def test_calibration_and_repair_are_the_presets(
+    preset: str,
+    cut: dict[str, Any],
+    samples: int,
+    varied: float,
+    repair: str,
+    model: PreTrainedModel,
+    discovery: Discovery,
 ) -> None:
     """Repairs look at a share of windows in random order, and where there is none no window is."""
     chosen = recipe("tiny", preset=preset, cut=cut)
@@ -174,6 +184,46 @@ def test_the_calibration_is_the_presets(
         chosen.calibration, samples=samples, varied=varied, copied=0.0 if preset == "llm-pruner" else 0.125
     )
     assert pipeline.recipe.calibration == pipeline.calibration
+    assert pipeline.options.repair == pipeline.recipe.cut.repair == repair
+
+
+@pytest.mark.parametrize("why", ["weights streamed", "no text left", "a layer refuses"])
+def test_layers_of_a_small_model_that_cannot_be_trained_stay_as_repaired(
+    why: str, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rule for small models is no error; whoever asks for the training gets it, or why not."""
+    monkeypatch.setattr(CalibrationOptions, "takes_more_time", lambda *_: True)
+    monkeypatch.setattr("secateur.data.calibration.MOST_SAMPLES", 4)
+    if why == "weights streamed":
+        monkeypatch.setattr(f"{STAGES}.check_in_place", raiser(PlanError(why)))
+    elif why == "no text left":
+        monkeypatch.setattr("secateur.pipeline.reader.WindowReader.held_out", raiser(DataError(why)))
+    else:
+        monkeypatch.setattr("secateur.pruning.reconstruct._Reconstruction._train", raiser(PlanError(why)))
+    prune_model(small(), "here/out")
+    assert f"the layers of this small model are not trained: {why}" in caplog.text or why == "no text left"
+    assert caplog.text.count("of this small model are not trained") == 1
+    recipe_, plan_ = load_recipe(Path("here/out", RECIPE_FILE)), read_plan(Path("here/out", PLAN_FILE))
+    assert recipe_.cut.repair == plan_.options.repair == "least-squares"
+    prune_model(small(cut={"repair": "least-squares"}), "here/other")
+    assert weights("here/out") == weights("here/other")
+    asked = small(cut={"repair": "reconstruct"})
+    if why == "no text left":
+        assert "reconstruct" in prune_model(asked, "here/asked").seconds
+    else:
+        with pytest.raises(PlanError, match=why):
+            prune_model(asked, "here/asked")
+
+
+def test_layers_of_a_small_model_are_trained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CalibrationOptions, "takes_more_time", lambda *_: True)
+    monkeypatch.setattr("secateur.data.calibration.MOST_SAMPLES", 4)
+    prune_model(small(), "here/out")
+    assert load_recipe(Path("here/out", RECIPE_FILE)).cut.repair == "reconstruct"
+    losses = read_plan(Path("here/out", PLAN_FILE)).scored["held_out_loss"]
+    assert losses["reconstructed"] <= min(losses["cut"], losses["repaired"])
+    prune_model(small(cut={"repair": "reconstruct"}), "here/asked")
+    assert weights("here/out") == weights("here/asked")
 
 
 def test_a_recipe_that_cannot_be_is_refused_at_once(

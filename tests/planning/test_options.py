@@ -21,7 +21,7 @@ def test_the_default_options_are_the_best_preset() -> None:
     best, calibration = with_preset("best")
     assert (best, calibration) == (CutOptions(), CalibrationOptions())
     assert (best.ratio, best.score, best.scope, best.shape) == (0.2, "fisher", "global", "per-layer")
-    assert (best.choose, best.repair) == ("obs", "least-squares")
+    assert (best.choose, best.repair) == ("obs", "auto")
 
 
 def test_presets_depart_from_the_default() -> None:
@@ -175,7 +175,7 @@ def test_automatic_options_follow_from_the_others() -> None:
     assert CutOptions().choose == "obs"
     assert CutOptions(score="l2").choose == "score"
     units = CutOptions(of="units")
-    assert (units.scope, units.shape, units.repair) == ("local", "uniform", "least-squares")
+    assert (units.scope, units.shape, units.repair) == ("local", "uniform", "auto")
     hidden = CutOptions(axes=("hidden",))
     assert (hidden.scope, hidden.repair, hidden.choose) == ("local", "least-squares", "score")
     assert CutOptions(axes=("layers",), score="layer_loss").repair == "none"

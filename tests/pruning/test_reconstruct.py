@@ -16,7 +16,7 @@ from families import GROUPED, family_config, family_model
 from secateur import CutOptions, discover, plan, prune, score
 from secateur.discovery.groups import Discovery
 from secateur.errors import PlanError
-from secateur.pruning.reconstruct import LayerTraining, reconstruct_in_place
+from secateur.pruning.reconstruct import LayerTraining, _Reconstruction, reconstruct_in_place
 
 WINDOWS = torch.randint(3, 97, (96, 16), generator=torch.Generator().manual_seed(0))
 HELD_OUT = WINDOWS[7::8]
@@ -162,6 +162,26 @@ def test_a_model_that_is_judged_on_the_way_is_trained_the_same(model_type: str) 
         trained.append(copies(cut))
     assert next(losses) < -1  # it was judged
     assert all(torch.equal(trained[0][name], weight) for name, weight in trained[1].items())
+
+
+def test_where_a_layer_cannot_be_trained_those_before_it_get_their_weights_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, cut, discovery = cut_model("llama")
+    before, train = copies(cut), _Reconstruction._train
+    errors: list[tuple[float, float]] = []
+
+    def fails(self: _Reconstruction, *inputs: Any) -> tuple[float, float]:
+        if len(errors) == 2:
+            raise PlanError("the third layer refuses")
+        errors.append(train(self, *inputs))
+        return errors[-1]
+
+    monkeypatch.setattr(_Reconstruction, "_train", fails)
+    with pytest.raises(PlanError, match="the third layer refuses"):
+        reconstruct_in_place(model, cut, discovery, WINDOWS, training=TRAINING)
+    assert any(last < first for first, last in errors)
+    assert all(torch.equal(before[name], parameter) for name, parameter in cut.named_parameters())
 
 
 @pytest.mark.parametrize("model_type", ["reformer", "xlm", "xmod"])

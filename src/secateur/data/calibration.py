@@ -143,10 +143,18 @@ class CalibrationOptions:
         """
         tokens = (self.tokens_per_column or 0.0) * columns
         samples = max(self.samples, math.ceil(tokens / self.length))
-        usual = (self.samples, self.tokens_per_column) == (SAMPLES, TOKENS_PER_COLUMN)
-        if usual and columns and parameters:
+        if columns and self.takes_more_time(parameters):
             samples = max(samples, min(MOST_SAMPLES, SAMPLES * SMALL // parameters))
         return replace(self, samples=samples)
+
+    def takes_more_time(self, parameters: int) -> bool:
+        """Whether a model of so many parameters is small, and the windows are those that nobody has chosen.
+
+        >>> [CalibrationOptions(samples=samples).takes_more_time(10**6) for samples in (64, 128)]
+        [False, True]
+        """
+        usual = (self.samples, self.tokens_per_column) == (SAMPLES, TOKENS_PER_COLUMN)
+        return usual and 0 < parameters < SMALL and not self.generated
 
     def counts(self, windows: int) -> list[int]:
         """Of so many windows, how many are as the text has them, in each of `FORMS`, and in random order.

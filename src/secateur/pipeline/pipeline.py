@@ -48,13 +48,13 @@ from secateur.pipeline.reader import WindowReader
 from secateur.pipeline.recipe import PruneRecipe, write_recipe
 from secateur.planning.iterations import as_of_dense, composed, options_of_iteration, sizes_after_iteration
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import TOKENS, CutOptions, settled
+from secateur.planning.options import TOKENS, CutOptions, settled, with_repair
 from secateur.planning.plan import Plan, check_score, plan, settings_of
 from secateur.planning.selection import columns_fitted, groups_to_cut
 from secateur.progress import Clock, Progress
 from secateur.pruning.closed_form import REPAIRS
 from secateur.pruning.held_out import checked_reconstruction, checked_repair, repair_rejected
-from secateur.pruning.prune import check_plan, prune
+from secateur.pruning.prune import fitted_plan, prune
 from secateur.pruning.repair import repair
 from secateur.pruning.rotation import rotated
 from secateur.scoring.measured import kept_factors, measured_factors, scaled, with_factors
@@ -141,7 +141,7 @@ class Pipeline:
                 )
         self.discovery = discovery
         if given is not None:
-            given = fitted(given, discovery, self.config, trust_remote_code=self.trust)
+            given = fitted_plan(given, discovery, self.config, trust_remote_code=self.trust)
             options = given.options
         else:
             if options.shape == "per-layer" and is_custom(self.config):  # only what its config can say
@@ -149,9 +149,11 @@ class Pipeline:
             check_score(options)
             if options.iterations > 1:
                 options_of_iteration(options, discovery, 1)  # refuses budgets that cannot be cut in iterations
-        self.given, self.options = given, options
         columns, pairs = columns_fitted(self.discovery, options), any(map(holds_pairs, calibration.names))
         size = count_parameters(self.discovery, {}, embeddings=False)
+        small = windows is None and not pairs and calibration.takes_more_time(size)
+        self._settled_repair, options = options.repair == "auto", with_repair(options, small=small)
+        self.given, self.options = given, options
         self.calibration = settled(calibration, options, columns=columns, parameters=size, pairs=pairs)
         self.reader = WindowReader(
             self.name,
@@ -336,7 +338,7 @@ class Pipeline:
         """Windows that no repair sees, of texts that are read here; None where they have no more."""
         if self.reader.start is None or self.calibration.generated:
             return None
-        count, judging = self.calibration.held_out, JUDGE_LAYERS if REPAIRS[self.options.repair].trains_layers else 0
+        count, judging = self.calibration.held_out, JUDGE_LAYERS if self._trains_layers else 0
         if judging > count:
             with suppress(DataError):
                 return self.reader.held_out(judging)
@@ -395,8 +397,10 @@ class Pipeline:
 
     def decide(self) -> Decision:
         """Everything up to the last plan; of several processes, all take part."""
-        if REPAIRS[self.options.repair].trains_layers:
-            check_in_place(self.model, "repair=reconstruct", "--repair least-squares")
+        if self._trains_layers:
+            self.windows()  # text that cannot be read is said before weights are read
+            with self._least_squares_otherwise():
+                check_in_place(self.model, "repair=reconstruct", "--repair least-squares")
         at, before = self._resumed()
         while at.number < self.iterations:
             smaller, before = self._step(at, self.plan(at), before)
@@ -407,15 +411,34 @@ class Pipeline:
     def apply(self, decision: Decision, *, room: Path | None = None) -> tuple[PreTrainedModel, Plan]:
         """Repair and prune as decided: the smaller model, and the plan of the dense model that leads to it."""
         smaller, whole = self._step(decision.at, decision.plan, decision.before, room)
-        if REPAIRS[self.options.repair].trains_layers:
+        if self._trains_layers:
             # 9. Reconstruction: each layer is trained to give what the dense one gives.
-            windows = self.reader.as_served(self.windows())
+            windows, found = self.reader.as_served(self.windows()), dict[str, float]()
             inputs = self.model, smaller, self.discovery, windows, self._held_out
-            with self._stage("reconstruct") as progress:
+            with self._least_squares_otherwise(), self._stage("reconstruct") as progress:
+                if self._held_out is None and self._settled_repair:
+                    raise PlanError("no text is left to check by whether that helps; give more text")
                 found = checked_reconstruction(*inputs, progress=progress)
             losses = {**whole.scored.get(HELD_OUT_LOSS, {}), **found}
-            whole = replace(whole, scored={**whole.scored, HELD_OUT_LOSS: losses} if losses else whole.scored)
+            scored = {**whole.scored, HELD_OUT_LOSS: losses} if losses else whole.scored
+            whole = replace(whole, options=replace(whole.options, repair=self.options.repair), scored=scored)
         return smaller, whole
+
+    @property
+    def _trains_layers(self) -> bool:
+        return REPAIRS[self.options.repair].trains_layers
+
+    @contextmanager
+    def _least_squares_otherwise(self) -> Iterator[None]:
+        """Layers that cannot be trained are an error only where somebody asked for it."""
+        try:
+            yield
+        except PlanError as error:
+            if not self._settled_repair:
+                raise
+            logger.warning("the layers of this small model are not trained: %s", error)
+            self.options = replace(self.options, repair="least-squares")
+            self.recipe = replace(self.recipe, cut=self.options)
 
     def cut(self) -> tuple[PreTrainedModel, Plan]:
         """The smaller model in memory, and the plan that leads to it; the dense model stays as it is."""
@@ -470,26 +493,6 @@ class Decision:
     at: Position
     plan: Plan
     before: Plan | None
-
-
-def fitted(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:
-    """The plan with the settings that this config needs for it. Raises `PlanError` when it is of another model."""
-    check_plan(given, discovery)
-    planned, found = given.parameters.get("dense"), count_parameters(discovery)
-    if planned != found:
-        raise PlanError(
-            f"the plan is of another model: of one with {planned} parameters ({given.model}), and {discovery.model} "
-            f"has {found}; plan again with `secateur plan {discovery.model} --out plan.json`"
-        )
-    if given.settings is None:
-        return given
-    try:
-        settings = settings_of(given, config, discovery, trust_remote_code=trust_remote_code)
-    except PlanError as error:
-        if given.options.shape == "per-layer":
-            return replace(given, settings=None, refusal=str(error))
-        raise
-    return replace(given, settings=settings)
 
 
 def _losses(given: Plan) -> Mapping[str, float] | None:

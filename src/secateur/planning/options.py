@@ -49,7 +49,7 @@ class CutOptions:
 
     >>> options = CutOptions()
     >>> options.ratio, options.score, options.scope, options.shape, options.choose, options.repair
-    (0.2, 'fisher', 'global', 'per-layer', 'obs', 'least-squares')
+    (0.2, 'fisher', 'global', 'per-layer', 'obs', 'auto')
     >>> CutOptions(ratio=0.25, of="units").shape
     'uniform'
     """
@@ -71,7 +71,8 @@ class CutOptions:
     Auto: per-layer, but uniform for of=units, hidden and layers."""
     repair: Literal["auto", "none", "bias", "least-squares", "reconstruct"] = "auto"
     """Fit the weights that stay to make up for those that go: output biases, least squares on what reads cut units,
-    or that and then training layer by layer. Auto: least-squares, none for whole layers and for tokens."""
+    or that and then training layer by layer. Auto: least-squares, in a model of less than 50 million parameters
+    reconstruct, where `samples` is not given; none for whole layers and for tokens."""
     score: str = "auto"
     """Importance of a unit. Auto: `fisher`; `param_second` for hidden and layers."""
     reduce: Reduction = "auto"
@@ -115,7 +116,8 @@ class CutOptions:
         if not self.axes:
             raise PlanError(f"axes is empty: name what to cut, for example axes=mlp. Known: {', '.join(AXES)}")
         for name, value in automatic(self).items():
-            if getattr(self, name) in ("auto", None):
+            depends_on_model = name == "repair" and not set(self.axes) & {*ALONE, TOKENS}  # see `with_repair`
+            if getattr(self, name) in ("auto", None) and not depends_on_model:
                 object.__setattr__(self, name, value)
         _check_numbers(self)
         _check_together(self)
@@ -169,6 +171,17 @@ def automatic(options: CutOptions) -> dict[str, Any]:
         "choose": "obs" if score == "fisher" and not alone and options.axes != (TOKENS,) else "score",
         "repair": "none" if no_repair else "least-squares",
     }
+
+
+def with_repair(options: CutOptions, *, small: bool = False) -> CutOptions:
+    """The options with the repair that follows from the model: a small one has time for its layers to be trained.
+
+    >>> with_repair(CutOptions()).repair, with_repair(CutOptions(), small=True).repair
+    ('least-squares', 'reconstruct')
+    """
+    if options.repair != "auto":
+        return options
+    return replace(options, repair="reconstruct" if small else automatic(options)["repair"])
 
 
 def _check_numbers(options: CutOptions) -> None:

@@ -27,7 +27,7 @@ from secateur.models.manifest import check_as_written
 from secateur.planning.budget import Sizes, counter
 from secateur.planning.engines import check_engine
 from secateur.planning.latency import LatencyTable
-from secateur.planning.options import TOKENS, CutOptions
+from secateur.planning.options import TOKENS, CutOptions, with_repair
 from secateur.planning.selection import groups_to_cut, units_to_keep
 from secateur.planning.sizes import SizeSearch, candidate_sizes, format_budget, rounding_cost
 from secateur.scoring.registry import SCORES
@@ -74,6 +74,9 @@ class Plan:
     """Why none can."""
     scored: Mapping[str, Any] = field(default_factory=dict)
     """Score, reduction, seed, loss in nats per token, calibration options and the hash of the text's tokens."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", with_repair(self.options))
 
     @property
     def sizes(self) -> PrunedSizes:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.discovery.algebra import kept_along
 from secateur.discovery.config_settings import with_settings
+from secateur.discovery.counting import count_parameters
 from secateur.discovery.discover import discover
 from secateur.discovery.groups import Discovery
 from secateur.discovery.module_attributes import replace_in_place
@@ -153,6 +154,26 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
             raise PlanError(
                 f"{planned.name}: keep must be {planned.kept} ascending indices below {units}, not {keep!r:.60}"
             )
+
+
+def fitted_plan(given: Plan, discovery: Discovery, config: PreTrainedConfig, *, trust_remote_code: bool) -> Plan:
+    """The plan with the settings that this config needs for it. Raises `PlanError` when it is of another model."""
+    check_plan(given, discovery)
+    planned, found = given.parameters.get("dense"), count_parameters(discovery)
+    if planned != found:
+        raise PlanError(
+            f"the plan is of another model: of one with {planned} parameters ({given.model}), and {discovery.model} "
+            f"has {found}; plan again with `secateur plan {discovery.model} --out plan.json`"
+        )
+    if given.settings is None:
+        return given
+    try:
+        settings = settings_of(given, config, discovery, trust_remote_code=trust_remote_code)
+    except PlanError as error:
+        if given.options.shape == "per-layer":
+            return replace(given, settings=None, refusal=str(error))
+        raise
+    return replace(given, settings=settings)
 
 
 def cut_weights(

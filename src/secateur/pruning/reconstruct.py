@@ -78,7 +78,7 @@ def reconstruct_in_place(
     lower it no more layers are trained. Returns the error of every layer that has been trained, on the windows left
     out, before and after training: the squared distance of a token's hidden states to the dense layer's, as a share of
     the squares of those, on average. Raises `PlanError` where the two models have other layers or another hidden width,
-    or layers cannot be trained alone.
+    or layers cannot be trained alone; the model is then as it was.
 
     >>> from secateur.discovery.discover import discover
     >>> from secateur.planning.options import CutOptions
@@ -96,6 +96,7 @@ def reconstruct_in_place(
     """
     check_in_place(pruned, "repair=reconstruct", "--repair least-squares")
     layers = _layers_to_match(dense, pruned, discovery)
+    before = _weights(pruned)  # which no training writes to
     pass_ = _Reconstruction(dense, pruned, layers, windows, training or LayerTraining(), judge, progress)
     with ExitStack() as stack:
         for model in (dense, pruned):
@@ -108,8 +109,9 @@ def reconstruct_in_place(
             run()
         except _NoBetterError:
             pass_.put_best()
-        except (IndexError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        except (PlanError, IndexError, RuntimeError) as error:
+            _put(pruned, before)
+            if isinstance(error, PlanError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise
             raise PlanError(
                 f"repair=reconstruct trains each layer on some of the windows at a time, which layers of "
@@ -133,6 +135,15 @@ def _layers_to_match(dense: PreTrainedModel, pruned: PreTrainedModel, discovery:
     return {path: any(name.startswith(f"{path}.") for name in changed) for path in layers}
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name]
+
+
 class _NoBetterError(Exception):
     """Layers that are trained no longer make the model better: the pass ends."""
 
@@ -154,7 +165,7 @@ class _Reconstruction:
         self.training, self.judge, self.progress = training, judge, progress
         self.judging = False  # while the whole model runs within the pass
         self.least = math.inf if judge is None else judge()
-        self.best = self._weights()  # which no training writes to
+        self.best = _weights(pruned)
         self.no_better = 0  # parts in a row
         self.samples, self.length = windows.shape
         held_B = torch.arange(self.samples) % HELD_OUT == HELD_OUT - 1
@@ -202,18 +213,14 @@ class _Reconstruction:
             self.judging = False
         self.no_better += 1
         if loss < self.least:
-            self.least, self.best, self.no_better = loss, self._weights(), 0
+            self.least, self.best, self.no_better = loss, _weights(self.pruned), 0
         if self.no_better == PATIENCE:
             raise _NoBetterError
 
     def put_best(self) -> None:
         """Give the pruned model the weights that it was best with."""
         if self.judge is not None:
-            for name, parameter in self.pruned.named_parameters():
-                parameter.data = self.best[name]
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self.pruned.named_parameters()}
+            _put(self.pruned, self.best)
 
     def _batches(self, tokens: int, of: Tensor | None = None) -> list[Tensor]:
         """Numbers of windows, of all or of these, in batches of so many tokens."""
