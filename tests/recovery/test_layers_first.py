@@ -51,8 +51,8 @@ def layers_of(folder: str | Path) -> Any:
 
 @pytest.fixture(name="brief")
 def brief_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are trained for 20 steps."""
-    monkeypatch.setattr("secateur.recovery.layers_first.LayerTraining", partial(LayerTraining, steps=20))
+    """Layers are trained for 3 steps."""
+    monkeypatch.setattr("secateur.recovery.layers_first.LayerTraining", partial(LayerTraining, steps=3))
 
 
 @pytest.fixture(name="cut")
@@ -79,7 +79,8 @@ def long_fixture(brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora+distill", "distill"])
-def test_the_layers_come_close_to_the_dense_ones(method: str, cut: str) -> None:
+def test_the_layers_come_close_to_the_dense_ones(method: str, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.recovery.layers_first.LayerTraining", partial(LayerTraining, steps=20))
     train(cut, learning_rate=1e-9, layers_first=True, **{**TAUGHT, "method": method})
     found = layers_of("here/out")
     assert found["batch_tokens"] == 512

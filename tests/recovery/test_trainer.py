@@ -104,11 +104,11 @@ def test_in_bfloat16_the_loss_falls_alike_and_reads_the_logits_as_they_are(
         seen.add((logits_BTV.dtype, functional.scaled_dot_product_attention is fused))
         return nll_loss(logits_BTV, labels_BT)
 
-    expected = train(method="full", max_steps=8)
+    expected = train(method="full")
     monkeypatch.setattr(trainer, "nll_loss", watched)
     monkeypatch.setattr(setup, "PRODUCTS_LENGTH", 128 if by_products else 127)  # the rows have 128 tokens
     rounded = LoadOptions(dtype="bfloat16", device="cpu")
-    found = train(out="here/rounded", loading=rounded, method="full", max_steps=8)
+    found = train(out="here/rounded", loading=rounded, method="full")
     assert seen == {(torch.bfloat16, not by_products)}
     assert [loss for _, loss in found.loss] == pytest.approx([loss for _, loss in expected.loss], rel=0.01)
 
@@ -121,11 +121,11 @@ def test_an_adapter_trains_alike_in_one_step_of_autograd(
     fused: list[int] = []
     monkeypatch.setattr(training, "fuse_adapters", lambda model, **how: fused.append(fuse_adapters(model, **how)))
     loading = LoadOptions(dtype=dtype, device="cpu")
-    found = train(out="here/fused", loading=loading, method="lora", max_steps=8)
+    found = train(out="here/fused", loading=loading, method="lora")
     assert fused
     assert all(fused)
     monkeypatch.setattr(training, "fuse_adapters", lambda model, **how: 0)
-    expected = train(out="here/apart", loading=loading, method="lora", max_steps=8)
+    expected = train(out="here/apart", loading=loading, method="lora")
     assert [loss for _, loss in found.loss] == pytest.approx([loss for _, loss in expected.loss], rel=0.01)
     assert distance("here/fused", "here/apart") < (1e-5 if dtype == "float32" else 0.02)
 
