@@ -37,6 +37,14 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(5_000)  # what tests leave in circles is little, and looking for it at 700 took a twentieth
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_after_each_file() -> Iterator[None]:
+    """Leave out as well what the tests of a file have imported: a training looks for circles five times."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tokenized_once() -> Iterator[None]:
     """Hundreds of tests take their windows of the demo's text: each tokenizer reads each of its forms once."""
