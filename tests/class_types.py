@@ -30,8 +30,8 @@ def _mrope(*sections: int, **others: Any) -> dict[str, Any]:
 
 CLASS_SETTINGS: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 5},
-    "canary": {"encoder_config": {"conv_kernel_size": 5}},
-    "cohere_asr": {"encoder_config": {"conv_kernel_size": 5}},
+    "canary": {"encoder_config": {"conv_kernel_size": 5, "subsampling_conv_channels": 32}},
+    "cohere_asr": {"encoder_config": {"conv_kernel_size": 5, "subsampling_conv_channels": 32}},
     "convbert": {"conv_kernel_size": 3},
     "distilbert": {"dim": 48, "hidden_dim": 84},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},

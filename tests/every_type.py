@@ -43,7 +43,7 @@ SIZES_AND_NAMES: tuple[tuple[Any, str], ...] = (
     (64, "max_target_positions max_source_positions"),
     (48, "hidden_size n_embd d_model emb_dim"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"),
-    (LAYERS, "encoder_layers num_encoder_layers"),
+    (LAYERS, "encoder_layers num_encoder_layers encoder_num_hidden_layers decoder_num_hidden_layers"),
     (6, "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads"),
     (6, "num_decoder_attention_heads encoder_attention_heads num_encoder_attention_heads"),
     (4, "swa_num_attention_heads"),
