@@ -30,8 +30,8 @@ settings.register_profile("tests", deadline=None, derandomize=True)  # no clock,
 settings.load_profile("tests")
 
 
-# Files whose tests take minutes. They come first: what is stolen from a worker is its last tests, so vLLM is imported in
-# one worker alone, and both end with tests of seconds.
+# Files whose tests take minutes. They come first: what is stolen from a worker is its last tests, so one worker alone
+# imports vLLM, and both end with tests of seconds.
 FIRST = ("test_vllm.py", "test_demo.py", "test_notebooks.py")
 
 
