@@ -29,9 +29,8 @@ from tiny import write_tiny
 settings.register_profile("tests", deadline=None, derandomize=True)  # no clock, and the same examples in every run
 settings.load_profile("tests")
 
-
-# Files whose tests take minutes. They come first: what is stolen from a worker is its last tests, so one worker alone
-# imports vLLM, and both end with tests of seconds.
+# Files whose tests take minutes run first: an idle worker steals from the end of the other's queue, so vLLM is imported
+# by one worker only, and both workers end on short tests.
 FIRST = ("test_vllm.py", "test_demo.py", "test_notebooks.py")
 
 
@@ -44,12 +43,12 @@ def pytest_collection_finish() -> None:
     """Leave the million objects of imported modules out of garbage collection, which makes all tests a fifth faster."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(5_000)  # what tests leave in circles is little, and looking for it at 700 took a twentieth
+    gc.set_threshold(5_000)  # tests leave few reference cycles, and collecting at 700 took a twentieth of the time
 
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_after_each_file() -> Iterator[None]:
-    """Leave out as well what the tests of a file have imported: a training looks for circles five times."""
+    """Leave out what the tests of a file have imported, too: every training calls `gc.collect` five times."""
     yield
     gc.collect()
     gc.freeze()
